@@ -1,0 +1,100 @@
+"""agent.yaml → a frozen AgentConfig. Every setting is checked at start, and a wrong one says where it stands and what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import yaml
+
+DEFAULT_PATH = Path("/etc/edge-agent/agent.yaml")
+
+AccessClass = Literal["predict", "observe", "control"]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the file and the setting."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every section: frozen, and a misspelt setting is an error."""
+
+
+class AccessRule(Settings, frozen=True, kw_only=True):
+    """Who gets a class of access. A peer matches by its uid or by any of its groups. `models` restricts predict to the named models."""
+
+    allow: AccessClass
+    uids: tuple[int | str, ...] = ()
+    gids: tuple[int | str, ...] = ()
+    models: tuple[str, ...] = ()
+
+
+class ServeSettings(Settings, frozen=True, kw_only=True):
+    """The prediction server. A larger class includes the smaller: control > observe > predict."""
+
+    socket: Path = Path("/run/edge-agent/agent.sock")
+    socket_mode: int = 0o666
+    access: tuple[AccessRule, ...] = ()
+    everyone: AccessClass | Literal["none"] = "observe"
+    threads: int = 3
+    engine_threads: int = 1
+    max_body_bytes: int = 64 * 1024 * 1024
+    max_connections: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError("threads must be at least 1")
+        if self.max_body_bytes < 1024:
+            raise ValueError("max_body_bytes must be at least 1024")
+
+
+class SyncSettings(Settings, frozen=True, kw_only=True):
+    """The link to the fleet and the updates."""
+
+    identity: Path = Path("/var/lib/edge-agent/identity")
+    poll_interval_s: float = 900.0
+    heartbeat_s: float = 60.0
+    disk_reserve_bytes: int = 64 * 1024 * 1024
+    trial_memory_bytes: int = 2 * 1024 * 1024 * 1024
+    trial_timeout_s: float = 120.0
+    download_min_bytes_per_s: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.poll_interval_s <= 0 or self.heartbeat_s <= 0:
+            raise ValueError("poll_interval_s and heartbeat_s must be above 0")
+
+
+class AgentConfig(Settings, frozen=True, kw_only=True):
+    """Everything a device can be told in agent.yaml. Every setting has a default that serves."""
+
+    store: Path = Path("/var/lib/edge-agent/store")
+    serve: ServeSettings = ServeSettings()
+    sync: SyncSettings = SyncSettings()
+
+
+def load(path: Path | None = None) -> AgentConfig:
+    """The configuration in `path`; without one, DEFAULT_PATH when it is there, else the defaults.
+
+    Raises: ConfigError.
+    """
+    if path is None:
+        if not DEFAULT_PATH.exists():
+            return AgentConfig()
+        path = DEFAULT_PATH
+    try:
+        raw = yaml.safe_load(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    try:
+        return msgspec.convert(raw or {}, AgentConfig, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _decode(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(f"{kind} from {value!r}")

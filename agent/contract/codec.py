@@ -1,0 +1,46 @@
+"""Bytes to checked values and back. Every document that crosses the fleet link is decoded here, size first."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+FORMAT = 1
+"""The format number every document of this generation carries. A reader refuses a higher one."""
+
+
+class ContractError(ValueError):
+    """A document does not follow the contract; the message says where and what was expected."""
+
+
+class Document(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """Base of every document: a value that is valid by construction. Unknown fields are ignored, so that
+    a newer writer of the same format may say more; what changes meaning raises `FORMAT`.
+    """
+
+
+def decode(data: bytes | bytearray | memoryview | str, kind: type[T], *, limit_bytes: int) -> T:
+    """The document of type `kind` in `data` (JSON, UTF-8).
+
+    Raises: ContractError when `data` is larger than `limit_bytes`, is not JSON, or breaks a rule of `kind`.
+    """
+    if len(data) > limit_bytes:
+        raise ContractError(f"document of {len(data)} bytes is larger than the {limit_bytes} bytes allowed")
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ContractError(f"not a valid {kind.__name__}: {error}") from error
+
+
+def encode(document: object) -> bytes:
+    """The canonical bytes of a document: JSON with sorted keys, so that equal documents have equal hashes."""
+    return msgspec.json.encode(document, order="deterministic")
+
+
+def require_format(number: int, what: str) -> None:
+    """Raises: ValueError when a document was written by a newer generation than this one reads."""
+    if number != FORMAT:
+        raise ValueError(f"{what} has format {number}; this version reads format {FORMAT}: update the software")

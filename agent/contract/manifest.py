@@ -1,0 +1,225 @@
+"""The release manifest: what a publisher signs. A TUF target named `releases/<model>/<version>.json`.
+
+Whatever changes behaviour (labels, acceptance, runtime options) is in the release, so weights and labels cannot be mixed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from agent.contract import names
+from agent.contract.codec import FORMAT, Document, decode, require_format
+
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024  # a 100 GB release in 64 KiB blocks would not fit; such releases use larger blocks
+DATATYPES = frozenset(
+    ["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BF16", "BYTES"]
+)
+
+Scalar = str | int | float | bool
+
+
+class Block(Document, frozen=True, kw_only=True):
+    """A stretch of a file, in order, for resume and delta. The sizes of a file's blocks add up to its size."""
+
+    sha256: str
+    size_bytes: int
+
+    def __post_init__(self) -> None:
+        names.check(names.SHA256, self.sha256, "block sha256")
+        if self.size_bytes < 1:
+            raise ValueError("a block has at least one byte")
+
+
+class File(Document, frozen=True, kw_only=True):
+    """One file of a release: immutable bytes known by their hash."""
+
+    sha256: str
+    size_bytes: int
+    blocks: tuple[Block, ...] = ()
+
+    def __post_init__(self) -> None:
+        names.check(names.SHA256, self.sha256, "file sha256")
+        if self.size_bytes < 0:
+            raise ValueError("size_bytes must not be negative")
+        if self.blocks and sum(b.size_bytes for b in self.blocks) != self.size_bytes:
+            raise ValueError("the blocks of a file must add up to its size_bytes")
+
+
+class Requires(Document, frozen=True, kw_only=True):
+    """What a device must have to run a variant. Empty means no demand."""
+
+    arch: tuple[str, ...] = ()
+    accelerator: str | None = None
+    runtime_version: str | None = None
+    memory_bytes: int | None = None
+
+
+class Variant(Document, frozen=True, kw_only=True):
+    """One file of the release for one runtime and hardware. Devices take the first variant that fits, in order."""
+
+    name: str
+    runtime: str
+    file: str
+    requires: Requires = Requires()
+    options: dict[str, Scalar] = {}
+
+    def __post_init__(self) -> None:
+        names.check(names.FILE_NAME, self.name, "variant name")
+
+
+class Tensor(Document, frozen=True, kw_only=True):
+    """A declared input or output. `shape` uses -1 for a dimension of any size; `labels` names a text file, a label per line."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    labels: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.datatype not in DATATYPES:
+            raise ValueError(f"datatype {self.datatype!r} of {self.name!r} is not one of {', '.join(sorted(DATATYPES))}")
+
+
+class Close(Document, frozen=True, kw_only=True, tag_field="kind", tag="close"):
+    """Every element is within `atol + rtol * |expected|` of the expected one."""
+
+    atol: float = 0.0
+    rtol: float = 0.0
+
+
+class Top1(Document, frozen=True, kw_only=True, tag_field="kind", tag="top1"):
+    """The expected array holds one class index per row; at least `min_agreement` of the rows have it as their largest output."""
+
+    min_agreement: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.min_agreement <= 1.0:
+            raise ValueError("min_agreement must be above 0 and at most 1")
+
+
+class GoldenCase(Document, frozen=True, kw_only=True):
+    """Inputs and what must come out. Both files are .npz without pickled objects, an array per tensor under its name."""
+
+    name: str
+    inputs: str
+    expected: str
+    compare: dict[str, Close | Top1]
+
+    def __post_init__(self) -> None:
+        if not self.compare:
+            raise ValueError(f"golden case {self.name!r} compares no output")
+
+
+class WatchRules(Document, frozen=True, kw_only=True):
+    """When the watch that follows activation commits, and what makes it roll back.
+
+    It commits after `duration_s` once `min_requests` were answered (or `max_duration_s` passed in silence). It rolls back as soon
+    as the share of failed requests exceeds the device's own baseline by `max_error_ratio_increase` over at least
+    `min_requests_to_judge` requests, the p95 exceeds `max_p95_ratio` times the baseline's, or the serving process crashed
+    more than `max_crashes` times.
+    """
+
+    duration_s: float = 300.0
+    max_duration_s: float = 3600.0
+    min_requests: int = 0
+    min_requests_to_judge: int = 20
+    max_error_ratio_increase: float = 0.02
+    max_p95_ratio: float = 5.0
+    max_crashes: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.duration_s <= self.max_duration_s:
+            raise ValueError("duration_s must be above 0 and at most max_duration_s")
+        if self.min_requests_to_judge < 1:
+            raise ValueError("min_requests_to_judge must be at least 1")
+
+
+class Acceptance(Document, frozen=True, kw_only=True):
+    """What a device demands of the release before and after it serves. Limits are per device, for the variant it runs."""
+
+    golden: tuple[GoldenCase, ...] = ()
+    max_p95_ms: float | None = None
+    max_memory_bytes: int | None = None
+    max_trial_s: float = 120.0
+    watch: WatchRules = WatchRules()
+
+
+class Provenance(Document, frozen=True, kw_only=True):
+    """Who made the release, from what. Shown to operators; decides nothing."""
+
+    publisher: str = ""
+    created: str = ""
+    source: str = ""
+    licence: str = ""
+    model_card: str | None = None
+    notes: str = ""
+
+
+class ReleaseManifest(Document, frozen=True, kw_only=True):
+    """A release as its publisher signed it."""
+
+    model: str
+    version: int
+    files: dict[str, File]
+    variants: tuple[Variant, ...]
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    acceptance: Acceptance = Acceptance()
+    provenance: Provenance = Provenance()
+    kind: Literal["release"] = "release"
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        require_format(self.format, "release manifest")
+        self.ref  # noqa: B018 - checks model and version
+        if not self.variants:
+            raise ValueError("a release has at least one variant")
+        if len({v.name for v in self.variants}) != len(self.variants):
+            raise ValueError("two variants of a release have the same name")
+        for name in self.files:
+            names.check(names.FILE_NAME, name, "file name")
+        for name in self._named_files():
+            if name not in self.files:
+                raise ValueError(f"{name!r} is used but not among the release's files: {', '.join(sorted(self.files))}")
+
+    def _named_files(self) -> set[str]:
+        used = {v.file for v in self.variants}
+        used |= {t.labels for t in (*self.inputs, *self.outputs) if t.labels}
+        used |= {f for g in self.acceptance.golden for f in (g.inputs, g.expected)}
+        if self.provenance.model_card:
+            used.add(self.provenance.model_card)
+        return used
+
+    @property
+    def ref(self) -> names.ReleaseRef:
+        return names.ReleaseRef(self.model, self.version)
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of all distinct files."""
+        return sum({f.sha256: f.size_bytes for f in self.files.values()}.values())
+
+    def variant(self, name: str) -> Variant:
+        """Raises: KeyError when the release has no variant of that name."""
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise KeyError(name)
+
+
+def parse_manifest(data: bytes, *, expected: names.ReleaseRef | None = None) -> ReleaseManifest:
+    """The manifest in `data`.
+
+    Raises: ContractError when it breaks the format; ValueError when it is a valid manifest of another release than `expected`
+    (a mix-and-match by whoever stored it).
+    """
+    manifest = decode(data, ReleaseManifest, limit_bytes=MAX_MANIFEST_BYTES)
+    if expected is not None and manifest.ref != expected:
+        raise ValueError(f"manifest stored as {expected} describes {manifest.ref}")
+    return manifest
+
+
+__all__ = [
+    "DATATYPES", "MAX_MANIFEST_BYTES", "Acceptance", "Block", "Close", "File", "GoldenCase", "Provenance", "ReleaseManifest",
+    "Requires", "Tensor", "Top1", "Variant", "WatchRules", "parse_manifest",
+]  # fmt: skip

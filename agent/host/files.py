@@ -1,0 +1,63 @@
+"""The one way this program writes files that must survive a power cut."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes names created, renamed or removed in `directory` durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
+    """A file to write; when the block ends well, `path` is replaced by it at once and durably. Otherwise `path` is untouched.
+
+    Raises: OSError (no space, read-only), with nothing left behind.
+    """
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+def write(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Replaces the contents of `path` by `data`, durably and all at once.  Raises: OSError."""
+    with replacing(path, mode=mode) as file:
+        file.write(data)
+
+
+def make_directory(path: Path, *, mode: int = 0o755) -> None:
+    """Makes `path` and its missing parents, durably."""
+    if path.is_dir():
+        return
+    make_directory(path.parent, mode=mode)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=mode)
+    sync_directory(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes `path` durably; nothing to do when it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+        sync_directory(path.parent)

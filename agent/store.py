@@ -1,0 +1,214 @@
+"""What is on disk: blobs, releases, and which release of each model is active. `sync` writes it, `serve` reads it.
+
+    <root>/format.json                     {"format": 1}
+    <root>/blobs/<sha256>                  immutable bytes, complete and verified; never written in place
+    <root>/releases/<model>/<version>.json the manifest as it was signed; written after all its blobs
+    <root>/models/<model>.json             the Selection: what `serve` loads when it starts
+    <root>/staging/                        downloads under way; only `sync` looks here
+    <root>/sync/                           what only `sync` reads: update states, trust, outbox
+
+Order is what makes it crash-proof: blobs before the manifest, the manifest before the selection, and each of them durable
+before the next. So whatever a selection names is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from agent.contract import names
+from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
+from agent.contract.manifest import MAX_MANIFEST_BYTES, ReleaseManifest, Variant, parse_manifest
+from agent.host import files
+
+
+class StoreError(Exception):
+    """The store cannot be used as it is; the message says which file and what to do."""
+
+
+class Choice(Document, frozen=True, kw_only=True):
+    """One release of a model and the variant that this device runs."""
+
+    version: int
+    variant: str
+
+
+class Selection(Document, frozen=True, kw_only=True):
+    """Which release of a model serves. `previous` is what a roll-back returns to; None before the second release."""
+
+    model: str
+    active: Choice
+    previous: Choice | None = None
+    format: int = FORMAT
+
+
+class Release(msgspec.Struct, frozen=True):
+    """A release in the store, with the variant that was chosen for this device."""
+
+    manifest: ReleaseManifest
+    variant: Variant
+    path: Path
+    """The variant's model file."""
+
+
+class Store:
+    """Reads and writes one store folder. One process may write at a time: `sync` holds its own lock."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.blobs = root / "blobs"
+        self.staging = root / "staging"
+        self.private = root / "sync"
+        self._releases = root / "releases"
+        self._selections = root / "models"
+
+    @classmethod
+    def create(cls, root: Path) -> Store:
+        """Opens the store at `root`, making it when it is not there.  Raises: StoreError, OSError."""
+        store = cls(root)
+        for directory in (root, store.blobs, store.staging, store._releases, store._selections):
+            files.make_directory(directory)
+        files.make_directory(store.private, mode=0o700)
+        if not (root / "format.json").exists():
+            files.write(root / "format.json", encode({"format": FORMAT}))
+        store.check_format()
+        return store
+
+    def check_format(self) -> None:
+        """Raises: StoreError when the store was written by a newer version, or is not a store."""
+        path = self.root / "format.json"
+        try:
+            number = decode(path.read_bytes(), dict[str, int], limit_bytes=1024).get("format")
+        except FileNotFoundError:
+            raise StoreError(f"{self.root} is not a store: {path.name} is missing; start `edge-agent sync` once") from None
+        except ContractError as error:
+            raise StoreError(f"{path} cannot be read: {error}") from error
+        if number != FORMAT:
+            raise StoreError(
+                f"{self.root} has store format {number}, this version reads {FORMAT}: install the version that wrote it"
+            )
+
+    # -- blobs -------------------------------------------------------------------------------------------------------------
+
+    def blob(self, sha256: str) -> Path:
+        """Where the bytes with this hash are, or would be."""
+        return self.blobs / names.check(names.SHA256, sha256, "sha256")
+
+    def has_blob(self, sha256: str) -> bool:
+        return self.blob(sha256).is_file()
+
+    def file(self, manifest: ReleaseManifest, name: str) -> Path:
+        """The file called `name` in the release.  Raises: KeyError."""
+        return self.blob(manifest.files[name].sha256)
+
+    # -- releases ----------------------------------------------------------------------------------------------------------
+
+    def write_manifest(self, data: bytes) -> ReleaseManifest:
+        """Keeps a verified manifest. All its blobs must be in the store already.
+
+        Raises: ContractError; StoreError when a blob is missing; OSError.
+        """
+        manifest = parse_manifest(data)
+        for name, file in manifest.files.items():
+            if not self.has_blob(file.sha256):
+                raise StoreError(f"release {manifest.ref}: file {name!r} ({file.sha256}) is not in the store")
+        path = self._manifest_path(manifest.ref)
+        files.make_directory(path.parent)
+        files.write(path, data)
+        return manifest
+
+    def manifest(self, ref: names.ReleaseRef) -> ReleaseManifest:
+        """Raises: StoreError when the release is not in the store or its manifest is damaged."""
+        path = self._manifest_path(ref)
+        try:
+            if path.stat().st_size > MAX_MANIFEST_BYTES:
+                raise StoreError(f"{path} is larger than a manifest may be")
+            return parse_manifest(path.read_bytes(), expected=ref)
+        except FileNotFoundError:
+            raise StoreError(f"release {ref} is not in the store {self.root}") from None
+        except ValueError as error:
+            raise StoreError(f"{path} is damaged: {error}") from error
+
+    def release(self, model: str, choice: Choice) -> Release:
+        """The release to load, its model file checked against the manifest's hash.
+
+        Raises: StoreError when anything of it is missing or does not match.
+        """
+        ref = names.ReleaseRef(model, choice.version)
+        manifest = self.manifest(ref)
+        try:
+            variant = manifest.variant(choice.variant)
+        except KeyError:
+            raise StoreError(f"release {ref} has no variant {choice.variant!r}") from None
+        file = manifest.files[variant.file]
+        path = self.blob(file.sha256)
+        actual = hash_file(path)
+        if actual != file.sha256:
+            raise StoreError(
+                f"cannot load model {model!r} version {choice.version}: hash mismatch (expected {file.sha256}, got {actual})"
+            )
+        return Release(manifest, variant, path)
+
+    def releases(self) -> list[names.ReleaseRef]:
+        """Every release in the store, sorted."""
+        return sorted(
+            names.ReleaseRef(path.parent.name, int(path.stem))
+            for path in self._releases.glob("*/*.json")
+            if path.stem.isdigit()
+        )
+
+    def remove_manifest(self, ref: names.ReleaseRef) -> None:
+        files.remove(self._manifest_path(ref))
+
+    def _manifest_path(self, ref: names.ReleaseRef) -> Path:
+        return self._releases / ref.model / f"{ref.version}.json"
+
+    # -- selections --------------------------------------------------------------------------------------------------------
+
+    def select(self, selection: Selection) -> None:
+        """Makes `selection` what `serve` loads from its next start on. The running `serve` is told by a control route."""
+        names.check_model(selection.model)
+        files.write(self._selections / f"{selection.model}.json", encode(selection))
+
+    def deselect(self, model: str) -> None:
+        """The model is no longer served from the next start on."""
+        files.remove(self._selections / f"{names.check_model(model)}.json")
+
+    def selection(self, model: str) -> Selection | None:
+        """None when the model was never activated.  Raises: StoreError when the record is damaged."""
+        path = self._selections / f"{names.check_model(model)}.json"
+        try:
+            return decode(path.read_bytes(), Selection, limit_bytes=64 * 1024)
+        except FileNotFoundError:
+            return None
+        except ContractError as error:
+            raise StoreError(f"{path} is damaged: {error}") from error
+
+    def selections(self) -> dict[str, Selection | StoreError]:
+        """What is selected for every model; the error in place of a record that cannot be read, so that one does not hide the rest."""
+        found: dict[str, Selection | StoreError] = {}
+        for path in sorted(self._selections.glob("*.json")):
+            if path.name.startswith("."):
+                continue
+            try:
+                selection = self.selection(path.stem)
+            except (StoreError, ValueError) as error:
+                found[path.stem] = StoreError(str(error))
+            else:
+                if selection is not None:
+                    found[path.stem] = selection
+        return found
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of the file's bytes, in hex.  Raises: StoreError when it is not there; OSError."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing") from None
+    return digest.hexdigest()

@@ -1,0 +1,135 @@
+"""What an inference engine must offer. A runtime is about a hundred lines plus its own dependency.
+
+Third parties register a class that satisfies `Runtime` under the entry point group `edge_agent.runtimes`; the name of the
+entry point is the runtime's name in release manifests. `contract_version` is checked before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONTRACT_VERSION = 1
+
+Array = NDArray[Any]
+Scalar = str | int | float | bool
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype(np.uint8),
+    "UINT16": np.dtype(np.uint16),
+    "UINT32": np.dtype(np.uint32),
+    "UINT64": np.dtype(np.uint64),
+    "INT8": np.dtype(np.int8),
+    "INT16": np.dtype(np.int16),
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
+    "FP16": np.dtype(np.float16),
+    "FP32": np.dtype(np.float32),
+    "FP64": np.dtype(np.float64),
+    "BYTES": np.dtype(np.object_),
+}
+"""Open Inference Protocol datatype → NumPy dtype of the arrays that cross this contract. BYTES arrays hold `bytes` objects."""
+
+DATATYPES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """real = scale * (quantized - zero_point). One pair for the tensor, or one per index along `axis`."""
+
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+    axis: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output of a loaded model. `shape` has -1 where any size goes."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    quantization: Quantization | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return DTYPES[self.datatype]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What a model really runs on. `fallback` says in words why it is not what was asked for; None when it is."""
+
+    requested: str
+    actual: str
+    fallback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """`threads` is how many one run may use (0: the engine's choice). `extra` holds the variant's options from the manifest."""
+
+    threads: int = 1
+    extra: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+class RuntimeFailure(Exception):
+    """Root of what a runtime raises; foreign exceptions are translated into one of these."""
+
+
+class ModelInvalid(RuntimeFailure):
+    """The file is not a model this runtime can load: truncated, another format, an unknown operator. Trying again is useless."""
+
+
+class InputInvalid(RuntimeFailure):
+    """The caller's arrays do not fit the model. The message names the input and says what was expected."""
+
+
+class RunFailed(RuntimeFailure):
+    """The engine failed on inputs that fit the declared shapes and types."""
+
+
+class RuntimeUnavailable(RuntimeFailure):
+    """The engine or its hardware is missing here; the message says what to install."""
+
+
+class Model(Protocol):
+    """A loaded model. `run` may be called from several threads at once."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def placement(self) -> Placement: ...
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+        """The named `outputs` (all of them, in the model's order, when None). `feeds` holds every input, C-contiguous.
+
+        The returned arrays belong to the caller. Raises: InputInvalid, RunFailed.
+        """
+
+    def close(self) -> None:
+        """Gives the engine's memory back. Nothing may be called afterwards."""
+
+
+class Runtime(Protocol):
+    """Loads models of one format."""
+
+    contract_version: int
+    name: str
+    suffixes: tuple[str, ...]
+
+    def version(self) -> str:
+        """The engine and its version, such as `onnxruntime 1.31.1`.  Raises: RuntimeUnavailable."""
+
+    def load(self, path: Path, options: LoadOptions) -> Model:
+        """Raises: ModelInvalid, RuntimeUnavailable. May crash the process on a hostile file: try it in a child first."""
