@@ -1,0 +1,128 @@
+"""Which release a device should run. Both sides compute it with the functions here, so they cannot disagree.
+
+The assignment is one TUF target per fleet (`assignments/fleet.json`), signed online; its size grows with the number of models
+and rules, never with the number of devices. What groups a device is in stands in its own record, signed by the same key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from typing import Literal
+
+import msgspec
+
+from agent.contract import names
+from agent.contract.codec import FORMAT, Document, require_format
+
+ASSIGNMENT_TARGET = "assignments/fleet.json"
+MAX_ASSIGNMENT_BYTES = 4 * 1024 * 1024
+MAX_RECORD_BYTES = 64 * 1024
+RECORD_PAYLOAD_TYPE = "application/vnd.edge-fleet.device-record+json"
+"""The DSSE payload type of a signed device record."""
+
+EVERYONE = 1000
+"""A rollout's `permille` that reaches every device."""
+
+Mode = Literal["install", "shadow"]
+
+
+class Window(Document, frozen=True, kw_only=True):
+    """When devices may switch: minutes of the day in the device's local time, from `start` until before `end` (may pass midnight)."""
+
+    start_minute: int
+    end_minute: int
+    days: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start_minute < 1440 and 0 <= self.end_minute <= 1440):
+            raise ValueError("start_minute and end_minute are minutes of a day, 0 to 1440")
+
+
+class Rollout(Document, frozen=True, kw_only=True):
+    """A staged change under way: devices in `groups`, or whose slot is below `permille`, should run `release`; the rest stay."""
+
+    id: str
+    release: int
+    previous: int | None
+    groups: tuple[str, ...] = ()
+    permille: int = 0
+    mode: Mode = "install"
+    window: Window | None = None
+
+    def __post_init__(self) -> None:
+        names.check(names.GROUP_NAME, self.id, "rollout id")
+        if not 0 <= self.permille <= EVERYONE:
+            raise ValueError(f"permille {self.permille} must be from 0 to {EVERYONE}")
+
+
+class ModelAssignment(Document, frozen=True, kw_only=True):
+    """`release` is what every device runs that no rollout reaches; None when the model has none yet. Nobody may run a withdrawn one."""
+
+    release: int | None = None
+    rollout: Rollout | None = None
+    withdrawn: tuple[int, ...] = ()
+
+
+class Assignment(Document, frozen=True, kw_only=True):
+    """What the fleet should run. `version` only grows; a device refuses a lower one than it has seen."""
+
+    fleet: str
+    version: int
+    models: dict[str, ModelAssignment]
+    kind: Literal["assignment"] = "assignment"
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        require_format(self.format, "assignment")
+        for model in self.models:
+            names.check_model(model)
+
+
+class DeviceRecord(Document, frozen=True, kw_only=True):
+    """What the fleet knows of one device, for that device alone. `serial` only grows; times are seconds since the epoch, UTC."""
+
+    fleet: str
+    device: str
+    serial: int
+    groups: tuple[str, ...]
+    issued: float
+    expires: float
+    labels: dict[str, str] = {}
+    kind: Literal["device-record"] = "device-record"
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        require_format(self.format, "device record")
+        names.check(names.DEVICE_ID, self.device, "device id")
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """What a device should do about one model. `release` None: stop serving it. `rollout` None: nothing staged reaches this device."""
+
+    release: int | None
+    mode: Mode = "install"
+    rollout: str | None = None
+    window: Window | None = None
+
+
+def slot(rollout_id: str, device: str) -> int:
+    """The device's place among 1000 for this rollout, different in each rollout so that no device is always first."""
+    digest = hashlib.sha256(f"{rollout_id}\0{device}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % EVERYONE
+
+
+def reaches(rollout: Rollout, device: str, groups: Collection[str]) -> bool:
+    """Whether the rollout's current wave includes the device."""
+    return any(group in groups for group in rollout.groups) or slot(rollout.id, device) < rollout.permille
+
+
+def wanted(models: ModelAssignment, device: str, groups: Collection[str]) -> Wanted:
+    """What `device` should run of the model. A withdrawn release is never wanted; then the one before it is, if that is not withdrawn."""
+    rollout = models.rollout
+    if rollout and rollout.release not in models.withdrawn and reaches(rollout, device, groups):
+        return Wanted(rollout.release, rollout.mode, rollout.id, rollout.window)
+    for release in (models.release, rollout.previous if rollout else None):
+        if release is not None and release not in models.withdrawn:
+            return Wanted(release)
+    return Wanted(None)

@@ -1,0 +1,52 @@
+"""Why a device refused, failed or rolled back: one code per cause, the same on the device, in reports, in the API and on the page."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Reason(str, Enum):
+    """Stable codes; the text beside them in a report says the rest. New ones may be added, none renamed."""
+
+    # trust: refused before a byte of the release is used
+    BAD_SIGNATURE = "bad_signature"
+    EXPIRED_METADATA = "expired_metadata"
+    METADATA_ROLLBACK = "metadata_rollback"
+    HASH_MISMATCH = "hash_mismatch"
+    WRONG_RELEASE = "wrong_release"
+    BAD_MANIFEST = "bad_manifest"
+    WITHDRAWN = "withdrawn"
+    CLOCK_UNTRUSTED = "clock_untrusted"
+
+    # fetching
+    DOWNLOAD_FAILED = "download_failed"
+    NO_SPACE = "no_space"
+    STORE_FAILED = "store_failed"
+
+    # does not fit this device
+    NO_VARIANT = "no_variant"
+
+    # trial
+    LOAD_FAILED = "load_failed"
+    WRONG_INTERFACE = "wrong_interface"
+    GOLDEN_MISMATCH = "golden_mismatch"
+    TOO_SLOW = "too_slow"
+    TOO_MUCH_MEMORY = "too_much_memory"
+    TRIAL_CRASHED = "trial_crashed"
+    TRIAL_TIMED_OUT = "trial_timed_out"
+    INTERRUPTED_TOO_OFTEN = "interrupted_too_often"
+
+    # activation and watch
+    ACTIVATION_FAILED = "activation_failed"
+    ERROR_RATIO = "error_ratio"
+    LATENCY_RATIO = "latency_ratio"
+    SERVE_CRASHED = "serve_crashed"
+
+    # people
+    OPERATOR = "operator"
+
+
+RETRYABLE = frozenset(
+    {Reason.EXPIRED_METADATA, Reason.CLOCK_UNTRUSTED, Reason.DOWNLOAD_FAILED, Reason.NO_SPACE, Reason.STORE_FAILED}
+)
+"""Causes that lie outside the release: the device tries again later and does not quarantine it."""

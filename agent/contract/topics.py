@@ -1,0 +1,40 @@
+"""MQTT topics. The broker lets a device write below its own `up` and read its own `down` and `all`, by its certificate's CN.
+
+A poke says "look again" and nothing more: what to do is always fetched and verified, so lost, doubled or forged pokes are harmless.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from agent.contract.codec import FORMAT, Document
+
+ROOT = "v1"
+POKE_ALL = f"{ROOT}/all/poke"
+UP_FILTER = f"{ROOT}/d/+/up/#"
+
+Upward = Literal["state", "events", "telemetry", "presence"]
+
+
+class Poke(Document, frozen=True, kw_only=True):
+    """`assignment_version` lets a device that has it already do nothing; it is a hint and is never trusted."""
+
+    assignment_version: int | None = None
+    kind: Literal["poke"] = "poke"
+    format: int = FORMAT
+
+
+def down_poke(device: str) -> str:
+    return f"{ROOT}/d/{device}/down/poke"
+
+
+def up(device: str, what: Upward) -> str:
+    return f"{ROOT}/d/{device}/up/{what}"
+
+
+def parse_up(topic: str) -> tuple[str, str] | None:
+    """(device, what) of a topic below UP_FILTER; None for any other."""
+    parts = topic.split("/")
+    if len(parts) == 5 and parts[:2] == [ROOT, "d"] and parts[3] == "up":
+        return parts[2], parts[4]
+    return None
