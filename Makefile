@@ -1,0 +1,87 @@
+# The commands of this project. `make help` lists them.
+export ORT_DISABLE_TELEMETRY = 1
+export ORT_TELEMETRY_DISABLED = 1
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+SOURCES := agent runtimes fleet_server tests benchmarks examples
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1mmake %-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(VENV)/.demo mosquitto ## the whole story on this machine (ARGS=--once ends by itself, ARGS=--stay keeps it running)
+	@$(BIN)/python examples/demo $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.dev test-packages ## every test (ARGS="-k name" for some)
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.dev ## lint, formatting, strict types, import rules, lock files
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+.PHONY: format
+format: $(VENV)/.dev ## format the code and apply safe fixes
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+.PHONY: bench
+bench: $(VENV)/.dev ## speed beside a raw socket and the engine alone, in one run (ARGS=--quick)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: docs
+docs: $(VENV)/.dev ## write the generated reference pages in docs/reference
+	$(BIN)/python docs/generate.py
+
+.PHONY: lock
+lock: ## resolve the dependencies anew (needs uv)
+	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --extra dev pyproject.toml -o requirements/dev.lock
+	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --extra onnx --extra tflite --extra fleet -c requirements/dev.lock pyproject.toml -o requirements/demo.lock
+
+.PHONY: clean
+clean: ## remove the environment and all caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+
+# -- what the commands above need ---------------------------------------------------------------------------------------
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed; name one with: make PYTHON=python3.11 …"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.demo: requirements/demo.lock pyproject.toml | $(VENV)/bin/python
+	@echo "installing the locked dependencies into $(VENV) …"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/demo.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.lock pyproject.toml | $(VENV)/bin/python
+	@echo "installing the locked development dependencies into $(VENV) …"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@ $(VENV)/.demo
+
+# A program from Debian's packages, installed only when it is missing. $(1): the program, $(2): the package.
+define need
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v $(1) >/dev/null || { \
+	  command -v apt-get >/dev/null || { echo "$(1) is missing: install it with this system's package manager"; exit 1; }; \
+	  echo "installing $(2) …"; \
+	  $(SUDO) apt-get update -qq && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $(2) >/dev/null; }
+endef
+
+.PHONY: mosquitto
+mosquitto:
+	$(call need,mosquitto,mosquitto)
+
+.PHONY: test-packages
+test-packages: mosquitto
+	$(call need,curl,curl)
+	$(call need,systemd-nspawn,systemd-container)
