@@ -1,0 +1,220 @@
+"""ONNX models through ONNX Runtime, on the CPU or on what the installed build offers (CUDA, TensorRT)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.check import check_feeds
+from runtimes.contract import (
+    CONTRACT_VERSION,
+    Array,
+    InputInvalid,
+    LoadOptions,
+    ModelInvalid,
+    Placement,
+    RunFailed,
+    RuntimeUnavailable,
+    TensorSpec,
+)
+from runtimes.onnx_graph import read_quantization
+
+INSTALL = "install it with: pip install 'edge-inference-agent[onnx]'"
+
+ELEMENT_TYPES = {
+    "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64", "tensor(int8)": "INT8", "tensor(int16)": "INT16", "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64", "tensor(float16)": "FP16", "tensor(float)": "FP32", "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}  # fmt: skip
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+FALLBACKS = {"cpu": (), "cuda": ("cpu",), "tensorrt": ("cuda", "cpu")}
+ORT_FORMAT_MAGIC = b"ORTM"  # flatbuffer identifier at byte 4; blobs have no suffix that would tell
+
+
+def _engine() -> Any:
+    # Official builds from 1.29 on report usage to their maker unless told not to before the import.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    os.environ["ORT_TELEMETRY_DISABLED"] = "1"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RuntimeUnavailable(f"onnxruntime cannot be imported ({error}); {INSTALL}") from error
+    return onnxruntime
+
+
+class OnnxRuntime:
+    """Variant options: `provider` is cpu, cuda, tensorrt or auto (CUDA where it works, else the CPU; the default)."""
+
+    contract_version = CONTRACT_VERSION
+    name = "onnx"
+    suffixes: tuple[str, ...] = (".onnx", ".ort")
+
+    def version(self) -> str:
+        return f"onnxruntime {_engine().__version__}"
+
+    def load(self, path: Path, options: LoadOptions) -> OnnxModel:
+        ort = _engine()
+        head = _head(path)
+        requested = str(options.extra.get("provider", "auto"))
+        wanted, missing = _choose(requested, ort)
+        settings = _settings(ort, options)
+        if head[4:8] == ORT_FORMAT_MAGIC:
+            settings.add_session_config_entry("session.load_model_format", "ORT")
+        try:
+            session = ort.InferenceSession(path, settings, providers=[PROVIDERS[p] for p in wanted])
+        except MemoryError:
+            raise
+        except Exception as error:
+            if "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
+                raise MemoryError(f"not enough memory to load {path.name}") from error
+            raise ModelInvalid(
+                f"{path.name} is not a model that onnxruntime {ort.__version__} can load: {_plain(error)}"
+            ) from error
+        return OnnxModel(session, read_quantization(path), _placement(requested, wanted, missing, session))
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise ModelInvalid(f"{path} cannot be read: {error.strerror}") from error
+    if not head:
+        raise ModelInvalid(f"{path.name} is empty")
+    return head
+
+
+def _choose(requested: str, ort: Any) -> tuple[list[str], str | None]:
+    """The providers to offer, best first, and why the one asked for is not among them."""
+    present = [name for name, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
+    if requested == "auto":
+        return (["cuda", "cpu"] if "cuda" in present else ["cpu"]), None
+    if requested not in PROVIDERS:
+        raise ModelInvalid(f"option provider={requested!r} is not one of auto, {', '.join(PROVIDERS)}")
+    wanted = [name for name in (requested, *FALLBACKS[requested]) if name in present]
+    if requested in present:
+        return wanted, None
+    return wanted, f"this onnxruntime {ort.__version__} has no {PROVIDERS[requested]} (it has: {', '.join(present)})"
+
+
+def _settings(ort: Any, options: LoadOptions) -> Any:
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 4  # its messages come back as exceptions
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning takes the cores from other models
+    return settings
+
+
+def _placement(requested: str, wanted: Sequence[str], missing: str | None, session: Any) -> Placement:
+    actual = next((name for name, provider in PROVIDERS.items() if provider == session.get_providers()[0]), "cpu")
+    if missing is None and requested not in ("auto", actual):
+        missing = f"{PROVIDERS[requested]} did not start (drivers or libraries missing); the engine uses {actual}"
+    elif missing is None and actual != wanted[0]:
+        missing = f"{PROVIDERS[wanted[0]]} did not start (drivers or libraries missing); the engine uses {actual}"
+    return Placement(requested, actual, missing)
+
+
+def _plain(error: Exception) -> str:
+    """The engine's message in one line, without its code prefix."""
+    text = str(error)
+    return " ".join(text.rsplit("] : ", 1)[-1].split())[:400]
+
+
+class OnnxModel:
+    """A loaded session; ONNX Runtime allows parallel runs on one."""
+
+    def __init__(self, session: Any, quantization: Mapping[str, Any], placement: Placement) -> None:
+        self._session = session
+        self._symbols = {i.name: i.shape for i in session.get_inputs()}
+        self._inputs = tuple(_spec(i, "input", quantization) for i in session.get_inputs())
+        self._outputs = tuple(_spec(o, "output", quantization) for o in session.get_outputs())
+        self._placement = placement
+        self._has_text = any(t.datatype == "BYTES" for t in (*self._inputs, *self._outputs))
+        self._names = [o.name for o in self._outputs]
+        self._run = session.run
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    @property
+    def placement(self) -> Placement:
+        return self._placement
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+        if self._has_text:
+            return self._run_with_text(feeds, outputs)
+        try:
+            result: list[Array] = self._run(outputs or self._names, feeds)
+        except Exception as error:
+            raise self._explain(error, feeds) from error
+        return result
+
+    def _run_with_text(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
+        """The engine takes and gives `str` where the contract has `bytes`."""
+        converted = {name: (_decoded(name, a) if a.dtype == np.object_ else a) for name, a in feeds.items()}
+        try:
+            result: list[Array] = self._run(outputs or self._names, converted)
+        except Exception as error:
+            raise self._explain(error, feeds) from error
+        return [_encoded(a) if a.dtype == np.object_ else a for a in result]
+
+    def _explain(self, error: Exception, feeds: Mapping[str, Array]) -> InputInvalid | RunFailed:
+        try:
+            check_feeds(self._inputs, feeds)
+            self._check_symbols(feeds)
+        except InputInvalid as invalid:
+            return invalid
+        if type(error).__name__ == "InvalidArgument":
+            return InputInvalid(f"the engine refused the inputs: {_plain(error)}")
+        return RunFailed(f"onnxruntime failed: {_plain(error)}")
+
+    def _check_symbols(self, feeds: Mapping[str, Array]) -> None:
+        """Dimensions of the same name must have the same size: `batch` of one input and `batch` of another."""
+        seen: dict[str, tuple[str, int]] = {}
+        for name, shape in self._symbols.items():
+            for symbol, size in zip(shape, feeds[name].shape, strict=True):
+                if not isinstance(symbol, str):
+                    continue
+                other, expected = seen.setdefault(symbol, (name, size))
+                if expected != size:
+                    raise InputInvalid(f"input {name!r} has {symbol} {size}, but input {other!r} has {symbol} {expected}")
+
+    def close(self) -> None:
+        del self._run, self._session
+
+
+def _spec(node: Any, role: str, quantization: Mapping[str, Any]) -> TensorSpec:
+    datatype = ELEMENT_TYPES.get(node.type)
+    if datatype is None:
+        raise ModelInvalid(
+            f"{role} {node.name!r} has type {node.type}, which cannot cross the socket; export the model with plain tensors"
+        )
+    shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
+    return TensorSpec(node.name, datatype, shape, quantization.get(node.name))
+
+
+def _decoded(name: str, array: Array) -> Array:
+    try:
+        text = [element.decode() for element in array.flat]
+    except UnicodeDecodeError as error:
+        raise InputInvalid(f"input {name!r} has an element that is not UTF-8: {error}") from error
+    result = np.empty(array.size, np.object_)
+    result[:] = text
+    return result.reshape(array.shape)
+
+
+def _encoded(array: Array) -> Array:
+    result = np.empty(array.size, np.object_)
+    result[:] = [str(element).encode() for element in array.flat]
+    return result.reshape(array.shape)

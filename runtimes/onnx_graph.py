@@ -1,0 +1,287 @@
+"""Scale and zero point of an ONNX model's quantized inputs and outputs, read from the file itself.
+
+ONNX Runtime does not expose the graph and the `onnx` package is not something a device needs, so this reads just enough of the
+protobuf wire format: the nodes next to the graph's inputs and outputs and the constants they name. Everything else is skipped
+unread. A file that is not understood yields nothing: quantization is information, never a reason to refuse a model.
+
+Field numbers are those of onnx.proto (ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto).
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtimes.contract import Quantization
+
+Wire = bytes | memoryview
+
+MODEL_GRAPH = 7
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
+NODE_INPUT, NODE_OUTPUT, NODE_OP, NODE_ATTRIBUTE = 1, 2, 4, 5
+ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_TENSOR = 1, 3, 5
+TENSOR_DIMS, TENSOR_TYPE, TENSOR_FLOATS, TENSOR_INTS, TENSOR_NAME, TENSOR_RAW = 1, 2, 4, 5, 8, 9
+VALUE_NAME = 1
+
+MAX_CONSTANT_BYTES = 1 << 20  # a scale per channel of the widest layer is far below; weights are far above
+ELEMENT_TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64, 10: np.float16}
+
+# Which operand of an operator is quantized by which scale and zero point: (data, scale, zero point) positions.
+READS = {
+    "QuantizeLinear": ((0, 1, 2),),
+    "DequantizeLinear": ((0, 1, 2),),
+    "QLinearConv": ((0, 1, 2),),
+    "QLinearMatMul": ((0, 1, 2), (3, 4, 5)),
+    "QLinearAdd": ((0, 1, 2), (3, 4, 5)),
+    "QLinearMul": ((0, 1, 2), (3, 4, 5)),
+    "QGemm": ((0, 1, 2),),
+}
+WRITES = {
+    "QuantizeLinear": (1, 2),
+    "DequantizeLinear": (1, 2),
+    "QLinearConv": (6, 7),
+    "QLinearMatMul": (6, 7),
+    "QLinearAdd": (6, 7),
+    "QLinearMul": (6, 7),
+    "QLinearSoftmax": (3, 4),
+    "QLinearSigmoid": (3, 4),
+    "QLinearLeakyRelu": (3, 4),
+    "QLinearGlobalAveragePool": (3, 4),
+    "QLinearAveragePool": (3, 4),
+    "QGemm": (7, 8),
+}
+# Operators that move elements without changing them, so that the scale of the tensor before holds after.
+MOVES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Transpose"})
+AXIS_DEFAULT = 1
+
+
+class _Malformed(Exception):
+    """The bytes are not the protobuf that is expected."""
+
+
+@dataclass(slots=True)
+class _Node:
+    op: str = ""
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    axis: int | None = None
+    value: Wire | None = None
+
+
+@dataclass(slots=True)
+class _Graph:
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    nodes: list[_Node] = field(default_factory=list)
+    constants: dict[str, Wire] = field(default_factory=dict)
+
+
+def read_quantization(path: Path) -> dict[str, Quantization]:
+    """Graph input or output name → its quantization parameters; only those that are constants in the file."""
+    try:
+        if path.stat().st_size == 0:
+            return {}
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as data,
+        ):
+            return _quantization(data)
+    except (_Malformed, OSError, UnicodeDecodeError, struct.error):
+        return {}
+
+
+def _quantization(data: memoryview) -> dict[str, Quantization]:
+    graph = _Graph()
+    for number, value in _fields(data):
+        if number == MODEL_GRAPH:
+            _read_graph(graph, _message(value))
+    found = {name: q for name in graph.inputs if (q := _of_input(graph, name)) is not None}
+    found.update({name: q for name in graph.outputs if (q := _of_output(graph, name)) is not None})
+    return found
+
+
+def _of_input(graph: _Graph, name: str) -> Quantization | None:
+    """Only when every reader of the input agrees: a float input that is also read unquantized is not a quantized input."""
+    agreed: Quantization | None = None
+    names = {name}
+    for node in graph.nodes:  # ONNX lists nodes in topological order
+        if not names.intersection(node.inputs):
+            continue
+        if node.op in MOVES and node.inputs[0] in names:
+            names.update(node.outputs)
+            continue
+        quantization = next(
+            (
+                _parameters(graph, node, scale, zero)
+                for data, scale, zero in READS.get(node.op, ())
+                if len(node.inputs) > data and node.inputs[data] in names
+            ),
+            None,
+        )
+        if quantization is None or (agreed is not None and agreed != quantization):
+            return None
+        agreed = quantization
+    return agreed
+
+
+def _of_output(graph: _Graph, name: str) -> Quantization | None:
+    for node in reversed(graph.nodes):
+        if name not in node.outputs:
+            continue
+        if node.op in MOVES and node.inputs:
+            name = node.inputs[0]
+            continue
+        at = WRITES.get(node.op)
+        return _parameters(graph, node, *at) if at else None
+    return None
+
+
+def _parameters(graph: _Graph, node: _Node, scale: int, zero: int) -> Quantization | None:
+    scale_bytes = graph.constants.get(node.inputs[scale]) if len(node.inputs) > scale else None
+    if scale_bytes is None:
+        return None
+    scales = _tensor(scale_bytes)
+    zeros: NDArray[Any] = np.zeros(scales.size, np.int64)
+    if len(node.inputs) > zero and node.inputs[zero]:
+        zero_bytes = graph.constants.get(node.inputs[zero])
+        if zero_bytes is None:
+            return None
+        zeros = _tensor(zero_bytes)
+    if scales.size == 0 or scales.size != zeros.size:
+        return None
+    axis = (AXIS_DEFAULT if node.axis is None else node.axis) if scales.size > 1 else None
+    return Quantization(tuple(float(s) for s in scales.flat), tuple(int(z) for z in zeros.flat), axis)
+
+
+def _read_graph(graph: _Graph, data: memoryview) -> None:
+    for number, value in _fields(data):
+        if number == GRAPH_NODE:
+            node = _read_node(_message(value))
+            graph.nodes.append(node)
+            if node.op == "Constant" and node.outputs and node.value is not None:
+                graph.constants[node.outputs[0]] = node.value
+        elif number == GRAPH_INITIALIZER:
+            message = _message(value)
+            if len(message) <= MAX_CONSTANT_BYTES:
+                graph.constants[_name(message, TENSOR_NAME)] = message
+        elif number == GRAPH_INPUT:
+            graph.inputs.append(_name(_message(value), VALUE_NAME))
+        elif number == GRAPH_OUTPUT:
+            graph.outputs.append(_name(_message(value), VALUE_NAME))
+
+
+def _read_node(data: memoryview) -> _Node:
+    node = _Node()
+    for number, value in _fields(data):
+        if number == NODE_INPUT:
+            node.inputs.append(_text(value))
+        elif number == NODE_OUTPUT:
+            node.outputs.append(_text(value))
+        elif number == NODE_OP:
+            node.op = _text(value)
+        elif number == NODE_ATTRIBUTE:
+            _read_attribute(node, _message(value))
+    return node
+
+
+def _read_attribute(node: _Node, data: memoryview) -> None:
+    name, number_value, tensor = "", None, None
+    for number, value in _fields(data):
+        if number == ATTRIBUTE_NAME:
+            name = _text(value)
+        elif number == ATTRIBUTE_INT and isinstance(value, int):
+            number_value = value - (1 << 64) if value >= 1 << 63 else value
+        elif number == ATTRIBUTE_TENSOR:
+            tensor = _message(value)
+    if name == "axis" and number_value is not None:
+        node.axis = number_value
+    elif name == "value" and tensor is not None and len(tensor) <= MAX_CONSTANT_BYTES:
+        node.value = tensor
+
+
+def _tensor(data: Wire) -> NDArray[Any]:
+    kind, raw, floats, ints = 0, b"", [], []
+    for number, value in _fields(memoryview(data)):
+        if number == TENSOR_TYPE and isinstance(value, int):
+            kind = value
+        elif number == TENSOR_RAW:
+            raw = bytes(_message(value))
+        elif number == TENSOR_FLOATS:
+            floats.append(value)
+        elif number == TENSOR_INTS:
+            ints.append(value)
+    dtype = ELEMENT_TYPES.get(kind)
+    if dtype is None:
+        return np.zeros(0)
+    if raw:
+        if len(raw) % np.dtype(dtype).itemsize:
+            raise _Malformed
+        return np.frombuffer(raw, dtype)
+    if floats:
+        return np.frombuffer(b"".join(struct.pack("<I", f) if isinstance(f, int) else bytes(f) for f in floats), np.float32)
+    numbers = [n for value in ints for n in ([value] if isinstance(value, int) else _packed(value))]
+    return np.array([n - (1 << 64) if n >= 1 << 63 else n for n in numbers], dtype=np.int64)
+
+
+def _packed(data: Wire) -> Iterator[int]:
+    at = 0
+    while at < len(data):
+        number, at = _varint(data, at)
+        yield number
+
+
+def _fields(data: Wire) -> Iterator[tuple[int, int | memoryview]]:
+    """Every (field number, value) of a message; a nested message is a view, nothing is copied.  Raises: _Malformed."""
+    view, at, end = memoryview(data), 0, len(data)
+    while at < end:
+        key, at = _varint(view, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(view, at)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, at = _varint(view, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise _Malformed
+        if size > end - at:
+            raise _Malformed
+        yield key >> 3, (view[at : at + size] if kind == 2 else int.from_bytes(view[at : at + size], "little"))
+        at += size
+
+
+def _varint(data: Wire, at: int) -> tuple[int, int]:
+    result = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise _Malformed
+        byte = data[at]
+        at += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return result, at
+        shift += 7
+
+
+def _message(value: int | Wire) -> memoryview:
+    if isinstance(value, int):
+        raise _Malformed
+    return memoryview(value)
+
+
+def _text(value: int | Wire) -> str:
+    return bytes(_message(value)).decode()
+
+
+def _name(message: memoryview, number: int) -> str:
+    return next((_text(value) for n, value in _fields(message) if n == number), "")
