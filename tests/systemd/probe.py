@@ -1,0 +1,139 @@
+"""Runs inside the booted machine, as root, and prints one JSON object of what it saw."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+SOCKET = "/run/edge-agent/agent.sock"
+LIMIT_S = 20.0
+
+
+def show(unit: str, *properties: str) -> dict[str, str]:
+    line = ["systemctl", "show", unit, *(f"--property={name}" for name in properties)]
+    return dict(row.split("=", 1) for row in subprocess.check_output(line, text=True).splitlines())
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(LIMIT_S)
+        self.sock.connect(SOCKET)
+
+
+def ask(method: str, path: str, body: str | None = None) -> tuple[int, str]:
+    connection = UnixConnection("edge")
+    try:
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def predict() -> tuple[int, str]:
+    data = {"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": [0.0] * 64}
+    return ask("POST", "/v2/models/digits/infer", json.dumps({"inputs": [data]}))
+
+
+def until(condition: object, what: str) -> float:
+    start = time.monotonic()
+    while not condition():  # type: ignore[operator]
+        if time.monotonic() - start > LIMIT_S:
+            raise TimeoutError(what)
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+def main_pid() -> int:
+    return int(show("edge-agent.service", "MainPID")["MainPID"])
+
+
+def reachable_from(prefix: list[str], port: int) -> str:
+    """What a process started with `prefix` sees when it connects to the machine's loopback."""
+    code = f"import socket; socket.create_connection(('127.0.0.1', {port}), 3); print('reached')"
+    done = subprocess.run(
+        [*prefix, "/usr/bin/edge-python", "-c", code], capture_output=True, text=True, timeout=15, check=False
+    )
+    return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+
+
+def seen() -> dict[str, object]:
+    facts: dict[str, object] = {}
+    facts["verify"] = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *(f"/etc/systemd/system/{unit}" for unit in UNITS)],
+        capture_output=True, text=True, check=False,
+    ).stderr  # fmt: skip
+    facts["before the first request"] = show("edge-agent.service", "ActiveState")["ActiveState"]
+    facts["first request, through the socket unit"] = predict()
+    facts["then"] = show("edge-agent.service", "ActiveState", "StatusText", "NRestarts", "User")
+
+    facts["interfaces"] = sorted(
+        line.split(":")[0].strip() for line in open(f"/proc/{main_pid()}/net/dev").readlines()[2:]
+    )  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        facts["loopback from outside"] = reachable_from([], port)
+        facts["loopback from inside the service's network"] = reachable_from(
+            ["nsenter", f"--net=/proc/{main_pid()}/ns/net"], port
+        )
+    subprocess.run(["systemctl", "start", "network-probe.service"], check=False)
+    facts["sockets under the unit's own restrictions"] = open("/var/lib/network-probe/seen").read()
+    facts["write to the store"] = show("store-probe.service", "Result") if start("store-probe.service") else "could write"
+
+    before = main_pid()
+    os.kill(before, signal.SIGKILL)
+    facts["asked right after kill -9"] = predict()
+    facts["restarted with another pid"] = main_pid() != before
+
+    frozen = main_pid()
+    os.kill(frozen, signal.SIGSTOP)
+    until(lambda: main_pid() not in {0, frozen}, "the watchdog did not act")
+    facts["after the watchdog"] = predict()
+
+    answers: list[int] = []
+    stop = threading.Event()
+
+    def client() -> None:
+        while not stop.is_set():
+            answers.append(predict()[0])
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    until(lambda: len(answers) > 20, "no answers")
+    subprocess.run(["systemctl", "restart", "edge-agent.service"], check=True)
+    count = len(answers)
+    until(lambda: len(answers) > count + 20, "no answers after the restart")
+    stop.set()
+    thread.join()
+    facts["answers across systemctl restart"] = sorted(set(answers))
+    subprocess.run(["systemctl", "stop", "edge-agent.service"], check=True)
+    facts["stopped"] = show("edge-agent.service", "Result", "ExecMainStatus")
+    return facts
+
+
+def start(unit: str) -> bool:
+    """True when the unit failed, as it should."""
+    return subprocess.run(["systemctl", "start", unit], capture_output=True, check=False).returncode != 0
+
+
+UNITS = (
+    "edge-agent.socket", "edge-agent.service", "edge-agent-sync.service", "edge-agent-trial.socket",
+    "edge-agent-trial@.service", "edge-fleet.service",
+)  # fmt: skip
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(seen()))
+    except BaseException as error:
+        journal = subprocess.run(
+            ["journalctl", "-b", "--no-pager", "-n", "60"], capture_output=True, text=True, check=False
+        ).stdout
+        print(json.dumps({"error": repr(error), "journal": journal}))
+        raise
