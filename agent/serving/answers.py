@@ -1,0 +1,71 @@
+"""What a request is answered with. Nothing here knows a transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+JSON = b"application/json"
+BINARY = b"application/octet-stream"
+TEXT = b"text/plain; version=0.0.4; charset=utf-8"
+
+Buffer = Any  # bytes, memoryview or a C-contiguous NumPy array: whatever sendmsg takes
+
+
+class Refusal(Exception):
+    """A request that cannot be answered as asked. `status` is the HTTP status; `code` is for programs, the message for people."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.headers = tuple(headers)
+
+
+class Template:
+    """The JSON part of an answer that is the same whenever its tensors have the same shapes. `wire` belongs to the transport."""
+
+    __slots__ = ("json", "size_bytes", "wire")
+
+    def __init__(self, json: bytes, size_bytes: int) -> None:
+        self.json = json
+        self.size_bytes = size_bytes
+        self.wire: bytes | None = None
+
+
+class Answer:
+    """Parts are sent one after another. `json_bytes` is set when tensors follow a JSON part of that many bytes."""
+
+    __slots__ = ("content_type", "headers", "json_bytes", "parts", "status", "template")
+
+    def __init__(
+        self,
+        parts: Sequence[Buffer] = (),
+        *,
+        status: int = 200,
+        content_type: bytes = JSON,
+        json_bytes: int | None = None,
+        template: Template | None = None,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None:
+        self.parts = parts
+        self.status = status
+        self.content_type = content_type
+        self.json_bytes = json_bytes
+        self.template = template
+        self.headers = headers
+
+
+def json_answer(value: object, status: int = 200) -> Answer:
+    return Answer((msgspec.json.encode(value),), status=status)
+
+
+def refusal_answer(refusal: Refusal) -> Answer:
+    body = {"error": str(refusal)}
+    if refusal.code is not None:
+        body["code"] = refusal.code
+    return Answer((msgspec.json.encode(body),), status=refusal.status, headers=refusal.headers)

@@ -1,0 +1,206 @@
+"""The serving process, wired together. The only place that knows all parts.
+
+The order of a start: bind the socket (so that a second server fails at once, and clients wait instead of being refused), load
+the models, let the threads run, ask the socket once as a client would, tell systemd READY. The order of the end: tell systemd
+STOPPING, answer what was asked, close the models, remove the socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from agent.config import AgentConfig, ServeSettings
+from agent.host import notify, peer
+from agent.serving import loading, selfcheck
+from agent.serving.access import AccessTable
+from agent.serving.control import Control
+from agent.serving.dataplane import Dataplane
+from agent.serving.host import ModelHost
+from agent.serving.loading import Source
+from agent.serving.loop import Loop
+from agent.serving.metrics import Metrics
+from agent.serving.protocol import Protocol
+from agent.serving.routes import Route, Router
+from agent.serving.service import Service
+from agent.serving.sockets import Listeners, open_listeners
+from agent.store import Choice, Selection, Store, StoreError
+from runtimes.contract import RuntimeFailure
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 15.0  # systemd kills after 90 s; clients have given up before
+FILES_BESIDES_CONNECTIONS = 128
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one process serves with, before any socket or thread exists."""
+
+    host: ModelHost
+    protocol: Protocol
+    control: Control
+    router: Router
+    service: Service
+
+    @property
+    def routes(self) -> Sequence[Route]:
+        return self.router.routes
+
+
+def assemble(store: Store | None, settings: ServeSettings) -> Parts:
+    host = ModelHost()
+    dataplane = Dataplane(host)
+    protocol = Protocol(host, dataplane)
+    control = Control(host, store, engine_threads=settings.engine_threads)
+    router = Router([*protocol.routes(), *control.routes(), *Metrics(host).routes()])
+    return Parts(host, protocol, control, router, Service(router, dataplane))
+
+
+def serve_store(config: AgentConfig) -> int:
+    """Serves what the store selects until SIGTERM. The exit status of the process.
+
+    Raises: StoreError, ConfigError, SocketError when it cannot start at all. A model that cannot be loaded does not stop the others.
+    """
+    store = Store(config.store)
+    store.check_format()
+    parts = assemble(store, config.serve)
+    return _serve(parts, config.serve, lambda: load_selections(parts.host, store, config.serve.engine_threads))
+
+
+def serve_files(sources: Iterable[Source], settings: ServeSettings, announce: Callable[[ModelHost], None]) -> int:
+    """Serves the given files until SIGTERM or Ctrl-C; `announce` is called when predictions can be asked for."""
+    parts = assemble(None, settings)
+    return _serve(
+        parts, settings, lambda: load_sources(parts.host, sources, settings.engine_threads), lambda: announce(parts.host)
+    )
+
+
+def _serve(parts: Parts, settings: ServeSettings, load: Callable[[], None], announce: Callable[[], None] | None = None) -> int:
+    table = AccessTable(settings, os.geteuid())
+    _allow_files(settings.max_connections + FILES_BESIDES_CONNECTIONS)
+    end = threading.Event()
+    with _signals(end.set):
+        listeners = open_listeners(settings.socket, settings.socket_mode)
+        try:
+            load()
+            if end.is_set():
+                return 0
+            return _run(parts, settings, table, listeners, end, announce)
+        finally:
+            parts.host.close()
+            listeners.close()
+
+
+def _run(
+    parts: Parts,
+    settings: ServeSettings,
+    table: AccessTable,
+    listeners: Listeners,
+    end: threading.Event,
+    announce: Callable[[], None] | None,
+) -> int:
+    address = listeners.sockets[0].getsockname()
+    loop = Loop(
+        listeners.sockets,
+        parts.service,
+        parts.router,
+        lambda sock: table.grant(peer.peer_of(sock)),
+        threads=settings.threads,
+        max_body_bytes=settings.max_body_bytes,
+        max_connections=settings.max_connections,
+    )
+    loop.start()
+    watchdog = selfcheck.Watchdog(lambda: selfcheck.answers(address))
+    try:
+        parts.protocol.is_ready = True
+        if not selfcheck.answers(address):
+            log.error("the server does not answer on its own socket %r", address)
+            return 1
+        notify.notify("READY=1")
+        watchdog.start()
+        if announce is not None:
+            announce()
+        end.wait()
+        return 0
+    finally:
+        notify.notify("STOPPING=1")
+        parts.protocol.is_ready = False
+        watchdog.stop()
+        if not loop.stop(STOP_GRACE_S):
+            log.error("requests were still running after %.0f s; they are cut off", STOP_GRACE_S)
+            os._exit(1)  # a thread inside an engine cannot be ended in any other way
+
+
+def load_selections(host: ModelHost, store: Store, threads: int) -> None:
+    """Loads the active release of every selected model, or its previous one when that fails. Nothing here stops the process."""
+    for name, selection in store.selections().items():
+        if isinstance(selection, StoreError):
+            log.error("model %r is not served: %s", name, selection)
+            host.add(loading.failed(Source(name, 0, store.root, ""), str(selection)))
+            continue
+        _load_selection(host, store, selection, threads)
+
+
+def _load_selection(host: ModelHost, store: Store, selection: Selection, threads: int) -> None:
+    reason = ""
+    for choice in (selection.active, selection.previous):
+        if choice is None:
+            continue
+        error = _load_choice(host, store, selection.model, choice, threads)
+        if error is None:
+            served = host.activate(selection.model, choice.version)
+            if reason and served.active is not None:
+                served.active.reason = f"serves in place of the active release: {reason}"
+            return
+        reason = reason or error
+
+
+def _load_choice(host: ModelHost, store: Store, model: str, choice: Choice, threads: int) -> str | None:
+    """Why it could not be loaded; None when it is."""
+    source = Source(model, choice.version, store.root, "", variant=choice.variant)
+    try:
+        source = loading.source_of(store.release(model, choice))
+        host.add(loading.load(source, threads=threads))
+    except (StoreError, RuntimeFailure, MemoryError, OSError, ValueError) as error:
+        text = f"cannot load model {model!r} version {choice.version}: {error}"
+        log.error("%s", text)  # noqa: TRY400 - an expected failure with its reason; a trace would hide it
+        host.add(loading.failed(source, text))
+        return text
+    return None
+
+
+def load_sources(host: ModelHost, sources: Iterable[Source], threads: int) -> None:
+    """Loads named files and makes each active; one that cannot be loaded is listed with its reason."""
+    for source in sources:
+        try:
+            host.add(loading.load(source, threads=threads))
+        except (RuntimeFailure, MemoryError, OSError) as error:
+            log.error("cannot load model %r: %s", source.name, error)  # noqa: TRY400 - as above
+            host.add(loading.failed(source, str(error)))
+            continue
+        host.activate(source.name, source.version)
+
+
+def _allow_files(count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `stop` while the block runs."""
+    before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,53 @@
+"""Memory for bodies that do not fit a connection's own buffer: reused while warm, bounded in sum."""
+
+from __future__ import annotations
+
+import threading
+
+KEEP_BYTES = 16 * 1024 * 1024  # what idle buffers may hold; a page that was touched before costs no fault
+SMALLEST_BYTES = 64 * 1024
+ALIGNMENT = 64  # a cache line, and more than any datatype or vector unit asks for
+
+
+class Exhausted(Exception):
+    """So many large bodies are under way that another one would exceed the bound."""
+
+
+class BufferPool:
+    """Lends bytearrays of at least a size. Last in, first out: the warmest is reused."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._lent = 0
+        self._kept = 0
+        self._idle: dict[int, list[bytearray]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> bytearray:
+        """Raises: Exhausted."""
+        size = _rounded(size)
+        with self._lock:
+            if self._lent and self._lent + size > self._limit:
+                raise Exhausted
+            self._lent += size
+            idle = self._idle.get(size)
+            if idle:
+                self._kept -= size
+                return idle.pop()
+        return bytearray(size)
+
+    def give_back(self, buffer: bytearray) -> None:
+        size = len(buffer)
+        with self._lock:
+            self._lent -= size
+            if self._kept + size <= KEEP_BYTES:
+                self._kept += size
+                self._idle.setdefault(size, []).append(buffer)
+
+
+def _rounded(size: int) -> int:
+    """Up to the next of four steps per power of two: at most a quarter is wasted, and sizes meet again."""
+    if size <= SMALLEST_BYTES:
+        return SMALLEST_BYTES
+    step = 1 << (size.bit_length() - 3)
+    return -(-size // step) * step

@@ -1,0 +1,305 @@
+"""One client's connection: bytes in, complete requests out; answers in, bytes out. Never blocks.
+
+A connection belongs to one thread at a time. Its buffer holds what arrived and was not used yet, from `_start` to `_end`; a body
+that does not fit goes straight into a buffer of its own. A request's body stays valid until `finished` is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Sequence
+
+from agent.serving import http
+from agent.serving.access import Grant
+from agent.serving.answers import Buffer, Refusal
+from agent.serving.buffers import ALIGNMENT, BufferPool, Exhausted
+from agent.serving.chunked import ChunkedBody
+from agent.serving.http import MAX_HEAD_BYTES, BadRequest, Head, HeadReader
+from agent.serving.routes import Router
+
+BUFFER_BYTES = MAX_HEAD_BYTES + 4096
+JOIN_BYTES = 16 * 1024  # copying an answer up to here into one buffer is cheaper than sending its parts
+END_OF_HEAD = b"\r\n\r\n"
+
+
+NOTHING = -1  # what `receive` gives when it would block
+END = 0  # and when the peer closed, or the connection broke
+
+
+class Request:
+    """A complete request. `head` is None when it could not be read; then `refusal` says why and the connection ends after it."""
+
+    __slots__ = ("arrived_s", "body", "head", "refusal")
+
+    def __init__(self, head: Head | None, body: memoryview, arrived_s: float, refusal: Refusal | None) -> None:
+        self.head = head
+        self.body = body
+        self.arrived_s = arrived_s
+        self.refusal = refusal
+
+
+class Connection:
+    """`sock` is non-blocking. `grant` is what the peer may do."""
+
+    def __init__(self, sock: socket.socket, grant: Grant, router: Router, pool: BufferPool, max_body_bytes: int) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.grant = grant
+        self.seen_s = self.arrived_s = time.perf_counter()
+        self.busy = False  # a thread other than the leader works for it
+        self.request: Request | None = None  # complete and waiting for its thread
+        self.closing = False  # no further request is read; only what was asked is answered
+        self.draining = False  # the answer is sent: what still comes is thrown away so that the peer can read it
+        self._router = router
+        self._pool = pool
+        self._max_body = max_body_bytes
+        self._buffer = bytearray(BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._memo: Head | None = None  # the last head: the next one mostly has the same bytes
+        self._head: Head | None = None  # read, its body still incomplete
+        self._reader: HeadReader | None = None
+        self._chunks: ChunkedBody | None = None
+        self._large: bytearray | None = None
+        self._body = memoryview(b"")
+        self._body_have = 0
+        self._pending: list[memoryview] = []
+
+    # -- in ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much is still to come of a body that got a buffer of its own."""
+        return len(self._body) - self._body_have if self._large is not None else 0
+
+    @property
+    def buffered(self) -> bool:
+        """Whether bytes of a further request are here already."""
+        return self._end > self._start
+
+    @property
+    def idle(self) -> bool:
+        """Between two requests, with nothing of either under way."""
+        return not (self.busy or self.request) and self.unoccupied
+
+    @property
+    def unoccupied(self) -> bool:
+        return not (self._end > self._start or self._head or self._pending or self.draining)
+
+    def receive(self) -> int:
+        """Reads once what is there, into the place where it belongs. How many bytes, or NOTHING, or END."""
+        if self._large is not None:
+            room = self._body[self._body_have :]
+        elif self._end == 0:
+            room = self._view
+        else:
+            room = self._view[self._end :]
+        try:
+            count = self.sock.recv_into(room)
+        except BlockingIOError:
+            return NOTHING
+        except OSError:
+            return END
+        self.seen_s = time.perf_counter()
+        if self._large is not None:
+            self._body_have += count
+            return count
+        if self._end == self._start and self._head is None:
+            self.arrived_s = self.seen_s
+        self._end += count
+        return count
+
+    def discard(self) -> bool:
+        """Throws away what arrived. False once the peer has closed."""
+        try:
+            return self.sock.recv_into(self._view) > 0
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def next_request(self) -> Request | None:
+        """The next complete request, None while there is none. Call `finished` before asking for another one."""
+        if self.closing:
+            return None
+        try:
+            head = self._head or self._next_head()
+            if head is None:
+                return None
+            body = self._next_body(head)
+        except BadRequest as error:
+            self.closing = True
+            return Request(self._head, memoryview(b""), self.arrived_s, error.refusal)
+        if body is None:
+            return None
+        if not head.keep_alive:
+            self.closing = True
+        return Request(head, body, self.arrived_s, head.refusal)
+
+    def _next_head(self) -> Head | None:
+        """The head at the start of the buffer once it is complete; it is then `_head`.  Raises: BadRequest."""
+        start, end = self._start, self._end
+        memo = self._memo
+        if memo is not None and end - start >= memo.size and self._buffer.startswith(memo.raw, start):
+            head = memo
+        else:
+            found = self._read_head()
+            if found is None:
+                return None
+            head = self._memo = found
+        self._start += head.size
+        self._head = head
+        if head.length or head.chunked:
+            self._begin_body(head)
+        return head
+
+    def _read_head(self) -> Head | None:
+        while self._reader is None and self._buffer.startswith(b"\r\n", self._start, self._end):
+            self._start += 2  # RFC 9112, section 2.2: empty lines before a request are to be ignored
+        if self._start == self._end:
+            self._compact()
+            return None
+        if self._reader is None:
+            self._reader = HeadReader()
+        fed = self._start + self._reader.fed
+        at = self._buffer.find(END_OF_HEAD, max(self._start, fed - len(END_OF_HEAD) + 1), self._end)
+        stop = self._end if at < 0 else at + len(END_OF_HEAD)
+        if fed < stop:
+            self._reader.feed(self._view[fed:stop])
+        if stop - self._start > MAX_HEAD_BYTES:
+            raise BadRequest(431, f"the request's head is larger than {MAX_HEAD_BYTES} bytes")
+        if at < 0:
+            self._compact()
+            return None
+        head = self._reader.finish(bytes(self._view[self._start : stop]), self._router)
+        self._reader = None
+        return head
+
+    def _begin_body(self, head: Head) -> None:
+        """Makes room for the body, and tells a client that waits for it to go on.  Raises: BadRequest."""
+        if head.length > self._max_body:
+            raise BadRequest(
+                413, f"the body has {head.length} bytes, larger than the {self._max_body} bytes allowed (serve.max_body_bytes)"
+            )
+        if head.expects_continue and self._start == self._end:
+            with contextlib.suppress(OSError):  # a peer that cannot take 25 bytes does not wait for them
+                self.sock.send(http.CONTINUE)
+        if head.chunked:
+            self._chunks = ChunkedBody(self._max_body)
+        elif head.length > BUFFER_BYTES - self._start:
+            if head.length <= BUFFER_BYTES:
+                self._compact()
+            else:
+                self._begin_large(head)
+
+    def _begin_large(self, head: Head) -> None:
+        """A buffer of exactly this body, placed so that the tensors after its JSON are aligned."""
+        try:
+            self._large = self._pool.take(head.length + ALIGNMENT)
+        except Exhausted:
+            raise BadRequest(503, "too many large requests at once: try again") from None
+        offset = -(head.header_length or 0) % ALIGNMENT
+        self._body = memoryview(self._large)[offset : offset + head.length]
+        have = self._end - self._start
+        self._body[:have] = self._view[self._start : self._end]
+        self._body_have = have
+        self._start = self._end = 0
+
+    def _next_body(self, head: Head) -> memoryview | None:
+        if head.chunked:
+            return self._next_chunks()
+        if self._large is not None:
+            return self._body if self._body_have == len(self._body) else None
+        if self._end - self._start < head.length:
+            return None
+        body = self._view[self._start : self._start + head.length]
+        self._start += head.length
+        return body
+
+    def _next_chunks(self) -> memoryview | None:
+        assert self._chunks is not None
+        self._start += self._chunks.feed(self._view[self._start : self._end])
+        if not self._chunks.done:
+            self._compact()
+            return None
+        return memoryview(self._chunks.body)
+
+    def _compact(self) -> None:
+        """Moves what is unused to the front, so that there is room behind it."""
+        if self._start:
+            count = self._end - self._start
+            self._view[:count] = self._view[self._start : self._end]
+            self._start, self._end = 0, count
+
+    def finished(self) -> None:
+        """The request was answered and its answer sent or dropped: its body may go."""
+        self._head = self._chunks = None
+        if self._large is not None:
+            self._body = memoryview(b"")
+            large, self._large = self._large, None
+            self._pool.give_back(large)
+        if self._start == self._end:
+            self._start = self._end = 0
+
+    # -- out ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def sending(self) -> bool:
+        """Whether a part of an answer waits for the peer to read."""
+        return bool(self._pending)
+
+    def send(self, parts: Sequence[Buffer], size: int) -> bool:
+        """Sends as much as the peer takes; the rest waits for `flush`. False when the connection is broken."""
+        try:
+            if size <= JOIN_BYTES:
+                parts = (b"".join(parts),)
+                sent = self.sock.send(parts[0])
+            else:
+                sent = self.sock.sendmsg(parts)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return False
+        if sent < size:
+            self._keep(parts, sent)
+        return True
+
+    def _keep(self, parts: Sequence[Buffer], sent: int) -> None:
+        for part in parts:
+            view = memoryview(part)
+            if view.nbytes == 0:
+                continue
+            view = view.cast("B")
+            if sent >= len(view):
+                sent -= len(view)
+                continue
+            self._pending.append(view[sent:])
+            sent = 0
+
+    def flush(self) -> bool:
+        """Sends on. False when the connection is broken."""
+        self.seen_s = time.perf_counter()
+        while self._pending:
+            try:
+                sent = self.sock.send(self._pending[0])
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            view = self._pending.pop(0)
+            if sent < len(view):
+                self._pending.insert(0, view[sent:])
+        return True
+
+    def end_output(self) -> None:
+        """No more will be sent; the peer reads the answer to its end."""
+        self.draining = True
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._pending.clear()
+        self.finished()
+        self.sock.close()

@@ -1,0 +1,190 @@
+"""The control routes: what is served, and changing it. Changes run one at a time, on the control thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from typing import Any, TypeVar
+
+import msgspec
+
+from agent.contract.names import MAX_VERSION, check_model
+from agent.serving import loading
+from agent.serving.access import Access
+from agent.serving.answers import Answer, Refusal, json_answer
+from agent.serving.host import ModelHost, Served, Version
+from agent.serving.protocol import agent_version
+from agent.serving.routes import Call, Kind, Route
+from agent.store import Choice, Store, StoreError
+from runtimes.contract import ModelInvalid, RuntimeFailure, RuntimeUnavailable
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class LoadRequest(msgspec.Struct, forbid_unknown_fields=True):
+    version: int
+    variant: str
+
+
+class VersionRequest(msgspec.Struct, forbid_unknown_fields=True):
+    version: int
+
+
+class UnloadRequest(msgspec.Struct, forbid_unknown_fields=True):
+    version: int | None = None
+
+
+class Empty(msgspec.Struct, forbid_unknown_fields=True):
+    pass
+
+
+class Control:
+    """The handlers over a host, and over the store that models are loaded from (None when files were named instead)."""
+
+    def __init__(self, host: ModelHost, store: Store | None, *, engine_threads: int) -> None:
+        self._host = host
+        self._store = store
+        self._engine_threads = engine_threads
+        self.instance = secrets.token_hex(8)
+        self._started = time.time()
+
+    def routes(self) -> list[Route]:
+        model = "/control/v1/models/{model}"
+        changes = [
+            ("/load", self.load),
+            ("/activate", self.activate),
+            ("/rollback", self.rollback),
+            ("/commit", self.commit),
+            ("/unload", self.unload),
+        ]
+        return [
+            Route("GET", "/control/v1/status", Access.OBSERVE, self.status),
+            Route("GET", model, Access.OBSERVE, self.model),
+            *(Route("POST", model + path, Access.CONTROL, handler, Kind.CONTROL) for path, handler in changes),
+        ]
+
+    def status(self, _call: Call) -> Answer:
+        return json_answer({
+            "instance": self.instance,
+            "pid": os.getpid(),
+            "started": self._started,
+            "agent_version": agent_version(),
+            "models": {served.name: served.document() for served in self._host},
+        })  # fmt: skip
+
+    def model(self, call: Call) -> Answer:
+        return json_answer(self._host.served(call.params["model"]).document())
+
+    def load(self, call: Call) -> Answer:
+        name = _model_name(call)
+        request = _body(call, LoadRequest)
+        return json_answer(self._load(name, Choice(version=request.version, variant=request.variant)).document())
+
+    def activate(self, call: Call) -> Answer:
+        name = _model_name(call)
+        served = self._host.activate(name, _body(call, VersionRequest).version)
+        log.info("model %r: version %s is active", name, served.active.number if served.active else None)
+        return _active(served)
+
+    def rollback(self, call: Call) -> Answer:
+        name, number = _model_name(call), _body(call, VersionRequest).version
+        served = self._host.get(name)
+        loaded = served.versions.get(number) if served else None
+        if loaded is None or loaded.state != "READY":
+            self._load(name, self._selected(name, number))
+        served = self._host.keep_only(name, number)
+        log.warning("model %r was rolled back to version %d", name, number)
+        return _active(served)
+
+    def commit(self, call: Call) -> Answer:
+        _body(call, Empty)
+        return _active(self._host.commit(_model_name(call)))
+
+    def unload(self, call: Call) -> Answer:
+        name, number = _model_name(call), _body(call, UnloadRequest).version
+        if self._host.get(name) is None:
+            return json_answer({"active": None, "previous": None})
+        served = self._host.unload(name, number)
+        return _active(served) if served is not None else json_answer({"active": None, "previous": None})
+
+    def _load(self, name: str, choice: Choice) -> Version:
+        """The version, READY, beside whatever is there.  Raises: Refusal."""
+        served = self._host.get(name)
+        present = served.versions.get(choice.version) if served else None
+        if present is not None and present.state == "READY":
+            if present.variant == choice.variant:
+                return present
+            raise Refusal(
+                409,
+                f"model {name!r} version {choice.version} is loaded as variant {present.variant!r}; unload it first",
+                code="other_variant",
+            )
+        source = self._source(name, choice)
+        try:
+            version = loading.load(source, threads=self._engine_threads)
+        except (RuntimeFailure, MemoryError) as error:
+            refusal = _load_refusal(source, error)
+            self._host.add(loading.failed(source, str(refusal)))
+            raise refusal from error
+        self._host.add(version)
+        return version
+
+    def _source(self, name: str, choice: Choice) -> loading.Source:
+        if self._store is None:
+            raise Refusal(409, "this server was started on files and has no store to load from", code="not_in_store")
+        try:
+            return loading.source_of(self._store.release(name, choice))
+        except (StoreError, ValueError) as error:
+            raise Refusal(409, str(error), code="not_in_store") from error
+
+    def _selected(self, name: str, number: int) -> Choice:
+        """The choice of variant that the model's Selection holds for this version.  Raises: Refusal."""
+        try:
+            selection = self._store.selection(name) if self._store else None
+        except StoreError as error:
+            raise Refusal(409, str(error), code="not_in_store") from error
+        for choice in (selection.active, selection.previous) if selection else ():
+            if choice is not None and choice.version == number:
+                return choice
+        raise Refusal(409, f"model {name!r} version {number} is neither loaded nor selected in the store", code="not_in_store")
+
+
+def _load_refusal(source: loading.Source, error: Exception) -> Refusal:
+    what = f"cannot load model {source.name!r} version {source.version}: {error}"
+    if isinstance(error, RuntimeUnavailable):
+        return Refusal(503, what, code="runtime_unavailable")
+    if isinstance(error, ModelInvalid):
+        return Refusal(422, what, code="model_invalid")
+    if isinstance(error, MemoryError):
+        return Refusal(507, what, code="no_memory")
+    return Refusal(500, what, code="load_failed")
+
+
+def _active(served: Served) -> Answer:
+    document: dict[str, Any] = {
+        "active": served.active.number if served.active else None,
+        "previous": served.previous.number if served.previous else None,
+    }
+    return json_answer(document)
+
+
+def _model_name(call: Call) -> str:
+    try:
+        return check_model(call.params["model"])
+    except ValueError as error:
+        raise Refusal(400, str(error), code="bad_request") from error
+
+
+def _body(call: Call, kind: type[T]) -> T:
+    try:
+        request = msgspec.json.decode(call.body or b"{}", type=kind)
+    except msgspec.DecodeError as error:
+        raise Refusal(400, f"the body is not what this route takes: {error}", code="bad_request") from error
+    number = getattr(request, "version", None)
+    if number is not None and not 1 <= number <= MAX_VERSION:
+        raise Refusal(400, f"version {number} must be from 1 to {MAX_VERSION}", code="bad_request")
+    return request

@@ -1,0 +1,86 @@
+"""One prediction from body to answer, whatever transport brought it."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from agent.serving import oip
+from agent.serving.answers import Answer, Refusal
+from agent.serving.host import ModelHost, Version
+from runtimes.contract import InputInvalid, RunFailed
+
+log = logging.getLogger(__name__)
+
+MAX_PLAN_KEY_BYTES = 2048  # JSON parts without data are far smaller
+MAX_PLANS = 64  # per version; callers use a few shapes
+INLINE_RUN_S = 100e-6  # a run up to this long costs the next caller less than a switch of threads
+INLINE_BODY_BYTES = 64 * 1024
+
+
+class Dataplane:
+    """Answers predictions from the models of a host. Any number of threads may call it."""
+
+    def __init__(self, host: ModelHost) -> None:
+        self._host = host
+
+    def is_cheap(self, model: str, body_bytes: int) -> bool:
+        """Whether the answer takes so little that the thread which polls should give it at once."""
+        served = self._host.get(model)
+        if served is None or served.active is None:
+            return True
+        return body_bytes <= INLINE_BODY_BYTES and served.active.cost_s <= INLINE_RUN_S
+
+    def infer(self, model: str, wanted: str | None, body: memoryview, header_length: int | None, arrived_s: float) -> Answer:
+        """The prediction. `arrived_s` is the perf_counter of the request's arrival; the answer's arrays may not outlive `body`.
+
+        Raises: Refusal.
+        """
+        version = self._host.enter(model, wanted)
+        try:
+            return self._infer(version, body, header_length, arrived_s)
+        except InputInvalid as error:
+            version.stats.failed("invalid")
+            raise Refusal(400, f"model '{model}': {error}") from error
+        except Refusal as refusal:
+            version.stats.failed("unavailable" if refusal.status == 503 else "invalid")
+            raise
+        except Exception as error:
+            version.stats.failed("run")
+            if not isinstance(error, RunFailed):
+                log.exception("model %r version %d failed in an unforeseen way", model, version.number)
+            raise Refusal(500, f"model '{model}' version {version.number} failed: {error}") from error
+        finally:
+            version.leave()
+
+    @staticmethod
+    def _infer(version: Version, body: memoryview, header_length: int | None, arrived_s: float) -> Answer:
+        plan = _plan(version, body, header_length)
+        feeds = plan.feeds(body)
+        started = time.perf_counter()
+        if plan.timeout_s is not None and started - arrived_s > plan.timeout_s:
+            raise Refusal(503, "Request timeout expired", headers=((b"retry-after", b"1"),))
+        assert version.model is not None
+        arrays = version.model.run(feeds, plan.outputs)
+        run_s = time.perf_counter() - started
+        answer = oip.write_response(plan, arrays, version.name, str(version.number))
+        version.measured(run_s)
+        version.stats.succeeded(time.perf_counter() - arrived_s, run_s)
+        return answer
+
+
+def _plan(version: Version, body: memoryview, header_length: int | None) -> oip.Plan:
+    if header_length is not None and header_length > len(body):
+        raise Refusal(400, f"inference header size should be in range (0, {len(body)}), got: {header_length}")
+    key = b""
+    if header_length and header_length <= MAX_PLAN_KEY_BYTES:
+        key = bytes(body[:header_length])
+        plan: oip.Plan | None = version.plans.get(key)
+        if plan is not None and plan.size_bytes == len(body):
+            return plan
+    plan = oip.read_request(body, header_length, version.name, version.inputs, version.outputs)
+    if key and plan.reusable:
+        if len(version.plans) >= MAX_PLANS:
+            version.plans.clear()
+        version.plans[key] = plan
+    return plan

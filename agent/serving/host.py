@@ -1,0 +1,277 @@
+"""The models in memory: which versions of each, which one answers, and how one gives way to another without a failed request.
+
+The rules:
+- A request resolves its version once, at its start, and finishes on it. `enter` and `leave` count it.
+- A version that is to go is first taken out of every reference, then waited for until nobody is in it, then closed. So a request
+  that meets a retired version has read an old reference, and reading again gives the new one.
+- Only one thread changes the host at a time (the control thread); any thread reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from agent.serving.answers import Refusal
+from agent.serving.stats import Stats
+from runtimes.contract import Model, Placement, TensorSpec
+
+log = logging.getLogger(__name__)
+
+State = Literal["LOADING", "READY", "UNAVAILABLE"]
+LABELS = ("stable", "candidate", "previous")
+DRAIN_TIMEOUT_S = 60.0  # a run that takes longer keeps its model in memory instead of having it closed under it
+FIRST_COST_S = 1.0  # until it was measured a run counts as long
+
+
+class Version:
+    """One version of a model in memory, or the reason why it is not."""
+
+    def __init__(self, name: str, number: int, variant: str, sha256: str, runtime: str) -> None:
+        self.name = name
+        self.number = number
+        self.variant = variant
+        self.sha256 = sha256
+        self.runtime = runtime
+        self.state: State = "LOADING"
+        self.reason = ""
+        self.model: Model | None = None
+        self.inputs: tuple[TensorSpec, ...] = ()
+        self.outputs: tuple[TensorSpec, ...] = ()
+        self.placement = Placement("", "")
+        self.load_s = 0.0
+        self.memory_bytes = 0
+        self.cost_s = FIRST_COST_S
+        self.stats = Stats()
+        self.plans: dict[bytes, Any] = {}  # the protocol's: requests seen before, understood
+        self._inside = 0
+        self._lock = threading.Lock()
+        self._empty = threading.Condition(self._lock)
+
+    def ready(self, model: Model) -> None:
+        self.model = model
+        self.inputs, self.outputs, self.placement = model.inputs, model.outputs, model.placement
+        self.state = "READY"
+
+    def failed(self, reason: str) -> None:
+        self.state, self.reason = "UNAVAILABLE", reason
+
+    def enter(self) -> bool:
+        """Keeps the model open until `leave`. False when the version is not (or no longer) there."""
+        with self._lock:
+            if self.state != "READY":
+                return False
+            self._inside += 1
+            return True
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self.state != "READY":
+                self._empty.notify_all()
+
+    def retire(self, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
+        """Waits until every request in it has ended, then closes the model. Take it out of all references before."""
+        with self._lock:
+            self.state, self.reason = "UNAVAILABLE", "unloaded"
+            drained = self._empty.wait_for(lambda: self._inside == 0, timeout_s)
+            model, self.model = self.model, None
+        self.plans.clear()
+        if model is None:
+            return
+        if not drained:
+            log.error(
+                "model %r version %d still runs a request after %.0f s: its memory is kept", self.name, self.number, timeout_s
+            )
+            return
+        model.close()
+
+    def measured(self, run_s: float) -> None:
+        """A moving mean; one run that the scheduler interrupted does not make a cheap model dear."""
+        self.cost_s += 0.1 * (min(run_s, 4 * self.cost_s) - self.cost_s)
+
+    def document(self) -> dict[str, Any]:
+        placement = self.placement
+        return {
+            "version": self.number,
+            "variant": self.variant,
+            "state": self.state,
+            "reason": self.reason,
+            "sha256": self.sha256,
+            "placement": {"requested": placement.requested, "actual": placement.actual, "fallback": placement.fallback},
+            "load_ms": round(self.load_s * 1e3, 3),
+            "memory_bytes": self.memory_bytes,
+            "stats": self.stats.document(),
+        }
+
+
+class Served:
+    """One model name: the version that answers, the one before it, and whatever else is in memory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.versions: dict[int, Version] = {}
+        self.active: Version | None = None
+        self.previous: Version | None = None
+
+    @property
+    def candidate(self) -> Version | None:
+        """The newest version in memory that is neither active nor previous."""
+        others = [v for v in self.versions.values() if v.state == "READY" and v is not self.active and v is not self.previous]
+        return max(others, key=lambda v: v.number, default=None)
+
+    def pick(self, wanted: str | None) -> Version | None:
+        """By number or label; the active one when None."""
+        if wanted is None or wanted == "stable":
+            return self.active
+        if wanted == "previous":
+            return self.previous
+        if wanted == "candidate":
+            return self.candidate
+        return self.versions.get(int(wanted))
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "active": self.active.number if self.active else None,
+            "previous": self.previous.number if self.previous else None,
+            "versions": {str(number): version.document() for number, version in sorted(self.versions.items())},
+        }
+
+
+class ModelHost:
+    """All models of this process."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, Served] = {}
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter(sorted(self._models.values(), key=lambda served: served.name))
+
+    def get(self, name: str) -> Served | None:
+        return self._models.get(name)
+
+    def served(self, name: str) -> Served:
+        """Raises: Refusal (404)."""
+        served = self._models.get(name)
+        if served is None:
+            raise unknown_model(name)
+        return served
+
+    def enter(self, name: str, wanted: str | None) -> Version:
+        """The version to answer with, kept open: call `leave` on it.  Raises: Refusal (404 unknown, 503 not ready)."""
+        served = self._models.get(name)
+        if served is None:
+            raise unknown_model(name)
+        while True:
+            version = served.pick(wanted)
+            if version is None:
+                raise _not_there(served, wanted)
+            if version.enter():
+                return version
+            if served.pick(wanted) is version:
+                version.stats.failed("unavailable")
+                raise Refusal(503, _not_ready_text(name, version))
+
+    def look(self, name: str, wanted: str | None) -> Version:
+        """The same without keeping it open, ready or not, for questions about it.  Raises: Refusal."""
+        served = self.served(name)
+        version = served.pick(wanted)
+        if version is None:
+            raise _not_there(served, wanted)
+        return version
+
+    # -- changes: one thread at a time ---------------------------------------------------------------------------------------
+
+    def add(self, version: Version) -> None:
+        """Puts a version beside the others; nothing is answered by it yet."""
+        served = self._models.get(version.name)
+        if served is None:
+            served = Served(version.name)
+            served.versions[version.number] = version
+            self._models = {**self._models, version.name: served}
+            return
+        served.versions = {**served.versions, version.number: version}
+
+    def activate(self, name: str, number: int) -> Served:
+        """One reference switch; the version that was active stays loaded as `previous`.  Raises: Refusal (404, 409)."""
+        served = self.served(name)
+        version = served.versions.get(number)
+        if version is None or version.state != "READY":
+            detail = f": {version.reason}" if version is not None and version.reason else ""
+            raise Refusal(409, f"model {name!r} version {number} is not loaded{detail}; load it first", code="not_loaded")
+        if served.active is version:
+            return served
+        superseded = served.previous if served.previous is not version else None
+        served.active, served.previous = version, served.active
+        if superseded is not None:
+            self._drop(served, superseded)
+        return served
+
+    def keep_only(self, name: str, number: int) -> Served:
+        """Makes version `number`, which must be loaded, the only one: everything else is drained and unloaded."""
+        served = self.activate(name, number)
+        served.previous = None
+        for version in [v for v in served.versions.values() if v is not served.active]:
+            self._drop(served, version)
+        return served
+
+    def commit(self, name: str) -> Served:
+        """Unloads `previous`.  Raises: Refusal (404)."""
+        served = self.served(name)
+        previous, served.previous = served.previous, None
+        if previous is not None:
+            self._drop(served, previous)
+        return served
+
+    def unload(self, name: str, number: int | None) -> Served | None:
+        """One version, or the whole model when None. None when the model is gone.  Raises: Refusal (404, 409)."""
+        served = self.served(name)
+        if number is None:
+            self._models = {n: s for n, s in self._models.items() if n != name}
+            versions = list(served.versions.values())
+            served.active = served.previous = None
+            served.versions = {}
+            for version in versions:
+                version.retire()
+            return None
+        found = served.versions.get(number)
+        if found is None:
+            return served
+        if found is served.active:
+            raise Refusal(409, f"version {number} of model {name!r} is active; activate another one first", code="active")
+        if found is served.previous:
+            served.previous = None
+        self._drop(served, found)
+        if not served.versions:
+            self._models = {n: s for n, s in self._models.items() if n != name}
+            return None
+        return served
+
+    def close(self) -> None:
+        for served in list(self):
+            self.unload(served.name, None)
+
+    @staticmethod
+    def _drop(served: Served, version: Version) -> None:
+        served.versions = {number: v for number, v in served.versions.items() if v is not version}
+        version.retire()
+
+
+def unknown_model(name: str) -> Refusal:
+    return Refusal(404, f"Request for unknown model: '{name}' is not found", code="not_found")
+
+
+def _not_there(served: Served, wanted: str | None) -> Refusal:
+    if wanted is not None:
+        return Refusal(404, f"Request for unknown model: '{served.name}' version {wanted} is not found", code="not_found")
+    reasons = "; ".join(f"version {v.number}: {v.reason or v.state}" for v in served.versions.values())
+    return Refusal(
+        503, f"model '{served.name}' has no version at ready state ({reasons or 'none is loaded'})", code="unavailable"
+    )
+
+
+def _not_ready_text(name: str, version: Version) -> str:
+    reason = f": {version.reason}" if version.reason else ""
+    return f"Request for unknown model: '{name}' version {version.number} is not at ready state{reason}"

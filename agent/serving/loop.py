@@ -1,0 +1,368 @@
+"""Leader/followers: a few threads take turns at one epoll.
+
+One thread leads: it polls, reads what is there, and answers at once every request whose answer takes little. Before anything long
+it makes another thread the leader and finishes that one connection alone. So short requests never meet another thread, long ones
+run in parallel because engines release the interpreter's lock, and nobody waits for a slow client: sockets never block.
+
+The rules that keep it correct:
+- Whoever holds `_lead` leads; only the leader polls, accepts, and touches connections that are registered at the epoll.
+- A connection that is handed over leaves the epoll first and comes back last, so exactly one thread owns it at any time.
+- All threads but one may be at long work. What comes beyond that waits in `_backlog` and is taken by the next thread that is
+  through; the leader goes on leading, so a prediction that takes long never delays one that does not.
+- Control work has a thread of its own: loading a model takes no thread from predictions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import queue
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from agent.serving import http
+from agent.serving.access import Grant
+from agent.serving.answers import Answer, Refusal, refusal_answer
+from agent.serving.buffers import BufferPool
+from agent.serving.connection import END, NOTHING, Connection, Request
+from agent.serving.routes import Kind, Router
+
+log = logging.getLogger(__name__)
+
+HAND_OVER_BYTES = 16 * 1024  # a body of which this much came in one read goes on coming: let another thread lead meanwhile
+PATIENCE_MS = 2  # how long a thread waits for more of such a body before it gives the connection back to the epoll
+MIN_PROGRESS_BYTES = 4096  # and how much each such wait must bring: a trickling client must not hold a thread
+REQUESTS_IN_A_ROW = 32  # pipelined requests of one connection before others have their turn
+SWEEP_S = 5.0
+STALLED_S = 60.0  # a request or an answer that makes no progress for this long ends its connection
+LINGER_S = 5.0  # how long a connection that is to be closed is read from, so that its peer can read the answer
+ACCEPTS_IN_A_ROW = 64
+LARGE_BODIES_AT_ONCE = 4  # of max_body_bytes: bounds what hostile clients can make the server hold
+
+
+class Service(Protocol):
+    """What answers. Called from any thread."""
+
+    def kind(self, request: Request, grant: Grant) -> Kind: ...
+
+    def answer(self, request: Request, grant: Grant) -> Answer: ...
+
+
+class Loop:
+    """Serves connections from `listeners` until `stop`. `grant_of` says what a new connection's peer may do."""
+
+    def __init__(
+        self,
+        listeners: Sequence[socket.socket],
+        service: Service,
+        router: Router,
+        grant_of: Callable[[socket.socket], Grant],
+        *,
+        threads: int,
+        max_body_bytes: int,
+        max_connections: int,
+    ) -> None:
+        self._listeners = {listener.fileno(): listener for listener in listeners}
+        self._service = service
+        self._router = router
+        self._grant_of = grant_of
+        self._max_body = max_body_bytes
+        self._max_connections = max_connections
+        self._pool = BufferPool(LARGE_BODIES_AT_ONCE * max_body_bytes)
+        self._connections: dict[int, Connection] = {}
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lead = threading.Lock()
+        self._ready: deque[tuple[int, int]] = deque()
+        self._swept_s = time.perf_counter()
+        self._work_lock = threading.Lock()  # for the two below
+        self._free = threads - 1
+        self._backlog: deque[Connection] = deque()
+        self._alone = threads == 1
+        self._control: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
+        self._stopping = False
+        self._stopped = False
+        self._drained = threading.Event()
+        self._threads = [threading.Thread(target=self._serve, name=f"serve-{n}") for n in range(threads)]
+        self._threads.append(threading.Thread(target=self._serve_control, name="control"))
+
+    def start(self) -> None:
+        for fd, listener in self._listeners.items():
+            listener.setblocking(False)
+            self._epoll.register(fd, select.EPOLLIN)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, grace_s: float) -> bool:
+        """Accepts nothing more, finishes what was asked, then ends all threads. False when `grace_s` was not enough for all of it."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        clean = self._drained.wait(grace_s)
+        self._stopped = True
+        os.eventfd_write(self._wake, 1)
+        self._control.put(None)
+        deadline = time.monotonic() + grace_s + 1
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            clean = clean and not thread.is_alive()
+        if clean:
+            for connection in list(self._connections.values()):
+                self._close(connection)
+            self._epoll.close()
+            os.close(self._wake)
+        return clean
+
+    # -- threads -------------------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        while True:
+            with self._lead:
+                connection = self._lead_until_long()
+            if connection is None:
+                return
+            while connection is not None:
+                self._finish(connection)
+                connection = self._next_work()
+
+    def _next_work(self) -> Connection | None:
+        with self._work_lock:
+            if self._backlog:
+                return self._backlog.popleft()
+            self._free += 1
+            return None
+
+    def _serve_control(self) -> None:
+        while (connection := self._control.get()) is not None:
+            self._finish(connection, control=True)
+
+    # -- the leader ------------------------------------------------------------------------------------------------------------
+
+    def _lead_until_long(self) -> Connection | None:
+        """Leads until there is long work for this thread. None when the loop ends."""
+        ready = self._ready
+        connections = self._connections
+        while not self._stopped:
+            if not ready:
+                self._poll()
+                continue
+            fd, event = ready.popleft()
+            connection = connections.get(fd)
+            if connection is None:
+                self._attend_other(fd)
+            elif self._attend(connection, event):
+                return connection
+        return None
+
+    def _poll(self) -> None:
+        self._ready.extend(self._epoll.poll(0.05 if self._stopping else SWEEP_S))
+        if self._stopping:
+            self._drain()
+        elif time.perf_counter() - self._swept_s > SWEEP_S:
+            self._sweep()
+
+    def _attend_other(self, fd: int) -> None:
+        listener = self._listeners.get(fd)
+        if listener is not None:
+            self._accept(listener)
+        elif fd == self._wake:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+
+    def _attend(self, connection: Connection, event: int) -> bool:
+        """Does what can be done now. True when this thread is to finish the connection without leading."""
+        if connection.sending:
+            if not self._flush(connection):
+                return False
+        elif connection.draining:
+            if not connection.discard():
+                self._close(connection)
+            return False
+        count = connection.receive() if event else NOTHING
+        if count == END:
+            self._close(connection)
+            return False
+        if count == NOTHING and not connection.buffered:
+            return False
+        for _ in range(REQUESTS_IN_A_ROW):
+            request = connection.next_request()
+            if request is None:
+                return count >= HAND_OVER_BYTES and connection.missing_bytes > 0 and self._hand_over(connection)
+            kind = self._service.kind(request, connection.grant)
+            if kind is not Kind.QUICK:
+                connection.request = request
+                return self._hand_over(connection, control=kind is Kind.CONTROL)
+            if not self._reply(connection, request):
+                if connection.sending:
+                    self._epoll.modify(connection.fd, select.EPOLLOUT)
+                return False
+            if not connection.buffered:
+                return False
+        self._ready.append((connection.fd, 0))
+        return False
+
+    def _flush(self, connection: Connection) -> bool:
+        """Sends on. True when all is sent and the connection may be read from again."""
+        if not connection.flush():
+            self._close(connection)
+            return False
+        if connection.sending:
+            return False
+        self._epoll.modify(connection.fd, select.EPOLLIN)
+        return self._sent(connection)
+
+    def _hand_over(self, connection: Connection, *, control: bool = False) -> bool:
+        """Takes the connection out of the epoll. True when this thread is to finish it, False when another one will."""
+        self._epoll.unregister(connection.fd)
+        connection.busy = True
+        if control:
+            self._control.put(connection)
+            return False
+        if self._alone:
+            return True
+        with self._work_lock:
+            if self._free:
+                self._free -= 1
+                return True
+            self._backlog.append(connection)
+            return False
+
+    # -- any thread ------------------------------------------------------------------------------------------------------------
+
+    def _finish(self, connection: Connection, *, control: bool = False) -> None:
+        """Serves a connection that is not in the epoll, and puts it back."""
+        request, connection.request = connection.request, None
+        while not connection.sending:
+            if request is None:
+                request = connection.next_request()
+            if request is None:
+                if connection.missing_bytes and self._receive_more(connection):
+                    continue
+                break
+            if not control and self._service.kind(request, connection.grant) is Kind.CONTROL:
+                connection.request = request
+                self._control.put(connection)
+                return
+            if not self._reply(connection, request) and not connection.sending:
+                break
+            request = None
+            if self._backlog and connection.buffered and not control:
+                with self._work_lock:
+                    self._backlog.append(connection)
+                return
+        if self._connections.get(connection.fd) is connection:  # not closed
+            self._put_back(connection)
+
+    def _put_back(self, connection: Connection) -> None:
+        connection.seen_s = time.perf_counter()
+        connection.busy = False
+        self._epoll.register(connection.fd, select.EPOLLOUT if connection.sending else select.EPOLLIN)
+
+    def _receive_more(self, connection: Connection) -> bool:
+        """Waits a little for more of a large body. False when it does not come, or the connection was closed."""
+        before = connection.missing_bytes
+        count = connection.receive()
+        if count == NOTHING:
+            waiting = select.poll()
+            waiting.register(connection.fd, select.POLLIN)
+            if not waiting.poll(PATIENCE_MS):
+                return False
+            count = connection.receive()
+        if count == END:
+            self._close(connection)
+            return False
+        missing = connection.missing_bytes
+        return missing == 0 or before - missing >= MIN_PROGRESS_BYTES
+
+    def _reply(self, connection: Connection, request: Request) -> bool:
+        """Answers. True when the connection may be read from again; otherwise it is sending, draining, or closed."""
+        answer = self._service.answer(request, connection.grant)
+        if self._stopping:
+            connection.closing = True
+        parts, size = http.encode(answer, request.head, keep_alive=not connection.closing)
+        if not connection.send(parts, size):
+            self._close(connection)
+            return False
+        return not connection.sending and self._sent(connection)
+
+    @staticmethod
+    def _sent(connection: Connection) -> bool:
+        connection.finished()
+        if connection.closing:
+            connection.end_output()
+            return False
+        return True
+
+    def _close(self, connection: Connection) -> None:
+        self._connections.pop(connection.fd, None)  # before the number can be given to a new connection
+        connection.close()  # which also takes it out of the epoll
+
+    # -- accepting and ending connections ----------------------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPTS_IN_A_ROW):
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._evict():
+                    continue
+                log.error("cannot accept a connection: %s", error)  # noqa: TRY400 - the loop goes on, a trace says no more
+                return
+            self._admit(sock)
+
+    def _admit(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        try:
+            grant = self._grant_of(sock)
+        except OSError as error:
+            log.warning("a connection's peer cannot be known, it is closed: %s", error)
+            sock.close()
+            return
+        if len(self._connections) >= self._max_connections and not self._evict():
+            refusal = Refusal(503, f"all {self._max_connections} connections are in use (serve.max_connections)")
+            parts, _ = http.encode(refusal_answer(refusal), None, keep_alive=False)
+            with contextlib.suppress(OSError):
+                sock.sendmsg(parts)
+            sock.close()
+            return
+        connection = Connection(sock, grant, self._router, self._pool, self._max_body)
+        self._connections[connection.fd] = connection
+        self._epoll.register(connection.fd, select.EPOLLIN)
+
+    def _evict(self) -> bool:
+        """Closes the connection that has been between two requests for longest. False when there is none."""
+        idle = [c for c in self._connections.values() if c.idle]
+        if not idle:
+            return False
+        self._close(min(idle, key=lambda c: c.seen_s))
+        return True
+
+    def _sweep(self) -> None:
+        """Ends connections that stalled within a request or an answer, and those that were only waited for to be read."""
+        now = self._swept_s = time.perf_counter()
+        for connection in list(self._connections.values()):
+            if connection.busy or connection.idle:
+                continue
+            if now - connection.seen_s > (LINGER_S if connection.draining else STALLED_S):
+                self._close(connection)
+
+    def _drain(self) -> None:
+        """On the way out: once nothing waits to be read, idle connections are closed; when only finished ones are left, it is done."""
+        if self._ready:
+            return
+        for fd in list(self._listeners):
+            self._epoll.unregister(fd)
+            del self._listeners[fd]
+        for connection in [c for c in list(self._connections.values()) if c.idle]:
+            self._close(connection)
+        if all(c.draining and not c.busy for c in list(self._connections.values())):
+            self._drained.set()

@@ -1,0 +1,126 @@
+"""Which request goes where: method and path → route, and what a peer needs to use it. Knows no transport and no handler's work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from urllib.parse import unquote_to_bytes
+
+from agent.serving.access import Access
+from agent.serving.answers import Answer, Refusal
+
+MAX_CACHED_URLS = 1024
+_PLACEHOLDER = re.compile(r"\{(\w+)(?::([^}]+))?\}")
+
+
+class Kind(Enum):
+    """Who answers. QUICK: the thread that polls. PREDICT: it or another one, as the model costs. CONTROL: the control thread."""
+
+    QUICK = "quick"
+    PREDICT = "predict"
+    CONTROL = "control"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request as a handler sees it. `body` is valid until the handler returns."""
+
+    params: Mapping[str, str]
+    query: str
+    body: memoryview
+    header_length: int | None
+    arrived_s: float
+
+
+Handler = Callable[[Call], Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row of the table. A pattern's `{name}` is one path segment, percent-decoded; `{name:regex}` restricts it."""
+
+    method: str
+    pattern: str
+    access: Access
+    handler: Handler
+    kind: Kind = Kind.QUICK
+    _segments: tuple[tuple[str, re.Pattern[str] | None], ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_segments", tuple(_segment(s) for s in self.pattern.split("/")))
+
+    def match(self, segments: Sequence[str]) -> dict[str, str] | None:
+        """The values of the placeholders, None when the path is another one."""
+        if len(segments) != len(self._segments):
+            return None
+        params: dict[str, str] = {}
+        for (name, pattern), segment in zip(self._segments, segments, strict=True):
+            if pattern is None:
+                if name != segment:
+                    return None
+            elif pattern.fullmatch(segment):
+                params[name] = segment
+            else:
+                return None
+        return params
+
+
+def _segment(text: str) -> tuple[str, re.Pattern[str] | None]:
+    placeholder = _PLACEHOLDER.fullmatch(text)
+    if placeholder is None:
+        return text, None
+    return placeholder[1], re.compile(placeholder[2] or r".+", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A route with the values of its placeholders, or the refusal that the request is answered with."""
+
+    route: Route | None
+    params: Mapping[str, str] = field(default_factory=dict)
+    query: str = ""
+    refusal: Refusal | None = None
+
+    @property
+    def model(self) -> str | None:
+        return self.params.get("model")
+
+
+class Router:
+    """Looks routes up by the bytes of the request line; what was found once is remembered."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self.routes = tuple(routes)
+        self._found: dict[tuple[bytes, bytes], Match] = {}
+
+    def resolve(self, method: bytes, target: bytes) -> Match:
+        """`target` is a path with an optional query, percent-encoded."""
+        key = (method, target)
+        found = self._found.get(key)
+        if found is None:
+            found = self._search(method.decode("ascii", "replace"), target)
+            if len(self._found) >= MAX_CACHED_URLS:
+                self._found.clear()
+            self._found[key] = found
+        return found
+
+    def _search(self, method: str, target: bytes) -> Match:
+        path, _, query = target.partition(b"?")
+        try:
+            segments = [unquote_to_bytes(segment).decode() for segment in path.split(b"/")]
+        except UnicodeDecodeError:
+            return Match(None, refusal=Refusal(400, "the path is not UTF-8 after percent-decoding"))
+        allowed: list[str] = []
+        for route in self.routes:
+            params = route.match(segments)
+            if params is None:
+                continue
+            if route.method == method:
+                return Match(route, params, query.decode("ascii", "replace"))
+            allowed.append(route.method)
+        if allowed:
+            allow = ", ".join(sorted(set(allowed)))
+            return Match(None, refusal=Refusal(405, "Method Not Allowed", headers=((b"allow", allow.encode()),)))
+        return Match(None, refusal=Refusal(404, "Not Found"))

@@ -1,0 +1,143 @@
+"""Tensors as JSON data and as the bytes of the binary extension."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any, NoReturn
+
+import msgspec
+import numpy as np
+
+from agent.serving.answers import Refusal
+from runtimes.check import shape_text
+from runtimes.contract import DTYPES, Array
+
+_LENGTH = struct.Struct("<I")
+NOT_IN_JSON = frozenset({"FP16", "BF16"})
+MAX_DEPTH = 100
+
+
+def from_json(name: str, raw: msgspec.Raw, datatype: str, shape: tuple[int, ...]) -> Array:
+    """The array in `raw`, a flat or nested JSON list.  Raises: Refusal (400)."""
+    if datatype in NOT_IN_JSON:
+        raise Refusal(
+            400, f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input {name}"
+        )
+    try:
+        values = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refusal(400, f"the data of input '{name}' cannot be read: {error}") from error
+    if not isinstance(values, list):
+        values = [values]
+    if datatype == "BYTES":
+        flat = list(_leaves(values, 0))
+        if not all(isinstance(value, str) for value in flat):
+            _refuse(name, datatype, "strings")
+        array = np.empty(len(flat), np.object_)
+        array[:] = [value.encode() for value in flat]
+        return _shaped(name, array, shape)
+    try:
+        array = np.array(values)
+    except ValueError as error:  # lists of different lengths
+        raise Refusal(400, f"the data of input '{name}' is not a regular list for shape {shape_text(shape)}") from error
+    if array.ndim > 1 and array.shape != shape and array.size == math.prod(shape):
+        raise Refusal(400, f"the data of input '{name}' has shape {shape_text(array.shape)}, but {shape_text(shape)} is said")
+    return _shaped(name, _converted(name, array, datatype), shape)
+
+
+def _shaped(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    if array.size != math.prod(shape):
+        raise Refusal(400, f"input '{name}' has {array.size} elements, shape {shape_text(shape)} needs {math.prod(shape)}")
+    return array.reshape(shape)
+
+
+def _converted(name: str, array: Array, datatype: str) -> Array:
+    dtype = DTYPES[datatype]
+    if array.size == 0:
+        return np.zeros(0, dtype)
+    if dtype.kind == "b":
+        if array.dtype.kind != "b":
+            _refuse(name, datatype, "true or false")
+        return array
+    if dtype.kind in "iu":
+        if array.dtype.kind not in "iu":
+            _refuse(name, datatype, "whole numbers")
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        if int(array.min()) < low or int(array.max()) > high:
+            _refuse(name, datatype, f"whole numbers from {low} to {high}")
+        return array.astype(dtype)
+    if array.dtype.kind not in "iuf":
+        _refuse(name, datatype, "numbers")
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if not np.isfinite(converted).all():
+        _refuse(name, datatype, f"numbers up to {np.finfo(dtype).max:g}")
+    return converted
+
+
+def _refuse(name: str, datatype: str, expected: str) -> NoReturn:
+    raise Refusal(400, f"the data of input '{name}' does not fit {datatype}: expected {expected}")
+
+
+def _leaves(values: list[Any], depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise Refusal(400, f"the data is nested deeper than {MAX_DEPTH} lists")
+    for value in values:
+        if isinstance(value, list):
+            yield from _leaves(value, depth + 1)
+        else:
+            yield value
+
+
+def to_json(name: str, array: Array, datatype: str) -> list[Any]:
+    """The elements in row-major order.  Raises: Refusal (400) when JSON has no way to say them."""
+    if datatype in NOT_IN_JSON:
+        raise Refusal(
+            400, f"sending {datatype} data via JSON is not supported. Please use the binary data format for output {name}"
+        )
+    if datatype == "BYTES":
+        try:
+            return [element.decode() for element in array.flat]
+        except UnicodeDecodeError as error:
+            raise Refusal(400, f"output '{name}' is not UTF-8 text: ask for it with binary_data true") from error
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise Refusal(
+            400, f"output '{name}' has values that are not finite, which JSON cannot say: ask for it with binary_data true"
+        )
+    values: list[Any] = array.reshape(-1).tolist()
+    return values
+
+
+def read_bytes(name: str, data: memoryview, shape: tuple[int, ...]) -> Array:
+    """BYTES elements, each after its length as 4 little-endian bytes.  Raises: Refusal (400)."""
+    elements: list[bytes] = []
+    at, end, count = 0, len(data), math.prod(shape)
+    while at < end:
+        if end - at < _LENGTH.size:
+            raise Refusal(400, f"incomplete string length at byte {at} of input '{name}'")
+        (size,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size
+        if size > end - at:
+            raise Refusal(400, f"incomplete string data in input '{name}': {size} bytes expected, {end - at} left")
+        elements.append(bytes(data[at : at + size]))
+        at += size
+        if len(elements) > count:
+            break
+    if len(elements) != count:
+        more = "more" if len(elements) > count else str(len(elements))
+        raise Refusal(400, f"input '{name}' has {more} elements, shape {shape_text(shape)} needs {count}")
+    array = np.empty(count, np.object_)
+    array[:] = elements
+    return array.reshape(shape)
+
+
+def write_bytes(array: Array) -> bytes:
+    """BYTES elements in row-major order, each after its length."""
+    return b"".join(piece for element in array.flat for piece in (_LENGTH.pack(len(element)), element))
+
+
+def check_bool(name: str, array: Array) -> None:
+    """Raises: Refusal (400) when a byte is neither 0 nor 1: C++ code may do anything with such a bool."""
+    if array.size and int(array.view(np.uint8).max()) > 1:
+        raise Refusal(400, f"input '{name}' has a byte that is neither 0 nor 1, as BOOL needs")
