@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -240,9 +240,8 @@ def _example(name: str, inputs: Any, path: Path) -> str:
             for spec, shape, size in zip(inputs, shapes, sizes, strict=True)
         ]
         curl += f"/infer -d {quote(json.dumps({'inputs': tensors}, separators=(',', ':')))}"
-    given = " ".join(
-        f"--input {quote(spec.name + '=' if len(inputs) > 1 else '')}x{n or ''}.npy" for n, spec in enumerate(inputs)
-    )
+    files = ["x.npy"] if len(inputs) == 1 else [f"{spec.name}=x{n}.npy" for n, spec in enumerate(inputs)]
+    given = " ".join(f"--input {quote(file)}" for file in files)
     return f"{curl}\n  edge-agent predict {quote(name)} {given} --socket {quote(str(path))}"
 
 
@@ -417,7 +416,8 @@ def models(socket_path: Path | None, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
-    _table(("model", "version", "state", "reason"), [[m["name"], m["version"], m["state"], m.get("reason", "")] for m in found])
+    _table(("model", "version", "state"), [[m["name"], m["version"], m["state"]] for m in found])
+    _reasons((m["name"], m["version"], m.get("reason", "")) for m in found)
 
 
 @cli.command()
@@ -442,7 +442,12 @@ def status(socket_path: Path | None, *, as_json: bool) -> None:
         return
     click.echo(f"edge-agent {found['agent_version']}, pid {found['pid']}, socket {client.socket_path}")
     rows = [_status_row(name, model, v) for name, model in found["models"].items() for v in model["versions"].values()]
-    _table(("model", "version", "role", "state", "on", "requests", "failed", "mean ms", "memory MB", "reason"), rows)
+    _table(("model", "version", "role", "state", "on", "requests", "failed", "mean ms", "MB"), rows)
+    _reasons(
+        (name, v["version"], v["reason"] or v["placement"]["fallback"])
+        for name, model in found["models"].items()
+        for v in model["versions"].values()
+    )
 
 
 def _status_row(name: str, model: Mapping[str, Any], version: Mapping[str, Any]) -> list[str]:
@@ -460,8 +465,13 @@ def _status_row(name: str, model: Mapping[str, Any], version: Mapping[str, Any])
         str(sum(stats["failed"].values())),
         f"{stats['latency']['sum_ms'] / count:.3f}" if count else "",
         f"{version['memory_bytes'] / 1e6:.1f}",
-        version["reason"] or version["placement"]["fallback"] or "",
     ]
+
+
+def _reasons(rows: Iterable[tuple[str, Any, str | None]]) -> None:
+    for name, version, reason in rows:
+        if reason:
+            click.echo(f"\n{name}:{version}  {reason}")
 
 
 def _table(columns: tuple[str, ...], rows: list[list[str]]) -> None:

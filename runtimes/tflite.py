@@ -229,7 +229,8 @@ def _create(new_interpreter: NewInterpreter, path: Path, options: LoadOptions) -
 
 
 def _plain(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    """The engine's message in one line; it repeats itself for every tensor concerned."""
+    return " ".join(str(error).split())[:200]
 
 
 def _spec(detail: Mapping[str, Any], role: str) -> TensorSpec:

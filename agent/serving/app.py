@@ -92,6 +92,8 @@ def _serve(parts: Parts, settings: ServeSettings, load: Callable[[], None], anno
             load()
             if end.is_set():
                 return 0
+            if announce is not None and not any(served.active for served in parts.host):
+                return 1  # started by hand on files of which none can be served; each was logged with its reason
             return _run(parts, settings, table, listeners, end, announce)
         finally:
             parts.host.close()
