@@ -59,10 +59,15 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     trial_memory_bytes: int = 2 * 1024 * 1024 * 1024
     trial_timeout_s: float = 120.0
     download_min_bytes_per_s: int = 1024
+    trial_socket: Path = Path("/run/edge-agent/trial.sock")  # where systemd starts trials; without it they are children of sync
+    watch_poll_s: float = 0.5  # how often a release under watch is looked at
+    keep_releases: int = 2  # committed releases kept for going back, beside the active one and the one before it
 
     def __post_init__(self) -> None:
         if self.poll_interval_s <= 0 or self.heartbeat_s <= 0:
             raise ValueError("poll_interval_s and heartbeat_s must be above 0")
+        if self.watch_poll_s <= 0 or self.trial_timeout_s <= 0 or self.download_min_bytes_per_s < 1:
+            raise ValueError("watch_poll_s, trial_timeout_s and download_min_bytes_per_s must be above 0")
 
 
 class AgentConfig(Settings, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ before the next. So whatever a selection names is complete.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -105,14 +106,15 @@ class Store:
 
     # -- releases ----------------------------------------------------------------------------------------------------------
 
-    def write_manifest(self, data: bytes) -> ReleaseManifest:
-        """Keeps a verified manifest. All its blobs must be in the store already.
+    def write_manifest(self, data: bytes, needed: Collection[str] | None = None) -> ReleaseManifest:
+        """Keeps a verified manifest. The blobs of its `needed` files (None: of all of them) must be in the store already; a device
+        does not need the files of variants that it does not run.
 
         Raises: ContractError; StoreError when a blob is missing; OSError.
         """
         manifest = parse_manifest(data)
         for name, file in manifest.files.items():
-            if not self.has_blob(file.sha256):
+            if (needed is None or name in needed) and not self.has_blob(file.sha256):
                 raise StoreError(f"release {manifest.ref}: file {name!r} ({file.sha256}) is not in the store")
         path = self._manifest_path(manifest.ref)
         files.make_directory(path.parent)

@@ -1,0 +1,397 @@
+"""The composition root of `edge-agent sync`: everything is made and wired here, in this order, and ended in the reverse.
+
+ 1. the store, and a lock on it: two of us would undo each other's work;
+ 2. the identity: without it there is no fleet, and the command says so;
+ 3. the outbox, counters and reporter: from here on whatever happens can be told;
+ 4. trust, download, trial, the port to `serve`;
+ 5. an updater per model that was ever updated here, each in its own thread: a watch goes on while another model downloads,
+    and an interrupted update is taken up before the network is even asked;
+ 6. the follower, a thread that asks the fleet what is wanted: at intervals, and whenever a poke comes;
+ 7. the MQTT link, last, because nothing else needs it.
+
+The main thread reports and feeds the watchdog. Every thread but it may block on a network or a disk; all state is on disk before it
+matters, so ending never waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import random
+import signal
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+
+from agent.config import AgentConfig
+from agent.contract.codec import ContractError
+from agent.contract.reasons import Reason
+from agent.contract.reports import Hardware, ModelState
+from agent.host import files, hardware, notify
+from agent.host.clock import SystemClock
+from agent.store import Store, StoreError
+from agent.sync import enrol, identity, link
+from agent.sync.counters import Counter
+from agent.sync.download import Downloader, HttpBlobs
+from agent.sync.http import FleetHttp
+from agent.sync.identity import Identity, IdentityError
+from agent.sync.outbox import Outbox
+from agent.sync.ports import Clock
+from agent.sync.problems import Problem, Stopped
+from agent.sync.quarantine import Quarantine
+from agent.sync.reports import Reporter, Signer, model_state
+from agent.sync.retention import Housekeeping
+from agent.sync.serving import ServeAway, ServeClient, ServeRefused, ServeStatus
+from agent.sync.states import States
+from agent.sync.trial import TrialProcesses
+from agent.sync.trust import Trust
+from agent.sync.updater import ModelUpdater, Surroundings
+
+log = logging.getLogger(__name__)
+
+GOODBYE_S = 3.0
+"""How long an orderly end waits for threads. What they do is on disk already, so the rest may be cut off."""
+
+REPORT_PAUSE_S = 0.2
+"""Changes that come this close together share a report."""
+
+FIRST_RETRY_S = 5.0
+AFTER_CRASH_S = 5.0
+
+
+class StoreBusy(StoreError):
+    """Another process is working on the store."""
+
+
+@contextlib.contextmanager
+def exclusive(store: Store) -> Iterator[None]:
+    """Holds the store for this process.  Raises: StoreBusy naming the one that has it."""
+    path = store.private / "lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise StoreBusy(f"another edge-agent sync holds the store {store.root} (process {holder}): stop it first") from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+class Follower:
+    """Knows what the fleet wants. `current` is the last verified word, also of an earlier process; `problem` why there is no newer."""
+
+    def __init__(
+        self, trust: Trust, interval_s: float, changed: Callable[[], None], jitter: Callable[[], float] = random.random
+    ) -> None:
+        self._trust = trust
+        self._interval_s = interval_s
+        self._changed = changed
+        self._jitter = jitter
+        self._poked = threading.Event()
+        self._stop = threading.Event()
+        self._failures = 0
+        self.current = trust.remembered()
+        self.problem: Problem | None = None
+
+    def poke(self) -> None:
+        """Look again, now."""
+        self._poked.set()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._poked.set()
+
+    def run(self) -> None:
+        while not self._stop.is_set():
+            self._poked.clear()
+            self.look()
+            self._poked.wait(self.pause_s())
+
+    def look(self) -> None:
+        """One round. Never raises: whatever is wrong is in `problem`, and what was known stays."""
+        try:
+            current = self._trust.refresh()
+        except Problem as problem:
+            self._failures += 1
+            news = self.problem is None or self.problem.reason is not problem.reason
+            self.problem = problem
+        else:
+            self._failures = 0
+            news = self.problem is not None or self.current is None or self.current.assignment != current.assignment
+            self.current, self.problem = current, None
+        if news:
+            self._changed()
+
+    def pause_s(self) -> float:
+        """Until the next round: the interval, spread so that a fleet does not ask in step; sooner after a failure."""
+        pause_s = self._interval_s
+        if self._failures:
+            pause_s = min(pause_s, FIRST_RETRY_S * 2.0 ** min(self._failures - 1, 16))
+        return pause_s * (0.75 + 0.5 * self._jitter())
+
+
+class Worker:
+    """The thread that steps one model's updater."""
+
+    def __init__(self, updater: ModelUpdater) -> None:
+        self.updater = updater
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self.thread = threading.Thread(target=self._run, name=f"update-{updater.model}", daemon=True)
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._wake.set()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.clear()
+            try:
+                delay_s = self.updater.step(self._stop.is_set)
+            except Stopped:
+                return
+            except Exception:
+                # A bug of ours in one model must not end the others, and trying again at once would fill the disk with logs.
+                log.exception("the update of model %r failed in a way that was not foreseen", self.updater.model)
+                delay_s = AFTER_CRASH_S
+            if delay_s > 0:
+                self._wake.wait(delay_s)
+
+
+class SyncApp:
+    """`edge-agent sync`. Construct, then `run` in the main thread; or `start` and `stop` from a test."""
+
+    def __init__(self, config: AgentConfig, who: Identity, store: Store, clock: Clock | None = None) -> None:
+        self._config = config
+        self._clock = clock = clock or SystemClock()
+        self._who = who
+        self._store = store
+        self._stop = threading.Event()
+        self._due = threading.Event()
+        self._hardware: Hardware | None = None
+        self._hardware_lock = threading.Lock()
+        settings, private = config.sync, store.private
+
+        self.outbox = Outbox(private / "outbox.db")
+        self._sessions = Counter(private / "session.json", clock)
+        self._reporter = Reporter(
+            who.device, Signer(who.key), self.outbox, Counter(private / "counter.json", clock), clock, self._probe_once
+        )
+        self._trust = Trust(private / "trust", who, self._http(), clock)
+        self.follower = Follower(self._trust, settings.poll_interval_s, self._fleet_said)
+        self._serving = ServeClient(config.serve.socket)
+        self._quarantine = Quarantine(private / "quarantine")
+        self._surroundings = Surroundings(
+            store=store,
+            states=States(private / "updates"),
+            quarantine=self._quarantine,
+            housekeeping=Housekeeping(store, settings.keep_releases),
+            releases=self._trust,
+            downloader=Downloader(
+                store,
+                HttpBlobs(self._http),
+                clock,
+                reserve_bytes=settings.disk_reserve_bytes,
+                min_bytes_per_s=settings.download_min_bytes_per_s,
+            ),
+            trials=TrialProcesses(clock, settings.trial_socket),
+            serving=self._serving,
+            clock=clock,
+            settings=settings,
+            hardware=self._probe_once,
+            desired=lambda: self.follower.current,
+            teller=self,
+            boot=hardware.boot_id(),
+            holds=private / "holds",
+            engine_threads=config.serve.engine_threads,
+        )
+        self._workers: dict[str, Worker] = {}
+        self._workers_lock = threading.Lock()
+        self._follow = threading.Thread(target=self.follower.run, name="follower", daemon=True)
+        self.link = link.Link(
+            who.device,
+            link.Broker(who.address.broker_host, who.address.broker_port, self._tls),
+            self.outbox,
+            self._sessions.next,
+            on_poke=self.follower.poke,
+            on_change=lambda _: self._due.set(),
+        )
+
+    # -- Teller: what updaters say ------------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        self._due.set()
+
+    def say(self, name: str, message: str, *, model: str, release: int | None = None, reason: str | None = None) -> None:
+        log.info("model %s: %s: %s", model, name, message)
+        try:
+            self._reporter.event(name, message, model=model, release=release, reason=reason)
+        except OSError as error:
+            log.warning("the event could not be kept for the fleet: %s", error)
+
+    # -- life ---------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until SIGTERM or SIGINT. Only in the main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        self.start()
+        _notify("READY=1")
+        beat_s = min(self._config.sync.heartbeat_s, notify.watchdog_interval_s() or self._config.sync.heartbeat_s)
+        last_report = float("-inf")
+        while not self._stop.is_set():
+            _notify("WATCHDOG=1")
+            if self._due.is_set() or self._clock.monotonic() - last_report >= self._config.sync.heartbeat_s:
+                last_report = self._clock.monotonic()
+                self.report()
+            self._pause(beat_s)
+        _notify("STOPPING=1")
+        self.stop()
+
+    def start(self) -> None:
+        """Starts every thread; returns at once."""
+        for model in self._surroundings.states.models():
+            self._worker(model)
+        self._fleet_said()
+        self._follow.start()
+        self.link.start()
+
+    def stop(self, timeout_s: float = GOODBYE_S) -> None:
+        """Ends everything in an order in which nobody waits for the network."""
+        self._stop.set()
+        self.follower.stop()
+        workers = list(self._workers.values())
+        for worker in workers:
+            worker.stop()
+        end = self._clock.monotonic() + timeout_s
+        for thread in (*(worker.thread for worker in workers), self._follow):
+            if thread.ident is not None:
+                thread.join(max(0.0, end - self._clock.monotonic()))
+        if self._hardware is not None:  # else the probe of a first report would keep us here
+            self.report()
+        self.link.stop(timeout_s)
+        if all(not thread.is_alive() for thread in (*(worker.thread for worker in workers), self._follow)):
+            self._trust.close()
+            self.outbox.close()
+
+    def report(self) -> None:
+        """Tells the fleet how things stand."""
+        self._due.clear()
+        try:
+            status = self._serving.status()
+        except (ServeAway, ServeRefused):
+            status = None
+        try:
+            self._reporter.report(self._model_states(status), status, self.follower.current, self.link.session, self._problem())
+        except OSError as error:
+            log.warning("the state report could not be kept for the fleet: %s", error)
+
+    # -- inside -------------------------------------------------------------------------------------------------------------
+
+    def _fleet_said(self) -> None:
+        """Makes sure that every model the fleet names has a worker, and wakes them all."""
+        desired = self.follower.current
+        for model in desired.models() if desired else ():
+            self._worker(model)
+        with self._workers_lock:
+            for worker in self._workers.values():
+                worker.wake()
+        self._due.set()
+        self._renew_when_due()
+
+    def _worker(self, model: str) -> None:
+        with self._workers_lock:
+            if model not in self._workers and not self._stop.is_set():
+                worker = self._workers[model] = Worker(ModelUpdater(model, self._surroundings))
+                worker.thread.start()
+
+    def _renew_when_due(self) -> None:
+        if self.follower.problem is not None or not enrol.renewal_due(self._who, self._clock.wall()):
+            return
+        http = self._http()
+        try:
+            self._who = enrol.renew(self._who, http)
+        except (Problem, IdentityError, ContractError, OSError) as error:
+            log.warning("the certificate could not be renewed (tried again at the next change): %s", error)
+        finally:
+            http.close()
+
+    def _model_states(self, status: ServeStatus | None) -> dict[str, ModelState]:
+        with self._workers_lock:
+            updaters = {model: worker.updater for model, worker in self._workers.items()}
+        said = status or ServeStatus(instance="")
+        return {
+            model: model_state(
+                updater,
+                said.model(model),
+                tuple(entry.answer for entry in self._quarantine.entries(model)),
+                self._previous(model),
+            )
+            for model, updater in updaters.items()
+        }
+
+    def _previous(self, model: str) -> int | None:
+        try:
+            selection = self._store.selection(model)
+        except StoreError:
+            return None
+        return selection.previous.version if selection and selection.previous else None
+
+    def _problem(self) -> str | None:
+        """The one thing that an operator should know first."""
+        problem = self.follower.problem
+        if problem is not None and problem.reason is not Reason.DOWNLOAD_FAILED:
+            return f"{problem.reason.value}: {problem.message}"
+        with self._workers_lock:
+            found = [f"model {model!r}: {w.updater.problem}" for model, w in self._workers.items() if w.updater.problem]
+        if found:
+            return found[0]
+        return f"{problem.reason.value}: {problem.message}" if problem else None
+
+    def _pause(self, seconds: float) -> None:
+        """Until something is due, the time has passed, or the end. `_due` is set by other threads, `_stop` by signals."""
+        end = self._clock.monotonic() + seconds
+        while not self._stop.is_set() and self._clock.monotonic() < end:
+            if self._due.wait(min(REPORT_PAUSE_S, max(0.0, end - self._clock.monotonic()))):
+                self._stop.wait(REPORT_PAUSE_S)
+                return
+
+    def _probe_once(self) -> Hardware:
+        with self._hardware_lock:
+            if self._hardware is None:
+                self._hardware = hardware.probe()
+            return self._hardware
+
+    def _http(self) -> FleetHttp:
+        who = self._who
+        return FleetHttp(
+            who.address.device_url, self._clock, ca=who.ca_file, certificate=who.certificate_file, key=who.key_file
+        )
+
+    def _tls(self) -> ssl.SSLContext:
+        who = self._who
+        return link.tls_context(str(who.ca_file), str(who.certificate_file), str(who.key_file))
+
+
+def main(config: AgentConfig) -> None:
+    """The whole life of the process.  Raises: StoreError, IdentityError, OSError before it has begun."""
+    store = Store.create(config.store)
+    files.make_directory(store.private / "holds")
+    with exclusive(store):
+        SyncApp(config, identity.load(config.sync.identity), store).run()
+
+
+def _notify(message: str) -> None:
+    try:
+        notify.notify(message)
+    except OSError as error:
+        log.warning("systemd could not be told %s: %s", message, error)

@@ -1,0 +1,148 @@
+"""`edge-agent sync | enroll | trial | doctor | updates`. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from agent.config import AgentConfig
+    from agent.sync.doctor import Finding
+
+_config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="agent.yaml (default: /etc/edge-agent/agent.yaml).",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_MARKS = {"ok": "✓", "warning": "!", "failed": "✗", "skipped": "-"}
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"edge-agent: {message}", err=True)
+    sys.exit(1)
+
+
+def _load(config_path: Path | None) -> AgentConfig:
+    from agent import config
+
+    try:
+        return config.load(config_path)
+    except config.ConfigError as error:
+        _fail(str(error))
+
+
+@click.command()
+@_config_option
+@click.option("--verbose", is_flag=True, help="Log more.")
+def sync(config_path: Path | None, *, verbose: bool) -> None:
+    """Follow the fleet: verify, download, try, activate and watch releases. Ends on SIGTERM."""
+    config = _load(config_path)
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for chatty in ("tuf", "urllib3", "securesystemslib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    from agent.store import StoreError
+    from agent.sync import app
+    from agent.sync.identity import IdentityError
+    from agent.sync.problems import Problem
+
+    try:
+        app.main(config)
+    except (StoreError, IdentityError, Problem) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"the store {config.store} cannot be used: {error}")
+
+
+@click.command()
+@click.argument("string")
+@click.option("--device", help="The id to ask for; without it the fleet server chooses.")
+@click.option("--force", is_flag=True, help="Replace the identity this device has.")
+@_config_option
+def enroll(string: str, device: str | None, config_path: Path | None, *, force: bool) -> None:
+    """Join a fleet with the STRING its operator gave you (edge://TOKEN@HOST:PORT/?ca=...)."""
+    config = _load(config_path)
+    from agent.host import hardware
+    from agent.host.clock import SystemClock
+    from agent.sync import enrol
+    from agent.sync.identity import IdentityError
+
+    try:
+        who = enrol.enrol(string, config.sync.identity, SystemClock(), device=device, hardware=hardware.probe(), force=force)
+    except (enrol.EnrolmentFailed, IdentityError, ValueError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"the identity cannot be written to {config.sync.identity}: {error}")
+    click.echo(f"enrolled as {who.device!r} in fleet {who.address.fleet!r}; identity in {who.folder}")
+    click.echo("next: systemctl restart edge-agent-sync (or run `edge-agent sync`)")
+
+
+@click.command(hidden=True)
+def trial() -> None:
+    """Try one release: a request on stdin, a verdict on stdout. Started by sync, or by systemd with a socket."""
+    from agent.sync import trial_child
+
+    sys.exit(trial_child.main())
+
+
+@click.command()
+@_config_option
+@_json_option
+def doctor(config_path: Path | None, *, as_json: bool) -> None:
+    """Check everything an update needs. Exit status 1 when something is missing."""
+    from agent.sync.doctor import examine
+
+    findings = list(examine(config_path))
+    if as_json:
+        click.echo(json.dumps([_as_dict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            click.echo(f"{_MARKS[finding.level]} {finding.name}: {finding.message}")
+            if finding.advice:
+                click.echo(f"    → {finding.advice}")
+    sys.exit(1 if any(finding.level == "failed" for finding in findings) else 0)
+
+
+def _as_dict(finding: Finding) -> dict[str, Any]:
+    import msgspec
+
+    return dict(msgspec.structs.asdict(finding))
+
+
+@click.command()
+@_config_option
+@_json_option
+@click.option("--forget", metavar="MODEL:VERSION", help="Let this device try a release again that it refused.")
+def updates(config_path: Path | None, forget: str | None, *, as_json: bool) -> None:
+    """Show where each model's update stands, its answers, and the releases this device refuses."""
+    config = _load(config_path)
+    from agent.contract.names import ReleaseRef
+    from agent.store import Store
+    from agent.sync import overview
+
+    store = Store(config.store)
+    try:
+        if forget is not None:
+            ref = ReleaseRef.parse(forget)
+            done = overview.forget(store, ref)
+            click.echo(f"{ref} may be tried again" if done else f"{ref} was not refused here")
+            return
+        models = overview.read(store)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    if as_json:
+        click.echo(json.dumps(models, indent=2))
+    else:
+        click.echo(overview.text(models), nl=False)
+
+
+COMMANDS = (sync, enroll, trial, doctor, updates)
+"""For `edge-agent`'s group."""

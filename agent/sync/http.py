@@ -1,0 +1,149 @@
+"""HTTPS to the fleet server with this device's certificate. The one place where errors of `requests` are translated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import requests
+import urllib3.exceptions
+
+from agent.contract.codec import ContractError, decode
+from agent.contract.reasons import Reason
+from agent.sync.ports import Clock
+from agent.sync.problems import Problem
+
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 20.0
+"""The longest silence between two packets. How long a whole answer may take is the caller's deadline."""
+
+CHUNK_BYTES = 256 * 1024
+_MAX_ERROR_BYTES = 8 * 1024
+
+
+class HttpStatus(Problem):
+    """The server answered with an error."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(Reason.DOWNLOAD_FAILED, message)
+        self.status = status
+
+
+class FleetHttp:
+    """One connection pool. Not for two threads at once: each user makes its own."""
+
+    def __init__(
+        self, base_url: str, clock: Clock, *, ca: Path, certificate: Path | None = None, key: Path | None = None
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._clock = clock
+        self._session = requests.Session()
+        self._session.trust_env = False  # neither proxies nor .netrc of whoever started the process
+        self._session.verify = str(ca)
+        if certificate and key:
+            self._session.cert = (str(certificate), str(key))
+
+    def close(self) -> None:
+        self._session.close()
+
+    def url(self, path: str) -> str:
+        return self.base_url + path
+
+    @contextlib.contextmanager
+    def open(
+        self, url: str, *, headers: dict[str, str] | None = None, accept: tuple[int, ...] = (200,)
+    ) -> Iterator[requests.Response]:
+        """The answer to GET, its body not yet read.  Raises: HttpStatus; Problem when the server cannot be reached."""
+        with translated(url):
+            response = self._session.get(
+                url,
+                headers={"Accept-Encoding": "identity", **(headers or {})},
+                stream=True,
+                timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+                allow_redirects=False,
+            )
+        with response:
+            if response.status_code not in accept:
+                raise HttpStatus(response.status_code, f"{url}: {error_text(response)}")
+            yield response
+
+    def chunks(self, response: requests.Response, *, deadline_s: float) -> Iterator[bytes]:
+        """The body as it arrives.  Raises: Problem when it breaks off or takes longer than `deadline_s`."""
+        end = self._clock.monotonic() + deadline_s
+        while True:
+            with translated(str(response.url)):
+                chunk = response.raw.read1(CHUNK_BYTES)
+            if not chunk:
+                return
+            if self._clock.monotonic() > end:
+                raise Problem(Reason.DOWNLOAD_FAILED, f"{response.url}: not finished after {deadline_s:.0f} s")
+            yield chunk
+
+    def get(self, path: str, *, limit_bytes: int, deadline_s: float) -> bytes:
+        """The whole body.  Raises: HttpStatus, Problem (also when it is larger than `limit_bytes`)."""
+        with self.open(self.url(path)) as response:
+            body = bytearray()
+            for chunk in self.chunks(response, deadline_s=deadline_s):
+                body += chunk
+                if len(body) > limit_bytes:
+                    raise Problem(Reason.DOWNLOAD_FAILED, f"{self.url(path)}: more than the {limit_bytes} bytes allowed")
+            return bytes(body)
+
+    def post(self, path: str, data: bytes, *, limit_bytes: int) -> bytes:
+        """The body of the answer.  Raises: HttpStatus with the server's own text; Problem."""
+        url = self.url(path)
+        with translated(url):
+            response = self._session.post(
+                url,
+                data=data,
+                headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
+                stream=True,
+                timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+                allow_redirects=False,
+            )
+        with response:
+            if response.status_code not in (200, 201):
+                raise HttpStatus(response.status_code, error_text(response))
+            with translated(url):
+                body: bytes = response.raw.read(limit_bytes + 1)
+        if len(body) > limit_bytes:
+            raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: more than the {limit_bytes} bytes allowed")
+        return body
+
+
+@contextlib.contextmanager
+def translated(url: str) -> Iterator[None]:
+    """Turns what `requests` and urllib3 raise inside into a Problem that says what to look at."""
+    try:
+        yield
+    except (requests.exceptions.SSLError, urllib3.exceptions.SSLError) as error:
+        raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: TLS failed ({_root(error)}): see `edge-agent doctor`") from error
+    except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError) as error:
+        raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: no answer within {READ_TIMEOUT_S:.0f} s") from error
+    except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: cannot be reached: {_root(error)}") from error
+
+
+def error_text(response: requests.Response) -> str:
+    """The server's own words for its error, bounded; else the status."""
+    fallback = f"the server answered {response.status_code} {response.reason or ''}".rstrip()
+    try:
+        body = response.raw.read(_MAX_ERROR_BYTES)
+        text = decode(body, dict[str, object], limit_bytes=_MAX_ERROR_BYTES).get("error")
+    except (ContractError, urllib3.exceptions.HTTPError, OSError):
+        return fallback
+    return f"{fallback}: {text}" if isinstance(text, str) and text else fallback
+
+
+def _root(error: BaseException) -> str:
+    """The innermost message: urllib3 wraps the sentence that matters three layers deep."""
+    while True:
+        inner = error.__cause__ or error.__context__
+        if inner is None and error.args and isinstance(error.args[0], BaseException):
+            inner = error.args[0]
+        if inner is None and isinstance(getattr(error, "reason", None), BaseException):
+            inner = error.reason  # type: ignore[attr-defined]
+        if inner is None or inner is error:
+            return str(error) or type(error).__name__
+        error = inner

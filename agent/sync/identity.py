@@ -1,0 +1,209 @@
+"""The identity folder: who this device is, to which fleet it belongs, and what it trusted when it joined.
+
+    key.pem          the private key (ECDSA P-256), made here, mode 0600
+    certificate.pem  what the fleet's CA issued for it; replaced on renewal
+    ca.pem           the fleet's CA
+    fleet.json       FleetAddress: names and addresses
+    root.json        the first TUF root, as it was received at enrolment; never replaced (TUF keeps newer ones itself)
+
+The folder appears whole or not at all, so a crash in the middle of enrolment leaves nothing half-made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import msgspec
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from agent.contract import names
+from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
+from agent.contract.enrolment import EnrolmentResponse
+from agent.host import files
+
+_MAX_FILE_BYTES = 1024 * 1024
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+class IdentityError(Exception):
+    """The identity cannot be used; the message names the file and what to do."""
+
+
+class FleetAddress(Document, frozen=True, kw_only=True):
+    """The names and addresses that came with enrolment."""
+
+    fleet: str
+    device: str
+    device_url: str
+    broker_host: str
+    broker_port: int
+    enrolled: float = 0.0
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        require_format(self.format, "fleet.json")
+        names.check(names.DEVICE_ID, self.device, "device id")
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """An enrolled device, read and checked."""
+
+    folder: Path
+    address: FleetAddress
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+    root: bytes
+
+    @property
+    def device(self) -> str:
+        return self.address.device
+
+    @property
+    def key_file(self) -> Path:
+        return self.folder / "key.pem"
+
+    @property
+    def certificate_file(self) -> Path:
+        return self.folder / "certificate.pem"
+
+    @property
+    def ca_file(self) -> Path:
+        return self.folder / "ca.pem"
+
+    @property
+    def not_before(self) -> float:
+        return self.certificate.not_valid_before_utc.timestamp()
+
+    @property
+    def not_after(self) -> float:
+        return self.certificate.not_valid_after_utc.timestamp()
+
+
+def load(folder: Path) -> Identity:
+    """The identity in `folder`.  Raises: IdentityError."""
+    if not folder.is_dir():
+        raise IdentityError(f"this device is not enrolled: {folder} does not exist; run `edge-agent enroll STRING`")
+    try:
+        address = decode(_read(folder, "fleet.json"), FleetAddress, limit_bytes=_MAX_FILE_BYTES)
+    except ContractError as error:
+        raise IdentityError(f"{folder / 'fleet.json'}: {error}; enrol again with --force") from error
+    key, certificate = _load_key(folder), _load_certificate(folder)
+    _read(folder, "ca.pem")
+    if certificate.public_key() != key.public_key():
+        raise IdentityError(f"{folder}: certificate.pem does not belong to key.pem; enrol again with --force")
+    if (name := common_name(certificate)) != address.device:
+        raise IdentityError(
+            f"{folder}: certificate.pem is for {name!r}, fleet.json for {address.device!r}; enrol again with --force"
+        )
+    return Identity(folder, address, key, certificate, _read(folder, "root.json"))
+
+
+def common_name(certificate: x509.Certificate) -> str:
+    """The certificate's CN, or an empty string."""
+    found = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(found[0].value) if found else ""
+
+
+def write(folder: Path, response: EnrolmentResponse, key: ec.EllipticCurvePrivateKey, enrolled: float) -> None:
+    """Makes `folder` hold this identity, in one step. An identity that was there before is replaced.  Raises: OSError."""
+    files.make_directory(folder.parent)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _fill(fresh, response, key, enrolled)
+        _swap_in(fresh, folder)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def replace_certificate(identity: Identity, pem: str) -> None:
+    """Keeps a renewed certificate.  Raises: IdentityError when it is not for this key and device; OSError."""
+    certificate = _parse_certificate(pem.encode(), "the renewed certificate")
+    if certificate.public_key() != identity.key.public_key() or common_name(certificate) != identity.device:
+        raise IdentityError("the renewed certificate is not for this device's key and name: kept the old one")
+    files.write(identity.certificate_file, pem.encode())
+
+
+def _fill(folder: Path, response: EnrolmentResponse, key: ec.EllipticCurvePrivateKey, enrolled: float) -> None:
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    address = FleetAddress(
+        fleet=response.fleet,
+        device=response.device,
+        device_url=response.device_url,
+        broker_host=response.broker_host,
+        broker_port=response.broker_port,
+        enrolled=enrolled,
+    )
+    files.write(folder / "key.pem", private, mode=0o600)
+    files.write(folder / "certificate.pem", response.certificate_pem.encode())
+    files.write(folder / "ca.pem", response.ca_pem.encode())
+    files.write(folder / "root.json", response.tuf_root.encode())
+    files.write(folder / "fleet.json", encode(address))
+
+
+def _swap_in(fresh: Path, folder: Path) -> None:
+    """Puts `fresh` in the place of `folder`. Where both exist they change places in one step, then the old one goes."""
+    if folder.is_dir() and any(folder.iterdir()):
+        _exchange(fresh, folder)
+        files.sync_directory(folder.parent)
+        shutil.rmtree(fresh)
+    else:
+        fresh.replace(folder)
+    files.sync_directory(folder.parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return
+    # A file system without exchange: for a moment there is none, and the old one stands beside under a name that says so.
+    aside = other.with_name(f"{other.name}.replaced")
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(aside)
+    other.replace(aside)
+    one.replace(other)
+    aside.replace(one)
+
+
+def _load_key(folder: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(_read(folder, "key.pem"), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise IdentityError(f"{folder / 'key.pem'} is not a private key ({error}); enrol again with --force") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise IdentityError(f"{folder / 'key.pem'} is not an elliptic-curve key; enrol again with --force")
+    return key
+
+
+def _load_certificate(folder: Path) -> x509.Certificate:
+    return _parse_certificate(_read(folder, "certificate.pem"), str(folder / "certificate.pem"))
+
+
+def _parse_certificate(pem: bytes, what: str) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError as error:
+        raise IdentityError(f"{what} is not a certificate ({error}); enrol again with --force") from error
+
+
+def _read(folder: Path, name: str) -> bytes:
+    path = folder / name
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise IdentityError(f"{path} is missing: the identity is incomplete; enrol again with --force") from None
+    except OSError as error:
+        raise IdentityError(f"{path} cannot be read: {error.strerror}; run as the user of `edge-agent sync`") from error
+    if not data:
+        raise IdentityError(f"{path} is empty; enrol again with --force")
+    return data

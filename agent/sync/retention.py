@@ -1,0 +1,78 @@
+"""What may be deleted from the store. Deciding is pure; deleting goes manifests first, so that no manifest names a missing blob."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable, Mapping
+
+from agent.contract.names import SHA256, ReleaseRef
+from agent.host import files
+from agent.store import Store, StoreError
+
+
+def surplus(releases: Iterable[ReleaseRef], needed: Mapping[str, Collection[int]], keep_newest: int) -> list[ReleaseRef]:
+    """The releases that nobody needs, oldest first, beyond the `keep_newest` newest unneeded ones of each model."""
+    unneeded: dict[str, list[ReleaseRef]] = {}
+    for ref in sorted(releases):
+        if ref.version not in needed.get(ref.model, ()):
+            unneeded.setdefault(ref.model, []).append(ref)
+    return sorted(ref for refs in unneeded.values() for ref in refs[: max(0, len(refs) - keep_newest)])
+
+
+def collect(store: Store, remove: Iterable[ReleaseRef], staging_needed: Collection[str] = ()) -> int:
+    """Removes these releases, then every blob and staged download that no remaining release or `staging_needed` names.
+
+    Gives the bytes freed. A manifest that cannot be read keeps all blobs: what it names is unknown.  Raises: OSError.
+    """
+    for ref in remove:
+        store.remove_manifest(ref)
+    try:
+        named = {file.sha256 for ref in store.releases() for file in store.manifest(ref).files.values()}
+    except StoreError:
+        return 0
+    freed = 0
+    for folder, keep in ((store.blobs, named | set(staging_needed)), (store.staging, set(staging_needed))):
+        for path in folder.iterdir():
+            if path.name not in keep and (SHA256.fullmatch(path.name) or path.name.startswith(".")):
+                freed += path.stat().st_size
+                path.unlink()
+        files.sync_directory(folder)
+    return freed
+
+
+class Housekeeping:
+    """Keeps the store within bounds while several models may be fetching. Thread-safe."""
+
+    def __init__(self, store: Store, keep_newest: int) -> None:
+        self._store = store
+        self._keep_newest = keep_newest
+        self._lock = threading.Lock()
+        self._needed: dict[str, frozenset[int]] = {}
+        self._fetching: dict[str, frozenset[str] | None] = {}
+
+    def need(self, model: str, versions: Collection[int]) -> None:
+        """The releases of the model that must stay: active, previous, target."""
+        with self._lock:
+            self._needed[model] = frozenset(versions)
+
+    def fetching(self, model: str, blobs: Collection[str] | None) -> None:
+        """The blobs the model's download needs; None while it is not known yet, which postpones every collection."""
+        with self._lock:
+            self._fetching[model] = None if blobs is None else frozenset(blobs)
+
+    def fetched(self, model: str) -> None:
+        with self._lock:
+            self._fetching.pop(model, None)
+
+    def collect(self, *, short_of_space: bool = False) -> int:
+        """Deletes what may go, oldest first; everything that is not needed when the disk is short. Gives the bytes freed.
+
+        A model that nothing was said about keeps all its releases: it may have been set up by hand.  Raises: OSError.
+        """
+        with self._lock:
+            if None in self._fetching.values():
+                return 0
+            releases = [ref for ref in self._store.releases() if ref.model in self._needed]
+            remove = surplus(releases, self._needed, 0 if short_of_space else self._keep_newest)
+            blobs = {blob for needed in self._fetching.values() if needed for blob in needed}
+            return collect(self._store, remove, blobs)

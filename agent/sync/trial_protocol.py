@@ -1,0 +1,70 @@
+"""What the two ends of a trial say to each other: a request as one JSON line, then JSON lines of progress and one verdict.
+
+The same bytes go through a child's pipes and through the socket of `edge-agent-trial@.service`. Small imports only.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from agent.contract.codec import Document
+from agent.contract.manifest import Close, Scalar, Tensor, Top1
+from agent.contract.reasons import Reason
+
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+MAX_REPLY_BYTES = 1024 * 1024
+
+
+class Case(Document, frozen=True, kw_only=True):
+    """A golden case with its files found."""
+
+    name: str
+    inputs: str
+    expected: str
+    compare: dict[str, Close | Top1]
+
+
+class Limits(Document, frozen=True, kw_only=True):
+    """`max_*` are the publisher's acceptance; `memory_bytes` and `cpu_s` are what the process may take before it is stopped."""
+
+    memory_bytes: int
+    cpu_s: int
+    max_p95_ms: float | None = None
+    max_memory_bytes: int | None = None
+
+
+class Request(Document, frozen=True, kw_only=True):
+    """A trial to do. Paths are absolute."""
+
+    release: str
+    runtime: str
+    model: str
+    limits: Limits
+    options: dict[str, Scalar] = {}
+    threads: int = 1
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    cases: tuple[Case, ...] = ()
+
+
+class Progress(Document, frozen=True, kw_only=True, tag_field="kind", tag="progress"):
+    """What the trial is doing now; the last one before a death says where it died."""
+
+    step: str
+
+
+class Verdict(Document, frozen=True, kw_only=True, tag_field="kind", tag="verdict"):
+    """The end. `reason` is None when the release passed."""
+
+    reason: Reason | None = None
+    message: str = ""
+    evidence: dict[str, float | str] = {}
+
+
+Line = Progress | Verdict
+_decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Progress | Verdict)
+
+
+def parse_line(data: bytes) -> Line:
+    """Raises: ValueError when the line is neither progress nor a verdict."""
+    return _decoder.decode(data)
