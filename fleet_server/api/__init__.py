@@ -1,0 +1,1 @@
+"""The HTTP side: the operators' REST and page, and what devices fetch."""

@@ -1,0 +1,1 @@
+"""The mosquitto that the server runs: its configuration and its supervision."""

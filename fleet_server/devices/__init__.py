@@ -1,0 +1,1 @@
+"""Who the devices are, how they join, and what they said last."""

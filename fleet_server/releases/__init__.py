@@ -1,0 +1,1 @@
+"""The signed repository, and how a release gets into it."""

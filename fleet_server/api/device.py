@@ -1,0 +1,110 @@
+"""The devices' application, behind mutual TLS: metadata, targets, blobs, the caller's own record, a new certificate.
+
+Who asks is what the certificate of the connection says; a revoked or unknown one gets 403 before anything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import msgspec
+from cryptography import x509
+from fastapi import Depends, FastAPI, Request
+from starlette.responses import FileResponse, Response
+
+from agent.contract.codec import decode
+from agent.contract.enrolment import BLOBS_PATH, METADATA_PATH, RECORD_PATH, RENEW_PATH, TARGETS_PATH, RenewalRequest
+from fleet_server.api import http
+from fleet_server.api.tls import CERTIFICATE
+from fleet_server.devices.enrolment import Enrolment
+from fleet_server.devices.inventory import Inventory
+from fleet_server.errors import NotFound, Refused
+from fleet_server.releases.repository import Repository
+from fleet_server.storage.blobs import Blobs
+
+MAX_RENEWAL_BYTES = 64 * 1024
+
+
+class Parts(Protocol):
+    """What this application needs of the server."""
+
+    blobs: Blobs
+    enrolment: Enrolment
+    inventory: Inventory
+    repository: Repository
+
+
+def caller(request: Request) -> str:
+    """The device whose certificate this connection was made with.  Raises: Refused."""
+    der = request.scope["state"].get(CERTIFICATE)
+    if not der:
+        raise Refused("this listener needs a client certificate", code="no_certificate")
+    return _fleet(request).inventory.authenticate(_certificate(der))
+
+
+Caller = Annotated[str, Depends(caller)]
+
+
+def metadata(request: Request, name: str, _caller: Caller) -> Response:
+    path = _fleet(request).repository.metadata_path(name)
+    return _file(path if path is not None and path.is_file() else None, f"metadata {name!r}", "application/json")
+
+
+def target(request: Request, name: str, _caller: Caller) -> Response:
+    return _file(_fleet(request).repository.served_target(name), f"target {name!r}", "application/json")
+
+
+def blob(request: Request, sha256: str, _caller: Caller) -> Response:
+    """Whole, or the stretch that a Range header asks for."""
+    path = _fleet(request).blobs.path(sha256)
+    headers = {"ETag": f'"{sha256}"', "Cache-Control": "public, max-age=31536000, immutable"}
+    return _file(path if path.is_file() else None, f"blob {sha256}", "application/octet-stream", headers)
+
+
+def record(request: Request, device: Caller) -> Response:
+    return Response(_fleet(request).inventory.record(device), media_type="application/json")
+
+
+async def renew(request: Request, device: Caller) -> Response:
+    wanted = decode(await request.body(), RenewalRequest, limit_bytes=MAX_RENEWAL_BYTES)
+    given = await asyncio.to_thread(_fleet(request).enrolment.renew, device, wanted)
+    return Response(msgspec.json.encode(given), media_type="application/json")
+
+
+ROUTES: tuple[tuple[list[str], str, Callable[..., Any]], ...] = (
+    (["GET", "HEAD"], METADATA_PATH + "{name}", metadata),
+    (["GET", "HEAD"], TARGETS_PATH + "{name:path}", target),
+    (["GET", "HEAD"], BLOBS_PATH + "{sha256}", blob),
+    (["GET"], RECORD_PATH, record),
+    (["POST"], RENEW_PATH, renew),
+)
+
+
+def build(fleet: Parts) -> FastAPI:
+    """The application of the device listener."""
+    app = FastAPI(title="edge-fleet devices", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.fleet = fleet
+    for methods, path, handler in ROUTES:
+        app.add_api_route(path, handler, methods=methods, response_model=None)
+    http.install(app)
+    return app
+
+
+def _fleet(request: Request) -> Parts:
+    fleet: Parts = request.app.state.fleet
+    return fleet
+
+
+def _file(path: Path | None, what: str, kind: str, headers: dict[str, str] | None = None) -> Response:
+    if path is None:
+        raise NotFound(f"there is no {what}")
+    return FileResponse(path, media_type=kind, headers=headers)
+
+
+@functools.lru_cache(maxsize=16384)
+def _certificate(der: bytes) -> x509.Certificate:
+    return x509.load_der_x509_certificate(der)

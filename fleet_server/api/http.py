@@ -1,0 +1,115 @@
+"""What every response has in common: errors as JSON that say what to do, limits before bytes are read, safe headers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from agent.contract.codec import ContractError
+from fleet_server import errors
+from fleet_server.releases.repository import RepositoryDamaged
+
+_log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 16 * 1024 * 1024  # a publication: a manifest and the releases role, both as JSON strings
+STATUS: dict[type[errors.FleetError], int] = {
+    errors.Invalid: 400,
+    errors.Denied: 401,
+    errors.Refused: 403,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.TooLarge: 413,
+    errors.Unavailable: 503,
+}
+HEADERS = {
+    b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    b"form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
+    b"cross-origin-opener-policy": b"same-origin",
+}
+
+
+def answer(status: int, text: str, code: str) -> JSONResponse:
+    return JSONResponse({"error": text, "code": code}, status)
+
+
+def install(app: FastAPI, *, unlimited: str | None = None) -> None:
+    """Error answers, limits and headers. Paths that begin with `unlimited` may receive bodies of any length."""
+
+    @app.exception_handler(errors.FleetError)
+    def _ours(_request: Request, error: errors.FleetError) -> JSONResponse:
+        return answer(next((s for kind, s in STATUS.items() if isinstance(error, kind)), 500), str(error), error.code)
+
+    @app.exception_handler(ContractError)
+    def _contract(_request: Request, error: ContractError) -> JSONResponse:
+        return answer(400, str(error), "invalid")
+
+    @app.exception_handler(RequestValidationError)
+    def _schema(_request: Request, error: RequestValidationError) -> JSONResponse:
+        where = "; ".join(f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:10])
+        return answer(400, f"the request does not fit this route: {where}", "invalid")
+
+    @app.exception_handler(HTTPException)
+    def _http(_request: Request, error: HTTPException) -> JSONResponse:
+        word = {404: "not_found", 405: "wrong_method"}.get(error.status_code, "invalid")
+        return answer(error.status_code, str(error.detail).lower(), word)
+
+    @app.exception_handler(RepositoryDamaged)
+    def _damaged(_request: Request, error: RepositoryDamaged) -> JSONResponse:
+        _log.error("%s", error)
+        return answer(503, str(error), "repository_damaged")
+
+    @app.exception_handler(Exception)
+    def _bug(request: Request, error: Exception) -> JSONResponse:
+        _log.error("%s %s failed: %r", request.method, request.url.path, error)
+        return answer(500, "the server failed at this request; its log says more", "internal")
+
+    app.add_middleware(Frame, unlimited=unlimited)
+
+
+class Frame:
+    """Refuses bodies that are too large or of unknown length before reading them; adds the headers."""
+
+    def __init__(self, app: ASGIApp, unlimited: str | None) -> None:
+        self._app, self._unlimited = app, unlimited
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def framed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                _add_headers(message, scope["path"])
+            await send(message)
+
+        refusal = self._refusal(scope)
+        await (refusal or self._app)(scope, receive, framed)
+
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        if self._unlimited and scope["path"].startswith(self._unlimited):
+            return None
+        headers = dict(scope["headers"])
+        if b"transfer-encoding" in headers:
+            return answer(411, "say the length of the body (Content-Length)", "length_required")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > MAX_BODY_BYTES:
+            return answer(413, f"a request here may have at most {MAX_BODY_BYTES} bytes", "too_large")
+        return None
+
+
+def _add_headers(message: MutableMapping[str, Any], path: str) -> None:
+    present = {name.lower() for name, _ in message["headers"]}
+    extra = dict(HEADERS)
+    if path.startswith(("/api/", "/enrolment")) or path == "/record":
+        extra[b"cache-control"] = b"no-store"
+    message["headers"] = [*message["headers"], *((name, value) for name, value in extra.items() if name not in present)]

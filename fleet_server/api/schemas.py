@@ -1,0 +1,70 @@
+"""The bodies that the REST API takes. What it answers is described at each route."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fleet_server.access import Role
+
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+Version = Annotated[int, Field(ge=1, le=2**53 - 1)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Groups(Body):
+    """All groups the device shall be in; those not named it leaves."""
+
+    groups: Annotated[list[Name], Field(max_length=64)]
+
+
+class NewEnrolmentToken(Body):
+    """`device`: only this id may join with it. `groups`: what the joining devices are put in."""
+
+    device: Name | None = None
+    groups: Annotated[list[Name], Field(max_length=64)] = []
+    uses: Annotated[int, Field(ge=1, le=100_000)] = 1
+    ttl_s: Annotated[float, Field(gt=0, le=365 * 86400)] = 86400.0
+
+
+class NewAccessToken(Body):
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    role: Role
+
+
+class SignIn(Body):
+    token: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Publication(Body):
+    """The manifest's and the signed metadata's exact bytes, as text."""
+
+    manifest: str
+    metadata: str
+
+
+class NewRollout(Body):
+    """Neither `groups` nor `percent`: every device at once. `hold`: wait for promote between waves."""
+
+    release: Annotated[str, Field(max_length=100, examples=["digits:4"])]
+    groups: Annotated[list[Name], Field(max_length=64)] = []
+    percent: Annotated[float, Field(gt=0, le=100)] | None = None
+    hold: bool = False
+    max_failures: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+
+
+class Rollback(Body):
+    """Without `to`: the release that ran before."""
+
+    to: Version | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """`error` says what to do; `code` is a stable word."""
+
+    error: str
+    code: str

@@ -1,0 +1,290 @@
+"""The composition root of `edge-fleet serve`: makes every part, wires them, starts and stops them in order.
+
+Start: lock, configuration, database, certificates, repository (checked, renewed, reconciled with the database), broker, MQTT link,
+listeners, READY. Stop is the reverse, so that nothing is asked of a part that is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from fleet_server.access import Access
+from fleet_server.api import device as device_api
+from fleet_server.api import operator as operator_api
+from fleet_server.api.tls import ClientCertificateProtocol, Listener
+from fleet_server.broker import settings as broker_settings
+from fleet_server.broker.supervisor import Supervisor
+from fleet_server.config import FleetConfig, Folder, load
+from fleet_server.devices.enrolment import Enrolment
+from fleet_server.devices.inventory import Inventory
+from fleet_server.devices.pki import Authority
+from fleet_server.errors import Unavailable
+from fleet_server.ingest.intake import Intake
+from fleet_server.ingest.link import MqttLink
+from fleet_server.journal import Journal
+from fleet_server.live import Hub
+from fleet_server.notify import notify, watchdog_interval_s
+from fleet_server.releases import keys
+from fleet_server.releases.catalogue import Catalogue
+from fleet_server.releases.repository import OnlineKeys, Repository
+from fleet_server.rollouts.service import Rollouts
+from fleet_server.storage.blobs import Blobs
+from fleet_server.storage.database import Database
+
+_log = logging.getLogger(__name__)
+
+READY_WITHIN_S = 30.0
+RENEW_EVERY_S = 60.0
+GRACE_S = 3  # for requests under way when the server stops
+ONLINE = ("assignments", "snapshot", "timestamp")
+
+
+def software_version() -> str:
+    try:
+        return version("edge-inference-agent")
+    except PackageNotFoundError:
+        return "0"
+
+
+class Fleet:
+    """Every part that works on one data folder, without the processes and sockets around them."""
+
+    def __init__(self, folder: Folder, config: FleetConfig, clock: Callable[[], float] = time.time) -> None:
+        self.folder, self.config = folder, config
+        self.started = clock()
+        self.hub = Hub()
+        self.database = Database(folder.database_url(config))
+        self.authority = Authority(folder.pki)
+        self.blobs = Blobs(folder.blobs, folder.uploads)
+        self.repository = Repository(folder.metadata, folder.targets, online_keys(folder), config.expiry, clock)
+        self.access = Access(self.database, clock, session_s=config.session_s)
+        self.journal = Journal(self.database, self.hub, clock, events_kept=config.events_kept)
+        self.inventory = Inventory(self.database, self.authority, self.repository, self.journal, config, clock)
+        self.enrolment = Enrolment(self.database, self.authority, self.repository, self.inventory, self.journal, config, clock)
+        self.catalogue = Catalogue(self.database, self.repository, self.blobs, self.journal, clock)
+        self.rollouts = Rollouts(self.database, self.repository, self.inventory, self.journal, config, clock)
+        self.intake = Intake(self.database, self.journal, clock)
+        self.inventory.on_groups_changed = self.rollouts.evaluate
+        self.broker_connected: Callable[[], bool] = lambda: False
+
+    def recover(self) -> None:
+        """Makes good what an interrupted server left, so that disk, database and signed documents say the same."""
+        self.database.migrate()
+        self.authority.renew_own(own_names(self.config))
+        self.inventory.write_crl()
+        self.repository.check()
+        for ref in self.catalogue.reconcile():
+            _log.warning("release %s was published but not indexed; it is now", ref)
+        self.rollouts.publish_assignment()
+        self.repository.renew()
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "fleet": self.config.fleet, "version": software_version(), "started": self.started,
+            "broker_connected": self.broker_connected(), "ca_sha256": self.authority.fingerprint,
+            "device_url": self.config.device_url, "expires": self.repository.expirations(),
+            "messages": {"accepted": self.intake.accepted, "dropped": dict(self.intake.dropped)},
+        }  # fmt: skip
+
+    def close(self) -> None:
+        self.database.close()
+
+
+def online_keys(folder: Folder) -> OnlineKeys:
+    return OnlineKeys(*(keys.load(folder.keys / f"{name}.key") for name in ONLINE))
+
+
+def own_names(config: FleetConfig) -> tuple[str, ...]:
+    """Everything the server's certificate must name."""
+    return tuple(dict.fromkeys((*config.hosts, *(a for a in (config.listen, config.broker.listen) if not _wildcard(a)))))
+
+
+@contextlib.contextmanager
+def locked(folder: Folder) -> Iterator[None]:
+    """Keeps every other server off the folder.  Raises: Unavailable naming the one that has it."""
+    try:
+        fd = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Unavailable(f"{folder.root} cannot be used: {error}") from error
+    with os.fdopen(fd, "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = file.read().strip() or "unknown"
+            raise Unavailable(
+                f"another edge-fleet serve (process {holder}) works on {folder.root}; stop it first", code="locked"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def serve(folder: Folder) -> None:
+    """Runs the server until SIGTERM or SIGINT.
+
+    Raises: ConfigError, Unavailable (locked, no mosquitto, a port is taken), DatabaseError, RepositoryDamaged.
+    """
+    config = load(folder)
+    with locked(folder):
+        executable = broker_settings.find_mosquitto(config.broker)
+        fleet = Fleet(folder, config)
+        try:
+            fleet.recover()
+            asyncio.run(_Running(fleet, executable).run())
+        finally:
+            fleet.close()
+
+
+class _Running:
+    """The processes, sockets and timers of one server."""
+
+    def __init__(self, fleet: Fleet, executable: str) -> None:
+        self._fleet, self._config = fleet, fleet.config
+        conf = broker_settings.write(fleet.folder, self._config.broker)
+        self._broker = Supervisor(executable, conf, fleet.folder.root)
+        host = "127.0.0.1" if _wildcard(self._config.broker.listen) else self._config.broker.listen
+        self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.rollouts.evaluate)
+        self._stop = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        fleet.inventory.link, fleet.rollouts.poker = self, self._link
+        fleet.broker_connected = self._link.connected.is_set
+
+    # What the inventory asks of the broker's side.
+    def poke_device(self, device: str) -> None:
+        self._link.poke_device(device)
+
+    def revocations_changed(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._broker.restart)
+
+    async def run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop.set)
+        listeners = self._listeners()
+        tasks = [asyncio.create_task(self._broker.run(), name="broker")]
+        tasks += [asyncio.create_task(listener.serve(), name="listener") for listener in listeners]
+        link_started = False
+        try:
+            self._link.start()
+            link_started = True
+            await self._until_ready(listeners, tasks)
+            notify("READY=1")
+            _log.info("ready: operators at %s, devices at %s", self._config.operator_url, self._config.device_url)
+            tasks += [
+                asyncio.create_task(self._ticks()),
+                asyncio.create_task(self._renewals()),
+                asyncio.create_task(_watchdog()),
+            ]
+            await self._stop.wait()
+        finally:
+            notify("STOPPING=1")
+            _log.info("stopping")
+            await self._end(listeners, tasks, link_started=link_started)
+
+    async def _until_ready(self, listeners: list[Listener], tasks: list[asyncio.Task[None]]) -> None:
+        """Returns when everything answers, or when asked to stop.  Raises: Unavailable that says what does not."""
+        deadline = time.monotonic() + READY_WITHIN_S
+        while not self._stop.is_set():
+            missing = [name for name, up in self._parts(listeners) if not up]
+            if not missing:
+                return
+            ended = [task for task in tasks if task.done()]
+            if ended:
+                raise Unavailable(_why(ended[0]))
+            if time.monotonic() > deadline:
+                words = " | ".join(self._broker.last_lines)
+                raise Unavailable(f"{', '.join(missing)} did not start within {READY_WITHIN_S:g} s; the broker said: {words}")
+            await asyncio.sleep(0.02)
+
+    def _parts(self, listeners: list[Listener]) -> list[tuple[str, bool]]:
+        parts = [(f"the listener on port {listener.config.port}", listener.started) for listener in listeners]
+        return [*parts, (f"the broker on port {self._config.broker.port}", self._link.connected.is_set())]
+
+    async def _end(self, listeners: list[Listener], tasks: list[asyncio.Task[None]], *, link_started: bool) -> None:
+        self._fleet.hub.close()
+        for listener in listeners:
+            listener.should_exit = True
+        for task in tasks:
+            if task.get_name() not in {"broker", "listener"}:
+                task.cancel()
+        await asyncio.gather(*(task for task in tasks if task.get_name() != "broker"), return_exceptions=True)
+        if link_started:
+            await asyncio.to_thread(self._link.stop)
+        await self._broker.stop()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _listeners(self) -> list[Listener]:
+        config, authority = self._config, self._fleet.authority
+        operators = operator_api.build(self._fleet, title=f"{config.fleet} fleet", version=software_version())
+        tls: dict[str, Any] = {"ssl_certfile": authority.server_cert, "ssl_keyfile": authority.server_key}
+        device_tls = {**tls, "ssl_ca_certs": str(authority.ca_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+        devices = device_api.build(self._fleet)
+        found = [
+            _listener(operators, config.listen, config.operator_port, **tls),
+            _listener(devices, config.listen, config.device_port, http=ClientCertificateProtocol, **device_tls),
+        ]
+        if config.loopback_port is not None:
+            found.append(_listener(operators, config.loopback_address, config.loopback_port))
+        return found
+
+    # -- timers ------------------------------------------------------------------------------------------------------------
+
+    async def _ticks(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.rollouts.tick_s)
+            await _guarded(self._fleet.rollouts.evaluate, "rollouts could not be judged")
+
+    async def _renewals(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_EVERY_S)
+            await _guarded(self._fleet.repository.renew, "metadata could not be renewed")
+
+
+async def _guarded(action: Callable[[], object], what: str) -> None:
+    """A timer's work: a failure is logged and the next turn tries again, because stopping the server would help nobody."""
+    try:
+        await asyncio.to_thread(action)
+    except Exception:  # noqa: BLE001 - see above
+        _log.exception("%s; trying again later", what)
+
+
+async def _watchdog() -> None:
+    interval = watchdog_interval_s()
+    while interval is not None:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(interval)
+
+
+def _listener(app: FastAPI, host: str, port: int, **options: Any) -> Listener:
+    return Listener(
+        uvicorn.Config(
+            app, host=host, port=port, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
+            proxy_headers=False, timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=75, **{"http": "h11", **options},
+        )
+    )  # fmt: skip
+
+
+def _why(task: asyncio.Task[None]) -> str:
+    error = None if task.cancelled() else task.exception()
+    if isinstance(error, SystemExit) or error is None:
+        return f"the {task.get_name()} ended before the server was ready; is its port taken? See the lines above"
+    return f"the {task.get_name()} failed: {error}"
+
+
+def _wildcard(address: str) -> bool:
+    return address in {"0.0.0.0", "::", ""}  # noqa: S104 - recognising it, not binding it

@@ -1,0 +1,181 @@
+"""The operator's side of the REST API: the profile file, and requests that speak it. Used by the CLI."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+import requests
+import yaml
+
+from fleet_server import files
+from fleet_server.errors import FleetError, Invalid, NotFound, Unavailable
+
+ENVIRONMENT = "EDGE_FLEET_PROFILE"
+API = "/api/v1"
+TIMEOUT_S = 30.0
+UPLOAD_CHUNK = 256 * 1024
+
+
+class ServerRefused(FleetError):
+    """The server understood and said no. Exit code 3."""
+
+    def __init__(self, message: str, code: str, status: int) -> None:
+        super().__init__(message, code=code)
+        self.status = status
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the server is, whom to trust, and the access token. `ca` is a file; its fingerprint pins it."""
+
+    url: str
+    token: str
+    ca: str | None = None
+    ca_sha256: str | None = None
+
+    def write(self, path: Path) -> None:
+        files.make_directory(path.parent, mode=0o700)
+        files.write(path, yaml.safe_dump(msgspec.to_builtins(self), sort_keys=False).encode(), mode=0o600)
+
+    @classmethod
+    def read(cls, path: Path) -> Profile:
+        """Raises: NotFound, Invalid."""
+        try:
+            profile = msgspec.convert(yaml.safe_load(path.read_bytes()), cls)
+        except FileNotFoundError:
+            raise NotFound(
+                f"profile {path} does not exist; `edge-fleet init` writes one, or name yours with --profile"
+            ) from None
+        except (OSError, yaml.YAMLError, msgspec.ValidationError) as error:
+            raise Invalid(f"profile {path} cannot be used: {error}") from error
+        profile.check_ca()
+        return profile
+
+    def check_ca(self) -> None:
+        """Raises: Invalid when the CA file is not the one that was pinned."""
+        if self.ca is None or self.ca_sha256 is None:
+            return
+        try:
+            der = ssl.PEM_cert_to_DER_cert(Path(self.ca).read_text())
+        except (OSError, ValueError) as error:
+            raise Invalid(f"the CA file {self.ca} of the profile cannot be read: {error}") from error
+        if hashlib.sha256(der).hexdigest() != self.ca_sha256:
+            raise Invalid(f"the CA file {self.ca} is not the one the profile pins (sha256 {self.ca_sha256}); get the right one")
+
+
+def default_profile() -> Path:
+    if named := os.environ.get(ENVIRONMENT):
+        return Path(named)
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(base) / "edge-fleet" / "profile.yaml"
+
+
+class Client:
+    """Requests to one server.  Every method raises ServerRefused (it said no) or Unavailable (it cannot be reached)."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._url = profile.url.rstrip("/")
+        self._session = requests.Session()
+        self._session.trust_env = False  # neither proxies nor .netrc of the machine decide where a token goes
+        self._session.headers["Authorization"] = f"Bearer {profile.token}"
+        if profile.ca is not None:
+            self._session.verify = profile.ca
+
+    def close(self) -> None:
+        self._session.close()
+
+    def get(self, path: str, **query: Any) -> Any:
+        return self._json("GET", path, params={k: v for k, v in query.items() if v is not None})
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        return self._json("POST", path, json=body if body is not None else {})
+
+    def put(self, path: str, body: dict[str, Any]) -> Any:
+        return self._json("PUT", path, json=body)
+
+    def delete(self, path: str) -> Any:
+        return self._json("DELETE", path)
+
+    def upload(self, sha256: str, path: Path, progress: Callable[[int], None]) -> None:
+        """Sends the file unless the server has it, from where an earlier upload stopped. `progress` gets the bytes done so far."""
+        with self._request("HEAD", f"/blobs/{sha256}", allowed=(404,)) as response:
+            offset = int(response.headers.get("Upload-Offset", "0"))
+            if response.status_code == 200:
+                progress(path.stat().st_size)
+                return
+        size = path.stat().st_size
+        offset = offset if offset <= size else 0
+        with path.open("rb") as file:
+            file.seek(offset)
+
+            def pieces() -> Iterator[bytes]:
+                progress(file.tell())
+                while chunk := file.read(UPLOAD_CHUNK):
+                    yield chunk
+                    progress(file.tell())
+
+            with self._request("PUT", f"/blobs/{sha256}", data=pieces(), headers={"Upload-Offset": str(offset)}):
+                pass
+
+    def stream(self, path: str, after: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Server-sent events as (kind, data), until the server ends the stream."""
+        query = {} if after is None else {"after": after}
+        with self._request("GET", path, params=query, stream=True, timeout=(TIMEOUT_S, 60.0)) as response:
+            kind = ""
+            with _translated(self._url):
+                for line in response.iter_lines(chunk_size=1, decode_unicode=True):
+                    if line.startswith("event: "):
+                        kind = line[7:]
+                    elif line.startswith("data: "):
+                        yield kind, json.loads(line[6:])
+
+    def _json(self, method: str, path: str, **options: Any) -> Any:
+        with self._request(method, path, **options) as response:
+            try:
+                return response.json()
+            except ValueError as error:
+                raise Unavailable(f"{self._url} does not answer like an edge-fleet server: {error}") from error
+
+    @contextlib.contextmanager
+    def _request(self, method: str, path: str, *, allowed: tuple[int, ...] = (), **options: Any) -> Iterator[requests.Response]:
+        options.setdefault("timeout", TIMEOUT_S)
+        with _translated(self._url):
+            response = self._session.request(method, f"{self._url}{API}{path}", **options)
+        with response:
+            if response.status_code >= 400 and response.status_code not in allowed:
+                raise _refusal(response)
+            yield response
+
+
+def segment(text: str) -> str:
+    """`text` as one part of a path."""
+    return quote(text, safe="")
+
+
+@contextlib.contextmanager
+def _translated(url: str) -> Iterator[None]:
+    try:
+        yield
+    except requests.exceptions.SSLError as error:
+        raise Unavailable(f"{url} cannot prove that it is your server: {error}") from error
+    except requests.exceptions.RequestException as error:
+        raise Unavailable(f"{url} cannot be reached: {error}; is `edge-fleet serve` running?") from error
+
+
+def _refusal(response: requests.Response) -> FleetError:
+    try:
+        body = response.json()
+        text, code = str(body["error"]), str(body["code"])
+    except (ValueError, KeyError, TypeError):
+        text, code = f"the server answered {response.status_code}", "failed"
+    if response.status_code >= 500:
+        return Unavailable(text, code=code)
+    return ServerRefused(text, code, response.status_code)

@@ -1,0 +1,164 @@
+"""fleet.yaml → a frozen FleetConfig, and where everything stands below the data folder."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from agent.contract import names
+
+FILE_NAME = "fleet.yaml"
+DAY_S = 86400.0
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the file and the setting."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every section: frozen, and a misspelt setting is an error."""
+
+
+class BrokerSettings(Settings, frozen=True, kw_only=True):
+    """The mosquitto that the server runs."""
+
+    listen: str = "0.0.0.0"  # noqa: S104 - devices and operators come from elsewhere
+    port: int = 8883
+    max_packet_bytes: int = 1024 * 1024
+    max_queued_messages: int = 10_000
+    max_connections: int = -1
+    mosquitto: str | None = None
+    """The executable; None looks in PATH and where distributions put it."""
+
+
+class ExpirySettings(Settings, frozen=True, kw_only=True):
+    """How long signed metadata is believed. Online metadata is renewed when less than half is left: it is the bound of a freeze."""
+
+    assignments_s: float = 7 * DAY_S
+    snapshot_s: float = 7 * DAY_S
+    timestamp_s: float = 1 * DAY_S
+    record_s: float = 30 * DAY_S
+    device_certificate_s: float = 365 * DAY_S
+
+    def __post_init__(self) -> None:
+        if min(self.assignments_s, self.snapshot_s, self.timestamp_s, self.record_s, self.device_certificate_s) < 60:
+            raise ValueError("nothing may expire within less than 60 seconds")
+
+
+class RolloutSettings(Settings, frozen=True, kw_only=True):
+    """Rollouts are evaluated after every report; `tick_s` is for what no report announces (a device that fell silent)."""
+
+    tick_s: float = 5.0
+    silence_s: float = 180.0
+    """A device not heard of for this long counts as offline: three heartbeats."""
+    min_devices: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tick_s <= 0 or self.silence_s <= 0 or self.min_devices < 1:
+            raise ValueError("tick_s and silence_s must be above 0, min_devices at least 1")
+
+
+class FleetConfig(Settings, frozen=True, kw_only=True):
+    """Everything the server can be told in fleet.yaml."""
+
+    fleet: str
+    hosts: tuple[str, ...]
+    """Names and addresses devices and operators reach this server by; the first one is written into enrolments."""
+    listen: str = "0.0.0.0"  # noqa: S104 - devices and operators come from elsewhere
+    operator_port: int = 8443
+    device_port: int = 8444
+    loopback_port: int | None = None
+    loopback_address: str = "127.0.0.1"
+    broker: BrokerSettings = BrokerSettings()
+    expiry: ExpirySettings = ExpirySettings()
+    rollouts: RolloutSettings = RolloutSettings()
+    database_url: str | None = None
+    """None: SQLite in the data folder."""
+    events_kept: int = 100_000
+    session_s: float = 12 * 3600.0
+
+    def __post_init__(self) -> None:
+        names.check(names.GROUP_NAME, self.fleet, "fleet")
+        if not self.hosts:
+            raise ValueError("hosts must name at least one host")
+        if not _is_loopback(self.loopback_address):
+            raise ValueError(
+                f"loopback_address {self.loopback_address!r} must be 127.0.0.1 or ::1: that listener is not encrypted; "
+                "use the operator listener from other machines"
+            )
+
+    @property
+    def host(self) -> str:
+        return self.hosts[0]
+
+    @property
+    def device_url(self) -> str:
+        return f"https://{bracketed(self.host)}:{self.device_port}"
+
+    @property
+    def operator_url(self) -> str:
+        return f"https://{bracketed(self.host)}:{self.operator_port}"
+
+
+def bracketed(host: str) -> str:
+    """`host` as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return str(ipaddress.ip_address(address)) in {"127.0.0.1", "::1"}
+    except ValueError:
+        return False
+
+
+class Folder:
+    """Where everything stands below the data folder. Paths only: nothing here touches the disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / FILE_NAME
+        self.lock = root / "server.lock"
+        self.database = root / "database.sqlite3"
+        self.pki = root / "pki"
+        self.keys = root / "keys"
+        self.metadata = root / "repository" / "metadata"
+        self.targets = root / "repository" / "targets"
+        self.blobs = root / "blobs"
+        self.uploads = root / "uploads"
+        self.broker = root / "broker"
+
+    def database_url(self, config: FleetConfig) -> str:
+        return config.database_url or f"sqlite:///{self.database.absolute()}"
+
+    def directories(self) -> tuple[tuple[Path, int], ...]:
+        """Every folder with its mode, in the order to make them. Private keys stand only in `keys`, `pki` and `broker`."""
+        return (
+            (self.root, 0o750), (self.pki, 0o700), (self.keys, 0o700), (self.metadata, 0o755), (self.targets, 0o755),
+            (self.blobs, 0o755), (self.uploads, 0o700), (self.broker, 0o700),
+        )  # fmt: skip
+
+
+def load(folder: Folder) -> FleetConfig:
+    """The configuration of a data folder.  Raises: ConfigError that says what is wrong or that the folder was never made."""
+    try:
+        raw = yaml.safe_load(folder.config.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder.config} does not exist; make the data folder with `edge-fleet init {folder.root}`"
+        ) from None
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{folder.config} cannot be read: {error}") from error
+    try:
+        return msgspec.convert(raw or {}, FleetConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{folder.config}: {error}") from error
+
+
+def dump(config: FleetConfig) -> bytes:
+    """The fleet.yaml of `config`, every setting written out so that it can be seen and changed."""
+    body = yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
+    return ("# Settings of edge-fleet. Restart the server after a change.\n" + body).encode()

@@ -1,0 +1,185 @@
+"""How a device joins: a token for a certificate. The private key never leaves the device."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from agent.contract import names
+from agent.contract.enrolment import EnrolmentRequest, EnrolmentResponse, EnrolmentString, RenewalRequest
+from fleet_server.access import Actor, digest
+from fleet_server.config import FleetConfig
+from fleet_server.devices import pki
+from fleet_server.devices.inventory import Inventory
+from fleet_server.errors import Conflict, Denied, Invalid, NotFound, Refused
+from fleet_server.journal import Happening, Journal
+from fleet_server.releases.repository import Repository
+from fleet_server.storage.database import Database
+from fleet_server.storage.models import Certificate, Device, EnrolmentToken
+
+MAX_USES = 100_000
+MAX_TTL_S = 365 * 86400.0
+
+
+class Enrolment:
+    def __init__(
+        self, database: Database, authority: pki.Authority, repository: Repository, inventory: Inventory, journal: Journal,
+        config: FleetConfig, clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._database, self._authority, self._repository, self._inventory = database, authority, repository, inventory
+        self._journal, self._config, self._clock = journal, config, clock
+        self._lock = threading.Lock()  # one enrolment at a time: a token's last use and a wished id are taken once
+
+    # -- tokens ------------------------------------------------------------------------------------------------------------
+
+    def create_token(
+        self, actor: Actor, *, device: str | None, groups: list[str], uses: int, ttl_s: float
+    ) -> tuple[dict[str, Any], EnrolmentString]:
+        """A new enrolment token: its description and the string for the device, which is shown this once."""
+        if device is not None:
+            pki.check_device_id(device)
+            if uses != 1:
+                raise Invalid("a token for one device id has one use")
+        if not 1 <= uses <= MAX_USES or not 0 < ttl_s <= MAX_TTL_S:
+            raise Invalid(f"uses must be from 1 to {MAX_USES} and the time to live above 0 and at most a year")
+        check_groups(groups)
+        token = secrets.token_urlsafe(32)
+        now = self._clock()
+        row = EnrolmentToken(
+            id=secrets.token_hex(4), hash=digest(token), device=device, groups=sorted(set(groups)), uses_left=uses, created=now,
+            created_by=actor.name, expires=now + ttl_s, revoked=False,
+        )  # fmt: skip
+        with self._database.session() as session:
+            session.add(row)
+            self._journal.audit(
+                session, actor, "token.create", row.id, device=device, groups=row.groups, uses=uses, ttl_s=ttl_s
+            )
+        string = EnrolmentString(self._config.host, self._config.operator_port, token, self._authority.fingerprint)
+        return _view(row, now), string
+
+    def tokens(self) -> list[dict[str, Any]]:
+        with self._database.reading() as session:
+            rows = session.scalars(select(EnrolmentToken).order_by(EnrolmentToken.created.desc()))
+            return [_view(row, self._clock()) for row in rows]
+
+    def revoke_token(self, actor: Actor, token_id: str) -> dict[str, Any]:
+        with self._database.session() as session:
+            row = session.get(EnrolmentToken, token_id)
+            if row is None:
+                raise NotFound(f"there is no enrolment token {token_id!r}; `edge-fleet token list` shows them")
+            row.revoked = True
+            self._journal.audit(session, actor, "token.revoke", token_id)
+            return _view(row, self._clock())
+
+    # -- joining -----------------------------------------------------------------------------------------------------------
+
+    def enrol(self, request: EnrolmentRequest) -> EnrolmentResponse:
+        """Raises: Denied (the token does not let anybody in), Invalid (id, certificate request), Conflict (the id is taken)."""
+        csr = pki.read_csr(request.csr_pem) if self._token_is_good(request.token) else None
+        with self._lock, self._database.session() as session:
+            token = session.scalar(select(EnrolmentToken).where(EnrolmentToken.hash == digest(request.token)))
+            if token is None or csr is None or self._why_not(token):
+                raise Denied(self._why_not(token) or "the enrolment token is not known", code="bad_token")
+            device = self._choose_id(session, token, request.device)
+            certificate = self._certify(session, device, csr)
+            token.uses_left -= 1
+            # Serials start at the time, so that an id that was deleted and enrols again goes on above what its device has seen.
+            row = Device(
+                id=device, created=self._clock(), groups=token.groups, labels={}, serial=int(self._clock()), revoked=False, counter=-1, session=-1,
+                present=False, hardware=msgspec.to_builtins(request.hardware) if request.hardware else None,
+            )  # fmt: skip
+            session.add(row)
+            self._inventory.sign_record(row)
+            event = self._journal.record(
+                session, Happening(name="device_enrolled", message=f"{device} joined the fleet", device=device)
+            )
+        self._journal.announce([event])
+        self._journal.changed("devices")
+        return self._answer(device, certificate)
+
+    def renew(self, device: str, request: RenewalRequest) -> EnrolmentResponse:
+        """A new certificate for a device that still has a valid one. The old one stays valid until it ends, so a lost answer harms nobody."""
+        csr = pki.read_csr(request.csr_pem)
+        with self._lock, self._database.session() as session:
+            certificate = self._certify(session, device, csr)
+        return self._answer(device, certificate)
+
+    def _token_is_good(self, token: str) -> bool:
+        with self._database.reading() as session:
+            row = session.scalar(select(EnrolmentToken).where(EnrolmentToken.hash == digest(token)))
+        return row is not None and not self._why_not(row)
+
+    def _why_not(self, token: EnrolmentToken | None) -> str:
+        if token is None:
+            return "the enrolment token is not known"
+        if token.revoked:
+            return "the enrolment token was revoked; ask for a new one"
+        if token.expires <= self._clock():
+            return "the enrolment token has expired; ask for a new one"
+        if token.uses_left < 1:
+            return "the enrolment token was used already; ask for a new one"
+        return ""
+
+    def _choose_id(self, session: Session, token: EnrolmentToken, wished: str | None) -> str:
+        if token.device is not None and wished not in {None, token.device}:
+            raise Refused(f"this token is for device {token.device!r}, not {wished!r}", code="wrong_device")
+        device = token.device or wished
+        if device is None:
+            device = f"dev-{secrets.token_hex(5)}"
+        pki.check_device_id(device)
+        if session.get(Device, device) is not None:
+            raise Conflict(
+                f"device id {device!r} is taken; choose another, or delete that device first (`edge-fleet devices delete {device}`)",
+                code="id_taken",
+            )
+        return device
+
+    def _certify(self, session: Session, device: str, csr: x509.CertificateSigningRequest) -> x509.Certificate:
+        certificate = self._authority.issue_device(device, csr, self._config.expiry.device_certificate_s)
+        session.add(
+            Certificate(
+                serial=pki.serial_hex(certificate), device=device, issued=self._clock(),
+                pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
+                expires=certificate.not_valid_after_utc.timestamp(),
+            )
+        )  # fmt: skip
+        return certificate
+
+    def _answer(self, device: str, certificate: x509.Certificate) -> EnrolmentResponse:
+        return EnrolmentResponse(
+            fleet=self._config.fleet,
+            device=device,
+            certificate_pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
+            ca_pem=self._authority.ca_pem.decode(),
+            device_url=self._config.device_url,
+            broker_host=self._config.host,
+            broker_port=self._config.broker.port,
+            tuf_root=self._repository.root_bytes().decode(),
+        )
+
+
+def check_groups(groups: list[str]) -> None:
+    """Raises: Invalid naming the first group that may not be called so."""
+    if len(groups) > 64:
+        raise Invalid("a device may be in at most 64 groups")
+    for group in groups:
+        try:
+            names.check(names.GROUP_NAME, group, "group")
+        except ValueError as error:  # noqa: PERF203 - a handful
+            raise Invalid(str(error), code="bad_group") from error
+
+
+def _view(row: EnrolmentToken, now: float) -> dict[str, Any]:
+    usable = not row.revoked and row.expires > now and row.uses_left > 0
+    return {
+        "id": row.id, "device": row.device, "groups": row.groups, "uses_left": row.uses_left, "created": row.created,
+        "created_by": row.created_by, "expires": row.expires, "revoked": row.revoked, "usable": usable,
+    }  # fmt: skip

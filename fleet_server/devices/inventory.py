@@ -1,0 +1,221 @@
+"""The devices of the fleet: their groups and signed records, their certificates, what they said last."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+from cryptography import x509
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from agent.contract.assignment import RECORD_PAYLOAD_TYPE, DeviceRecord
+from agent.contract.codec import encode
+from fleet_server.access import Actor
+from fleet_server.config import FleetConfig
+from fleet_server.devices import pki
+from fleet_server.errors import NotFound, Refused
+from fleet_server.journal import Happening, Journal
+from fleet_server.releases.repository import Repository
+from fleet_server.storage.database import Database
+from fleet_server.storage.models import Certificate, Device, DeviceModel
+
+
+class Link(Protocol):
+    """What the inventory needs of the broker's side."""
+
+    def poke_device(self, device: str) -> None: ...
+
+    def revocations_changed(self) -> None:
+        """The revocation list on disk is new: the broker must read it and drop who is on it."""
+
+
+class Inventory:
+    def __init__(
+        self, database: Database, authority: pki.Authority, repository: Repository, journal: Journal, config: FleetConfig,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._database, self._authority, self._repository = database, authority, repository
+        self._journal, self._config, self._clock = journal, config, clock
+        self._revocation = threading.Lock()
+        self.link: Link | None = None
+        self.on_groups_changed: Callable[[], None] = lambda: None
+
+    # -- looking -----------------------------------------------------------------------------------------------------------
+
+    def is_online(self, present: bool, last_seen: float | None, now: float) -> bool:
+        """Present by the broker's account and heard of lately; a device that is silent is not there, whatever was said of it."""
+        return present and last_seen is not None and now - last_seen < self._config.rollouts.silence_s
+
+    def find(
+        self, *, group: str | None = None, model: str | None = None, online: bool | None = None, text: str | None = None,
+        limit: int = 1000, after: str = "",
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Devices by id, filtered."""
+        now = self._clock()
+        found: list[dict[str, Any]] = []
+        with self._database.reading() as session:
+            for row in session.scalars(select(Device).where(Device.id > after).order_by(Device.id)):
+                if len(found) >= limit:
+                    break
+                if self._matches(row, group, model, online, text, now):
+                    found.append(self.view(row, now))
+        return found
+
+    def _matches(
+        self, row: Device, group: str | None, model: str | None, online: bool | None, text: str | None, now: float
+    ) -> bool:
+        return (
+            (group is None or group in row.groups)
+            and (model is None or model in ((row.state or {}).get("models") or {}))
+            and (online is None or self.is_online(row.present, row.last_seen, now) == online)
+            and (not text or text.lower() in row.id.lower())
+        )
+
+    def get(self, device: str) -> dict[str, Any]:
+        """Everything about one device.  Raises: NotFound."""
+        with self._database.reading() as session:
+            row = _row(session, device)
+            certificates = list(session.scalars(select(Certificate).where(Certificate.device == device)))
+        detail = self.view(row, self._clock())
+        detail["state"] = row.state
+        detail["certificates"] = [
+            {"serial": c.serial, "issued": c.issued, "expires": c.expires, "revoked": c.revoked} for c in certificates
+        ]
+        return detail
+
+    def view(self, row: Device, now: float) -> dict[str, Any]:
+        state = row.state or {}
+        return {
+            "id": row.id, "groups": row.groups, "labels": row.labels, "online": self.is_online(row.present, row.last_seen, now), "revoked": row.revoked,
+            "last_seen": row.last_seen, "created": row.created, "record_serial": row.serial, "hardware": row.hardware,
+            "agent_version": state.get("agent_version"), "assignment_version": state.get("assignment_version"),
+            "problem": state.get("problem"), "models": state.get("models") or {},
+        }  # fmt: skip
+
+    # -- changing ----------------------------------------------------------------------------------------------------------
+
+    def set_groups(self, actor: Actor, device: str, groups: list[str]) -> dict[str, Any]:
+        """Puts the device in exactly these groups and signs a new record with the next serial."""
+        from fleet_server.devices.enrolment import check_groups
+
+        check_groups(groups)
+        with self._database.session() as session:
+            row = _row(session, device)
+            row.groups = sorted(set(groups))
+            row.serial += 1
+            self.sign_record(row)
+            self._journal.audit(session, actor, "device.groups", device, groups=row.groups)
+            message = f"{device} is now in {', '.join(row.groups) or 'no group'}"
+            event = self._journal.record(session, Happening(name="device_groups", message=message, device=device))
+        self._journal.announce([event])
+        self._journal.changed("devices")
+        if self.link:
+            self.link.poke_device(device)
+        self.on_groups_changed()
+        return self.get(device)
+
+    def revoke(self, actor: Actor, device: str) -> dict[str, Any]:
+        """Shuts the device out: its certificates are on the revocation list and the listeners refuse it."""
+        with self._revocation:
+            with self._database.session() as session:
+                row = _row(session, device)
+                row.revoked, row.present = True, False
+                self._revoke_certificates(session, device)
+                self._journal.audit(session, actor, "device.revoke", device)
+                event = self._journal.record(
+                    session, Happening(name="device_revoked", message=f"{device} was shut out", device=device)
+                )
+            self._after_revocation()
+        self._journal.announce([event])
+        self._journal.changed("devices")
+        return self.get(device)
+
+    def delete(self, actor: Actor, device: str) -> None:
+        """Shuts the device out and forgets it; its id can be enrolled again."""
+        with self._revocation:
+            with self._database.session() as session:
+                row = _row(session, device)
+                self._revoke_certificates(session, device)
+                session.execute(delete(DeviceModel).where(DeviceModel.device == device))
+                session.delete(row)
+                self._journal.audit(session, actor, "device.delete", device)
+                event = self._journal.record(
+                    session, Happening(name="device_deleted", message=f"{device} was deleted", device=device)
+                )
+            self._after_revocation()
+        self._journal.announce([event])
+        self._journal.changed("devices")
+
+    def _revoke_certificates(self, session: Session, device: str) -> None:
+        for certificate in session.scalars(
+            select(Certificate).where(Certificate.device == device, Certificate.revoked.is_(None))
+        ):
+            certificate.revoked = self._clock()
+
+    def _after_revocation(self) -> None:
+        self.write_crl()
+        if self.link:
+            self.link.revocations_changed()
+
+    def write_crl(self) -> None:
+        """Writes the list of revoked certificates that have not ended by themselves."""
+        with self._database.reading() as session:
+            query = select(Certificate.serial).where(Certificate.revoked.is_not(None), Certificate.expires > self._clock())
+            serials = [int(serial, 16) for serial in session.scalars(query)]
+        self._authority.write_crl(serials)
+
+    # -- certificates and records ------------------------------------------------------------------------------------------
+
+    def authenticate(self, certificate: x509.Certificate) -> str:
+        """The device that a TLS client certificate of our CA belongs to.  Raises: Refused when it may not come in (any more)."""
+        serial = pki.serial_hex(certificate)
+        with self._database.reading() as session:
+            issued = session.get(Certificate, serial)
+            row = session.get(Device, issued.device) if issued else None
+        if issued is None or row is None or pki.common_name(certificate) != issued.device:
+            raise Refused("this certificate belongs to no device of the fleet; enrol the device again", code="unknown_device")
+        if issued.revoked is not None or row.revoked:
+            raise Refused(f"device {row.id!r} was revoked", code="revoked")
+        return row.id
+
+    def public_keys(self, device: str) -> list[Any]:
+        """The public keys of the device's certificates that are still good."""
+        with self._database.reading() as session:
+            query = select(Certificate.pem).where(
+                Certificate.device == device, Certificate.revoked.is_(None), Certificate.expires > self._clock()
+            )
+            return [x509.load_pem_x509_certificate(pem.encode()).public_key() for pem in session.scalars(query)]
+
+    def record(self, device: str) -> bytes:
+        """The device's signed record, signed again when less than half of its time is left."""
+        now = self._clock()
+        with self._database.reading() as session:
+            row = _row(session, device)
+        if row.record is None or row.record_expires - now < self._config.expiry.record_s / 2:
+            with self._database.session() as session:
+                row = _row(session, device)
+                row.serial += 1
+                self.sign_record(row)
+        assert row.record is not None
+        return row.record.encode()
+
+    def sign_record(self, row: Device) -> None:
+        """Fills in the signed record that says what `row` says."""
+        now = self._clock()
+        expires = now + self._config.expiry.record_s
+        record = DeviceRecord(
+            fleet=self._config.fleet, device=row.id, serial=row.serial, groups=tuple(row.groups), issued=now, expires=expires,
+            labels=row.labels or {},
+        )  # fmt: skip
+        envelope = self._repository.sign_record(encode(record), RECORD_PAYLOAD_TYPE)
+        row.record, row.record_expires = msgspec.json.encode(envelope).decode(), expires
+
+
+def _row(session: Session, device: str) -> Device:
+    row = session.get(Device, device)
+    if row is None:
+        raise NotFound(f"there is no device {device!r}; `edge-fleet devices` lists them")
+    return row

@@ -1,0 +1,249 @@
+"""What the command line prints for people: tables and summaries. Everything a device said is shown without its control characters."""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from agent.contract.manifest import ReleaseManifest
+from fleet_server.client import Client
+
+if TYPE_CHECKING:
+    from fleet_server.releases.builder import Built
+    from fleet_server.setup import Made
+
+WIDTH_WITHOUT_TERMINAL = 140
+
+
+def safe(value: object) -> str:
+    """Text that can neither move the cursor nor be taken for markup."""
+    text = "" if value is None else str(value)
+    return escape("".join(c if c.isprintable() else "�" for c in text))
+
+
+def ago(at: float | None) -> str:
+    if at is None:
+        return "never"
+    seconds = max(0, int(time.time() - at))
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit} ago"
+    return f"{seconds} s ago"
+
+
+def moment(at: float) -> str:
+    return dt.datetime.fromtimestamp(at, tz=dt.timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH_WITHOUT_TERMINAL)
+
+
+def _table(headings: str, rows: list[list[object]], empty: str) -> None:
+    if not rows:
+        _console().print(f"[dim]{empty}[/dim]")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in headings.split("|"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*(safe(cell) for cell in row))
+    _console().print(table)
+
+
+def devices(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [
+        [
+            d["id"], "revoked" if d["revoked"] else "online" if d["online"] else "offline", ", ".join(d["groups"]) or "-",
+            "; ".join(_runs(name, m) for name, m in d["models"].items()) or "-", ago(d["last_seen"]),
+        ]
+        for d in found
+    ]  # fmt: skip
+    _table("DEVICE|STATE|GROUPS|RUNS|SEEN", rows, "no device yet; make an enrolment string with `edge-fleet token create`")
+
+
+def _runs(name: str, model: dict[str, Any]) -> str:
+    serving = f"{name}:{model['serving']}" if model["serving"] is not None else f"{name} (nothing)"
+    if model["phase"] == "steady":
+        return serving
+    progress = f" {model['progress']:.0%}" if model.get("progress") is not None else ""
+    return f"{serving} ({model['phase']}{progress})"
+
+
+def device(d: dict[str, Any]) -> None:
+    console = _console()
+    state = "revoked" if d["revoked"] else "online" if d["online"] else "offline"
+    console.print(f"[bold]{safe(d['id'])}[/bold]  {state}, seen {ago(d['last_seen'])}")
+    console.print(f"groups  {safe(', '.join(d['groups']) or '-')}   record serial {d['record_serial']}")
+    console.print(f"agent   {safe(d['agent_version'] or '-')}   {safe(_hardware(d['hardware']))}")
+    if d["problem"]:
+        console.print(f"problem {safe(d['problem'])}")
+    for name, m in d["models"].items():
+        console.print(
+            f"\n[bold]{safe(name)}[/bold]  serves {m['serving']} ({safe(m['variant'])}), {safe(m['phase'])}, wanted {m['wanted']}"
+        )
+        for answer in m["answers"]:
+            why = f": {answer['reason']} {answer['message']}" if answer["reason"] else ""
+            console.print(f"  release {answer['release']} {safe(answer['outcome'])}{safe(why)} ({moment(answer['at'])})")
+
+
+def _hardware(hardware: dict[str, Any] | None) -> str:
+    if not hardware:
+        return "hardware not reported"
+    return f"{hardware['arch']} {hardware['machine']}, {hardware['cpus']} CPUs, {size(hardware['memory_bytes'])}"
+
+
+def releases(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [
+        [
+            r["release"], "withdrawn" if r["withdrawn"] else "published", size(r["size_bytes"]),
+            ", ".join(f"{v['name']} ({v['runtime']})" for v in r["variants"]), r["golden_cases"], moment(r["published"]),
+        ]
+        for r in found
+    ]  # fmt: skip
+    _table("RELEASE|STATE|SIZE|VARIANTS|GOLDEN|PUBLISHED", rows, "no release yet; publish one with `edge-fleet publish`")
+
+
+def manifest(m: ReleaseManifest) -> None:
+    console = _console()
+    console.print(f"[bold]{safe(m.ref)}[/bold]  {len(m.files)} files, {size(m.size_bytes)}")
+    for variant in m.variants:
+        file = m.files[variant.file]
+        console.print(
+            f"  variant {safe(variant.name)}: {safe(variant.runtime)}, {safe(variant.file)}, {size(file.size_bytes)}, {len(file.blocks)} blocks"
+        )
+    console.print(f"  acceptance: {len(m.acceptance.golden)} golden cases")
+
+
+def upload(client: Client, built: Built, *, quiet: bool) -> None:
+    """Sends the files the server does not have, with a bar per file."""
+    distinct = {built.manifest.files[name].sha256: (name, path) for name, path in built.paths.items()}
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bars:
+        for sha256, (name, path) in distinct.items():
+            bar = bars.add_task(safe(name), total=path.stat().st_size)
+            client.upload(sha256, path, lambda done, bar=bar: bars.update(bar, completed=done))  # type: ignore[misc]
+
+
+def rollouts(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [
+        [
+            r["id"], f"{r['model']}:{r['release']}", r["state"], f"{r['wave'] + 1} of {len(r['waves'])}", _counted(r["verdict"]),
+            ago(r["updated"]),
+        ]
+        for r in found
+    ]  # fmt: skip
+    _table("ROLLOUT|RELEASE|STATE|WAVE|DEVICES|CHANGED", rows, "no rollout yet; begin one with `edge-fleet rollout start`")
+
+
+def _counted(verdict: dict[str, Any] | None) -> str:
+    if verdict is None:
+        return "-"
+    return (
+        ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in verdict["counts"].items() if number) or "no device"
+    )
+
+
+def rollout(r: dict[str, Any]) -> None:
+    console = _console()
+    before = f"{r['model']}:{r['previous']}" if r["previous"] else "nothing"
+    console.print(
+        f"[bold]{safe(r['id'])}[/bold]  {safe(r['model'])}:{r['release']} after {safe(before)}  [bold]{r['state']}[/bold] {safe(r['reason'])}"
+    )
+    for number, wave in enumerate(r["waves"]):
+        reach = (
+            "everyone"
+            if wave["permille"] >= 1000
+            else ", ".join([*wave["groups"], *([f"{wave['permille'] / 10:g} %"] if wave["permille"] else [])])
+        )
+        mark = "done" if number < r["wave"] or r["state"] == "completed" else "now" if number == r["wave"] else "later"
+        console.print(f"  wave {number + 1}: {safe(reach)} ({mark})")
+    if r["verdict"]:
+        console.print(f"  {r['verdict']['verdict']}: {safe(r['verdict']['why'])} ({_counted(r['verdict'])})")
+        for witness in r["verdict"]["evidence"]:
+            if witness["standing"] in {"refused", "rolled_back", "failed"}:
+                console.print(
+                    f"    {safe(witness['device'])} {witness['standing']}: {safe(witness['reason'])} {safe(witness['message'])}"
+                )
+    if r["state"] == "holding":
+        console.print(f"  go on with: edge-fleet rollout promote {safe(r['id'])}")
+
+
+def event_line(e: dict[str, Any]) -> str:
+    text = f"{moment(e['received'])}  {e['device'] or 'server':<16} {e['name']:<20} {e['message']}"
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def events(found: list[dict[str, Any]]) -> None:
+    for event in found:
+        click.echo(event_line(event))
+
+
+def tokens(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [
+        [
+            t["id"], "usable" if t["usable"] else "revoked" if t["revoked"] else "used up or expired", t["uses_left"],
+            t["device"] or "any", ", ".join(t["groups"]) or "-", moment(t["expires"]), t["created_by"],
+        ]
+        for t in found
+    ]  # fmt: skip
+    _table("ID|STATE|USES LEFT|DEVICE|GROUPS|EXPIRES|BY", rows, "no enrolment token; make one with `edge-fleet token create`")
+
+
+def access_tokens(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [
+        [t["id"], t["name"], t["role"], "revoked" if t["revoked"] else "valid", moment(t["created"])] for t in found
+    ]
+    _table("ID|NAME|ROLE|STATE|CREATED", rows, "no access token")
+
+
+def audit(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [[moment(a["at"]), a["who"], a["role"], a["action"], a["subject"]] for a in found]
+    _table("WHEN|WHO|ROLE|DID|TO", rows, "nobody changed anything yet")
+
+
+def status(s: dict[str, Any]) -> None:
+    console = _console()
+    console.print(f"[bold]{safe(s['fleet'])}[/bold]  version {safe(s['version'])}, up since {moment(s['started'])}")
+    console.print(f"broker  {'connected' if s['broker_connected'] else 'NOT CONNECTED'}   devices at {safe(s['device_url'])}")
+    console.print(f"messages {s['messages']['accepted']} accepted, dropped: {safe(s['messages']['dropped'] or 'none')}")
+    for role, at in s["expires"].items():
+        console.print(f"  {role:<12} signed until {moment(at)}")
+
+
+def made(m: Made, folder: Path) -> str:
+    """What `init` says when it is done."""
+    return f"""\
+Made the fleet {m.config.fleet!r} in {folder}.
+
+Keep offline, and in a second place (whoever has them can make devices run anything):
+  {m.root_key}      signs who is trusted
+  {m.releases_key}  signs releases: `edge-fleet publish --key` needs it
+Keep secret: {folder} (CA and online keys) and {m.profile} (your admin token).
+
+CA fingerprint (in every enrolment string): {m.ca_sha256}
+Access token for the page: {m.token}
+
+Next:
+  1. edge-fleet serve {folder}
+  2. open {m.config.operator_url} and sign in with the token
+  3. edge-fleet token create | ssh DEVICE edge-agent enroll -
+  4. edge-fleet publish RELEASE.yaml --key {m.releases_key}
+  5. edge-fleet rollout start MODEL:VERSION"""

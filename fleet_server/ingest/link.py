@@ -1,0 +1,144 @@
+"""The server's own MQTT client: takes what devices send, in batches, and pokes them.
+
+A message is acknowledged to the broker after it is stored, so a crash of the server loses none: the broker keeps the session and
+delivers again, and everything that is delivered twice is recognised (counters, sessions, event ids).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import ssl
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from agent.contract import topics
+from agent.contract.codec import encode
+from fleet_server.devices import pki
+from fleet_server.ingest.intake import Intake, Message
+
+_log = logging.getLogger(__name__)
+
+BATCH = 256  # one transaction for what came together: a commit costs as much as storing dozens of reports
+WAITING = 20_000
+SESSION_EXPIRY_S = 7 * 86400
+KEEPALIVE_S = 30
+RECONNECT_MIN_S, RECONNECT_MAX_S = 0.2, 5.0
+
+
+class _Received(msgspec.Struct):
+    message: Message
+    mid: int
+    qos: int
+    connection: int
+
+
+class MqttLink:
+    """Runs two threads between `start` and `stop`: paho's network loop, and the worker that stores."""
+
+    def __init__(
+        self, authority: pki.Authority, host: str, port: int, intake: Intake, on_models: Callable[[set[str]], None]
+    ) -> None:
+        self._intake, self._on_models = intake, on_models
+        self._waiting: queue.Queue[_Received | None] = queue.Queue(WAITING)
+        self._worker = threading.Thread(target=self._work, name="ingest", daemon=True)
+        self._connection = 0
+        self.connected = threading.Event()
+        """Set while the subscription is acknowledged: messages of devices arrive."""
+        self._client = self._make_client(authority)
+        self._address = (host, port)
+
+    def _make_client(self, authority: pki.Authority) -> mqtt.Client:
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, pki.SERVER_CN, protocol=mqtt.MQTTv5, manual_ack=True)
+        context = ssl.create_default_context(cafile=str(authority.ca_path))
+        context.load_cert_chain(authority.client_cert, authority.client_key)
+        client.tls_set_context(context)
+        client.reconnect_delay_set(RECONNECT_MIN_S, RECONNECT_MAX_S)  # type: ignore[arg-type]
+        client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
+        client.on_subscribe, client.on_message = self._on_subscribe, self._on_message
+        return client
+
+    def start(self) -> None:
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = SESSION_EXPIRY_S
+        self._client.connect_async(*self._address, keepalive=KEEPALIVE_S, clean_start=False, properties=properties)
+        self._worker.start()
+        self._client.loop_start()
+
+    def stop(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+        self._waiting.put(None)
+        if self._worker.ident is not None:
+            self._worker.join(timeout=10)
+
+    # -- towards devices ---------------------------------------------------------------------------------------------------
+
+    def poke_all(self, assignment_version: int) -> None:
+        self._client.publish(topics.POKE_ALL, encode(topics.Poke(assignment_version=assignment_version)), qos=1)
+
+    def poke_device(self, device: str) -> None:
+        self._client.publish(topics.down_poke(device), encode(topics.Poke()), qos=1)
+
+    # -- from devices ------------------------------------------------------------------------------------------------------
+
+    def _on_connect(self, client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        if reason.is_failure:
+            _log.error("the broker refuses the server: %s", reason)
+            return
+        self._connection += 1
+        client.subscribe(topics.UP_FILTER, qos=1)
+
+    def _on_subscribe(self, _client: mqtt.Client, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
+        if any(reason.is_failure for reason in reasons):
+            _log.error("the broker refuses the subscription to %s: %s", topics.UP_FILTER, reasons)
+            return
+        _log.info("connected to the broker")
+        self.connected.set()
+
+    def _on_disconnect(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        if self.connected.is_set() and reason.is_failure:
+            _log.warning("lost the broker (%s); connecting again", reason)
+        self.connected.clear()
+
+    def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = ""
+        self._waiting.put(_Received(Message(topic, bytes(message.payload)), message.mid, message.qos, self._connection))
+
+    def _work(self) -> None:
+        while (first := self._waiting.get()) is not None:
+            batch, last = [first], False
+            while len(batch) < BATCH and not self._waiting.empty():
+                item = self._waiting.get_nowait()
+                if item is None:
+                    last = True
+                    break
+                batch.append(item)
+            self._store(batch)
+            if last:
+                return
+
+    def _store(self, batch: list[_Received]) -> None:
+        try:
+            changes = self._intake.take([item.message for item in batch])
+        except Exception:  # noqa: BLE001 - the database fails as a whole: not acknowledged, so the broker keeps the messages
+            _log.exception("%d messages could not be stored; the broker delivers them again after a reconnect", len(batch))
+            return
+        for item in batch:
+            if item.connection == self._connection:  # of an earlier connection: the number means another message by now
+                self._client.ack(item.mid, item.qos)
+        try:
+            if changes.models:
+                self._on_models(changes.models)
+        except Exception:  # noqa: BLE001 - the thread must go on
+            _log.exception("rollouts could not be judged; the next tick tries again")

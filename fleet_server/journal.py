@@ -1,0 +1,135 @@
+"""What happened (events) and who changed what (audit), stored and told to everybody who watches."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from agent.contract.reports import Event
+from fleet_server.access import Actor
+from fleet_server.live import Hub
+from fleet_server.storage.database import Database
+from fleet_server.storage.models import AuditRow, EventRow
+
+MAX_MESSAGE_CHARS = 2000
+PRUNE_EVERY = 1000
+
+
+class Happening(msgspec.Struct, frozen=True, kw_only=True):
+    """An event of the server itself."""
+
+    name: str
+    message: str
+    device: str | None = None
+    model: str | None = None
+    release: int | None = None
+    reason: str | None = None
+
+
+class Journal:
+    def __init__(self, database: Database, hub: Hub, clock: Callable[[], float], *, events_kept: int) -> None:
+        self._database, self._hub, self._clock, self._kept = database, hub, clock, events_kept
+        self._since_prune = 0
+
+    # -- events ------------------------------------------------------------------------------------------------------------
+
+    def record(self, session: Session, happening: Happening) -> dict[str, Any]:
+        """Stores an event of the server in the caller's transaction. Pass what comes back to `announce` after the commit."""
+        now = self._clock()
+        row = EventRow(
+            id=f"server-{secrets.token_hex(12)}", device=happening.device, at=now, received=now, name=happening.name,
+            message=happening.message[:MAX_MESSAGE_CHARS], model=happening.model, release=happening.release, reason=happening.reason,
+        )  # fmt: skip
+        session.add(row)
+        session.flush()
+        return event_view(row)
+
+    def record_from_device(self, session: Session, event: Event) -> dict[str, Any] | None:
+        """Stores what a device said happened; None when it was stored before."""
+        known = f"{event.device}/{event.id}"[:128]
+        if session.scalar(select(EventRow.seq).where(EventRow.id == known)) is not None:
+            return None
+        row = EventRow(
+            id=known, device=event.device, at=event.at, received=self._clock(), name=event.name[:128],
+            message=event.message[:MAX_MESSAGE_CHARS], model=event.model and event.model[:64], release=event.release,
+            reason=event.reason and event.reason[:128],
+        )  # fmt: skip
+        session.add(row)
+        session.flush()
+        self._prune(session)
+        return event_view(row)
+
+    def announce(self, events: Iterable[dict[str, Any] | None]) -> None:
+        for event in events:
+            if event is not None:
+                self._hub.tell({"type": "event", "data": event})
+
+    def changed(self, what: str) -> None:
+        """Tells watchers that `what` (devices, rollouts, releases, …) should be read again."""
+        self._hub.tell({"type": "change", "data": {"what": what}})
+
+    def tell(self, happening: Happening) -> None:
+        """Stores and announces at once."""
+        with self._database.session() as session:
+            event = self.record(session, happening)
+        self.announce([event])
+
+    def events(
+        self, *, after: int | None = None, before: int | None = None, limit: int = 100, device: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Events in order. `after` gives the oldest ones behind that number, otherwise the newest ones (before `before`)."""
+        query = select(EventRow).limit(limit)
+        if device is not None:
+            query = query.where(EventRow.device == device)
+        if after is not None:
+            query = query.where(EventRow.seq > after).order_by(EventRow.seq)
+        else:
+            query = query.order_by(EventRow.seq.desc())
+            if before is not None:
+                query = query.where(EventRow.seq < before)
+        with self._database.reading() as session:
+            rows = list(session.scalars(query))
+        return [event_view(row) for row in (rows if after is not None else reversed(rows))]
+
+    def _prune(self, session: Session) -> None:
+        self._since_prune += 1
+        if self._since_prune < PRUNE_EVERY:
+            return
+        self._since_prune = 0
+        newest = session.scalar(select(func.max(EventRow.seq))) or 0
+        session.execute(delete(EventRow).where(EventRow.seq <= newest - self._kept))
+
+    # -- audit -------------------------------------------------------------------------------------------------------------
+
+    def audit(self, session: Session, actor: Actor, action: str, subject: str, **detail: Any) -> None:
+        """Notes a change in the transaction that makes it."""
+        session.add(
+            AuditRow(
+                at=self._clock(), who=actor.name, role=actor.role.value, action=action, subject=subject[:256], detail=detail
+            )
+        )
+
+    def audited(self, *, before: int | None = None, limit: int = 100) -> list[dict[str, Any]]:
+        query = select(AuditRow).order_by(AuditRow.seq.desc()).limit(limit)
+        if before is not None:
+            query = query.where(AuditRow.seq < before)
+        with self._database.reading() as session:
+            rows = list(session.scalars(query))
+        return [
+            {
+                "seq": r.seq, "at": r.at, "who": r.who, "role": r.role, "action": r.action, "subject": r.subject, "detail": r.detail,
+            }
+            for r in rows
+        ]  # fmt: skip
+
+
+def event_view(row: EventRow) -> dict[str, Any]:
+    return {
+        "seq": row.seq, "id": row.id, "device": row.device, "at": row.at, "received": row.received, "name": row.name,
+        "message": row.message, "model": row.model, "release": row.release, "reason": row.reason,
+    }  # fmt: skip

@@ -1,0 +1,123 @@
+"""The published releases: taking one in, listing them, withdrawing them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from agent.contract.manifest import ReleaseManifest, parse_manifest
+from agent.contract.names import ReleaseRef
+from fleet_server.access import SERVER, Actor
+from fleet_server.errors import Invalid, NotFound
+from fleet_server.journal import Happening, Journal
+from fleet_server.releases import publication
+from fleet_server.releases.repository import Repository
+from fleet_server.storage.blobs import Blobs
+from fleet_server.storage.database import Database
+from fleet_server.storage.models import ReleaseRow
+
+
+class Catalogue:
+    def __init__(
+        self, database: Database, repository: Repository, blobs: Blobs, journal: Journal, clock: Callable[[], float]
+    ) -> None:
+        self._database, self._repository, self._blobs, self._journal, self._clock = database, repository, blobs, journal, clock
+        self._publishing = threading.Lock()
+
+    def publish(self, actor: Actor, manifest: bytes, metadata: bytes) -> dict[str, Any]:
+        """Takes in a release that a publisher signed, if everything about it holds; nothing is trusted before that.
+
+        Raises: see publication.check; Invalid when a file of it was not uploaded or is not what the manifest says.
+        """
+        with self._publishing:
+            trusted, delegator = self._repository.releases().signed, self._repository.targets_role().signed
+            checked = publication.check(trusted, delegator, manifest, metadata, self._clock())
+            self._check_blobs(checked.manifest)
+            self._repository.publish(checked.target, manifest, metadata, checked.version)
+            with self._database.session() as session:
+                row = self._index(session, checked.manifest, manifest, checked.target.hashes["sha256"], list(checked.signers))
+                ref = checked.manifest.ref
+                self._journal.audit(session, actor, "release.publish", str(ref), sha256=row.sha256, signers=row.signers)
+                happening = Happening(
+                    name="release_published", message=f"{ref} was published", model=ref.model, release=ref.version
+                )
+                event = self._journal.record(session, happening)
+        self._journal.announce([event])
+        self._journal.changed("releases")
+        return _view(row)
+
+    def _check_blobs(self, manifest: ReleaseManifest) -> None:
+        for name, file in sorted(manifest.files.items()):
+            size = self._blobs.size(file.sha256)
+            if size is None:
+                raise Invalid(f"file {name!r} of {manifest.ref} was not uploaded (sha256 {file.sha256})", code="missing_blob")
+            if size != file.size_bytes or not self._blobs.matches(file.sha256):
+                raise Invalid(
+                    f"file {name!r} of {manifest.ref} is damaged on the server (sha256 {file.sha256} expected); "
+                    f"remove {self._blobs.path(file.sha256)} and publish again",
+                    code="damaged_blob",
+                )
+
+    def reconcile(self) -> list[ReleaseRef]:
+        """Indexes releases that are trusted but not in the database (a crash came between); those it found."""
+        role = self._repository.releases()
+        delegator = self._repository.targets_role().signed
+        found = []
+        for info in role.signed.targets.values():
+            data = self._repository.target_bytes(info)
+            manifest = parse_manifest(data)
+            with self._database.session() as session:
+                if session.get(ReleaseRow, (manifest.model, manifest.version)) is None:
+                    result = delegator.get_verification_result("releases", role.signed_bytes, role.signatures)
+                    self._index(session, manifest, data, info.hashes["sha256"], sorted(result.signed))
+                    self._journal.audit(session, SERVER, "release.recover", str(manifest.ref))
+                    found.append(manifest.ref)
+        return found
+
+    def _index(self, session: Session, manifest: ReleaseManifest, data: bytes, sha256: str, signers: list[str]) -> ReleaseRow:
+        row = ReleaseRow(
+            model=manifest.model, version=manifest.version, manifest=data.decode(), sha256=sha256, size_bytes=manifest.size_bytes,
+            published=self._clock(), signers=signers, withdrawn=False,
+        )  # fmt: skip
+        session.add(row)
+        return row
+
+    def published(self, model: str | None = None) -> list[dict[str, Any]]:
+        query = select(ReleaseRow).order_by(ReleaseRow.model, ReleaseRow.version.desc())
+        if model is not None:
+            query = query.where(ReleaseRow.model == model)
+        with self._database.reading() as session:
+            return [_view(row) for row in session.scalars(query)]
+
+    def get(self, ref: ReleaseRef) -> dict[str, Any]:
+        """Everything about a release, its manifest included.  Raises: NotFound."""
+        with self._database.reading() as session:
+            row = find(session, ref)
+        return {**_view(row), "manifest": msgspec.json.decode(row.manifest)}
+
+
+def find(session: Session, ref: ReleaseRef) -> ReleaseRow:
+    """Raises: NotFound."""
+    row = session.get(ReleaseRow, (ref.model, ref.version))
+    if row is None:
+        raise NotFound(f"release {ref} was never published; `edge-fleet releases` lists what was")
+    return row
+
+
+def manifest_of(row: ReleaseRow) -> ReleaseManifest:
+    return parse_manifest(row.manifest.encode())
+
+
+def _view(row: ReleaseRow) -> dict[str, Any]:
+    manifest = manifest_of(row)
+    return {
+        "model": row.model, "version": row.version, "release": f"{row.model}:{row.version}", "sha256": row.sha256,
+        "size_bytes": row.size_bytes, "published": row.published, "signers": row.signers, "withdrawn": row.withdrawn,
+        "variants": [{"name": v.name, "runtime": v.runtime, "file": v.file} for v in manifest.variants],
+        "golden_cases": len(manifest.acceptance.golden), "provenance": msgspec.to_builtins(manifest.provenance),
+    }  # fmt: skip

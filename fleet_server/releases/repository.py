@@ -1,0 +1,293 @@
+"""The TUF repository on disk, as devices fetch it.
+
+What is trusted is what timestamp.json leads to: timestamp → snapshot → targets, releases, assignments. A version that nothing leads
+to was left by an interrupted change; nobody ever saw it and the next change writes over it. So every change is: target files,
+role metadata, snapshot, timestamp, each durable before the next.
+
+    root, targets   signed offline at `init`; targets only delegates
+    releases        signed offline by a publisher, one version per publication
+    assignments     signed here (online key), one target: the fleet's assignment
+    snapshot, timestamp   signed here
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from securesystemslib.dsse import Envelope
+from securesystemslib.exceptions import VerificationError
+from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
+from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
+from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
+
+from agent.contract.assignment import ASSIGNMENT_TARGET
+from fleet_server import files
+from fleet_server.config import ExpirySettings
+from fleet_server.errors import Unavailable
+
+RELEASES, ASSIGNMENTS = "releases", "assignments"
+OFFLINE_EXPIRY_S = 365 * 86400.0
+KEPT_VERSIONS = 16  # a device in the middle of a refresh still finds the versions its timestamp names
+METADATA_NAME = re.compile(r"(timestamp|[1-9][0-9]{0,15}\.(root|targets|releases|assignments|snapshot))\.json")
+
+T = TypeVar("T", Timestamp, Snapshot, Targets, Root)
+
+
+class RepositoryDamaged(Exception):
+    """The repository on disk does not hold together; the message says which file."""
+
+
+class OnlineKeys:
+    """The three keys that the server itself signs with."""
+
+    def __init__(self, assignments: CryptoSigner, snapshot: CryptoSigner, timestamp: CryptoSigner) -> None:
+        self.assignments, self.snapshot, self.timestamp = assignments, snapshot, timestamp
+
+
+class Repository:
+    """Reads and changes the repository. Changes are serialised; readers of the files need no lock.
+
+    Raises: RepositoryDamaged from every method when trusted metadata is missing or cannot be read.
+    """
+
+    def __init__(
+        self, metadata: Path, targets: Path, keys: OnlineKeys, expiry: ExpirySettings, clock: Callable[[], float]
+    ) -> None:
+        self._metadata, self._targets, self._keys, self._expiry, self._clock = metadata, targets, keys, expiry, clock
+        self._lock = threading.RLock()
+
+    # -- making one --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls, metadata: Path, targets: Path, keys: OnlineKeys, expiry: ExpirySettings, clock: Callable[[], float],
+        *, root: CryptoSigner, releases: CryptoSigner, assignment: bytes,
+    ) -> Repository:  # fmt: skip
+        """The first version of everything. `root` and `releases` sign here once and are needed offline from then on."""
+        repository = cls(metadata, targets, keys, expiry, clock)
+        role = Root(expires=repository._in(OFFLINE_EXPIRY_S), consistent_snapshot=True)
+        for name, signer in (("root", root), ("targets", root), ("snapshot", keys.snapshot), ("timestamp", keys.timestamp)):
+            role.add_key(signer.public_key, name)
+        repository._write_role("root", Metadata(role), root)
+        delegations = Delegations(
+            {s.public_key.keyid: s.public_key for s in (releases, keys.assignments)},
+            {
+                RELEASES: DelegatedRole(RELEASES, [releases.public_key.keyid], 1, True, paths=["releases/*/*"]),
+                ASSIGNMENTS: DelegatedRole(ASSIGNMENTS, [keys.assignments.public_key.keyid], 1, True, paths=["assignments/*"]),
+            },
+        )
+        top = Targets(expires=repository._in(OFFLINE_EXPIRY_S), delegations=delegations)
+        repository._write_role("targets", Metadata(top), root)
+        repository._write_role(RELEASES, Metadata(Targets(expires=repository._in(OFFLINE_EXPIRY_S))), releases)
+        assigned = repository._assignments(1, assignment)
+        repository._write_role(ASSIGNMENTS, assigned, keys.assignments)
+        meta = {f"{name}.json": MetaFile(1) for name in ("targets", RELEASES, ASSIGNMENTS)}
+        repository._write_snapshot(1, meta)
+        repository._write_timestamp(1, 1)
+        return repository
+
+    # -- reading -----------------------------------------------------------------------------------------------------------
+
+    def root_bytes(self) -> bytes:
+        """The newest root: what a device pins when it enrols."""
+        versions = [int(path.name.split(".")[0]) for path in self._metadata.glob("*.root.json")]
+        if not versions:
+            raise RepositoryDamaged(f"{self._metadata} has no root metadata")
+        return self._read_bytes(f"{max(versions)}.root.json")
+
+    def role_bytes(self, role: str) -> bytes:
+        """The trusted bytes of targets, releases or assignments."""
+        return self._read_bytes(f"{self._versions()[f'{role}.json'].version}.{role}.json")
+
+    def releases(self) -> Metadata[Targets]:
+        return self._parse(self.role_bytes(RELEASES), Targets, RELEASES)
+
+    def targets_role(self) -> Metadata[Targets]:
+        return self._parse(self.role_bytes("targets"), Targets, "targets")
+
+    def assignment_bytes(self) -> bytes:
+        """The signed assignment's document."""
+        info = self._parse(self.role_bytes(ASSIGNMENTS), Targets, ASSIGNMENTS).signed.targets[ASSIGNMENT_TARGET]
+        return self.target_bytes(info)
+
+    def target_bytes(self, info: TargetFile) -> bytes:
+        path = self.target_path(info.path, info.hashes["sha256"])
+        try:
+            data = path.read_bytes()
+            info.verify_length_and_hashes(data)
+        except (OSError, RepositoryError) as error:
+            raise RepositoryDamaged(f"{path} is missing or damaged: {error}") from error
+        return data
+
+    def target_path(self, name: str, sha256: str) -> Path:
+        """Where a target stands: consistent-snapshot names, `dir/<sha256>.<file>`."""
+        directory, _, base = name.rpartition("/")
+        return self._targets / directory / f"{sha256}.{base}"
+
+    def metadata_path(self, name: str) -> Path | None:
+        """The file a device asks for; None when no metadata can have that name."""
+        return self._metadata / name if METADATA_NAME.fullmatch(name) else None
+
+    def served_target(self, name: str) -> Path | None:
+        """The target file a device asks for, by its consistent-snapshot name; None when there is none of that name."""
+        parts = name.split("/")
+        if any(part in {"", ".", ".."} or part.startswith(".") for part in parts):
+            return None
+        path = self._targets.joinpath(*parts)
+        return path if path.is_file() else None
+
+    def expirations(self) -> dict[str, float]:
+        """When each trusted role ends, seconds since the epoch."""
+        found = {"root": self._parse(self.root_bytes(), Root, "root").signed.expires.timestamp()}
+        for role in ("targets", RELEASES, ASSIGNMENTS):
+            found[role] = self._parse(self.role_bytes(role), Targets, role).signed.expires.timestamp()
+        found["snapshot"] = self._snapshot().signed.expires.timestamp()
+        found["timestamp"] = self._timestamp().signed.expires.timestamp()
+        return found
+
+    # -- changing ----------------------------------------------------------------------------------------------------------
+
+    def publish(self, target: TargetFile, manifest: bytes, metadata: bytes, version: int) -> None:
+        """Makes an already verified `releases` version trusted: the manifest, then the role, then snapshot and timestamp."""
+        with self._lock:
+            self._write_target(target.path, target.hashes["sha256"], manifest)
+            files.write(self._metadata / f"{version}.{RELEASES}.json", metadata)
+            self._advance({f"{RELEASES}.json": MetaFile(version)})
+
+    def assign(self, document: bytes) -> None:
+        """Signs the assignment and makes it trusted."""
+        with self._lock:
+            version = self._versions()[f"{ASSIGNMENTS}.json"].version + 1
+            self._write_role(ASSIGNMENTS, self._assignments(version, document), self._keys.assignments)
+            self._advance({f"{ASSIGNMENTS}.json": MetaFile(version)})
+
+    def renew(self) -> list[str]:
+        """Signs again what has less than half of its time left; what it renewed."""
+        with self._lock:
+            now, renewed = self._clock(), []
+            assignments = self._parse(self.role_bytes(ASSIGNMENTS), Targets, ASSIGNMENTS)
+            if assignments.signed.expires.timestamp() - now < self._expiry.assignments_s / 2:
+                self.assign(self.assignment_bytes())
+                return [ASSIGNMENTS, "snapshot", "timestamp"]
+            if self._snapshot().signed.expires.timestamp() - now < self._expiry.snapshot_s / 2:
+                self._advance({})
+                renewed = ["snapshot", "timestamp"]
+            elif self._timestamp().signed.expires.timestamp() - now < self._expiry.timestamp_s / 2:
+                timestamp = self._timestamp().signed
+                self._write_timestamp(timestamp.version + 1, timestamp.snapshot_meta.version)
+                renewed = ["timestamp"]
+            return renewed
+
+    def sign_record(self, record: bytes, payload_type: str) -> dict[str, object]:
+        """A device record in its envelope, signed by the online assignments key."""
+        envelope = Envelope(record, payload_type, {})
+        envelope.sign(self._keys.assignments)
+        signed: dict[str, object] = envelope.to_dict()
+        return signed
+
+    def check(self) -> None:
+        """Raises: RepositoryDamaged when what timestamp.json leads to is not complete; Unavailable when it was signed by other keys."""
+        root = self._parse(self.root_bytes(), Root, "root")
+        targets = self.targets_role()
+        try:
+            root.signed.verify_delegate("timestamp", self._timestamp().signed_bytes, self._timestamp().signatures)
+            root.signed.verify_delegate("snapshot", self._snapshot().signed_bytes, self._snapshot().signatures)
+            root.signed.verify_delegate("targets", targets.signed_bytes, targets.signatures)
+            for role in (RELEASES, ASSIGNMENTS):
+                found = self._parse(self.role_bytes(role), Targets, role)
+                targets.signed.verify_delegate(role, found.signed_bytes, found.signatures)
+        except (UnsignedMetadataError, VerificationError) as error:
+            raise Unavailable(f"the repository's metadata does not verify: {error}; restore it from a backup") from error
+        self.assignment_bytes()
+        for info in self.releases().signed.targets.values():
+            self.target_bytes(info)
+
+    # -- pieces ------------------------------------------------------------------------------------------------------------
+
+    def _advance(self, changed: dict[str, MetaFile]) -> None:
+        """A new snapshot with the changed roles, then the timestamp that makes it trusted."""
+        old = self._snapshot().signed
+        version = old.version + 1
+        self._write_snapshot(version, {**old.meta, **changed})
+        self._write_timestamp(self._timestamp().signed.version + 1, version)
+        self._prune(version)
+
+    def _assignments(self, version: int, document: bytes) -> Metadata[Targets]:
+        info = TargetFile.from_data(ASSIGNMENT_TARGET, document, ["sha256"])
+        self._write_target(ASSIGNMENT_TARGET, info.hashes["sha256"], document)
+        return Metadata(
+            Targets(version=version, expires=self._in(self._expiry.assignments_s), targets={ASSIGNMENT_TARGET: info})
+        )
+
+    def _write_target(self, name: str, sha256: str, data: bytes) -> None:
+        path = self.target_path(name, sha256)
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+            return
+        files.make_directory(path.parent)
+        files.write(path, data)
+
+    def _write_role(self, name: str, metadata: Metadata[T], signer: CryptoSigner) -> None:
+        metadata.sign(signer)
+        files.write(self._metadata / f"{metadata.signed.version}.{name}.json", metadata.to_bytes())
+
+    def _write_snapshot(self, version: int, meta: dict[str, MetaFile]) -> None:
+        snapshot = Metadata(Snapshot(version=version, expires=self._in(self._expiry.snapshot_s), meta=meta))
+        self._write_role("snapshot", snapshot, self._keys.snapshot)
+
+    def _write_timestamp(self, version: int, snapshot_version: int) -> None:
+        timestamp = Metadata(
+            Timestamp(version=version, expires=self._in(self._expiry.timestamp_s), snapshot_meta=MetaFile(snapshot_version))
+        )
+        timestamp.sign(self._keys.timestamp)
+        files.write(self._metadata / "timestamp.json", timestamp.to_bytes())
+
+    def _prune(self, snapshot_version: int) -> None:
+        """Removes what no device in the middle of a refresh can still ask for. Root versions and releases are never removed."""
+        current = {"snapshot": snapshot_version, ASSIGNMENTS: self._versions()[f"{ASSIGNMENTS}.json"].version}
+        for role, version in current.items():
+            for path in self._metadata.glob(f"*.{role}.json"):
+                if int(path.name.split(".")[0]) <= version - KEPT_VERSIONS:
+                    path.unlink(missing_ok=True)
+        kept = set()
+        for path in self._metadata.glob(f"*.{ASSIGNMENTS}.json"):
+            info = self._parse(path.read_bytes(), Targets, ASSIGNMENTS).signed.targets[ASSIGNMENT_TARGET]
+            kept.add(self.target_path(ASSIGNMENT_TARGET, info.hashes["sha256"]))
+        for path in (self._targets / "assignments").glob("*.fleet.json"):
+            if path not in kept and not path.name.startswith("."):
+                path.unlink(missing_ok=True)
+
+    def _versions(self) -> dict[str, MetaFile]:
+        return self._snapshot().signed.meta
+
+    def _timestamp(self) -> Metadata[Timestamp]:
+        return self._parse(self._read_bytes("timestamp.json"), Timestamp, "timestamp")
+
+    def _snapshot(self) -> Metadata[Snapshot]:
+        version = self._timestamp().signed.snapshot_meta.version
+        return self._parse(self._read_bytes(f"{version}.snapshot.json"), Snapshot, "snapshot")
+
+    def _parse(self, data: bytes, kind: type[T], name: str) -> Metadata[T]:
+        try:
+            metadata = Metadata[T].from_bytes(data)
+        except RepositoryError as error:
+            raise RepositoryDamaged(f"{name} metadata below {self._metadata} cannot be read: {error}") from error
+        if not isinstance(metadata.signed, kind):
+            raise RepositoryDamaged(f"{name} metadata below {self._metadata} is of type {metadata.signed.type!r}")
+        return metadata
+
+    def _read_bytes(self, name: str) -> bytes:
+        path = self._metadata / name
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise RepositoryDamaged(f"{path} cannot be read: {error}; restore the repository from a backup") from error
+
+    def _in(self, seconds: float) -> dt.datetime:
+        moment = dt.datetime.fromtimestamp(self._clock() + seconds, tz=dt.timezone.utc)
+        return moment.replace(microsecond=0)

@@ -1,0 +1,121 @@
+"""What the devices of a wave answered, and what follows. Pure.
+
+Only what a device signed counts, and only together with the digest that it really serves: a device that says "committed" and serves
+other bytes is pending, not a success. Offline devices and failed downloads say nothing about a release and neither pass nor stop it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+
+import msgspec
+
+from agent.contract.reports import Outcome, Phase
+
+EVIDENCE_KEPT = 50  # devices named in a stored verdict; the counts always cover all of them
+
+
+class Standing(str, Enum):
+    """How one device stands to the release of a rollout."""
+
+    COMMITTED = "committed"
+    REFUSED = "refused"
+    FAILED = "failed"
+    ROLLED_BACK = "rolled_back"
+    PENDING = "pending"
+    OFFLINE = "offline"
+
+
+class Ruling(str, Enum):
+    WAIT = "wait"
+    PASS = "pass"  # noqa: S105 - a verdict
+    FAIL = "fail"
+
+
+class Fact(msgspec.Struct, frozen=True):
+    """What is known of one device that the wave reaches. `outcome` is its latest answer to this release, None without one."""
+
+    device: str
+    online: bool
+    serving_it: bool
+    """It reports to serve the release with the bytes the manifest names for its variant."""
+    phase: Phase | None = None
+    outcome: Outcome | None = None
+    reason: str | None = None
+    message: str = ""
+
+
+class Counts(msgspec.Struct, frozen=True):
+    committed: int = 0
+    refused: int = 0
+    failed: int = 0
+    rolled_back: int = 0
+    pending: int = 0
+    offline: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.committed + self.refused + self.failed + self.rolled_back + self.pending + self.offline
+
+    @property
+    def failures(self) -> int:
+        """What says that the release is bad."""
+        return self.refused + self.rolled_back
+
+
+class Witness(msgspec.Struct, frozen=True):
+    """A device behind a verdict, and why it counts as it does."""
+
+    device: str
+    standing: Standing
+    reason: str | None = None
+    message: str = ""
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    ruling: Ruling
+    why: str
+    counts: Counts
+    evidence: tuple[Witness, ...] = ()
+
+
+def standing(fact: Fact) -> Standing:
+    """A bad answer counts whether the device is still there or not; a good one only with the right bytes being served."""
+    if fact.outcome is Outcome.REFUSED:
+        return Standing.REFUSED
+    if fact.outcome is Outcome.ROLLED_BACK:
+        return Standing.ROLLED_BACK
+    if fact.serving_it and (fact.outcome is Outcome.COMMITTED or fact.phase is Phase.STEADY):
+        return Standing.COMMITTED
+    if not fact.online:
+        return Standing.OFFLINE
+    if fact.outcome is Outcome.FAILED:
+        return Standing.FAILED
+    return Standing.PENDING
+
+
+def judge(facts: Iterable[Fact], *, max_failures: int, min_devices: int = 1) -> Verdict:
+    """The verdict on a wave: FAIL above `max_failures`; PASS when `min_devices` committed and no online device is still to answer."""
+    found = dict.fromkeys(Standing, 0)
+    witnesses = []
+    for fact in facts:
+        where = standing(fact)
+        found[where] += 1
+        witnesses.append(Witness(fact.device, where, fact.reason, fact.message))
+    counts = Counts(**{where.value: number for where, number in found.items()})
+    # Bad answers first: they are what a reader of the verdict looks for.
+    witnesses.sort(key=lambda w: (w.standing not in {Standing.REFUSED, Standing.ROLLED_BACK}, w.standing.value, w.device))
+    ruling, why = _rule(counts, max_failures, min_devices)
+    return Verdict(ruling, why, counts, tuple(witnesses[:EVIDENCE_KEPT]))
+
+
+def _rule(counts: Counts, max_failures: int, min_devices: int) -> tuple[Ruling, str]:
+    if counts.failures > max_failures:
+        return Ruling.FAIL, f"{counts.refused} refused and {counts.rolled_back} rolled back; at most {max_failures} allowed"
+    if counts.pending or counts.failed:
+        return Ruling.WAIT, f"{counts.pending} still to answer, {counts.failed} could not fetch it"
+    if counts.committed < min_devices:
+        return Ruling.WAIT, f"{counts.committed} committed; at least {min_devices} needed"
+    left = f"; {counts.offline} offline" if counts.offline else ""
+    return Ruling.PASS, f"{counts.committed} committed{left}"

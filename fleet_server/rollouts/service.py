@@ -1,0 +1,457 @@
+"""Feeds the rollout machine from the database and signs what it decides.
+
+Order: the decision is committed first, together with the number of the assignment it makes necessary; then the assignment is
+signed; then devices are poked. A crash in between is made good at the next start, because the document follows from the database.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import msgspec
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from agent.contract.assignment import MAX_ASSIGNMENT_BYTES, Assignment, ModelAssignment, Rollout, reaches
+from agent.contract.codec import decode, encode
+from agent.contract.manifest import ReleaseManifest
+from agent.contract.names import ReleaseRef
+from agent.contract.reports import Outcome, Phase
+from fleet_server.access import Actor
+from fleet_server.config import FleetConfig
+from fleet_server.devices.inventory import Inventory
+from fleet_server.errors import Conflict, Invalid, NotFound
+from fleet_server.journal import Happening, Journal
+from fleet_server.releases import catalogue
+from fleet_server.releases.repository import Repository
+from fleet_server.rollouts import gates, machine
+from fleet_server.rollouts.gates import Ruling, Verdict
+from fleet_server.rollouts.machine import Event, IllegalTransition, Plan, State, Wave
+from fleet_server.storage.database import Database
+from fleet_server.storage.models import Device, DeviceModel, ModelRow, ReleaseRow, RolloutRow, Setting, VerdictRow
+
+_log = logging.getLogger(__name__)
+
+VERSION_SETTING = "assignment_version"
+ACTIVE = [state.value for state in machine.ACTIVE]
+
+
+class Poker(Protocol):
+    def poke_all(self, assignment_version: int) -> None: ...
+
+
+class Rollouts:
+    def __init__(
+        self, database: Database, repository: Repository, inventory: Inventory, journal: Journal, config: FleetConfig,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._database, self._repository, self._inventory, self._journal = database, repository, inventory, journal
+        self._config, self._clock = config, clock
+        self._lock = threading.RLock()  # one decision at a time
+        self.poker: Poker | None = None
+
+    # -- the assignment ----------------------------------------------------------------------------------------------------
+
+    def assignment(self) -> dict[str, Any]:
+        """The signed assignment, as devices read it."""
+        document: dict[str, Any] = msgspec.json.decode(self._repository.assignment_bytes())
+        return document
+
+    def publish_assignment(self) -> None:
+        """Signs the assignment when the database wants a newer one than is signed, and pokes every device."""
+        with self._lock:
+            signed = decode(self._repository.assignment_bytes(), Assignment, limit_bytes=MAX_ASSIGNMENT_BYTES)
+            with self._database.reading() as session:
+                wanted = _version(session)
+                document = self._document(session, wanted)
+            if wanted <= signed.version:
+                return
+            self._repository.assign(encode(document))
+        if self.poker:
+            self.poker.poke_all(wanted)
+
+    def _document(self, session: Session, version: int) -> Assignment:
+        models = {row.model: row for row in session.scalars(select(ModelRow))}
+        active = {row.model: row for row in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(ACTIVE)))}
+        withdrawn: dict[str, list[int]] = {}
+        for model, number in session.execute(
+            select(ReleaseRow.model, ReleaseRow.version).where(ReleaseRow.withdrawn.is_(True))
+        ):
+            withdrawn.setdefault(model, []).append(number)
+        return Assignment(
+            fleet=self._config.fleet,
+            version=version,
+            models={
+                model: ModelAssignment(
+                    release=models[model].release if model in models else None,
+                    rollout=_contract_rollout(active[model]) if model in active else None,
+                    withdrawn=tuple(sorted(withdrawn.get(model, []))),
+                )
+                for model in sorted({*models, *active})
+            },
+        )
+
+    # -- what people ask ---------------------------------------------------------------------------------------------------
+
+    def start(
+        self, actor: Actor, ref: ReleaseRef, *, groups: Iterable[str] = (), permille: int | None = None, hold: bool = False,
+        max_failures: int = 0,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Begins a rollout.  Raises: NotFound, Conflict (another one is under way, withdrawn, already what everyone runs), Invalid."""
+        if max_failures < 0:
+            raise Invalid("max_failures must not be negative")
+        try:
+            waves = machine.waves(tuple(dict.fromkeys(groups)), permille)
+        except ValueError as error:
+            raise Invalid(str(error)) from error
+        with self._lock:
+            with self._database.session() as session:
+                row = self._create(session, actor, ref, waves, hold=hold, max_failures=max_failures)
+                machine_plan = machine.step(_plan(row), Event.START)
+                row.state = machine_plan.state.value
+                self._next_version(session)
+                reached = _describe(waves[0])
+                events = [self._note(session, row, "rollout_started", f"{row.id}: {ref} goes to {reached}")]
+            self._after(events)
+            self._evaluate(row.id)
+            return self.get(row.id)
+
+    def _create(
+        self, session: Session, actor: Actor, ref: ReleaseRef, waves: tuple[Wave, ...], *, hold: bool, max_failures: int
+    ) -> RolloutRow:
+        if catalogue.find(session, ref).withdrawn:
+            raise Conflict(f"release {ref} was withdrawn; publish a new version", code="withdrawn")
+        other = session.scalar(select(RolloutRow).where(RolloutRow.model == ref.model, RolloutRow.state.in_(ACTIVE)))
+        if other is not None:
+            raise Conflict(
+                f"rollout {other.id} of {other.model}:{other.release} is {other.state}; "
+                f"wait for its end or abort it (`edge-fleet rollout abort {other.id}`)",
+                code="rollout_active",
+            )
+        model = session.get(ModelRow, ref.model)
+        if model is None:
+            model = ModelRow(model=ref.model, release=None, previous=None)
+            session.add(model)
+        if model.release == ref.version:
+            raise Conflict(f"every device is assigned {ref} already", code="already_assigned")
+        number = (session.scalar(select(func.max(RolloutRow.number))) or 0) + 1
+        now = self._clock()
+        row = RolloutRow(
+            id=f"r{number}-{secrets.token_hex(2)}", number=number, model=ref.model, release=ref.version, previous=model.release,
+            waves=[msgspec.to_builtins(wave) for wave in waves], wave=0, state=State.CREATED.value, hold=hold,
+            max_failures=max_failures, mode="install", created=now, created_by=actor.name, updated=now, reason="",
+        )  # fmt: skip
+        session.add(row)
+        session.flush()
+        self._journal.audit(
+            session, actor, "rollout.start", row.id, release=str(ref), waves=row.waves, hold=hold, max_failures=max_failures
+        )
+        return row
+
+    def promote(self, actor: Actor, rollout_id: str) -> dict[str, Any]:
+        """Begins the next wave of a rollout that waits for it."""
+        return self._ask(actor, rollout_id, Event.PROMOTE, "rollout_promoted", "goes on to {wave}")
+
+    def pause(self, actor: Actor, rollout_id: str) -> dict[str, Any]:
+        return self._ask(actor, rollout_id, Event.PAUSE, "rollout_paused", "is paused; devices already reached go on")
+
+    def resume(self, actor: Actor, rollout_id: str) -> dict[str, Any]:
+        return self._ask(actor, rollout_id, Event.RESUME, "rollout_resumed", "goes on with {wave}")
+
+    def abort(self, actor: Actor, rollout_id: str) -> dict[str, Any]:
+        """Takes every device back to the release before."""
+        return self._ask(actor, rollout_id, Event.ABORT, "rollout_aborted", "was aborted; back to {previous}")
+
+    def _ask(self, actor: Actor, rollout_id: str, event: Event, name: str, text: str) -> dict[str, Any]:
+        with self._lock:
+            with self._database.session() as session:
+                row = _rollout(session, rollout_id)
+                self._apply(session, row, event, reason=f"by {actor.name}" if event is Event.ABORT else "")
+                self._journal.audit(session, actor, f"rollout.{event.value}", row.id)
+                wave = _describe(_plan(row).waves[row.wave])
+                previous = f"{row.model}:{row.previous}" if row.previous else "no release"
+                message = f"{row.id} ({row.model}:{row.release}) {text.format(wave=wave, previous=previous)}"
+                events = [self._note(session, row, name, message)]
+            self._after(events)
+            self._evaluate(rollout_id)
+            return self.get(rollout_id)
+
+    def roll_back(self, actor: Actor, model: str, to: int | None) -> dict[str, Any]:
+        """Takes every device to an earlier release of the model at once, ending a rollout that is under way."""
+        with self._lock:
+            with self._database.session() as session:
+                row = session.get(ModelRow, model)
+                if row is None:
+                    raise NotFound(f"nothing of model {model!r} was ever rolled out")
+                active = session.scalar(select(RolloutRow).where(RolloutRow.model == model, RolloutRow.state.in_(ACTIVE)))
+                target = to if to is not None else (row.release if active else row.previous)
+                if target is None:
+                    raise Conflict(
+                        f"there is no earlier release of {model!r} to go back to; name one with --to", code="no_previous"
+                    )
+                if catalogue.find(session, ReleaseRef(model, target)).withdrawn:
+                    raise Conflict(f"release {model}:{target} was withdrawn; name another with --to", code="withdrawn")
+                if target == row.release and active is None:
+                    raise Conflict(f"every device is assigned {model}:{target} already", code="already_assigned")
+                if active is not None:
+                    self._apply(session, active, Event.ABORT, reason=f"rolled back by {actor.name}")
+                left = active.release if active is not None else row.release
+                if target != row.release:
+                    row.release, row.previous = target, row.release
+                self._next_version(session)
+                self._journal.audit(session, actor, "model.rollback", model, to=target, left=left)
+                message = f"{model} goes back to version {target} everywhere"
+                happening = Happening(name="model_rolled_back", message=message, model=model, release=target)
+                events = [self._journal.record(session, happening)]
+            self._after(events)
+            return {"model": model, "release": target, "left": left}
+
+    def withdraw(self, actor: Actor, ref: ReleaseRef) -> dict[str, Any]:
+        """Nobody may run the release any more, in this fleet, ever. Devices that do go back to the one before."""
+        with self._lock:
+            with self._database.session() as session:
+                release = catalogue.find(session, ref)
+                if release.withdrawn:
+                    raise Conflict(f"release {ref} was withdrawn already", code="withdrawn")
+                release.withdrawn = True
+                active = session.scalar(select(RolloutRow).where(RolloutRow.model == ref.model, RolloutRow.state.in_(ACTIVE)))
+                if active is not None and active.release == ref.version:
+                    self._apply(session, active, Event.ABORT, reason=f"{ref} was withdrawn by {actor.name}")
+                self._leave_withdrawn(session, ref)
+                self._next_version(session)
+                self._journal.audit(session, actor, "release.withdraw", str(ref))
+                happening = Happening(
+                    name="release_withdrawn",
+                    message=f"{ref} was withdrawn: no device may run it",
+                    model=ref.model,
+                    release=ref.version,
+                )
+                events = [self._journal.record(session, happening)]
+            self._after(events)
+            self._journal.changed("releases")
+            return {"release": str(ref), "withdrawn": True}
+
+    def _leave_withdrawn(self, session: Session, ref: ReleaseRef) -> None:
+        model = session.get(ModelRow, ref.model)
+        if model is None:
+            return
+        if model.previous == ref.version:
+            model.previous = None
+        if model.release == ref.version:
+            model.release, model.previous = model.previous, None
+
+    # -- gates -------------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, models: Iterable[str] | None = None) -> None:
+        """Judges the running rollouts (of `models`, or all) on what devices have said by now, and acts on it."""
+        with self._lock:
+            query = select(RolloutRow.id).where(RolloutRow.state.in_(ACTIVE))
+            if models is not None:
+                query = query.where(RolloutRow.model.in_(list(models)))
+            with self._database.reading() as session:
+                found = list(session.scalars(query))
+            for rollout_id in found:
+                self._evaluate(rollout_id)
+
+    def _evaluate(self, rollout_id: str) -> None:
+        """Goes on as long as gates pass: a wave whose devices all serve the release already takes no time."""
+        while True:
+            with self._database.session() as session:
+                row = _rollout(session, rollout_id)
+                if State(row.state) in machine.TERMINAL:
+                    return
+                verdict = self._judge(session, row)
+                changed = self._keep_verdict(session, row, verdict)
+                events = self._follow(session, row, verdict)
+            if events is None:
+                if changed:
+                    self._journal.changed("rollouts")
+                return
+            self._after(events)
+
+    def _judge(self, session: Session, row: RolloutRow) -> Verdict:
+        facts = self._facts(session, row)
+        return gates.judge(facts, max_failures=row.max_failures, min_devices=self._config.rollouts.min_devices)
+
+    def _facts(self, session: Session, row: RolloutRow) -> list[gates.Fact]:
+        wave = _contract_rollout(row)
+        hashes = _hashes(catalogue.manifest_of(catalogue.find(session, ReleaseRef(row.model, row.release))))
+        said = {d.device: d for d in session.scalars(select(DeviceModel).where(DeviceModel.model == row.model))}
+        now = self._clock()
+        # Columns, not whole rows: the states of ten thousand devices are not needed to count them.
+        columns = select(Device.id, Device.groups, Device.present, Device.last_seen).where(Device.revoked.is_(False))
+        return [
+            fact_of(device, self._inventory.is_online(present, last_seen, now), said.get(device), row.release, hashes)
+            for device, groups, present, last_seen in session.execute(columns)
+            if reaches(wave, device, groups)
+        ]
+
+    def _keep_verdict(self, session: Session, row: RolloutRow, verdict: Verdict) -> bool:
+        """Stores the verdict unless it says what the last one of this wave said. Whether it did."""
+        last = session.scalar(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq.desc()).limit(1))
+        counts = msgspec.to_builtins(verdict.counts)
+        if last is not None and (last.wave, last.verdict, last.counts) == (row.wave, verdict.ruling.value, counts):
+            return False
+        session.add(
+            VerdictRow(
+                rollout=row.id, wave=row.wave, at=self._clock(), verdict=verdict.ruling.value, why=verdict.why, counts=counts,
+                evidence=msgspec.to_builtins(verdict.evidence),
+            )
+        )  # fmt: skip
+        return True
+
+    def _follow(self, session: Session, row: RolloutRow, verdict: Verdict) -> list[dict[str, Any]] | None:
+        """Does what the verdict asks for; the events of it, or None when nothing changed."""
+        ref = f"{row.model}:{row.release}"
+        if row.state == State.CREATED.value:
+            return None
+        if verdict.ruling is Ruling.FAIL:
+            self._apply(session, row, Event.GATE_FAILED, reason=verdict.why)
+            back = f"{row.model}:{row.previous}" if row.previous else "no release"
+            message = f"{row.id} ({ref}) was aborted: {verdict.why}; back to {back}"
+            return [self._note(session, row, "rollout_aborted", message, reason="gate_failed")]
+        event = machine.on_pass(_plan(row)) if verdict.ruling is Ruling.PASS else None
+        if event is None:
+            return None
+        self._apply(session, row, event)
+        if event is Event.LAST_WAVE_PASSED:
+            return [self._note(session, row, "rollout_completed", f"{row.id}: every device is assigned {ref} ({verdict.why})")]
+        if event is Event.HOLD:
+            return [
+                self._note(session, row, "rollout_holding", f"{row.id} ({ref}): wave {row.wave + 1} passed; waits for promote")
+            ]
+        wave = _describe(_plan(row).waves[row.wave])
+        return [self._note(session, row, "rollout_wave", f"{row.id} ({ref}): wave {row.wave} passed; goes on to {wave}")]
+
+    # -- pieces ------------------------------------------------------------------------------------------------------------
+
+    def _apply(self, session: Session, row: RolloutRow, event: Event, *, reason: str = "") -> None:
+        """One step of the machine, written down with what it makes of the model and the assignment.  Raises: Conflict."""
+        try:
+            plan = machine.step(_plan(row), event)
+        except IllegalTransition as error:
+            raise Conflict(f"rollout {row.id}: {error}", code="illegal_transition") from error
+        row.state, row.wave, row.updated = plan.state.value, plan.wave, self._clock()
+        row.reason = reason or row.reason
+        if plan.state is State.COMPLETED:
+            model = session.get(ModelRow, row.model)
+            assert model is not None
+            model.release, model.previous = row.release, model.release
+        if plan.state in machine.TERMINAL or event in machine.NEXT_WAVE:
+            self._next_version(session)
+
+    def _next_version(self, session: Session) -> None:
+        setting = session.get(Setting, VERSION_SETTING)
+        if setting is None:
+            session.add(Setting(name=VERSION_SETTING, value="2"))  # 1 is the empty assignment that `init` signed
+        else:
+            setting.value = str(int(setting.value) + 1)
+        session.flush()
+
+    def _note(self, session: Session, row: RolloutRow, name: str, message: str, *, reason: str | None = None) -> dict[str, Any]:
+        happening = Happening(name=name, message=message, model=row.model, release=row.release, reason=reason)
+        return self._journal.record(session, happening)
+
+    def _after(self, events: list[dict[str, Any]]) -> None:
+        """After the commit: sign, poke, tell."""
+        self.publish_assignment()
+        self._journal.announce(events)
+        self._journal.changed("rollouts")
+
+    # -- looking -----------------------------------------------------------------------------------------------------------
+
+    def recent(self, *, model: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+        query = select(RolloutRow).order_by(RolloutRow.number.desc()).limit(limit)
+        if model is not None:
+            query = query.where(RolloutRow.model == model)
+        with self._database.reading() as session:
+            return [self._view(session, row) for row in session.scalars(query)]
+
+    def get(self, rollout_id: str) -> dict[str, Any]:
+        """Everything about a rollout, with every verdict.  Raises: NotFound."""
+        with self._database.reading() as session:
+            row = _rollout(session, rollout_id)
+            rows = session.scalars(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq))
+            return {**self._view(session, row), "verdicts": [_verdict_view(verdict) for verdict in rows]}
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the fleet runs of each model."""
+        with self._database.reading() as session:
+            rows = session.scalars(select(ModelRow).order_by(ModelRow.model))
+            return [{"model": row.model, "release": row.release, "previous": row.previous} for row in rows]
+
+    def _view(self, session: Session, row: RolloutRow) -> dict[str, Any]:
+        last = session.scalar(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq.desc()).limit(1))
+        return {
+            "id": row.id, "model": row.model, "release": row.release, "previous": row.previous, "state": row.state,
+            "wave": row.wave, "waves": row.waves, "hold": row.hold, "max_failures": row.max_failures, "created": row.created,
+            "created_by": row.created_by, "updated": row.updated, "reason": row.reason,
+            "verdict": _verdict_view(last) if last is not None else None,
+        }  # fmt: skip
+
+
+def fact_of(device: str, online: bool, said: DeviceModel | None, release: int, hashes: dict[str, str]) -> gates.Fact:
+    """What a device's last signed report says about the release. `hashes`: the sha256 of each variant's file."""
+    if said is None:
+        return gates.Fact(device, online, serving_it=False)
+    serving = said.serving == release and said.sha256 is not None and hashes.get(said.variant or "") == said.sha256
+    answers = [answer for answer in said.answers if answer["release"] == release]
+    last = max(answers, key=lambda answer: float(answer["at"]), default=None)
+    phase = Phase(said.phase) if said.phase in {p.value for p in Phase} else None
+    if last is None:
+        return gates.Fact(device, online, serving_it=serving, phase=phase)
+    return gates.Fact(
+        device, online, serving_it=serving, phase=phase, outcome=Outcome(last["outcome"]), reason=last["reason"],
+        message=last["message"],
+    )  # fmt: skip
+
+
+def _hashes(manifest: ReleaseManifest) -> dict[str, str]:
+    return {variant.name: manifest.files[variant.file].sha256 for variant in manifest.variants}
+
+
+def _plan(row: RolloutRow) -> Plan:
+    waves = tuple(msgspec.convert(wave, Wave) for wave in row.waves)
+    return Plan(State(row.state), waves, row.wave, row.hold)
+
+
+def _contract_rollout(row: RolloutRow) -> Rollout:
+    """The rollout as devices read it: the current wave and all before it."""
+    reached = _plan(row).waves[: row.wave + 1]
+    groups = dict.fromkeys(group for wave in reached for group in wave.groups)
+    permille = max(wave.permille for wave in reached)
+    return Rollout(
+        id=row.id, release=row.release, previous=row.previous, groups=tuple(groups), permille=permille,
+        mode="shadow" if row.mode == "shadow" else "install",
+    )  # fmt: skip
+
+
+def _describe(wave: Wave) -> str:
+    if wave.everyone:
+        return "every device"
+    parts = [f"group {group}" for group in wave.groups]
+    if wave.permille:
+        parts.append(f"{wave.permille / 10:g} % of the devices")
+    return ", ".join(parts)
+
+
+def _rollout(session: Session, rollout_id: str) -> RolloutRow:
+    row = session.get(RolloutRow, rollout_id)
+    if row is None:
+        raise NotFound(f"there is no rollout {rollout_id!r}; `edge-fleet rollout list` shows them")
+    return row
+
+
+def _version(session: Session) -> int:
+    setting = session.get(Setting, VERSION_SETTING)
+    return int(setting.value) if setting is not None else 1
+
+
+def _verdict_view(row: VerdictRow) -> dict[str, Any]:
+    return {
+        "wave": row.wave, "at": row.at, "verdict": row.verdict, "why": row.why, "counts": row.counts, "evidence": row.evidence,
+    }  # fmt: skip

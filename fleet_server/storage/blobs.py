@@ -1,0 +1,110 @@
+"""File contents by hash. A blob is complete and verified or not there at all; uploads can be resumed."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import os
+from collections.abc import AsyncIterable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from agent.contract import names
+from fleet_server import files
+from fleet_server.errors import Conflict, Invalid, TooLarge
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+MAX_BLOB_BYTES = 64 * 1024**3
+CHUNK = 1024 * 1024
+
+
+class Blobs:
+    """`root` holds complete blobs, `uploads` what is still coming (same filesystem)."""
+
+    def __init__(self, root: Path, uploads: Path) -> None:
+        self.root = root
+        self.uploads = uploads
+
+    def path(self, sha256: str) -> Path:
+        """Where the blob is, or would be.  Raises: Invalid when `sha256` is not a hash."""
+        if not names.SHA256.fullmatch(sha256):
+            raise Invalid(f"{sha256!r} is not a sha256: 64 lower-case hex digits expected")
+        return self.root / sha256
+
+    def size(self, sha256: str) -> int | None:
+        """The blob's size in bytes; None when it is not here."""
+        try:
+            return self.path(sha256).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def partial_size(self, sha256: str) -> int:
+        """How many bytes of an interrupted upload are here."""
+        self.path(sha256)
+        try:
+            return (self.uploads / sha256).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def matches(self, sha256: str) -> bool:
+        """Whether the blob's bytes on disk still have its hash."""
+        digest = hashlib.sha256()
+        try:
+            with self.path(sha256).open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+        except FileNotFoundError:
+            return False
+        return digest.hexdigest() == sha256
+
+    async def receive(self, sha256: str, offset: int, body: AsyncIterable[bytes]) -> int:
+        """Takes the bytes of a blob from `offset` on; returns its size once all are here and verified.
+
+        A connection that breaks leaves what arrived, and the sender goes on from `partial_size`.
+        Raises: Conflict (another upload of it is under way, or `offset` is not where it stopped), Invalid (wrong hash), TooLarge.
+        """
+        target, partial = self.path(sha256), self.uploads / sha256
+        if target.is_file():
+            return target.stat().st_size
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Conflict(f"blob {sha256} is being uploaded by somebody else; try again when that ended") from None
+            digest, have = await asyncio.to_thread(_hash_start, file, offset)
+            if have != offset:
+                raise Conflict(
+                    f"upload of blob {sha256} stopped at byte {have}, not {offset}; continue there", code="wrong_offset"
+                )
+            file.truncate()
+            async for chunk in body:
+                have += len(chunk)
+                if have > MAX_BLOB_BYTES:
+                    raise TooLarge(f"a blob may have at most {MAX_BLOB_BYTES} bytes")
+                digest.update(chunk)
+                file.write(chunk)
+            file.flush()
+            await asyncio.to_thread(os.fsync, file.fileno())
+            if digest.hexdigest() != sha256:
+                partial.unlink()
+                raise Invalid(
+                    f"the bytes received have sha256 {digest.hexdigest()}, not {sha256}: the file changed or the upload was damaged",
+                    code="hash_mismatch",
+                )
+            os.fchmod(file.fileno(), 0o644)
+            partial.rename(target)
+        files.sync_directory(self.root)
+        return have
+
+
+def _hash_start(file: IO[bytes], size: int) -> tuple[_Hash, int]:
+    """The running hash of the first `size` bytes, and how many there were; leaves the file behind them."""
+    digest, have = hashlib.sha256(), 0
+    while have < size and (chunk := file.read(min(CHUNK, size - have))):
+        digest.update(chunk)
+        have += len(chunk)
+    return digest, have

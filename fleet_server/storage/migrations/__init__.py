@@ -1,0 +1,1 @@
+"""Alembic migrations, brought along with the program."""

@@ -1,0 +1,192 @@
+"""The tables. Plain types only, so that the same schema serves SQLite now and PostgreSQL later; times are seconds since the epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+# A counter column: 64 bits everywhere, and SQLite's own row number where that is what counts.
+Sequence = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON, list[Any]: JSON, int: BigInteger}
+
+
+class Setting(Base):
+    """Single values, such as the version of the assignment that is wanted."""
+
+    __tablename__ = "settings"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(Text)
+
+
+class Device(Base):
+    """One device: what it was given, and the last thing it said about itself."""
+
+    __tablename__ = "devices"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    created: Mapped[float] = mapped_column(Float)
+    groups: Mapped[list[str]] = mapped_column(JSON, default=list)
+    labels: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    serial: Mapped[int] = mapped_column(default=1)
+    record: Mapped[str | None] = mapped_column(Text)
+    record_expires: Mapped[float] = mapped_column(Float, default=0.0)
+    revoked: Mapped[bool] = mapped_column(Boolean, default=False)
+    counter: Mapped[int] = mapped_column(default=-1)
+    last_seen: Mapped[float | None] = mapped_column(Float)
+    present: Mapped[bool] = mapped_column(Boolean, default=False)
+    session: Mapped[int] = mapped_column(default=-1)
+    hardware: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    state: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+
+
+class DeviceModel(Base):
+    """One model on one device, out of its last signed report: what the rollout gates and the tables are made from."""
+
+    __tablename__ = "device_models"
+    device: Mapped[str] = mapped_column(ForeignKey("devices.id", ondelete="CASCADE"), primary_key=True)
+    model: Mapped[str] = mapped_column(String(64), primary_key=True)
+    serving: Mapped[int | None]
+    sha256: Mapped[str | None] = mapped_column(String(64))
+    variant: Mapped[str | None] = mapped_column(String(128))
+    phase: Mapped[str] = mapped_column(String(32))
+    answers: Mapped[list[Any]] = mapped_column(JSON, default=list)
+    __table_args__ = (Index("ix_device_models_model", "model"),)
+
+
+class Certificate(Base):
+    """Every client certificate the CA issued. `serial` is its serial number in hex."""
+
+    __tablename__ = "certificates"
+    serial: Mapped[str] = mapped_column(String(64), primary_key=True)
+    device: Mapped[str] = mapped_column(String(64), index=True)
+    pem: Mapped[str] = mapped_column(Text)
+    issued: Mapped[float] = mapped_column(Float)
+    expires: Mapped[float] = mapped_column(Float)
+    revoked: Mapped[float | None] = mapped_column(Float)
+
+
+class EnrolmentToken(Base):
+    """What lets a device join. Only the hash of the token is kept."""
+
+    __tablename__ = "enrolment_tokens"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    hash: Mapped[str] = mapped_column(String(64), unique=True)
+    device: Mapped[str | None] = mapped_column(String(64))
+    groups: Mapped[list[str]] = mapped_column(JSON, default=list)
+    uses_left: Mapped[int] = mapped_column(Integer)
+    created: Mapped[float] = mapped_column(Float)
+    created_by: Mapped[str] = mapped_column(String(128))
+    expires: Mapped[float] = mapped_column(Float)
+    revoked: Mapped[bool] = mapped_column(Boolean, default=False)
+
+
+class AccessToken(Base):
+    """What lets a person or a program use the API. Only the hash of the token is kept."""
+
+    __tablename__ = "access_tokens"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128))
+    role: Mapped[str] = mapped_column(String(16))
+    hash: Mapped[str] = mapped_column(String(64), unique=True)
+    created: Mapped[float] = mapped_column(Float)
+    revoked: Mapped[bool] = mapped_column(Boolean, default=False)
+
+
+class BrowserSession(Base):
+    """A signed-in browser. It ends with its access token."""
+
+    __tablename__ = "browser_sessions"
+    hash: Mapped[str] = mapped_column(String(64), primary_key=True)
+    token: Mapped[str] = mapped_column(ForeignKey("access_tokens.id", ondelete="CASCADE"))
+    expires: Mapped[float] = mapped_column(Float)
+
+
+class ReleaseRow(Base):
+    """A published release. The truth is the signed metadata; this is its index, rebuilt from it at start."""
+
+    __tablename__ = "releases"
+    model: Mapped[str] = mapped_column(String(64), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    manifest: Mapped[str] = mapped_column(Text)
+    sha256: Mapped[str] = mapped_column(String(64))
+    size_bytes: Mapped[int]
+    published: Mapped[float] = mapped_column(Float)
+    signers: Mapped[list[str]] = mapped_column(JSON, default=list)
+    withdrawn: Mapped[bool] = mapped_column(Boolean, default=False)
+
+
+class ModelRow(Base):
+    """What the whole fleet runs of a model, and what it ran before."""
+
+    __tablename__ = "models"
+    model: Mapped[str] = mapped_column(String(64), primary_key=True)
+    release: Mapped[int | None]
+    previous: Mapped[int | None]
+
+
+class RolloutRow(Base):
+    """A staged change: its waves and where it stands."""
+
+    __tablename__ = "rollouts"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    number: Mapped[int] = mapped_column(index=True)
+    model: Mapped[str] = mapped_column(String(64), index=True)
+    release: Mapped[int]
+    previous: Mapped[int | None]
+    waves: Mapped[list[Any]] = mapped_column(JSON)
+    wave: Mapped[int] = mapped_column(Integer, default=0)
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    hold: Mapped[bool] = mapped_column(Boolean, default=False)
+    max_failures: Mapped[int] = mapped_column(Integer, default=0)
+    mode: Mapped[str] = mapped_column(String(16), default="install")
+    created: Mapped[float] = mapped_column(Float)
+    created_by: Mapped[str] = mapped_column(String(128))
+    updated: Mapped[float] = mapped_column(Float)
+    reason: Mapped[str] = mapped_column(Text, default="")
+
+
+class VerdictRow(Base):
+    """What a gate said about a wave, with the counts and the devices behind it. Kept whenever it changes."""
+
+    __tablename__ = "verdicts"
+    seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    rollout: Mapped[str] = mapped_column(ForeignKey("rollouts.id", ondelete="CASCADE"), index=True)
+    wave: Mapped[int] = mapped_column(Integer)
+    at: Mapped[float] = mapped_column(Float)
+    verdict: Mapped[str] = mapped_column(String(16))
+    why: Mapped[str] = mapped_column(Text)
+    counts: Mapped[dict[str, Any]] = mapped_column(JSON)
+    evidence: Mapped[list[Any]] = mapped_column(JSON, default=list)
+
+
+class EventRow(Base):
+    """What happened, said by a device or by the server itself (`device` is null then)."""
+
+    __tablename__ = "events"
+    seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(128), unique=True)
+    device: Mapped[str | None] = mapped_column(String(64), index=True)
+    at: Mapped[float] = mapped_column(Float)
+    received: Mapped[float] = mapped_column(Float)
+    name: Mapped[str] = mapped_column(String(128))
+    message: Mapped[str] = mapped_column(Text)
+    model: Mapped[str | None] = mapped_column(String(64))
+    release: Mapped[int | None]
+    reason: Mapped[str | None] = mapped_column(String(128))
+
+
+class AuditRow(Base):
+    """Every change somebody made: who, when, what."""
+
+    __tablename__ = "audit"
+    seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    at: Mapped[float] = mapped_column(Float)
+    who: Mapped[str] = mapped_column(String(128))
+    role: Mapped[str] = mapped_column(String(16))
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(256))
+    detail: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
