@@ -61,13 +61,16 @@ class Processes:
         self._running[name] = process
         return process
 
-    def call(self, *line: str, input: str | None = None) -> str:
+    def call(self, *line: str) -> str:
         """Runs a command to its end and returns what it printed.  Raises: StepFailed with its error output."""
-        done = subprocess.run(line, env=self.environment, capture_output=True, text=True, input=input, timeout=60, check=False)
+        done = subprocess.run(line, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
             shown = " ".join(Path(word).name if word.startswith(str(BIN)) else word for word in line)
             raise StepFailed(f"{shown} ended with status {done.returncode}:\n{done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
+
+    def pid(self, name: str) -> int:
+        return self._running[name].pid
 
     def kill(self, name: str) -> None:
         """kill -9."""

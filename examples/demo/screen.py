@@ -72,15 +72,20 @@ class Screen:
         self._live: Live | None = None
         self._spinner = Spinner("dots", style="cyan")
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> Screen:  # noqa: PYI034 - typing.Self came with Python 3.11
         if self.live_wanted:
             self._live = Live(get_renderable=self._draw, console=self.console, refresh_per_second=8, transient=True)
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """The live picture goes; what is printed from now on stays."""
         if self._live:
             self._live.stop()
+            self._live = None
 
     def say(self, message: str, *, style: str = "") -> None:
         text = Text.assemble((f"{time.monotonic() - self.started:6.1f} s  ", "dim"), (message, style))

@@ -77,6 +77,12 @@ class Machine:
         self.write("etc/systemd/system/probe.service", PROBE_UNIT)
         self._enable("probe.service", "multi-user.target")
 
+    def make_users_and_folders(self) -> None:
+        """What a package's installation does once."""
+        for tool in (["systemd-sysusers"], ["systemd-tmpfiles", "--create", "--prefix=/var/lib/edge-agent"]):
+            done = subprocess.run([*tool, f"--root={self.root}"], check=True, capture_output=True, text=True)
+            assert "not a valid" not in done.stderr, done.stderr
+
     def _enable(self, unit: str, target: str) -> None:
         wants = self.root / "etc/systemd/system" / f"{target}.wants"
         wants.mkdir(parents=True, exist_ok=True)

@@ -133,7 +133,7 @@ if __name__ == "__main__":
         print(json.dumps(seen()))
     except BaseException as error:
         journal = subprocess.run(
-            ["journalctl", "-b", "--no-pager", "-n", "60"], capture_output=True, text=True, check=False
+            ["journalctl", "-b", "--no-pager", "-n", "30"], capture_output=True, text=True, check=False
         ).stdout
         print(json.dumps({"error": repr(error), "journal": journal}))
         raise

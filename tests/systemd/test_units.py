@@ -69,6 +69,7 @@ def furnish(target: Machine) -> None:
     unit = like_the_service("/usr/bin/edge-python /opt/network_probe.py", "StateDirectory=network-probe")
     target.write("etc/systemd/system/network-probe.service", unit)
     target.write("etc/systemd/system/store-probe.service", like_the_service("/bin/touch /var/lib/edge-agent/store/written"))
+    target.make_users_and_folders()
     put_release(Store.create(target.root / "var/lib/edge-agent/store"))
 
 
@@ -77,7 +78,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     with machine(tmp_path_factory.mktemp("machine")) as target:
         furnish(target)
         output = target.boot()
-    facts = json.loads(output.strip().splitlines()[-1] if '"error"' not in output else output.splitlines()[0])
+    told = [line for line in output.splitlines() if line.startswith("{")]
+    assert told, f"the probe told nothing:\n{output}"
+    facts = json.loads(told[-1])
     assert "error" not in facts, f"{facts['error']}\n{facts['journal']}"
     yield facts
 
