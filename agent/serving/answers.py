@@ -40,7 +40,7 @@ class Template:
 class Answer:
     """Parts are sent one after another. `json_bytes` is set when tensors follow a JSON part of that many bytes."""
 
-    __slots__ = ("content_type", "headers", "json_bytes", "parts", "status", "template")
+    __slots__ = ("content_type", "headers", "json_bytes", "parts", "status")
 
     def __init__(
         self,
@@ -49,15 +49,34 @@ class Answer:
         status: int = 200,
         content_type: bytes = JSON,
         json_bytes: int | None = None,
-        template: Template | None = None,
         headers: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
         self.parts = parts
         self.status = status
         self.content_type = content_type
         self.json_bytes = json_bytes
-        self.template = template
         self.headers = headers
+
+
+class FilledTemplate(Answer):
+    """A template with the tensors of one answer. Made for every prediction, so it computes the rest only when asked."""
+
+    __slots__ = ("arrays", "template")
+    status = 200
+    content_type = BINARY
+    headers = ()
+
+    def __init__(self, template: Template, arrays: Sequence[Buffer]) -> None:
+        self.template = template
+        self.arrays = arrays
+
+    @property
+    def parts(self) -> Sequence[Buffer]:  # type: ignore[override]
+        return (self.template.json, *self.arrays)
+
+    @property
+    def json_bytes(self) -> int:  # type: ignore[override]
+        return len(self.template.json)
 
 
 def json_answer(value: object, status: int = 200) -> Answer:

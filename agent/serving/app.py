@@ -60,7 +60,7 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
     protocol = Protocol(host, dataplane)
     control = Control(host, store, engine_threads=settings.engine_threads)
     router = Router([*protocol.routes(), *control.routes(), *Metrics(host).routes()])
-    return Parts(host, protocol, control, router, Service(router, dataplane))
+    return Parts(host, protocol, control, router, Service(dataplane))
 
 
 def serve_store(config: AgentConfig) -> int:
@@ -69,7 +69,7 @@ def serve_store(config: AgentConfig) -> int:
     Raises: StoreError, ConfigError, SocketError when it cannot start at all. A model that cannot be loaded does not stop the others.
     """
     store = Store(config.store)
-    store.check_format()
+    store.check_format(may_be_missing=True)  # at first boot `serve` may be earlier than `sync`
     parts = assemble(store, config.serve)
     return _serve(parts, config.serve, lambda: load_selections(parts.host, store, config.serve.engine_threads))
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from agent.serving import http
 from agent.serving.access import Grant
-from agent.serving.answers import Buffer, Refusal
+from agent.serving.answers import Buffer
 from agent.serving.buffers import ALIGNMENT, BufferPool, Exhausted
 from agent.serving.chunked import ChunkedBody
 from agent.serving.http import MAX_HEAD_BYTES, BadRequest, Head, HeadReader
-from agent.serving.routes import Router
+from agent.serving.routes import Match, Request, Router
 
 BUFFER_BYTES = MAX_HEAD_BYTES + 4096
 JOIN_BYTES = 16 * 1024  # copying an answer up to here into one buffer is cheaper than sending its parts
@@ -26,18 +26,6 @@ END_OF_HEAD = b"\r\n\r\n"
 
 NOTHING = -1  # what `receive` gives when it would block
 END = 0  # and when the peer closed, or the connection broke
-
-
-class Request:
-    """A complete request. `head` is None when it could not be read; then `refusal` says why and the connection ends after it."""
-
-    __slots__ = ("arrived_s", "body", "head", "refusal")
-
-    def __init__(self, head: Head | None, body: memoryview, arrived_s: float, refusal: Refusal | None) -> None:
-        self.head = head
-        self.body = body
-        self.arrived_s = arrived_s
-        self.refusal = refusal
 
 
 class Connection:
@@ -59,13 +47,13 @@ class Connection:
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
         self._memo: Head | None = None  # the last head: the next one mostly has the same bytes
-        self._head: Head | None = None  # read, its body still incomplete
+        self.head: Head | None = None  # of the request under way, until `finished`
         self._reader: HeadReader | None = None
         self._chunks: ChunkedBody | None = None
         self._large: bytearray | None = None
         self._body = memoryview(b"")
         self._body_have = 0
-        self._pending: list[memoryview] = []
+        self.sending: list[memoryview] = []  # parts of an answer that wait for the peer to read
 
     # -- in ----------------------------------------------------------------------------------------------------------------
 
@@ -86,7 +74,7 @@ class Connection:
 
     @property
     def unoccupied(self) -> bool:
-        return not (self._end > self._start or self._head or self._pending or self.draining)
+        return not (self._end > self._start or self.head or self.sending or self.draining)
 
     def receive(self) -> int:
         """Reads once what is there, into the place where it belongs. How many bytes, or NOTHING, or END."""
@@ -106,7 +94,7 @@ class Connection:
         if self._large is not None:
             self._body_have += count
             return count
-        if self._end == self._start and self._head is None:
+        if self._end == self._start and self.head is None:
             self.arrived_s = self.seen_s
         self._end += count
         return count
@@ -125,18 +113,18 @@ class Connection:
         if self.closing:
             return None
         try:
-            head = self._head or self._next_head()
+            head = self.head or self._next_head()
             if head is None:
                 return None
             body = self._next_body(head)
         except BadRequest as error:
             self.closing = True
-            return Request(self._head, memoryview(b""), self.arrived_s, error.refusal)
+            return Request(Match(None, refusal=error.refusal), memoryview(b""), None, self.arrived_s)
         if body is None:
             return None
         if not head.keep_alive:
             self.closing = True
-        return Request(head, body, self.arrived_s, head.refusal)
+        return Request(head.match, body, head.header_length, self.arrived_s)
 
     def _next_head(self) -> Head | None:
         """The head at the start of the buffer once it is complete; it is then `_head`.  Raises: BadRequest."""
@@ -150,7 +138,7 @@ class Connection:
                 return None
             head = self._memo = found
         self._start += head.size
-        self._head = head
+        self.head = head
         if head.length or head.chunked:
             self._begin_body(head)
         return head
@@ -235,7 +223,7 @@ class Connection:
 
     def finished(self) -> None:
         """The request was answered and its answer sent or dropped: its body may go."""
-        self._head = self._chunks = None
+        self.head = self._chunks = None
         if self._large is not None:
             self._body = memoryview(b"")
             large, self._large = self._large, None
@@ -244,11 +232,6 @@ class Connection:
             self._start = self._end = 0
 
     # -- out ---------------------------------------------------------------------------------------------------------------
-
-    @property
-    def sending(self) -> bool:
-        """Whether a part of an answer waits for the peer to read."""
-        return bool(self._pending)
 
     def send(self, parts: Sequence[Buffer], size: int) -> bool:
         """Sends as much as the peer takes; the rest waits for `flush`. False when the connection is broken."""
@@ -275,22 +258,22 @@ class Connection:
             if sent >= len(view):
                 sent -= len(view)
                 continue
-            self._pending.append(view[sent:])
+            self.sending.append(view[sent:])
             sent = 0
 
     def flush(self) -> bool:
         """Sends on. False when the connection is broken."""
         self.seen_s = time.perf_counter()
-        while self._pending:
+        while self.sending:
             try:
-                sent = self.sock.send(self._pending[0])
+                sent = self.sock.send(self.sending[0])
             except BlockingIOError:
                 return True
             except OSError:
                 return False
-            view = self._pending.pop(0)
+            view = self.sending.pop(0)
             if sent < len(view):
-                self._pending.insert(0, view[sent:])
+                self.sending.insert(0, view[sent:])
         return True
 
     def end_output(self) -> None:
@@ -300,6 +283,6 @@ class Connection:
             self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        self._pending.clear()
+        self.sending.clear()
         self.finished()
         self.sock.close()

@@ -16,7 +16,7 @@ from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
 from agent.serving.host import ModelHost, Served, Version
 from agent.serving.protocol import agent_version
-from agent.serving.routes import Call, Kind, Route
+from agent.serving.routes import Kind, Request, Route
 from agent.store import Choice, Store, StoreError
 from runtimes.contract import ModelInvalid, RuntimeFailure, RuntimeUnavailable
 
@@ -67,7 +67,7 @@ class Control:
             *(Route("POST", model + path, Access.CONTROL, handler, Kind.CONTROL) for path, handler in changes),
         ]
 
-    def status(self, _call: Call) -> Answer:
+    def status(self, _request: Request) -> Answer:
         return json_answer({
             "instance": self.instance,
             "pid": os.getpid(),
@@ -76,21 +76,21 @@ class Control:
             "models": {served.name: served.document() for served in self._host},
         })  # fmt: skip
 
-    def model(self, call: Call) -> Answer:
+    def model(self, call: Request) -> Answer:
         return json_answer(self._host.served(call.params["model"]).document())
 
-    def load(self, call: Call) -> Answer:
+    def load(self, call: Request) -> Answer:
         name = _model_name(call)
         request = _body(call, LoadRequest)
         return json_answer(self._load(name, Choice(version=request.version, variant=request.variant)).document())
 
-    def activate(self, call: Call) -> Answer:
+    def activate(self, call: Request) -> Answer:
         name = _model_name(call)
         served = self._host.activate(name, _body(call, VersionRequest).version)
         log.info("model %r: version %s is active", name, served.active.number if served.active else None)
         return _active(served)
 
-    def rollback(self, call: Call) -> Answer:
+    def rollback(self, call: Request) -> Answer:
         name, number = _model_name(call), _body(call, VersionRequest).version
         served = self._host.get(name)
         loaded = served.versions.get(number) if served else None
@@ -100,11 +100,11 @@ class Control:
         log.warning("model %r was rolled back to version %d", name, number)
         return _active(served)
 
-    def commit(self, call: Call) -> Answer:
+    def commit(self, call: Request) -> Answer:
         _body(call, Empty)
         return _active(self._host.commit(_model_name(call)))
 
-    def unload(self, call: Call) -> Answer:
+    def unload(self, call: Request) -> Answer:
         name, number = _model_name(call), _body(call, UnloadRequest).version
         if self._host.get(name) is None:
             return json_answer({"active": None, "previous": None})
@@ -172,14 +172,14 @@ def _active(served: Served) -> Answer:
     return json_answer(document)
 
 
-def _model_name(call: Call) -> str:
+def _model_name(call: Request) -> str:
     try:
         return check_model(call.params["model"])
     except ValueError as error:
         raise Refusal(400, str(error), code="bad_request") from error
 
 
-def _body(call: Call, kind: type[T]) -> T:
+def _body(call: Request, kind: type[T]) -> T:
     try:
         request = msgspec.json.decode(call.body or b"{}", type=kind)
     except msgspec.DecodeError as error:

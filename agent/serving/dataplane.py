@@ -6,8 +6,9 @@ import logging
 import time
 
 from agent.serving import oip
-from agent.serving.answers import Answer, Refusal
+from agent.serving.answers import Answer, FilledTemplate, Refusal
 from agent.serving.host import ModelHost, Version
+from agent.serving.routes import Match
 from runtimes.contract import InputInvalid, RunFailed
 
 log = logging.getLogger(__name__)
@@ -24,12 +25,13 @@ class Dataplane:
     def __init__(self, host: ModelHost) -> None:
         self._host = host
 
-    def is_cheap(self, model: str, body_bytes: int) -> bool:
+    def is_cheap(self, match: Match, body_bytes: int) -> bool:
         """Whether the answer takes so little that the thread which polls should give it at once."""
-        served = self._host.get(model)
-        if served is None or served.active is None:
+        served = self._host.models.get(match.model)  # type: ignore[arg-type]
+        if served is None:
             return True
-        return body_bytes <= INLINE_BODY_BYTES and served.active.cost_s <= INLINE_RUN_S
+        version = served.active if match.version is None else served.pick(match.version)
+        return version is None or (body_bytes <= INLINE_BODY_BYTES and version.cost_s <= INLINE_RUN_S)
 
     def infer(self, model: str, wanted: str | None, body: memoryview, header_length: int | None, arrived_s: float) -> Answer:
         """The prediction. `arrived_s` is the perf_counter of the request's arrival; the answer's arrays may not outlive `body`.
@@ -62,10 +64,13 @@ class Dataplane:
             raise Refusal(503, "Request timeout expired", headers=((b"retry-after", b"1"),))
         assert version.model is not None
         arrays = version.model.run(feeds, plan.outputs)
-        run_s = time.perf_counter() - started
+        ended = time.perf_counter()
+        run_s = ended - started
         answer = oip.write_response(plan, arrays, version.name, str(version.number))
+        if type(answer) is not FilledTemplate:  # writing one takes nothing; JSON may take long
+            ended = time.perf_counter()
         version.measured(run_s)
-        version.stats.succeeded(time.perf_counter() - arrived_s, run_s)
+        version.stats.succeeded(ended - arrived_s, run_s, ended)
         return answer
 
 

@@ -144,28 +144,28 @@ class ModelHost:
     """All models of this process."""
 
     def __init__(self) -> None:
-        self._models: dict[str, Served] = {}
+        self.models: dict[str, Served] = {}  # replaced as a whole, never changed: readers need no lock
 
     def __iter__(self) -> Iterator[Served]:
-        return iter(sorted(self._models.values(), key=lambda served: served.name))
+        return iter(sorted(self.models.values(), key=lambda served: served.name))
 
     def get(self, name: str) -> Served | None:
-        return self._models.get(name)
+        return self.models.get(name)
 
     def served(self, name: str) -> Served:
         """Raises: Refusal (404)."""
-        served = self._models.get(name)
+        served = self.models.get(name)
         if served is None:
             raise unknown_model(name)
         return served
 
     def enter(self, name: str, wanted: str | None) -> Version:
         """The version to answer with, kept open: call `leave` on it.  Raises: Refusal (404 unknown, 503 not ready)."""
-        served = self._models.get(name)
+        served = self.models.get(name)
         if served is None:
             raise unknown_model(name)
         while True:
-            version = served.pick(wanted)
+            version = served.active if wanted is None else served.pick(wanted)
             if version is None:
                 raise _not_there(served, wanted)
             if version.enter():
@@ -186,11 +186,11 @@ class ModelHost:
 
     def add(self, version: Version) -> None:
         """Puts a version beside the others; nothing is answered by it yet."""
-        served = self._models.get(version.name)
+        served = self.models.get(version.name)
         if served is None:
             served = Served(version.name)
             served.versions[version.number] = version
-            self._models = {**self._models, version.name: served}
+            self.models = {**self.models, version.name: served}
             return
         served.versions = {**served.versions, version.number: version}
 
@@ -229,7 +229,7 @@ class ModelHost:
         """One version, or the whole model when None. None when the model is gone.  Raises: Refusal (404, 409)."""
         served = self.served(name)
         if number is None:
-            self._models = {n: s for n, s in self._models.items() if n != name}
+            self.models = {n: s for n, s in self.models.items() if n != name}
             versions = list(served.versions.values())
             served.active = served.previous = None
             served.versions = {}
@@ -245,7 +245,7 @@ class ModelHost:
             served.previous = None
         self._drop(served, found)
         if not served.versions:
-            self._models = {n: s for n, s in self._models.items() if n != name}
+            self.models = {n: s for n, s in self.models.items() if n != name}
             return None
         return served
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import httptools
 
-from agent.serving.answers import BINARY, Answer, Buffer, Refusal
+from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal
 from agent.serving.routes import Match, Router
 
 MAX_HEAD_BYTES = 16 * 1024
@@ -23,7 +23,7 @@ class Head:
 
     __slots__ = (
         "bodiless", "chunked", "expects_continue", "header_length", "keep_alive", "length", "match", "minor", "raw",
-        "refusal", "size",
+        "size",
     )  # fmt: skip
 
     def __init__(self, raw: bytes) -> None:
@@ -37,7 +37,6 @@ class Head:
         self.expects_continue = False
         self.bodiless = False  # the answer to HEAD has no body
         self.match = Match(None)
-        self.refusal: Refusal | None = None  # what is wrong with the request, once its body has been taken
 
 
 class BadRequest(Exception):
@@ -92,7 +91,9 @@ class HeadReader:
         method = self._parser.get_method()
         head.bodiless = method == b"HEAD"
         head.match = router.resolve(method, _path(self._url))
-        head.refusal = head.match.refusal or self._header_length(head) or self._encoding()
+        refusal = head.match.refusal or self._header_length(head) or self._encoding()
+        if refusal is not None:
+            head.match = Match(None, refusal=refusal)
         return head
 
     def _framing(self, head: Head) -> None:
@@ -146,12 +147,12 @@ def _path(target: bytes) -> bytes:
 
 def encode(answer: Answer, head: Head | None, *, keep_alive: bool) -> tuple[Sequence[Buffer], int]:
     """The buffers to send for `answer` and their size in bytes. `head` is None when the request's own could not be read."""
-    template = answer.template
-    if template is not None and keep_alive and head is not None and head.minor:
+    if type(answer) is FilledTemplate and keep_alive and head is not None and head.minor:
+        template = answer.template
         wire = template.wire
         if wire is None:
             wire = template.wire = _head_bytes(answer, template.size_bytes, b"") + template.json
-        return (wire, *answer.parts[1:]), len(wire) + template.size_bytes - len(template.json)
+        return [wire, *answer.arrays], len(wire) + template.size_bytes - len(template.json)
     size = sum([_size(part) for part in answer.parts])
     connection = b"" if keep_alive and (head is None or head.minor) else _connection(keep_alive=keep_alive)
     start = _head_bytes(answer, size, connection)

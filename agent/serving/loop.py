@@ -31,8 +31,8 @@ from agent.serving import http
 from agent.serving.access import Grant
 from agent.serving.answers import Answer, Refusal, refusal_answer
 from agent.serving.buffers import BufferPool
-from agent.serving.connection import END, NOTHING, Connection, Request
-from agent.serving.routes import Kind, Router
+from agent.serving.connection import END, NOTHING, Connection
+from agent.serving.routes import Kind, Request, Router
 
 log = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ class Loop:
         answer = self._service.answer(request, connection.grant)
         if self._stopping:
             connection.closing = True
-        parts, size = http.encode(answer, request.head, keep_alive=not connection.closing)
+        parts, size = http.encode(answer, connection.head, keep_alive=not connection.closing)
         if not connection.send(parts, size):
             self._close(connection)
             return False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from agent.serving.access import Access
 from agent.serving.answers import TEXT, Answer
 from agent.serving.host import ModelHost, Version
-from agent.serving.routes import Call, Route
+from agent.serving.routes import Request, Route
 from agent.serving.stats import BOUNDS_MS
 
 COUNTERS: tuple[tuple[str, str, Callable[[Version], float]], ...] = (
@@ -27,7 +27,7 @@ class Metrics:
     def routes(self) -> list[Route]:
         return [Route("GET", "/metrics", Access.OBSERVE, self.metrics)]
 
-    def metrics(self, _call: Call) -> Answer:
+    def metrics(self, _request: Request) -> Answer:
         return Answer(("\n".join(self._lines()).encode() + b"\n",), content_type=TEXT)
 
     def _lines(self) -> Iterator[str]:

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from agent.serving import tensors
-from agent.serving.answers import BINARY, Answer, Buffer, Refusal, Template
+from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal, Template
 from runtimes.check import shape_fits, shape_text
 from runtimes.contract import DTYPES, Array, TensorSpec
 
@@ -75,7 +75,7 @@ class Plan:
 
     def feeds(self, body: memoryview) -> dict[str, Array]:
         """The inputs as arrays. They are views into `body`, valid as long as it is.  Raises: Refusal (400)."""
-        feeds: dict[str, Array] = dict(self.values) if self.values else {}
+        feeds: dict[str, Array] = self.values.copy()
         for name, dtype, shape, offset, size in self.views:
             if dtype.kind == "O":
                 feeds[name] = tensors.read_bytes(name, body[offset : offset + size], shape)
@@ -276,7 +276,7 @@ def write_response(plan: Plan, arrays: Sequence[Array], model: str, version: str
     key = arrays[0].shape if len(arrays) == 1 else tuple([a.shape for a in arrays])
     template = plan.templates.get(key)
     if template is not None:
-        return Answer((template.json, *arrays), content_type=BINARY, json_bytes=len(template.json), template=template)
+        return FilledTemplate(template, arrays)
     documents: list[dict[str, Any]] = []
     parts: list[Buffer] = []
     fixed = not plan.id

@@ -11,7 +11,7 @@ from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
 from agent.serving.dataplane import Dataplane
 from agent.serving.host import LABELS, ModelHost, Version
-from agent.serving.routes import Call, Kind, Route
+from agent.serving.routes import Kind, Request, Route
 from runtimes.contract import TensorSpec
 
 EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
@@ -55,23 +55,24 @@ class Protocol:
             ]
         return found
 
-    def infer(self, call: Call) -> Answer:
-        params = call.params
-        return self._dataplane.infer(params["model"], params.get("version"), call.body, call.header_length, call.arrived_s)
+    def infer(self, call: Request) -> Answer:
+        match = call.match
+        assert match.model is not None
+        return self._dataplane.infer(match.model, match.version, call.body, call.header_length, call.arrived_s)
 
-    def server(self, _call: Call) -> Answer:
+    def server(self, _request: Request) -> Answer:
         return json_answer({"name": "edge-agent", "version": agent_version(), "extensions": EXTENSIONS})
 
-    def live(self, _call: Call) -> Answer:
+    def live(self, _request: Request) -> Answer:
         return Answer()
 
-    def ready(self, _call: Call) -> Answer:
+    def ready(self, _request: Request) -> Answer:
         """One bad model does not make the others unready; a server without models is ready."""
         if not self.is_ready:
             raise Refusal(503, "Server not ready")
         return Answer()
 
-    def metadata(self, call: Call) -> Answer:
+    def metadata(self, call: Request) -> Answer:
         found = self._host.look(call.params["model"], call.params.get("version"))
         if found.state != "READY":
             self._host.enter(found.name, str(found.number)).leave()
@@ -84,12 +85,12 @@ class Protocol:
             "outputs": [_tensor(spec) for spec in found.outputs],
         })  # fmt: skip
 
-    def model_ready(self, call: Call) -> Answer:
+    def model_ready(self, call: Request) -> Answer:
         if self._host.look(call.params["model"], call.params.get("version")).state != "READY":
             raise Refusal(400, "Model version not ready")
         return Answer()
 
-    def index(self, call: Call) -> Answer:
+    def index(self, call: Request) -> Answer:
         try:
             only_ready = bool(call.body) and msgspec.json.decode(call.body, type=IndexRequest).ready
         except msgspec.DecodeError as error:
@@ -103,7 +104,7 @@ class Protocol:
                 found.append({**entry, "reason": item.reason} if item.reason else entry)
         return json_answer(found)
 
-    def stats(self, call: Call) -> Answer:
+    def stats(self, call: Request) -> Answer:
         name, wanted = call.params.get("model"), call.params.get("version")
         if name is None:
             versions = [v for served in self._host for v in served.versions.values()]
@@ -135,7 +136,7 @@ def _statistics(item: Version) -> dict[str, Any]:
     return {
         "name": item.name,
         "version": str(item.number),
-        "last_inference": int(stats.last_s * 1000),
+        "last_inference": int(stats.last_unix_s * 1000),
         "inference_count": stats.ok,
         "execution_count": stats.ok,
         "inference_stats": {

@@ -23,18 +23,23 @@ class Kind(Enum):
     CONTROL = "control"
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A request as a handler sees it. `body` is valid until the handler returns."""
+class Request:
+    """A complete request. `body` is valid until its answer is sent; `arrived_s` is a perf_counter."""
 
-    params: Mapping[str, str]
-    query: str
-    body: memoryview
-    header_length: int | None
-    arrived_s: float
+    __slots__ = ("arrived_s", "body", "header_length", "match")
+
+    def __init__(self, match: Match, body: memoryview, header_length: int | None, arrived_s: float) -> None:
+        self.match = match
+        self.body = body
+        self.header_length = header_length
+        self.arrived_s = arrived_s
+
+    @property
+    def params(self) -> Mapping[str, str]:
+        return self.match.params
 
 
-Handler = Callable[[Call], Answer]
+Handler = Callable[[Request], Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +87,8 @@ class Match:
     params: Mapping[str, str] = field(default_factory=dict)
     query: str = ""
     refusal: Refusal | None = None
-
-    @property
-    def model(self) -> str | None:
-        return self.params.get("model")
+    model: str | None = None
+    version: str | None = None
 
 
 class Router:
@@ -118,7 +121,8 @@ class Router:
             if params is None:
                 continue
             if route.method == method:
-                return Match(route, params, query.decode("ascii", "replace"))
+                query_text = query.decode("ascii", "replace")
+                return Match(route, params, query_text, model=params.get("model"), version=params.get("version"))
             allowed.append(route.method)
         if allowed:
             allow = ", ".join(sorted(set(allowed)))

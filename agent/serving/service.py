@@ -6,9 +6,8 @@ import logging
 
 from agent.serving.access import Grant
 from agent.serving.answers import Answer, Refusal, refusal_answer
-from agent.serving.connection import Request
 from agent.serving.dataplane import Dataplane
-from agent.serving.routes import Call, Kind, Router
+from agent.serving.routes import Kind, Request
 
 log = logging.getLogger(__name__)
 
@@ -16,42 +15,30 @@ log = logging.getLogger(__name__)
 class Service:
     """Any number of threads may call it."""
 
-    def __init__(self, router: Router, dataplane: Dataplane) -> None:
-        self._router = router
+    def __init__(self, dataplane: Dataplane) -> None:
         self._dataplane = dataplane
 
     def kind(self, request: Request, grant: Grant) -> Kind:
         """QUICK when the answer is there at once, whatever it will be; PREDICT when it takes long; CONTROL for the control thread."""
-        if request.refusal is not None or request.head is None:
-            return Kind.QUICK
-        match = request.head.match
+        match = request.match
         route = match.route
-        if route is None or route.kind is Kind.QUICK:
+        if route is None or route.kind is Kind.QUICK or grant.access < route.access:
             return Kind.QUICK
-        if route.kind is Kind.PREDICT:
-            assert match.model is not None
-            return Kind.QUICK if self._dataplane.is_cheap(match.model, len(request.body)) else Kind.PREDICT
-        return route.kind if grant.access >= route.access else Kind.QUICK
+        if route.kind is Kind.PREDICT and self._dataplane.is_cheap(match, len(request.body)):
+            return Kind.QUICK
+        return route.kind
 
     def answer(self, request: Request, grant: Grant) -> Answer:
         """Never raises: whatever goes wrong becomes an answer."""
         try:
-            return self._answer(request, grant)
+            route = request.match.route
+            if route is None:
+                return refusal_answer(request.match.refusal or Refusal(404, "Not Found"))
+            if grant.access < route.access or grant.models is not None:
+                grant.check(route.access, request.match.model)
+            return route.handler(request)
         except Refusal as refusal:
             return refusal_answer(refusal)
         except Exception:
             log.exception("a request failed in an unforeseen way")
             return refusal_answer(Refusal(500, "internal error; the server's log says more"))
-
-    @staticmethod
-    def _answer(request: Request, grant: Grant) -> Answer:
-        if request.refusal is not None:
-            raise request.refusal
-        head = request.head
-        assert head is not None
-        match = head.match
-        route = match.route
-        assert route is not None
-        if grant.access < route.access or (grant.models is not None and route.access):
-            grant.check(route.access, match.model)
-        return route.handler(Call(match.params, match.query, request.body, head.header_length, request.arrived_s))

@@ -25,16 +25,21 @@ class Stats:
         self.run_s = 0.0
         self.last_s = 0.0
 
-    def succeeded(self, latency_s: float, run_s: float) -> None:
-        """`latency_s` from the arrival of the request to the answer being ready, `run_s` of it in the engine."""
+    def succeeded(self, latency_s: float, run_s: float, now_s: float) -> None:
+        """`latency_s` from the arrival of the request to the answer being ready, `run_s` of it in the engine; `now_s` a perf_counter."""
         self.ok += 1
         self.counts[bisect_left(_BOUNDS_S, latency_s)] += 1
         self.total_s += latency_s
         self.run_s += run_s
-        self.last_s = time.time()
+        self.last_s = now_s
 
     def failed(self, why: Failure) -> None:
         self.failures[why] += 1
+
+    @property
+    def last_unix_s(self) -> float:
+        """When the last request was answered; 0 when none was."""
+        return time.time() - (time.perf_counter() - self.last_s) if self.ok else 0.0
 
     @property
     def requests(self) -> int:
