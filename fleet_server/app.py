@@ -183,6 +183,8 @@ class _Running:
             self._link.start()
             link_started = True
             await self._until_ready(listeners, tasks)
+            if self._stop.is_set():
+                return
             notify("READY=1")
             _log.info("ready: operators at %s, devices at %s", self._config.operator_url, self._config.device_url)
             tasks += [

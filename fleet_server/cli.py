@@ -164,6 +164,7 @@ def serve(folder: Path, log_level: str) -> None:
 
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
+    logging.getLogger("tuf").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         app.serve(Folder(folder.absolute()))
@@ -657,9 +658,9 @@ def openapi() -> None:
     \b
     edge-fleet openapi > openapi.json
     """
-    from fleet_server.api.operator import describe
+    from fleet_server.api.openapi import document
 
-    click.echo(json.dumps(describe(), indent=2, sort_keys=True))
+    click.echo(json.dumps(document(), indent=2, sort_keys=True))
 
 
 @main.command()

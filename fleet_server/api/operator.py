@@ -320,7 +320,7 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
-def build(fleet: Parts, *, title: str = "edge-fleet", version: str = "") -> FastAPI:
+def build(fleet: Parts, *, title: str = "edge-fleet", version: str = "0") -> FastAPI:
     """The application of the operator and loopback listeners."""
     app = FastAPI(
         title=title, version=version, docs_url=None, redoc_url=None, openapi_url=f"{API}/openapi.json",
@@ -336,12 +336,19 @@ def build(fleet: Parts, *, title: str = "edge-fleet", version: str = "") -> Fast
             name = route.handler.__name__ if method != "HEAD" else f"{route.handler.__name__}_head"
             app.add_api_route(
                 API + route.path, getattr(api, route.handler.__name__), methods=[method], dependencies=guard, tags=[route.tag],
-                operation_id=name, name=name, summary=name.replace("_", " "), response_model=None,
+                operation_id=name, name=name, summary=_summary(route), response_model=None,
+                openapi_extra={"x-role": route.role.value if route.role else ""},
             )  # fmt: skip
     _add_enrolment(app, fleet)
     _add_page(app)
     http.install(app, unlimited=f"{API}/blobs/")
     return app
+
+
+def _summary(route: Route) -> str:
+    """The first sentence of what the route says about itself."""
+    told = (route.handler.__doc__ or route.handler.__name__.replace("_", " ")).strip()
+    return told.splitlines()[0].split(". ")[0].rstrip(".")
 
 
 def _add_enrolment(app: FastAPI, fleet: Parts) -> None:
@@ -422,9 +429,3 @@ def _ref(text: str) -> names.ReleaseRef:
 def _message(kind: str, data: dict[str, Any]) -> str:
     number = f"id: {data['seq']}\n" if "seq" in data else ""
     return f"{number}event: {kind}\ndata: {json.dumps(data)}\n\n"
-
-
-def describe() -> dict[str, Any]:
-    """The OpenAPI description, without a server."""
-    app = build(None)  # type: ignore[arg-type]  # no route is called
-    return app.openapi()

@@ -1,0 +1,103 @@
+"""The gates: what each kind of device counts as, and which counts pass, wait or fail."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.contract.reports import Outcome, Phase
+from fleet_server.rollouts.gates import EVIDENCE_KEPT, Counts, Fact, Ruling, Standing, judge, standing
+
+O, P, S = Outcome, Phase, Standing
+
+ROWS = [
+    # online, serving it, phase, outcome: standing
+    ("committed and serves it", True, True, P.STEADY, O.COMMITTED, S.COMMITTED),
+    ("committed, gone since", False, True, P.STEADY, O.COMMITTED, S.COMMITTED),
+    ("served it before the rollout", True, True, P.STEADY, None, S.COMMITTED),
+    ("says committed, serves other bytes", True, False, P.STEADY, O.COMMITTED, S.PENDING),
+    ("watching is not committed", True, True, P.WATCHING, None, S.PENDING),
+    ("fetching", True, False, P.FETCHING, None, S.PENDING),
+    ("never heard of", False, False, None, None, S.OFFLINE),
+    ("online, says nothing of the model", True, False, None, None, S.PENDING),
+    ("refused", True, False, P.QUARANTINED, O.REFUSED, S.REFUSED),
+    ("refused, gone since", False, False, P.QUARANTINED, O.REFUSED, S.REFUSED),
+    ("rolled back", True, False, P.STEADY, O.ROLLED_BACK, S.ROLLED_BACK),
+    ("rolled back, still says it serves it", True, True, P.STEADY, O.ROLLED_BACK, S.ROLLED_BACK),
+    ("could not fetch", True, False, P.STEADY, O.FAILED, S.FAILED),
+    ("could not fetch, gone since", False, False, P.STEADY, O.FAILED, S.OFFLINE),
+    ("failed before, serves it now", True, True, P.STEADY, O.FAILED, S.COMMITTED),
+    ("fell silent on the way", False, False, P.FETCHING, None, S.OFFLINE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "online", "serving", "phase", "outcome", "expected"), ROWS, ids=[row[0] for row in ROWS])
+def test_what_a_device_counts_as(name, online, serving, phase, outcome, expected):
+    assert standing(Fact("d", online, serving, phase, outcome)) is expected
+
+
+def devices(**counts):
+    made = {
+        "committed": (True, True, P.STEADY, O.COMMITTED), "refused": (True, False, P.QUARANTINED, O.REFUSED),
+        "failed": (True, False, P.STEADY, O.FAILED), "rolled_back": (True, False, P.STEADY, O.ROLLED_BACK),
+        "pending": (True, False, P.FETCHING, None), "offline": (False, False, None, None),
+    }  # fmt: skip
+    return [Fact(f"{kind}-{n}", *made[kind]) for kind, number in counts.items() for n in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "max_failures", "ruling"),
+    [
+        ({}, 0, Ruling.WAIT),
+        ({"offline": 5}, 0, Ruling.WAIT),
+        ({"committed": 1}, 0, Ruling.PASS),
+        ({"committed": 1, "offline": 9}, 0, Ruling.PASS),
+        ({"committed": 9, "pending": 1}, 0, Ruling.WAIT),
+        ({"committed": 9, "failed": 1}, 0, Ruling.WAIT),
+        ({"committed": 9, "refused": 1}, 0, Ruling.FAIL),
+        ({"committed": 9, "rolled_back": 1}, 0, Ruling.FAIL),
+        ({"committed": 9, "rolled_back": 1}, 1, Ruling.PASS),
+        ({"committed": 9, "rolled_back": 1, "refused": 1}, 1, Ruling.FAIL),
+        ({"rolled_back": 1}, 1, Ruling.WAIT),
+        ({"pending": 9, "rolled_back": 1}, 0, Ruling.FAIL),
+        ({"failed": 3}, 0, Ruling.WAIT),
+    ],
+)
+def test_rulings(counts, max_failures, ruling):
+    verdict = judge(devices(**counts), max_failures=max_failures)
+    assert verdict.ruling is ruling
+    assert verdict.counts == Counts(**counts)
+
+
+def test_min_devices():
+    assert judge(devices(committed=2), max_failures=0, min_devices=3).ruling is Ruling.WAIT
+    assert judge(devices(committed=3), max_failures=0, min_devices=3).ruling is Ruling.PASS
+
+
+def test_evidence_names_the_bad_ones_first_and_is_bounded():
+    verdict = judge(devices(committed=200, rolled_back=2), max_failures=5)
+    assert len(verdict.evidence) == EVIDENCE_KEPT
+    assert {w.standing for w in verdict.evidence[:2]} == {Standing.ROLLED_BACK}
+
+
+facts = st.builds(
+    Fact, device=st.text(min_size=1, max_size=4), online=st.booleans(), serving_it=st.booleans(),
+    phase=st.none() | st.sampled_from(list(Phase)), outcome=st.none() | st.sampled_from(list(Outcome)),
+)  # fmt: skip
+
+
+@given(st.lists(facts, max_size=30), st.integers(0, 5), st.integers(1, 3))
+def test_no_wave_passes_on_anything_but_right_bytes(found, max_failures, min_devices):
+    """PASS needs devices that serve the release; an online device that still has to answer, or a failure too many, prevents it."""
+    verdict = judge(found, max_failures=max_failures, min_devices=min_devices)
+    assert verdict.counts.total == len(found)
+    bad = sum(f.outcome in {O.REFUSED, O.ROLLED_BACK} for f in found)
+    assert (verdict.ruling is Ruling.FAIL) == (bad > max_failures)
+    if verdict.ruling is Ruling.PASS:
+        good = [f for f in found if f.serving_it and f.outcome not in {O.REFUSED, O.ROLLED_BACK}]
+        assert len(good) >= min_devices
+        assert all(standing(f) in {S.COMMITTED, S.REFUSED, S.ROLLED_BACK} for f in found if f.online)
+
+
+@given(st.lists(facts, min_size=1, max_size=20), st.integers(0, 3))
+def test_the_order_of_devices_does_not_matter(found, max_failures):
+    assert judge(found, max_failures=max_failures).ruling is judge(found[::-1], max_failures=max_failures).ruling

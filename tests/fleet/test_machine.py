@@ -1,0 +1,122 @@
+"""The rollout machine: every pair of state and event, and what no order of events can break."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.contract.assignment import EVERYONE
+from fleet_server.rollouts.machine import (
+    ACTIVE, NEXT_WAVE, TERMINAL, TRANSITIONS, Event, IllegalTransition, Plan, State, Wave, on_pass, step, waves,
+)  # fmt: skip
+
+TWO = (Wave(groups=("canary",)), Wave(permille=EVERYONE))
+
+EXPECTED = {
+    "created": {"start": "running", "abort": "aborted"},
+    "running": {
+        "wave_passed": "running", "hold": "holding", "last_wave_passed": "completed", "gate_failed": "aborted", "pause": "paused",
+        "abort": "aborted",
+    },
+    "holding": {"promote": "running", "gate_failed": "aborted", "pause": "paused", "abort": "aborted"},
+    "paused": {"resume": "running", "gate_failed": "aborted", "abort": "aborted"},
+    "completed": {},
+    "aborted": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, Event)))
+def test_every_pair(state, event):
+    """A pair of the table leads where it says; any other raises and changes nothing."""
+    last = event is Event.LAST_WAVE_PASSED
+    plan = Plan(state, TWO, wave=1 if last else 0)
+    wanted = EXPECTED[state.value].get(event.value)
+    if wanted is None:
+        with pytest.raises(IllegalTransition):
+            step(plan, event)
+        assert plan == Plan(state, TWO, wave=1 if last else 0)
+    else:
+        after = step(plan, event)
+        assert after.state.value == wanted
+        assert after.wave == plan.wave + (event in NEXT_WAVE)
+
+
+def test_states_are_active_or_over():
+    assert {*ACTIVE, *TERMINAL} == set(State)
+    assert not {state for state, _ in TRANSITIONS} & set(TERMINAL)
+
+
+@pytest.mark.parametrize("event", [Event.WAVE_PASSED, Event.PROMOTE])
+def test_there_is_no_wave_behind_the_last(event):
+    state = State.RUNNING if event is Event.WAVE_PASSED else State.HOLDING
+    with pytest.raises(IllegalTransition):
+        step(Plan(state, TWO, wave=1), event)
+
+
+def test_only_the_last_wave_completes():
+    with pytest.raises(IllegalTransition):
+        step(Plan(State.RUNNING, TWO), Event.LAST_WAVE_PASSED)
+
+
+@pytest.mark.parametrize(
+    ("groups", "permille", "expected"),
+    [
+        ((), None, (Wave(permille=1000),)),
+        (("canary",), None, (Wave(groups=("canary",)), Wave(permille=1000))),
+        ((), 100, (Wave(permille=100), Wave(permille=1000))),
+        (("a", "b"), 50, (Wave(groups=("a", "b"), permille=50), Wave(permille=1000))),
+        ((), 1000, (Wave(permille=1000),)),
+        (("a",), 1000, (Wave(groups=("a",), permille=1000),)),
+    ],
+)
+def test_waves_of_a_start(groups, permille, expected):
+    assert waves(groups, permille) == expected
+
+
+@pytest.mark.parametrize("bad", [{"permille": 1001}, {"permille": -1}, {}, {"groups": ("../x",)}])
+def test_a_wave_that_cannot_be(bad):
+    with pytest.raises(ValueError):
+        Wave(**bad)
+
+
+def test_the_last_wave_reaches_everyone():
+    with pytest.raises(ValueError, match="everyone"):
+        Plan(State.CREATED, (Wave(groups=("a",)),))
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (Plan(State.RUNNING, TWO), Event.WAVE_PASSED),
+        (Plan(State.RUNNING, TWO, hold=True), Event.HOLD),
+        (Plan(State.RUNNING, TWO, wave=1), Event.LAST_WAVE_PASSED),
+        (Plan(State.RUNNING, TWO, wave=1, hold=True), Event.LAST_WAVE_PASSED),
+        (Plan(State.HOLDING, TWO, hold=True), None),
+        (Plan(State.PAUSED, TWO), None),
+        (Plan(State.COMPLETED, TWO, wave=1), None),
+    ],
+)
+def test_what_a_passed_gate_means(plan, expected):
+    assert on_pass(plan) is expected
+
+
+@given(st.lists(st.sampled_from(list(Event)), max_size=40), st.booleans(), st.integers(1, 5))
+def test_no_order_of_events_breaks_it(events, hold, count):
+    """Waves only go up and by one, an end is an end, completing happens in the last wave only."""
+    plan = Plan(State.CREATED, (*(Wave(permille=n + 1) for n in range(count - 1)), Wave(permille=EVERYONE)), hold=hold)
+    for event in events:
+        before = plan
+        try:
+            plan = step(plan, event)
+        except IllegalTransition:
+            assert plan is before
+            continue
+        assert before.state not in TERMINAL
+        assert plan.wave - before.wave in {0, 1}
+        assert plan.waves == before.waves
+        if plan.state is State.COMPLETED:
+            assert plan.last_wave
+        follow = on_pass(plan)
+        if follow is not None:
+            step(plan, follow)  # what a passed gate means is always possible
