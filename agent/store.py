@@ -77,12 +77,15 @@ class Store:
         store.check_format()
         return store
 
-    def check_format(self) -> None:
-        """Raises: StoreError when the store was written by a newer version, or is not a store."""
+    def check_format(self, *, may_be_missing: bool = False) -> None:
+        """Raises: StoreError when the store was written by a newer version, or is not a store. One that `sync` has not made yet
+        is empty to whoever says that it `may_be_missing`."""
         path = self.root / "format.json"
         try:
             number = decode(path.read_bytes(), dict[str, int], limit_bytes=1024).get("format")
         except FileNotFoundError:
+            if may_be_missing:
+                return
             raise StoreError(f"{self.root} is not a store: {path.name} is missing; start `edge-agent sync` once") from None
         except ContractError as error:
             raise StoreError(f"{path} cannot be read: {error}") from error

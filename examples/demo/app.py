@@ -17,6 +17,7 @@ import numpy as np
 from agent.client import Client, ClientError
 
 REPORT_EVERY_S = 0.2
+PAUSE_S = 0.004  # a fast camera; without it three apps alone fill two cores, and there is nothing left to update with
 
 
 @dataclass
@@ -48,11 +49,11 @@ def predict_for_ever(socket: str, model: str, images: np.ndarray, labels: np.nda
             tally.correct += int((probabilities.argmax(axis=1) == labels[rows]).sum())
         tally.requests += 1
         tally.slowest_ms = max(tally.slowest_ms, (time.perf_counter() - before) * 1e3)
+        time.sleep(PAUSE_S)
 
 
 def main() -> None:
     socket, model, data, batch = sys.argv[1:]
-    os.nice(10)  # apps here share two cores with three whole devices and a fleet server; leave those some room
     with np.load(data) as archive:
         images = (archive["image_u8"].astype(np.float32) * archive["scale"])[:, None]
         labels = archive["label"]

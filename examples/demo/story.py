@@ -106,6 +106,7 @@ class Story:
         self.fleet.publish(RELEASES / "3.yaml")
         rollout = self.fleet.roll_out(3, "--max-failures", 2)
         self.ends(rollout, "aborted")
+        self.until("every device answers release 3", lambda: all(self.answer(device, 3) for device in self.devices), 20)
         answers = [self.answer(device, 3) for device in self.devices]
         wrong = [f"{d.name}: {a}" for d, a in zip(self.devices, answers, strict=True) if not a or a["outcome"] != "refused"]
         if wrong:
@@ -120,7 +121,7 @@ class Story:
         rollout = self.fleet.roll_out(4, "--group", "canary")
         self.ends(rollout, "aborted")
         first, others = self.devices[0], self.devices[1:]
-        self.until(f"{first.name} serves release 2 again", lambda: self.serving(first) == 2, 20)
+        self.until(f"{first.name} serves release 2 again", lambda: self.serving(first) == 2 and bool(self.answer(first, 4)), 20)
         answer = self.answer(first, 4)
         if not answer or answer["outcome"] != "rolled_back":
             raise StepFailed(f"expected {first.name} to roll back, seen {answer}")
@@ -144,8 +145,9 @@ class Story:
         stalled = [device.name for device in self.devices if device.tally["requests"] - asked[device.name] < 20]
         if stalled:
             raise StepFailed(f"{', '.join(stalled)} stopped answering while the fleet server was away")
+        restarted = time.time()
         self.fleet.serve()
-        back = self.until("every device is online again", lambda: all(self.online(device) for device in self.devices), 60)
+        back = self.until("every device is back", lambda: all(self.heard_since(device, restarted) for device in self.devices), 60)
         self.expect_failed(before, 0)
         answered = sum(self.requests().values()) - sum(asked.values())
         return f"{answered:,} requests answered meanwhile, 0 failed; all 3 devices back {back:.1f} s after the server"
@@ -189,6 +191,10 @@ class Story:
 
     def online(self, device: Device) -> bool:
         return bool(self.seen.get(device.name, {}).get("online"))
+
+    def heard_since(self, device: Device, moment: float) -> bool:
+        """Whether the fleet server heard the device itself after `moment`, not only remembers it."""
+        return self.online(device) and (self.seen[device.name]["last_seen"] or 0.0) > moment
 
     def serving(self, device: Device) -> int | None:
         return self.model(device).get("serving")
