@@ -1,0 +1,51 @@
+"""Small models made on the spot, so that the suite runs without the model collection."""
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+
+def _save(path, nodes, inputs, outputs, initializers=()):
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(a, n) for n, a in initializers])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+def value(name, kind, shape):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def scale(path, factor, width=4):
+    """y = factor * x, float32 [n, width]."""
+    return _save(
+        path,
+        [helper.make_node("Mul", ["x", "k"], ["y"])],
+        [value("x", TensorProto.FLOAT, ["n", width])],
+        [value("y", TensorProto.FLOAT, ["n", width])],
+        [("k", np.float32(factor))],
+    )
+
+
+def pair(path):
+    """total = a + b, difference = a - b, int64 [n]; both inputs have the same n."""
+    return _save(
+        path,
+        [helper.make_node("Add", ["a", "b"], ["total"]), helper.make_node("Sub", ["a", "b"], ["difference"])],
+        [value("a", TensorProto.INT64, ["n"]), value("b", TensorProto.INT64, ["n"])],
+        [value("total", TensorProto.INT64, ["n"]), value("difference", TensorProto.INT64, ["n"])],
+    )
+
+
+def identity(path, kind, shape=("n",)):
+    return _save(path, [helper.make_node("Identity", ["x"], ["y"])], [value("x", kind, shape)], [value("y", kind, shape)])
+
+
+def slow(path, side=1500, rounds=1):
+    """A matrix product that takes a few hundred milliseconds; x float32 [1] is added to its last element's sum."""
+    rng = np.random.default_rng(7)
+    matrix = (rng.standard_normal((side, side)) / side).astype(np.float32)
+    nodes = [helper.make_node("Add", ["m", "x"], ["h0"])]
+    nodes += [helper.make_node("MatMul", [f"h{i}", "m"], [f"h{i + 1}"]) for i in range(rounds)]
+    nodes.append(helper.make_node("ReduceMean", [f"h{rounds}"], ["y"], keepdims=0))
+    return _save(path, nodes, [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [])], [("m", matrix)])
