@@ -208,7 +208,7 @@ class Trust:
             raise Problem(Reason.BAD_MANIFEST, f"{what} has {target.length} bytes, more than the {limit_bytes} allowed")
         directory, slash, name = target.path.rpartition("/")
         path = f"{directory}{slash}{target.hashes['sha256']}.{name}" if "sha256" in target.hashes else target.path
-        data = self._http.get(enrolment.TARGETS_PATH + path, limit_bytes=limit_bytes, deadline_s=METADATA_DEADLINE_S)
+        data = self._http.get(enrolment.TARGETS_PATH + path, limit_bytes=target.length, deadline_s=METADATA_DEADLINE_S)
         with _as_problems(what):
             target.verify_length_and_hashes(data)
         return data

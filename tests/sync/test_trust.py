@@ -1,0 +1,366 @@
+"""What the trust client accepts and refuses: one story per attack, each against real HTTPS with client certificates."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from securesystemslib.signer import CryptoSigner
+
+from agent.contract.assignment import Assignment
+from agent.contract.codec import encode
+from agent.contract.names import ReleaseRef
+from agent.contract.reasons import Reason
+from agent.sync.http import FleetHttp
+from agent.sync.problems import Problem
+from agent.sync.trust import Trust
+from tests.sync.conftest import FakeClock
+from tests.sync.fleet import DAY, Repository, Server, enrolled, script_release, sha
+
+
+@pytest.fixture
+def make_trust(identity, tmp_path):
+    made = []
+
+    def make(clock=None, who=identity) -> Trust:
+        clock = clock or FakeClock()
+        http = FleetHttp(who.address.device_url, clock, ca=who.ca_file, certificate=who.certificate_file, key=who.key_file)
+        made.append(Trust(tmp_path / "trust", who, http, clock))
+        return made[-1]
+
+    yield make
+    for trust in made:
+        trust.close()
+
+
+@pytest.fixture
+def trust(make_trust) -> Trust:
+    return make_trust()
+
+
+def reason_of(action) -> Reason:
+    with pytest.raises(Problem) as caught:
+        action()
+    return caught.value.reason
+
+
+def test_a_device_learns_what_it_should_run(trust, repository: Repository, tmp_path):
+    manifest, contents = script_release(tmp_path / "r", 1, "scale 2")
+    repository.publish(manifest, contents)
+    repository.groups = ("harbour-north",)
+    repository.assign("crane", 1)
+
+    desired = trust.refresh()
+
+    assert desired.wanted("crane").release == 1
+    assert desired.record.groups == ("harbour-north",)
+    assert desired.fresh(time.time())
+    assert not desired.fresh(time.time() + 2 * DAY), "the record is good for a day"
+    signed = trust.manifest(ReleaseRef("crane", 1))
+    assert signed.manifest == manifest
+    assert signed.sha256 == sha(encode(manifest))
+    assert trust.remembered() == desired
+
+
+def test_a_release_that_nobody_signed_is_not_there(trust, repository):
+    assert reason_of(lambda: trust.manifest(ReleaseRef("crane", 1))) is Reason.WRONG_RELEASE
+
+
+def wrong(role: str):
+    def attack(repository: Repository) -> None:
+        repository.sign(signers={role: CryptoSigner.generate_ed25519()})
+
+    return attack
+
+
+def expired(role: str):
+    def attack(repository: Repository) -> None:
+        repository.expires[role] = time.time() - 60
+        repository.sign()
+
+    return attack
+
+
+def older_timestamp(repository: Repository) -> None:
+    repository.versions["timestamp"] -= 1
+    repository.sign(bump=False)
+
+
+def older_snapshot(repository: Repository) -> None:
+    repository.versions["snapshot"] -= 1
+    repository.versions["timestamp"] += 1
+    repository.sign(bump=False)
+
+
+def snapshot_of_another_day(repository: Repository) -> None:
+    """Mix and match: the timestamp speaks of one snapshot, and an older, rightly signed one is served in its place."""
+    old = repository.files[f"metadata/{repository.versions['snapshot']}.snapshot.json"]
+    repository.sign()
+    repository.files[f"metadata/{repository.versions['snapshot']}.snapshot.json"] = old
+
+
+def releases_of_another_day(repository: Repository) -> None:
+    old = repository.files[f"metadata/{repository.versions['assignments']}.assignments.json"]
+    repository.sign()
+    repository.files[f"metadata/{repository.versions['assignments']}.assignments.json"] = old
+
+
+def older_assignment(repository: Repository) -> None:
+    repository.assignment = Assignment(fleet="harbour", version=1, models={})
+    repository.sign()
+
+
+def foreign_assignment(repository: Repository) -> None:
+    repository.assignment = Assignment(fleet="elsewhere", version=9, models={})
+    repository.sign()
+
+
+def garbage_assignment(repository: Repository) -> None:
+    repository.assignment = {"version": "three"}  # type: ignore[assignment]
+    repository.sign()
+
+
+def older_record(repository: Repository) -> None:
+    repository.serial = 0
+    repository.sign()
+
+
+def expired_record(repository: Repository) -> None:
+    repository.record_expires = time.time() - 60
+    repository.sign()
+
+
+def foreign_record(repository: Repository) -> None:
+    repository.sign()
+    repository.files["record"] = repository.record(device="crane-8")
+
+
+def self_signed_record(repository: Repository) -> None:
+    repository.record_signer = CryptoSigner.generate_ed25519()
+    repository.sign()
+
+
+def record_signed_by_the_publisher(repository: Repository) -> None:
+    repository.record_signer = repository.keys["releases"]
+    repository.sign()
+
+
+def changed_record(repository: Repository) -> None:
+    repository.sign()
+    envelope = json.loads(repository.files["record"])
+    envelope["payload"] = envelope["payload"][:-8] + "AAAAAAA="
+    repository.files["record"] = json.dumps(envelope).encode()
+
+
+def record_that_is_no_envelope(repository: Repository) -> None:
+    repository.sign()
+    repository.files["record"] = b"[1, 2, 3]"
+
+
+def no_record(repository: Repository) -> None:
+    repository.sign()
+    del repository.files["record"]
+
+
+def other_assignment_bytes(repository: Repository) -> None:
+    repository.sign()
+    for path in repository.files:
+        if path.startswith("targets/assignments/"):
+            repository.files[path] = repository.files[path].replace(b"harbour", b"Harbour")
+
+
+def metadata_that_is_not_json(repository: Repository) -> None:
+    repository.files["metadata/timestamp.json"] = b"<html>a captive portal</html>"
+
+
+ATTACKS = [
+    (wrong("timestamp"), Reason.BAD_SIGNATURE),
+    (wrong("snapshot"), Reason.BAD_SIGNATURE),
+    (wrong("root"), Reason.BAD_SIGNATURE),  # signs the top-level targets
+    (wrong("assignments"), Reason.BAD_SIGNATURE),
+    (expired("timestamp"), Reason.EXPIRED_METADATA),
+    (expired("snapshot"), Reason.EXPIRED_METADATA),
+    (expired("targets"), Reason.EXPIRED_METADATA),
+    (expired("assignments"), Reason.EXPIRED_METADATA),
+    (older_timestamp, Reason.METADATA_ROLLBACK),
+    (older_snapshot, Reason.METADATA_ROLLBACK),
+    (snapshot_of_another_day, Reason.METADATA_ROLLBACK),
+    (releases_of_another_day, Reason.METADATA_ROLLBACK),
+    (older_assignment, Reason.METADATA_ROLLBACK),
+    (foreign_assignment, Reason.WRONG_RELEASE),
+    (garbage_assignment, Reason.BAD_MANIFEST),
+    (other_assignment_bytes, Reason.HASH_MISMATCH),
+    (older_record, Reason.METADATA_ROLLBACK),
+    (expired_record, Reason.EXPIRED_METADATA),
+    (foreign_record, Reason.WRONG_RELEASE),
+    (self_signed_record, Reason.BAD_SIGNATURE),
+    (record_signed_by_the_publisher, Reason.BAD_SIGNATURE),
+    (changed_record, Reason.BAD_SIGNATURE),
+    (record_that_is_no_envelope, Reason.BAD_SIGNATURE),
+    (no_record, Reason.DOWNLOAD_FAILED),
+    (metadata_that_is_not_json, Reason.BAD_SIGNATURE),
+]
+
+
+@pytest.mark.parametrize(("attack", "expected"), ATTACKS, ids=lambda v: getattr(v, "__qualname__", None) or str(v))
+def test_attack_is_refused_and_what_was_known_stays(attack, expected, trust, repository):
+    repository.assign("crane", 1)
+    before = trust.refresh()
+
+    attack(repository)
+
+    assert reason_of(trust.refresh) is expected
+    assert trust.remembered() == before
+
+
+@pytest.mark.parametrize(("attack", "expected"), ATTACKS[:11], ids=lambda v: getattr(v, "__qualname__", None) or str(v))
+def test_after_an_attack_the_device_can_update_again(attack, expected, trust, repository):
+    repository.assign("crane", 1)
+    trust.refresh()
+    attack(repository)
+    reason_of(trust.refresh)
+
+    repository.expires = {}
+    repository.sign()
+    repository.assign("crane", 2)
+
+    assert trust.refresh().wanted("crane").release == 2
+
+
+def test_a_rollback_is_seen_even_when_python_tufs_own_memory_was_lost(trust, repository, make_trust, tmp_path):
+    """A power cut can empty its files, which are not synced: our own record still knows the versions."""
+    repository.assign("crane", 1)
+    trust.refresh()
+    for path in (tmp_path / "trust" / "metadata").glob("*.json"):
+        path.unlink()
+    older_timestamp(repository)
+
+    assert reason_of(make_trust().refresh) is Reason.METADATA_ROLLBACK
+
+
+def test_after_stolen_online_keys_were_replaced_versions_may_start_again(trust, repository):
+    """Fast-forward recovery: the thief signed version one million, the new key starts at a low number."""
+    repository.versions["timestamp"] = repository.versions["snapshot"] = 1_000_000
+    repository.sign()
+    trust.refresh()
+
+    repository.rotate_root("timestamp")
+    repository.rotate_root("snapshot")
+    repository.versions["timestamp"] = repository.versions["snapshot"] = 5
+    repository.sign()
+
+    assert trust.refresh().assignment.version == repository.assignment.version
+
+
+def test_a_manifest_signed_by_the_wrong_key_is_refused(trust, repository, tmp_path):
+    repository.publish(*script_release(tmp_path / "r", 1, "scale 2"))
+    repository.sign(signers={"releases": CryptoSigner.generate_ed25519()})
+
+    assert reason_of(lambda: trust.manifest(ReleaseRef("crane", 1))) is Reason.BAD_SIGNATURE
+
+
+def test_a_manifest_with_other_bytes_than_were_signed_is_refused(trust, repository, tmp_path):
+    repository.publish(*script_release(tmp_path / "r", 1, "scale 2"))
+    path = next(path for path in repository.files if path.startswith("targets/releases/"))
+    data = repository.files[path]
+    repository.files[path] = data.replace(b"cpu", b"gpu")
+
+    assert reason_of(lambda: trust.manifest(ReleaseRef("crane", 1))) is Reason.HASH_MISMATCH
+
+    repository.files[path] = data + b" " * 100
+    assert reason_of(lambda: trust.manifest(ReleaseRef("crane", 1))) is Reason.DOWNLOAD_FAILED
+
+
+def test_the_manifest_of_another_release_in_its_place_is_refused(trust, repository, tmp_path):
+    """Mix and match by a publisher's tool: rightly signed, but under the wrong name."""
+    manifest, contents = script_release(tmp_path / "r", 2, "scale 2")
+    repository.publish(manifest, contents)
+    repository.manifests["releases/crane/1.json"] = encode(manifest)
+    repository.sign()
+
+    assert reason_of(lambda: trust.manifest(ReleaseRef("crane", 1))) is Reason.WRONG_RELEASE
+
+
+def test_a_manifest_that_breaks_the_format_is_refused(trust, repository):
+    repository.manifests["releases/crane/1.json"] = b'{"kind": "release", "format": 99}'
+    repository.sign()
+
+    assert reason_of(lambda: trust.manifest(ReleaseRef("crane", 1))) is Reason.BAD_MANIFEST
+
+
+@pytest.mark.parametrize("year", [1970, 2001])
+def test_a_clock_that_is_behind_proves_nothing(year, trust, repository, make_trust, server: Server):
+    repository.assign("crane", 1)
+    trust.refresh()
+    server.asked.clear()
+    asleep = make_trust(FakeClock(wall=(year - 1970) * 365.25 * DAY))
+
+    assert reason_of(asleep.refresh) is Reason.CLOCK_UNTRUSTED
+    assert server.asked == [], "nothing is asked with a clock that cannot judge the answer"
+    assert asleep.remembered() is not None
+
+
+def test_a_clock_corrected_by_minutes_is_believed(trust, repository, make_trust):
+    trust.refresh()
+
+    assert make_trust(FakeClock(wall=time.time() - 300)).refresh()
+
+
+def test_a_device_without_a_certificate_of_the_fleet_gets_nothing(make_trust, repository, server, tmp_path):
+    from tests.sync.fleet import Authority
+
+    stranger = enrolled(tmp_path / "stranger", Authority("stranger"), repository.first_root, url=server.url)
+
+    assert reason_of(make_trust(who=stranger).refresh) is Reason.DOWNLOAD_FAILED
+
+
+def five_hundred(handler) -> bool:
+    handler.answer(500, b'{"error": "the database is away", "code": "internal"}')
+    return True
+
+
+def hang_up(handler) -> bool:
+    handler.hang_up()
+    return True
+
+
+def endless(handler) -> bool:
+    handler.send_response(200)
+    handler.end_headers()
+    while not handler.server_double.released.is_set():
+        handler.wfile.write(b" " * 65536)
+    return True
+
+
+@pytest.mark.parametrize("fault", [five_hundred, hang_up, endless])
+@pytest.mark.parametrize("path", ["metadata/timestamp.json", "metadata/2.root.json", "targets/", "record"])
+def test_a_server_in_trouble_is_a_failed_download(fault, path, trust, repository, server: Server):
+    repository.assign("crane", 1)
+    server.faults[path] = fault
+
+    assert reason_of(trust.refresh) is Reason.DOWNLOAD_FAILED
+    server.faults.clear()
+    assert trust.refresh().wanted("crane").release == 1
+
+
+def test_the_servers_own_words_reach_the_message(trust, repository, server):
+    server.faults["record"] = five_hundred
+
+    with pytest.raises(Problem, match="the database is away"):
+        trust.refresh()
+
+
+def test_one_process_per_trust_folder(trust, make_trust, repository, server):
+    """The second finds the lock held, in the middle of the first one's refresh."""
+    second, seen = make_trust(), []
+
+    def meanwhile(_handler) -> bool:
+        if not seen:
+            seen.append(reason_of(second.refresh))
+        return False
+
+    server.faults["record"] = meanwhile
+    trust.refresh()
+
+    assert seen == [Reason.STORE_FAILED]
