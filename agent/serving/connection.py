@@ -132,6 +132,7 @@ class Connection:
         memo = self._memo
         if memo is not None and end - start >= memo.size and self._buffer.startswith(memo.raw, start):
             head = memo
+            self._reader = None  # it may have been fed the first bytes
         else:
             found = self._read_head()
             if found is None:

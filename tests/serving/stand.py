@@ -147,7 +147,7 @@ class Device:
                     "files": {name: {"sha256": sha256, "size_bytes": path.stat().st_size}},
                     "variants": [{"name": variant, "runtime": runtime, "file": name}],
                 }
-            )  # fmt: skip
+            )
         )
 
     def select(self, model, active, previous=None, variant="cpu"):
