@@ -130,7 +130,7 @@ def _clock(config: AgentConfig, who: Identity, clock: Clock) -> Finding:
 def _fleet(who: Identity, clock: Clock) -> Finding:
     http = FleetHttp(who.address.device_url, clock, ca=who.ca_file, certificate=who.certificate_file, key=who.key_file)
     try:
-        http.get(enrolment.RECORD_PATH, limit_bytes=1 << 20, deadline_s=DEADLINE_S)
+        http.get(http.url(enrolment.RECORD_PATH), limit_bytes=1 << 20, deadline_s=DEADLINE_S)
     finally:
         http.close()
     return Finding("fleet server", "ok", f"{who.address.device_url} knows this device")

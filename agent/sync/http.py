@@ -30,6 +30,10 @@ class HttpStatus(Problem):
         self.status = status
 
 
+class TooLong(Problem):
+    """The body is larger than it may be; the rest was not read."""
+
+
 class FleetHttp:
     """One connection pool. Not for two threads at once: each user makes its own."""
 
@@ -80,14 +84,14 @@ class FleetHttp:
                 raise Problem(Reason.DOWNLOAD_FAILED, f"{response.url}: not finished after {deadline_s:.0f} s")
             yield chunk
 
-    def get(self, path: str, *, limit_bytes: int, deadline_s: float) -> bytes:
-        """The whole body.  Raises: HttpStatus, Problem (also when it is larger than `limit_bytes`)."""
-        with self.open(self.url(path)) as response:
+    def get(self, url: str, *, limit_bytes: int, deadline_s: float) -> bytes:
+        """The whole body.  Raises: HttpStatus, TooLong, Problem."""
+        with self.open(url) as response:
             body = bytearray()
             for chunk in self.chunks(response, deadline_s=deadline_s):
                 body += chunk
                 if len(body) > limit_bytes:
-                    raise Problem(Reason.DOWNLOAD_FAILED, f"{self.url(path)}: more than the {limit_bytes} bytes allowed")
+                    raise TooLong(Reason.DOWNLOAD_FAILED, f"{url}: more than the {limit_bytes} bytes allowed")
             return bytes(body)
 
     def post(self, path: str, data: bytes, *, limit_bytes: int) -> bytes:
@@ -108,7 +112,7 @@ class FleetHttp:
             with translated(url):
                 body: bytes = response.raw.read(limit_bytes + 1)
         if len(body) > limit_bytes:
-            raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: more than the {limit_bytes} bytes allowed")
+            raise TooLong(Reason.DOWNLOAD_FAILED, f"{url}: more than the {limit_bytes} bytes allowed")
         return body
 
 

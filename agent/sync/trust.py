@@ -45,7 +45,7 @@ from agent.host import clock as clocks
 from agent.host import files
 from agent.sync import seen as seen_versions
 from agent.sync.desired import Desired
-from agent.sync.http import FleetHttp, HttpStatus
+from agent.sync.http import FleetHttp, HttpStatus, TooLong
 from agent.sync.identity import Identity
 from agent.sync.ports import Clock, Signed
 from agent.sync.problems import Problem, store_problem
@@ -65,15 +65,19 @@ class Fetcher(FetcherInterface):
     def __init__(self, http: FleetHttp) -> None:
         self._http = http
 
-    def _fetch(self, url: str) -> Iterator[bytes]:
-        # The generator is what python-tuf iterates outside its own error handling, so errors are translated in here.
+    def download_bytes(self, url: str, max_length: int) -> bytes:
+        """Overridden because the inherited one leaves a connection to the garbage collector when a body is too long."""
         try:
-            with self._http.open(url) as response:
-                yield from self._http.chunks(response, deadline_s=METADATA_DEADLINE_S)
+            return self._http.get(url, limit_bytes=max_length, deadline_s=METADATA_DEADLINE_S)
         except HttpStatus as error:
             raise tuf_errors.DownloadHTTPError(error.message, error.status) from error
+        except TooLong as error:
+            raise tuf_errors.DownloadLengthMismatchError(error.message) from error
         except Problem as error:
             raise tuf_errors.DownloadError(error.message) from error
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        yield self.download_bytes(url, MAX_ASSIGNMENT_BYTES)
 
 
 class Trust:
@@ -208,13 +212,17 @@ class Trust:
             raise Problem(Reason.BAD_MANIFEST, f"{what} has {target.length} bytes, more than the {limit_bytes} allowed")
         directory, slash, name = target.path.rpartition("/")
         path = f"{directory}{slash}{target.hashes['sha256']}.{name}" if "sha256" in target.hashes else target.path
-        data = self._http.get(enrolment.TARGETS_PATH + path, limit_bytes=target.length, deadline_s=METADATA_DEADLINE_S)
+        data = self._http.get(
+            self._http.url(enrolment.TARGETS_PATH + path), limit_bytes=target.length, deadline_s=METADATA_DEADLINE_S
+        )
         with _as_problems(what):
             target.verify_length_and_hashes(data)
         return data
 
     def _record(self, trusted: Targets) -> DeviceRecord:
-        data = self._http.get(enrolment.RECORD_PATH, limit_bytes=MAX_RECORD_BYTES, deadline_s=METADATA_DEADLINE_S)
+        data = self._http.get(
+            self._http.url(enrolment.RECORD_PATH), limit_bytes=MAX_RECORD_BYTES, deadline_s=METADATA_DEADLINE_S
+        )
         record = verify_record(data, trusted)
         mine = self._identity.address
         if (record.fleet, record.device) != (mine.fleet, mine.device):

@@ -1,0 +1,731 @@
+"""Updates of one model as stories: what serves, what is reported, and what is remembered afterwards."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import pytest
+
+from agent.contract.assignment import Rollout, Window
+from agent.contract.codec import encode
+from agent.contract.manifest import WatchRules
+from agent.contract.reasons import Reason
+from agent.contract.reports import Outcome, Phase
+from agent.store import Choice, Selection
+from agent.sync import update
+from agent.sync.ports import Signed
+from agent.sync.problems import Problem, Stopped
+from agent.sync.serving import ServeAway, ServeRefused
+from tests.sync.bench import MODEL, Bench, numbers
+from tests.sync.fleet import DAY
+
+P = Phase
+WATCH = WatchRules(duration_s=10.0, max_duration_s=60.0)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+@pytest.fixture
+def on_one(bench: Bench) -> Bench:
+    """Release 1 is committed and serves; release 2 is published."""
+    bench.install(1)
+    bench.release(2, watch=WATCH)
+    bench.serve.calls.clear()
+    bench.news.clear()
+    bench.tried.clear()
+    return bench
+
+
+def selected(bench: Bench) -> Selection:
+    selection = bench.store.selection(MODEL)
+    assert selection is not None
+    return selection
+
+
+def test_a_release_goes_through_every_phase(bench: Bench):
+    bench.release(1, watch=WATCH)
+    bench.want(1)
+    bench.step()
+
+    assert bench.until(P.STEADY) == [P.FETCHING, P.TRIALING, P.ACTIVATING, P.WATCHING, P.STEADY]
+    assert bench.serving == 1
+    assert selected(bench).active == Choice(version=1, variant="cpu")
+    assert (bench.answer.release, bench.answer.outcome) == (1, Outcome.COMMITTED)
+    assert bench.news == ["update-started", "committed"]
+    assert bench.tried == ["crane:1"]
+
+
+def test_the_next_release_keeps_the_one_before_until_it_is_committed(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+
+    assert on_one.serve.active == {MODEL: 2}
+    assert on_one.serve.previous == {MODEL: 1}
+    assert selected(on_one).previous == Choice(version=1, variant="cpu")
+    on_one.until(P.STEADY)
+
+    assert on_one.serve.calls == [("load", 2), ("activate", 2), ("commit", None)]
+    assert on_one.serve.loaded[MODEL].keys() == {2}
+
+
+def test_it_is_selected_on_disk_before_serve_is_told(on_one: Bench):
+    at_activate = []
+    on_one.serve.fault = lambda action, _: at_activate.append(selected(on_one).active.version) if action == "activate" else None
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+
+    assert at_activate == [2]
+
+
+def no(reason: Reason):
+    def trial(*_args):
+        raise Problem(reason, "the trial says no", {"agreement": 0.1})
+
+    return trial
+
+
+@pytest.mark.parametrize("reason", [Reason.GOLDEN_MISMATCH, Reason.TRIAL_CRASHED, Reason.TOO_SLOW, Reason.LOAD_FAILED])
+def test_a_failed_trial_is_refused_and_never_tried_again(reason, on_one: Bench):
+    on_one.trial = no(reason)
+    on_one.want(2)
+    on_one.step()
+
+    assert on_one.until(P.QUARANTINED) == [P.FETCHING, P.TRIALING, P.QUARANTINED]
+    assert on_one.serving == 1
+    assert (on_one.answer.outcome, on_one.answer.reason) == (Outcome.REFUSED, reason.value)
+    for _ in range(20):
+        on_one.step()
+    on_one.again()
+    for _ in range(20):
+        on_one.step()
+    assert on_one.tried == ["crane:2"]
+    assert on_one.serve.calls == []
+
+
+def test_a_refused_release_answers_a_new_rollout_without_a_download_or_a_trial(on_one: Bench):
+    on_one.trial = no(Reason.GOLDEN_MISMATCH)
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+    on_one.source.offsets.clear()
+
+    on_one.want(1, rollout=Rollout(id="second-try", release=2, previous=1, permille=1000))
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+
+    assert (on_one.answer.rollout, on_one.answer.outcome) == ("second-try", Outcome.REFUSED)
+    assert on_one.tried == ["crane:2"]
+    assert on_one.source.offsets == []
+
+
+def test_a_repaired_release_gets_its_chance(on_one: Bench):
+    """The fix is a new version, and the refusal of the old one does not stand in its way."""
+    on_one.trial = no(Reason.GOLDEN_MISMATCH)
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+    on_one.trial = lambda *_: {}
+    on_one.release(3)
+    on_one.want(3)
+    on_one.step()
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 3
+
+
+def test_an_operator_on_the_device_can_lift_a_refusal(on_one: Bench):
+    on_one.trial = no(Reason.GOLDEN_MISMATCH)
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+    assert on_one.surroundings.quarantine.forget(MODEL, 2)
+    on_one.trial = lambda *_: {}
+    on_one.step()
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 2
+
+
+BAD_NUMBERS = [
+    ("failing", numbers(90, run=10), Reason.ERROR_RATIO),
+    ("refusing its callers", numbers(90, invalid=10), Reason.ERROR_RATIO),
+    ("slow", numbers(100, slow=50), Reason.LATENCY_RATIO),
+]
+
+
+@pytest.mark.parametrize(("how", "said", "reason"), BAD_NUMBERS, ids=[row[0] for row in BAD_NUMBERS])
+def test_a_bad_release_is_rolled_back_and_remembered(how, said, reason, on_one: Bench):
+    on_one.serve.numbers[1] = numbers(1000)
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.serve.numbers[2] = said
+
+    assert on_one.until(P.QUARANTINED) == [P.WATCHING, P.ROLLING_BACK, P.QUARANTINED]
+    assert on_one.serving == 1
+    assert selected(on_one).active.version == 1
+    assert (on_one.answer.outcome, on_one.answer.reason) == (Outcome.ROLLED_BACK, reason.value)
+    on_one.again()
+    for _ in range(10):
+        on_one.step()
+    assert on_one.phase is P.QUARANTINED
+    assert on_one.tried == ["crane:2"]
+
+
+def test_a_crash_of_serve_in_the_watch_is_the_releases_fault(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.step()
+    on_one.serve.start()
+
+    on_one.until(P.QUARANTINED)
+    assert on_one.answer.reason == Reason.SERVE_CRASHED.value
+    assert on_one.serving == 1
+
+
+def test_serve_gone_for_long_is_a_crash_and_rolling_back_waits_for_it(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.serve.away = True
+    on_one.until(P.ROLLING_BACK)
+    for _ in range(50):
+        on_one.step()
+    assert on_one.phase is P.ROLLING_BACK
+    assert selected(on_one).active.version == 1, "when serve starts again it loads what is right"
+    on_one.serve.away = False
+    on_one.serve.start()
+
+    on_one.until(P.QUARANTINED)
+    assert on_one.serving == 1
+
+
+def test_a_reboot_in_the_watch_is_not_the_releases_fault(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.boot = "boot-2"
+    on_one.serve.start()
+    on_one.again()
+
+    on_one.until(P.STEADY)
+    assert on_one.serving == 2
+
+
+def test_reboot_after_reboot_in_the_watch_is(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    for n in range(update.MAX_INTERRUPTIONS + 1):
+        on_one.boot = f"boot-{n + 2}"
+        on_one.serve.start()
+        on_one.again()
+        on_one.step()
+
+    on_one.until(P.QUARANTINED)
+    assert on_one.answer.reason == Reason.INTERRUPTED_TOO_OFTEN.value
+
+
+def test_the_first_release_of_a_model_can_be_rolled_back_to_nothing(bench: Bench):
+    bench.release(1, watch=WATCH)
+    bench.want(1)
+    bench.step()
+    bench.until(P.WATCHING)
+    bench.serve.numbers[1] = numbers(10, run=90)
+
+    bench.until(P.QUARANTINED)
+    assert bench.serving is None
+    assert bench.store.selection(MODEL) is None
+
+
+def test_a_first_release_is_not_blamed_for_callers_that_ask_wrongly(bench: Bench):
+    bench.release(1, watch=WATCH)
+    bench.want(1)
+    bench.step()
+    bench.until(P.WATCHING)
+    bench.serve.numbers[1] = numbers(50, invalid=50)
+
+    bench.until(P.STEADY)
+    assert bench.serving == 1
+
+
+# -- superseded -------------------------------------------------------------------------------------------------------------------
+
+
+def stop_in(bench: Bench, phase: Phase) -> None:
+    """Release 2 stands in `phase` and stays there."""
+    if phase is P.WAITING:
+        bench.manifest_problem = Problem(Reason.DOWNLOAD_FAILED, "unplugged")
+    bench.want(2)
+    if phase is P.SHADOWING:
+        bench.want(1, rollout=Rollout(id="look-first", release=2, previous=1, permille=1000, mode="shadow"))
+    bench.step()
+    bench.until(phase)
+    bench.manifest_problem = None
+
+
+@pytest.mark.parametrize("phase", [P.FETCHING, P.TRIALING, P.SHADOWING, P.WAITING, P.ACTIVATING, P.WATCHING])
+def test_a_newer_release_overtakes(phase, on_one: Bench):
+    on_one.release(3)
+    stop_in(on_one, phase)
+    on_one.want(3)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 3
+    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+
+
+@pytest.mark.parametrize("phase", [P.FETCHING, P.TRIALING, P.SHADOWING, P.WAITING, P.ACTIVATING, P.WATCHING])
+def test_back_to_what_serves(phase, on_one: Bench):
+    """The operator aborts the rollout."""
+    stop_in(on_one, phase)
+    on_one.want(1)
+    on_one.step()
+    on_one.until(P.STEADY)
+    on_one.step()
+
+    assert on_one.serving == 1
+    assert selected(on_one).active.version == 1
+    assert on_one.serve.loaded[MODEL].keys() == {1}
+    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+
+
+@pytest.mark.parametrize("phase", [P.FETCHING, P.TRIALING, P.WAITING, P.ACTIVATING, P.WATCHING, P.STEADY])
+def test_withdrawn_at_any_point(phase, on_one: Bench):
+    stop_in(on_one, phase) if phase is not P.STEADY else on_one.install(2)
+    on_one.want(1, withdrawn=(2,))
+    on_one.step()
+    on_one.until(P.STEADY)
+    on_one.step()
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 1
+
+
+def test_a_model_that_is_wanted_no_more_is_unloaded(on_one: Bench):
+    on_one.want(None)
+    on_one.step()
+
+    assert on_one.serving is None
+    assert on_one.store.selection(MODEL) is None
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.STEADY)
+    assert on_one.serving == 2
+
+
+def test_nobody_may_run_a_withdrawn_first_release(bench: Bench):
+    bench.release(1, watch=WATCH)
+    bench.want(1)
+    bench.step()
+    bench.until(P.WATCHING)
+    bench.want(1, withdrawn=(1,))
+    bench.step()
+    bench.until(P.STEADY)
+
+    assert bench.serving is None
+    assert bench.answer.reason == Reason.WITHDRAWN.value
+
+
+def test_back_to_a_lower_release_that_was_committed_here_skips_the_trial(on_one: Bench):
+    on_one.install(2)
+    on_one.tried.clear()
+    on_one.source.offsets.clear()
+    on_one.want(1)
+    on_one.step()
+
+    assert on_one.until(P.STEADY) == [P.FETCHING, P.ACTIVATING, P.WATCHING, P.STEADY]
+    assert on_one.serving == 1
+    assert on_one.tried == []
+    assert on_one.source.offsets == []
+
+
+def test_a_committed_release_whose_file_was_damaged_since_is_tried_again(on_one: Bench):
+    on_one.install(2)
+    manifest = on_one.signed[next(ref for ref in on_one.signed if ref.version == 1)].manifest
+    on_one.store.file(manifest, "model.script").unlink()
+    on_one.tried.clear()
+    on_one.want(1)
+    on_one.step()
+    on_one.until(P.WATCHING)
+
+    assert on_one.tried == []  # it was fetched again, whole and verified: what was proved holds
+
+
+# -- causes outside the release ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reason", [Reason.DOWNLOAD_FAILED, Reason.EXPIRED_METADATA, Reason.CLOCK_UNTRUSTED, Reason.BAD_SIGNATURE]
+)
+def test_trouble_before_a_manifest_is_verified_is_tried_again_later(reason, on_one: Bench):
+    on_one.manifest_problem = Problem(reason, "not now")
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WAITING)
+
+    expected = Outcome.REFUSED if reason is Reason.BAD_SIGNATURE else Outcome.FAILED
+    assert (on_one.answer.outcome, on_one.answer.reason) == (expected, reason.value)
+    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+    on_one.manifest_problem = None
+    on_one.until(P.STEADY)
+    assert on_one.serving == 2
+    assert on_one.answer.outcome is Outcome.COMMITTED
+
+
+def test_tries_come_less_and_less_often(on_one: Bench):
+    on_one.manifest_problem = Problem(Reason.DOWNLOAD_FAILED, "unplugged")
+    on_one.want(2)
+    on_one.step()
+    waits = []
+    for _ in range(12):
+        on_one.until(P.WAITING)
+        state = on_one.updater.state
+        assert state.retry_at is not None
+        waits.append(round(state.retry_at - state.since))
+        on_one.until(P.FETCHING, steps=10_000)
+
+    assert waits[:4] == [10, 20, 40, 80]
+    assert max(waits) == update.RETRY_LONGEST_S
+    assert on_one.news.count("put-off") == 1, "people are told once"
+
+
+def test_a_clock_set_back_does_not_stretch_a_wait(on_one: Bench):
+    on_one.manifest_problem = Problem(Reason.DOWNLOAD_FAILED, "unplugged")
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WAITING)
+    on_one.clock.set_wall(on_one.clock.wall() - 30 * DAY)
+    on_one.manifest_problem = None
+
+    on_one.until(P.FETCHING, steps=2)
+
+
+def test_no_variant_for_this_device(on_one: Bench):
+    manifest = on_one.release(2)
+    other = msgspec.structs.replace(manifest, variants=(msgspec.structs.replace(manifest.variants[0], runtime="tensorrt"),))
+    on_one.signed[manifest.ref] = Signed(encode(other), sha(encode(other)), other)
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+
+    assert on_one.answer.reason == Reason.NO_VARIANT.value
+    assert "'cpu': runtime 'tensorrt' does not work here (working: script)" in on_one.answer.message
+
+
+def test_nothing_is_installed_on_an_expired_word(on_one: Bench):
+    on_one.want(2)
+    on_one.clock.pass_(8 * DAY)
+    for _ in range(20):
+        on_one.step()
+
+    assert on_one.phase is P.STEADY
+    assert on_one.serving == 1
+
+
+@pytest.mark.parametrize("phase", [P.FETCHING, P.ACTIVATING])
+def test_a_word_that_expires_on_the_way(phase, on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(phase)
+    on_one.clock.pass_(8 * DAY)
+    on_one.until(P.WAITING)
+    assert on_one.answer.reason == Reason.EXPIRED_METADATA.value
+    assert on_one.serving == 1
+    on_one.want(2)
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 2
+
+
+def test_a_watch_goes_on_after_its_word_expired(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.valid_s = -1.0
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 2
+
+
+def test_without_any_word_nothing_happens(bench: Bench):
+    for _ in range(5):
+        bench.step()
+
+    assert bench.phase is P.STEADY
+    assert bench.serving is None
+
+
+def test_a_full_disk_is_tried_again(on_one: Bench, monkeypatch: pytest.MonkeyPatch):
+    usage = type("Usage", (), {"free": 0})
+    monkeypatch.setattr("agent.sync.download.shutil.disk_usage", lambda _: usage)
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WAITING)
+    assert on_one.answer.reason == Reason.NO_SPACE.value
+    monkeypatch.undo()
+
+    on_one.until(P.STEADY)
+    assert on_one.serving == 2
+
+
+def test_serve_short_of_memory_is_asked_again(on_one: Bench):
+    def full(action: str, version: int | None) -> None:
+        if action == "load":
+            raise ServeRefused(507, "no_memory", "both do not fit")
+
+    on_one.serve.fault = full
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WAITING)
+    assert on_one.answer.outcome is Outcome.FAILED
+    on_one.serve.fault = lambda *_: None
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 2
+
+
+def test_serve_away_at_activation_is_waited_for(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.ACTIVATING)
+    on_one.serve.away = True
+    for _ in range(10):
+        on_one.step()
+    assert on_one.phase is P.ACTIVATING
+    on_one.serve.away = False
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 2
+
+
+def test_serve_away_for_long_puts_the_activation_off(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.ACTIVATING)
+    on_one.serve.away = True
+    on_one.until(P.WAITING)
+
+    assert on_one.answer.outcome is Outcome.FAILED
+    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "reason"),
+    [("load", "model_invalid", Reason.LOAD_FAILED), ("activate", "internal", Reason.ACTIVATION_FAILED)],
+)
+def test_serve_refusing_the_release(action, code, reason, on_one: Bench):
+    def refuse(asked: str, version: int | None) -> None:
+        if (asked, version) == (action, 2):
+            raise ServeRefused(422, code, "it cannot be loaded")
+
+    on_one.serve.fault = refuse
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+
+    assert on_one.answer.reason == reason.value
+    assert on_one.serving == 1
+    assert selected(on_one).active.version == 1
+
+
+def test_a_release_whose_loading_takes_serve_down_again_and_again(on_one: Bench):
+    def die(action: str, version: int | None) -> None:
+        if (action, version) == ("load", 2):
+            on_one.serve.start()
+            raise ServeAway("connection reset", sent=True)
+
+    on_one.serve.fault = die
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+
+    assert on_one.answer.reason == Reason.INTERRUPTED_TOO_OFTEN.value
+    assert on_one.serve.calls.count(("load", 2)) == update.MAX_INTERRUPTIONS + 1
+    assert on_one.serving == 1
+
+
+def test_a_roll_back_that_serve_refuses_does_not_keep_a_fixed_release_out(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.serve.numbers[2] = numbers(10, run=90)
+
+    def refuse(action: str, version: int | None) -> None:
+        if action == "rollback":
+            raise ServeRefused(422, "model_invalid", "the disk ate it")
+
+    on_one.serve.fault = refuse
+    on_one.until(P.QUARANTINED)
+    assert "the disk ate it" in on_one.answer.message
+    on_one.serve.fault = lambda *_: None
+    on_one.serve.numbers.clear()
+    on_one.release(3)
+    on_one.want(3)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 3
+
+
+# -- windows, shadow, hold --------------------------------------------------------------------------------------------------------
+
+
+def test_a_window_is_waited_for(on_one: Bench):
+    local = dt.datetime.fromtimestamp(on_one.clock.wall()).astimezone()
+    minute = (local.hour * 60 + local.minute + 120) % 1440
+    window = Window(start_minute=minute, end_minute=(minute + 60) % 1440)
+    on_one.want(1, rollout=Rollout(id="tonight", release=2, previous=1, permille=1000, window=window))
+    on_one.step()
+    on_one.until(P.WAITING)
+    assert on_one.serving == 1
+    assert on_one.updater.state.waiting_for == "window"
+    on_one.again()
+    on_one.until(P.STEADY, steps=2000)
+
+    assert on_one.serving == 2
+    assert on_one.answer.rollout == "tonight"
+    waited_s = on_one.clock.wall() - local.timestamp()
+    assert 118 * 60 < waited_s < 125 * 60
+
+
+def test_a_shadow_rollout_is_tried_and_does_not_serve_until_it_may(on_one: Bench):
+    shadow = Rollout(id="look-first", release=2, previous=1, permille=1000, mode="shadow")
+    on_one.want(1, rollout=shadow)
+    on_one.step()
+    on_one.until(P.SHADOWING)
+    for _ in range(5):
+        on_one.step()
+    assert on_one.phase is P.SHADOWING
+    assert on_one.serving == 1
+    assert on_one.tried == ["crane:2"]
+    on_one.want(1, rollout=Rollout(id="look-first", release=2, previous=1, permille=1000))
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 2
+    assert on_one.tried == ["crane:2"]
+
+
+def test_a_held_model_stays_as_it_is(on_one: Bench):
+    hold = on_one.store.private / "holds" / MODEL
+    hold.parent.mkdir()
+    hold.touch()
+    on_one.want(2)
+    for _ in range(5):
+        on_one.step()
+    assert on_one.phase is P.STEADY
+    hold.unlink()
+    on_one.step()
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 2
+
+
+def test_a_release_that_serves_already_answers_a_new_rollout(on_one: Bench):
+    on_one.want(1, rollout=Rollout(id="again", release=1, previous=None, permille=1000))
+    on_one.step()
+
+    assert (on_one.answer.rollout, on_one.answer.outcome) == ("again", Outcome.COMMITTED)
+    reports = on_one.reports
+    on_one.step()
+    assert on_one.reports == reports
+
+
+# -- at rest ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_that_serve_did_not_hear_is_told_again(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+
+    def deaf(action: str, version: int | None) -> None:
+        if action == "commit":
+            raise ServeAway("gone", sent=False)
+
+    on_one.serve.fault = deaf
+    on_one.until(P.STEADY)
+    assert on_one.serve.previous[MODEL] == 1
+    on_one.serve.fault = lambda *_: None
+    on_one.step()
+
+    assert on_one.serve.previous[MODEL] is None
+
+
+def test_a_release_that_was_damaged_on_disk_is_fetched_again(on_one: Bench):
+    manifest = on_one.signed[next(iter(on_one.signed))].manifest
+    path = on_one.store.file(manifest, "model.script")
+    path.write_bytes(b"rotten")
+    on_one.serve.loaded.clear()
+    on_one.serve.active.clear()
+    on_one.want(1)
+    on_one.step()
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 1
+    assert on_one.store.release(MODEL, selected(on_one).active)
+
+
+def test_old_releases_go_and_needed_ones_stay(bench: Bench):
+    for version in range(1, 7):
+        bench.install(version)
+
+    kept = [ref.version for ref in bench.store.releases()]
+    assert kept == [3, 4, 5, 6], "active, the one before, and two more"
+    assert len(list(bench.store.blobs.iterdir())) == 4
+
+
+def test_releases_set_up_by_hand_are_left_alone(on_one: Bench, tmp_path: Path):
+    manifest, contents = script_release(tmp_path / "hand", 1, "scale 9", model="mine")
+    for name, data in contents.items():
+        on_one.store.file(manifest, name).write_bytes(data)
+    on_one.store.write_manifest(encode(manifest))
+    for version in range(2, 6):
+        on_one.install(version)
+
+    assert on_one.store.manifest(manifest.ref) == manifest
+    assert on_one.store.has_blob(manifest.files["model.script"].sha256)
+
+
+def test_a_damaged_state_is_put_aside_and_serving_is_not_touched(on_one: Bench):
+    path = on_one.store.private / "updates" / f"{MODEL}.json"
+    path.write_bytes(b"\0" * 100)
+    on_one.again()
+    on_one.want(1)
+    on_one.step()
+
+    assert on_one.serving == 1
+    assert on_one.phase is P.STEADY
+    assert path.with_name(f"{MODEL}.json.damaged").exists()
+
+
+# -- stopping ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_orderly_end_in_a_trial_is_not_counted_against_the_release(on_one: Bench):
+    def told_to_stop(_request, _timeout_s, stop):
+        assert stop()
+        raise Stopped
+
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.TRIALING)
+    on_one.trial = told_to_stop
+    for _ in range(update.MAX_INTERRUPTIONS + 3):
+        with pytest.raises(Stopped):
+            on_one.updater.step(lambda: True)
+        on_one.again()
+    on_one.trial = lambda *_: {}
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 2
