@@ -1,0 +1,248 @@
+"""What devices say: only signed, fresh reports of the device itself count, and no message can stop the intake."""
+
+import json
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agent.contract import topics
+from agent.contract.codec import encode
+from agent.contract.enrolment import EnrolmentRequest
+from agent.contract.reports import Event, ModelState, Phase, Presence, StateReport
+from fleet_server.access import SERVER
+from fleet_server.ingest.intake import MAX_ENVELOPE_BYTES, Message
+from tests.fleet.stand import make_csr, signed_report
+
+
+class Known:
+    """A device enrolled in this process."""
+
+    def __init__(self, fleet, name):
+        self.fleet, self.id = fleet, name
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        _, string = fleet.enrolment.create_token(SERVER, device=name, groups=[], uses=1, ttl_s=60)
+        fleet.enrolment.enrol(EnrolmentRequest(token=string.token, csr_pem=make_csr(self.key)))
+
+    def report(self, counter, device=None, **fields):
+        models = fields.pop("models", {"m": ModelState(serving=counter, sha256="0" * 64, phase=Phase.STEADY, variant="cpu")})
+        return StateReport(
+            device=device or self.id, counter=counter, session=1, at=0.0, agent_version="t", models=models, **fields
+        )  # fmt: skip
+
+    def say(self, what, payload, *, as_device=None):
+        data = payload if isinstance(payload, bytes) else encode(payload)
+        return self.fleet.intake.take([Message(topics.up(as_device or self.id, what), data)])
+
+    def state(self, report, *, key=None, as_device=None):
+        return self.say("state", signed_report(report, key or self.key), as_device=as_device)
+
+    @property
+    def view(self):
+        return self.fleet.inventory.get(self.id)
+
+    @property
+    def serving(self):
+        return {name: m["serving"] for name, m in self.view["models"].items()}
+
+
+@pytest.fixture
+def device(fleet):
+    return Known(fleet, "d1")
+
+
+@pytest.fixture
+def other(fleet):
+    return Known(fleet, "d2")
+
+
+def dropped(fleet):
+    return dict(fleet.intake.dropped)
+
+
+def test_a_good_report_counts(fleet, device):
+    changes = device.state(device.report(1))
+    assert changes.models == {"m"}
+    assert device.serving == {"m": 1}
+    assert dropped(fleet) == {}
+
+
+def test_a_replayed_report_does_not(fleet, device):
+    for counter in (5, 5, 4, -1):
+        device.state(device.report(counter))
+    assert device.serving == {"m": 5}
+    assert dropped(fleet) == {"replayed": 3}
+
+
+def test_a_report_signed_by_another_device_does_not(fleet, device, other):
+    device.state(device.report(1), key=other.key)
+    assert device.serving == {}
+    assert dropped(fleet) == {"bad_signature": 1}
+
+
+def test_a_report_of_another_device_does_not(fleet, device, other):
+    device.state(device.report(1, device="d2"))
+    device.state(device.report(1), as_device="d2")
+    assert (device.serving, other.serving) == ({}, {})
+    assert dropped(fleet) == {"wrong_device": 1, "bad_signature": 1}
+
+
+def test_an_unsigned_report_does_not(fleet, device):
+    device.say("state", device.report(1))
+    envelope = msgspec.json.decode(signed_report(device.report(1), device.key))
+    device.say("state", msgspec.json.encode({**envelope, "signatures": []}))
+    device.say("state", msgspec.json.encode({**envelope, "payloadType": "text/plain"}))
+    device.say("state", msgspec.json.encode({**envelope, "payload": envelope["payload"][:-8] + "AAAAAAA="}))
+    assert device.serving == {}
+    assert sum(dropped(fleet).values()) == 4
+
+
+def test_a_revoked_or_deleted_device_says_nothing(fleet, device, other):
+    fleet.inventory.revoke(SERVER, device.id)
+    fleet.inventory.delete(SERVER, other.id)
+    device.state(device.report(1))
+    other.state(other.report(1))
+    assert device.serving == {}
+    assert dropped(fleet) == {"unknown_device": 2}
+
+
+def test_a_report_with_the_old_key_after_a_renewal_still_counts(fleet, device):
+    from agent.contract.enrolment import RenewalRequest
+
+    new = ec.generate_private_key(ec.SECP256R1())
+    fleet.enrolment.renew(device.id, RenewalRequest(csr_pem=make_csr(new)))
+    device.state(device.report(1))
+    device.state(device.report(2), key=new)
+    assert device.serving == {"m": 2}
+
+
+def test_a_model_that_is_gone_is_forgotten(fleet, device):
+    device.state(device.report(1))
+    assert device.state(device.report(2, models={})).models == {"m"}
+    assert device.serving == {}
+
+
+BAD = {
+    "empty": b"", "garbage": b"\xff\x00", "deep": b"[" * 200_000, "null": b"null", "number": b"1", "list": b"[]", "object": b"{}",
+    "too large": b" " * (MAX_ENVELOPE_BYTES + 1), "nul": b"\x00" * 100, "signatures wrong": b'{"payload":"","payloadType":"","signatures":1}',
+    "signature wrong": b'{"payload":"","payloadType":"","signatures":["x"]}', "payload wrong": b'{"payload":1,"payloadType":"","signatures":[]}',
+    "surrogates": b'{"payload":"","payloadType":"\\ud800","signatures":[]}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["state", "events", "presence"])
+@pytest.mark.parametrize("payload", BAD.values(), ids=BAD.keys())
+def test_hostile_payloads(fleet, device, what, payload):
+    device.say(what, payload)
+    if (what, payload) != ("presence", b""):
+        assert sum(dropped(fleet).values()) == 1
+    device.state(device.report(1))
+    assert device.serving == {"m": 1}
+
+
+HUGE = 2**70
+REPORTS = {
+    "counter": lambda d: d.report(2**63), "version": lambda d: d.report(1, models={"m": ModelState(serving=HUGE, sha256=None, phase=Phase.STEADY)}),
+    "long name": lambda d: d.report(1, models={"m" * 100: ModelState(serving=1, sha256=None, phase=Phase.STEADY)}),
+    "many models": lambda d: d.report(1, models={f"m{n}": ModelState(serving=1, sha256=None, phase=Phase.STEADY) for n in range(300)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", REPORTS.values(), ids=REPORTS.keys())
+def test_signed_but_impossible_reports_leave_nothing(fleet, device, make):
+    report = make(device)
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.signer import CryptoSigner, SSlibKey
+
+    from agent.contract.reports import STATE_PAYLOAD_TYPE
+
+    envelope = Envelope(json.dumps(msgspec.to_builtins(report)).encode(), STATE_PAYLOAD_TYPE, {})
+    envelope.sign(CryptoSigner(device.key, SSlibKey.from_crypto(device.key.public_key())))
+    device.say("state", msgspec.json.encode(envelope.to_dict()))
+    assert device.serving == {}
+    device.state(device.report(1))
+    assert device.serving == {"m": 1}
+
+
+def test_topics_that_are_no_devices(fleet, device):
+    for topic in ("v1/d/d1/up/other", "v1/d/nobody/up/state", "v1/all/poke", "x", "", "v1/d/d1/up/state/x"):
+        fleet.intake.take([Message(topic, b"{}")])
+    assert sum(dropped(fleet).values()) == 6
+
+
+def test_one_bad_message_does_not_take_the_others_with_it(fleet, device, other):
+    good = [Message(topics.up(d.id, "state"), signed_report(d.report(1), d.key)) for d in (device, other)]
+    fleet.intake.take([good[0], Message("v1/d/d1/up/state", b"x"), good[1]])
+    assert (device.serving, other.serving) == ({"m": 1}, {"m": 1})
+
+
+# -- presence ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "online"),
+    [
+        ([(1, True)], True), ([(1, True), (1, False)], False), ([(1, True), (2, True), (1, False)], True),
+        ([(2, True), (1, True), (2, False)], False), ([(2, False), (1, True)], False), ([(1, True), (2, False)], False),
+        ([(3, True), (3, False), (4, True)], True),
+    ],
+)  # fmt: skip
+def test_an_old_will_cannot_override_a_new_birth(device, said, online):
+    for session, there in said:
+        device.say("presence", Presence(device=device.id, session=session, online=there))
+    assert device.view["online"] is online
+
+
+def test_presence_of_another_device(fleet, device):
+    device.say("presence", Presence(device="d2", session=1, online=True))
+    device.say("presence", b'{"device":"d1","session":99999999999999999999,"online":true}')
+    assert not device.view["online"]
+    assert sum(dropped(fleet).values()) == 2
+
+
+def test_silence_is_offline(fleet, device, clock):
+    device.say("presence", Presence(device=device.id, session=1, online=True))
+    clock.now += fleet.config.rollouts.silence_s - 1
+    assert device.view["online"]
+    clock.now += 2
+    assert not device.view["online"]
+    device.state(device.report(1))
+    assert device.view["online"]
+
+
+# -- events --------------------------------------------------------------------------------------------------------------------
+
+
+def event(number, device="d1", **fields):
+    return Event(id=f"e{number}", device=device, at=1.0, name="committed", message="it runs", **fields)
+
+
+def test_an_event_is_stored_once(fleet, device):
+    for number in (1, 2, 1, 2, 2):
+        device.say("events", event(number))
+    found = [e for e in fleet.journal.events(device="d1") if e["name"] == "committed"]
+    assert [e["id"] for e in found] == ["d1/e1", "d1/e2"]
+
+
+def test_devices_cannot_take_each_others_event_ids(fleet, device, other):
+    device.say("events", event(1))
+    other.say("events", event(1, device="d2"))
+    device.say("events", event(3, device="d2"))
+    assert len([e for e in fleet.journal.events() if e["name"] == "committed"]) == 2
+    assert dropped(fleet) == {"wrong_device": 1}
+
+
+def test_event_texts_are_bounded(fleet, device):
+    device.say("events", event(1, reason="r" * 1000, model="m" * 1000))
+    device.say("events", Event(id="long", device="d1", at=0, name="n" * 500, message="x" * 20_000))
+    stored = fleet.journal.events(device="d1")[-1]
+    assert len(stored["message"]) == 2000
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200), st.sampled_from(["state", "events", "presence", "telemetry"]))
+def test_no_bytes_stop_the_intake(fleet, payload, what):
+    """Whatever a device sends is stored or dropped; nothing is raised."""
+    fleet.intake.take([Message(f"v1/d/d1/up/{what}", payload)])

@@ -1,0 +1,377 @@
+"""Rollouts against the database and the signed assignment, in this process: what the fleet is told after every turn."""
+
+import pytest
+
+from agent.contract.assignment import EVERYONE, Assignment, reaches, slot, wanted
+from agent.contract.codec import decode, encode
+from agent.contract.names import ReleaseRef
+from agent.contract.reports import Answer, ModelState, Outcome, Phase, Presence
+from fleet_server.access import SERVER
+from fleet_server.errors import Conflict, Invalid, NotFound
+from fleet_server.releases import keys, publisher
+from tests.fleet.stand import sha256, simple_manifest
+from tests.fleet.test_intake import Known
+
+
+class Story:
+    """A fleet with published releases and devices that answer as told."""
+
+    def __init__(self, fleet, clock):
+        self.fleet, self.clock = fleet, clock
+        self.devices, self.counters, self.pokes = {}, {}, []
+        fleet.rollouts.poker = self
+
+    def poke_all(self, version):
+        self.pokes.append(version)
+
+    def publish(self, *versions):
+        for version in versions:
+            data = f"digits {version}".encode()
+            (self.fleet.folder.blobs / sha256(data)).write_bytes(data)
+            role = self.fleet.repository.releases()
+            manifest = simple_manifest("digits", version, data)
+            self.fleet.catalogue.publish(SERVER, *publisher.add(role, manifest, keys.load(self.fleet.releases_key), self.clock()))
+
+    def join(self, *names, groups=(), online=True):
+        for name in names:
+            self.devices[name] = Known(self.fleet, name)
+            self.counters[name] = 0
+            self.fleet.inventory.set_groups(SERVER, name, list(groups))
+            if online:
+                self.devices[name].say("presence", Presence(device=name, session=1, online=True))
+
+    def say(self, name, version, outcome=None, *, phase=Phase.STEADY, sha=None, reason=None, answered=None):
+        """The device reports to serve `version` with this last answer (to `answered`, or to `version`)."""
+        self.counters[name] += 1
+        self.clock.now += 1
+        answers = () if outcome is None else (Answer(release=answered or version, outcome=outcome, at=self.clock(), reason=reason),)
+        state = ModelState(
+            serving=version, sha256=sha or sha256(f"digits {version}".encode()), variant="cpu", phase=phase, answers=answers
+        )  # fmt: skip
+        device = self.devices[name]
+        changes = device.state(device.report(self.counters[name], models={"digits": state}))
+        self.fleet.rollouts.evaluate(changes.models)
+
+    def commits(self, *names, version):
+        for name in names:
+            self.say(name, version, Outcome.COMMITTED)
+
+    def start(self, version, **options):
+        return self.fleet.rollouts.start(SERVER, ReleaseRef("digits", version), **options)["id"]
+
+    def state(self, rollout):
+        return self.fleet.rollouts.get(rollout)["state"]
+
+    @property
+    def assignment(self):
+        return decode(self.fleet.repository.assignment_bytes(), Assignment, limit_bytes=1 << 20)
+
+    def wanted(self, name):
+        model = self.assignment.models.get("digits")
+        return model and wanted(model, name, self.fleet.inventory.get(name)["groups"]).release
+
+
+@pytest.fixture
+def story(fleet, clock):
+    made = Story(fleet, clock)
+    made.publish(1, 2, 3)
+    made.join("canary-1", groups=["canary"])
+    made.join("plain-1", "plain-2")
+    return made
+
+
+def completed(story, version):
+    rollout = story.start(version)
+    story.commits("canary-1", "plain-1", "plain-2", version=version)
+    assert story.state(rollout) == "completed"
+    return rollout
+
+
+def test_the_first_rollout_goes_to_everyone_and_completes(story):
+    rollout = story.start(1)
+    assert story.state(rollout) == "running"
+    assert {story.wanted(d) for d in story.devices} == {1}
+    assert story.assignment.models["digits"].rollout.previous is None
+    story.commits("canary-1", "plain-1", version=1)
+    assert story.state(rollout) == "running"
+    story.commits("plain-2", version=1)
+    assert story.state(rollout) == "completed"
+    assert story.assignment.models["digits"].release == 1
+    assert story.assignment.models["digits"].rollout is None
+
+
+def test_waves(story):
+    completed(story, 1)
+    rollout = story.start(2, groups=["canary"])
+    assert [story.wanted(d) for d in sorted(story.devices)] == [2, 1, 1]
+    story.say("canary-1", 2, phase=Phase.WATCHING)
+    assert story.fleet.rollouts.get(rollout)["wave"] == 0
+    story.commits("canary-1", version=2)
+    assert story.fleet.rollouts.get(rollout)["wave"] == 1
+    assert {story.wanted(d) for d in story.devices} == {2}
+    story.commits("plain-1", "plain-2", version=2)
+    assert story.state(rollout) == "completed"
+    assert story.assignment.models["digits"].release == 2
+
+
+def test_hold_and_promote(story):
+    completed(story, 1)
+    rollout = story.start(2, groups=["canary"], hold=True)
+    with pytest.raises(Conflict):
+        story.fleet.rollouts.promote(SERVER, rollout)
+    story.commits("canary-1", version=2)
+    assert story.state(rollout) == "holding"
+    assert story.wanted("plain-1") == 1
+    story.fleet.rollouts.promote(SERVER, rollout)
+    assert story.wanted("plain-1") == 2
+    story.commits("plain-1", "plain-2", version=2)
+    assert story.state(rollout) == "completed"
+
+
+@pytest.mark.parametrize("outcome", [Outcome.REFUSED, Outcome.ROLLED_BACK])
+def test_a_failure_takes_everybody_back(story, outcome):
+    completed(story, 1)
+    before = story.assignment.version
+    rollout = story.start(2, groups=["canary"])
+    story.say("canary-1", 1, outcome, answered=2, reason="golden_mismatch")
+    found = story.fleet.rollouts.get(rollout)
+    assert found["state"] == "aborted"
+    assert found["verdicts"][-1]["verdict"] == "fail"
+    assert found["verdicts"][-1]["evidence"][0]["reason"] == "golden_mismatch"
+    assert {story.wanted(d) for d in story.devices} == {1}
+    assert story.assignment.version == before + 2
+    assert story.pokes[-1] == story.assignment.version
+    assert story.fleet.journal.events()[-1]["name"] == "rollout_aborted"
+
+
+def test_failures_that_are_allowed(story):
+    completed(story, 1)
+    rollout = story.start(2, max_failures=1)
+    story.say("plain-1", 1, Outcome.ROLLED_BACK, answered=2)
+    story.commits("canary-1", "plain-2", version=2)
+    assert story.state(rollout) == "completed"
+
+
+def test_a_device_that_could_not_fetch_stops_nothing_and_passes_nothing(story):
+    rollout = story.start(1)
+    story.commits("canary-1", "plain-1", version=1)
+    story.say("plain-2", None, Outcome.FAILED, answered=1, sha="0" * 64)
+    assert story.state(rollout) == "running"
+    story.say("plain-2", 1, Outcome.COMMITTED)
+    assert story.state(rollout) == "completed"
+
+
+def test_offline_devices_do_not_hold_a_wave_up(story, clock):
+    story.join("away", online=False)
+    rollout = story.start(1)
+    story.commits("canary-1", "plain-1", version=1)
+    assert story.state(rollout) == "running"
+    story.devices["plain-2"].say("presence", Presence(device="plain-2", session=1, online=False))
+    story.fleet.rollouts.evaluate()
+    found = story.fleet.rollouts.get(rollout)
+    assert found["state"] == "completed"
+    assert found["verdict"]["counts"]["offline"] == 2
+
+
+def test_a_device_that_fell_silent_does_not_hold_a_wave_up(story, clock):
+    rollout = story.start(1)
+    story.commits("canary-1", version=1)
+    clock.now += story.fleet.config.rollouts.silence_s
+    story.commits("canary-1", version=1)
+    assert story.state(rollout) == "completed"
+
+
+def test_nobody_there_is_no_pass(story):
+    rollout = story.start(1, groups=["nobody"])
+    story.fleet.rollouts.evaluate()
+    assert story.state(rollout) == "running"
+    story.fleet.inventory.set_groups(SERVER, "plain-1", ["nobody"])
+    story.commits("plain-1", version=1)
+    assert story.fleet.rollouts.get(rollout)["wave"] == 1
+
+
+def test_the_right_version_with_other_bytes_is_no_success(story):
+    rollout = story.start(1)
+    story.say("canary-1", 1, Outcome.COMMITTED, sha="f" * 64)
+    story.commits("plain-1", "plain-2", version=1)
+    assert story.state(rollout) == "running"
+
+
+def test_devices_that_serve_it_already_count(story):
+    for name in story.devices:
+        story.say(name, 1)
+    assert story.state(story.start(1, groups=["canary"])) == "completed"
+
+
+def test_an_old_answer_of_a_device_that_remembers_counts(story):
+    """A device that quarantined the release does not try again: the rollout ends at once instead of waiting for ever."""
+    story.say("canary-1", None, Outcome.REFUSED, answered=1, sha="0" * 64)
+    assert story.state(story.start(1)) == "aborted"
+
+
+def test_pause_and_resume(story):
+    completed(story, 1)
+    rollout = story.start(2, groups=["canary"])
+    story.fleet.rollouts.pause(SERVER, rollout)
+    story.commits("canary-1", version=2)
+    assert (story.state(rollout), story.wanted("plain-1")) == ("paused", 1)
+    story.fleet.rollouts.resume(SERVER, rollout)
+    assert (story.state(rollout), story.wanted("plain-1")) == ("running", 2)
+
+
+def test_a_pause_does_not_protect_a_bad_release(story):
+    completed(story, 1)
+    rollout = story.start(2, groups=["canary"])
+    story.fleet.rollouts.pause(SERVER, rollout)
+    story.say("canary-1", 1, Outcome.ROLLED_BACK, answered=2)
+    assert (story.state(rollout), story.wanted("canary-1")) == ("aborted", 1)
+
+
+def test_abort(story):
+    completed(story, 1)
+    rollout = story.start(2)
+    story.fleet.rollouts.abort(SERVER, rollout)
+    assert {story.wanted(d) for d in story.devices} == {1}
+    with pytest.raises(Conflict):
+        story.fleet.rollouts.abort(SERVER, rollout)
+
+
+def test_percent(story):
+    completed(story, 1)
+    rollout = story.start(2, permille=500)
+    for name in story.devices:
+        assert story.wanted(name) == (2 if slot(rollout, name) < 500 else 1)
+
+
+def test_what_cannot_be_started(story):
+    with pytest.raises(NotFound):
+        story.start(9)
+    completed(story, 1)
+    with pytest.raises(Conflict, match="already"):
+        story.start(1)
+    story.start(2, groups=["canary"])
+    with pytest.raises(Conflict, match="running"):
+        story.start(3)
+    with pytest.raises(Invalid):
+        story.start(3, groups=["../x"])
+
+
+# -- roll back, withdraw -------------------------------------------------------------------------------------------------------
+
+
+def test_roll_back(story):
+    completed(story, 1)
+    with pytest.raises(Conflict, match="--to"):
+        story.fleet.rollouts.roll_back(SERVER, "digits", None)
+    completed(story, 2)
+    story.fleet.rollouts.roll_back(SERVER, "digits", None)
+    assert {story.wanted(d) for d in story.devices} == {1}
+    story.fleet.rollouts.roll_back(SERVER, "digits", 2)
+    assert {story.wanted(d) for d in story.devices} == {2}
+    with pytest.raises(NotFound):
+        story.fleet.rollouts.roll_back(SERVER, "digits", 77)
+    with pytest.raises(NotFound):
+        story.fleet.rollouts.roll_back(SERVER, "other", None)
+
+
+def test_roll_back_ends_a_rollout(story):
+    completed(story, 1)
+    rollout = story.start(2)
+    story.fleet.rollouts.roll_back(SERVER, "digits", None)
+    assert story.state(rollout) == "aborted"
+    assert {story.wanted(d) for d in story.devices} == {1}
+
+
+def test_withdraw_what_everybody_runs(story):
+    completed(story, 1)
+    completed(story, 2)
+    story.fleet.rollouts.withdraw(SERVER, ReleaseRef("digits", 2))
+    assert {story.wanted(d) for d in story.devices} == {1}
+    assert story.assignment.models["digits"].withdrawn == (2,)
+    with pytest.raises(Conflict):
+        story.start(2)
+    with pytest.raises(Conflict):
+        story.fleet.rollouts.roll_back(SERVER, "digits", 2)
+
+
+def test_withdraw_what_is_being_rolled_out(story):
+    completed(story, 1)
+    rollout = story.start(2)
+    story.fleet.rollouts.withdraw(SERVER, ReleaseRef("digits", 2))
+    assert (story.state(rollout), story.wanted("plain-1")) == ("aborted", 1)
+
+
+def test_withdraw_the_only_one(story):
+    completed(story, 1)
+    story.fleet.rollouts.withdraw(SERVER, ReleaseRef("digits", 1))
+    assert {story.wanted(d) for d in story.devices} == {None}
+
+
+# -- a server that dies in between ---------------------------------------------------------------------------------------------
+
+
+def test_a_decision_that_was_not_signed_is_signed_at_the_next_start(story, monkeypatch):
+    completed(story, 1)
+    signed = story.assignment.version
+    with monkeypatch.context() as patched:
+        patched.setattr(story.fleet.repository, "assign", _dies)
+        with pytest.raises(KeyboardInterrupt):
+            story.start(2)
+    assert story.assignment.version == signed
+    story.fleet.recover()
+    assert story.assignment.version == signed + 1
+    assert {story.wanted(d) for d in story.devices} == {2}
+
+
+def _dies(_document):
+    raise KeyboardInterrupt
+
+
+def test_versions_only_grow_and_unchanged_is_not_signed_again(story):
+    story.start(1)
+    version = story.assignment.version
+    story.fleet.rollouts.publish_assignment()
+    story.fleet.recover()
+    assert story.assignment.version == version
+    assert story.pokes == sorted(set(story.pokes))
+
+
+def test_size_does_not_grow_with_devices(story):
+    story.start(1, groups=["canary"])
+    small = len(encode(story.assignment))
+    story.join(*(f"more-{n}" for n in range(20)))
+    story.fleet.rollouts.evaluate()
+    assert len(encode(story.assignment)) == small
+
+
+def test_server_and_device_agree_on_who_is_reached(story):
+    completed(story, 1)
+    rollout = story.start(2, groups=["canary"], permille=300)
+    told = story.assignment.models["digits"].rollout
+    facts = {w["device"] for w in story.fleet.rollouts.get(rollout)["verdict"]["evidence"]}
+    assert facts == {d for d in story.devices if reaches(told, d, story.fleet.inventory.get(d)["groups"])}
+    assert EVERYONE == 1000
+
+
+# -- renewal -------------------------------------------------------------------------------------------------------------------
+
+
+def test_online_metadata_is_renewed_before_it_ends(story, clock):
+    first = story.fleet.repository.expirations()
+    assert story.fleet.repository.renew() == []
+    clock.now += 0.6 * 86400
+    assert story.fleet.repository.renew() == ["timestamp"]
+    clock.now += 3.5 * 86400
+    assert "assignments" in story.fleet.repository.renew()
+    second = story.fleet.repository.expirations()
+    assert all(second[role] > first[role] for role in ("assignments", "snapshot", "timestamp"))
+    story.fleet.repository.check()
+
+
+def test_old_versions_are_removed_but_not_those_in_use(story):
+    for _ in range(40):
+        story.fleet.repository.assign(story.fleet.repository.assignment_bytes())
+    names = [p.name for p in story.fleet.folder.metadata.glob("*.snapshot.json")]
+    assert 2 <= len(names) <= 20
+    story.fleet.repository.check()
+    story.fleet.catalogue.get(ReleaseRef("digits", 1))
