@@ -12,7 +12,7 @@ from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal
 
 MAX_CACHED_URLS = 1024
-_PLACEHOLDER = re.compile(r"\{(\w+)(?::([^}]+))?\}")
+_PLACEHOLDER = re.compile(r"\{(\w+)(?::(.+))?\}")
 
 
 class Kind(Enum):

@@ -1,0 +1,249 @@
+"""The server's HTTP, spoken byte by byte by a client that may say anything. After every misuse the server still answers."""
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+
+from agent.client import Client, InputRejected, ModelNotFound
+from tests.serving.stand import closed, read_answer, request
+
+X = np.arange(4, dtype=np.float32).reshape(1, 4)
+JSON_REQUEST = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [0, 1, 2, 3]}]}).encode()
+INFER = "/v2/models/scale/infer"
+
+
+@pytest.fixture(autouse=True)
+def _still_answers(scale_server):
+    yield
+    with Client(scale_server.socket) as client:
+        assert np.array_equal(client.infer("scale", X)["y"], 3 * X)
+
+
+def binary_request(path=INFER, **headers):
+    head = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "parameters": {"binary_data_size": 16}}]}
+    text = json.dumps(head).encode()
+    return request("POST", path, text + X.tobytes(), Inference_Header_Content_Length=len(text), **headers)
+
+
+def test_a_prediction_in_json(scale_server):
+    status, headers, body = scale_server.raw(request("POST", INFER, JSON_REQUEST))
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert json.loads(body) == {
+        "model_name": "scale",
+        "model_version": "1",
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 4], "data": [0, 3, 6, 9]}],
+    }
+
+
+def test_raw_mode_answers_in_binary(scale_server):
+    status, headers, body = scale_server.raw(request("POST", INFER, X.tobytes() * 2, Inference_Header_Content_Length=0))
+    at = int(headers["inference-header-content-length"])
+    assert (status, headers["content-type"]) == (200, "application/octet-stream")
+    assert json.loads(body[:at])["outputs"][0]["shape"] == [2, 4]
+    assert np.array_equal(np.frombuffer(body[at:], np.float32).reshape(2, 4), np.repeat(3 * X, 2, axis=0))
+
+
+def test_routes_of_the_protocol(scale_server):
+    def get(path, method="GET", body=b""):
+        status, _, answer = scale_server.raw(request(method, path, body))
+        return status, json.loads(answer) if answer else None
+
+    assert get("/v2")[1]["name"] == "edge-agent"
+    assert get("/v2/health/live") == (200, None)
+    assert get("/v2/health/ready") == (200, None)
+    assert get("/v2/models/scale")[1] == {
+        "name": "scale", "versions": ["1"], "platform": "onnx",
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 4]}],
+    }  # fmt: skip
+    assert get("/v2/models/scale/versions/1")[0] == 200
+    assert get("/v2/models/scale/versions/stable")[0] == 200
+    assert get("/v2/models/scale/ready") == (200, None)
+    assert get("/v2/models/%73cale/ready") == (200, None)
+    assert get("/v2/models/scale/stats")[1]["model_stats"][0]["name"] == "scale"
+    assert len(get("/v2/models/stats")[1]["model_stats"]) == 2
+    index = [{"name": "pair", "version": "1", "state": "READY"}, {"name": "scale", "version": "1", "state": "READY"}]
+    assert get("/v2/repository/index", "POST") == (200, index)
+    assert get("/v2/repository/index", "POST", b'{"ready":true}') == (200, index)
+    status, headers, metrics = scale_server.raw(request("GET", "/metrics"))
+    assert (status, headers["content-type"].split(";")[0]) == (200, "text/plain")
+    assert b'nv_inference_request_success{model="scale",version="1"} ' in metrics
+    assert b'edge_inference_request_duration_seconds_bucket{model="scale",version="1",le="+Inf"} ' in metrics
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "error"),
+    [
+        ("GET", "/v2/models/none", 404, "Request for unknown model: 'none' is not found"),
+        ("POST", "/v2/models/none/infer", 404, "Request for unknown model: 'none' is not found"),
+        ("GET", "/v2/models/none/ready", 404, "Request for unknown model: 'none' is not found"),
+        ("GET", "/v2/models/scale/versions/9", 404, "Request for unknown model: 'scale' version 9 is not found"),
+        ("GET", "/v2/models/scale/versions/x", 404, "Not Found"),
+        ("GET", "/v2/models/scale/versions/previous", 404, "Request for unknown model: 'scale' version previous is not found"),
+        ("GET", "/", 404, "Not Found"),
+        ("GET", INFER, 405, "Method Not Allowed"),
+        ("DELETE", "/v2/models/scale", 405, "Method Not Allowed"),
+        ("POST", INFER, 400, "the body is not an inference request: Input data was truncated"),
+    ],
+)
+def test_what_cannot_be_answered_says_why(scale_server, method, path, status, error):
+    got, _, body = scale_server.raw(request(method, path))
+    assert (got, json.loads(body)["error"]) == (status, error)
+
+
+def test_head_has_no_body(scale_server):
+    with scale_server.connect() as sock:
+        sock.sendall(request("HEAD", "/v2") + request("GET", "/v2/health/live"))
+        assert read_answer_without_body(sock) == (405, 200)
+
+
+def read_answer_without_body(sock):
+    data = b""
+    while data.count(b"\r\n\r\n") < 2:
+        data += sock.recv(65536)
+    first, second = data.split(b"\r\n\r\n")[:2]
+    return int(first.split()[1]), int(second.split()[1])
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "100000", "1e3", ""])
+def test_a_header_length_that_lies(scale_server, length):
+    status, _, body = scale_server.raw(request("POST", INFER, JSON_REQUEST, Inference_Header_Content_Length=length))
+    assert status == 400, body
+    assert "header" in json.loads(body)["error"].lower()
+
+
+def test_other_content_encodings_are_not_understood(scale_server):
+    status, headers, body = scale_server.raw(request("POST", INFER, JSON_REQUEST, Content_Encoding="gzip"))
+    assert (status, headers["accept-encoding"]) == (501, "identity")
+    assert "'gzip'" in json.loads(body)["error"]
+
+
+def test_pipelined_requests_are_answered_in_order(scale_server):
+    count = 100
+    with scale_server.connect() as sock:
+        sock.sendall((binary_request() + request("GET", "/none")) * count)
+        answered = b""
+        while answered.count(b"HTTP/1.1 ") < 2 * count:
+            answered += sock.recv(1 << 20)
+    statuses = [int(part[:3]) for part in answered.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [200, 404] * count
+
+
+def test_an_http_1_0_client_is_answered_and_left(scale_server):
+    with scale_server.connect() as sock:
+        sock.sendall(b"GET /v2/health/live HTTP/1.0\r\n\r\n")
+        assert read_answer(sock)[0] == 200
+        assert closed(sock)
+
+
+def test_a_connection_is_closed_when_asked(scale_server):
+    with scale_server.connect() as sock:
+        sock.sendall(binary_request(Connection="close"))
+        status, headers, _ = read_answer(sock)
+        assert (status, headers["connection"]) == (200, "close")
+        assert closed(sock)
+
+
+def test_a_body_that_is_too_large_is_refused_while_it_is_still_being_sent(scale_server):
+    """The client sends on without looking; it still reads the whole answer, not a broken connection."""
+    size = 64 * 1024 * 1024 + 1
+    with scale_server.connect() as sock:
+        sock.sendall(b"POST %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), size))
+        for _ in range(size // (1 << 20)):
+            sock.sendall(bytes(1 << 20))
+        status, headers, body = read_answer(sock)
+        assert (status, headers["connection"]) == (413, "close")
+        assert f"{size} bytes" in json.loads(body)["error"]
+        assert closed(sock)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\x16\x03\x01\x02\x00\x01", b"\r\n\r\n\r\nhello", os.urandom(64), b"GET / HTTP/1.1\r\n:\r\n\r\n"]
+)
+def test_garbage_is_answered_with_400_and_the_end(scale_server, garbage):
+    with scale_server.connect() as sock:
+        sock.sendall(garbage)
+        assert read_answer(sock)[0] == 400
+        sock.sendall(request("GET", "/v2"))
+        assert closed(sock)
+
+
+def test_a_peer_that_leaves_within_a_request(scale_server):
+    data = binary_request()
+    for cut in (1, 30, len(data) - 1):
+        with scale_server.connect() as sock:
+            sock.sendall(data[:cut])
+
+
+def test_a_large_tensor_goes_through_unchanged(scale_server):
+    rng = np.random.default_rng(1)
+    array = rng.standard_normal((100_000, 4)).astype(np.float32)
+    with Client(scale_server.socket) as client:
+        for _ in range(3):
+            assert np.array_equal(client.infer("scale", array)["y"], array * np.float32(3))
+
+
+def test_requests_of_all_sizes_from_many_clients_at_once(scale_server):
+    failures = []
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        with Client(scale_server.socket) as client:
+            for _ in range(60):
+                array = rng.standard_normal((int(rng.integers(1, 20_000)), 4)).astype(np.float32)
+                if not np.array_equal(client.infer("scale", array)["y"], array * np.float32(3)):
+                    failures.append(array.shape)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_two_inputs_and_chosen_outputs(scale_server):
+    a, b = np.array([5, 6]), np.array([1, 2])
+    with Client(scale_server.socket) as client:
+        assert {n: v.tolist() for n, v in client.infer("pair", {"a": a, "b": b}).items()} == {
+            "total": [6, 8],
+            "difference": [4, 4],
+        }
+        assert list(client.infer("pair", {"a": a, "b": b}, outputs=["difference"])) == ["difference"]
+        with pytest.raises(InputRejected, match="input 'b' has n 3, but input 'a' has n 2"):
+            client.infer("pair", {"a": a, "b": np.array([1, 2, 3])})
+        with pytest.raises(InputRejected, match="give each by its name"):
+            client.infer("pair", a)
+        with pytest.raises(InputRejected, match="datatype 'FP32'; model 'pair' expects 'INT64'"):
+            client.infer("pair", {"a": a.astype(np.float32), "b": b})
+        with pytest.raises(ModelNotFound):
+            client.infer("pair", {"a": a, "b": b}, version=7)
+
+
+def test_a_request_out_of_time_is_not_run(scale_server):
+    document = json.loads(JSON_REQUEST)
+    document["parameters"] = {"timeout": 1}
+    status, headers, body = scale_server.raw(request("POST", INFER, json.dumps(document).encode()))
+    assert (status, json.loads(body)["error"], headers["retry-after"]) == (503, "Request timeout expired", "1")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(scale_server, tmp_path):
+    def curl(*arguments):
+        command = ["curl", "-sS", "--max-time", "10", "--unix-socket", str(scale_server.socket), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+
+    assert json.loads(curl("http://localhost/v2/models/scale"))["name"] == "scale"
+    answer = json.loads(curl(f"http://localhost{INFER}", "-d", JSON_REQUEST.decode()))
+    assert answer["outputs"][0]["data"] == [0, 3, 6, 9]
+    large = tmp_path / "large.json"
+    data = [1.0] * 400_000
+    large.write_text(json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [100_000, 4], "data": data}]}))
+    for extra in ((), ("-H", "Transfer-Encoding: chunked"), ("--http1.0",)):
+        answer = json.loads(curl(f"http://localhost{INFER}", "--data-binary", f"@{large}", *extra))
+        assert answer["outputs"][0]["data"][:2] == [3.0, 3.0]
