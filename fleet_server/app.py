@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ from fleet_server.storage.database import Database
 _log = logging.getLogger(__name__)
 
 READY_WITHIN_S = 30.0
+BROKER_TRIES = 4  # a broker that ends as often while the server starts will not come up: its port is taken, its files are wrong
 RENEW_EVERY_S = 60.0
 GRACE_S = 3  # for requests under way when the server stops
 ONLINE = ("assignments", "snapshot", "timestamp")
@@ -176,8 +178,12 @@ class _Running:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
         listeners = self._listeners()
+        sockets = [_bind(listener.config.host, listener.config.port) for listener in listeners]
         tasks = [asyncio.create_task(self._broker.run(), name="broker")]
-        tasks += [asyncio.create_task(listener.serve(), name="listener") for listener in listeners]
+        tasks += [
+            asyncio.create_task(listener.serve([sock]), name="listener")
+            for listener, sock in zip(listeners, sockets, strict=True)
+        ]
         link_started = False
         try:
             self._link.start()
@@ -208,9 +214,9 @@ class _Running:
             ended = [task for task in tasks if task.done()]
             if ended:
                 raise Unavailable(_why(ended[0]))
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self._broker.restarts >= BROKER_TRIES:
                 words = " | ".join(self._broker.last_lines)
-                raise Unavailable(f"{', '.join(missing)} did not start within {READY_WITHIN_S:g} s; the broker said: {words}")
+                raise Unavailable(f"{', '.join(missing)} did not start; the broker said: {words}")
             await asyncio.sleep(0.02)
 
     def _parts(self, listeners: list[Listener]) -> list[tuple[str, bool]]:
@@ -281,11 +287,17 @@ def _listener(app: FastAPI, host: str, port: int, **options: Any) -> Listener:
     )  # fmt: skip
 
 
+def _bind(host: str, port: int) -> socket.socket:
+    """Raises: Unavailable when another program has the port."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+    except OSError as error:
+        raise Unavailable(f"cannot listen on {host} port {port}: {error.strerror or error}; change it in fleet.yaml") from error
+
+
 def _why(task: asyncio.Task[None]) -> str:
     error = None if task.cancelled() else task.exception()
-    if isinstance(error, SystemExit) or error is None:
-        return f"the {task.get_name()} ended before the server was ready; is its port taken? See the lines above"
-    return f"the {task.get_name()} failed: {error}"
+    return f"the {task.get_name()} ended before the server was ready: {error or 'see the lines above'}"
 
 
 def _wildcard(address: str) -> bool:
