@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agent.contract.assignment import Rollout, Window
@@ -18,7 +19,7 @@ from agent.sync.ports import Signed
 from agent.sync.problems import Problem, Stopped
 from agent.sync.serving import ServeAway, ServeRefused
 from tests.sync.bench import MODEL, Bench, numbers
-from tests.sync.fleet import DAY
+from tests.sync.fleet import DAY, script_release, sha
 
 P = Phase
 WATCH = WatchRules(duration_s=10.0, max_duration_s=60.0)
