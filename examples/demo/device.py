@@ -48,7 +48,10 @@ class Device:
 
     def start(self) -> None:
         for part in ("serve", "sync"):
-            self._processes.start(f"{self.name}-{part}", command("edge-agent", part, "--config", self.config))
+            self.start_part(part)
+
+    def start_part(self, part: str) -> None:
+        self._processes.start(f"{self.name}-{part}", command("edge-agent", part, "--config", self.config))
 
     def start_app(self) -> None:
         """An app that asks for one batch after another until the demo ends."""

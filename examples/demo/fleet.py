@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,8 @@ class Fleet:
         settings = yaml.safe_load(path.read_text())
         settings |= {"listen": "127.0.0.1", "operator_port": operator, "device_port": device, "loopback_port": loopback}
         settings["broker"] = {**settings.get("broker", {}), "listen": "127.0.0.1", "port": broker}
+        if mosquitto := os.environ.get("EDGE_DEMO_MOSQUITTO"):
+            settings["broker"]["mosquitto"] = mosquitto
         path.write_text(yaml.safe_dump(settings, sort_keys=False))
         profile_path = Path(self._processes.environment["EDGE_FLEET_PROFILE"])
         profile = yaml.safe_load(profile_path.read_text())

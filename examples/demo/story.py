@@ -147,7 +147,9 @@ class Story:
             raise StepFailed(f"{', '.join(stalled)} stopped answering while the fleet server was away")
         restarted = time.time()
         self.fleet.serve()
-        back = self.until("every device is back", lambda: all(self.heard_since(device, restarted) for device in self.devices), 60)
+        back = self.until(
+            "every device is back", lambda: all(self.heard_since(device, restarted) for device in self.devices), 60
+        )
         self.expect_failed(before, 0)
         answered = sum(self.requests().values()) - sum(asked.values())
         return f"{answered:,} requests answered meanwhile, 0 failed; all 3 devices back {back:.1f} s after the server"

@@ -1,0 +1,79 @@
+"""kill -9 of each part in the middle of an update, with the real fleet server, broker, `serve` and `sync`.
+
+After each: nothing wrong serves, no request that reached a `serve` failed, and the update ends as it should.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.world import GOOD, TREACHEROUS, World
+
+pytestmark = [pytest.mark.mosquitto, pytest.mark.timeout(150)]
+
+COMPLETED = [
+    # victim, phase in which it dies
+    ("sync", "fetching"),
+    ("sync", "trialing"),
+    ("sync", "activating"),
+    ("sync", "watching"),
+    ("serve", "fetching"),
+    ("serve", "trialing"),
+    ("fleet", "trialing"),
+]
+
+
+@pytest.mark.parametrize(("victim", "phase"), COMPLETED, ids=[f"killed_{v}_in_{p}" for v, p in COMPLETED])
+def test_the_update_is_completed_all_the_same(world: World, victim: str, phase: str) -> None:
+    failed, answered = len(world.traffic.failed), world.traffic.answered
+    release = world.update(ballast=phase == "fetching")
+    world.reaches(phase, release)
+    world.kill(victim)
+    if victim != "serve":
+        assert world.serving() in {release - 1, release}
+    world.restart(victim)
+    world.until(f"release {release} is committed", lambda: world.settled(release))
+    assert world.traffic.failed[failed:] == []
+    assert world.traffic.answered > answered + 50
+
+
+def test_killed_trial_refuses_the_release_and_says_so(world: World) -> None:
+    """A trial that dies is what a trial is for: the release is not trusted, the one before serves on."""
+    before = world.serving()
+    failed = len(world.traffic.failed)
+    release = world.update()
+    world.reaches("trialing", release)
+    world.until("the trial's process", world.trial_processes, every_s=0.001)
+    world.kill("trial")
+    world.until("an answer", lambda: world.answer(release))
+    assert (world.answer(release)["outcome"], world.answer(release)["reason"]) == ("refused", "trial_crashed")
+    assert "SIGKILL" in world.answer(release)["message"]
+    assert world.serving() == before
+    assert world.traffic.failed[failed:] == []
+
+
+def test_killed_serve_in_watching_rolls_back(world: World) -> None:
+    """A `serve` that dies while a new release is watched counts against the release."""
+    before = world.serving()
+    release = world.update()
+    world.reaches("watching", release)
+    world.kill("serve")
+    world.restart("serve")
+    world.until("a roll-back", lambda: world.answer(release) and world.serving() == before)
+    assert (world.answer(release)["outcome"], world.answer(release)["reason"]) == ("rolled_back", "serve_crashed")
+
+
+def test_killed_sync_in_rolling_back(world: World) -> None:
+    """The roll-back is taken up again: nothing can leave a bad release in place."""
+    before = world.serving()
+    release = world.update(TREACHEROUS)
+    world.reaches("rolling_back", release)
+    world.kill("sync")
+    world.restart("sync")
+    world.until("a roll-back", lambda: world.answer(release) and world.serving() == before)
+    assert (world.answer(release)["outcome"], world.answer(release)["reason"]) == ("rolled_back", "error_ratio")
+
+
+def test_the_fleet_still_works_after_all_this(world: World) -> None:
+    release = world.update(GOOD)
+    world.until(f"release {release} is committed", lambda: world.settled(release))

@@ -1,0 +1,177 @@
+"""A fleet of one device on this machine, and what a test asks of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import yaml
+from device import Device
+from fleet import MODEL, Fleet
+from processes import processes
+
+from agent.client import Client, ClientError
+
+DIGITS = Path(__file__).parents[2] / "examples/digits"
+GOOD, TREACHEROUS = "digits-v2-int8-qdq.onnx", "digits-v4-fixed-batch.onnx"
+LIMIT_S = 45.0
+BALLAST_BYTES = 40_000_000  # makes fetching last long enough to be met
+
+
+class World:
+    """Starts with release 1 serving. `update` publishes the next one and rolls it out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.version = 1
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> World:  # noqa: PYI034 - typing.Self came with Python 3.11
+        environment = {"EDGE_FLEET_PROFILE": str(self.folder / "profile.yaml")}
+        self.processes = self._stack.enter_context(processes(self.folder / "logs", environment))
+        self.fleet = Fleet(self.folder, self.processes, lambda _: None, lambda: None)
+        self.fleet.init()
+        self.fleet.serve()
+        self.device = Device("device", self.folder, self.processes)
+        self.device.prepare()
+        self.device.enrol(self.fleet.run("token", "create", "--device", "device").strip())
+        self.device.start()
+        self.until("the device is online", lambda: bool(self.fleet.devices()["device"]["online"]))
+        self.publish()
+        self.fleet.roll_out(1)
+        self.until("release 1 is committed", lambda: self.settled(1))
+        self.traffic = Traffic(self.device.socket)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.traffic.stop()
+        self._stack.close()
+
+    # -- what a test does --------------------------------------------------------------------------------------------------
+
+    def publish(self, model: str = GOOD, *, ballast: bool = False) -> None:
+        folder = self.folder / f"release-{self.version}"
+        folder.mkdir()
+        shutil.copy(DIGITS / "models" / model, folder / "model.onnx")
+        files = {}
+        if ballast:
+            files["ballast.bin"] = "ballast.bin"
+            (folder / "ballast.bin").write_bytes(np.random.default_rng(self.version).bytes(BALLAST_BYTES))
+        release = {
+            "model": MODEL,
+            "version": self.version,
+            "files": files,
+            "variants": [{"name": "cpu", "runtime": "onnx", "file": "model.onnx"}],
+            "acceptance": {
+                "watch": {"duration_s": 1.5, "max_duration_s": 30, "min_requests_to_judge": 20, "max_p95_ratio": 1000}
+            },
+        }
+        (folder / "release.yaml").write_text(yaml.safe_dump(release))
+        self.fleet.publish(folder / "release.yaml")
+
+    def update(self, model: str = GOOD, *, ballast: bool = False) -> int:
+        """Publishes the next release and starts its rollout, once the one before is over; returns its version."""
+        self.until("the last rollout ends", lambda: self.fleet.get("rollouts")[0]["state"] in {"completed", "aborted"})
+        self.version += 1
+        self.publish(model, ballast=ballast)
+        self.fleet.roll_out(self.version)
+        return self.version
+
+    def kill(self, part: str) -> None:
+        """kill -9 of `serve`, `sync` or the trial under way."""
+        if part == "trial":
+            for child in self.trial_processes():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        elif part == "fleet":
+            self.fleet.kill()
+        else:
+            self.processes.kill(f"device-{part}")
+
+    def trial_processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.processes.pid("device-sync")).children(recursive=True)
+
+    def restart(self, part: str) -> None:
+        if part == "fleet":
+            self.fleet.serve()
+        elif part != "trial":
+            self.device.start_part(part)
+
+    # -- what a test sees --------------------------------------------------------------------------------------------------
+
+    def until(self, what: str, condition: Callable[[], object], limit_s: float = LIMIT_S, every_s: float = 0.02) -> None:
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {limit_s} s: {what}; the device's state: {self.state()}"
+            threading.Event().wait(every_s)
+
+    def state(self) -> dict[str, Any]:
+        """What `sync` has on disk about the update."""
+        try:
+            state: dict[str, Any] = json.loads((self.device.folder / f"store/sync/updates/{MODEL}.json").read_bytes())
+        except FileNotFoundError:
+            return {"phase": None, "target": None, "answers": []}
+        return state
+
+    def reaches(self, phase: str, release: int) -> None:
+        def there() -> bool:
+            state = self.state()
+            assert not any(a["release"] == release for a in state["answers"]), f"{phase} was passed before it was seen: {state}"
+            return state["phase"] == phase and state["target"] == release
+
+        self.until(f"{phase} of release {release}", there, every_s=0.0005)
+
+    def settled(self, release: int) -> bool:
+        """The device has committed the release, and serves it, and nothing is under way."""
+        last = self.answer(release)
+        return bool(last) and last["outcome"] == "committed" and self.state()["phase"] == "steady" and self.serving() == release
+
+    def answer(self, release: int) -> dict[str, Any]:
+        return next((a for a in reversed(self.state()["answers"]) if a["release"] == release), {})
+
+    def serving(self) -> int | None:
+        """What `serve` itself says."""
+        try:
+            with Client(self.device.socket) as client:
+                status, _, body = client.request("GET", f"/control/v1/models/{MODEL}")
+        except ClientError:
+            return None
+        return json.loads(bytes(body))["active"] if status == 200 else None
+
+
+class Traffic:
+    """An app that asks all the time. `failed` are the requests that got an error from a `serve` that was there to give one."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+        self._stopping = threading.Event()
+        self.answered = 0
+        self.failed: list[str] = []
+        self.away = 0
+        self._thread = threading.Thread(target=self._ask)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        images = np.zeros((8, 1, 8, 8), np.float32)
+        with Client(self._socket) as client:
+            while not self._stopping.wait(0.002):
+                try:
+                    client.infer(MODEL, {"image": images})
+                    self.answered += 1
+                except ClientError as error:
+                    if error.status is None:
+                        self.away += 1
+                    else:
+                        self.failed.append(str(error))
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(30)
