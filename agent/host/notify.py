@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import MutableMapping
 
+log = logging.getLogger(__name__)
+
+SEND_TIMEOUT_S = 1.0  # a full queue at the other end must not hold this process up
 FIRST_FD = 3  # sd_listen_fds(3): passed descriptors start here
 
 
 def notify(message: str, environ: MutableMapping[str, str] | None = None) -> bool:
-    """Sends one sd_notify(3) message such as `READY=1`. False when nobody listens.
-
-    Raises: OSError when $NOTIFY_SOCKET is set but cannot be reached.
-    """
+    """Sends one sd_notify(3) message such as `READY=1`. False when nobody listens, or nobody takes it in time."""
     address = (os.environ if environ is None else environ).get("NOTIFY_SOCKET", "")
     if not address:
         return False
     if address[0] == "@":  # an abstract socket
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.connect(address)
-        sender.sendall(message.encode())
+        sender.settimeout(SEND_TIMEOUT_S)
+        try:
+            sender.connect(address)
+            sender.sendall(message.encode())
+        except OSError as error:
+            log.warning("%r could not be told to $NOTIFY_SOCKET: %s", message, error)
+            return False
     return True
 
 

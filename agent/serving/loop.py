@@ -43,6 +43,7 @@ REQUESTS_IN_A_ROW = 32  # pipelined requests of one connection before others hav
 SWEEP_S = 5.0
 STALLED_S = 60.0  # a request or an answer that makes no progress for this long ends its connection
 LINGER_S = 5.0  # how long a connection that is to be closed is read from, so that its peer can read the answer
+STOP_PATIENCE_S = 1.0  # how long a half-sent request, or an answer that is not read, is waited for on the way out
 ACCEPTS_IN_A_ROW = 64
 LARGE_BODIES_AT_ONCE = 4  # of max_body_bytes: bounds what hostile clients can make the server hold
 
@@ -356,13 +357,15 @@ class Loop:
                 self._close(connection)
 
     def _drain(self) -> None:
-        """On the way out: once nothing waits to be read, idle connections are closed; when only finished ones are left, it is done."""
+        """On the way out: once nothing waits to be read, connections that are idle or do not move are closed; then it is done."""
         if self._ready:
             return
         for fd in list(self._listeners):
             self._epoll.unregister(fd)
             del self._listeners[fd]
-        for connection in [c for c in list(self._connections.values()) if c.idle]:
-            self._close(connection)
+        stalled = time.perf_counter() - STOP_PATIENCE_S
+        for connection in list(self._connections.values()):
+            if connection.idle or (not connection.busy and connection.seen_s < stalled):
+                self._close(connection)
         if all(c.draining and not c.busy for c in list(self._connections.values())):
             self._drained.set()
