@@ -79,7 +79,8 @@ class Store:
 
     def check_format(self, *, may_be_missing: bool = False) -> None:
         """Raises: StoreError when the store was written by a newer version, or is not a store. One that `sync` has not made yet
-        is empty to whoever says that it `may_be_missing`."""
+        is empty to whoever says that it `may_be_missing`.
+        """
         path = self.root / "format.json"
         try:
             number = decode(path.read_bytes(), dict[str, int], limit_bytes=1024).get("format")
@@ -124,17 +125,22 @@ class Store:
         files.write(path, data)
         return manifest
 
-    def manifest(self, ref: names.ReleaseRef) -> ReleaseManifest:
-        """Raises: StoreError when the release is not in the store or its manifest is damaged."""
+    def manifest_bytes(self, ref: names.ReleaseRef) -> bytes:
+        """The manifest exactly as it was signed.  Raises: StoreError when the release is not in the store."""
         path = self._manifest_path(ref)
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
                 raise StoreError(f"{path} is larger than a manifest may be")
-            return parse_manifest(path.read_bytes(), expected=ref)
+            return path.read_bytes()
         except FileNotFoundError:
             raise StoreError(f"release {ref} is not in the store {self.root}") from None
+
+    def manifest(self, ref: names.ReleaseRef) -> ReleaseManifest:
+        """Raises: StoreError when the release is not in the store or its manifest is damaged."""
+        try:
+            return parse_manifest(self.manifest_bytes(ref), expected=ref)
         except ValueError as error:
-            raise StoreError(f"{path} is damaged: {error}") from error
+            raise StoreError(f"{self._manifest_path(ref)} is damaged: {error}") from error
 
     def release(self, model: str, choice: Choice) -> Release:
         """The release to load, its model file checked against the manifest's hash.

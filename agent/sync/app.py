@@ -29,12 +29,13 @@ from agent.config import AgentConfig
 from agent.contract.codec import ContractError
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, ModelState
-from agent.host import files, hardware, notify
+from agent.host import hardware, notify
 from agent.host.clock import SystemClock
 from agent.store import Store, StoreError
 from agent.sync import enrol, identity, link
 from agent.sync.counters import Counter
 from agent.sync.download import Downloader, HttpBlobs
+from agent.sync.holds import Holds
 from agent.sync.http import FleetHttp
 from agent.sync.identity import Identity, IdentityError
 from agent.sync.outbox import Outbox
@@ -211,7 +212,7 @@ class SyncApp:
             desired=lambda: self.follower.current,
             teller=self,
             boot=hardware.boot_id(),
-            holds=private / "holds",
+            holds=Holds(private / "holds"),
             engine_threads=config.serve.engine_threads,
         )
         self._workers: dict[str, Worker] = {}
@@ -385,7 +386,6 @@ class SyncApp:
 def main(config: AgentConfig) -> None:
     """The whole life of the process.  Raises: StoreError, IdentityError, OSError before it has begun."""
     store = Store.create(config.store)
-    files.make_directory(store.private / "holds")
     with exclusive(store):
         SyncApp(config, identity.load(config.sync.identity), store).run()
 

@@ -144,5 +144,47 @@ def updates(config_path: Path | None, forget: str | None, *, as_json: bool) -> N
         click.echo(overview.text(models), nl=False)
 
 
-COMMANDS = (sync, enroll, trial, doctor, updates)
+@click.command()
+@click.argument("model")
+@click.option("--lift", is_flag=True, help="Let the model follow the fleet again.")
+@_config_option
+def hold(model: str, config_path: Path | None, *, lift: bool) -> None:
+    """Keep a model on the release that serves now, whatever the fleet wants. Only a withdrawal is stronger."""
+    config = _load(config_path)
+    from agent.store import Store, StoreError
+    from agent.sync import overview
+    from agent.sync.holds import Holds
+
+    store = Store(config.store)
+    try:
+        store.check_format()
+        if lift:
+            done = Holds(store.private / "holds").lift(model)
+            click.echo(f"{model} follows the fleet again" if done else f"{model} was not held")
+        else:
+            click.echo(f"{model} is held on release {overview.hold(store, model)}; `edge-agent hold --lift {model}` ends it")
+    except (StoreError, ValueError, OSError) as error:
+        _fail(str(error))
+
+
+@click.command()
+@click.argument("model")
+@click.option("--to", "version", type=int, help="The release to go back to  [default: the last other one committed here].")
+@_config_option
+def rollback(model: str, version: int | None, config_path: Path | None) -> None:
+    """Go back to a release that was committed on this device, and stay on it. Works without any network."""
+    config = _load(config_path)
+    from agent.store import Store, StoreError
+    from agent.sync import overview
+
+    store = Store(config.store)
+    try:
+        store.check_format()
+        version = overview.go_back(store, model, version)
+    except (StoreError, ValueError, OSError) as error:
+        _fail(str(error))
+    click.echo(f"{model} goes back to release {version} within seconds, and stays there until `edge-agent hold --lift {model}`")
+
+
+COMMANDS = (sync, enroll, trial, doctor, updates, hold, rollback)
 """For `edge-agent`'s group."""

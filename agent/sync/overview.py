@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 from agent.contract.names import ReleaseRef
 from agent.host.clock import text as moment
 from agent.store import Store, StoreError
+from agent.sync.holds import Holds
 from agent.sync.quarantine import Quarantine
 from agent.sync.states import States
 from agent.sync.update import UpdateState
@@ -40,7 +42,7 @@ def _model(store: Store, states: States, quarantine: Quarantine, model: str) -> 
         "retry_at": state.retry_at,
         "failure": msgspec.to_builtins(state.failure),
         "interruptions": state.interruptions,
-        "held": (store.private / "holds" / model).exists(),
+        "held": Holds(store.private / "holds").pinned(model),
         "answers": msgspec.to_builtins(state.answers),
         "quarantine": [msgspec.to_builtins(entry.answer) for entry in quarantine.entries(model)],
     }
@@ -49,6 +51,47 @@ def _model(store: Store, states: States, quarantine: Quarantine, model: str) -> 
 def forget(store: Store, ref: ReleaseRef) -> bool:
     """Lifts the refusal of a release on this device. False when it was not refused.  Raises: OSError."""
     return Quarantine(store.private / "quarantine").forget(ref.model, ref.version)
+
+
+def hold(store: Store, model: str) -> int:
+    """Keeps the model on the release that serves now; gives its version.  Raises: StoreError when none does; OSError."""
+    selection = store.selection(model)
+    if selection is None:
+        raise StoreError(f"model {model!r} serves no release: there is nothing to hold it on")
+    Holds(store.private / "holds").pin(model, selection.active.version)
+    return selection.active.version
+
+
+def go_back(store: Store, model: str, version: int | None) -> int:
+    """Holds the model on `version`, or on the newest other release that was committed here; gives it.
+
+    Raises: StoreError when there is none to go back to; OSError.
+    """
+    selection = store.selection(model)
+    active = selection.active.version if selection else None
+    if version is None:
+        version = _before(store, model, active)
+    if version == active:
+        raise StoreError(f"model {model!r} serves release {version} already")
+    store.manifest(ReleaseRef(model, version))
+    Holds(store.private / "holds").pin(model, version)
+    return version
+
+
+def _before(store: Store, model: str, active: int | None) -> int:
+    state = States(store.private / "updates").read(model) or UpdateState(model=model)
+    if state.target == active and state.before is not None:  # under watch: what it would return to
+        return state.before.version
+    proved = [
+        ref.version
+        for ref in store.releases()
+        if ref.model == model
+        and ref.version != active
+        and hashlib.sha256(store.manifest_bytes(ref)).hexdigest() in state.committed
+    ]
+    if not proved:
+        raise StoreError(f"no other release of model {model!r} was committed on this device: there is nothing to go back to")
+    return max((version for version in proved if active is None or version < active), default=max(proved))
 
 
 def text(models: dict[str, Any]) -> str:
@@ -73,7 +116,7 @@ def _target(model: dict[str, Any]) -> str:
     if model["failure"]:
         parts.append(f" ({model['failure']['reason']}: {model['failure']['message']})")
     if model["held"]:
-        parts.append(", held")
+        parts.append(f", held on {model['held']} by an operator here")
     return "".join(parts)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from agent.config import SyncSettings
@@ -19,6 +19,7 @@ from agent.sync import update, windows
 from agent.sync import watch as watching
 from agent.sync.desired import Desired
 from agent.sync.download import Downloader
+from agent.sync.holds import Holds
 from agent.sync.ports import Clock, Releases, Signed, Stop
 from agent.sync.problems import Problem, Stopped, store_problem
 from agent.sync.quarantine import Quarantine
@@ -29,7 +30,7 @@ from agent.sync.trial import Trials, make_request
 from agent.sync.update import Event, Failure, UpdateState
 from agent.sync.variants import choose, needed_files
 
-REST_S = 15.0
+REST_S = 5.0
 """How often a model at rest is compared with what `serve` says, when nothing else wakes it."""
 
 AGAIN_S = 1.0
@@ -75,7 +76,7 @@ class Surroundings:
     desired: Callable[[], Desired | None]
     teller: Teller
     boot: str
-    holds: Path
+    holds: Holds
     engine_threads: int = 1
     jitter: Callable[[], float] = random.random
 
@@ -112,7 +113,7 @@ class ModelUpdater:
     @property
     def held(self) -> bool:
         """Whether an operator on the device said that this model stays as it is."""
-        return (self._s.holds / self.model).exists()
+        return self._s.holds.pinned(self.model) is not None
 
     def step(self, ending: Stop) -> float:
         """Does what the phase asks for. Gives the seconds after which the next step is due, if nothing happens before.
@@ -136,19 +137,18 @@ class ModelUpdater:
     # -- at rest -----------------------------------------------------------------------------------------------------------
 
     def _rest(self) -> float:
-        desired = self._s.desired()
+        wanted = self._wanted()
         status = self._status()
         selection = self._s.store.selection(self.model)
-        if desired is None:
+        if wanted is None:
             return self._tidy(selection, status)
-        wanted = desired.wanted(self.model)
         if self.state.wanted != wanted.release:
             self._save(self.state.but(wanted=wanted.release))
         if wanted.release is None:
             return self._serve_nothing(selection, status)
         if selection and selection.active.version == wanted.release and not self._damaged(selection, status):
             return self._settled(selection, wanted, status)
-        if self.held or self._refused_already(wanted) or not desired.fresh(self._s.clock.wall()):
+        if self._refused_already(wanted) or self._expired() is not None:
             return self._tidy(selection, status)
         before = _other_than(wanted.release, selection)
         self._s.housekeeping.fetching(self.model, None)
@@ -237,7 +237,7 @@ class ModelUpdater:
             return self._put_off(expired)
         signed: Signed | None = None
         try:
-            signed = self._s.releases.manifest(self._ref)
+            signed = self._proved_in_store() or self._s.releases.manifest(self._ref)
             return self._bring(signed)
         except Problem as problem:
             if signed is None or problem.retryable:
@@ -279,6 +279,19 @@ class ModelUpdater:
         self._s.housekeeping.need(self.model, {*_versions(self._s.store.selection(self.model)), choice.version})
         self._s.housekeeping.fetched(self.model)
         return 0.0
+
+    def _proved_in_store(self) -> Signed | None:
+        """The target's manifest from our own store, for a hold: its signature was verified when it was stored, and it was committed here.
+        So an operator can go back without any network. What the fleet wants is always asked for anew.
+        """
+        if not self.held:
+            return None
+        try:
+            data, manifest = self._s.store.manifest_bytes(self._ref), self._s.store.manifest(self._ref)
+        except StoreError:
+            return None
+        signed = Signed(data, hashlib.sha256(data).hexdigest(), manifest)
+        return signed if signed.sha256 in self.state.committed else None
 
     def _proved_here(self, signed: Signed, choice: Choice) -> bool:
         """Whether the trial may be skipped: this release was committed here, its file is intact, and it may serve right now."""
@@ -337,10 +350,9 @@ class ModelUpdater:
 
     def _may_serve(self) -> str | None:
         """None when the target may serve right now; else `shadow` or `window`."""
-        desired = self._s.desired()
-        if desired is None:
+        wanted = self._wanted()
+        if wanted is None:
             return None
-        wanted = desired.wanted(self.model)
         if wanted.mode == "shadow":
             return "shadow"
         local = dt.datetime.fromtimestamp(self._s.clock.wall()).astimezone()
@@ -486,11 +498,10 @@ class ModelUpdater:
         """Something else is wanted. Go back first, so that the next one is compared with a proved release; with nothing to go back
         to it serves on, uncommitted, until the next one takes over, unless nobody may run it.
         """
-        desired, target = self._s.desired(), self.state.target
-        assert desired is not None
+        desired, wanted, target = self._s.desired(), self._wanted(), self.state.target
         assert target is not None
-        nothing = desired.wanted(self.model).release is None
-        if self.state.before is None and not nothing and not desired.withdrawn(self.model, target):
+        nothing = wanted is None or wanted.release is None
+        if self.state.before is None and not nothing and not (desired and desired.withdrawn(self.model, target)):
             self._apply(update.rest(self.state, Event.SETTLED, self._s.clock.wall()))
             return 0.0
         return self._bad(Event.OVERTAKEN, self._overtaken_by())
@@ -546,9 +557,16 @@ class ModelUpdater:
         self._apply(update.rest(self.state, Event.OVERTAKEN, self._s.clock.wall()))
         return 0.0
 
+    def _wanted(self) -> Wanted | None:
+        """What the fleet wants, or what an operator on the device holds the model on; None before the fleet ever spoke."""
+        desired, pinned = self._s.desired(), self._s.holds.pinned(self.model)
+        if pinned is not None and not (desired and desired.withdrawn(self.model, pinned)):
+            return Wanted(pinned)
+        return desired.wanted(self.model) if desired else None
+
     def _overtaken(self) -> bool:
-        desired = self._s.desired()
-        return desired is not None and desired.wanted(self.model).release != self.state.target
+        wanted = self._wanted()
+        return wanted is not None and wanted.release != self.state.target
 
     def _overtaken_by(self) -> Failure:
         desired, target = self._s.desired(), self.state.target
@@ -557,7 +575,10 @@ class ModelUpdater:
         return Failure(reason=Reason.OPERATOR, message=f"release {target} is no longer wanted")
 
     def _expired(self) -> Problem | None:
+        """Why nothing may be installed now. Going back by hand to what was proved here needs nobody's fresh word."""
         desired = self._s.desired()
+        if self.held:
+            return None
         if desired is not None and desired.fresh(self._s.clock.wall()):
             return None
         return Problem(

@@ -15,6 +15,7 @@ from agent.contract.reports import Hardware, Phase
 from agent.store import Store
 from agent.sync.desired import Desired
 from agent.sync.download import Downloader
+from agent.sync.holds import Holds
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem
 from agent.sync.quarantine import Quarantine
@@ -174,7 +175,7 @@ class Bench:
             desired=self.desired,
             teller=self,
             boot=self.boot,
-            holds=self.store.private / "holds",
+            holds=Holds(self.store.private / "holds"),
             jitter=lambda: 1.0,
         )
         self.surroundings = surroundings

@@ -13,8 +13,8 @@ from agent.contract.codec import encode
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
-from agent.store import Choice, Selection
-from agent.sync import update
+from agent.store import Choice, Selection, StoreError
+from agent.sync import overview, update
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem, Stopped
 from agent.sync.serving import ServeAway, ServeRefused
@@ -618,18 +618,56 @@ def test_a_shadow_rollout_is_tried_and_does_not_serve_until_it_may(on_one: Bench
 
 
 def test_a_held_model_stays_as_it_is(on_one: Bench):
-    hold = on_one.store.private / "holds" / MODEL
-    hold.parent.mkdir()
-    hold.touch()
+    overview.hold(on_one.store, MODEL)
     on_one.want(2)
     for _ in range(5):
         on_one.step()
     assert on_one.phase is P.STEADY
-    hold.unlink()
+    assert on_one.updater.held
+    on_one.surroundings.holds.lift(MODEL)
     on_one.step()
     on_one.until(P.STEADY)
 
     assert on_one.serving == 2
+
+
+def test_an_operator_goes_back_by_hand_without_a_network(on_one: Bench):
+    on_one.install(2)
+    on_one.manifest_problem = Problem(Reason.DOWNLOAD_FAILED, "unplugged")
+    on_one.clock.pass_(30 * DAY)
+    assert overview.go_back(on_one.store, MODEL, None) == 1
+    on_one.step()
+    on_one.until(P.STEADY)
+    for _ in range(5):
+        on_one.step()
+
+    assert on_one.serving == 1
+    assert on_one.phase is P.STEADY
+
+
+def test_going_back_by_hand_during_a_watch(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    assert overview.go_back(on_one.store, MODEL, None) == 1
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 1
+
+
+def test_a_withdrawal_is_stronger_than_a_hold(on_one: Bench):
+    on_one.install(2)
+    overview.hold(on_one.store, MODEL)
+    on_one.want(1, withdrawn=(2,))
+    on_one.step()
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 1
+
+
+def test_there_may_be_nothing_to_go_back_to(on_one: Bench):
+    with pytest.raises(StoreError, match="nothing to go back to"):
+        overview.go_back(on_one.store, MODEL, None)
 
 
 def test_a_release_that_serves_already_answers_a_new_rollout(on_one: Bench):
