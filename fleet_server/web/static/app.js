@@ -1,0 +1,424 @@
+"use strict";
+// The page. Everything that came from a device or a person is put in as text, never as markup.
+
+const API = "/api/v1";
+const SHOWN_DEVICES = 200;
+const SHOWN_EVENTS = 200;
+const RANKS = ["viewer", "publisher", "operator", "admin"];
+const KINDS = ["committed", "pending", "failed", "refused", "rolled_back", "offline"];
+const OVER = ["completed", "aborted"];
+const STATE_LOOK = { running: "busy", holding: "warn", paused: "warn", completed: "good", aborted: "bad", created: "busy" };
+const OUTCOME_LOOK = { committed: "good", refused: "bad", rolled_back: "bad", failed: "warn" };
+const BAD_EVENTS = /abort|refus|rolled|fail|crash|revoke|withdraw|quarantin|problem|lost/;
+const GOOD_EVENTS = /commit|complet/;
+
+const state = { me: null, status: {}, devices: [], releases: [], rollouts: [], models: [], events: [], all: false, allRollouts: false };
+const $ = (id) => document.getElementById(id);
+
+// -- small tools --------------------------------------------------------------------------------------------------------------
+
+/** An element with properties and children; strings become text. */
+function h(tag, properties, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name === "class") element.className = value;
+    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else element.setAttribute(name, value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+const words = (text) => String(text ?? "").replaceAll("_", " ");
+const pill = (text, look) => h("span", { class: `pill ${look || ""}` }, words(text));
+const reach = (wave) => (wave.permille >= 1000 ? "everyone" : [...wave.groups, ...(wave.permille ? [`${wave.permille / 10} %`] : [])].join(", "));
+const may = (role) => state.me && RANKS.indexOf(state.me.role) >= RANKS.indexOf(role);
+const clock = (at) => new Date(at * 1000).toLocaleTimeString([], { hour12: false });
+const moment = (at) => new Date(at * 1000).toLocaleString([], { hour12: false });
+
+function ago(at) {
+  if (at === null || at === undefined) return "never";
+  const seconds = Math.max(0, Math.round(Date.now() / 1000 - at));
+  for (const [unit, size] of [["d", 86400], ["h", 3600], ["min", 60]]) if (seconds >= size) return `${Math.floor(seconds / size)} ${unit} ago`;
+  return seconds < 5 ? "now" : `${seconds} s ago`;
+}
+
+function bytes(number) {
+  for (const unit of ["B", "KiB", "MiB"]) {
+    if (number < 1024) return `${unit === "B" ? number : number.toFixed(1)} ${unit}`;
+    number /= 1024;
+  }
+  return `${number.toFixed(1)} GiB`;
+}
+
+/** Puts `children` into the element, unless it shows just that already; keeps the focus by `data-key`. */
+function show(element, ...children) {
+  const fresh = h("div", null, ...children);
+  if (fresh.isEqualNode(element.shadowOf)) return;
+  element.shadowOf = fresh.cloneNode(true);
+  const key = element.contains(document.activeElement) ? document.activeElement.dataset.key : null;
+  element.replaceChildren(...fresh.childNodes);
+  if (key) element.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
+}
+
+// -- the server ---------------------------------------------------------------------------------------------------------------
+
+async function call(method, path, body) {
+  const options = { method, credentials: "same-origin", headers: { "X-Edge-Fleet": "1" } };
+  if (body !== undefined) {
+    options.headers["Content-Type"] = "application/json";
+    options.body = JSON.stringify(body);
+  }
+  const response = await fetch(API + path, options);
+  const data = await response.json().catch(() => ({}));
+  if (response.status === 401 && path !== "/session") signedOut();
+  if (!response.ok) throw new Error(data.error || `the server answered ${response.status}`);
+  return data;
+}
+
+const reading = {
+  status: async () => { state.status = await call("GET", "/status"); },
+  devices: async () => { state.devices = await call("GET", "/devices?limit=1000"); },
+  releases: async () => { state.releases = await call("GET", "/releases"); },
+  rollouts: async () => {
+    [state.rollouts, state.models] = await Promise.all([call("GET", "/rollouts?limit=30"), call("GET", "/models")]);
+  },
+};
+const waiting = new Set();
+let scheduled = null;
+
+/** Reads the named parts again soon; what changes in quick succession is read once. */
+function refresh(...parts) {
+  parts.forEach((part) => waiting.add(part));
+  scheduled ??= setTimeout(async () => {
+    const now = [...waiting];
+    waiting.clear();
+    try {
+      await Promise.all(now.map((part) => reading[part]()));
+      problem("");
+    } catch (error) {
+      problem(error.message);
+    }
+    scheduled = null;
+    render();
+    if (waiting.size) refresh();
+  }, 120);
+}
+
+function problem(text) {
+  $("problem").textContent = text;
+  $("problem").hidden = !text;
+}
+
+let source = null;
+
+function follow() {
+  source?.close();
+  const last = state.events.length ? `?after=${state.events[0].seq}` : "";
+  source = new EventSource(`${API}/events/stream${last}`);
+  source.onopen = () => { live(true); refresh("status", "devices", "rollouts", "releases"); };
+  source.onerror = () => {
+    live(false);
+    if (source.readyState === EventSource.CLOSED) setTimeout(() => { if (state.me) call("GET", "/me").then(follow, () => setTimeout(follow, 3000)); }, 1500);
+  };
+  source.addEventListener("event", (message) => addEvents([JSON.parse(message.data)]));
+  source.addEventListener("change", (message) => {
+    const what = JSON.parse(message.data).what;
+    refresh(...(what === "devices" ? ["devices"] : what === "releases" ? ["releases", "rollouts"] : ["rollouts", "devices"]));
+  });
+}
+
+function live(on) {
+  $("live").textContent = on ? "live" : "reconnecting";
+  $("live").classList.toggle("on", on);
+}
+
+// -- in and out ---------------------------------------------------------------------------------------------------------------
+
+async function start() {
+  try {
+    state.me = await call("GET", "/me");
+  } catch {
+    return signedOut();
+  }
+  $("sign-in").hidden = true;
+  $("app").hidden = $("top").hidden = false;
+  $("who").textContent = `${state.me.name} (${state.me.role})`;
+  state.events = [];
+  addEvents(await call("GET", `/events?limit=${SHOWN_EVENTS}`));
+  follow();
+}
+
+function signedOut() {
+  state.me = null;
+  source?.close();
+  $("app").hidden = $("top").hidden = true;
+  if ($("sign-in").hidden) {
+    $("sign-in").hidden = false;
+    $("token").focus();
+  }
+}
+
+$("sign-in-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  try {
+    await call("POST", "/session", { token: $("token").value.trim() });
+    $("token").value = $("sign-in-error").textContent = "";
+    await start();
+  } catch (error) {
+    $("sign-in-error").textContent = error.message;
+  }
+});
+$("sign-out").addEventListener("click", async () => { await call("DELETE", "/session").catch(() => {}); signedOut(); });
+
+// -- what is shown ------------------------------------------------------------------------------------------------------------
+
+function render() {
+  if (!state.me) return;
+  const name = state.status.fleet || "Fleet";
+  $("fleet-name").textContent = name;
+  document.title = `${name} fleet`;
+  renderTiles();
+  renderRollouts();
+  renderDevices();
+  renderReleases();
+}
+
+function trouble(device) {
+  if (device.problem) return true;
+  return Object.values(device.models).some((model) => {
+    const answer = lastAnswer(model);
+    return model.serving === null || (answer && answer.outcome !== "committed" && answer.release === (model.wanted ?? answer.release)) || model.phase === "quarantined";
+  });
+}
+
+function lastAnswer(model) {
+  return [...(model.answers || [])].sort((a, b) => b.at - a.at)[0] || null;
+}
+
+function renderTiles() {
+  const devices = state.devices.filter((device) => !device.revoked);
+  const online = devices.filter((device) => device.online).length;
+  const bad = devices.filter(trouble).length;
+  const active = state.rollouts.filter((rollout) => !OVER.includes(rollout.state)).length;
+  const tile = (number, of, text, look) => h("li", { class: `tile ${look || ""}` }, h("b", null, String(number), of ? h("small", null, ` of ${of}`) : null), h("span", { class: "muted" }, text));
+  show($("tiles"),
+    tile(online, devices.length, "devices online"),
+    tile(bad, null, bad === 1 ? "device in trouble" : "devices in trouble", bad ? "bad" : ""),
+    tile(active, null, active === 1 ? "rollout under way" : "rollouts under way"),
+    state.models.map((model) => tile(model.release === null ? "none" : `v${model.release}`, null, `${model.model} everywhere`)),
+    state.status.broker_connected === false ? tile("down", null, "broker", "bad") : null);
+}
+
+function renderRollouts() {
+  const active = state.rollouts.filter((rollout) => !OVER.includes(rollout.state));
+  const over = state.rollouts.filter((rollout) => OVER.includes(rollout.state));
+  const shown = [...active, ...(state.allRollouts ? over : over.slice(0, active.length ? 1 : 2))];
+  if (!shown.length) return show($("rollout-list"), h("p", { class: "card empty" }, "No rollout yet. Start one at a release below, or with ", h("code", null, "edge-fleet rollout start"), "."));
+  const hiddenCount = state.rollouts.length - shown.length;
+  show($("rollout-list"), shown.map(rolloutCard),
+    hiddenCount > 0 ? h("p", null, h("button", { class: "small", "data-key": "older", onclick: () => { state.allRollouts = true; render(); } }, `Show ${hiddenCount} earlier`)) : null);
+}
+
+function rolloutCard(rollout) {
+  const title = `${rollout.model}:${rollout.release}`;
+  const before = rollout.previous === null ? "first release" : `after ${rollout.model}:${rollout.previous}`;
+  return h("article", { class: "card", "aria-label": `Rollout of ${title}` },
+    h("div", { class: "rollout-head" }, h("h3", null, title), pill(rollout.state === "holding" ? "waits for promote" : rollout.state, STATE_LOOK[rollout.state]),
+      h("span", { class: "muted small" }, `${before} · ${rollout.id} · by ${rollout.created_by} · ${ago(rollout.created)}`), rolloutActions(rollout)),
+    h("ol", { class: "waves" }, rollout.waves.map((wave, number) => waveStep(rollout, wave, number))),
+    rollout.verdict ? verdictView(rollout) : null);
+}
+
+function waveStep(rollout, wave, number) {
+  const completed = rollout.state === "completed";
+  const look = number < rollout.wave || completed ? "done" : number === rollout.wave ? (rollout.state === "aborted" ? "stopped" : "now") : "later";
+  const said = { done: "passed", now: rollout.state === "holding" ? "passed, holding" : rollout.state, stopped: "stopped here", later: "not yet" }[look];
+  return h("li", { class: `wave ${look}`, "aria-current": look === "now" ? "step" : null }, h("b", null, `Wave ${number + 1}: ${reach(wave)}`), h("br"), said);
+}
+
+function verdictView(rollout) {
+  const { counts, why, evidence } = rollout.verdict;
+  const present = KINDS.filter((kind) => counts[kind]);
+  const bad = evidence.filter((witness) => ["refused", "rolled_back", "failed"].includes(witness.standing)).slice(0, 8);
+  const bar = h("div", { class: "meter", role: "img", "aria-label": present.map((kind) => `${counts[kind]} ${words(kind)}`).join(", ") || "no device yet" },
+    present.map((kind) => { const part = h("span", { class: `c-${kind}` }); part.style.flexGrow = counts[kind]; return part; }));
+  return h("div", null, bar,
+    h("ul", { class: "legend" }, present.map((kind) => h("li", null, h("i", { class: `c-${kind}` }), `${counts[kind]} ${words(kind)}`))),
+    h("p", { class: `why ${rollout.state === "aborted" ? "error" : "muted"}` }, rollout.state === "aborted" && rollout.reason ? `Aborted: ${rollout.reason}` : why),
+    bad.length ? h("ul", { class: "witnesses" }, bad.map((witness) => h("li", null, h("b", null, witness.device), ` ${words(witness.standing)}: `, h("code", null, witness.reason || "no reason"), ` ${witness.message}`))) : null);
+}
+
+function rolloutActions(rollout) {
+  if (!may("operator") || OVER.includes(rollout.state)) return null;
+  const button = (verb, text, look, question) => h("button", { class: `small ${look}`, "data-key": `${rollout.id}-${verb}`, onclick: () => confirmThen(text, question, () => call("POST", `/rollouts/${encodeURIComponent(rollout.id)}/${verb}`, {})) }, text);
+  const next = rollout.waves[rollout.wave + 1];
+  return h("div", { class: "actions" },
+    rollout.state === "holding" && next ? button("promote", "Promote", "primary", `Go on to ${reach(next)}?`) : null,
+    ["running", "holding"].includes(rollout.state) ? button("pause", "Pause", "", "Begin no further wave? Devices already reached go on.") : null,
+    rollout.state === "paused" ? button("resume", "Resume", "primary", "Let the rollout go on?") : null,
+    button("abort", "Abort", "danger", rollout.previous === null ? "Abort? Devices stop serving the model: there is no release before." : `Abort? Every device goes back to ${rollout.model}:${rollout.previous}.`));
+}
+
+function matches(device, text) {
+  if (!text) return true;
+  const said = Object.entries(device.models).flatMap(([name, model]) => [name, `${name}:${model.serving}`, model.phase, model.variant, lastAnswer(model)?.outcome, lastAnswer(model)?.reason]);
+  return [device.id, ...device.groups, device.online ? "online" : "offline", ...said].some((word) => String(word ?? "").toLowerCase().includes(text));
+}
+
+function renderDevices() {
+  const text = $("filter").value.trim().toLowerCase();
+  const found = state.devices.filter((device) => matches(device, text) && (!$("only-trouble").checked || trouble(device)));
+  if (!state.devices.length) return show($("device-list"), h("p", { class: "empty" }, "No device yet. Make an enrolment string: ", h("code", null, "edge-fleet token create"), "."));
+  if (!found.length) return show($("device-list"), h("p", { class: "empty" }, "No device matches."));
+  const rows = state.all ? found : found.slice(0, SHOWN_DEVICES);
+  show($("device-list"),
+    table("Devices", ["Device", "State", "Groups", "Runs", "Last answer", "Seen"], rows.map(deviceRow)),
+    rows.length < found.length ? h("p", { class: "more" }, `${rows.length} of ${found.length} `, h("button", { class: "small", "data-key": "all", onclick: () => { state.all = true; render(); } }, "Show all")) : null);
+}
+
+function table(caption, headings, rows) {
+  return h("table", null, h("caption", { class: "hidden" }, caption), h("thead", null, h("tr", null, headings.map((heading) => h("th", { scope: "col" }, heading)))), h("tbody", null, rows));
+}
+
+const cell = (label, properties, ...children) => h("td", { "data-label": label, ...properties }, ...children);
+
+function deviceRow(device) {
+  const models = Object.entries(device.models);
+  const standing = device.revoked ? pill("revoked", "bad") : device.online ? pill("online", "good") : pill("offline");
+  return h("tr", null,
+    cell("", null, h("button", { class: "link", "data-key": `device-${device.id}`, onclick: () => deviceDialog(device.id) }, device.id)),
+    cell("", null, standing, device.problem ? h("div", { class: "error small" }, device.problem) : null),
+    cell("Groups", null, device.groups.map((group) => h("span", { class: "tag" }, group))),
+    cell("Runs", null, models.map(([name, model]) => modelView(name, model))),
+    cell("Last answer", { class: "answer" }, models.map(([, model]) => answerView(lastAnswer(model)))),
+    cell("Seen", { class: "num" }, ago(device.last_seen)));
+}
+
+function modelView(name, model) {
+  const busy = model.phase !== "steady";
+  const target = busy && model.target && model.target !== model.serving ? ` → ${model.target}` : "";
+  return h("div", { class: "model" }, h("b", null, model.serving === null ? `${name}: nothing` : `${name}:${model.serving}`), target, " ",
+    model.variant ? h("span", { class: "tag" }, model.variant) : null,
+    busy ? pill(model.phase, ["rolling_back", "quarantined"].includes(model.phase) ? "bad" : "busy") : null, " ",
+    busy && model.progress !== null && model.progress !== undefined ? h("progress", { max: 1, value: model.progress, "aria-label": `${name} ${Math.round(model.progress * 100)} %` }) : null,
+    model.held ? pill("held", "warn") : null);
+}
+
+function answerView(answer) {
+  if (!answer) return h("div", { class: "muted" }, "none");
+  return h("div", { class: "model" }, pill(`${answer.outcome} ${answer.release}`, OUTCOME_LOOK[answer.outcome]), " ",
+    answer.reason ? h("code", null, answer.reason) : null, answer.message ? h("span", { class: "muted small" }, ` ${answer.message}`) : null);
+}
+
+function renderReleases() {
+  if (!state.releases.length) return show($("release-list"), h("p", { class: "empty" }, "No release yet. Publish one: ", h("code", null, "edge-fleet publish RELEASE.yaml --key releases.key"), "."));
+  show($("release-list"), table("Releases", ["Release", "State", "Variants", "Size", "Published", "From", ""], state.releases.map(releaseRow)));
+}
+
+function releaseRow(release) {
+  const everywhere = state.models.some((model) => model.model === release.model && model.release === release.version);
+  const moving = state.rollouts.some((rollout) => !OVER.includes(rollout.state) && rollout.model === release.model && rollout.release === release.version);
+  const standing = release.withdrawn ? pill("withdrawn", "bad") : everywhere ? pill("everywhere", "good") : moving ? pill("rolling out", "busy") : pill("published");
+  const { notes, publisher } = release.provenance;
+  return h("tr", null,
+    cell("", null, h("b", null, release.release)),
+    cell("", null, standing),
+    cell("Variants", null, release.variants.map((variant) => h("span", { class: "tag" }, `${variant.name} · ${variant.runtime}`))),
+    cell("Size", { class: "num" }, bytes(release.size_bytes)),
+    cell("Published", { class: "num" }, h("time", { title: moment(release.published) }, ago(release.published))),
+    cell("From", { class: "answer small" }, publisher || "", h("span", { class: "muted" }, ` key ${(release.signers[0] || "").slice(0, 8)} · ${release.golden_cases} golden`), notes ? h("div", { class: "muted" }, notes) : null),
+    cell("", { class: "num" }, may("operator") && !release.withdrawn ? [
+      everywhere || moving ? null : h("button", { class: "small", "data-key": `roll-${release.release}`, onclick: () => startDialog(release) }, "Roll out…"), " ",
+      h("button", { class: "small quiet", "data-key": `withdraw-${release.release}`, onclick: () => confirmThen("Withdraw", `Withdraw ${release.release} for good? No device may run it any more.`, () => call("POST", `/releases/${encodeURIComponent(release.model)}/${release.version}/withdraw`, {})) }, "Withdraw"),
+    ] : null));
+}
+
+function addEvents(found) {
+  const known = new Set(state.events.map((event) => event.seq));
+  const fresh = found.filter((event) => !known.has(event.seq));
+  state.events = [...fresh].reverse().concat(state.events).slice(0, SHOWN_EVENTS);
+  for (const event of fresh) $("event-list").prepend(eventLine(event));
+  while ($("event-list").children.length > SHOWN_EVENTS) $("event-list").lastChild.remove();
+}
+
+function eventLine(event) {
+  const look = BAD_EVENTS.test(event.name) ? "bad" : GOOD_EVENTS.test(event.name) ? "good" : "";
+  return h("li", null, h("time", { class: "muted", title: moment(event.received) }, clock(event.received)), h("b", null, event.device || "server"),
+    h("span", { class: look }, words(event.name)), h("span", null, event.message, event.reason ? h("code", null, ` ${event.reason}`) : null));
+}
+
+// -- dialogs ------------------------------------------------------------------------------------------------------------------
+
+let onOk = null;
+
+function openDialog(title, body, okText, action) {
+  $("dialog-title").textContent = title;
+  $("dialog-body").replaceChildren(...body);
+  $("dialog-error").textContent = "";
+  $("dialog-ok").hidden = !okText;
+  $("dialog-ok").textContent = okText || "";
+  $("dialog-cancel").textContent = okText ? "Cancel" : "Close";
+  onOk = action;
+  $("dialog").showModal();
+}
+
+$("dialog-cancel").addEventListener("click", () => $("dialog").close());
+$("dialog-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  $("dialog-ok").disabled = true;
+  try {
+    if (onOk) await onOk();
+    $("dialog").close();
+    refresh("rollouts", "devices", "releases");
+  } catch (error) {
+    $("dialog-error").textContent = error.message;
+  }
+  $("dialog-ok").disabled = false;
+});
+
+const confirmThen = (title, question, action) => openDialog(title, [h("p", null, question)], title, action);
+
+function startDialog(release) {
+  const groups = h("input", { id: "start-groups", placeholder: "canary, warsaw", spellcheck: "false" });
+  const percent = h("input", { id: "start-percent", type: "number", min: "0.1", max: "100", step: "0.1" });
+  const failures = h("input", { id: "start-failures", type: "number", min: "0", value: "0" });
+  const hold = h("input", { id: "start-hold", type: "checkbox" });
+  openDialog(`Roll out ${release.release}`, [
+    h("p", { class: "muted" }, "The first wave is what you name here, then everyone. Naming nothing means everyone at once."),
+    h("label", { for: "start-groups" }, "First wave: groups"), groups,
+    h("label", { for: "start-percent" }, "First wave: percent of the devices"), percent,
+    h("label", { for: "start-failures" }, "Devices that may refuse it or roll back"), failures,
+    h("label", { class: "check" }, hold, "wait for promote between waves"),
+  ], "Start", () => call("POST", "/rollouts", {
+    release: release.release, groups: groups.value.split(/[\s,]+/).filter(Boolean), percent: percent.value ? Number(percent.value) : null,
+    hold: hold.checked, max_failures: Number(failures.value || 0),
+  }));
+}
+
+async function deviceDialog(id) {
+  const device = await call("GET", `/devices/${encodeURIComponent(id)}`);
+  const hardware = device.hardware || {};
+  const line = (name, ...value) => [h("dt", null, name), h("dd", null, ...value)];
+  const groups = h("input", { id: "device-groups", value: device.groups.join(", "), spellcheck: "false" });
+  const models = Object.entries(device.models).map(([name, model]) => h("div", null,
+    h("h3", null, `${name}:${model.serving ?? "nothing"}`), h("dl", null,
+      line("phase", pill(model.phase, model.phase === "steady" ? "good" : "busy")), line("wanted", String(model.wanted ?? "nothing")), line("variant", `${model.variant || "none"} on ${model.placement || "unknown"}`),
+      line("requests", `${model.requests}, ${model.failures} failed${model.p95_ms ? `, p95 ${model.p95_ms.toFixed(2)} ms` : ""}`),
+      line("answers", ...model.answers.map((answer) => h("div", null, answerView(answer), h("span", { class: "muted small" }, moment(answer.at))))))));
+  openDialog(device.id, [
+    h("dl", null, line("state", device.revoked ? "revoked" : device.online ? "online" : "offline", `, seen ${ago(device.last_seen)}`), line("hardware", `${hardware.arch || "unknown"} ${hardware.machine || ""}`, hardware.cpus ? `, ${hardware.cpus} CPUs, ${bytes(hardware.memory_bytes)}` : ""),
+      line("agent", device.agent_version || "unknown"), line("assignment", String(device.assignment_version ?? "none")), line("record", `serial ${device.record_serial}`),
+      device.problem ? line("problem", h("span", { class: "error" }, device.problem)) : []),
+    ...models, may("operator") ? h("label", { for: "device-groups" }, "Groups") : "", may("operator") ? groups : "",
+  ], may("operator") ? "Save groups" : "", () => call("PUT", `/devices/${encodeURIComponent(id)}/groups`, { groups: groups.value.split(/[\s,]+/).filter(Boolean) }));
+}
+
+// -- begin --------------------------------------------------------------------------------------------------------------------
+
+$("filter").addEventListener("input", renderDevices);
+$("only-trouble").addEventListener("change", renderDevices);
+setInterval(() => { if (state.me && !document.hidden) refresh("status", "devices", "rollouts"); }, 15000);
+start();
