@@ -27,7 +27,10 @@ SYNC_COMMANDS: Mapping[str, str] = {
     "hold": "Keep a model on the release it runs now.",
     "rollback": "Go back to a model's previous release.",
     "sync": "Follow the fleet: updates, trials, reports.",
+    "trial": "Try one release (started by sync or systemd).",
+    "updates": "Show each model's update, answers and refused releases.",
 }
+HIDDEN_SYNC_COMMANDS = frozenset({"trial"})
 DEFAULT_SOCKET = "/run/edge-agent/agent.sock"
 
 
@@ -50,7 +53,7 @@ class LazyGroup(click.Group):
         rows = []
         for name in self.list_commands(ctx):
             own = super().get_command(ctx, name)
-            if own is None or not own.hidden:
+            if name not in HIDDEN_SYNC_COMMANDS and (own is None or not own.hidden):
                 rows.append((name, SYNC_COMMANDS[name] if own is None else own.get_short_help_str(limit=90)))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
