@@ -86,15 +86,11 @@ class _Graph:
 def read_quantization(path: Path) -> dict[str, Quantization]:
     """Graph input or output name → its quantization parameters; only those that are constants in the file."""
     try:
-        if path.stat().st_size == 0:
-            return {}
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as data,
-        ):
-            return _quantization(data)
-    except (_Malformed, OSError, UnicodeDecodeError, struct.error):
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Not closed by hand: that fails as long as a view of it lives, and an error's traceback keeps views alive.
+        return _quantization(memoryview(mapped))
+    except (_Malformed, OSError, ValueError, IndexError, OverflowError, struct.error):
         return {}
 
 

@@ -1,0 +1,161 @@
+"""The model host: versions come and go, and whoever is in one finishes on it."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from agent.serving.answers import Refusal
+from agent.serving.host import ModelHost, Version
+from runtimes.contract import Placement, TensorSpec
+
+
+class Constant:
+    """A model that answers its number, and knows whether it was closed while in use."""
+
+    inputs = (TensorSpec("x", "FP32", (1,)),)
+    outputs = (TensorSpec("y", "FP32", (1,)),)
+    placement = Placement("cpu", "cpu")
+
+    def __init__(self, number):
+        self.number = number
+        self.closed = False
+
+    def run(self, _feeds, _outputs=None):
+        assert not self.closed
+        return [np.array([self.number], np.float32)]
+
+    def close(self):
+        assert not self.closed
+        self.closed = True
+
+
+def loaded(number, name="m"):
+    version = Version(name, number, "cpu", "0" * 64, "fake")
+    version.ready(Constant(number))
+    return version
+
+
+@pytest.fixture
+def host():
+    made = ModelHost()
+    for number in (1, 2, 3):
+        made.add(loaded(number))
+    made.activate("m", 1)
+    return made
+
+
+def state(host):
+    document = host.served("m").document()
+    return document["active"], document["previous"], sorted(int(v) for v in document["versions"])
+
+
+# What is done, and (active, previous, in memory) after it.
+STORY = [
+    ("activate", 1, (1, None, [1, 2, 3])),
+    ("activate", 2, (2, 1, [1, 2, 3])),
+    ("activate", 3, (3, 2, [2, 3])),
+    ("activate", 2, (2, 3, [2, 3])),
+    ("commit", None, (2, None, [2])),
+    ("commit", None, (2, None, [2])),
+]
+
+
+def test_a_story_of_activations(host):
+    versions = dict(host.served("m").versions)
+    for action, number, expected in STORY:
+        if action == "activate":
+            host.activate("m", number)
+        else:
+            host.commit("m")
+        assert state(host) == expected
+    assert versions[1].model is None
+    assert versions[3].model is None
+
+
+def test_keeping_only_one(host):
+    host.activate("m", 2)
+    host.keep_only("m", 1)
+    assert state(host) == (1, None, [1])
+
+
+@pytest.mark.parametrize(
+    ("action", "status", "code"),
+    [
+        (lambda h: h.activate("m", 9), 409, "not_loaded"),
+        (lambda h: h.activate("none", 1), 404, "not_found"),
+        (lambda h: h.unload("m", 1), 409, "active"),
+        (lambda h: h.commit("none"), 404, "not_found"),
+        (lambda h: h.enter("none", None), 404, "not_found"),
+        (lambda h: h.enter("m", "9"), 404, "not_found"),
+        (lambda h: h.enter("m", "previous"), 404, "not_found"),
+    ],
+)
+def test_what_cannot_be(host, action, status, code):
+    before = state(host)
+    with pytest.raises(Refusal) as refused:
+        action(host)
+    assert (refused.value.status, refused.value.code) == (status, code)
+    assert state(host) == before
+
+
+def test_labels(host):
+    host.activate("m", 2)
+    for label, number in (("stable", 2), ("previous", 1), ("candidate", 3), ("3", 3), (None, 2)):
+        version = host.enter("m", label)
+        assert version.number == number
+        version.leave()
+
+
+def test_a_version_is_closed_after_the_last_request_in_it(host):
+    version = host.enter("m", "2")
+    model = version.model
+    thread = threading.Thread(target=host.unload, args=("m", 2))
+    thread.start()
+    while version.state == "READY":
+        threading.Event().wait(0.001)
+    assert not model.closed
+    with pytest.raises(Refusal):
+        host.enter("m", "2")
+    version.leave()
+    thread.join(5)
+    assert model.closed
+
+
+def test_a_request_that_never_ends_keeps_its_model_open(host):
+    version = host.enter("m", "1")
+    model = version.model
+    version.retire(timeout_s=0.01)
+    assert not model.closed
+
+
+def test_requests_and_swaps_at_once(host):
+    """Whoever enters the active version finds a model, whatever is swapped meanwhile."""
+    host.commit("m")
+    end, failures, count = threading.Event(), [], [0, 0, 0]
+
+    def work(n):
+        while not end.is_set():
+            try:
+                version = host.enter("m", None)
+                version.model.run({})
+                version.leave()
+                count[n] += 1
+            except Exception as error:  # noqa: BLE001
+                failures.append(error)
+                return
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(10, 210):
+        host.add(loaded(number))
+        host.activate("m", number)
+        host.commit("m")
+    while min(count) < 200 and not failures:
+        threading.Event().wait(0.001)
+    end.set()
+    for thread in threads:
+        thread.join(5)
+    assert not failures
+    assert state(host) == (209, None, [2, 3, 209])
