@@ -421,3 +421,34 @@ def script_release(
         ),
     )
     return manifest, contents
+
+
+def onnx_release(
+    folder: Path, version: int, factor: float, *, width: int = 2, model: str = "crane", **changes
+) -> tuple[ReleaseManifest, dict[str, bytes]]:
+    """A real ONNX release: y = factor * x for x of shape [n, width], with a golden case that says so."""
+    from tests.serving.onnx_models import scale
+
+    folder.mkdir(parents=True, exist_ok=True)
+    x = np.arange(width, dtype=np.float32).reshape(1, width)
+    contents = {
+        "model.onnx": scale(folder / f"{version}.onnx", factor, width).read_bytes(),
+        "in.npz": npz(folder, f"{version}-in.npz", x=x),
+        "out.npz": npz(folder, f"{version}-out.npz", y=x * np.float32(changes.pop("expect", factor))),
+    }
+    tensor = {"datatype": "FP32", "shape": (-1, width)}
+    manifest = ReleaseManifest(
+        model=model,
+        version=version,
+        files={name: File(sha256=sha(data), size_bytes=len(data)) for name, data in contents.items()},
+        variants=(Variant(name="cpu", runtime="onnx", file="model.onnx"),),
+        inputs=(Tensor(name="x", **tensor),),
+        outputs=(Tensor(name="y", **tensor),),
+        acceptance=Acceptance(
+            golden=(GoldenCase(name="truth", inputs="in.npz", expected="out.npz", compare={"y": Close(rtol=1e-5)}),),
+            watch=changes.pop(
+                "watch", WatchRules(duration_s=1.0, max_duration_s=20.0, min_requests=20, min_requests_to_judge=10)
+            ),
+        ),
+    )
+    return manifest, contents

@@ -1,0 +1,167 @@
+"""The two real processes, `edge-agent serve` and `edge-agent sync`, with real ONNX models and an app that never stops asking."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.client import Client, ClientError, InputRejected
+from agent.contract.manifest import WatchRules
+from tests.serving.stand import Server as ServeProcess
+from tests.sync.conftest import eventually
+from tests.sync.fleet import Repository, Server, onnx_release
+from tests.sync.test_process import MODEL, Device
+
+pytestmark = pytest.mark.timeout(90)
+X = np.array([[1.0, 2.0]], np.float32)
+
+
+class Real(Device):
+    """A device whose `serve` is the real one."""
+
+    def __init__(self, folder: Path, identity, repository: Repository, server: Server) -> None:
+        super().__init__(folder, identity, repository, server)
+        self.serve.stop()
+        self.socket = folder / "agent.sock"
+        self.socket.unlink(missing_ok=True)
+        self.real = ServeProcess(folder, "serve", "--config", self.config)
+        self.real.start()
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.kill()
+        self.real.stop()
+
+    @property
+    def active(self) -> int | None:
+        try:
+            with Client(self.socket) as client:
+                return client.status()["models"].get(MODEL, {}).get("active")
+        except ClientError:
+            return None
+
+    def offer(self, version: int, factor: float, **options) -> None:
+        manifest, contents = onnx_release(self.folder / "onnx", version, factor, **options)
+        self.repository.publish(manifest, contents)
+        self.repository.assign(MODEL, version)
+
+    def begin(self) -> None:
+        self.offer(1, 1.0, watch=WatchRules(duration_s=0.2))
+        self.start()
+        eventually(lambda: self.settled_on(1), "release 1", 30)
+
+
+class App:
+    """Asks all the time; keeps what it got."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+        self.factors: list[float] = []
+        self.rejected = 0
+        self.errors: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with Client(self.socket, timeout_s=10) as client:
+            while not self._stop.wait(0.005):
+                try:
+                    answer = client.infer(MODEL, {"x": X})
+                except InputRejected:
+                    self.rejected += 1
+                except ClientError as error:
+                    self.errors.append(str(error))
+                else:
+                    self.factors.append(float(answer["y"][0, 0]))
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def device(tmp_path: Path, identity, repository: Repository, server: Server):
+    device = Real(tmp_path, identity, repository, server)
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def app(device: Real):
+    device.begin()
+    app = App(device.socket)
+    yield app
+    app.stop()
+
+
+def test_an_update_under_load_fails_no_request(device: Real, app: App):
+    device.offer(2, 2.0)
+    eventually(lambda: device.settled_on(2), "release 2", 30)
+    seen = len(app.factors)
+    eventually(lambda: len(app.factors) > seen + 20, "more answers")
+
+    assert app.errors == []
+    assert app.rejected == 0
+    assert set(app.factors) == {1.0, 2.0}
+    assert app.factors == sorted(app.factors), "no answer of the old release after the first of the new one"
+    assert device.answer()["outcome"] == "committed"
+    assert device.answer()["evidence"]["requests"] >= 20
+
+
+def test_a_release_that_answers_wrong_never_serves(device: Real, app: App):
+    device.offer(2, 3.0, expect=2.0)
+    eventually(lambda: device.phase() == "quarantined", "the refusal", 30)
+
+    assert device.answer()["reason"] == "golden_mismatch"
+    assert set(app.factors) == {1.0}
+    assert app.errors == []
+
+
+def test_a_release_that_refuses_its_callers_is_rolled_back(device: Real, app: App):
+    """It is a good model, for inputs that nobody here sends."""
+    device.offer(2, 2.0, width=5, watch=WatchRules(duration_s=30.0, min_requests_to_judge=10))
+    eventually(lambda: device.phase() == "quarantined", "the roll-back", 30)
+    seen = len(app.factors)
+    eventually(lambda: len(app.factors) > seen + 20, "answers again")
+
+    assert device.answer()["reason"] == "error_ratio"
+    assert device.answer()["outcome"] == "rolled_back"
+    assert app.rejected >= 10
+    assert app.errors == []
+    assert device.active == 1
+
+
+def test_serve_killed_in_the_watch_costs_the_release_its_place(device: Real, app: App):
+    device.offer(2, 2.0, watch=WatchRules(duration_s=60.0, max_crashes=0))
+    eventually(lambda: device.phase() == "watching", "the watch", 30)
+    device.real.kill()
+    device.real.start()
+    eventually(lambda: device.phase() == "quarantined", "the roll-back", 30)
+    seen = len(app.factors)
+    eventually(lambda: len(app.factors) > seen + 20, "answers again")
+
+    assert device.answer()["reason"] == "serve_crashed"
+    assert device.active == 1
+    assert app.factors[-1] == 1.0
+
+
+def test_serve_killed_less_often_than_allowed_does_not(device: Real, app: App):
+    device.offer(2, 2.0, watch=WatchRules(duration_s=3.0, max_duration_s=20.0, max_crashes=1))
+    eventually(lambda: device.phase() == "watching", "the watch", 30)
+    device.real.kill()
+    device.real.start()
+    eventually(lambda: device.settled_on(2), "release 2", 30)
+
+    assert device.answer()["evidence"]["crashes"] == 1
+
+
+def test_wanted_no_more(device: Real, app: App):
+    app.stop()
+    device.repository.assign(MODEL, None)
+    eventually(lambda: device.store.selection(MODEL) is None, "the end", 30)
+
+    eventually(lambda: device.active is None, "the unloading", 30)
