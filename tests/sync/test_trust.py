@@ -364,3 +364,35 @@ def test_one_process_per_trust_folder(trust, make_trust, repository, server):
     trust.refresh()
 
     assert seen == [Reason.STORE_FAILED]
+
+
+def test_a_server_that_says_nothing_is_given_up(trust, server: Server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("agent.sync.http.READ_TIMEOUT_S", 0.3)
+
+    def hang(handler) -> bool:
+        handler.server_double.released.wait(20)
+        return True
+
+    server.faults["metadata/timestamp.json"] = hang
+
+    with pytest.raises(Problem, match="no answer within"):
+        trust.refresh()
+
+
+def test_a_server_that_trickles_is_given_up(make_trust, server: Server):
+    """A byte now and then passes every limit on silence; the deadline of the whole answer ends it."""
+    clock = FakeClock()
+
+    def trickle(handler) -> bool:
+        handler.send_response(200)
+        handler.end_headers()
+        while not handler.server_double.released.is_set():
+            clock.pass_(10)
+            handler.wfile.write(b" ")
+            handler.server_double.released.wait(0.01)
+        return True
+
+    server.faults["metadata/timestamp.json"] = trickle
+
+    with pytest.raises(Problem, match="not finished after 60 s"):
+        make_trust(clock).refresh()
