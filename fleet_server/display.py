@@ -192,6 +192,8 @@ def event_line(e: dict[str, Any]) -> str:
 
 
 def events(found: list[dict[str, Any]]) -> None:
+    if not found:
+        click.echo("nothing happened yet")
     for event in found:
         click.echo(event_line(event))
 

@@ -112,10 +112,15 @@ def judge(facts: Iterable[Fact], *, max_failures: int, min_devices: int = 1) -> 
 
 def _rule(counts: Counts, max_failures: int, min_devices: int) -> tuple[Ruling, str]:
     if counts.failures > max_failures:
-        return Ruling.FAIL, f"{counts.refused} refused and {counts.rolled_back} rolled back; at most {max_failures} allowed"
+        bad = _say((counts.refused, "refused it"), (counts.rolled_back, "rolled back"))
+        return Ruling.FAIL, f"{bad}; {max_failures or 'none'} allowed"
     if counts.pending or counts.failed:
-        return Ruling.WAIT, f"{counts.pending} still to answer, {counts.failed} could not fetch it"
+        return Ruling.WAIT, _say((counts.pending, "still to answer"), (counts.failed, "could not fetch it"))
     if counts.committed < min_devices:
         return Ruling.WAIT, f"{counts.committed} committed; at least {min_devices} needed"
     left = f"; {counts.offline} offline" if counts.offline else ""
     return Ruling.PASS, f"{counts.committed} committed{left}"
+
+
+def _say(*parts: tuple[int, str]) -> str:
+    return ", ".join(f"{number} {text}" for number, text in parts if number)

@@ -114,7 +114,10 @@ def test_a_session(server, tokens):
     assert browser.get(f"{server.url}{API}/me", timeout=20).json() == {"name": "a operator", "role": "operator"}
     refused = browser.post(f"{server.url}{API}/enrolment-tokens", json={}, timeout=20)
     assert (refused.status_code, refused.json()["code"]) == (403, "no_proof")
-    assert browser.post(f"{server.url}{API}/enrolment-tokens", json={}, headers={"X-Edge-Fleet": "1"}, timeout=20).status_code == 200
+    assert (
+        browser.post(f"{server.url}{API}/enrolment-tokens", json={}, headers={"X-Edge-Fleet": "1"}, timeout=20).status_code
+        == 200
+    )
     kept = dict(browser.cookies)
     browser.delete(f"{server.url}{API}/session", timeout=20)
     again = requests.get(f"{server.url}{API}/me", cookies=kept, verify=str(server.ca), timeout=20)
@@ -192,7 +195,9 @@ def test_openapi(server):
 
 
 def stream(server, after=None, **headers):
-    response = server.request("GET", "/events/stream" + (f"?after={after}" if after is not None else ""), stream=True, headers=headers)
+    response = server.request(
+        "GET", "/events/stream" + (f"?after={after}" if after is not None else ""), stream=True, headers=headers
+    )
     assert response.status_code == 200
     assert response.headers["Content-Type"].startswith("text/event-stream")
     return response

@@ -4,10 +4,14 @@ import os
 import signal
 import socket
 import ssl
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from agent.contract import topics
+from agent.contract.codec import encode
 from agent.contract.reports import Presence
 from tests.fleet.stand import Server, answer, environment, model_state, wait_until
 
@@ -41,9 +45,15 @@ def test_a_device_is_seen_and_poked(server, connect):
 def test_a_device_writes_only_its_own_topics(server, connect):
     good, evil = connect(server.enrol("good")), connect(server.enrol("evil"))
     wait_until(lambda: online(server, good), "good is online")
-    for topic in (topics.up("good", "presence"), topics.down_poke("good"), topics.POKE_ALL, "v1/d/good/down/request/1", "other"):
+    for topic in (
+        topics.up("good", "presence"),
+        topics.down_poke("good"),
+        topics.POKE_ALL,
+        "v1/d/good/down/request/1",
+        "other",
+    ):
         lie = Presence(device="good", session=99, online=False)
-        sent = evil.mqtt.publish(topic, b"{}" if "presence" not in topic else __import__("msgspec").json.encode(lie), qos=1)
+        sent = evil.mqtt.publish(topic, encode(lie) if "presence" in topic else b"{}", qos=1)
         sent.wait_for_publish(10)
     evil.report({})  # comes behind the lies
     wait_until(lambda: server.get("/devices/evil")["agent_version"] == "test", "evil's own report arrives")
@@ -58,7 +68,9 @@ def test_a_device_reads_only_its_own_topics(server, connect):
     server.request("PUT", "/devices/good/groups", json={"groups": ["x"]})
     assert good.wait_for_poke() is not None
     good.report({})
-    wait_until(lambda: server.get("/devices/good")["agent_version"] == "test", "the report arrives although evil joined a share")
+    wait_until(
+        lambda: server.get("/devices/good")["agent_version"] == "test", "the report arrives although evil joined a share"
+    )
     server.request("PUT", "/devices/evil/groups", json={"groups": ["x"]})
     found = {evil.received.get(timeout=20)[0]}
     while not evil.received.empty():  # its own poke comes once for every filter that covers it
@@ -68,14 +80,8 @@ def test_a_device_reads_only_its_own_topics(server, connect):
 
 def test_a_connection_without_a_certificate(server):
     context = ssl.create_default_context(cafile=str(server.ca))
-    with (
-        socket.create_connection(("127.0.0.1", server.broker), timeout=20) as sock,
-        pytest.raises((ssl.SSLError, ConnectionError)),
-        context.wrap_socket(sock, server_hostname="127.0.0.1") as tls,
-    ):
-        tls.sendall(b"\x10\x0c\x00\x04MQTT\x05\x02\x00\x05\x00\x00\x00")
-        if not tls.recv(1):
-            raise ConnectionError("closed")
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        _mqtt_hello(server, context)
 
 
 def test_revocation(server, connect):
@@ -86,10 +92,10 @@ def test_revocation(server, connect):
     server.post("/devices/goes/revoke")
     wait_until(lambda: dropped, "the revoked device is thrown off")
     goes.disconnect()
-    with pytest.raises((ssl.SSLError, ConnectionError, TimeoutError, OSError, AssertionError)):
+    with pytest.raises((ssl.SSLError, ConnectionError)):
         _connects_no_more(server, goes)
     stays.session += 1
-    wait_until(lambda: stays.mqtt.is_connected(), "the other one connects again")
+    wait_until(stays.mqtt.is_connected, "the other one connects again")
     stays.send("presence", Presence(device="stays", session=stays.session, online=True), retain=True)
     wait_until(lambda: online(server, stays), "and is online")
 
@@ -98,7 +104,15 @@ def _connects_no_more(server, device):
     context = ssl.create_default_context(cafile=str(server.ca))
     context.load_cert_chain(device.certificate, device.key_file)
     wait_until(lambda: _open(server.broker), "the broker is up again")
-    with socket.create_connection(("127.0.0.1", server.broker), timeout=10) as sock, context.wrap_socket(sock, server_hostname="127.0.0.1") as tls:
+    _mqtt_hello(server, context)
+
+
+def _mqtt_hello(server, context):
+    """Says CONNECT; raises when the broker does not answer it."""
+    with (
+        socket.create_connection(("127.0.0.1", server.broker), timeout=10) as sock,
+        context.wrap_socket(sock, server_hostname="127.0.0.1") as tls,
+    ):
         tls.sendall(b"\x10\x0c\x00\x04MQTT\x05\x02\x00\x05\x00\x00\x00")
         if not tls.recv(1):
             raise ConnectionError("closed")
@@ -118,7 +132,7 @@ def test_a_killed_broker_comes_back(server, connect):
     before = server.broker_pid()
     os.kill(before, signal.SIGKILL)
     wait_until(lambda: server.broker_pid() not in {before, None}, "another broker runs")
-    wait_until(lambda: device.mqtt.is_connected(), "the device is connected again")
+    wait_until(device.mqtt.is_connected, "the device is connected again")
     device.report({})
     wait_until(lambda: server.get("/devices/d1")["agent_version"] == "test", "the server listens again")
     assert server.get("/status")["broker_connected"]
@@ -130,7 +144,7 @@ def test_a_killed_server_leaves_no_broker_and_starts_again(server, connect):
     server.kill()
     server.start()
     assert server.broker_pid() != broker
-    wait_until(lambda: device.mqtt.is_connected(), "the device is connected again")
+    wait_until(device.mqtt.is_connected, "the device is connected again")
     device.report({})
     wait_until(lambda: server.get("/devices/d1")["agent_version"] == "test", "the report arrives")
 
@@ -138,7 +152,7 @@ def test_a_killed_server_leaves_no_broker_and_starts_again(server, connect):
 def test_term_stops_everything(server):
     broker = server.broker_pid()
     assert server.stop() == 0
-    wait_until(lambda: not os.path.exists(f"/proc/{broker}"), "the broker is gone", within=5)
+    wait_until(lambda: not Path(f"/proc/{broker}").exists(), "the broker is gone", within=5)
 
 
 def test_ctrl_c_stops_it_too(tmp_path):
@@ -171,9 +185,6 @@ def test_a_port_that_is_taken(own_server, which):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", getattr(own_server, which)))
         taken.listen()
-        import subprocess
-        import sys
-
         command = [sys.executable, "-m", "fleet_server.cli", "serve", str(own_server.data)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), check=False)
     assert done.returncode == 1

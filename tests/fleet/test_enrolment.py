@@ -87,7 +87,8 @@ def test_reserved_ids(server, device):
 
 
 @pytest.mark.parametrize(
-    "device", ["+", "#", "a/b", "../x", "", "a b", "ä", "x" * 65, "a\n", "a\x00b", "<script>", ".hidden", "$SYS", 7, ["a"], {"a": 1}]
+    "device",
+    ["+", "#", "a/b", "../x", "", "a b", "ä", "x" * 65, "a\n", "a\x00b", "<script>", ".hidden", "$SYS", 7, ["a"], {"a": 1}],
 )
 def test_hostile_ids(server, device):
     assert code(post(server, server.enrolment_string().token, device=device)) == (400, "invalid")
@@ -116,7 +117,9 @@ def test_csr_garbage_does_not_use_the_token_up(server, csr):
     assert post(server, token).status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[" * 50_000, b'"x"', b"null", b"\xff", b'{"token": 1}', b'{"token":"x","csr_pem":"y","format":99}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[" * 50_000, b'"x"', b"null", b"\xff", b'{"token": 1}', b'{"token":"x","csr_pem":"y","format":99}']
+)
 def test_hostile_bodies(server, body):
     answer = requests.post(f"{server.url}/enrolment", data=body, verify=str(server.ca), timeout=20)
     assert code(answer) == (400, "invalid")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from agent.contract.reports import Outcome, Phase
 from fleet_server.rollouts.gates import EVIDENCE_KEPT, Counts, Fact, Ruling, Standing, judge, standing
 
-O, P, S = Outcome, Phase, Standing
+O, P, S = Outcome, Phase, Standing  # noqa: E741 - short names for the rows below
 
 ROWS = [
     # online, serving it, phase, outcome: standing

@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 
 from agent.contract.assignment import EVERYONE
 from fleet_server.rollouts.machine import (
-    ACTIVE, NEXT_WAVE, TERMINAL, TRANSITIONS, Event, IllegalTransition, Plan, State, Wave, on_pass, step, waves,
+    ACTIVE,
+    NEXT_WAVE,
+    TERMINAL,
+    TRANSITIONS,
+    Event,
+    IllegalTransition,
+    Plan,
+    State,
+    Wave,
+    on_pass,
+    step,
+    waves,
 )  # fmt: skip
 
 TWO = (Wave(groups=("canary",)), Wave(permille=EVERYONE))

@@ -69,7 +69,9 @@ def test_a_size_that_is_not_the_blobs(server, model):
     server.upload(data)
     lying = File(sha256=sha256(data), size_bytes=99)
     manifest = simple_manifest(model, 1, data)
-    body = server.signed(type(manifest)(**{**{f: getattr(manifest, f) for f in manifest.__struct_fields__}, "files": {"model.onnx": lying}}))
+    body = server.signed(
+        type(manifest)(**{**{f: getattr(manifest, f) for f in manifest.__struct_fields__}, "files": {"model.onnx": lying}})
+    )
     assert refused(server.request("POST", "/releases", json=body)) == (400, "damaged_blob")
 
 
@@ -78,7 +80,10 @@ def test_two_publishers_at_once(server, model):
     server.upload(b"a", b"b")
     bodies = [server.signed(simple_manifest(f"{model}-{n}", 1, n.encode())) for n in "ab"]
     answers = {}
-    threads = [threading.Thread(target=lambda n=n: answers.update({n: server.request("POST", "/releases", json=bodies[n])})) for n in (0, 1)]
+    threads = [
+        threading.Thread(target=lambda n=n: answers.update({n: server.request("POST", "/releases", json=bodies[n])}))
+        for n in (0, 1)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -174,7 +179,9 @@ def test_publish_asks_before_it_signs(server, model, tmp_path):
     ],
 )  # fmt: skip
 def test_a_description_that_is_wrong(server, tmp_path, change, says):
-    done = server.cli("publish", describe(tmp_path, **{"model": "wrong", "version": 1, **change}), "--key", server.releases_key, "--yes")
+    done = server.cli(
+        "publish", describe(tmp_path, **{"model": "wrong", "version": 1, **change}), "--key", server.releases_key, "--yes"
+    )
     assert done.returncode == 1
     assert says in done.stderr
 

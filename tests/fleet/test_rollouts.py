@@ -30,7 +30,9 @@ class Story:
             (self.fleet.folder.blobs / sha256(data)).write_bytes(data)
             role = self.fleet.repository.releases()
             manifest = simple_manifest("digits", version, data)
-            self.fleet.catalogue.publish(SERVER, *publisher.add(role, manifest, keys.load(self.fleet.releases_key), self.clock()))
+            self.fleet.catalogue.publish(
+                SERVER, *publisher.add(role, manifest, keys.load(self.fleet.releases_key), self.clock())
+            )
 
     def join(self, *names, groups=(), online=True):
         for name in names:
@@ -44,7 +46,9 @@ class Story:
         """The device reports to serve `version` with this last answer (to `answered`, or to `version`)."""
         self.counters[name] += 1
         self.clock.now += 1
-        answers = () if outcome is None else (Answer(release=answered or version, outcome=outcome, at=self.clock(), reason=reason),)
+        answers = (
+            () if outcome is None else (Answer(release=answered or version, outcome=outcome, at=self.clock(), reason=reason),)
+        )
         state = ModelState(
             serving=version, sha256=sha or sha256(f"digits {version}".encode()), variant="cpu", phase=phase, answers=answers
         )  # fmt: skip

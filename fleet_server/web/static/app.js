@@ -292,7 +292,7 @@ function deviceRow(device) {
     cell("", null, h("button", { class: "link", "data-key": `device-${device.id}`, onclick: () => deviceDialog(device.id) }, device.id)),
     cell("", null, standing, device.problem ? h("div", { class: "error small" }, device.problem) : null),
     cell("Groups", null, device.groups.map((group) => h("span", { class: "tag" }, group))),
-    cell("Runs", null, models.map(([name, model]) => modelView(name, model))),
+    cell("Runs", null, models.length ? models.map(([name, model]) => modelView(name, model)) : h("span", { class: "muted" }, "nothing reported")),
     cell("Last answer", { class: "answer" }, models.map(([, model]) => answerView(lastAnswer(model)))),
     cell("Seen", { class: "num" }, ago(device.last_seen)));
 }

@@ -1,0 +1,221 @@
+"""The command line as an operator types it: init, exit codes, output for people and for programs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from agent.contract.enrolment import EnrolmentString
+from fleet_server import config, setup
+from fleet_server.cli import main
+from fleet_server.client import Profile, default_profile
+from fleet_server.config import BrokerSettings, ConfigError, ExpirySettings, FleetConfig, Folder
+from fleet_server.errors import FleetError
+from tests.fleet.stand import Server, environment
+
+# -- init ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_init_makes_everything_with_safe_modes(own_server):
+    data = own_server.data
+    secret = [*data.glob("keys/*.key"), *data.glob("pki/*.key"), *own_server.offline.glob("*.key"), own_server.profile]
+    assert len(secret) == 3 + 3 + 2 + 1
+    for path in secret:
+        assert path.stat().st_mode & 0o077 == 0, path
+    assert not list(data.rglob("root.key"))
+    assert config.load(Folder(data)).fleet == "test"
+
+
+def test_init_refuses_to_overwrite(own_server, tmp_path):
+    before = {p: p.read_bytes() for p in own_server.data.rglob("*") if p.is_file()}
+    for extra in ([], ["--keys", tmp_path / "other-keys"]):
+        done = own_server.cli("init", own_server.data, *extra)
+        assert (done.returncode, "not empty" in done.stderr) == (1, True)
+    done = own_server.cli("init", tmp_path / "second", "--keys", own_server.offline)
+    assert (done.returncode, "root.key exists" in done.stderr) == (1, True)
+    done = own_server.cli("init", tmp_path / "second", "--keys", tmp_path / "k")
+    assert (done.returncode, "profile" in done.stderr) == (1, True)
+    assert {p: p.read_bytes() for p in own_server.data.rglob("*") if p.is_file()} == before
+
+
+def test_serve_on_a_folder_that_is_none(own_server, tmp_path):
+    done = own_server.cli("serve", tmp_path)
+    assert (done.returncode, "edge-fleet init" in done.stderr) == (1, True)
+
+
+def test_offline_keys_with_a_passphrase(tmp_path):
+    folder = Folder(tmp_path / "fleet")
+    made = setup.init(
+        folder, FleetConfig(fleet="x", hosts=("h",)), offline_keys=tmp_path / "k", profile=tmp_path / "p", passphrase="long enough"
+    )  # fmt: skip
+    assert b"ENCRYPTED" in made.root_key.read_bytes()
+    assert b"ENCRYPTED" in made.releases_key.read_bytes()
+
+
+# -- fleet.yaml ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"loopback_address": "0.0.0.0"}, "127.0.0.1"), ({"loopback_address": "192.0.2.1"}, "127.0.0.1"), ({"loopback_address": "localhost"}, "127.0.0.1"),
+        ({"surprise": 1}, "surprise"), ({"operator_port": "x"}, "operator_port"), ({"hosts": []}, "hosts"), ({"fleet": "../x"}, "fleet"),
+        ({"expiry": {"timestamp_s": 1}}, "60 seconds"), ({"rollouts": {"tick_s": 0}}, "tick_s"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_wrong(tmp_path, change, says):
+    good = {"fleet": "x", "hosts": ["h"]}
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump({**good, **change}))
+    with pytest.raises(ConfigError, match=says):
+        config.load(Folder(tmp_path))
+
+
+def test_what_init_writes_is_read_back(tmp_path):
+    made = FleetConfig(
+        fleet="x", hosts=("a", "::1"), broker=BrokerSettings(port=1), expiry=ExpirySettings(timestamp_s=100), loopback_port=5
+    )
+    (tmp_path / "fleet.yaml").write_bytes(config.dump(made))
+    assert config.load(Folder(tmp_path)) == made
+
+
+def test_ipv6_hosts_stand_in_brackets():
+    assert FleetConfig(fleet="x", hosts=("::1",)).device_url == "https://[::1]:8444"
+
+
+# -- commands ------------------------------------------------------------------------------------------------------------------
+
+LISTINGS = (["devices"], ["releases"], ["rollout", "list"], ["token", "list"], ["access", "list"], ["events"], ["audit"])
+
+
+@pytest.mark.parametrize("command", LISTINGS, ids=" ".join)
+def test_listings(server, command):
+    plain, machine = server.cli(*command), server.cli(*command, "--json")
+    assert (plain.returncode, machine.returncode) == (0, 0), plain.stderr + machine.stderr
+    assert plain.stdout.strip()
+    assert isinstance(json.loads(machine.stdout), list)
+
+
+def test_a_token_is_alone_on_stdout(server):
+    done = server.cli("token", "create", "--group", "canary", "--ttl", "2h")
+    assert done.returncode == 0
+    string = EnrolmentString.parse(done.stdout)
+    assert (done.stdout, string.port) == (f"{string}\n", server.operator)
+    made = server.cli("access", "create", "--role", "viewer", "wall")
+    assert made.stdout.startswith("ef_")
+    assert made.stdout.count("\n") == 1
+
+
+def test_the_whole_story(server, tmp_path):
+    device = server.enrol("cli-1")
+    assert "cli-1" in server.cli("devices").stdout
+    assert "canary" in server.cli("devices", "group", "cli-1", "canary").stdout
+    assert json.loads(server.cli("devices", "show", "cli-1", "--json").stdout)["groups"] == ["canary"]
+    server.publish_simple("story", 1)
+    server.publish_simple("story", 2)
+    started = json.loads(server.cli("rollout", "start", "story:1", "--group", "canary", "--hold", "--json").stdout)
+    assert [w["groups"] for w in started["waves"]] == [["canary"], []]
+    assert "canary (now)" in server.cli("rollout", "status").stdout
+    assert "paused" in server.cli("rollout", "pause", started["id"]).stdout
+    assert "running" in server.cli("rollout", "resume", started["id"]).stdout
+    promoted = server.cli("rollout", "promote", started["id"])
+    assert (promoted.returncode, "illegal_transition" in promoted.stderr) == (3, True)
+    assert "aborted" in server.cli("rollout", "abort", started["id"]).stdout
+    watched = server.cli("rollout", "status", started["id"], "--watch")
+    assert watched.returncode == 1
+    assert server.cli("withdraw", "story:2", "--yes").returncode == 0
+    assert "withdrawn" in server.cli("releases", "--model", "story").stdout
+    assert server.cli("rollback", "story").returncode == 3
+    assert server.cli("devices", "revoke", "cli-1", "--yes").returncode == 0
+    assert device.get("/record").status_code == 403
+    assert server.cli("devices", "delete", "cli-1", "--yes").returncode == 0
+    assert server.cli("devices", "show", "cli-1").returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["nonsense"], 2), (["rollout", "start"], 2), (["token", "create", "--ttl", "soon"], 2), (["token", "create", "--uses", "0"], 2),
+        (["rollout", "start", "digits"], 3), (["withdraw", "digits", "--yes"], 1), (["devices", "show", "nobody"], 3),
+        (["rollout", "status", "nobody"], 3), (["token", "revoke", "nobody"], 3),
+    ],
+)  # fmt: skip
+def test_exit_codes(server, arguments, code):
+    done = server.cli(*arguments)
+    assert done.returncode == code
+    assert done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_server_that_is_not_there(own_server):
+    done = own_server.cli("devices")
+    assert (done.returncode, "edge-fleet serve" in done.stderr) == (1, True)
+
+
+def test_another_authority_is_not_trusted(server, tmp_path):
+    other = Server(tmp_path)
+    profile = yaml.safe_load(server.profile.read_text())
+    wrong = {**profile, "ca": str(other.ca)}
+    other.profile.write_text(yaml.safe_dump(wrong))
+    assert "pins" in other.cli("devices").stderr
+    other.profile.write_text(yaml.safe_dump({k: v for k, v in wrong.items() if k != "ca_sha256"}))
+    done = other.cli("devices")
+    assert (done.returncode, "cannot prove" in done.stderr) == (1, True)
+
+
+def test_what_devices_say_cannot_move_the_cursor(server):
+    from fleet_server.display import event_line, safe
+
+    assert "\x1b" not in safe("\x1b[2Jgone[red]")
+    event = {"received": 0, "device": "d", "name": "x", "message": "\x1b]0;title\x07\r\nfake line"}
+    assert not {"\x1b", "\r", "\n", "\x07"} & set(event_line(event))
+
+
+def test_where_the_profile_is_looked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGE_FLEET_PROFILE", str(tmp_path / "mine"))
+    assert default_profile() == tmp_path / "mine"
+    monkeypatch.delenv("EDGE_FLEET_PROFILE")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert default_profile() == tmp_path / "edge-fleet" / "profile.yaml"
+    with pytest.raises(FleetError, match="does not exist"):
+        Profile.read(tmp_path / "none")
+    (tmp_path / "bad").write_text("- not a profile")
+    with pytest.raises(FleetError, match="cannot be used"):
+        Profile.read(tmp_path / "bad")
+
+
+def commands(group, path=()):
+    for name, command in group.commands.items():
+        yield [*path, name]
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+
+
+@pytest.mark.parametrize("path", list(commands(main)), ids=" ".join)
+def test_every_help_has_an_example(path):
+    from click.testing import CliRunner
+
+    done = CliRunner().invoke(main, [*path, "--help"])
+    assert done.exit_code == 0
+    group = path in (["rollout"], ["token"], ["access"])
+    assert group or f"edge-fleet {' '.join(path)}" in done.output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell):
+    done = subprocess.run(
+        [sys.executable, "-m", "fleet_server.cli", "completion", shell], capture_output=True, text=True, timeout=30, check=False,
+        env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "_EDGE_FLEET_COMPLETE" in done.stdout
+
+
+def test_openapi_needs_no_server(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fleet_server.cli", "openapi"], capture_output=True, text=True, timeout=30, check=False,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert json.loads(done.stdout)["info"]["title"]
