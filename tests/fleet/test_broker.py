@@ -13,16 +13,9 @@ import pytest
 from agent.contract import topics
 from agent.contract.codec import encode
 from agent.contract.reports import Presence
-from tests.fleet.stand import Server, answer, environment, model_state, wait_until
+from tests.fleet.stand import answer, environment, model_state, wait_until
 
 pytestmark = pytest.mark.mosquitto
-
-
-@pytest.fixture
-def server(tmp_path):
-    made = Server(tmp_path).start()
-    yield made
-    made.stop()
 
 
 def online(server, device):
@@ -62,20 +55,20 @@ def test_a_device_writes_only_its_own_topics(server, connect):
 
 
 def test_a_device_reads_only_its_own_topics(server, connect):
-    good, evil = connect(server.enrol("good")), connect(server.enrol("evil"))
-    for topic in ("v1/d/good/down/#", "v1/d/+/down/#", "#", "v1/d/good/up/#", "$share/x/v1/d/+/up/#", "$SYS/#"):
+    good, evil = connect(server.enrol("honest")), connect(server.enrol("nosy"))
+    for topic in ("v1/d/honest/down/#", "v1/d/+/down/#", "#", "v1/d/honest/up/#", "$share/x/v1/d/+/up/#", "$SYS/#"):
         evil.mqtt.subscribe(topic, qos=1)
-    server.request("PUT", "/devices/good/groups", json={"groups": ["x"]})
+    server.request("PUT", "/devices/honest/groups", json={"groups": ["x"]})
     assert good.wait_for_poke() is not None
     good.report({})
     wait_until(
-        lambda: server.get("/devices/good")["agent_version"] == "test", "the report arrives although evil joined a share"
+        lambda: server.get("/devices/honest")["agent_version"] == "test", "the report arrives although evil joined a share"
     )
-    server.request("PUT", "/devices/evil/groups", json={"groups": ["x"]})
+    server.request("PUT", "/devices/nosy/groups", json={"groups": ["x"]})
     found = {evil.received.get(timeout=20)[0]}
     while not evil.received.empty():  # its own poke comes once for every filter that covers it
         found.add(evil.received.get()[0])
-    assert found == {"v1/d/evil/down/poke"}
+    assert found == {"v1/d/nosy/down/poke"}
 
 
 def test_a_connection_without_a_certificate(server):
@@ -84,7 +77,8 @@ def test_a_connection_without_a_certificate(server):
         _mqtt_hello(server, context)
 
 
-def test_revocation(server, connect):
+def test_revocation(own_server, connect):
+    server = own_server.start()
     stays, goes = connect(server.enrol("stays")), connect(server.enrol("goes"))
     dropped = []
     goes.mqtt.on_disconnect = lambda *_: dropped.append(True)
@@ -126,7 +120,8 @@ def _open(port):
     return True
 
 
-def test_a_killed_broker_comes_back(server, connect):
+def test_a_killed_broker_comes_back(own_server, connect):
+    server = own_server.start()
     device = connect(server.enrol("d1"))
     wait_until(lambda: online(server, device), "online")
     before = server.broker_pid()
@@ -138,7 +133,8 @@ def test_a_killed_broker_comes_back(server, connect):
     assert server.get("/status")["broker_connected"]
 
 
-def test_a_killed_server_leaves_no_broker_and_starts_again(server, connect):
+def test_a_killed_server_leaves_no_broker_and_starts_again(own_server, connect):
+    server = own_server.start()
     device = connect(server.enrol("d1"))
     broker = server.broker_pid()
     server.kill()
@@ -149,17 +145,18 @@ def test_a_killed_server_leaves_no_broker_and_starts_again(server, connect):
     wait_until(lambda: server.get("/devices/d1")["agent_version"] == "test", "the report arrives")
 
 
-def test_term_stops_everything(server):
+def test_term_stops_everything(own_server):
+    server = own_server.start()
     broker = server.broker_pid()
     assert server.stop() == 0
     wait_until(lambda: not Path(f"/proc/{broker}").exists(), "the broker is gone", within=5)
 
 
-def test_ctrl_c_stops_it_too(tmp_path):
-    made = Server(tmp_path).start()
-    made.process.send_signal(signal.SIGINT)
-    assert made.process.wait(20) == 0
-    made.process = None
+def test_ctrl_c_stops_it_too(own_server):
+    own_server.start()
+    own_server.process.send_signal(signal.SIGINT)
+    assert own_server.process.wait(20) == 0
+    own_server.process = None
 
 
 def test_no_mosquitto(own_server):
