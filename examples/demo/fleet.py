@@ -41,22 +41,21 @@ class Fleet:
         return self._processes.call(*command("edge-fleet", *arguments))
 
     def init(self) -> None:
-        """Keys, certificates, first metadata; then ports that are free here, and a page for a browser on this machine."""
-        self.run("init", self.data, "--fleet", "demo", "--host", "127.0.0.1", "--keys", self.keys)
+        """Keys, certificates, first metadata, on ports that are free here; then nothing listens but on this machine."""
         operator, device, loopback, broker = free_ports(4)
+        ports = ("--operator-port", operator, "--device-port", device, "--broker-port", broker, "--loopback-port", loopback)
+        line = ("init", self.data, "--fleet", "demo", "--host", "127.0.0.1", "--keys", self.keys)
+        self._say("$ edge-fleet init fleet --host 127.0.0.1 --keys keys-offline")
+        self.run(*line, *ports, quiet=True)
         path = self.data / "fleet.yaml"
         settings = yaml.safe_load(path.read_text())
-        settings |= {"listen": "127.0.0.1", "operator_port": operator, "device_port": device, "loopback_port": loopback}
-        settings["broker"] = {**settings.get("broker", {}), "listen": "127.0.0.1", "port": broker}
+        settings["listen"] = "127.0.0.1"
+        settings["broker"]["listen"] = "127.0.0.1"
         if mosquitto := os.environ.get("EDGE_DEMO_MOSQUITTO"):
             settings["broker"]["mosquitto"] = mosquitto
         path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        profile_path = Path(self._processes.environment["EDGE_FLEET_PROFILE"])
-        profile = yaml.safe_load(profile_path.read_text())
-        profile["url"] = f"https://127.0.0.1:{operator}"
-        profile_path.write_text(yaml.safe_dump(profile, sort_keys=False))
         self._url = f"http://127.0.0.1:{loopback}"
-        self.token = profile["token"]
+        self.token = yaml.safe_load(Path(self._processes.environment["EDGE_FLEET_PROFILE"]).read_text())["token"]
         self._session.headers["Authorization"] = f"Bearer {self.token}"
 
     @property
