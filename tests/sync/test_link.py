@@ -227,6 +227,7 @@ class OldBroker:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(broker.folder / "localhost.pem", broker.folder / "localhost.key")
         self.context, self.taken, self.ending = context, [], threading.Event()
+        self.deaf = False
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.settimeout(0.1)
         self.port = self.listener.getsockname()[1]
@@ -269,6 +270,8 @@ class OldBroker:
         elif kind == 0x30:
             end = 4 + int.from_bytes(packet[2:4], "big")
             self.taken.append((packet[4:end].decode(), packet[end + 2 :]))
+            if self.deaf:
+                return
             channel.sendall(b"\x40\x02" + packet[end : end + 2])
 
     def close(self) -> None:
@@ -286,6 +289,28 @@ def test_a_broker_of_mqtt_311_only(broker: Mosquitto, outbox: Outbox):
     try:
         eventually(lambda: outbox.waiting() == 0, "delivery over MQTT 3.1.1")
         assert (topics.up(DEVICE, "events"), b"old but good") in old.taken
+    finally:
+        ours.link.stop()
+        old.close()
+
+
+def test_a_message_leaves_the_outbox_only_when_the_broker_has_said_so(broker: Mosquitto, outbox: Outbox):
+    """It arrives, the broker dies before it acknowledges, and so it is sent again."""
+    old = OldBroker(broker)
+    old.deaf = True
+    ours = Ours(broker, outbox)
+    ours.link.broker = Broker("127.0.0.1", old.port, lambda: broker.context(DEVICE))
+    outbox.put("events", b"twice")
+    message = (topics.up(DEVICE, "events"), b"twice")
+    ours.link.start()
+    try:
+        eventually(lambda: message in old.taken, "the message")
+        assert outbox.waiting() == 1
+        old.close()
+        old = OldBroker(broker)
+        ours.link.broker = Broker("127.0.0.1", old.port, lambda: broker.context(DEVICE))
+        eventually(lambda: outbox.waiting() == 0, "the second delivery")
+        assert message in old.taken
     finally:
         ours.link.stop()
         old.close()
