@@ -51,6 +51,12 @@ READY_WITHIN_S = 30.0
 BROKER_TRIES = 4  # a broker that ends as often while the server starts will not come up: its port is taken, its files are wrong
 RENEW_EVERY_S = 60.0
 GRACE_S = 3  # for requests under way when the server stops
+WARN_BEFORE_S = 45 * 86400.0
+OFFLINE_ROLES = {
+    "root": "run `edge-fleet renew-root`",
+    "targets": "run `edge-fleet renew-root`",
+    "releases": "publish a release, or run `edge-fleet renew-root` with --releases-key",
+}
 ONLINE = ("assignments", "snapshot", "timestamp")
 
 
@@ -66,6 +72,7 @@ class Fleet:
 
     def __init__(self, folder: Folder, config: FleetConfig, clock: Callable[[], float] = time.time) -> None:
         self.folder, self.config = folder, config
+        self._clock = clock
         self.started = clock()
         self.hub = Hub()
         self.database = Database(folder.database_url(config))
@@ -94,12 +101,25 @@ class Fleet:
         self.repository.renew()
 
     def status(self) -> dict[str, Any]:
+        expires = self.repository.expirations()
         return {
+            "devices": self.inventory.count(),
+            "warnings": self._warnings(expires),
             "fleet": self.config.fleet, "version": software_version(), "started": self.started,
             "broker_connected": self.broker_connected(), "ca_sha256": self.authority.fingerprint,
-            "device_url": self.config.device_url, "expires": self.repository.expirations(),
+            "device_url": self.config.device_url, "expires": expires,
             "messages": {"accepted": self.intake.accepted, "dropped": dict(self.intake.dropped)},
         }  # fmt: skip
+
+    def _warnings(self, expires: dict[str, float]) -> list[str]:
+        """What a person must do something about, and what."""
+        found = [] if self.broker_connected() else ["the broker is not connected; its log lines stand in the server's log"]
+        now = self._clock()
+        for role, at in expires.items():
+            if role in OFFLINE_ROLES and at - now < WARN_BEFORE_S:
+                days = int((at - now) / 86400)
+                found.append(f"the {role} metadata ends in {days} days and devices stop updating then; {OFFLINE_ROLES[role]}")
+        return found
 
     def close(self) -> None:
         self.database.close()

@@ -172,6 +172,42 @@ def serve(folder: Path, log_level: str) -> None:
         raise Unavailable(str(error)) from error
 
 
+@main.command("renew-root")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--root-key", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The offline root key.")
+@click.option(
+    "--releases-key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Renew the releases role too; publishing does that by itself.",
+)
+@reports_errors
+def renew_root(folder: Path, root_key: Path, releases_key: Path | None) -> None:
+    r"""Signs root and targets for another year. Once a year, with the server stopped and the offline keys at hand.
+
+    \b
+    edge-fleet renew-root /srv/fleet --root-key /media/usb/root.key
+    """
+    from fleet_server import app
+    from fleet_server.config import Folder, load
+
+    where = Folder(folder.absolute())
+    with app.locked(where):
+        fleet = app.Fleet(where, load(where))
+        try:
+            renewed = fleet.repository.renew_offline(_signer(root_key), _signer(releases_key) if releases_key else None)
+        finally:
+            fleet.close()
+    click.echo(f"signed for another year: {', '.join(renewed)}")
+
+
+def _signer(key: Path) -> Any:
+    """The signer in a key file, asking for its passphrase when it has one."""
+    from fleet_server.releases import keys as signing
+
+    secret = click.prompt(f"Passphrase of {key}", hide_input=True, err=True) if signing.is_encrypted(key) else None
+    return signing.load(key, passphrase=secret)
+
+
 # -- releases ------------------------------------------------------------------------------------------------------------------
 
 
@@ -189,10 +225,8 @@ def publish(ctx: click.Context, release_yaml: Path, key: Path, *, yes: bool, as_
     edge-fleet publish digits/RELEASE.yaml --key /media/usb/releases.key
     """
     from fleet_server.releases import builder
-    from fleet_server.releases import keys as signing
 
-    secret = click.prompt(f"Passphrase of {key}", hide_input=True, err=True) if signing.is_encrypted(key) else None
-    signer = signing.load(key, passphrase=secret)
+    signer = _signer(key)
     built = builder.build(release_yaml)
     if not as_json:
         display.manifest(built.manifest)

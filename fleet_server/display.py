@@ -226,6 +226,9 @@ def status(s: dict[str, Any]) -> None:
     console.print(f"[bold]{safe(s['fleet'])}[/bold]  version {safe(s['version'])}, up since {moment(s['started'])}")
     console.print(f"broker  {'connected' if s['broker_connected'] else 'NOT CONNECTED'}   devices at {safe(s['device_url'])}")
     console.print(f"messages {s['messages']['accepted']} accepted, dropped: {safe(s['messages']['dropped'] or 'none')}")
+    console.print(f"devices {s['devices']['online']} of {s['devices']['total']} online")
+    for warning in s["warnings"]:
+        console.print(f"[bold red]warning[/bold red] {safe(warning)}")
     for role, at in s["expires"].items():
         console.print(f"  {role:<12} signed until {moment(at)}")
 

@@ -74,6 +74,13 @@ class Inventory:
             and (not text or text.lower() in row.id.lower())
         )
 
+    def count(self) -> dict[str, int]:
+        """How many devices there are (those shut out left out), and how many of them are online."""
+        now = self._clock()
+        with self._database.reading() as session:
+            rows = session.execute(select(Device.present, Device.last_seen).where(Device.revoked.is_(False))).all()
+        return {"total": len(rows), "online": sum(self.is_online(row.present, row.last_seen, now) for row in rows)}
+
     def get(self, device: str) -> dict[str, Any]:
         """Everything about one device.  Raises: NotFound."""
         with self._database.reading() as session:

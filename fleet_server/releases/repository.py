@@ -29,7 +29,7 @@ from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, Roo
 from agent.contract.assignment import ASSIGNMENT_TARGET
 from fleet_server import files
 from fleet_server.config import ExpirySettings
-from fleet_server.errors import Unavailable
+from fleet_server.errors import Refused, Unavailable
 
 RELEASES, ASSIGNMENTS = "releases", "assignments"
 OFFLINE_EXPIRY_S = 365 * 86400.0
@@ -184,6 +184,35 @@ class Repository:
                 renewed = ["timestamp"]
             return renewed
 
+    def renew_offline(self, root: CryptoSigner, releases: CryptoSigner | None) -> list[str]:
+        """Signs root and targets again with the offline key, and with its own key the releases role; what it renewed.
+
+        Raises: Refused when a key is not the one that the trusted metadata names.
+        """
+        with self._lock:
+            trusted = self._parse(self.root_bytes(), Root, "root")
+            targets = self.targets_role()
+            _demand(root, trusted.signed.roles["root"].keyids, "root")
+            changed = {"targets.json": MetaFile(targets.signed.version + 1)}
+            if releases is not None:
+                assert targets.signed.delegations is not None
+                assert targets.signed.delegations.roles is not None
+                _demand(releases, targets.signed.delegations.roles[RELEASES].keyids, RELEASES)
+                role = self.releases()
+                self._write_role(RELEASES, self._again(role), releases)
+                changed[f"{RELEASES}.json"] = MetaFile(role.signed.version)
+            self._write_role("targets", self._again(targets), root)
+            self._write_role("root", self._again(trusted), root)
+            self._advance(changed)
+            return ["root", "targets", *([RELEASES] if releases else [])]
+
+    def _again(self, metadata: Metadata[T]) -> Metadata[T]:
+        """The next version of the role with the same content and a new expiry, not signed yet."""
+        metadata.signed.version += 1
+        metadata.signed.expires = self._in(OFFLINE_EXPIRY_S)
+        metadata.signatures.clear()
+        return metadata
+
     def sign_record(self, record: bytes, payload_type: str) -> dict[str, object]:
         """A device record in its envelope, signed by the online assignments key."""
         envelope = Envelope(record, payload_type, {})
@@ -291,3 +320,8 @@ class Repository:
     def _in(self, seconds: float) -> dt.datetime:
         moment = dt.datetime.fromtimestamp(self._clock() + seconds, tz=dt.timezone.utc)
         return moment.replace(microsecond=0)
+
+
+def _demand(signer: CryptoSigner, keyids: list[str], role: str) -> None:
+    if signer.public_key.keyid not in keyids:
+        raise Refused(f"this is not the key that signs {role} of this fleet", code="wrong_key")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
@@ -29,7 +30,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         arguments: dict[str, Any] = {"connect_args": {"timeout": 30}} if url.startswith("sqlite") else {}
-        self.engine: Engine = create_engine(url, **arguments)
+        self.engine: Engine = create_engine(url, json_serializer=_to_json, json_deserializer=msgspec.json.decode, **arguments)
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _sqlite_settings)
             event.listen(self.engine, "begin", _begin)
@@ -67,6 +68,10 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _to_json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _sqlite_settings(connection: Any, _record: Any) -> None:

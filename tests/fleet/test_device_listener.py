@@ -227,3 +227,22 @@ def test_metadata_never_goes_down(server, device, tmp_path):
         client.refresh()
         server.publish_simple("steps", server.get("/releases?model=steps").__len__() + 1)
     assert json.loads(device.get("/metadata/timestamp.json").content)["signed"]["version"] >= 4
+
+
+def test_a_device_follows_a_renewed_root(own_server, tmp_path):
+    server = own_server.start()
+    device = server.enrol("old")
+    updater(device, tmp_path).refresh()
+    assert server.cli("renew-root", server.data, "--root-key", server.offline / "root.key").returncode == 1  # it is running
+    server.stop()
+    done = server.cli(
+        "renew-root", server.data, "--root-key", server.offline / "root.key", "--releases-key", server.releases_key
+    )
+    assert done.returncode == 0, done.stderr
+    wrong = server.cli("renew-root", server.data, "--root-key", server.releases_key)
+    assert (wrong.returncode, "not the key" in wrong.stderr) == (1, True)
+    server.start()
+    updater(device, tmp_path).refresh()
+    assert json.loads((tmp_path / "metadata" / "root.json").read_bytes())["signed"]["version"] == 2
+    server.publish_simple("after", 1)
+    assert fetch(updater(device, tmp_path), tmp_path, "releases/after/1.json") is not None

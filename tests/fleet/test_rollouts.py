@@ -7,7 +7,7 @@ from agent.contract.codec import decode, encode
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Answer, ModelState, Outcome, Phase, Presence
 from fleet_server.access import SERVER
-from fleet_server.errors import Conflict, Invalid, NotFound
+from fleet_server.errors import Conflict, Invalid, NotFound, Refused
 from fleet_server.releases import keys, publisher
 from tests.fleet.stand import sha256, simple_manifest
 from tests.fleet.test_intake import Known
@@ -379,3 +379,20 @@ def test_old_versions_are_removed_but_not_those_in_use(story):
     assert 2 <= len(names) <= 20
     story.fleet.repository.check()
     story.fleet.catalogue.get(ReleaseRef("digits", 1))
+
+
+def test_offline_metadata_is_renewed_with_the_offline_keys(story, clock):
+    folder = story.fleet.releases_key.parent
+    root, releases = keys.load(folder / "root.key"), keys.load(folder / "releases.key")
+    clock.now += 340 * 86400
+    story.fleet.repository.renew()
+    assert {w.split()[1] for w in story.fleet.status()["warnings"] if "metadata" in w} == {"root", "targets", "releases"}
+    with pytest.raises(Refused):
+        story.fleet.repository.renew_offline(releases, None)
+    with pytest.raises(Refused):
+        story.fleet.repository.renew_offline(root, root)
+    assert story.fleet.repository.renew_offline(root, releases) == ["root", "targets", "releases"]
+    assert [w for w in story.fleet.status()["warnings"] if "metadata" in w] == []
+    story.fleet.repository.check()
+    story.publish(4)
+    assert story.fleet.repository.metadata_path("2.root.json").is_file()

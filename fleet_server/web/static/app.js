@@ -126,7 +126,7 @@ function follow() {
   source.addEventListener("event", (message) => addEvents([JSON.parse(message.data)]));
   source.addEventListener("change", (message) => {
     const what = JSON.parse(message.data).what;
-    refresh(...(what === "devices" ? ["devices"] : what === "releases" ? ["releases", "rollouts"] : ["rollouts", "devices"]));
+    refresh(...(what === "devices" ? ["devices", "status"] : what === "releases" ? ["releases", "rollouts"] : ["rollouts", "devices"]));
   });
 }
 
@@ -180,6 +180,7 @@ function render() {
   const name = state.status.fleet || "Fleet";
   $("fleet-name").textContent = name;
   document.title = `${name} fleet`;
+  show($("warnings"), (state.status.warnings || []).map((warning) => h("p", { class: "error banner" }, warning)));
   renderTiles();
   renderRollouts();
   renderDevices();
@@ -199,17 +200,15 @@ function lastAnswer(model) {
 }
 
 function renderTiles() {
-  const devices = state.devices.filter((device) => !device.revoked);
-  const online = devices.filter((device) => device.online).length;
-  const bad = devices.filter(trouble).length;
+  const counted = state.status.devices || { online: 0, total: 0 };
+  const bad = state.devices.filter((device) => !device.revoked && trouble(device)).length;
   const active = state.rollouts.filter((rollout) => !OVER.includes(rollout.state)).length;
   const tile = (number, of, text, look) => h("li", { class: `tile ${look || ""}` }, h("b", null, String(number), of ? h("small", null, ` of ${of}`) : null), h("span", { class: "muted" }, text));
   show($("tiles"),
-    tile(online, devices.length, "devices online"),
+    tile(counted.online, counted.total, "devices online"),
     tile(bad, null, bad === 1 ? "device in trouble" : "devices in trouble", bad ? "bad" : ""),
     tile(active, null, active === 1 ? "rollout under way" : "rollouts under way"),
-    state.models.map((model) => tile(model.release === null ? "none" : `v${model.release}`, null, `${model.model} everywhere`)),
-    state.status.broker_connected === false ? tile("down", null, "broker", "bad") : null);
+    state.models.map((model) => tile(model.release === null ? "none" : `v${model.release}`, null, `${model.model} everywhere`)));
 }
 
 function renderRollouts() {
