@@ -113,7 +113,8 @@ class GoldenCase(Document, frozen=True, kw_only=True):
 class WatchRules(Document, frozen=True, kw_only=True):
     """When the watch that follows activation commits, and what makes it roll back.
 
-    It commits after `duration_s` once `min_requests` were answered (or `max_duration_s` passed in silence). It rolls back as soon
+    It commits after `duration_s` once `min_requests` were answered (or `max_duration_s` passed in silence), unless those few failed:
+    then it waits for enough to judge, and goes back when `max_duration_s` ends with most of them failed. It rolls back as soon
     as the share of failed requests exceeds the device's own baseline by `max_error_ratio_increase` over at least
     `min_requests_to_judge` requests, the p95 exceeds `max_p95_ratio` times the baseline's, or the serving process crashed
     more than `max_crashes` times.

@@ -22,6 +22,9 @@ from agent.contract.codec import Document
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
 
+MOST = 0.5
+"""Above this share of failures a release goes when its longest watch ends, even with too few requests to judge by its own rules."""
+
 SERVE_GONE_S = 30.0
 """No answer for this long is a crash even if the process is not seen to come back. systemd restarts it within 1 to 5 s; loading a
 large engine takes up to 20 s more."""
@@ -170,8 +173,13 @@ def judge(watched: Watched, rules: WatchRules, serving_it: bool) -> Verdict:
     slow = _too_slow(total, baseline, rules)
     if slow:
         return RollBack(Reason.LATENCY_RATIO, slow, evidence)
-    heard = watched.elapsed_s >= rules.duration_s and total.answered >= rules.min_requests
-    if serving_it and (heard or watched.elapsed_s >= rules.max_duration_s):
+    last_look = watched.elapsed_s >= rules.max_duration_s
+    if last_look and ratio > max(allowed, MOST):
+        message = f"{ratio:.1%} of only {total.answered} requests failed in {watched.elapsed_s:.0f} s"
+        return RollBack(Reason.ERROR_RATIO, message, evidence)
+    # A release that fails its few callers does not become good because time passed: it is watched until there are enough.
+    heard = watched.elapsed_s >= rules.duration_s and total.answered >= rules.min_requests and ratio <= allowed
+    if serving_it and (heard or last_look):
         return Commit(f"watched {watched.elapsed_s:.0f} s and {total.answered} requests", evidence)
     return Keep()
 
