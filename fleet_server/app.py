@@ -278,8 +278,10 @@ class _Running:
             await _guarded(self._fleet.rollouts.evaluate, "rollouts could not be judged")
 
     async def _renewals(self) -> None:
+        expiry = self._config.expiry
+        interval = min(RENEW_EVERY_S, min(expiry.assignments_s, expiry.snapshot_s, expiry.timestamp_s) / 8)
         while True:
-            await asyncio.sleep(RENEW_EVERY_S)
+            await asyncio.sleep(interval)
             await _guarded(self._fleet.repository.renew, "metadata could not be renewed")
 
 

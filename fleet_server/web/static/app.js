@@ -9,7 +9,7 @@ const KINDS = ["committed", "pending", "failed", "refused", "rolled_back", "offl
 const OVER = ["completed", "aborted"];
 const STATE_LOOK = { running: "busy", holding: "warn", paused: "warn", completed: "good", aborted: "bad", created: "busy" };
 const OUTCOME_LOOK = { committed: "good", refused: "bad", rolled_back: "bad", failed: "warn" };
-const BAD_EVENTS = /abort|refus|rolled|fail|crash|revoke|withdraw|quarantin|problem|lost/;
+const BAD_EVENTS = /abort|refus|rolled_back|fail|crash|revoke|withdraw|quarantin|problem|lost/;
 const GOOD_EVENTS = /commit|complet/;
 
 const state = { me: null, status: {}, devices: [], releases: [], rollouts: [], models: [], events: [], all: false, allRollouts: false };
@@ -88,6 +88,7 @@ const reading = {
 };
 const waiting = new Set();
 let scheduled = null;
+let pace = 120; // ms until the next reading; longer where reading takes long, so that a large fleet does not read without end
 
 /** Reads the named parts again soon; what changes in quick succession is read once. */
 function refresh(...parts) {
@@ -95,6 +96,7 @@ function refresh(...parts) {
   scheduled ??= setTimeout(async () => {
     const now = [...waiting];
     waiting.clear();
+    const began = performance.now();
     try {
       await Promise.all(now.map((part) => reading[part]()));
       problem("");
@@ -103,8 +105,9 @@ function refresh(...parts) {
     }
     scheduled = null;
     render();
+    pace = Math.min(5000, Math.max(120, 4 * (performance.now() - began)));
     if (waiting.size) refresh();
-  }, 120);
+  }, pace);
 }
 
 function problem(text) {
@@ -187,6 +190,8 @@ function render() {
   renderReleases();
 }
 
+const counted = () => state.status.devices || { online: 0, total: 0 };
+
 function trouble(device) {
   if (device.problem) return true;
   return Object.values(device.models).some((model) => {
@@ -200,12 +205,11 @@ function lastAnswer(model) {
 }
 
 function renderTiles() {
-  const counted = state.status.devices || { online: 0, total: 0 };
   const bad = state.devices.filter((device) => !device.revoked && trouble(device)).length;
   const active = state.rollouts.filter((rollout) => !OVER.includes(rollout.state)).length;
   const tile = (number, of, text, look) => h("li", { class: `tile ${look || ""}` }, h("b", null, String(number), of ? h("small", null, ` of ${of}`) : null), h("span", { class: "muted" }, text));
   show($("tiles"),
-    tile(counted.online, counted.total, "devices online"),
+    tile(counted().online, counted().total, "devices online"),
     tile(bad, null, bad === 1 ? "device in trouble" : "devices in trouble", bad ? "bad" : ""),
     tile(active, null, active === 1 ? "rollout under way" : "rollouts under way"),
     state.models.map((model) => tile(model.release === null ? "none" : `v${model.release}`, null, `${model.model} everywhere`)));
@@ -275,6 +279,7 @@ function renderDevices() {
   const rows = state.all ? found : found.slice(0, SHOWN_DEVICES);
   show($("device-list"),
     table("Devices", ["Device", "State", "Groups", "Runs", "Last answer", "Seen"], rows.map(deviceRow)),
+    counted().total > state.devices.length && state.devices.length >= 1000 ? h("p", { class: "more muted" }, `The first ${state.devices.length} of ${counted().total} devices are looked at here; edge-fleet devices lists all.`) : null,
     rows.length < found.length ? h("p", { class: "more" }, `${rows.length} of ${found.length} `, h("button", { class: "small", "data-key": "all", onclick: () => { state.all = true; render(); } }, "Show all")) : null);
 }
 
