@@ -34,10 +34,12 @@ from agent.host.clock import SystemClock
 from agent.store import Store, StoreError
 from agent.sync import enrol, identity, link
 from agent.sync.counters import Counter
+from agent.sync.desired import Desired
 from agent.sync.download import Downloader, HttpBlobs
 from agent.sync.holds import Holds
 from agent.sync.http import FleetHttp
 from agent.sync.identity import Identity, IdentityError
+from agent.sync.model import Surroundings
 from agent.sync.outbox import Outbox
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem, Stopped
@@ -48,7 +50,7 @@ from agent.sync.serving import ServeAway, ServeClient, ServeRefused, ServeStatus
 from agent.sync.states import States
 from agent.sync.trial import TrialProcesses
 from agent.sync.trust import Trust
-from agent.sync.updater import ModelUpdater, Surroundings
+from agent.sync.updater import ModelUpdater
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ class Follower:
     def look(self) -> None:
         """One round. Never raises: whatever is wrong is in `problem`, and what was known stays."""
         try:
-            current = self._trust.refresh()
+            current = self._refresh()
         except Problem as problem:
             self._failures += 1
             news = self.problem is None or self.problem.reason is not problem.reason
@@ -128,6 +130,18 @@ class Follower:
             self.current, self.problem = current, None
         if news:
             self._changed()
+
+    def _refresh(self) -> Desired:
+        try:
+            return self._trust.refresh()
+        except Problem:
+            raise
+        except Exception as error:
+            # A bug of ours, or a document that a library did not foresee: this thread must live, or the device would never update again.
+            log.exception("asking the fleet failed in a way that was not foreseen")
+            raise Problem(
+                Reason.BAD_SIGNATURE, f"the fleet's documents cannot be read: {type(error).__name__}: {error}"
+            ) from error
 
     def pause_s(self) -> float:
         """Until the next round: the interval, spread so that a fleet does not ask in step; sooner after a failure."""
@@ -159,13 +173,17 @@ class Worker:
             try:
                 delay_s = self.updater.step(self._stop.is_set)
             except Stopped:
-                return
+                break
             except Exception:
                 # A bug of ours in one model must not end the others, and trying again at once would fill the disk with logs.
                 log.exception("the update of model %r failed in a way that was not foreseen", self.updater.model)
                 delay_s = AFTER_CRASH_S
             if delay_s > 0:
                 self._wake.wait(delay_s)
+        try:
+            self.updater.leave()
+        except OSError as error:
+            log.warning("the state of model %r could not be written at the end: %s", self.updater.model, error)
 
 
 class SyncApp:

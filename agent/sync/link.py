@@ -115,6 +115,11 @@ class Link:
         except OSError as error:  # includes every TLS error
             self.problem = f"broker {self.broker.host}:{self.broker.port} cannot be reached: {error}"
             return 0.0
+        except Exception as error:
+            # Something that is no broker can make the MQTT library raise anything; this thread must live.
+            log.exception("the connection to the broker failed in a way that was not foreseen")
+            self.problem = f"broker {self.broker.host}:{self.broker.port}: {type(error).__name__}: {error}"
+            return 0.0
         finally:
             self.set_connected(connected=False)
 

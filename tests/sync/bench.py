@@ -16,13 +16,14 @@ from agent.store import Store
 from agent.sync.desired import Desired
 from agent.sync.download import Downloader
 from agent.sync.holds import Holds
+from agent.sync.model import Surroundings
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem
 from agent.sync.quarantine import Quarantine
 from agent.sync.retention import Housekeeping
 from agent.sync.serving import Failed, Latency, ModelStatus, ServeAway, ServeRefused, ServeStatus, VersionStats, VersionStatus
 from agent.sync.states import States
-from agent.sync.updater import ModelUpdater, Surroundings
+from agent.sync.updater import ModelUpdater
 from tests.sync.conftest import FakeClock
 from tests.sync.fleet import DAY, DEVICE, FLEET, script_release, sha
 from tests.sync.test_download import MemoryBlobs

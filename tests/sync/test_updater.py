@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
+import os
 from pathlib import Path
 
 import msgspec
@@ -748,6 +750,70 @@ def test_a_damaged_state_is_put_aside_and_serving_is_not_touched(on_one: Bench):
     assert path.with_name(f"{MODEL}.json.damaged").exists()
 
 
+@pytest.mark.parametrize("serve_knows", [True, False])
+def test_a_damaged_selection_is_mended(serve_knows, on_one: Bench):
+    path = on_one.store.root / "models" / f"{MODEL}.json"
+    path.write_bytes(b"")
+    if not serve_knows:
+        on_one.serve.loaded.clear()
+        on_one.serve.active.clear()
+    on_one.want(1)
+    on_one.step()
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 1
+    assert selected(on_one).active.version == 1
+
+
+@pytest.mark.parametrize("phase", [P.TRIALING, P.ACTIVATING, P.WATCHING])
+def test_a_manifest_damaged_on_the_way(phase, on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(phase)
+    (on_one.store.root / "releases" / MODEL / "2.json").write_bytes(b"{}")
+    on_one.until(P.STEADY, steps=2000)
+
+    assert on_one.serving == 2
+    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+
+
+FULL_IN = [P.STEADY, P.FETCHING, P.TRIALING, P.ACTIVATING, P.WATCHING, P.ROLLING_BACK]
+
+
+@pytest.mark.parametrize("phase", FULL_IN)
+def test_a_disk_that_is_full_for_a_while(phase, on_one: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Not one byte can be written, in each phase: the old release serves on, and afterwards the update is completed."""
+    on_one.want(2)
+    if phase is not P.STEADY:
+        on_one.step()
+    if phase is P.ROLLING_BACK:
+        on_one.until(P.WATCHING)
+        on_one.serve.numbers[2] = numbers(10, run=90)
+    else:
+        on_one.until(phase)
+    before = on_one.store.selection(MODEL)
+
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("agent.host.files.replacing", full)
+    on_one.clock.pass_(30)
+    for _ in range(15):
+        on_one.step()
+    assert on_one.store.selection(MODEL) == before
+    assert on_one.serving == (2 if phase is P.WATCHING else 1), (
+        "a bad release is taken away even when that cannot be written down"
+    )
+    assert "no space left" in (on_one.updater.problem or "")
+    monkeypatch.undo()
+    on_one.until(P.QUARANTINED if phase is P.ROLLING_BACK else P.STEADY)
+    if phase is P.STEADY:
+        on_one.step()
+        on_one.until(P.STEADY)
+
+    assert on_one.serving == (1 if phase is P.ROLLING_BACK else 2)
+
+
 # -- stopping ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -763,6 +829,7 @@ def test_an_orderly_end_in_a_trial_is_not_counted_against_the_release(on_one: Be
     for _ in range(update.MAX_INTERRUPTIONS + 3):
         with pytest.raises(Stopped):
             on_one.updater.step(lambda: True)
+        on_one.updater.leave()
         on_one.again()
     on_one.trial = lambda *_: {}
     on_one.until(P.STEADY)

@@ -1,0 +1,226 @@
+"""What every phase of an update shares: its state on disk, its surroundings, what is wanted, and how a phase is left."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from agent.config import SyncSettings
+from agent.contract.assignment import Wanted
+from agent.contract.names import ReleaseRef
+from agent.contract.reasons import Reason
+from agent.contract.reports import Answer, Hardware, Outcome
+from agent.store import Choice, Selection, Store
+from agent.sync import update
+from agent.sync.desired import Desired
+from agent.sync.download import Downloader
+from agent.sync.holds import Holds
+from agent.sync.ports import Clock, Releases, Stop
+from agent.sync.problems import Problem, Stopped
+from agent.sync.quarantine import Quarantine
+from agent.sync.retention import Housekeeping
+from agent.sync.serving import ServeAway, ServeRefused, ServeStatus, ServingPort
+from agent.sync.states import States
+from agent.sync.trial import Trials
+from agent.sync.update import Event, Failure, UpdateState
+
+REST_S = 5.0
+"""How often a model at rest is compared with what `serve` says, when nothing else wakes it."""
+
+AGAIN_S = 1.0
+"""How soon to ask a `serve` that did not answer again: systemd needs about a second to restart it."""
+
+
+class Teller(Protocol):
+    """Where news goes."""
+
+    def changed(self) -> None:
+        """The state of a model changed; a report is due."""
+
+    def say(self, name: str, message: str, *, model: str, release: int | None = None, reason: str | None = None) -> None:
+        """An event for people."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Everything an updater needs; shared by the updaters of all models."""
+
+    store: Store
+    states: States
+    quarantine: Quarantine
+    housekeeping: Housekeeping
+    releases: Releases
+    downloader: Downloader
+    trials: Trials
+    serving: ServingPort
+    clock: Clock
+    settings: SyncSettings
+    hardware: Callable[[], Hardware]
+    desired: Callable[[], Desired | None]
+    teller: Teller
+    boot: str
+    holds: Holds
+    engine_threads: int = 1
+    jitter: Callable[[], float] = random.random
+
+
+class ModelWork:
+    """One model. One thread works on it; `state`, `progress` and `problem` may be read by others."""
+
+    def __init__(self, model: str, surroundings: Surroundings) -> None:
+        self.model = model
+        self.progress: float | None = None
+        self.problem: str | None = None
+        self.state = update.resumed(surroundings.states.load(model))
+        self._s = surroundings
+        self._ending: Stop = lambda: False
+        self._watch_saved_s = 0.0
+        if update.RESUME[self.state.phase].counts:
+            surroundings.states.save(self.state)
+
+    @property
+    def held(self) -> bool:
+        """Whether an operator on the device said that this model stays on one release."""
+        return self._s.holds.pinned(self.model) is not None
+
+    # -- how a phase is left ---------------------------------------------------------------------------------------------
+
+    def _left_behind(self) -> float | None:
+        """Before anything serves: forget the update when something else is wanted. None when it is to go on."""
+        if not self._overtaken():
+            return None
+        self._s.housekeeping.fetched(self.model)
+        self._apply(update.rest(self.state, Event.OVERTAKEN, self._s.clock.wall()))
+        return 0.0
+
+    def _wanted(self) -> Wanted | None:
+        """What the fleet wants, or what an operator on the device holds the model on; None before the fleet ever spoke."""
+        desired, pinned = self._s.desired(), self._s.holds.pinned(self.model)
+        if pinned is not None and not (desired and desired.withdrawn(self.model, pinned)):
+            return Wanted(pinned)
+        return desired.wanted(self.model) if desired else None
+
+    def _overtaken(self) -> bool:
+        wanted = self._wanted()
+        return wanted is not None and wanted.release != self.state.target
+
+    def _overtaken_by(self) -> Failure:
+        desired, target = self._s.desired(), self.state.target
+        if desired and target is not None and desired.withdrawn(self.model, target):
+            return Failure(reason=Reason.WITHDRAWN, message=f"release {target} was withdrawn")
+        return Failure(reason=Reason.OPERATOR, message=f"release {target} is no longer wanted")
+
+    def _expired(self) -> Problem | None:
+        """Why nothing may be installed now. Going back by hand to what was proved here needs nobody's fresh word."""
+        desired = self._s.desired()
+        if self.held:
+            return None
+        if desired is not None and desired.fresh(self._s.clock.wall()):
+            return None
+        return Problem(
+            Reason.EXPIRED_METADATA, "what the fleet last said has expired: nothing is installed until it can be reached"
+        )
+
+    def _should_stop(self) -> bool:
+        return self._ending() or self._overtaken()
+
+    def _stopped(self) -> float:
+        if self._ending():
+            raise Stopped
+        return 0.0  # overtaken: the next step sees it
+
+    def _put_off(self, problem: Problem) -> float:
+        outcome = Outcome.FAILED if problem.retryable or self.state.manifest else Outcome.REFUSED
+        answer = self._answer(outcome, problem.reason, problem.message, problem.evidence)
+        failure = Failure(reason=problem.reason, message=problem.message, evidence=problem.evidence)
+        if self.state.tries == 0:
+            self._say("put-off", problem.message, release=self.state.target, reason=problem.reason.value)
+        self._apply(update.put_off(self.state, self._s.clock.wall(), failure, self._s.jitter(), answer))
+        return 0.0
+
+    def _refuse(self, problem: Problem, manifest: str) -> float:
+        answer = self._answer(Outcome.REFUSED, problem.reason, problem.message, problem.evidence)
+        self._s.quarantine.add(self.model, manifest, answer)
+        self._s.housekeeping.fetched(self.model)
+        self._apply(update.rest(self.state, Event.REFUSED, self._s.clock.wall(), answer))
+        self._say("refused", problem.message, release=answer.release, reason=answer.reason)
+        self._s.housekeeping.need(self.model, versions(self._s.store.selection(self.model)))
+        self._s.housekeeping.collect()
+        return 0.0
+
+    def _bad(self, event: Event, failure: Failure) -> float:
+        self._apply(update.after(self.state, event, self._s.clock.wall(), failure=failure))
+        return 0.0
+
+    def _answer(
+        self,
+        outcome: Outcome,
+        reason: Reason | None,
+        message: str,
+        evidence: dict[str, float | str] | None = None,
+        *,
+        rollout: str | None = None,
+        release: int | None = None,
+    ) -> Answer:
+        return Answer(
+            release=release if release is not None else self._choice_version,
+            outcome=outcome,
+            rollout=rollout or self.state.rollout,
+            reason=reason.value if reason else None,
+            message=message,
+            at=self._s.clock.wall(),
+            evidence=evidence or {},
+        )
+
+    # -- small things ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _choice_version(self) -> int:
+        assert self.state.target is not None
+        return self.state.target
+
+    @property
+    def _ref(self) -> ReleaseRef:
+        return ReleaseRef(self.model, self._choice_version)
+
+    @property
+    def _choice(self) -> Choice:
+        assert self.state.variant is not None
+        return Choice(version=self._choice_version, variant=self.state.variant)
+
+    def _apply(self, state: UpdateState) -> None:
+        """Persists, then lets everybody know."""
+        self.progress = None
+        self._watch_saved_s = 0.0
+        self._save(state)
+
+    def _save(self, state: UpdateState, *, quietly: bool = False) -> None:
+        self._s.states.save(state)
+        self.state = state
+        if not quietly:
+            self._s.teller.changed()
+
+    def _status(self) -> ServeStatus | None:
+        try:
+            return self._s.serving.status()
+        except (ServeAway, ServeRefused) as error:
+            self.problem = str(error)
+            return None
+
+    def _ask(self, action: Callable[[], None]) -> None:
+        """Something that is tried again at the next rest when it does not work now."""
+        try:
+            action()
+        except (ServeAway, ServeRefused) as error:
+            self.problem = str(error)
+
+    def _say(self, name: str, message: str, *, release: int | None = None, reason: str | None = None) -> None:
+        self._s.teller.say(name, message, model=self.model, release=release, reason=reason)
+
+
+def versions(selection: Selection | None) -> set[int]:
+    if selection is None:
+        return set()
+    return {selection.active.version} | ({selection.previous.version} if selection.previous else set())

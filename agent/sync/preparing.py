@@ -1,0 +1,175 @@
+"""Everything before a release may serve: fetching, trying, waiting. Nothing here changes what `serve` does."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+
+from agent.contract.reasons import Reason
+from agent.store import Choice, StoreError
+from agent.sync import update, windows
+from agent.sync.model import REST_S, ModelWork, versions
+from agent.sync.ports import Signed
+from agent.sync.problems import Problem, Stopped, store_problem
+from agent.sync.trial import make_request
+from agent.sync.update import Event
+from agent.sync.variants import choose, needed_files
+
+
+class Preparing(ModelWork):
+    """FETCHING, TRIALING, SHADOWING, WAITING."""
+
+    # -- fetching ----------------------------------------------------------------------------------------------------------
+
+    def _fetch(self) -> float:
+        if (left := self._left_behind()) is not None:
+            return left
+        if (expired := self._expired()) is not None:
+            return self._put_off(expired)
+        signed: Signed | None = None
+        try:
+            signed = self._proved_in_store() or self._s.releases.manifest(self._ref)
+            return self._bring(signed)
+        except Problem as problem:
+            if signed is None or problem.retryable:
+                return self._put_off(problem)
+            return self._refuse(problem, signed.sha256)
+        except OSError as error:
+            return self._put_off(store_problem(error, f"fetching release {self._ref}"))
+        except Stopped:
+            return self._stopped()
+
+    def _bring(self, signed: Signed) -> float:
+        known = self._s.quarantine.find(self.model, signed.manifest.version, signed.sha256)
+        if known is not None:
+            return self._refuse(
+                Problem(Reason(known.reason), f"refused before: {known.message}", known.evidence), signed.sha256
+            )
+        variant = choose(signed.manifest, self._s.hardware())
+        needed = needed_files(signed.manifest, variant)
+        wanted = [signed.manifest.files[name] for name in needed]
+        self._s.housekeeping.fetching(self.model, [file.sha256 for file in wanted])
+        downloader = self._s.downloader
+        if downloader.shortage_bytes(wanted) > 0:
+            self._s.housekeeping.collect(short_of_space=True)
+            downloader.require_space(wanted)
+        missing = downloader.missing(wanted)
+        total, done = sum(file.size_bytes for file in missing) or 1, 0
+        for file in missing:
+            downloader.fetch(file, lambda have, base=done: self._progress((base + have) / total), self._should_stop)  # type: ignore[misc]
+            done += file.size_bytes
+        self._s.store.write_manifest(signed.data, needed)
+        choice = Choice(version=signed.manifest.version, variant=variant.name)
+        event = Event.FETCHED_KNOWN if self._proved_here(signed, choice) else Event.FETCHED
+        self._apply(
+            update.after(
+                self.state, event, self._s.clock.wall(),
+                manifest=signed.sha256, variant=variant.name, waiting_for=None, retry_at=None, failure=None,
+            )
+        )  # fmt: skip
+        self._s.housekeeping.need(self.model, {*versions(self._s.store.selection(self.model)), choice.version})
+        self._s.housekeeping.fetched(self.model)
+        return 0.0
+
+    def _proved_in_store(self) -> Signed | None:
+        """The target's manifest from our own store, for a hold: its signature was verified when it was stored, and it was committed here.
+        So an operator can go back without any network. What the fleet wants is always asked for anew.
+        """
+        if not self.held:
+            return None
+        try:
+            data, manifest = self._s.store.manifest_bytes(self._ref), self._s.store.manifest(self._ref)
+        except StoreError:
+            return None
+        signed = Signed(data, hashlib.sha256(data).hexdigest(), manifest)
+        return signed if signed.sha256 in self.state.committed else None
+
+    def _proved_here(self, signed: Signed, choice: Choice) -> bool:
+        """Whether the trial may be skipped: this release was committed here, its file is intact, and it may serve right now."""
+        if signed.sha256 not in self.state.committed or self._may_serve() is not None:
+            return False
+        try:
+            self._s.store.release(self.model, choice)
+        except StoreError:
+            return False
+        return True
+
+    def _progress(self, share: float) -> None:
+        self.progress = min(1.0, share)
+
+    # -- trying ------------------------------------------------------------------------------------------------------------
+
+    def _try(self) -> float:
+        if (left := self._left_behind()) is not None:
+            return left
+        state = self.state
+        if update.interrupted_too_often(state):
+            message = f"its trial was cut off {state.interruptions} times by a crash or a power cut"
+            return self._refuse(Problem(Reason.INTERRUPTED_TOO_OFTEN, message), state.manifest or "")
+        try:
+            manifest = self._s.store.manifest(self._ref)
+            timeout_s = min(self._s.settings.trial_timeout_s, manifest.acceptance.max_trial_s)
+            request = make_request(
+                self._s.store,
+                manifest,
+                manifest.variant(state.variant or ""),
+                memory_bytes=self._s.settings.trial_memory_bytes,
+                timeout_s=timeout_s,
+                threads=self._s.engine_threads,
+            )
+            self._s.trials.run(request, timeout_s, self._should_stop)
+        except (StoreError, KeyError) as error:
+            return self._put_off(Problem(Reason.STORE_FAILED, f"release {self._ref} has to be fetched again: {error}"))
+        except OSError as error:
+            return self._put_off(store_problem(error, f"starting the trial of release {self._ref}"))
+        except Problem as problem:
+            return self._put_off(problem) if problem.retryable else self._refuse(problem, state.manifest or "")
+        except Stopped:
+            return self._stopped()
+        self._passed()
+        return 0.0
+
+    def _passed(self) -> None:
+        now = self._s.clock.wall()
+        why_not = self._may_serve()
+        if why_not is None:
+            self._apply(update.after(self.state, Event.PASSED, now, interruptions=0))
+        elif why_not == "shadow":
+            self._apply(update.after(self.state, Event.PASSED_AS_SHADOW, now, interruptions=0))
+        else:
+            self._apply(update.after(self.state, Event.PASSED_EARLY, now, interruptions=0, waiting_for="window"))
+
+    def _may_serve(self) -> str | None:
+        """None when the target may serve right now; else `shadow` or `window`."""
+        wanted = self._wanted()
+        if wanted is None:
+            return None
+        if wanted.mode == "shadow":
+            return "shadow"
+        local = dt.datetime.fromtimestamp(self._s.clock.wall()).astimezone()
+        return None if windows.is_open(wanted.window, local) else "window"
+
+    # -- waiting -----------------------------------------------------------------------------------------------------------
+
+    def _shadow(self) -> float:
+        if (left := self._left_behind()) is not None:
+            return left
+        if self._may_serve() is None and self._expired() is None:
+            self._apply(update.after(self.state, Event.TO_SERVE, self._s.clock.wall()))
+            return 0.0
+        return REST_S
+
+    def _wait(self) -> float:
+        if (left := self._left_behind()) is not None:
+            return left
+        now = self._s.clock.wall()
+        if self.state.waiting_for == "window":
+            if self._may_serve() is None and self._expired() is None:
+                self._apply(update.after(self.state, Event.WINDOW_OPEN, now, waiting_for=None))
+                return 0.0
+            return REST_S
+        left_s = (self.state.retry_at or 0.0) - now
+        if 0 < left_s <= update.RETRY_LONGEST_S:  # longer than that means that the clock was set back meanwhile
+            return min(left_s, REST_S)
+        self._apply(update.after(self.state, Event.RETRY_DUE, now, waiting_for=None, retry_at=None))
+        return 0.0

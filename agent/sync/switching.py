@@ -1,0 +1,233 @@
+"""What changes `serve`: activating, watching, rolling back. Each step persists, then acts, and may be repeated."""
+
+from __future__ import annotations
+
+from agent.contract.manifest import WatchRules
+from agent.contract.reasons import RETRYABLE, Reason
+from agent.contract.reports import Outcome
+from agent.store import Selection, StoreError
+from agent.sync import update
+from agent.sync import watch as watching
+from agent.sync.model import AGAIN_S, ModelWork, Surroundings, versions
+from agent.sync.problems import Problem, store_problem
+from agent.sync.serving import ModelStatus, ServeAway, ServeRefused, ServeStatus
+from agent.sync.update import Event, Failure
+
+SERVE_PATIENCE_S = 120.0
+"""How long an activation waits for a `serve` that is away before it is put off."""
+
+ROLLBACK_REFUSALS = 3
+"""After this many refusals by `serve` a roll-back ends all the same, so that a fixed release is not kept out."""
+
+WATCH_SAVE_S = 5.0
+"""How much of a watch a crash of `sync` may make it repeat. Each save is a write to flash."""
+
+
+NOT_ITS_FAULT = RETRYABLE | {Reason.OPERATOR, Reason.WITHDRAWN}
+"""A release that is rolled back for one of these is not refused later."""
+
+
+class Switching(ModelWork):
+    """ACTIVATING, WATCHING, ROLLING_BACK."""
+
+    def __init__(self, model: str, surroundings: Surroundings) -> None:
+        super().__init__(model, surroundings)
+        self._looked: float | None = None
+        self._rollback_refusals = 0
+
+    # -- activating --------------------------------------------------------------------------------------------------------
+
+    def _activate(self) -> float:
+        state = self.state
+        if self._overtaken():
+            return self._bad(Event.OVERTAKEN, self._overtaken_by())
+        if update.interrupted_too_often(state):
+            message = f"serve did not survive its activation, or the machine did not: cut off {state.interruptions} times"
+            return self._bad(Event.BAD, Failure(reason=Reason.INTERRUPTED_TOO_OFTEN, message=message))
+        if not state.activated and (expired := self._expired()) is not None:
+            return self._put_off(expired)
+        try:
+            return self._switch()
+        except ServeAway as away:
+            if away.sent:
+                self._save(self.state.but(interruptions=self.state.interruptions + 1))
+            elif not self.state.activated and self._s.clock.wall() - state.since > SERVE_PATIENCE_S:
+                return self._put_off(Problem(Reason.ACTIVATION_FAILED, str(away)))
+            return AGAIN_S
+        except ServeRefused as refused:
+            return self._activation_refused(refused)
+        except StoreError as error:
+            problem = Problem(Reason.STORE_FAILED, f"release {self._ref} has to be fetched again: {error}")
+            if not self.state.activated:
+                return self._put_off(problem)
+            return self._bad(Event.BAD, Failure(reason=problem.reason, message=problem.message))
+
+    def _switch(self) -> float:
+        """Loads, remembers the baseline, selects, switches: each may be repeated."""
+        serving, target = self._s.serving, self._choice
+        status = serving.status()
+        loaded = serving.load(self.model, target.version, target.variant)
+        manifest = self._s.store.manifest(self._ref)
+        signed = manifest.files[manifest.variant(target.variant).file].sha256
+        if loaded.sha256 not in (None, "", signed):
+            message = f"serve loaded {loaded.sha256}, the manifest says {signed}"
+            return self._bad(Event.BAD, Failure(reason=Reason.HASH_MISMATCH, message=message))
+        if self.state.watched is None:
+            watched = watching.Watched(
+                baseline=self._baseline(status.model(self.model)),
+                instance=status.instance,
+                agent_version=status.agent_version,
+                boot=self._s.boot,
+            )
+            self._save(self.state.but(watched=watched, activated=True))
+        self._s.store.select(Selection(model=self.model, active=target, previous=self.state.before))
+        serving.activate(self.model, target.version)
+        self._looked = None
+        self._apply(update.after(self.state, Event.ACTIVATED, self._s.clock.wall(), interruptions=0))
+        return 0.0
+
+    def _baseline(self, model: ModelStatus) -> watching.Stats | None:
+        before = model.version(self.state.before.version) if self.state.before else None
+        return before.stats.for_watch() if before else None
+
+    def _activation_refused(self, refused: ServeRefused) -> float:
+        if refused.code == "no_memory" and not self.state.activated:
+            return self._put_off(Problem(Reason.TOO_MUCH_MEMORY, f"serve has no memory for it beside what runs: {refused}"))
+        if refused.code == "not_in_store" and not self.state.activated:
+            return self._put_off(Problem(Reason.STORE_FAILED, str(refused)))
+        if refused.code == "not_loaded":  # serve was restarted between load and activate
+            self._save(self.state.but(interruptions=self.state.interruptions + 1))
+            return AGAIN_S
+        reason = Reason.LOAD_FAILED if refused.code == "model_invalid" else Reason.ACTIVATION_FAILED
+        return self._bad(Event.BAD, Failure(reason=reason, message=str(refused)))
+
+    # -- watching ----------------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> float:
+        state = self.state
+        assert state.watched is not None
+        assert state.target is not None
+        if self._overtaken():
+            return self._leave_watch()
+        rebooted = state.watched.boot != self._s.boot
+        status = self._status()
+        watched = watching.observe(state.watched, state.target, self._sample(status), self._passed_s(), self._s.boot)
+        self.state = state = state.but(watched=watched, interruptions=state.interruptions + (1 if rebooted else 0))
+        if update.interrupted_too_often(state):
+            message = f"the machine was restarted {state.interruptions} times during its watch"
+            return self._bad(Event.BAD, Failure(reason=Reason.INTERRUPTED_TOO_OFTEN, message=message))
+        rules = self._rules()
+        serving = status.model(self.model).serving if status else None
+        verdict = watching.judge(watched, rules, serving is not None and serving.version == state.target)
+        if isinstance(verdict, watching.RollBack):
+            return self._condemn(Failure(reason=verdict.reason, message=verdict.message, evidence=verdict.evidence))
+        if isinstance(verdict, watching.Commit):
+            return self._commit(verdict)
+        if rebooted or watched.elapsed_s - self._watch_saved_s >= WATCH_SAVE_S:
+            self._keep_watch()
+        return self._s.settings.watch_poll_s
+
+    def _rules(self) -> WatchRules:
+        """The publisher's; the default ones when the manifest was damaged on disk meanwhile: a watch without rules would never end."""
+        try:
+            return self._s.store.manifest(self._ref).acceptance.watch
+        except StoreError as error:
+            self.problem = str(error)
+            return WatchRules()
+
+    def _keep_watch(self) -> None:
+        """Saves how far the watch is. A disk that is full must not blind it."""
+        assert self.state.watched is not None
+        self._watch_saved_s = self.state.watched.elapsed_s
+        try:
+            self._save(self.state, quietly=True)
+        except OSError as error:
+            self.problem = store_problem(error, f"watching model {self.model!r}").message
+
+    def _condemn(self, failure: Failure) -> float:
+        """BAD, persisted. When nothing can be persisted the callers come first: `serve` goes back all the same, and what is
+        selected on disk follows as soon as it can be written.
+        """
+        try:
+            return self._bad(Event.BAD, failure)
+        except OSError:
+            before = self.state.before
+            if before is not None:
+                self._ask(lambda: self._s.serving.rollback(self.model, before.version))
+            raise
+
+    def _passed_s(self) -> float:
+        now = self._s.clock.monotonic()
+        passed_s = 0.0 if self._looked is None else now - self._looked
+        self._looked = now
+        return passed_s
+
+    def _sample(self, status: ServeStatus | None) -> watching.Sample | None:
+        if status is None:
+            return None
+        model = status.model(self.model)
+        version = model.version(self.state.target)
+        stats = version.stats.for_watch() if version else None
+        return watching.Sample(status.instance, status.agent_version, model.active, stats)
+
+    def _commit(self, verdict: watching.Commit) -> float:
+        answer = self._answer(Outcome.COMMITTED, None, verdict.message, verdict.evidence)
+        self._apply(update.committed(self.state, self._s.clock.wall(), answer))
+        self._say("committed", f"release {answer.release} stays: {verdict.message}", release=answer.release)
+        self._ask(lambda: self._s.serving.commit(self.model))
+        self._s.housekeeping.need(self.model, versions(self._s.store.selection(self.model)))
+        self._s.housekeeping.collect()
+        return 0.0
+
+    def _leave_watch(self) -> float:
+        """Something else is wanted. Go back first, so that the next one is compared with a proved release; with nothing to go back
+        to it serves on, uncommitted, until the next one takes over, unless nobody may run it.
+        """
+        desired, wanted, target = self._s.desired(), self._wanted(), self.state.target
+        assert target is not None
+        nothing = wanted is None or wanted.release is None
+        if self.state.before is None and not nothing and not (desired and desired.withdrawn(self.model, target)):
+            self._apply(update.rest(self.state, Event.SETTLED, self._s.clock.wall()))
+            return 0.0
+        return self._bad(Event.OVERTAKEN, self._overtaken_by())
+
+    # -- rolling back ------------------------------------------------------------------------------------------------------
+
+    def _roll_back(self) -> float:
+        before = self.state.before
+        if before is not None:
+            self._s.store.select(Selection(model=self.model, active=before))
+        else:
+            self._s.store.deselect(self.model)
+        trouble = ""
+        try:
+            if before is not None:
+                self._s.serving.rollback(self.model, before.version)
+            else:
+                self._s.serving.unload(self.model)
+        except ServeAway as away:
+            self.problem = str(away)
+            return AGAIN_S
+        except ServeRefused as refused:
+            if before is not None:
+                self._rollback_refusals += 1
+                if self._rollback_refusals < ROLLBACK_REFUSALS:
+                    return AGAIN_S
+                trouble = f"; and release {before.version} could not take over: {refused}"
+        self._rollback_refusals = 0
+        self._went_back(trouble)
+        return 0.0
+
+    def _went_back(self, trouble: str) -> None:
+        state, now = self.state, self._s.clock.wall()
+        failure = state.failure or Failure(reason=Reason.ACTIVATION_FAILED, message="interrupted")
+        outcome = Outcome.ROLLED_BACK if state.activated else Outcome.REFUSED
+        answer = self._answer(outcome, failure.reason, failure.message + trouble, failure.evidence)
+        if failure.reason in NOT_ITS_FAULT:
+            self._apply(update.rest(state, Event.BACK_ONLY, now, answer))
+        else:
+            self._s.quarantine.add(self.model, state.manifest or "", answer)
+            self._apply(update.rest(state, Event.BACK, now, answer))
+        serves = f"release {state.before.version} serves" if state.before else "nothing serves"
+        self._say("rolled-back", f"{serves} again: {answer.message}", release=answer.release, reason=answer.reason)
+        self._s.housekeeping.need(self.model, versions(self._s.store.selection(self.model)))

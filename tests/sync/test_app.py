@@ -1,0 +1,134 @@
+"""What keeps `sync` going when something it did not foresee happens, and what it tells systemd."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from agent.contract.reasons import Reason
+from agent.store import Store
+from agent.sync.app import FIRST_RETRY_S, Follower, StoreBusy, exclusive
+from agent.sync.link import Broker, Link
+from agent.sync.outbox import Outbox
+from agent.sync.problems import Problem
+from tests.sync.bench import Bench
+from tests.sync.conftest import eventually
+from tests.sync.test_process import ROOT, Device
+
+pytestmark = pytest.mark.usefixtures("script_runtime")
+
+
+class Oracle:
+    """Says or raises what it is told to."""
+
+    def __init__(self, *answers) -> None:
+        self.answers = list(answers)
+
+    def remembered(self):
+        return None
+
+    def refresh(self):
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_the_follower_outlives_what_nobody_foresaw(tmp_path: Path):
+    bench = Bench(tmp_path)
+    bench.want(1)
+    told = []
+    follower = Follower(Oracle(RecursionError("deep"), bench.desired()), 900.0, lambda: told.append(1), jitter=lambda: 0.5)
+
+    follower.look()
+    assert follower.problem is not None
+    assert follower.problem.reason is Reason.BAD_SIGNATURE
+    assert follower.pause_s() == FIRST_RETRY_S
+    follower.look()
+
+    assert follower.problem is None
+    assert follower.current == bench.desired()
+    assert follower.pause_s() == 900.0
+    assert len(told) == 2
+
+
+def test_news_are_told_once(tmp_path: Path):
+    told = []
+    trouble = [Problem(Reason.DOWNLOAD_FAILED, "unplugged") for _ in range(3)]
+    follower = Follower(Oracle(*trouble), 900.0, lambda: told.append(1), jitter=lambda: 0.5)
+    pauses = []
+    for _ in range(3):
+        follower.look()
+        pauses.append(follower.pause_s())
+
+    assert told == [1]
+    assert pauses == [5.0, 10.0, 20.0]
+
+
+def test_the_link_outlives_what_nobody_foresaw(tmp_path: Path):
+    tries = []
+
+    def tls():
+        tries.append(1)
+        raise ValueError("not a context")
+
+    box = Outbox(tmp_path / "o.db")
+    link = Link("crane-7", Broker("127.0.0.1", 1, tls), box, lambda: 1, lambda: None, jitter=lambda: 0.0)
+    link.start()
+    eventually(lambda: len(tries) >= 3, "three tries")
+    link.stop()
+    box.close()
+
+    assert "ValueError" in (link.problem or "")
+
+
+def test_one_process_per_store(store: Store):
+    with exclusive(store), pytest.raises(StoreBusy, match=str(os.getpid())), exclusive(store):
+        pass
+    with exclusive(store):
+        pass
+
+
+def test_systemd_is_told(tmp_path: Path, identity, repository, server):
+    device = Device(tmp_path, identity, repository, server)
+    said: list[str] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.settimeout(0.1)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "agent.cli", "sync", "--config", str(device.config)],
+            cwd=ROOT,
+            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"},
+            stderr=subprocess.DEVNULL,
+        )
+        ending = threading.Event()
+
+        def listen() -> None:
+            while not ending.is_set():
+                try:
+                    said.append(listener.recv(256).decode())
+                except TimeoutError:
+                    continue
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            eventually(lambda: said.count("WATCHDOG=1") >= 4, "the watchdog to be fed")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(15) == 0
+            eventually(lambda: "STOPPING=1" in said, "the end to be told")
+        finally:
+            process.kill()
+            process.wait()
+            ending.set()
+            thread.join()
+            device.close()
+
+    assert said[0] == "READY=1"
