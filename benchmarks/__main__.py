@@ -1,0 +1,80 @@
+"""python -m benchmarks [--quick] [--json FILE]"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["ORT_TELEMETRY_DISABLED"] = "1"
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import measure, models, processes
+
+CLIENTS = (1, 4, 8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two short repeats: to see that it runs, not to compare")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number of every repeat")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    options = parser.parse_args()
+    repeats, seconds = (2, 0.3) if options.quick else (options.repeats, options.seconds)
+    with tempfile.TemporaryDirectory(prefix="edge-bench-") as name:
+        folder = Path(name)
+        load = processes.load_program(folder)
+        subjects = models.make(folder)
+        started = measure.start(folder, subjects[0], repeats)
+        rows = measure.latency(folder, load, subjects, CLIENTS, repeats, seconds)
+        swapped = measure.swaps(folder, load, repeats, seconds)
+    show(rows, started, swapped, compiled=len(load) == 1)
+    if options.json:
+        options.json.write_text(json.dumps(measure.document(rows, started, swapped), indent=1) + "\n")
+
+
+def show(rows: Sequence[measure.Row], started: dict[str, list[float]], swapped: dict[str, Any], *, compiled: bool) -> None:
+    console = Console()
+    names = (
+        "model",
+        "clients",
+        "echo p50",
+        "engine p50",
+        "p50 µs",
+        "p99 µs",
+        "× (echo + engine)",
+        "requests/s",
+        "engine/s",
+        "failed",
+    )
+    table = Table(*names, title="median (min-max) of the repeats; times in µs")
+    for row in rows:
+        table.add_row(
+            row.model, str(row.clients), spread(row.echo_p50_us), spread(row.engine_p50_us), spread(row.p50_us),
+            spread(row.p99_us), spread(row.ratios, 2) if row.clients == 1 else "-", spread(row.per_s, 0), spread(row.engine_per_s, 0), str(row.failures),
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"start to first prediction {spread(started['first_prediction_s'], 2)} s, idle PSS {spread(started['idle_pss_mb'])} MB"
+    )
+    console.print(
+        f"swap under {swapped['clients']} clients: p99 {spread(swapped['p99_before_us'], 0)} µs before, "
+        f"{spread(swapped['p99_during_us'], 0)} µs during {swapped['swaps']} swaps, {swapped['failures']} failed"
+    )
+    if not compiled:
+        console.print("there is no C compiler: echo and load generator are Python's, and slow")
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()

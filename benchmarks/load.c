@@ -1,0 +1,224 @@
+/* The two ends of a measurement, without an interpreter in the way.
+ *
+ *   load echo SOCKET REQUEST_BYTES REPLY_BYTES      answers every REQUEST_BYTES with REPLY_BYTES, for ever
+ *   load drive SOCKET REQUEST_FILE KIND CLIENTS SECONDS
+ *        CLIENTS threads, each with one connection, send the file's bytes and wait for the answer, again and again.
+ *        KIND is `http` (status 200 and the whole Content-Length) or a number of bytes.
+ *        Prints JSON: answers, failures, seconds, and the latencies' percentiles in microseconds.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#define WARM_UP_S 0.2
+#define MAX_HEAD 4096
+
+static struct sockaddr_un address_of(const char *path) {
+  struct sockaddr_un address = {.sun_family = AF_UNIX};
+  snprintf(address.sun_path, sizeof address.sun_path, "%s", path);
+  return address;
+}
+
+static double now_s(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+static int send_all(int fd, const char *data, size_t size) {
+  while (size > 0) {
+    ssize_t sent = send(fd, data, size, MSG_NOSIGNAL);
+    if (sent < 0 && errno == EINTR) continue;
+    if (sent <= 0) return 0;
+    data += sent;
+    size -= (size_t)sent;
+  }
+  return 1;
+}
+
+static int receive_all(int fd, char *room, size_t size) {
+  while (size > 0) {
+    ssize_t got = recv(fd, room, size, 0);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return 0;
+    room += got;
+    size -= (size_t)got;
+  }
+  return 1;
+}
+
+/* ---- echo ---- */
+
+static size_t echo_request, echo_reply;
+
+static void *echo_one(void *argument) {
+  int fd = (int)(long)argument;
+  char *room = malloc(echo_request), *reply = calloc(1, echo_reply);
+  while (receive_all(fd, room, echo_request) && send_all(fd, reply, echo_reply)) {}
+  close(fd);
+  free(room);
+  free(reply);
+  return NULL;
+}
+
+static int echo(const char *path) {
+  struct sockaddr_un address = address_of(path);
+  int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+  if (bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 64)) {
+    perror(path);
+    return 1;
+  }
+  for (;;) {
+    pthread_t thread;
+    long fd = accept(listener, NULL, NULL);
+    if (fd < 0) continue;
+    pthread_create(&thread, NULL, echo_one, (void *)fd);
+    pthread_detach(thread);
+  }
+}
+
+/* ---- drive ---- */
+
+static struct sockaddr_un target;
+static char *request;
+static size_t request_size, reply_size; /* 0: HTTP */
+static double start_s, end_s;
+
+struct client {
+  pthread_t thread;
+  float *latencies_us;
+  size_t count, room;
+  long failures;
+};
+
+/* One HTTP answer into `room`, which grows. 0 when the connection broke or the status is not 200. */
+static int receive_http(int fd, char **room, size_t *room_size) {
+  size_t have = 0;
+  char *end = NULL;
+  while (end == NULL) {
+    if (have >= MAX_HEAD) return 0;
+    ssize_t got = recv(fd, *room + have, *room_size - have - 1, 0);
+    if (got <= 0) return 0;
+    have += (size_t)got;
+    (*room)[have] = 0;
+    end = strstr(*room, "\r\n\r\n");
+  }
+  size_t head = (size_t)(end - *room) + 4;
+  char *field = strcasestr(*room, "\r\ncontent-length:");
+  size_t size = head + (field && field < end ? strtoul(field + 17, NULL, 10) : 0);
+  int ok = strncmp(*room, "HTTP/1.1 200 ", 13) == 0;
+  if (size + 1 > *room_size) {
+    *room_size = size + 1;
+    *room = realloc(*room, *room_size);
+  }
+  return have <= size && receive_all(fd, *room + have, size - have) && ok;
+}
+
+static void keep(struct client *client, double seconds) {
+  if (client->count == client->room) {
+    client->room = client->room ? 2 * client->room : 1 << 16;
+    client->latencies_us = realloc(client->latencies_us, client->room * sizeof(float));
+  }
+  client->latencies_us[client->count++] = (float)(seconds * 1e6);
+}
+
+static void *drive_one(void *argument) {
+  struct client *client = argument;
+  size_t room_size = reply_size ? reply_size : 1 << 16;
+  char *room = malloc(room_size);
+  int fd = -1;
+  for (;;) {
+    if (fd < 0) {
+      struct timeval limit = {.tv_sec = 10};
+      fd = socket(AF_UNIX, SOCK_STREAM, 0);
+      setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+      if (connect(fd, (struct sockaddr *)&target, sizeof target)) {
+        close(fd);
+        fd = -1;
+        client->failures++;
+        usleep(1000);
+      }
+    }
+    double began = now_s();
+    if (began >= end_s) break;
+    if (fd < 0) continue;
+    int ok = send_all(fd, request, request_size) &&
+             (reply_size ? receive_all(fd, room, reply_size) : receive_http(fd, &room, &room_size));
+    if (!ok) {
+      client->failures++;
+      close(fd);
+      fd = -1;
+    } else if (began >= start_s) {
+      keep(client, now_s() - began);
+    }
+  }
+  if (fd >= 0) close(fd);
+  free(room);
+  return NULL;
+}
+
+static int ascending(const void *a, const void *b) {
+  float x = *(const float *)a, y = *(const float *)b;
+  return (x > y) - (x < y);
+}
+
+static void read_request(const char *path) {
+  FILE *file = fopen(path, "rb");
+  if (file == NULL) {
+    perror(path);
+    exit(1);
+  }
+  fseek(file, 0, SEEK_END);
+  request_size = (size_t)ftell(file);
+  rewind(file);
+  request = malloc(request_size);
+  if (fread(request, 1, request_size, file) != request_size) exit(1);
+  fclose(file);
+}
+
+static int drive(const char *kind, int count, double seconds) {
+  reply_size = strcmp(kind, "http") == 0 ? 0 : strtoul(kind, NULL, 10);
+  struct client *clients = calloc((size_t)count, sizeof *clients);
+  start_s = now_s() + WARM_UP_S;
+  end_s = start_s + seconds;
+  for (int i = 0; i < count; i++) pthread_create(&clients[i].thread, NULL, drive_one, &clients[i]);
+  size_t total = 0, at = 0;
+  long failures = 0;
+  for (int i = 0; i < count; i++) {
+    pthread_join(clients[i].thread, NULL);
+    total += clients[i].count;
+    failures += clients[i].failures;
+  }
+  float *all = malloc((total + 1) * sizeof *all);
+  for (int i = 0; i < count; i++) {
+    memcpy(all + at, clients[i].latencies_us, clients[i].count * sizeof *all);
+    at += clients[i].count;
+  }
+  qsort(all, total, sizeof *all, ascending);
+  printf("{\"answers\":%zu,\"failures\":%ld,\"seconds\":%.3f,\"p50_us\":%.2f,\"p99_us\":%.2f,\"max_us\":%.2f}\n", total, failures,
+         seconds, total ? all[total / 2] : 0, total ? all[(size_t)((double)total * 0.99)] : 0, total ? all[total - 1] : 0);
+  return 0;
+}
+
+int main(int count, char **words) {
+  if (count == 5 && strcmp(words[1], "echo") == 0) {
+    echo_request = strtoul(words[3], NULL, 10);
+    echo_reply = strtoul(words[4], NULL, 10);
+    return echo(words[2]);
+  }
+  if (count == 7 && strcmp(words[1], "drive") == 0) {
+    target = address_of(words[2]);
+    read_request(words[3]);
+    return drive(words[4], atoi(words[5]), atof(words[6]));
+  }
+  fprintf(stderr, "load echo SOCKET REQUEST_BYTES REPLY_BYTES | load drive SOCKET REQUEST_FILE KIND CLIENTS SECONDS\n");
+  return 2;
+}

@@ -1,0 +1,87 @@
+"""The two models that are measured, made with a fixed seed, and the requests for them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+SEED = 20260
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model with everything that is needed to ask it."""
+
+    name: str
+    path: Path
+    array: NDArray[np.float32]
+    request: bytes
+
+
+def _weights(rng: np.random.Generator, name: str, *shape: int) -> onnx.TensorProto:
+    fan_in = int(np.prod(shape[1:])) if len(shape) == 4 else shape[0]
+    return numpy_helper.from_array((rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32), name)
+
+
+def _save(path: Path, nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto], shape: list[int]) -> None:
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 10])]
+    graph = helper.make_graph(nodes, path.stem, inputs, outputs, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def tiny(path: Path) -> None:
+    """1x64 → 32 → 10: a few microseconds, so that what is measured is the way to it."""
+    rng = np.random.default_rng(SEED)
+    weights = [_weights(rng, "w0", 64, 32), _weights(rng, "b0", 32), _weights(rng, "w1", 32, 10), _weights(rng, "b1", 10)]
+    nodes = [
+        helper.make_node("Gemm", ["x", "w0", "b0"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "w1", "b1"], ["y"]),
+    ]
+    _save(path, nodes, weights, [1, 64])
+
+
+def image(path: Path) -> None:
+    """1x3x224x224 (602 KB) → 10 through four strided convolutions: about a millisecond."""
+    rng = np.random.default_rng(SEED)
+    nodes, weights, current, channels = [], [], "x", 3
+    for number, (wide, kernel) in enumerate([(12, 7), (24, 3), (32, 3), (32, 3)]):
+        weights.append(_weights(rng, f"w{number}", wide, channels, kernel, kernel))
+        pads = [kernel // 2] * 4
+        nodes.append(helper.make_node("Conv", [current, f"w{number}"], [f"c{number}"], strides=[2, 2], pads=pads))
+        nodes.append(helper.make_node("Relu", [f"c{number}"], [f"r{number}"]))
+        current, channels = f"r{number}", wide
+    nodes += [
+        helper.make_node("GlobalAveragePool", [current], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["y"]),
+    ]
+    _save(path, nodes, [*weights, _weights(rng, "w", channels, 10)], [1, 3, 224, 224])
+
+
+def make(folder: Path) -> list[Subject]:
+    subjects = []
+    for name, build, shape in (("tiny", tiny, (1, 64)), ("image", image, (1, 3, 224, 224))):
+        path = folder / f"{name}.onnx"
+        build(path)
+        array = np.random.default_rng(SEED).standard_normal(shape).astype(np.float32)
+        subjects.append(Subject(name, path, array, request(name, array)))
+    return subjects
+
+
+def request(name: str, array: NDArray[np.float32]) -> bytes:
+    """A prediction as a client with binary tensors sends it."""
+    tensor = {"name": "x", "shape": array.shape, "datatype": "FP32", "parameters": {"binary_data_size": array.nbytes}}
+    head = msgspec.json.encode({"inputs": [tensor], "parameters": {"binary_data_output": True}})
+    lines = (
+        f"POST /v2/models/{name}/infer HTTP/1.1\r\nhost: bench\r\n"
+        f"inference-header-content-length: {len(head)}\r\ncontent-length: {len(head) + array.nbytes}\r\n\r\n"
+    )
+    return lines.encode() + head + array.tobytes()
