@@ -115,6 +115,15 @@ def test_an_engine_that_prints_does_not_disturb(trials, tmp_path):
     assert trials.run(request(tmp_path, "load print"), 20.0, lambda: False)
 
 
+def may_leave_the_network() -> bool:
+    """Root may, and others where the kernel lets them make user namespaces."""
+    code = "import ctypes, sys; sys.exit(ctypes.CDLL(None).unshare(0x40000000 if not __import__('os').geteuid() else 0x50000000) != 0)"
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(
+    not may_leave_the_network(), reason="this kernel lets nobody make a network namespace; under systemd the unit does"
+)
 def test_it_has_no_network(trials, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -385,6 +385,36 @@ def test_trouble_before_a_manifest_is_verified_is_tried_again_later(reason, on_o
     assert on_one.answer.outcome is Outcome.COMMITTED
 
 
+def test_a_server_that_has_other_bytes_than_were_signed(on_one: Bench):
+    ref = next(ref for ref in on_one.signed if ref.version == 2)
+    digest = on_one.signed[ref].manifest.files["model.script"].sha256
+    on_one.blobs[digest] = b"x" * len(on_one.blobs[digest])
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+
+    assert on_one.answer.reason == Reason.HASH_MISMATCH.value
+    assert on_one.serving == 1
+    assert not on_one.store.has_blob(digest)
+    assert on_one.tried == []
+
+
+def test_a_blob_that_breaks_off_is_put_off_and_resumed(on_one: Bench):
+    ref = next(ref for ref in on_one.signed if ref.version == 2)
+    digest = on_one.signed[ref].manifest.files["model.script"].sha256
+    whole = on_one.blobs[digest]
+    on_one.blobs[digest] = whole[:5]
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WAITING)
+    on_one.blobs[digest] = whole
+    on_one.source.offsets.clear()
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 2
+    assert on_one.source.offsets == [5]
+
+
 def test_tries_come_less_and_less_often(on_one: Bench):
     on_one.manifest_problem = Problem(Reason.DOWNLOAD_FAILED, "unplugged")
     on_one.want(2)
