@@ -125,10 +125,10 @@ def _run(
         if not selfcheck.answers(address):
             log.error("the server does not answer on its own socket %r", address)
             return 1
-        notify.notify("READY=1")
-        watchdog.start()
         if announce is not None:
             announce()
+        notify.notify("READY=1")
+        watchdog.start()
         end.wait()
         return 0
     finally:

@@ -83,7 +83,7 @@ class Loop:
         self._lead = threading.Lock()
         self._ready: deque[tuple[int, int]] = deque()
         self._swept_s = time.perf_counter()
-        self._work_lock = threading.Lock()  # for the two below
+        self._work_lock = threading.Lock()  # for the two below, and for leaving or ending busyness
         self._free = threads - 1
         self._backlog: deque[Connection] = deque()
         self._alone = threads == 1
@@ -130,7 +130,7 @@ class Loop:
             if connection is None:
                 return
             while connection is not None:
-                self._finish(connection)
+                self._finish_safely(connection)
                 connection = self._next_work()
 
     def _next_work(self) -> Connection | None:
@@ -142,7 +142,16 @@ class Loop:
 
     def _serve_control(self) -> None:
         while (connection := self._control.get()) is not None:
-            self._finish(connection, control=True)
+            self._finish_safely(connection, control=True)
+
+    def _finish_safely(self, connection: Connection, *, control: bool = False) -> None:
+        """A fault of ours, or memory that is not there, ends one connection and not the thread."""
+        try:
+            self._finish(connection, control=control)
+        except Exception:
+            log.exception("a connection failed in an unforeseen way and is closed")
+            if self._connections.get(connection.fd) is connection:
+                self._close(connection)
 
     # -- the leader ------------------------------------------------------------------------------------------------------------
 
@@ -158,8 +167,14 @@ class Loop:
             connection = connections.get(fd)
             if connection is None:
                 self._attend_other(fd)
-            elif self._attend(connection, event):
-                return connection
+                continue
+            try:
+                if self._attend(connection, event):
+                    return connection
+            except Exception:
+                log.exception("a connection failed in an unforeseen way and is closed")
+                if connections.get(fd) is connection:
+                    self._close(connection)
         return None
 
     def _poll(self) -> None:
@@ -263,8 +278,9 @@ class Loop:
 
     def _put_back(self, connection: Connection) -> None:
         connection.seen_s = time.perf_counter()
-        connection.busy = False
-        self._epoll.register(connection.fd, select.EPOLLOUT if connection.sending else select.EPOLLIN)
+        with self._work_lock:  # to whoever closes idle connections it is either busy or back
+            connection.busy = False
+            self._epoll.register(connection.fd, select.EPOLLOUT if connection.sending else select.EPOLLIN)
 
     def _receive_more(self, connection: Connection) -> bool:
         """Waits a little for more of a large body. False when it does not come, or the connection was closed."""
@@ -341,20 +357,22 @@ class Loop:
 
     def _evict(self) -> bool:
         """Closes the connection that has been between two requests for longest. False when there is none."""
-        idle = [c for c in self._connections.values() if c.idle]
-        if not idle:
-            return False
-        self._close(min(idle, key=lambda c: c.seen_s))
-        return True
+        with self._work_lock:
+            idle = [c for c in list(self._connections.values()) if c.idle]
+            if not idle:
+                return False
+            self._close(min(idle, key=lambda c: c.seen_s))
+            return True
 
     def _sweep(self) -> None:
         """Ends connections that stalled within a request or an answer, and those that were only waited for to be read."""
         now = self._swept_s = time.perf_counter()
-        for connection in list(self._connections.values()):
-            if connection.busy or connection.idle:
-                continue
-            if now - connection.seen_s > (LINGER_S if connection.draining else STALLED_S):
-                self._close(connection)
+        with self._work_lock:
+            for connection in list(self._connections.values()):
+                if connection.busy or connection.idle:
+                    continue
+                if now - connection.seen_s > (LINGER_S if connection.draining else STALLED_S):
+                    self._close(connection)
 
     def _drain(self) -> None:
         """On the way out: once nothing waits to be read, connections that are idle or do not move are closed; then it is done."""
@@ -364,8 +382,9 @@ class Loop:
             self._epoll.unregister(fd)
             del self._listeners[fd]
         stalled = time.perf_counter() - STOP_PATIENCE_S
-        for connection in list(self._connections.values()):
-            if connection.idle or (not connection.busy and connection.seen_s < stalled):
-                self._close(connection)
+        with self._work_lock:
+            for connection in list(self._connections.values()):
+                if connection.idle or (not connection.busy and connection.seen_s < stalled):
+                    self._close(connection)
         if all(c.draining and not c.busy for c in list(self._connections.values())):
             self._drained.set()
