@@ -87,6 +87,7 @@ class Server:
         self.ca = self.data / "pki" / "ca.crt"
         self.token = yaml.safe_load(self.profile.read_text())["token"]
         self.process = None
+        self._session = None
         self.url = f"https://127.0.0.1:{self.operator}"
         self.device_url = f"https://127.0.0.1:{self.device}"
 
@@ -119,6 +120,7 @@ class Server:
 
     def stop(self):
         """SIGTERM; the exit code."""
+        self._hang_up()
         if self.process is None:
             return None
         self.process.send_signal(signal.SIGTERM)
@@ -127,6 +129,7 @@ class Server:
         return code
 
     def kill(self):
+        self._hang_up()
         self.process.kill()
         self.process.wait(20)
         self.process = None
@@ -140,7 +143,23 @@ class Server:
         """A REST request with the admin token (or another); the response whatever its status."""
         headers = {"Authorization": f"Bearer {token or self.token}", **options.pop("headers", {})}
         options.setdefault("timeout", 20)
-        return requests.request(method, self.url + API + path, headers=headers, verify=str(self.ca), **options)
+        url = self.url + API + path
+        if options.get("stream") or threading.current_thread() is not threading.main_thread():
+            return requests.request(method, url, headers=headers, verify=str(self.ca), **options)
+        return self.session.request(method, url, headers=headers, verify=str(self.ca), **options)
+
+    @property
+    def session(self):
+        """Kept connections: a TLS handshake for every request would be most of the tests' time."""
+        if self._session is None:
+            self._session = requests.Session()
+            self._session.trust_env = False
+        return self._session
+
+    def _hang_up(self):
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
     def get(self, path, **options):
         answer = self.request("GET", path, **options)
