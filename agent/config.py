@@ -25,22 +25,34 @@ class AccessRule(Settings, frozen=True, kw_only=True):
     """Who gets a class of access. A peer matches by its uid or by any of its groups. `models` restricts predict to the named models."""
 
     allow: AccessClass
+    """predict: infer and metadata of the models named; observe: all metadata, statistics, metrics; control: load, activate, roll back."""
     uids: tuple[int | str, ...] = ()
+    """User ids or names."""
     gids: tuple[int | str, ...] = ()
+    """Group ids or names."""
     models: tuple[str, ...] = ()
+    """Empty: every model."""
 
 
 class ServeSettings(Settings, frozen=True, kw_only=True):
     """The prediction server. A larger class includes the smaller: control > observe > predict."""
 
     socket: Path = Path("/run/edge-agent/agent.sock")
+    """Where apps connect. Under systemd the socket unit decides; keep the two the same, `sync` and the tools look here."""
     socket_mode: int = 0o666
+    """Who may connect at all, when `serve` makes the socket itself; what a peer may do is decided by `access`. YAML reads 0o660."""
     access: tuple[AccessRule, ...] = ()
+    """What particular users and groups may do. Root and the user that runs `serve` have control without a rule."""
     everyone: AccessClass | Literal["none"] = "observe"
+    """What a peer may do that no rule matches."""
     threads: int = 3
+    """Threads that take turns at the socket. More help when many slow models run at once."""
     engine_threads: int = 1
+    """Threads that one run of a model may use. 0: the engine chooses."""
     max_body_bytes: int = 64 * 1024 * 1024
+    """A request larger than this is refused with 413."""
     max_connections: int = 1024
+    """Connections beyond this wait to be accepted."""
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -53,15 +65,25 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     """The link to the fleet and the updates."""
 
     identity: Path = Path("/var/lib/edge-agent/identity")
+    """The folder that `edge-agent enroll` writes: key, certificate, trusted root, addresses."""
     poll_interval_s: float = 900.0
+    """How often to look for news when no poke comes, with jitter."""
     heartbeat_s: float = 60.0
+    """How often to report when nothing changes. The fleet server takes three missed ones for silence."""
     disk_reserve_bytes: int = 64 * 1024 * 1024
+    """Space on the disk of the store that a download leaves free."""
     trial_memory_bytes: int = 2 * 1024 * 1024 * 1024
+    """What a trial may use at most, whatever the release allows."""
     trial_timeout_s: float = 120.0
+    """How long a trial may take at most, whatever the release allows."""
     download_min_bytes_per_s: int = 1024
-    trial_socket: Path = Path("/run/edge-agent/trial.sock")  # where systemd starts trials; without it they are children of sync
-    watch_poll_s: float = 0.5  # how often a release under watch is looked at
-    keep_releases: int = 2  # committed releases kept for going back, beside the active one and the one before it
+    """A download slower than this, over a minute, is broken off and tried again later."""
+    trial_socket: Path = Path("/run/edge-agent/trial.sock")
+    """Where systemd starts trials. When it is not there, trials are children of `sync`."""
+    watch_poll_s: float = 0.5
+    """How often a release under watch is looked at."""
+    keep_releases: int = 2
+    """Committed releases kept for going back, beside the active one and the one before it."""
 
     def __post_init__(self) -> None:
         if self.poll_interval_s <= 0 or self.heartbeat_s <= 0:
@@ -74,8 +96,11 @@ class AgentConfig(Settings, frozen=True, kw_only=True):
     """Everything a device can be told in agent.yaml. Every setting has a default that serves."""
 
     store: Path = Path("/var/lib/edge-agent/store")
+    """Blobs, releases and what is selected. `sync` writes it, `serve` reads it."""
     serve: ServeSettings = ServeSettings()
+    """The prediction server."""
     sync: SyncSettings = SyncSettings()
+    """The link to the fleet and the updates."""
 
 
 def load(path: Path | None = None) -> AgentConfig:

@@ -29,7 +29,7 @@ def escape(text: str) -> str:
 
 def commands(command: click.Command, path: str, parent: click.Context | None = None) -> Iterator[tuple[str, click.Command, click.Context]]:
     """Every visible command below `command`, groups before their members."""
-    context = click.Context(command, info_name=path.split()[-1], parent=parent)
+    context = click.Context(command, info_name=path.split()[-1], parent=parent, **command.context_settings)
     yield path, command, context
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
@@ -46,9 +46,9 @@ def command_page(program: str, root: click.Command, exit_codes: str) -> str:
 
 
 def edge_agent() -> str:
-    from agent.cli import main
+    from agent.cli import cli
 
-    return command_page("edge-agent", main, "Exit status: 0 done, 1 failed, 2 wrong usage.")
+    return command_page("edge-agent", cli, "Exit status: 0 done, 1 failed, 2 wrong usage.")
 
 
 def edge_fleet() -> str:

@@ -83,3 +83,10 @@ def test_the_predict_line_of_the_readme_works_as_written(served: None) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "probs" in done.stdout
+
+
+def test_every_setting_is_described() -> None:
+    for name in ("reference/agent-config.md", "reference/fleet-config.md"):
+        rows = [line for line in (ROOT / "docs" / name).read_text().splitlines() if line.startswith("| `")]
+        assert rows
+        assert not [row for row in rows if row.endswith("|  |")], f"docs/{name}: describe these with a string after the setting"
