@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -37,6 +40,7 @@ from fleet_server.releases import keys, publisher
 
 DEADLINE_S = 30.0
 API = "/api/v1"
+_made: list[Path] = []
 
 
 def wait_until(condition, what, *, within=DEADLINE_S):
@@ -67,29 +71,44 @@ def environment(**extra):
 class Server:
     """One data folder and, between `start` and `stop`, the server on it."""
 
-    def __init__(self, base: Path, **settings):
+    def __init__(self, base: Path, *, fresh=False, **settings):
         self.base, self.data, self.profile = base, base / "fleet", base / "profile.yaml"
         self.offline = base / "offline"
         self.releases_key = self.offline / "releases.key"
         self.operator, self.device, self.loopback, self.broker = free_ports(4)
-        done = self.cli(
-            "init", self.data, "--fleet", "test", "--host", "127.0.0.1", "--keys", self.offline, "--operator-port", self.operator,
-            "--device-port", self.device, "--broker-port", self.broker, "--loopback-port", self.loopback,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        self._make(fresh)
         config = yaml.safe_load((self.data / "fleet.yaml").read_text())
-        config["listen"] = "127.0.0.1"
+        ports = {"operator_port": self.operator, "device_port": self.device, "loopback_port": self.loopback}
+        config.update(ports, listen="127.0.0.1")
+        config["broker"]["port"] = self.broker
         config["broker"]["listen"] = "127.0.0.1"
         config["rollouts"]["tick_s"] = 0.5
         for section, values in settings.items():
             config[section].update(values)
         (self.data / "fleet.yaml").write_text(yaml.safe_dump(config))
         self.ca = self.data / "pki" / "ca.crt"
+        profile = yaml.safe_load(self.profile.read_text())
+        profile.update(url=f"https://127.0.0.1:{self.operator}", ca=str(self.ca))
+        self.profile.write_text(yaml.safe_dump(profile))
         self.token = yaml.safe_load(self.profile.read_text())["token"]
         self.process = None
         self._session = None
         self.url = f"https://127.0.0.1:{self.operator}"
         self.device_url = f"https://127.0.0.1:{self.device}"
+
+    def _make(self, fresh):
+        """`edge-fleet init`; done once and copied, unless the test needs keys of its own."""
+        if not fresh and _made:
+            shutil.copytree(_made[0], self.base, dirs_exist_ok=True)
+            return
+        done = self.cli("init", self.data, "--fleet", "test", "--host", "127.0.0.1", "--keys", self.offline)
+        assert done.returncode == 0, done.stderr
+        if not _made:
+            _made.append(Path(tempfile.mkdtemp(prefix="fleet-made-")))
+            atexit.register(shutil.rmtree, _made[0], ignore_errors=True)
+            for name in ("fleet", "offline"):
+                shutil.copytree(self.base / name, _made[0] / name)
+            shutil.copy(self.profile, _made[0])
 
     def cli(self, *arguments, stdin=""):
         """`edge-fleet …` run to its end."""

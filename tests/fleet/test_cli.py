@@ -155,7 +155,7 @@ def test_a_server_that_is_not_there(own_server):
 
 
 def test_another_authority_is_not_trusted(server, tmp_path):
-    other = Server(tmp_path)
+    other = Server(tmp_path, fresh=True)
     profile = yaml.safe_load(server.profile.read_text())
     wrong = {**profile, "ca": str(other.ca)}
     other.profile.write_text(yaml.safe_dump(wrong))
