@@ -7,6 +7,7 @@ Commands that belong to the fleet link live in `agent.sync.cli` and are imported
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
+
+from agent.host import logs
 
 if TYPE_CHECKING:
     from agent.client import Client
@@ -92,7 +95,7 @@ def fail(message: object) -> NoReturn:
 @click.option("--config", type=click.Path(path_type=Path), help="agent.yaml  [default: /etc/edge-agent/agent.yaml if present]")
 @click.option("--verbose", is_flag=True, help="Log what is loaded.")
 def serve(config: Path | None, *, verbose: bool) -> None:
-    r"""Serve the releases that the store selects.
+    """Serve the releases that the store selects.
 
     Reads the store and never writes it. Runs until SIGTERM; under systemd it takes the socket it is given, says READY when
     predictions are answered, and feeds the watchdog.
@@ -127,7 +130,7 @@ def default_run_socket() -> Path:
 @click.option("--engine-threads", default=1, show_default=True, type=click.IntRange(0, 64), help="Threads of one run.")
 @click.option("--verbose", is_flag=True, help="Log what is loaded.")
 def run(files: tuple[str, ...], socket_path: Path | None, threads: int, engine_threads: int, *, verbose: bool) -> None:
-    r"""Serve model files, without a fleet.
+    """Serve model files, without a fleet.
 
     Each file is served under its name without suffix, as version 1. A folder stands for every model file in it.
 
@@ -152,13 +155,9 @@ def run(files: tuple[str, ...], socket_path: Path | None, threads: int, engine_t
 
 
 def _prepare(*, verbose: bool) -> None:
-    import logging
-
     # NumPy's linear algebra is not used here; its threads would each keep a buffer.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr
-    )
+    logs.set_up(logging.INFO if verbose else logging.WARNING)
 
 
 def _sources(files: tuple[str, ...]) -> list[Source]:
@@ -299,7 +298,7 @@ def predict(
     *,
     as_json: bool,
 ) -> None:
-    r"""Ask a model for a prediction.
+    """Ask a model for a prediction.
 
     \b
     Examples:
@@ -403,7 +402,7 @@ def _print_array(array: Any, top: int | None) -> None:
 @socket_option
 @json_option
 def models(socket_path: Path | None, *, as_json: bool) -> None:
-    r"""List the models that the server knows.
+    """List the models that the server knows.
 
     \b
     Example:
@@ -427,7 +426,7 @@ def models(socket_path: Path | None, *, as_json: bool) -> None:
 @socket_option
 @json_option
 def status(socket_path: Path | None, *, as_json: bool) -> None:
-    r"""Show what the server runs, on what, and how it does.
+    """Show what the server runs, on what, and how it does.
 
     \b
     Example:
@@ -493,7 +492,7 @@ def _table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
 @cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    r"""Print the completion script for a shell.
+    """Print the completion script for a shell.
 
     \b
     Example:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from agent.host import logs
+
 if TYPE_CHECKING:
     from agent.config import AgentConfig
     from agent.sync.doctor import Finding
@@ -44,11 +46,7 @@ def _load(config_path: Path | None) -> AgentConfig:
 def sync(config_path: Path | None, *, verbose: bool) -> None:
     """Follow the fleet: verify, download, try, activate and watch releases. Ends on SIGTERM."""
     config = _load(config_path)
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    for chatty in ("tuf", "urllib3", "securesystemslib"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logs.set_up(logging.DEBUG if verbose else logging.INFO)
     from agent.store import StoreError
     from agent.sync import app
     from agent.sync.identity import IdentityError
@@ -68,7 +66,15 @@ def sync(config_path: Path | None, *, verbose: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace the identity this device has.")
 @_config_option
 def enroll(string: str, device: str | None, config_path: Path | None, *, force: bool) -> None:
-    """Join a fleet with the STRING its operator gave you (edge://TOKEN@HOST:PORT/?ca=...)."""
+    """Join a fleet with the STRING its operator gave you (edge://TOKEN@HOST:PORT/?ca=...); - reads it from standard input.
+
+    \b
+    Examples:
+      edge-agent enroll 'edge://…'
+      edge-fleet token create | ssh camera-1 edge-agent enroll -
+    """
+    if string == "-":
+        string = sys.stdin.readline().strip()
     config = _load(config_path)
     from agent.host import hardware
     from agent.host.clock import SystemClock

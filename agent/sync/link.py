@@ -10,6 +10,7 @@ import logging
 import random
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -35,8 +36,8 @@ LOOP_S = 0.5
 CONNACK_TIMEOUT_S = 15.0
 FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 120.0
-STEADY_AFTER_S = 30.0
-"""A connection that lasted this long starts the delays from the beginning again; one that is thrown out at once does not."""
+STEADY_AFTER_S = 10.0
+"""A connection that lasted this long ends an outage; one that is thrown out sooner belongs to it (two devices with one identity, say)."""
 
 IN_FLIGHT = 10
 """Below the receive maximum that brokers offer (mosquitto: 20)."""
@@ -100,11 +101,12 @@ class Link:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        failures = 0
+        lost_at = time.monotonic()
         while not self.stopping.is_set():
             lasted_s = self._connect_once()
-            failures = 0 if lasted_s >= STEADY_AFTER_S else failures + 1
-            self.stopping.wait(delay_s(failures, self._jitter()))
+            if lasted_s >= STEADY_AFTER_S:
+                lost_at = time.monotonic()
+            self.stopping.wait(delay_s(time.monotonic() - lost_at, self._jitter()))
 
     def _connect_once(self) -> float:
         """One connection from beginning to end. Gives how long it lasted, in seconds."""
@@ -128,6 +130,7 @@ class Link:
             self.connected = connected
             if connected:
                 self.problem = None
+            log.info("%s the broker %s:%d", "connected to" if connected else "lost", self.broker.host, self.broker.port)
             self._on_change(connected)
 
     def try_other_protocol(self) -> None:
@@ -151,8 +154,6 @@ class _Conversation:
 
     def run(self) -> float:
         """Raises: OSError when the connection cannot be made."""
-        import time
-
         link = self._link
         started = time.monotonic()
         self._client.connect(link.broker.host, link.broker.port, KEEPALIVE_S, **self._connect_options())
@@ -247,10 +248,13 @@ class _Conversation:
         self._client.loop(0.05)
 
 
-def delay_s(failures: int, jitter: float) -> float:
-    """Exponential backoff with full jitter (`jitter` from 0 to 1): a fleet that lost its broker does not come back in step."""
-    longest = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(max(0, failures - 1), 30))
-    return max(0.05, longest * jitter)
+def delay_s(outage_s: float, jitter: float) -> float:
+    """How long to wait before the next attempt: up to as long as the outage has lasted, with full jitter (`jitter` from 0 to 1).
+
+    It grows like any exponential backoff, a fleet that lost its broker does not come back in step, and a device is back at the latest
+    after twice the time that the broker was away.
+    """
+    return max(0.05, min(LONGEST_DELAY_S, max(FIRST_DELAY_S, outage_s)) * jitter)
 
 
 def tls_context(ca: str, certificate: str, key: str) -> ssl.SSLContext:

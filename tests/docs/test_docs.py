@@ -14,6 +14,9 @@ from types import ModuleType
 
 import pytest
 
+from agent.config import ServeSettings
+from agent.serving.app import assemble
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 
@@ -90,3 +93,13 @@ def test_every_setting_is_described() -> None:
         rows = [line for line in (ROOT / "docs" / name).read_text().splitlines() if line.startswith("| `")]
         assert rows
         assert not [row for row in rows if row.endswith("|  |")], f"docs/{name}: describe these with a string after the setting"
+
+
+def test_every_route_of_the_local_api_is_documented() -> None:
+    said = (ROOT / "docs/reference/local-api.md").read_text()
+    routes = assemble(None, ServeSettings()).routes
+    assert len(routes) > 15
+    for route in routes:
+        path = re.sub(r"\{(\w+):[^/]*\}", r"{\1}", route.pattern)
+        row = f"| `{route.method} {path}` | {route.access} |"
+        assert row in said, f"docs/reference/local-api.md lacks: {row}"

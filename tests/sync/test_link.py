@@ -360,6 +360,6 @@ def test_stopping_is_prompt_while_nothing_is_there(outbox: Outbox, authority: Au
 
 
 def test_delays_grow_and_are_spread():
-    assert [delay_s(n, 1.0) for n in (0, 1, 2, 3, 20)] == [1.0, 1.0, 2.0, 4.0, 120.0]
-    assert delay_s(5, 0.0) == 0.05
-    assert delay_s(5, 0.5) == 8.0
+    assert [delay_s(outage_s, 1.0) for outage_s in (0.0, 1.0, 5.0, 3600.0)] == [1.0, 1.0, 5.0, 120.0]
+    assert delay_s(5.0, 0.0) == 0.05
+    assert delay_s(5.0, 0.5) == 2.5
