@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
-SOURCES := agent runtimes fleet_server tests benchmarks examples
+SOURCES := agent runtimes fleet_server tests benchmarks examples docs
 
 .DEFAULT_GOAL := help
 
@@ -85,3 +85,4 @@ mosquitto:
 test-packages: mosquitto
 	$(call need,curl,curl)
 	$(call need,systemd-nspawn,systemd-container)
+	$(call need,chromium,chromium)

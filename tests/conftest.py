@@ -20,3 +20,15 @@ def shared_models():
             pytest.fail(f"{SHARED_MODELS} is missing")
         pytest.skip(f"{SHARED_MODELS} is missing")
     return SHARED_MODELS
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus):
+    if os.environ.get("CI") and terminalreporter.stats.get("skipped"):
+        terminalreporter.write_sep("=", "tests were skipped: in CI every test runs, so this is a failure", red=True)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A skip hides what was not tested. At home it is a convenience, in CI a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and exitstatus == pytest.ExitCode.OK and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

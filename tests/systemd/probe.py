@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 SOCKET = "/run/edge-agent/agent.sock"
 LIMIT_S = 20.0
@@ -75,7 +76,7 @@ def seen() -> dict[str, object]:
     facts["then"] = show("edge-agent.service", "ActiveState", "StatusText", "NRestarts", "User")
 
     facts["interfaces"] = sorted(
-        line.split(":")[0].strip() for line in open(f"/proc/{main_pid()}/net/dev").readlines()[2:]
+        line.split(":")[0].strip() for line in Path(f"/proc/{main_pid()}/net/dev").read_text().splitlines()[2:]
     )  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -84,7 +85,7 @@ def seen() -> dict[str, object]:
             ["nsenter", f"--net=/proc/{main_pid()}/ns/net"], port
         )
     subprocess.run(["systemctl", "start", "network-probe.service"], check=False)
-    facts["sockets under the unit's own restrictions"] = open("/var/lib/network-probe/seen").read()
+    facts["sockets under the unit's own restrictions"] = Path("/var/lib/network-probe/seen").read_text()
     facts["write to the store"] = show("store-probe.service", "Result") if start("store-probe.service") else "could write"
 
     before = main_pid()
