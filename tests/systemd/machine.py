@@ -38,7 +38,7 @@ WantedBy=multi-user.target
 """
 
 NOT_NEEDED = """
-    mosquitto postgresql prometheus grafana-server apache2 nginx ssh cron rsyslog systemd-networkd systemd-resolved systemd-timesyncd 
+    mosquitto postgresql prometheus grafana-server apache2 nginx ssh cron rsyslog systemd-networkd systemd-resolved systemd-timesyncd
     networking e2scrub_reap apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer fstrim.timer man-db.timer getty@tty1 console-getty docker containerd
 """.split()  # noqa: SIM905 - a list of this length reads better as words
 

@@ -65,6 +65,27 @@ def reachable_from(prefix: list[str], port: int) -> str:
     return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 
 
+TRIAL = """
+import json
+from pathlib import Path
+from agent.host.clock import SystemClock
+from agent.store import Choice, Store
+from agent.sync.trial import TrialProcesses, make_request
+store = Store(Path("/var/lib/edge-agent/store"))
+release = store.release("digits", Choice(version=1, variant="cpu"))
+request = make_request(store, release.manifest, release.variant, memory_bytes=10**9, timeout_s=30, threads=1)
+print(json.dumps(TrialProcesses(SystemClock(), Path("/run/edge-agent/trial.sock")).run(request, 30, lambda: False)))
+"""
+
+
+def try_a_release_as_sync_does() -> dict[str, object]:
+    """A trial asked for by the user that `sync` runs as, answered by a service that systemd starts for it."""
+    line = ["runuser", "-u", "edge-agent-sync", "--", "/usr/bin/edge-python", "-c", TRIAL]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    started = subprocess.run(["journalctl", "-b", "-o", "cat", "_PID=1"], capture_output=True, text=True, check=False)
+    return {"said": done.stdout or done.stderr[-600:], "services": started.stdout.count("Started edge-agent-trial@")}
+
+
 def seen() -> dict[str, object]:
     facts: dict[str, object] = {}
     facts["verify"] = subprocess.run(
@@ -87,6 +108,8 @@ def seen() -> dict[str, object]:
     subprocess.run(["systemctl", "start", "network-probe.service"], check=False)
     facts["sockets under the unit's own restrictions"] = Path("/var/lib/network-probe/seen").read_text()
     facts["write to the store"] = show("store-probe.service", "Result") if start("store-probe.service") else "could write"
+
+    facts["a trial"] = try_a_release_as_sync_does()
 
     before = main_pid()
     os.kill(before, signal.SIGKILL)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,11 @@ pytestmark = [
     pytest.mark.timeout(150),
     pytest.mark.skipif(os.geteuid() != 0, reason="booting a container needs root"),
 ]
+
+EDGE_PYTHON = """#!/bin/sh
+export PYTHONHOME=/opt/python PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/opt/checkout:/opt/packages
+exec /opt/python/bin/python3 "$@"
+"""
 
 NETWORK_PROBE = """
 import errno, socket
@@ -63,7 +67,7 @@ def put_release(store: Store) -> None:
 
 def furnish(target: Machine) -> None:
     target.install_product()
-    target.write("usr/bin/edge-python", '#!/bin/sh\nPYTHONHOME=/opt/python exec /opt/python/bin/python3 "$@"\n', mode=0o755)
+    target.write("usr/bin/edge-python", EDGE_PYTHON, mode=0o755)
     target.write("etc/systemd/system/edge-agent.service.d/test.conf", "[Service]\nWatchdogSec=2s\n")
     target.write("opt/network_probe.py", NETWORK_PROBE)
     unit = like_the_service("/usr/bin/edge-python /opt/network_probe.py", "StateDirectory=network-probe")
@@ -74,15 +78,15 @@ def furnish(target: Machine) -> None:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with machine(tmp_path_factory.mktemp("machine")) as target:
         furnish(target)
         output = target.boot()
     told = [line for line in output.splitlines() if line.startswith("{")]
     assert told, f"the probe told nothing:\n{output}"
-    facts = json.loads(told[-1])
+    facts: dict[str, Any] = json.loads(told[-1])
     assert "error" not in facts, f"{facts['error']}\n{facts['journal']}"
-    yield facts
+    return facts
 
 
 def test_units_are_clean_for_systemd_analyze_verify(seen: dict[str, Any]) -> None:
@@ -107,6 +111,12 @@ def test_the_service_reaches_no_network(seen: dict[str, Any]) -> None:
 
 def test_the_service_cannot_write_the_store(seen: dict[str, Any]) -> None:
     assert seen["write to the store"] == {"Result": "exit-code"}
+
+
+def test_a_trial_runs_in_a_service_of_its_own(seen: dict[str, Any]) -> None:
+    evidence = json.loads(seen["a trial"]["said"])
+    assert evidence["p95_ms"] > 0
+    assert seen["a trial"]["services"] == 1
 
 
 def test_a_request_sent_right_after_kill_9_is_answered(seen: dict[str, Any]) -> None:
