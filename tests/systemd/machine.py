@@ -24,8 +24,8 @@ exec /opt/python/bin/{python} -W error::ImportWarning -m {module} "$@"
 """
 
 PROBE_UNIT = """[Unit]
-After=sockets.target edge-agent.socket
-Wants=edge-agent.socket
+After=sockets.target edge-agent.socket edge-agent-trial.socket
+Wants=edge-agent.socket edge-agent-trial.socket
 [Service]
 Type=oneshot
 ExecStart=/usr/bin/probe
