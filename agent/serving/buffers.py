@@ -27,9 +27,7 @@ class BufferPool:
         """Raises: Exhausted."""
         size = _rounded(size)
         with self._lock:
-            if self._lent and self._lent + size > self._limit:
-                raise Exhausted
-            self._lent += size
+            self._charge(size)
             idle = self._idle.get(size)
             if idle:
                 self._kept -= size
@@ -43,6 +41,20 @@ class BufferPool:
             if self._kept + size <= KEEP_BYTES:
                 self._kept += size
                 self._idle.setdefault(size, []).append(buffer)
+
+    def charge(self, size: int) -> None:
+        """Counts memory that somebody else holds as lent; `refund` it.  Raises: Exhausted."""
+        with self._lock:
+            self._charge(size)
+
+    def refund(self, size: int) -> None:
+        with self._lock:
+            self._lent -= size
+
+    def _charge(self, size: int) -> None:
+        if self._lent and self._lent + size > self._limit:
+            raise Exhausted
+        self._lent += size
 
 
 def _rounded(size: int) -> int:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from agent.serving.buffers import BufferPool
 from agent.serving.http import BadRequest
 
 MAX_LINE_BYTES = 1024  # a chunk's size line with its extensions, and each trailer line
 
 
 class ChunkedBody:
-    """Collects the chunks. `done` once the last one and the trailers were read; `body` has the bytes."""
+    """Collects the chunks. `done` once the last one and the trailers were read; `body` has the bytes.
 
-    def __init__(self, limit_bytes: int) -> None:
+    What it holds is charged to `pool`, in sum `charged` bytes: refund them when the body goes.
+    """
+
+    def __init__(self, limit_bytes: int, pool: BufferPool) -> None:
         self.body = bytearray()
         self.done = False
+        self.charged = 0
         self._limit = limit_bytes
+        self._pool = pool
         self._left = 0  # bytes of the current chunk that are still to come, with the line end after it
         self._trailers = False
 
     def feed(self, data: bytes | bytearray | memoryview) -> int:
         """How many bytes of `data` belong to this body. What is left over is the beginning of a line or the next request.
 
-        Raises: BadRequest (400 malformed, 413 too large).
+        Raises: BadRequest (400 malformed, 413 too large), Exhausted.
         """
         view, at = memoryview(data), 0
         while not self.done:
@@ -68,6 +74,8 @@ class ChunkedBody:
         if size == 0:
             self._trailers = True
         else:
+            self._pool.charge(size)
+            self.charged += size
             self._left = size + 2
 
 

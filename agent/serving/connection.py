@@ -22,6 +22,7 @@ from agent.serving.routes import Match, Request, Router
 BUFFER_BYTES = MAX_HEAD_BYTES + 4096
 JOIN_BYTES = 16 * 1024  # copying an answer up to here into one buffer is cheaper than sending its parts
 END_OF_HEAD = b"\r\n\r\n"
+TOO_MANY = "too many large requests at once: try again"
 
 
 NOTHING = -1  # what `receive` gives when it would block
@@ -35,7 +36,7 @@ class Connection:
         self.sock = sock
         self.fd = sock.fileno()
         self.grant = grant
-        self.seen_s = self.arrived_s = time.perf_counter()
+        self.seen_s = self.arrived_s = self._received_s = time.perf_counter()
         self.busy = False  # a thread other than the leader works for it
         self.request: Request | None = None  # complete and waiting for its thread
         self.closing = False  # no further request is read; only what was asked is answered
@@ -84,13 +85,15 @@ class Connection:
             room = self._view
         else:
             room = self._view[self._end :]
+            if not room:  # full of requests that wait for their turn
+                return NOTHING
         try:
             count = self.sock.recv_into(room)
         except BlockingIOError:
             return NOTHING
         except OSError:
             return END
-        self.seen_s = time.perf_counter()
+        self.seen_s = self._received_s = time.perf_counter()
         if self._large is not None:
             self._body_have += count
             return count
@@ -176,7 +179,7 @@ class Connection:
             with contextlib.suppress(OSError):  # a peer that cannot take 25 bytes does not wait for them
                 self.sock.send(http.CONTINUE)
         if head.chunked:
-            self._chunks = ChunkedBody(self._max_body)
+            self._chunks = ChunkedBody(self._max_body, self._pool)
         elif head.length > BUFFER_BYTES - self._start:
             if head.length <= BUFFER_BYTES:
                 self._compact()
@@ -188,7 +191,7 @@ class Connection:
         try:
             self._large = self._pool.take(head.length + ALIGNMENT)
         except Exhausted:
-            raise BadRequest(503, "too many large requests at once: try again") from None
+            raise BadRequest(503, TOO_MANY) from None
         offset = -(head.header_length or 0) % ALIGNMENT
         self._body = memoryview(self._large)[offset : offset + head.length]
         have = self._end - self._start
@@ -209,7 +212,10 @@ class Connection:
 
     def _next_chunks(self) -> memoryview | None:
         assert self._chunks is not None
-        self._start += self._chunks.feed(self._view[self._start : self._end])
+        try:
+            self._start += self._chunks.feed(self._view[self._start : self._end])
+        except Exhausted:
+            raise BadRequest(503, TOO_MANY) from None
         if not self._chunks.done:
             self._compact()
             return None
@@ -224,13 +230,20 @@ class Connection:
 
     def finished(self) -> None:
         """The request was answered and its answer sent or dropped: its body may go."""
-        self.head = self._chunks = None
+        self.head = None
+        if self._chunks is not None:
+            self._pool.refund(self._chunks.charged)
+            self._chunks = None
         if self._large is not None:
             self._body = memoryview(b"")
             large, self._large = self._large, None
             self._pool.give_back(large)
         if self._start == self._end:
             self._start = self._end = 0
+        else:
+            self.arrived_s = (
+                self._received_s
+            )  # the request that was just answered was not complete before that, so the next came with it
 
     # -- out ---------------------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ ONE_SOURCE = (
 )
 NO_SHARED_MEMORY = "Client shared memory is disabled: send the tensor's bytes after the JSON instead"
 MAX_TEMPLATES = 16
+MAX_ELEMENTS = 2**48  # NumPy counts bytes in 63 bits, and counts sizes beside a 0 too
 
 Parameters = dict[str, Any]
 
@@ -180,6 +181,8 @@ def _check_input(given: InputDocument, spec: TensorSpec, model: str) -> None:
         )
     if any(size < 0 for size in given.shape):
         raise Refusal(400, f"shape {shape_text(given.shape)} of input '{given.name}' has a negative size")
+    if math.prod(size or 1 for size in given.shape) > MAX_ELEMENTS:
+        raise Refusal(400, f"shape {shape_text(given.shape)} of input '{given.name}' is larger than any memory")
     if not shape_fits(given.shape, spec.shape):
         raise Refusal(
             400,

@@ -16,6 +16,7 @@ from runtimes.contract import DTYPES, Array
 _LENGTH = struct.Struct("<I")
 NOT_IN_JSON = frozenset({"FP16", "BF16"})
 MAX_DEPTH = 100
+_EXPECTED = {"b": "true or false", "i": "whole numbers", "u": "whole numbers"}
 
 
 def from_json(name: str, raw: msgspec.Raw, datatype: str, shape: tuple[int, ...]) -> Array:
@@ -24,6 +25,8 @@ def from_json(name: str, raw: msgspec.Raw, datatype: str, shape: tuple[int, ...]
         raise Refusal(
             400, f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input {name}"
         )
+    if datatype != "BYTES" and b'"' in bytes(raw):  # NumPy would give every element the room of the longest text
+        _refuse(name, datatype, _EXPECTED.get(DTYPES[datatype].kind, "numbers"))
     try:
         values = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -58,11 +61,11 @@ def _converted(name: str, array: Array, datatype: str) -> Array:
         return np.zeros(0, dtype)
     if dtype.kind == "b":
         if array.dtype.kind != "b":
-            _refuse(name, datatype, "true or false")
+            _refuse(name, datatype, _EXPECTED["b"])
         return array
     if dtype.kind in "iu":
         if array.dtype.kind not in "iu":
-            _refuse(name, datatype, "whole numbers")
+            _refuse(name, datatype, _EXPECTED["i"])
         low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
         if int(array.min()) < low or int(array.max()) > high:
             _refuse(name, datatype, f"whole numbers from {low} to {high}")

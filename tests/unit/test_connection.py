@@ -10,7 +10,7 @@ from agent.serving.access import Access, Grant
 from agent.serving.answers import Answer
 from agent.serving.buffers import BufferPool
 from agent.serving.chunked import ChunkedBody
-from agent.serving.connection import BUFFER_BYTES, Connection
+from agent.serving.connection import BUFFER_BYTES, NOTHING, Connection
 from agent.serving.http import MAX_HEAD_BYTES, BadRequest
 from agent.serving.routes import Route, Router
 
@@ -99,6 +99,30 @@ def test_a_large_body_is_received_where_its_tensors_are_aligned():
         assert bytes(request.body) == LARGE_BODY
 
 
+def test_a_request_behind_another_one_arrives_when_its_bytes_do(monkeypatch):
+    """A client that always has half a request under way must not look slower and slower."""
+    now = [100.0]
+    monkeypatch.setattr("agent.serving.connection.time.perf_counter", lambda: now[0])
+    with Pipe() as pipe:
+        pipe.peer.sendall(GET[:5])
+        pipe.connection.receive()
+        for second in range(1, 20):
+            now[0] = 100.0 + second
+            pipe.peer.sendall(GET[5:] + GET[:5])
+            pipe.connection.receive()
+            (arrived,) = [request.arrived_s for request in pipe.requests()]
+            assert arrived == now[0] - 1
+
+
+def test_a_full_buffer_is_not_the_end_of_a_connection():
+    with Pipe() as pipe:
+        pipe.peer.sendall(GET * (2 * BUFFER_BYTES // len(GET)))
+        pipe.connection.receive()
+        assert pipe.connection.receive() == NOTHING
+        assert len(list(pipe.requests())) == BUFFER_BYTES // len(GET)
+        assert pipe.connection.receive() > 0
+
+
 BAD = {
     "no request": (b"\x00\x01\x02", 400),
     "text": (b"hello there", 400),
@@ -169,7 +193,7 @@ def test_no_bytes_break_the_connection(data, step):
 @given(st.lists(st.binary(min_size=1, max_size=50), max_size=6), st.integers(1, 40), st.binary(max_size=30))
 def test_chunks_add_up_and_what_follows_is_left(chunks, step, rest):
     wire = b"".join(b"%x\r\n%s\r\n" % (len(c), c) for c in chunks) + b"0\r\n\r\n"
-    body, buffer = ChunkedBody(LIMIT), b""
+    body, buffer = ChunkedBody(LIMIT, BufferPool(LIMIT)), b""
     data = wire + rest
     at = 0
     while not body.done:
@@ -182,7 +206,7 @@ def test_chunks_add_up_and_what_follows_is_left(chunks, step, rest):
 
 
 def test_a_chunked_body_is_bounded_by_its_sum():
-    body = ChunkedBody(10)
+    body = ChunkedBody(10, BufferPool(LIMIT))
     with pytest.raises(BadRequest, match="larger than the 10 bytes"):
         body.feed(b"6\r\nabcdef\r\n6\r\nabcdef\r\n")
 

@@ -1,0 +1,134 @@
+"""Clients that are slow, greedy or wrong, against the real process: what they do to themselves, and not to others."""
+
+import contextlib
+import fcntl
+import json
+import struct
+import termios
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from tests.serving import onnx_models
+from tests.serving.stand import DEADLINE_S, read_answer, request
+
+ONES = np.ones((1, 4), np.float32)
+
+
+def test_a_pipelining_client_that_reads_late_gets_every_answer(scale_server):
+    count = 1200
+    with scale_server.connect() as sock:
+        sock.sendall(request("GET", "/control/v1/status") * count)
+        until_nothing_moves(sock)
+        for _ in range(count):
+            status, _, body = read_exactly(sock)
+            assert status == 200
+            assert json.loads(body)["models"]
+
+
+def until_nothing_moves(sock):
+    """Waits until the server cannot send any more, because nobody reads."""
+    waiting, before, deadline = -1, -2, time.monotonic() + DEADLINE_S
+    while waiting != before:
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.3)
+        before, waiting = waiting, struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))[0]
+
+
+def read_exactly(sock):
+    """One answer and not a byte more."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        piece = sock.recv(1)
+        if not piece:
+            raise EOFError(f"the connection ended after {head!r}")
+        head += piece
+    size = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    if size:
+        return read_answer_body(sock, head, size)
+    return int(head.split()[1]), head, b""
+
+
+def read_answer_body(sock, head, size):
+    body = b""
+    while len(body) < size:
+        piece = sock.recv(size - len(body))
+        if not piece:
+            raise EOFError("the connection ended within an answer")
+        body += piece
+    return int(head.split()[1]), head, body
+
+
+def resident_bytes(server):
+    pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def peak_bytes(server):
+    for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the kernel does not say")
+
+
+def test_a_long_text_among_numbers_costs_no_memory(serve_files, tmp_path):
+    server = serve_files(onnx_models.scale(tmp_path / "scale.onnx", 3.0))
+    before = peak_bytes(server)
+    data = ["x" * 100_000, *[""] * 3999]
+    body = json.dumps({"inputs": [{"name": "x", "shape": [1000, 4], "datatype": "FP32", "data": data}]}).encode()
+
+    status, _, answer = server.raw(request("POST", "/v2/models/scale/infer", body))
+
+    assert status == 400
+    assert b"numbers" in answer
+    assert peak_bytes(server) - before < 50_000_000
+
+
+def test_chunked_bodies_share_the_bound_of_large_bodies(serve_files, tmp_path):
+    server = serve_files(onnx_models.scale(tmp_path / "scale.onnx", 3.0))
+    before = resident_bytes(server)
+    piece = b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n"
+    refused, socks = 0, []
+    try:
+        for _ in range(8):
+            sock = server.connect()
+            socks.append(sock)
+            sock.sendall(b"POST /v2/models/scale/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+            try:
+                for _ in range(60):
+                    sock.sendall(piece)
+            except OSError:
+                pass
+            sock.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                refused += read_answer(sock)[0] == 503
+        assert refused >= 3, "four bodies of max_body_bytes may be under way"
+        assert resident_bytes(server) - before < 330_000_000
+    finally:
+        for sock in socks:
+            sock.close()
+    with server.client() as client:
+        assert client.infer("scale", ONES)["y"][0, 0] == 3
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62], [0, 2**80], [2**40, 0, 2**40]])
+def test_a_shape_beyond_any_memory_is_the_callers_mistake(serve_files, tmp_path, shape):
+    free = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["a", "b", "c"][: len(shape)]) for n in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", free[:1], free[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "free.onnx")
+    server = serve_files(tmp_path / "free.onnx")
+    given = {"name": "x", "shape": shape, "datatype": "FP32"}
+    as_json = json.dumps({"inputs": [{**given, "data": []}]}).encode()
+    binary = json.dumps({"inputs": [{**given, "parameters": {"binary_data_size": 0}}]}).encode()
+
+    assert server.raw(request("POST", "/v2/models/free/infer", as_json))[0] == 400
+    length = str(len(binary))
+    assert server.raw(request("POST", "/v2/models/free/infer", binary, Inference_Header_Content_Length=length))[0] == 400
+    with server.client() as client:
+        stats = client.status()["models"]["free"]["versions"]["1"]["stats"]
+    assert stats["failed"] == {"invalid": 2, "run": 0, "unavailable": 0}
