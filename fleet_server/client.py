@@ -10,27 +10,18 @@ import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import msgspec
 import requests
 import yaml
 
 from fleet_server import files
-from fleet_server.errors import FleetError, Invalid, NotFound, Unavailable
+from fleet_server.errors import FleetError, Invalid, NotFound, ServerRefused, Unavailable
 
 ENVIRONMENT = "EDGE_FLEET_PROFILE"
 API = "/api/v1"
 TIMEOUT_S = 30.0
 UPLOAD_CHUNK = 256 * 1024
-
-
-class ServerRefused(FleetError):
-    """The server understood and said no. Exit code 3."""
-
-    def __init__(self, message: str, code: str, status: int) -> None:
-        super().__init__(message, code=code)
-        self.status = status
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,11 +144,6 @@ class Client:
             if response.status_code >= 400 and response.status_code not in allowed:
                 raise _refusal(response)
             yield response
-
-
-def segment(text: str) -> str:
-    """`text` as one part of a path."""
-    return quote(text, safe="")
 
 
 @contextlib.contextmanager

@@ -8,25 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
-
-from agent.contract.manifest import ReleaseManifest
-from fleet_server.client import Client
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from agent.contract.manifest import ReleaseManifest
+    from fleet_server.client import Client
     from fleet_server.releases.builder import Built
     from fleet_server.setup import Made
 
-WIDTH_WITHOUT_TERMINAL = 140
+WIDTH_WITHOUT_TERMINAL = 1_000_000  # a line stays a line for grep; nothing is padded to it
 
 
 def safe(value: object) -> str:
     """Text that can neither move the cursor nor be taken for markup."""
+    from rich.markup import escape
+
     text = "" if value is None else str(value)
     return escape("".join(c if c.isprintable() else "�" for c in text))
+
+
+def words(code: str) -> str:
+    """`rolled_back` as people write it."""
+    return code.replace("_", " ")
 
 
 def ago(at: float | None) -> str:
@@ -52,11 +56,15 @@ def size(number: float) -> str:
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH_WITHOUT_TERMINAL)
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=WIDTH_WITHOUT_TERMINAL, highlight=False)
 
 
 def _table(headings: str, rows: list[list[object]], empty: str) -> None:
+    from rich.table import Table
+
     if not rows:
         _console().print(f"[dim]{empty}[/dim]")
         return
@@ -84,7 +92,7 @@ def _runs(name: str, model: dict[str, Any]) -> str:
     if model["phase"] == "steady":
         return serving
     progress = f" {model['progress']:.0%}" if model.get("progress") is not None else ""
-    return f"{serving} ({model['phase']}{progress})"
+    return f"{serving} ({words(model['phase'])}{progress})"
 
 
 def device(d: dict[str, Any]) -> None:
@@ -97,11 +105,11 @@ def device(d: dict[str, Any]) -> None:
         console.print(f"problem {safe(d['problem'])}")
     for name, m in d["models"].items():
         console.print(
-            f"\n[bold]{safe(name)}[/bold]  serves {m['serving']} ({safe(m['variant'])}), {safe(m['phase'])}, wanted {m['wanted']}"
+            f"\n[bold]{safe(name)}[/bold]  serves {m['serving']} ({safe(m['variant'])}), {safe(words(m['phase']))}, wanted {m['wanted']}"
         )
         for answer in m["answers"]:
             why = f": {answer['reason']} {answer['message']}" if answer["reason"] else ""
-            console.print(f"  release {answer['release']} {safe(answer['outcome'])}{safe(why)} ({moment(answer['at'])})")
+            console.print(f"  release {answer['release']} {safe(words(answer['outcome']))}{safe(why)} ({moment(answer['at'])})")
 
 
 def _hardware(hardware: dict[str, Any] | None) -> str:
@@ -134,6 +142,9 @@ def manifest(m: ReleaseManifest) -> None:
 
 def upload(client: Client, built: Built, *, quiet: bool) -> None:
     """Sends the files the server does not have, with a bar per file."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     distinct = {built.manifest.files[name].sha256: (name, path) for name, path in built.paths.items()}
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bars:
@@ -156,9 +167,7 @@ def rollouts(found: list[dict[str, Any]]) -> None:
 def _counted(verdict: dict[str, Any] | None) -> str:
     if verdict is None:
         return "-"
-    return (
-        ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in verdict["counts"].items() if number) or "no device"
-    )
+    return ", ".join(f"{number} {words(name)}" for name, number in verdict["counts"].items() if number) or "no device"
 
 
 def rollout(r: dict[str, Any]) -> None:
@@ -180,7 +189,7 @@ def rollout(r: dict[str, Any]) -> None:
         for witness in r["verdict"]["evidence"]:
             if witness["standing"] in {"refused", "rolled_back", "failed"}:
                 console.print(
-                    f"    {safe(witness['device'])} {witness['standing']}: {safe(witness['reason'])} {safe(witness['message'])}"
+                    f"    {safe(witness['device'])} {words(witness['standing'])}: {safe(witness['reason'])} {safe(witness['message'])}"
                 )
     if r["state"] == "holding":
         console.print(f"  go on with: edge-fleet rollout promote {safe(r['id'])}")

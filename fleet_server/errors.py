@@ -57,3 +57,11 @@ class Unavailable(FleetError):
     """Something this server needs does not answer now; trying later may help."""
 
     code = "unavailable"
+
+
+class ServerRefused(FleetError):
+    """Seen by the command line: the server understood and said no. Exit code 3."""
+
+    def __init__(self, message: str, code: str, status: int) -> None:
+        super().__init__(message, code=code)
+        self.status = status

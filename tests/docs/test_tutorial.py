@@ -23,5 +23,5 @@ def test_the_tutorial_works_as_written() -> None:
     done = subprocess.run(["bash", "-euc", script], cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "golden_mismatch" in done.stdout
-    assert "rolled_back: error_ratio" in " ".join(done.stdout.split())
+    assert "rolled back: error_ratio" in " ".join(done.stdout.split())
     assert done.stdout.count("the rollout was aborted, and its status says so") == 2

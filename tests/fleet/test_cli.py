@@ -173,6 +173,41 @@ def test_what_devices_say_cannot_move_the_cursor(server):
     assert not {"\x1b", "\r", "\n", "\x07"} & set(event_line(event))
 
 
+MESSAGE = "the share of failed requests rose from 0.000 to 0.412 over 120 requests " * 4
+
+
+def test_nothing_is_folded_in_a_pipe(capsys):
+    """One fact, one line: what grep and awk are given does not depend on the width of a terminal that is not there."""
+    from fleet_server import display
+
+    answer = {"release": 4, "outcome": "rolled_back", "reason": "error_ratio", "message": MESSAGE, "at": 0.0}
+    model = {"serving": 3, "variant": "cpu", "phase": "rolling_back", "wanted": 4, "answers": [answer]}
+    device = {
+        "id": "d" * 60, "revoked": False, "online": True, "last_seen": None, "groups": [f"group-{n}" for n in range(30)], "record_serial": 1,
+        "agent_version": "1", "hardware": None, "problem": MESSAGE, "models": {"digits": model},
+    }  # fmt: skip
+    display.device(device)
+    shown = capsys.readouterr().out
+    assert f"rolled back: error_ratio {MESSAGE} (" in shown
+    assert f"problem {MESSAGE}\n" in shown
+    assert "serves 3 (cpu), rolling back, wanted 4\n" in shown
+    display.devices([device, {**device, "id": "short"}])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["DEVICE", "d" * 60, "short"]
+    assert "group-0, group-1, " in lines[2]
+    assert lines[2].rstrip().endswith("never")
+    witness = {"device": "dev-1", "standing": "rolled_back", "reason": "error_ratio", "message": MESSAGE}
+    verdict = {"verdict": "fail", "why": "1 rolled back; none allowed", "counts": {"rolled_back": 1}, "evidence": [witness]}
+    rollout = {
+        "id": "r1-0000", "model": "digits", "release": 4, "previous": 3, "state": "aborted", "reason": "", "wave": 0, "verdict": verdict,
+        "waves": [{"groups": [], "permille": 1000}],
+    }  # fmt: skip
+    display.rollout(rollout)
+    shown = capsys.readouterr().out
+    assert f"    dev-1 rolled back: error_ratio {MESSAGE}\n" in shown
+    assert "(1 rolled back)" in shown
+
+
 def test_where_the_profile_is_looked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("EDGE_FLEET_PROFILE", str(tmp_path / "mine"))
     assert default_profile() == tmp_path / "mine"
@@ -200,7 +235,23 @@ def test_every_help_has_an_example(path):
     done = CliRunner().invoke(main, [*path, "--help"])
     assert done.exit_code == 0
     group = path in (["rollout"], ["token"], ["access"])
-    assert group or f"edge-fleet {' '.join(path)}" in done.output
+    assert group or f"\n  edge-fleet {' '.join(path)}" in done.output, "an example stands on a line of its own"
+    assert not {"\\", "\b"} & set(done.output)
+
+
+def test_the_help_shows_one_example_in_a_line():
+    from click.testing import CliRunner
+
+    lines = CliRunner().invoke(main, ["--help"]).output.splitlines()
+    assert sum(line.startswith("  edge-fleet ") for line in lines) == 5
+
+
+def test_help_needs_none_of_the_heavy_modules():
+    code = "import sys, fleet_server.cli; print(*sorted({'requests', 'rich', 'fastapi', 'sqlalchemy', 'tuf', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True, env=environment()
+    )
+    assert done.stdout == "\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -1,0 +1,37 @@
+"""edge-fleet: makes and runs the fleet server, and is its operators' command line. Exit codes: 0 ok, 1 failed, 2 usage, 3 refused by the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fleet_server.cli import access, describe, devices, happened, releases, rollouts, server, tokens
+from fleet_server.cli.common import Group
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--profile", type=click.Path(path_type=Path), help="Where the server and your token stand [env: EDGE_FLEET_PROFILE]."
+)
+@click.version_option(package_name="edge-inference-agent")
+def main(profile: Path | None) -> None:
+    """Runs a fleet of edge inference devices: signed releases, staged rollouts, roll-back.
+
+    edge-fleet init /srv/fleet --fleet demo --host fleet.example.com
+    edge-fleet serve /srv/fleet
+    edge-fleet token create --group canary        # the string a device enrols with
+    edge-fleet publish RELEASE.yaml --key releases.key
+    edge-fleet rollout start digits:4 --group canary
+    """
+    del profile  # read from the context by `connected`
+
+
+for command in (
+    server.init, server.serve, server.renew_root,
+    releases.publish, releases.releases, releases.withdraw,
+    rollouts.rollout, rollouts.rollback,
+    devices.devices, tokens.token, happened.events, access.access, happened.audit, server.status,
+    describe.openapi, describe.completion,
+):  # fmt: skip
+    main.add_command(command)

@@ -1,0 +1,136 @@
+"""`edge-fleet rollout …` and `rollback`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from fleet_server import display
+from fleet_server.cli.common import EXIT_FAILED, Command, Group, connected, reports_errors, segment, show, with_json
+from fleet_server.errors import FleetError
+
+if TYPE_CHECKING:
+    from fleet_server.client import Client
+
+WATCH_S = 1.0
+
+
+@click.group(cls=Group)
+def rollout() -> None:
+    """Staged changes of what the fleet runs."""
+
+
+@rollout.command("start")
+@click.argument("release")
+@click.option("--group", "groups", multiple=True, help="First wave: devices in this group. Repeatable.")
+@click.option("--percent", type=click.FloatRange(0, 100, min_open=True), help="First wave: this share of the devices.")
+@click.option("--hold", is_flag=True, help="Wait for `rollout promote` between waves.")
+@click.option(
+    "--max-failures", type=click.IntRange(0), default=0, show_default=True, help="Devices that may refuse it or roll back."
+)
+@with_json
+@click.pass_context
+@reports_errors
+def rollout_start(
+    ctx: click.Context,
+    release: str,
+    groups: tuple[str, ...],
+    percent: float | None,
+    *,
+    hold: bool,
+    max_failures: int,
+    as_json: bool,
+) -> None:
+    """Begins a rollout: the first wave is what you name, then everyone. Naming nothing means everyone at once.
+
+    edge-fleet rollout start digits:4 --group canary --hold
+    edge-fleet rollout start digits:4 --percent 10 --max-failures 1
+    """
+    body = {"release": release, "groups": list(groups), "percent": percent, "hold": hold, "max_failures": max_failures}
+    with connected(ctx) as client:
+        show(client.post("/rollouts", body), as_json, display.rollout)
+
+
+@rollout.command("status")
+@click.argument("rollout_id", required=False)
+@click.option("--watch", is_flag=True, help="Follow it until it is over. Exit code 1 when it is aborted.")
+@with_json
+@click.pass_context
+@reports_errors
+def rollout_status(ctx: click.Context, rollout_id: str | None, *, watch: bool, as_json: bool) -> None:
+    """Shows one rollout, or without an id the newest one.
+
+    edge-fleet rollout status --watch
+    edge-fleet rollout status r3-9f1c --json
+    """
+    with connected(ctx) as client:
+        chosen = rollout_id or _newest(client)
+        last = None
+        while True:
+            data = client.get(f"/rollouts/{segment(chosen)}")
+            if data != last:
+                show(data, as_json, display.rollout)
+                last = data
+            if not watch or data["state"] in {"completed", "aborted"}:
+                break
+            time.sleep(WATCH_S)
+    if watch and data["state"] == "aborted":
+        sys.exit(EXIT_FAILED)
+
+
+def _newest(client: Client) -> str:
+    found = client.get("/rollouts", limit=1)
+    if not found:
+        raise FleetError("there was no rollout yet; begin one with `edge-fleet rollout start MODEL:VERSION`")
+    return str(found[0]["id"])
+
+
+@rollout.command("list")
+@click.option("--model", help="Only this model.")
+@with_json
+@click.pass_context
+@reports_errors
+def rollout_list(ctx: click.Context, model: str | None, *, as_json: bool) -> None:
+    """Lists rollouts, newest first.
+
+    edge-fleet rollout list
+    """
+    with connected(ctx) as client:
+        show(client.get("/rollouts", model=model), as_json, display.rollouts)
+
+
+def _rollout_verb(verb: str, text: str) -> None:
+    @rollout.command(verb, help=f"{text}\n\nedge-fleet rollout {verb} r3-9f1c")
+    @click.argument("rollout_id")
+    @with_json
+    @click.pass_context
+    @reports_errors
+    def command(ctx: click.Context, rollout_id: str, *, as_json: bool) -> None:
+        with connected(ctx) as client:
+            show(client.post(f"/rollouts/{segment(rollout_id)}/{verb}"), as_json, display.rollout)
+
+
+_rollout_verb("promote", "Begins the next wave of a rollout that waits for it.")
+_rollout_verb("pause", "Begins no further wave; devices already reached go on.")
+_rollout_verb("resume", "Lets a paused rollout go on.")
+_rollout_verb("abort", "Ends a rollout; every device goes back to the release before.")
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@click.option("--to", "version", type=click.IntRange(1), help="The version to go back to [default: the one before].")
+@with_json
+@click.pass_context
+@reports_errors
+def rollback(ctx: click.Context, model: str, version: int | None, *, as_json: bool) -> None:
+    """Takes every device back to an earlier release at once.
+
+    edge-fleet rollback digits
+    edge-fleet rollback digits --to 2
+    """
+    with connected(ctx) as client:
+        done = client.post(f"/models/{segment(model)}/rollback", {"to": version})
+    show(done, as_json, lambda data: click.echo(f"{data['model']} goes back from version {data['left']} to {data['release']}"))

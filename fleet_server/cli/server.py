@@ -1,0 +1,125 @@
+"""`edge-fleet init`, `serve`, `renew-root`, `status`: the server itself."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from pathlib import Path
+
+import click
+
+from fleet_server import display
+from fleet_server.cli.common import Command, connected, profile_path, reports_errors, show, signer, with_json
+from fleet_server.errors import Unavailable
+
+
+@click.command(cls=Command)
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--fleet", default="fleet", show_default=True, help="The fleet's name; devices remember it.")
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="NAME_OR_IP",
+    help="How devices and operators reach this machine. Repeatable; the first one is what devices are told. Default: this machine's name.",
+)
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the offline keys are written [default: FOLDER/keys-offline].",
+)
+@click.option("--passphrase/--no-passphrase", default=False, help="Ask for a passphrase and encrypt the offline keys with it.")
+@click.option("--operator-port", type=click.IntRange(1, 65535), default=8443, show_default=True)
+@click.option("--device-port", type=click.IntRange(1, 65535), default=8444, show_default=True)
+@click.option("--broker-port", type=click.IntRange(1, 65535), default=8883, show_default=True)
+@click.option(
+    "--loopback-port", type=click.IntRange(1, 65535), help="Plain HTTP for this machine only: a local browser, a reverse proxy."
+)
+@click.pass_context
+@reports_errors
+def init(
+    ctx: click.Context, folder: Path, fleet: str, hosts: tuple[str, ...], keys: Path | None, *, passphrase: bool, operator_port: int,
+    device_port: int, broker_port: int, loopback_port: int | None,
+) -> None:  # fmt: skip
+    """Makes the data folder of a new fleet: CA, keys, signed metadata, database, first admin token.
+
+    edge-fleet init /srv/fleet --fleet demo --host fleet.example.com --host 192.0.2.10
+    """
+    from fleet_server import setup
+    from fleet_server.config import BrokerSettings, FleetConfig, Folder
+
+    config = FleetConfig(
+        fleet=fleet, hosts=hosts or (socket.getfqdn(),), operator_port=operator_port, device_port=device_port,
+        loopback_port=loopback_port, broker=BrokerSettings(port=broker_port),
+    )  # fmt: skip
+    secret = click.prompt("Passphrase for the offline keys", hide_input=True, confirmation_prompt=True) if passphrase else None
+    made = setup.init(
+        Folder(folder), config, offline_keys=keys or folder / "keys-offline",
+        profile=profile_path(ctx), passphrase=secret,
+    )  # fmt: skip
+    click.echo(display.made(made, folder))
+
+
+@click.command(cls=Command)
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
+@reports_errors
+def serve(folder: Path, log_level: str) -> None:
+    """Runs the fleet server: operators' and devices' listeners, broker, dashboard. Ends cleanly on SIGTERM or Ctrl-C.
+
+    edge-fleet serve /srv/fleet
+    """
+    from fleet_server import app
+    from fleet_server.config import Folder
+    from fleet_server.releases.repository import RepositoryDamaged
+    from fleet_server.storage.database import DatabaseError
+
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
+    logging.getLogger("tuf").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        app.serve(Folder(folder.absolute()))
+    except (RepositoryDamaged, DatabaseError) as error:
+        raise Unavailable(str(error)) from error
+
+
+@click.command("renew-root", cls=Command)
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--root-key", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The offline root key.")
+@click.option(
+    "--releases-key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Renew the releases role too; publishing does that by itself.",
+)
+@reports_errors
+def renew_root(folder: Path, root_key: Path, releases_key: Path | None) -> None:
+    """Signs root and targets for another year. Once a year, with the server stopped and the offline keys at hand.
+
+    edge-fleet renew-root /srv/fleet --root-key /media/usb/root.key
+    """
+    from fleet_server import app
+    from fleet_server.config import Folder, load
+
+    where = Folder(folder.absolute())
+    with app.locked(where):
+        fleet = app.Fleet(where, load(where))
+        try:
+            renewed = fleet.repository.renew_offline(signer(root_key), signer(releases_key) if releases_key else None)
+        finally:
+            fleet.close()
+    click.echo(f"signed for another year: {', '.join(renewed)}")
+
+
+@click.command(cls=Command)
+@with_json
+@click.pass_context
+@reports_errors
+def status(ctx: click.Context, *, as_json: bool) -> None:
+    """Shows how the server is.
+
+    edge-fleet status
+    """
+    with connected(ctx) as client:
+        show(client.get("/status"), as_json, display.status)
