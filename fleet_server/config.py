@@ -26,22 +26,32 @@ class BrokerSettings(Settings, frozen=True, kw_only=True):
     """The mosquitto that the server runs."""
 
     listen: str = "0.0.0.0"  # noqa: S104 - devices and operators come from elsewhere
+    """The address of this machine that devices connect to; 0.0.0.0 is every IPv4 address it has."""
     port: int = 8883
+    """The TCP port (MQTT over TLS). Devices are told it when they enrol."""
     max_packet_bytes: int = 1024 * 1024
+    """The largest message the broker takes, in bytes; whoever sends a larger one is disconnected."""
     max_queued_messages: int = 10_000
+    """How many messages the broker keeps for one client that is away; further ones are dropped."""
     max_connections: int = -1
+    """How many clients may be connected at once; -1 is no limit."""
     mosquitto: str | None = None
-    """The executable; None looks in PATH and where distributions put it."""
+    """The broker's executable; without it `mosquitto` is looked for in PATH and where distributions put it."""
 
 
 class ExpirySettings(Settings, frozen=True, kw_only=True):
     """How long signed metadata is believed. Online metadata is renewed when less than half is left: it is the bound of a freeze."""
 
     assignments_s: float = 7 * DAY_S
+    """Seconds for which a signed assignment (what the fleet should run) is believed."""
     snapshot_s: float = 7 * DAY_S
+    """Seconds for which the signed list of current metadata is believed."""
     timestamp_s: float = 1 * DAY_S
+    """Seconds for which the newest signature is believed: a device that is shown old metadata notices after at most this long."""
     record_s: float = 30 * DAY_S
+    """Seconds for which a device's signed record (its groups and labels) is believed."""
     device_certificate_s: float = 365 * DAY_S
+    """Seconds for which a device's certificate is good; devices renew theirs before it ends."""
 
     def __post_init__(self) -> None:
         if min(self.assignments_s, self.snapshot_s, self.timestamp_s, self.record_s, self.device_certificate_s) < 60:
@@ -52,9 +62,11 @@ class RolloutSettings(Settings, frozen=True, kw_only=True):
     """Rollouts are evaluated after every report; `tick_s` is for what no report announces (a device that fell silent)."""
 
     tick_s: float = 5.0
+    """Seconds between two looks at rollouts that no report asked for."""
     silence_s: float = 180.0
-    """A device not heard of for this long counts as offline: three heartbeats."""
+    """Seconds without a word after which a device counts as offline: three heartbeats."""
     min_devices: int = 1
+    """How many devices of a wave must serve the release before the wave passes."""
 
     def __post_init__(self) -> None:
         if self.tick_s <= 0 or self.silence_s <= 0 or self.min_devices < 1:
@@ -65,20 +77,31 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
     """Everything the server can be told in fleet.yaml."""
 
     fleet: str
+    """The fleet's name. Devices remember it and refuse what is signed for another."""
     hosts: tuple[str, ...]
     """Names and addresses devices and operators reach this server by; the first one is written into enrolments."""
     listen: str = "0.0.0.0"  # noqa: S104 - devices and operators come from elsewhere
+    """The address of this machine that both HTTPS listeners use; 0.0.0.0 is every IPv4 address it has."""
     operator_port: int = 8443
+    """The TCP port of the page, the REST API and enrolment (HTTPS)."""
     device_port: int = 8444
+    """The TCP port where enrolled devices fetch metadata and files (HTTPS with client certificates)."""
     loopback_port: int | None = None
+    """A TCP port for plain HTTP from this machine only (a local browser, a reverse proxy); without it there is none."""
     loopback_address: str = "127.0.0.1"
+    """Where the plain HTTP listener is: 127.0.0.1 or ::1, nothing else."""
     broker: BrokerSettings = BrokerSettings()
+    """The MQTT broker, see below."""
     expiry: ExpirySettings = ExpirySettings()
+    """How long what is signed is believed, see below."""
     rollouts: RolloutSettings = RolloutSettings()
+    """How rollouts are judged, see below."""
     database_url: str | None = None
-    """None: SQLite in the data folder."""
+    """Where the database is, as SQLAlchemy writes it; without it SQLite in the data folder."""
     events_kept: int = 100_000
+    """How many events are kept; older ones are deleted."""
     session_s: float = 12 * 3600.0
+    """Seconds after which a browser must sign in again."""
 
     def __post_init__(self) -> None:
         names.check(names.GROUP_NAME, self.fleet, "fleet")

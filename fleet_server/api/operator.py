@@ -73,9 +73,11 @@ class Api:
     # -- about the server and the caller -----------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
+        """How the server is: devices, broker, when what is signed ends, and what a person should see to."""
         return self._fleet.status()
 
     def me(self, request: Request) -> dict[str, Any]:
+        """Whose access token or session this is, and its role."""
         actor = _actor(request)
         return {"name": actor.name, "role": actor.role.value}
 
@@ -88,6 +90,7 @@ class Api:
         return response
 
     def sign_out(self, request: Request) -> Response:
+        """Ends the browser session."""
         self._fleet.access.close_session(request.cookies.get(COOKIE, ""))
         response = JSONResponse({})
         response.delete_cookie(COOKIE, path="/")
@@ -99,14 +102,15 @@ class Api:
         self, group: str | None = None, model: str | None = None, online: bool | None = None, text: str | None = None,
         limit: Limit = 1000, after: str = "",
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Devices by id. More than `limit`: ask again with `after` set to the last id."""
+        """Lists devices by id, with what each runs. More than `limit`: ask again with `after` set to the last id."""
         return self._fleet.inventory.find(group=group, model=model, online=online, text=text, limit=limit, after=after)
 
     def device(self, device: str) -> dict[str, Any]:
+        """Everything about one device: its last report, groups and certificates."""
         return self._fleet.inventory.get(device)
 
     def set_groups(self, request: Request, device: str, body: schemas.Groups) -> dict[str, Any]:
-        """Signs a new record for the device with the next serial."""
+        """Puts a device in exactly these groups. Its record is signed again with the next serial."""
         return self._fleet.inventory.set_groups(_actor(request), device, list(body.groups))
 
     def revoke_device(self, request: Request, device: str) -> dict[str, Any]:
@@ -114,35 +118,40 @@ class Api:
         return self._fleet.inventory.revoke(_actor(request), device)
 
     def delete_device(self, request: Request, device: str) -> dict[str, Any]:
+        """Shuts the device out and forgets it; its id can be enrolled again."""
         self._fleet.inventory.delete(_actor(request), device)
         return {}
 
     def create_enrolment_token(self, request: Request, body: schemas.NewEnrolmentToken) -> dict[str, Any]:
-        """`string` is what the device is given; it is shown this once."""
+        """Makes an enrolment token. `string` is what the device is given; it is shown this once."""
         view, string = self._fleet.enrolment.create_token(
             _actor(request), device=body.device, groups=list(body.groups), uses=body.uses, ttl_s=body.ttl_s
         )
         return {**view, "string": str(string)}
 
     def enrolment_tokens(self) -> list[dict[str, Any]]:
+        """Lists enrolment tokens, newest first, without what devices are given."""
         return self._fleet.enrolment.tokens()
 
     def revoke_enrolment_token(self, request: Request, token: str) -> dict[str, Any]:
+        """Makes an enrolment token useless."""
         return self._fleet.enrolment.revoke_token(_actor(request), token)
 
     # -- access ------------------------------------------------------------------------------------------------------------
 
     def create_access_token(self, request: Request, body: schemas.NewAccessToken) -> dict[str, Any]:
-        """`token` is shown this once."""
+        """Makes an access token with a role. `token` is shown this once."""
         view, token = self._fleet.access.create(body.name, body.role)
         with self._fleet.database.session() as session:
             self._fleet.journal.audit(session, _actor(request), "access.create", view["id"], name=body.name, of=body.role.value)
         return {**view, "token": token}
 
     def access_tokens(self) -> list[dict[str, Any]]:
+        """Lists access tokens, without the tokens themselves."""
         return self._fleet.access.tokens()
 
     def revoke_access_token(self, request: Request, token: str) -> dict[str, Any]:
+        """Makes an access token useless and ends its browser sessions."""
         view = self._fleet.access.revoke(token)
         with self._fleet.database.session() as session:
             self._fleet.journal.audit(session, _actor(request), "access.revoke", token)
@@ -151,9 +160,11 @@ class Api:
     # -- releases ----------------------------------------------------------------------------------------------------------
 
     def releases(self, model: str | None = None) -> list[dict[str, Any]]:
+        """Lists published releases, the newest of each model first."""
         return self._fleet.catalogue.published(model)
 
     def release(self, model: str, version: VersionInPath) -> dict[str, Any]:
+        """One release with its signed manifest."""
         return self._fleet.catalogue.get(_ref(f"{model}:{version}"))
 
     def publishing(self) -> dict[str, Any]:
@@ -166,7 +177,7 @@ class Api:
         }
 
     def blob(self, sha256: str) -> Response:
-        """200 when the file is here; 404 with `Upload-Offset` saying how much of it is."""
+        """Whether a file is here: 200, or 404 with `Upload-Offset` saying how much of it is."""
         size = self._fleet.blobs.size(sha256)
         if size is not None:
             return JSONResponse({"sha256": sha256, "size_bytes": size}, headers={"Upload-Offset": str(size)})
@@ -175,7 +186,7 @@ class Api:
         return response
 
     async def upload(self, request: Request, sha256: str) -> dict[str, Any]:
-        """The file's bytes from `Upload-Offset` (0 without one) on. An upload that broke off goes on where HEAD says."""
+        """Takes a file's bytes from `Upload-Offset` (0 without one) on. An upload that broke off goes on where HEAD says."""
         offset = request.headers.get("upload-offset", "0")
         if not offset.isascii() or not offset.isdigit() or len(offset) > 16:
             raise Invalid("Upload-Offset must be a number of bytes")
@@ -187,24 +198,29 @@ class Api:
         return self._fleet.catalogue.publish(_actor(request), body.manifest.encode(), body.metadata.encode())
 
     def withdraw(self, request: Request, model: str, version: VersionInPath) -> dict[str, Any]:
-        """No device may run the release any more. It cannot be undone."""
+        """Forbids a release for good: no device may run it any more. It cannot be undone."""
         return self._fleet.rollouts.withdraw(_actor(request), _ref(f"{model}:{version}"))
 
     # -- rollouts ----------------------------------------------------------------------------------------------------------
 
     def models(self) -> list[dict[str, Any]]:
+        """Lists models with the release that every device runs, the one before, and the rollout under way."""
         return self._fleet.rollouts.models()
 
     def roll_back(self, request: Request, model: str, body: schemas.Rollback) -> dict[str, Any]:
+        """Takes every device to an earlier release of the model at once."""
         return self._fleet.rollouts.roll_back(_actor(request), model, body.to)
 
     def rollouts(self, model: str | None = None, limit: Limit = 100) -> list[dict[str, Any]]:
+        """Lists rollouts, newest first."""
         return self._fleet.rollouts.recent(model=model, limit=limit)
 
     def rollout(self, rollout: str) -> dict[str, Any]:
+        """One rollout with its waves and the last verdict of its gate."""
         return self._fleet.rollouts.get(rollout)
 
     def start_rollout(self, request: Request, body: schemas.NewRollout) -> dict[str, Any]:
+        """Begins a rollout: the first wave is what is named, then every device."""
         permille = None if body.percent is None else max(1, round(body.percent * 10))
         return self._fleet.rollouts.start(
             _actor(request), _ref(body.release), groups=body.groups, permille=permille, hold=body.hold,
@@ -212,16 +228,19 @@ class Api:
         )  # fmt: skip
 
     def promote(self, request: Request, rollout: str) -> dict[str, Any]:
+        """Begins the next wave of a rollout that waits for it."""
         return self._fleet.rollouts.promote(_actor(request), rollout)
 
     def pause(self, request: Request, rollout: str) -> dict[str, Any]:
+        """Begins no further wave; devices already reached go on."""
         return self._fleet.rollouts.pause(_actor(request), rollout)
 
     def resume(self, request: Request, rollout: str) -> dict[str, Any]:
+        """Lets a paused rollout go on."""
         return self._fleet.rollouts.resume(_actor(request), rollout)
 
     def abort(self, request: Request, rollout: str) -> dict[str, Any]:
-        """Takes every device back to the release before."""
+        """Ends a rollout: every device goes back to the release before."""
         return self._fleet.rollouts.abort(_actor(request), rollout)
 
     def assignment(self) -> dict[str, Any]:
@@ -233,7 +252,7 @@ class Api:
     def events(
         self, after: Seq = None, before: Seq = None, limit: Limit = 100, device: str | None = None
     ) -> list[dict[str, Any]]:
-        """Events in the order they were received; without `after` the newest ones."""
+        """Lists what happened, in the order it was received; without `after` the newest ones."""
         return self._fleet.journal.events(after=after, before=before, limit=limit, device=device)
 
     async def stream(self, request: Request, after: Seq = None) -> Response:
@@ -269,6 +288,7 @@ class Api:
                     yield _message("event", message["data"])
 
     def audit(self, before: Seq = None, limit: Limit = 100) -> list[dict[str, Any]]:
+        """Lists who changed what, newest first."""
         return self._fleet.journal.audited(before=before, limit=limit)
 
 
@@ -336,7 +356,7 @@ def build(fleet: Parts, *, title: str = "edge-fleet", version: str = "0") -> Fas
             name = route.handler.__name__ if method != "HEAD" else f"{route.handler.__name__}_head"
             app.add_api_route(
                 API + route.path, getattr(api, route.handler.__name__), methods=[method], dependencies=guard, tags=[route.tag],
-                operation_id=name, name=name, summary=_summary(route), response_model=None,
+                operation_id=name, name=name, summary=_first_sentence(route.handler), response_model=None,
                 openapi_extra={"x-role": route.role.value if route.role else ""},
             )  # fmt: skip
     _add_enrolment(app, fleet)
@@ -345,10 +365,10 @@ def build(fleet: Parts, *, title: str = "edge-fleet", version: str = "0") -> Fas
     return app
 
 
-def _summary(route: Route) -> str:
-    """The first sentence of what the route says about itself."""
-    told = (route.handler.__doc__ or route.handler.__name__.replace("_", " ")).strip()
-    return told.splitlines()[0].split(". ")[0].rstrip(".")
+def _first_sentence(handler: Callable[..., Any]) -> str:
+    """What a route says about itself; every one does."""
+    assert handler.__doc__, f"{handler.__name__} has no docstring"
+    return handler.__doc__.strip().splitlines()[0].split(". ")[0].rstrip(".")
 
 
 def _add_enrolment(app: FastAPI, fleet: Parts) -> None:
@@ -363,8 +383,10 @@ def _add_enrolment(app: FastAPI, fleet: Parts) -> None:
         given = await asyncio.to_thread(fleet.enrolment.enrol, wanted)
         return Response(msgspec.json.encode(given), media_type="application/json")
 
-    app.add_api_route(CA_PATH, ca, methods=["GET"], tags=["enrolment"], response_model=None)
-    app.add_api_route(ENROL_PATH, enrol, methods=["POST"], tags=["enrolment"], response_model=None)
+    app.add_api_route(CA_PATH, ca, summary=_first_sentence(ca), methods=["GET"], tags=["enrolment"], response_model=None)
+    app.add_api_route(
+        ENROL_PATH, enrol, summary=_first_sentence(enrol), methods=["POST"], tags=["enrolment"], response_model=None
+    )
 
 
 def _add_page(app: FastAPI) -> None:
