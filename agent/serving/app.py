@@ -7,17 +7,15 @@ STOPPING, answer what was asked, close the models, remove the socket.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import resource
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from agent.config import AgentConfig, ServeSettings
 from agent.host import notify, peer
+from agent.host.signals import Ending
 from agent.serving import loading, selfcheck
 from agent.serving.access import AccessTable
 from agent.serving.control import Control
@@ -85,8 +83,7 @@ def serve_files(sources: Iterable[Source], settings: ServeSettings, announce: Ca
 def _serve(parts: Parts, settings: ServeSettings, load: Callable[[], None], announce: Callable[[], None] | None = None) -> int:
     table = AccessTable(settings, os.geteuid())
     _allow_files(settings.max_connections + FILES_BESIDES_CONNECTIONS)
-    end = threading.Event()
-    with _signals(end.set):
+    with Ending() as end:
         listeners = open_listeners(settings.socket, settings.socket_mode)
         try:
             load()
@@ -105,7 +102,7 @@ def _run(
     settings: ServeSettings,
     table: AccessTable,
     listeners: Listeners,
-    end: threading.Event,
+    end: Ending,
     announce: Callable[[], None] | None,
 ) -> int:
     address = listeners.sockets[0].getsockname()
@@ -195,14 +192,3 @@ def _allow_files(count: int) -> None:
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-@contextlib.contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call `stop` while the block runs."""
-    before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

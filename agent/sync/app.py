@@ -20,7 +20,6 @@ import fcntl
 import logging
 import os
 import random
-import signal
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, ModelState
 from agent.host import hardware, notify
 from agent.host.clock import SystemClock
+from agent.host.signals import Ending
 from agent.store import Store, StoreError
 from agent.sync import enrol, identity, link
 from agent.sync.counters import Counter
@@ -261,18 +261,20 @@ class SyncApp:
 
     def run(self) -> None:
         """Until SIGTERM or SIGINT. Only in the main thread."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop.set())
+        with Ending() as ending:
+            self._run(ending)
+
+    def _run(self, ending: Ending) -> None:
         self.start()
         _notify("READY=1")
         beat_s = min(self._config.sync.heartbeat_s, notify.watchdog_interval_s() or self._config.sync.heartbeat_s)
         last_report = float("-inf")
-        while not self._stop.is_set():
+        while not ending.is_set():
             _notify("WATCHDOG=1")
             if self._due.is_set() or self._clock.monotonic() - last_report >= self._config.sync.heartbeat_s:
                 last_report = self._clock.monotonic()
                 self.report()
-            self._pause(beat_s)
+            self._pause(beat_s, ending)
         _notify("STOPPING=1")
         self.stop()
 
@@ -376,12 +378,12 @@ class SyncApp:
             return found[0]
         return f"{problem.reason.value}: {problem.message}" if problem else None
 
-    def _pause(self, seconds: float) -> None:
-        """Until something is due, the time has passed, or the end. `_due` is set by other threads, `_stop` by signals."""
+    def _pause(self, seconds: float, ending: Ending) -> None:
+        """Until something is due, the time has passed, or the end."""
         end = self._clock.monotonic() + seconds
-        while not self._stop.is_set() and self._clock.monotonic() < end:
+        while not ending.is_set() and self._clock.monotonic() < end:
             if self._due.wait(min(REPORT_PAUSE_S, max(0.0, end - self._clock.monotonic()))):
-                self._stop.wait(REPORT_PAUSE_S)
+                ending.wait(REPORT_PAUSE_S)
                 return
 
     def _probe_once(self) -> Hardware:
