@@ -1,0 +1,248 @@
+"""`edge-agent predict`, `models` and `status`: the commands that ask a running server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent.cli.common import DEFAULT_SOCKET, default_run_socket, fail
+
+if TYPE_CHECKING:
+    from agent.client import Client
+
+socket_option = click.option(
+    "--socket", "socket_path", type=click.Path(path_type=Path), envvar="EDGE_AGENT_SOCKET", show_envvar=True,
+    help=f"The server's socket  [default: {DEFAULT_SOCKET}, or that of `edge-agent run`]",
+)  # fmt: skip
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+def _client(socket_path: Path | None) -> Client:
+    from agent.client import Client
+
+    if socket_path is None:
+        socket_path = next((p for p in (DEFAULT_SOCKET, default_run_socket()) if p.exists()), DEFAULT_SOCKET)
+    return Client(socket_path)
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]FILE",
+    help="A .npy file, or a .npz with one array per input.",
+)
+@click.option("--version", "version", help="A version or label (stable, candidate, previous)  [default: the active one]")
+@click.option("--top", type=click.IntRange(1), metavar="K", help="Show only the K largest values of each row.")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the results to this .npz file.")
+@click.option("--timeout", default=30.0, show_default=True, metavar="SECONDS")
+@socket_option
+@json_option
+def predict(
+    model: str,
+    inputs: tuple[str, ...],
+    version: str | None,
+    top: int | None,
+    output: Path | None,
+    timeout: float,
+    socket_path: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Ask a model for a prediction.
+
+    \b
+    Examples:
+      edge-agent predict digits --input image.npy --top 3
+      edge-agent predict silero --input input=chunk.npy --input state=state.npy --input sr=sr.npy
+      edge-agent predict digits --input inputs.npz --output results.npz
+    """
+    import numpy as np
+
+    from agent.client import ClientError
+
+    with _client(socket_path) as client:
+        try:
+            feeds = _feeds(inputs)
+            results = client.infer(model, feeds.pop("") if set(feeds) == {""} else feeds, version=version, timeout_s=timeout)
+        except ClientError as error:
+            fail(error)
+    if output is not None:
+        with output.open("wb") as file:
+            np.savez(file, **results)  # type: ignore[arg-type]
+    if as_json:
+        click.echo(json.dumps({name: _plain(array, top) for name, array in results.items()}))
+        return
+    for name, array in results.items():
+        click.echo(f"{name}  {array.dtype} {list(array.shape)}")
+        _print_array(array, top)
+
+
+def _feeds(inputs: tuple[str, ...]) -> dict[str, Any]:
+    """Input name → array; the name is empty for a single unnamed file."""
+    feeds: dict[str, Any] = {}
+    for text in inputs:
+        name, equals, rest = text.partition("=")
+        path = Path(rest) if equals and not Path(text).exists() else Path(text)
+        name = name if equals and not Path(text).exists() else ""
+        for key, array in _read_arrays(path, name).items():
+            if key in feeds or ("" in feeds and key):
+                raise click.UsageError(
+                    f"input {key or str(path)!r} is given twice, or some inputs have no name: use NAME={path}"
+                )
+            feeds[key] = array
+    return feeds
+
+
+def _read_arrays(path: Path, name: str) -> dict[str, Any]:
+    import numpy as np
+
+    try:
+        found = np.load(path, allow_pickle=False)
+        if not hasattr(found, "files"):
+            return {name: found}
+        with found:
+            arrays = {key: found[key] for key in found.files}
+    except FileNotFoundError:
+        raise click.UsageError(f"{str(path)!r} does not exist") from None
+    except (OSError, ValueError, EOFError) as error:
+        fail(f"{str(path)!r} is not a NumPy file without pickled objects: {error}")
+    if not name:
+        return arrays
+    if name in arrays:
+        return {name: arrays[name]}
+    if len(arrays) == 1:
+        return {name: next(iter(arrays.values()))}
+    raise click.UsageError(f"{str(path)!r} has the arrays {', '.join(arrays)}: none is called {name!r}")
+
+
+def _largest(row: Any, top: int) -> list[tuple[int, Any]]:
+    order = row.argsort(kind="stable")[::-1][:top]
+    return [(int(index), row[index].item()) for index in order]
+
+
+def _rows(array: Any) -> Any:
+    return array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
+
+
+def _plain(array: Any, top: int | None) -> Any:
+    if array.dtype.kind == "O":
+        return [element.decode(errors="replace") for element in array.flat]
+    if top is None:
+        return array.tolist()
+    return [[{"index": index, "value": value} for index, value in _largest(row, top)] for row in _rows(array)]
+
+
+def _print_array(array: Any, top: int | None) -> None:
+    import numpy as np
+
+    if array.dtype.kind == "O":
+        for element in array.flat:
+            click.echo(f"  {element.decode(errors='replace')}")
+        return
+    if top is None:
+        text = np.array2string(array, threshold=200, precision=6, suppress_small=True, max_line_width=110)
+        click.echo("\n".join("  " + line for line in text.splitlines()))
+        return
+    for number, row in enumerate(_rows(array)):
+        for index, value in _largest(row, top):
+            click.echo(f"  [{number}] {index:>5}  {value:.6g}")
+
+
+@click.command()
+@socket_option
+@json_option
+def models(socket_path: Path | None, *, as_json: bool) -> None:
+    """List the models that the server knows.
+
+    \b
+    Example:
+      edge-agent models --json
+    """
+    from agent.client import ClientError
+
+    with _client(socket_path) as client:
+        try:
+            found = client.models()
+        except ClientError as error:
+            fail(error)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    _table(("model", "version", "state"), [[m["name"], m["version"], m["state"]] for m in found])
+    _reasons((m["name"], m["version"], m.get("reason", "")) for m in found)
+
+
+@click.command()
+@socket_option
+@json_option
+def status(socket_path: Path | None, *, as_json: bool) -> None:
+    """Show what the server runs, on what, and how it does.
+
+    \b
+    Example:
+      edge-agent status
+    """
+    from agent.client import ClientError
+
+    with _client(socket_path) as client:
+        try:
+            found = client.status()
+        except ClientError as error:
+            fail(error)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"edge-agent {found['agent_version']}, pid {found['pid']}, socket {client.socket_path}")
+    rows = [_status_row(name, model, v) for name, model in found["models"].items() for v in model["versions"].values()]
+    _table(("model", "version", "role", "state", "on", "requests", "failed", "mean ms", "MB"), rows)
+    _reasons(
+        (name, v["version"], v["reason"] or v["placement"]["fallback"])
+        for name, model in found["models"].items()
+        for v in model["versions"].values()
+    )
+
+
+def _status_row(name: str, model: Mapping[str, Any], version: Mapping[str, Any]) -> list[str]:
+    number = version["version"]
+    role = "active" if model["active"] == number else "previous" if model["previous"] == number else ""
+    stats = version["stats"]
+    count = stats["latency"]["count"]
+    return [
+        name,
+        str(number),
+        role,
+        version["state"],
+        version["placement"]["actual"],
+        str(stats["requests"]),
+        str(sum(stats["failed"].values())),
+        f"{stats['latency']['sum_ms'] / count:.3f}" if count else "",
+        f"{version['memory_bytes'] / 1e6:.1f}",
+    ]
+
+
+def _reasons(rows: Iterable[tuple[str, Any, str | None]]) -> None:
+    for name, version, reason in rows:
+        if reason:
+            click.echo(f"\n{name}:{version}  {reason}")
+
+
+def _table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)

@@ -1,0 +1,177 @@
+"""`edge-agent serve` and `run`: the commands that answer predictions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent.cli.common import default_run_socket, fail
+from agent.host import logs
+
+if TYPE_CHECKING:
+    from agent.serving.host import ModelHost
+    from agent.serving.loading import Source
+
+
+@click.command()
+@click.option("--config", type=click.Path(path_type=Path), help="agent.yaml  [default: /etc/edge-agent/agent.yaml if present]")
+@click.option("--verbose", is_flag=True, help="Log what is loaded.")
+def serve(config: Path | None, *, verbose: bool) -> None:
+    """Serve the releases that the store selects.
+
+    Reads the store and never writes it. Runs until SIGTERM; under systemd it takes the socket it is given, says READY when
+    predictions are answered, and feeds the watchdog.
+
+    \b
+    Example:
+      edge-agent serve --config /etc/edge-agent/agent.yaml
+    """
+    _prepare(verbose=verbose)
+    from agent.config import ConfigError, load
+    from agent.serving.app import serve_store
+    from agent.serving.sockets import SocketError
+    from agent.store import StoreError
+
+    try:
+        sys.exit(serve_store(load(config)))
+    except (ConfigError, StoreError, SocketError) as error:
+        fail(error)
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, metavar="[NAME=]FILE|FOLDER...")
+@click.option(
+    "--socket", "socket_path", type=click.Path(path_type=Path), help="Where to listen  [default: in $XDG_RUNTIME_DIR]"
+)
+@click.option("--threads", default=3, show_default=True, type=click.IntRange(1, 64), help="Threads that answer requests.")
+@click.option("--engine-threads", default=1, show_default=True, type=click.IntRange(0, 64), help="Threads of one run.")
+@click.option("--verbose", is_flag=True, help="Log what is loaded.")
+def run(files: tuple[str, ...], socket_path: Path | None, threads: int, engine_threads: int, *, verbose: bool) -> None:
+    """Serve model files, without a fleet.
+
+    Each file is served under its name without suffix, as version 1. A folder stands for every model file in it.
+
+    \b
+    Examples:
+      edge-agent run digits.onnx
+      edge-agent run models/ --socket /tmp/models.sock
+      edge-agent run small=mobilenet_025.tflite large=mobilenet_075.tflite
+    """
+    _prepare(verbose=verbose)
+    from agent.config import ServeSettings
+    from agent.serving.app import serve_files
+    from agent.serving.sockets import SocketError
+
+    path = (socket_path or default_run_socket()).absolute()
+    settings = ServeSettings(socket=path, socket_mode=0o600, threads=threads, engine_threads=engine_threads)
+    sources = _sources(files)
+    try:
+        sys.exit(serve_files(sources, settings, lambda host: _announce(host, path)))
+    except SocketError as error:
+        fail(error)
+
+
+def _prepare(*, verbose: bool) -> None:
+    # NumPy's linear algebra is not used here; its threads would each keep a buffer.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    logs.set_up(logging.INFO if verbose else logging.WARNING)
+
+
+def _sources(files: tuple[str, ...]) -> list[Source]:
+    """What to load. Ends with status 2 when names clash or cannot be model names."""
+    from agent.contract.names import check_model
+    from agent.serving.loading import Source
+    from agent.store import hash_file
+
+    found: dict[str, Path] = {}
+    for name, path in [pair for text in files for pair in _named(text)]:
+        if name in found:
+            raise click.UsageError(f"{found[name]} and {path} are both called {name!r}: name one, such as other={path}")
+        try:
+            check_model(name)
+        except ValueError as error:
+            raise click.UsageError(f"{path}: {error}; name it, such as model={path}") from error
+        found[name] = path
+    return [Source(name, 1, path, hash_file(path)) for name, path in found.items()]
+
+
+def _named(text: str) -> list[tuple[str, Path]]:
+    from runtimes import registry
+    from runtimes.contract import ModelInvalid
+
+    name, equals, rest = text.partition("=")
+    path = Path(text)
+    if equals and not path.exists():
+        path = Path(rest)
+    else:
+        name = ""
+    if path.is_file():
+        return [(name or path.stem, path)]
+    if not path.is_dir():
+        raise click.UsageError(f"{str(path)!r} does not exist")
+    if name:
+        raise click.UsageError(f"{str(path)!r} is a folder: a name is for one file")
+    models = []
+    for file in sorted(path.iterdir()):
+        try:
+            registry.for_file(file)
+        except ModelInvalid:
+            continue
+        if file.is_file():
+            models.append((file.stem, file))
+    if not models:
+        raise click.UsageError(f"there is no model file in {str(path)!r}")
+    return models
+
+
+def _announce(host: ModelHost, path: Path) -> None:
+    example = None
+    click.echo(f"Serving on {path}\n")
+    for served in host:
+        for version in served.versions.values():
+            if version.state != "READY":
+                click.echo(f"  {served.name}  NOT SERVED: {version.reason}")
+                continue
+            example = example or version
+            click.echo(
+                f"  {served.name}  {version.runtime} on {version.placement.actual}, loaded in {version.load_s * 1e3:.0f} ms"
+            )
+            for role, specs in (("in ", version.inputs), ("out", version.outputs)):
+                for spec in specs:
+                    click.echo(f"      {role} {spec.name}  {spec.datatype} {list(spec.shape)}")
+    if example is not None:
+        click.echo("\nTry it:\n" + _example(example.name, example.inputs, path))
+    click.echo("\nCtrl-C ends it.")
+
+
+def _example(name: str, inputs: Any, path: Path) -> str:
+    """A curl line that really predicts (when the inputs are small) or describes, and the same with our own command."""
+    from shlex import quote
+    from urllib.parse import quote as url_quote
+
+    url = f"http://localhost/v2/models/{url_quote(name, safe='')}"
+    curl = f"  curl --unix-socket {quote(str(path))} {url}"
+    shapes = [[1 if size < 0 else size for size in spec.shape] for spec in inputs]
+    sizes = [_product(shape) for shape in shapes]
+    if sum(sizes) <= 64 and all(spec.datatype not in ("BYTES", "FP16") for spec in inputs):
+        tensors = [
+            {"name": spec.name, "datatype": spec.datatype, "shape": shape, "data": [spec.datatype != "BOOL" and 0] * size}
+            for spec, shape, size in zip(inputs, shapes, sizes, strict=True)
+        ]
+        curl += f"/infer -d {quote(json.dumps({'inputs': tensors}, separators=(',', ':')))}"
+    files = ["x.npy"] if len(inputs) == 1 else [f"{spec.name}=x{n}.npy" for n, spec in enumerate(inputs)]
+    given = " ".join(f"--input {quote(file)}" for file in files)
+    return f"{curl}\n  edge-agent predict {quote(name)} {given} --socket {quote(str(path))}"
+
+
+def _product(sizes: list[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
