@@ -10,7 +10,7 @@ from agent.store import Choice, StoreError
 from agent.sync import update, windows
 from agent.sync.model import REST_S, ModelWork, versions
 from agent.sync.ports import Signed
-from agent.sync.problems import Problem, Stopped, store_problem
+from agent.sync.problems import NoEngine, Problem, Stopped, store_problem
 from agent.sync.trial import make_request
 from agent.sync.update import Event
 from agent.sync.variants import choose, needed_files
@@ -45,12 +45,16 @@ class Preparing(ModelWork):
             return self._refuse(
                 Problem(Reason(known.reason), f"refused before: {known.message}", known.evidence), signed.sha256
             )
-        variant = choose(signed.manifest, self._s.hardware())
+        hardware = self._s.hardware()
+        if not hardware.runtimes:
+            raise NoEngine(Reason.NO_VARIANT, "no inference engine was found to work here: see `edge-agent doctor`")
+        variant = choose(signed.manifest, hardware)
         needed = needed_files(signed.manifest, variant)
         wanted = [signed.manifest.files[name] for name in needed]
         self._s.housekeeping.fetching(self.model, [file.sha256 for file in wanted])
         downloader = self._s.downloader
         if downloader.shortage_bytes(wanted) > 0:
+            self._s.housekeeping.need(self.model, versions(self._s.store.selection(self.model)))
             self._s.housekeeping.collect(short_of_space=True)
             downloader.require_space(wanted)
         missing = downloader.missing(wanted)

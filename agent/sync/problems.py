@@ -26,6 +26,14 @@ class Problem(Exception):
         return self.reason in RETRYABLE
 
 
+class NoEngine(Problem):
+    """None of the machine's engines works, or looking for them took too long: it says nothing about the release."""
+
+    @property
+    def retryable(self) -> bool:
+        return True
+
+
 class Stopped(Exception):
     """The work was given up because the process ends or because something newer is wanted. Nothing is wrong."""
 

@@ -56,7 +56,7 @@ class Housekeeping:
             self._needed[model] = frozenset(versions)
 
     def fetching(self, model: str, blobs: Collection[str] | None) -> None:
-        """The blobs the model's download needs; None while it is not known yet, which postpones every collection."""
+        """The blobs the model's download needs; None while it is not known yet, which postpones collections until the disk is short."""
         with self._lock:
             self._fetching[model] = None if blobs is None else frozenset(blobs)
 
@@ -70,9 +70,17 @@ class Housekeeping:
         A model that nothing was said about keeps all its releases: it may have been set up by hand.  Raises: OSError.
         """
         with self._lock:
-            if None in self._fetching.values():
+            if None in self._fetching.values() and not short_of_space:
                 return 0
             releases = [ref for ref in self._store.releases() if ref.model in self._needed]
-            remove = surplus(releases, self._needed, 0 if short_of_space else self._keep_newest)
+            remove = {*surplus(releases, self._needed, 0 if short_of_space else self._keep_newest)}
+            remove |= {ref for ref in releases if ref.version not in self._needed[ref.model] and self._damaged(ref)}
             blobs = {blob for needed in self._fetching.values() if needed for blob in needed}
-            return collect(self._store, remove, blobs)
+            return collect(self._store, sorted(remove), blobs)
+
+    def _damaged(self, ref: ReleaseRef) -> bool:
+        try:
+            self._store.manifest(ref)
+        except StoreError:
+            return True
+        return False

@@ -24,7 +24,8 @@ _Answer = TypeVar("_Answer", bound=msgspec.Struct)
 class ServeAway(Exception):
     """`serve` does not answer. It may be restarting; says nothing about any model.
 
-    `sent`: the request had been delivered, so what was asked may be what took the process down.
+    `sent`: a change had been delivered, so what was asked may be what took the process down. A question never is: a `serve` that
+    still loads its models lets everybody wait.
     """
 
     def __init__(self, message: str, *, sent: bool) -> None:
@@ -173,7 +174,7 @@ class ServeClient:
             data = response.read(_MAX_ANSWER_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
             message = f"serve does not answer on {self._socket_path}: {error or type(error).__name__}"
-            raise ServeAway(message, sent=connection.connected) from error
+            raise ServeAway(message, sent=connection.connected and method != "GET") from error
         finally:
             connection.close()
         if response.status != 200:

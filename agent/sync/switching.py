@@ -95,6 +95,8 @@ class Switching(ModelWork):
             return self._put_off(Problem(Reason.TOO_MUCH_MEMORY, f"serve has no memory for it beside what runs: {refused}"))
         if refused.code == "not_in_store" and not self.state.activated:
             return self._put_off(Problem(Reason.STORE_FAILED, str(refused)))
+        if refused.code in ("forbidden", "protocol") and not self.state.activated:  # how this agent is set up
+            return self._put_off(Problem(Reason.ACTIVATION_FAILED, str(refused)))
         if refused.code == "not_loaded":  # serve was restarted between load and activate
             self._save(self.state.but(interruptions=self.state.interruptions + 1))
             return AGAIN_S
@@ -151,10 +153,13 @@ class Switching(ModelWork):
         try:
             return self._bad(Event.BAD, failure)
         except OSError:
-            before = self.state.before
-            if before is not None:
-                self._ask(lambda: self._s.serving.rollback(self.model, before.version))
+            self._protect_callers()
             raise
+
+    def _protect_callers(self) -> None:
+        before = self.state.before
+        if before is not None:
+            self._ask(lambda: self._s.serving.rollback(self.model, before.version))
 
     def _passed_s(self) -> float:
         now = self._s.clock.monotonic()
@@ -195,10 +200,14 @@ class Switching(ModelWork):
 
     def _roll_back(self) -> float:
         before = self.state.before
-        if before is not None:
-            self._s.store.select(Selection(model=self.model, active=before))
-        else:
-            self._s.store.deselect(self.model)
+        try:
+            if before is not None:
+                self._s.store.select(Selection(model=self.model, active=before))
+            else:
+                self._s.store.deselect(self.model)
+        except OSError:
+            self._protect_callers()
+            raise
         trouble = ""
         try:
             if before is not None:

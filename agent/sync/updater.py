@@ -75,6 +75,9 @@ class ModelUpdater(Preparing, Switching):
         if selection and selection.active.version == wanted.release and not self._damaged(selection, status):
             return self._settled(selection, wanted, status)
         if self._refused_already(wanted) or self._expired() is not None:
+            desired = self._s.desired()
+            if selection and desired and desired.withdrawn(self.model, selection.active.version):
+                return self._serve_nothing(selection, status)
             return self._tidy(selection, status)
         before = _other_than(wanted.release, selection)
         self._s.housekeeping.fetching(self.model, None)
@@ -127,7 +130,8 @@ class ModelUpdater(Preparing, Switching):
     def _serve_nothing(self, selection: Selection | None, status: ServeStatus | None) -> float:
         if selection is not None:
             self._s.store.deselect(self.model)
-            self._say("stopped", "no release of it is wanted any more", release=selection.active.version)
+            self._say("stopped", "no release of it may serve any more", release=selection.active.version)
+        self._s.housekeeping.need(self.model, ())
         if status and self.model in status.models:
             self._ask(lambda: self._s.serving.unload(self.model))
         return REST_S
@@ -144,6 +148,8 @@ class ModelUpdater(Preparing, Switching):
             self._ask(lambda: self._serve_again(active))
         elif model.previous is not None:
             self._ask(lambda: self._s.serving.commit(self.model))
+        elif others := [version.version for version in model.versions.values() if version.version != active.version]:
+            self._ask(lambda: self._s.serving.unload(self.model, others[0]))
         else:
             self.problem = None
         return REST_S

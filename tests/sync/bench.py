@@ -111,6 +111,9 @@ class MemoryServe:
         self._call("unload", version)
         if model not in self.loaded:
             raise ServeRefused(404, "unknown_model", f"no model {model!r}")
+        if version is not None:
+            del self.loaded[model][version]
+            return
         for memory in (self.loaded, self.active, self.previous):
             memory.pop(model, None)  # type: ignore[attr-defined]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import socket
 from pathlib import Path
 
 import msgspec
@@ -155,6 +156,18 @@ def test_nothing_is_collected_while_a_download_has_not_said_what_it_needs(store:
 
     assert keeping.collect() > 0
     assert store.releases() == []
+
+
+def test_a_damaged_manifest_that_nobody_needs_does_not_stop_collecting(store: Store, tmp_path: Path):
+    fill(store, tmp_path, 1)
+    kept = fill(store, tmp_path, 3)
+    (store.root / "releases" / "crane" / "2.json").write_bytes(b"?")
+    keeping = Housekeeping(store, 1)
+    keeping.need("crane", {3})
+
+    assert keeping.collect() > 0
+    assert store.releases() == [kept.ref]
+    assert store.has_blob(kept.files["model.script"].sha256)
 
 
 def test_counters_grow_across_restarts_lost_disks_and_clocks_that_go_back(tmp_path: Path):
@@ -325,6 +338,18 @@ def test_refusals_and_absence_are_told_apart(serve: FakeServe, tmp_path: Path):
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_question_that_is_not_answered_took_nobody_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`serve` that still loads its models lets its callers wait; only a change may be what killed it."""
+    monkeypatch.setattr("agent.sync.serving.STATUS_TIMEOUT_S", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s.sock"))
+        listener.listen(4)
+        with pytest.raises(ServeAway) as away:
+            ServeClient(tmp_path / "s.sock").status()
+
+    assert not away.value.sent
 
 
 @pytest.mark.usefixtures("script_runtime")

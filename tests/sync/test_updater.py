@@ -6,20 +6,22 @@ import datetime as dt
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from agent.contract.assignment import Rollout, Window
+from agent.contract.assignment import ModelAssignment, Rollout, Window
 from agent.contract.codec import encode
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
-from agent.contract.reports import Outcome, Phase
+from agent.contract.reports import Hardware, Outcome, Phase
 from agent.store import Choice, Selection, StoreError
 from agent.sync import overview, update
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem, Stopped
 from agent.sync.serving import ServeAway, ServeRefused
+from agent.sync.updater import ModelUpdater
 from tests.sync.bench import MODEL, Bench, numbers
 from tests.sync.fleet import DAY, script_release, sha
 
@@ -842,6 +844,152 @@ def test_a_disk_that_is_full_for_a_while(phase, on_one: Bench, monkeypatch: pyte
         on_one.until(P.STEADY)
 
     assert on_one.serving == (1 if phase is P.ROLLING_BACK else 2)
+
+
+def test_a_rollback_that_cannot_be_selected_on_disk_still_protects_callers(on_one: Bench, monkeypatch: pytest.MonkeyPatch):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.serve.numbers[2] = numbers(10, run=90)
+    on_one.until(P.ROLLING_BACK)
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(on_one.store, "select", full)
+    on_one.step()
+    assert on_one.serving == 1
+    assert on_one.phase is P.ROLLING_BACK
+    monkeypatch.undo()
+    on_one.until(P.QUARANTINED)
+    assert selected(on_one).active.version == 1
+
+
+# -- what nothing else takes away ---------------------------------------------------------------------------------------------
+
+
+def fill_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk of which every byte is in use, and of which what is deleted becomes free."""
+    full = sum(path.stat().st_size for path in bench.store.blobs.iterdir())
+
+    def usage(_path):
+        used = sum(path.stat().st_size for path in bench.store.blobs.iterdir())
+        return SimpleNamespace(free=full - used)
+
+    monkeypatch.setattr("agent.sync.download.shutil.disk_usage", usage)
+
+
+def test_old_releases_make_room_also_after_a_restart_in_the_middle(on_one: Bench, monkeypatch: pytest.MonkeyPatch):
+    on_one.install(2)
+    on_one.install(3)
+    on_one.release(4)
+    on_one.want(4)
+    on_one.step()
+    fill_up(on_one, monkeypatch)
+    on_one.again()
+    on_one.until(P.STEADY, steps=40)
+
+    assert on_one.serving == 4
+
+
+def test_a_release_that_cannot_be_found_keeps_no_room_from_another_model(on_one: Bench, monkeypatch: pytest.MonkeyPatch):
+    on_one.install(2)
+    on_one.install(3)
+    other = ModelUpdater("lift", on_one.surroundings)
+    on_one.release(4)
+    on_one.want(4)
+    models = {**on_one.assignment.models, "lift": ModelAssignment(release=9)}
+    on_one.assignment = msgspec.structs.replace(on_one.assignment, models=models)
+    for _ in range(3):
+        other.step(lambda: False)
+    assert other.state.phase is P.WAITING
+    fill_up(on_one, monkeypatch)
+    on_one.step()
+    on_one.until(P.STEADY, steps=40)
+
+    assert on_one.serving == 4
+
+
+def test_the_files_of_a_model_that_is_wanted_no_more_may_go(on_one: Bench):
+    on_one.want(None)
+    on_one.step()
+    on_one.again()
+    on_one.step()
+    on_one.surroundings.housekeeping.collect(short_of_space=True)
+
+    assert on_one.store.releases() == []
+    assert list(on_one.store.blobs.iterdir()) == []
+
+
+def test_a_withdrawn_release_does_not_stay_because_the_next_one_is_refused(on_one: Bench):
+    on_one.trial = no(Reason.GOLDEN_MISMATCH)
+    on_one.want(2, withdrawn=(1,))
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+    on_one.step()
+
+    assert on_one.serving is None
+    assert on_one.store.selection(MODEL) is None
+
+
+def test_what_serve_holds_beside_the_selected_release_is_unloaded_at_rest(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.ACTIVATING)
+    on_one.serve.fault = died_after(on_one, "load")
+    on_one.step()
+    on_one.serve.fault = lambda *_: None
+    on_one.clock.pass_(8 * DAY)  # what the fleet said has expired: put off, with 2 in memory
+    on_one.until(P.WAITING)
+    assert on_one.serve.loaded[MODEL].keys() == {1, 2}
+    on_one.want(1)
+    on_one.step()
+    on_one.until(P.STEADY)
+    on_one.step()
+
+    assert on_one.serve.loaded[MODEL].keys() == {1}
+
+
+def died_after(bench: Bench, action: str):
+    """`serve` does what it is asked, and its answer is lost."""
+
+    def fault(asked: str, version: int | None) -> None:
+        if asked == action:
+            assert version is not None
+            bench.serve._load(MODEL, version, "cpu")
+            raise ServeAway("no answer", sent=True)
+
+    return fault
+
+
+@pytest.mark.parametrize("code", ["forbidden", "protocol"])
+def test_an_agent_that_is_set_up_wrongly_is_no_fault_of_the_release(code, on_one: Bench):
+    def refuse(asked: str, _version: int | None) -> None:
+        if asked == "load":
+            raise ServeRefused(403, code, "this needs access class 'control'")
+
+    on_one.serve.fault = refuse
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WAITING)
+    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+    on_one.serve.fault = lambda *_: None
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 2
+
+
+def test_a_probe_that_found_no_engine_is_no_fault_of_the_release(on_one: Bench):
+    found = {"runtimes": {}}
+    object.__setattr__(on_one.surroundings, "hardware", lambda: Hardware(arch="x86_64", **found))
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WAITING)
+    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+    found["runtimes"] = {"script": "script 1.0"}
+    on_one.until(P.STEADY)
+
+    assert on_one.serving == 2
 
 
 # -- stopping ---------------------------------------------------------------------------------------------------------------------
