@@ -183,7 +183,7 @@ class _Running:
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         fleet.inventory.link, fleet.rollouts.poker = self, self._link
-        fleet.broker_connected = self._link.connected.is_set
+        fleet.broker_connected, fleet.inventory.heard_since = self._link.connected.is_set, self._link.heard_since
 
     # What the inventory asks of the broker's side.
     def poke_device(self, device: str) -> None:

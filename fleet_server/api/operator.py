@@ -204,7 +204,7 @@ class Api:
     # -- rollouts ----------------------------------------------------------------------------------------------------------
 
     def models(self) -> list[dict[str, Any]]:
-        """Lists models with the release that every device runs, the one before, and the rollout under way."""
+        """Lists models with the release that every device runs and the one before."""
         return self._fleet.rollouts.models()
 
     def roll_back(self, request: Request, model: str, body: schemas.Rollback) -> dict[str, Any]:

@@ -42,12 +42,19 @@ class Inventory:
         self._revocation = threading.Lock()
         self.link: Link | None = None
         self.on_groups_changed: Callable[[], None] = lambda: None
+        self.heard_since: Callable[[], float] = lambda: 0.0
+        """Since when devices could be heard without a break; now while they cannot."""
 
     # -- looking -----------------------------------------------------------------------------------------------------------
 
     def is_online(self, present: bool, last_seen: float | None, now: float) -> bool:
-        """Present by the broker's account and heard of lately; a device that is silent is not there, whatever was said of it."""
-        return present and last_seen is not None and now - last_seen < self._config.rollouts.silence_s
+        """Present by the broker's account and heard of lately; a device that is silent is not there, whatever was said of it.
+
+        A server or broker that was away makes nobody silent: otherwise devices still busy would stop counting and a wave would pass.
+        """
+        if not present or last_seen is None:
+            return False
+        return now - max(last_seen, self.heard_since()) < self._config.rollouts.silence_s
 
     def find(
         self, *, group: str | None = None, model: str | None = None, online: bool | None = None, text: str | None = None,

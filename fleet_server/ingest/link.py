@@ -10,6 +10,7 @@ import logging
 import queue
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ class MqttLink:
         self._connection = 0
         self.connected = threading.Event()
         """Set while the subscription is acknowledged: messages of devices arrive."""
+        self._connected_at = 0.0
         self._client = self._make_client(authority)
         self._address = (host, port)
 
@@ -79,6 +81,10 @@ class MqttLink:
         if self._worker.ident is not None:
             self._worker.join(timeout=10)
 
+    def heard_since(self) -> float:
+        """Since when messages of devices arrive; now while they do not."""
+        return self._connected_at if self.connected.is_set() else time.time()
+
     # -- towards devices ---------------------------------------------------------------------------------------------------
 
     def poke_all(self, assignment_version: int) -> None:
@@ -101,6 +107,7 @@ class MqttLink:
             _log.error("the broker refuses the subscription to %s: %s", topics.UP_FILTER, reasons)
             return
         _log.info("connected to the broker")
+        self._connected_at = time.time()
         self.connected.set()
 
     def _on_disconnect(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:

@@ -189,6 +189,7 @@ class Rollouts:
                     raise NotFound(f"nothing of model {model!r} was ever rolled out")
                 active = session.scalar(select(RolloutRow).where(RolloutRow.model == model, RolloutRow.state.in_(ACTIVE)))
                 target = to if to is not None else (row.release if active else row.previous)
+                _refuse_forward(session, row, to)
                 if target is None:
                     raise Conflict(
                         f"there is no earlier release of {model!r} to go back to; name one with --to", code="no_previous"
@@ -201,7 +202,7 @@ class Rollouts:
                     self._apply(session, active, Event.ABORT, reason=f"rolled back by {actor.name}")
                 left = active.release if active is not None else row.release
                 if target != row.release:
-                    row.release, row.previous = target, row.release
+                    row.release, row.previous = target, _before(session, model, target)
                 self._next_version(session)
                 self._journal.audit(session, actor, "model.rollback", model, to=target, left=left)
                 message = f"{model} goes back to version {target} everywhere"
@@ -242,7 +243,8 @@ class Rollouts:
         if model.previous == ref.version:
             model.previous = None
         if model.release == ref.version:
-            model.release, model.previous = model.previous, None
+            model.release = model.previous
+            model.previous = _before(session, ref.model, model.release) if model.release is not None else None
 
     # -- gates -------------------------------------------------------------------------------------------------------------
 
@@ -256,6 +258,8 @@ class Rollouts:
                 found = list(session.scalars(query))
             for rollout_id in found:
                 self._evaluate(rollout_id)
+            if models is None:  # the tick: a decision whose signing failed (a full disk) is signed now
+                self.publish_assignment()
 
     def _evaluate(self, rollout_id: str) -> None:
         """Goes on as long as gates pass: a wave whose devices all serve the release already takes no time."""
@@ -444,6 +448,38 @@ def _rollout(session: Session, rollout_id: str) -> RolloutRow:
     if row is None:
         raise NotFound(f"there is no rollout {rollout_id!r}; `edge-fleet rollout list` shows them")
     return row
+
+
+def _before(session: Session, model: str, release: int) -> int | None:
+    """What every device ran before `release` came to all of them; None when that was nothing or may not be run.
+
+    Never what was left by going back to `release`: a second roll back would lead to the bad one again.
+    """
+    row = _came_to_all(session, model, release)
+    previous = row.previous if row is not None else None
+    if previous is None or previous >= release or catalogue.find(session, ReleaseRef(model, previous)).withdrawn:
+        return None
+    return previous
+
+
+def _came_to_all(session: Session, model: str, release: int) -> RolloutRow | None:
+    """The last rollout that brought the release to every device, with every gate passed."""
+    query = select(RolloutRow).where(
+        RolloutRow.model == model, RolloutRow.release == release, RolloutRow.state == State.COMPLETED.value
+    )
+    return session.scalar(query.order_by(RolloutRow.number.desc()).limit(1))
+
+
+def _refuse_forward(session: Session, row: ModelRow, to: int | None) -> None:
+    """Raises: Conflict when `to` is newer than what everybody runs and never passed every gate."""
+    if to is None or (row.release is not None and to <= row.release):
+        return
+    catalogue.find(session, ReleaseRef(row.model, to))
+    if _came_to_all(session, row.model, to) is None:
+        raise Conflict(
+            f"{row.model}:{to} is no earlier release; bring it out with `edge-fleet rollout start {row.model}:{to}`",
+            code="not_earlier",
+        )
 
 
 def _version(session: Session) -> int:

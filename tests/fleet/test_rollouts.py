@@ -1,5 +1,7 @@
 """Rollouts against the database and the signed assignment, in this process: what the fleet is told after every turn."""
 
+import errno
+
 import pytest
 
 from agent.contract.assignment import EVERYONE, Assignment, reaches, slot, wanted
@@ -185,6 +187,22 @@ def test_a_device_that_fell_silent_does_not_hold_a_wave_up(story, clock):
     assert story.state(rollout) == "completed"
 
 
+def test_devices_that_nobody_could_hear_are_not_silent(story, clock):
+    """The server or its broker was away: that says nothing about the devices, and must not let a wave pass."""
+    rollout = story.start(1)
+    story.commits("canary-1", version=1)
+    clock.now += 10 * story.fleet.config.rollouts.silence_s
+    story.fleet.inventory.heard_since = lambda: clock.now - 1
+    story.fleet.rollouts.evaluate()
+    found = story.fleet.rollouts.get(rollout)
+    assert (found["state"], found["verdict"]["counts"]["offline"], found["verdict"]["counts"]["pending"]) == ("running", 0, 2)
+    since = clock.now
+    story.fleet.inventory.heard_since = lambda: since
+    clock.now += story.fleet.config.rollouts.silence_s + 1
+    story.fleet.rollouts.evaluate()
+    assert story.state(rollout) == "completed"
+
+
 def test_nobody_there_is_no_pass(story):
     rollout = story.start(1, groups=["nobody"])
     story.fleet.rollouts.evaluate()
@@ -278,6 +296,40 @@ def test_roll_back(story):
         story.fleet.rollouts.roll_back(SERVER, "other", None)
 
 
+def test_rolling_back_twice_does_not_come_back_to_the_bad_release(story):
+    """An impatient operator, or a request that is sent again because its answer was lost."""
+    completed(story, 1)
+    completed(story, 2)
+    completed(story, 3)
+    story.fleet.rollouts.roll_back(SERVER, "digits", None)
+    assert story.wanted("plain-1") == 2
+    story.fleet.rollouts.roll_back(SERVER, "digits", None)
+    assert story.wanted("plain-1") == 1
+    with pytest.raises(Conflict, match="no earlier release"):
+        story.fleet.rollouts.roll_back(SERVER, "digits", None)
+    assert story.wanted("plain-1") == 1
+
+
+def test_withdrawing_after_a_roll_back_does_not_come_back_to_the_bad_release(story):
+    completed(story, 1)
+    completed(story, 2)
+    completed(story, 3)
+    story.fleet.rollouts.roll_back(SERVER, "digits", None)
+    story.fleet.rollouts.withdraw(SERVER, ReleaseRef("digits", 2))
+    assert {story.wanted(d) for d in story.devices} == {1}
+
+
+def test_a_roll_back_never_goes_to_what_no_gate_has_passed(story):
+    completed(story, 1)
+    with pytest.raises(Conflict, match="rollout start"):
+        story.fleet.rollouts.roll_back(SERVER, "digits", 2)
+    rollout = story.start(2, groups=["canary"])
+    with pytest.raises(Conflict, match="rollout start"):
+        story.fleet.rollouts.roll_back(SERVER, "digits", 2)
+    assert story.state(rollout) == "running"
+    assert {story.wanted(d) for d in ("plain-1", "plain-2")} == {1}
+
+
 def test_roll_back_ends_a_rollout(story):
     completed(story, 1)
     rollout = story.start(2)
@@ -325,6 +377,23 @@ def test_a_decision_that_was_not_signed_is_signed_at_the_next_start(story, monke
     story.fleet.recover()
     assert story.assignment.version == signed + 1
     assert {story.wanted(d) for d in story.devices} == {2}
+
+
+def test_a_decision_that_could_not_be_signed_is_signed_when_the_disk_has_space_again(story, monkeypatch):
+    completed(story, 1)
+    signed = story.assignment.version
+    with monkeypatch.context() as patched:
+        patched.setattr(story.fleet.repository, "assign", _no_space)
+        with pytest.raises(OSError, match="No space"):
+            story.start(2)
+    assert story.assignment.version == signed
+    story.fleet.rollouts.evaluate()  # the tick
+    assert {story.wanted(d) for d in story.devices} == {2}
+    assert story.pokes[-1] == story.assignment.version
+
+
+def _no_space(_document):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def _dies(_document):
