@@ -90,11 +90,17 @@ class Follower:
     """Knows what the fleet wants. `current` is the last verified word, also of an earlier process; `problem` why there is no newer."""
 
     def __init__(
-        self, trust: Trust, interval_s: float, changed: Callable[[], None], jitter: Callable[[], float] = random.random
+        self,
+        trust: Trust,
+        interval_s: float,
+        changed: Callable[[], None],
+        looked: Callable[[], None] = lambda: None,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
         self._trust = trust
         self._interval_s = interval_s
         self._changed = changed
+        self._looked = looked
         self._jitter = jitter
         self._poked = threading.Event()
         self._stop = threading.Event()
@@ -114,6 +120,10 @@ class Follower:
         while not self._stop.is_set():
             self._poked.clear()
             self.look()
+            try:
+                self._looked()
+            except Exception:
+                log.exception("what follows a look at the fleet failed in a way that was not foreseen")
             self._poked.wait(self.pause_s())
 
     def look(self) -> None:
@@ -203,10 +213,10 @@ class SyncApp:
         self.outbox = Outbox(private / "outbox.db")
         self._sessions = Counter(private / "session.json", clock)
         self._reporter = Reporter(
-            who.device, Signer(who.key), self.outbox, Counter(private / "counter.json", clock), clock, self._probe_once
+            who.device, Signer(who.key), self.outbox, Counter(private / "counter.json", clock), clock, lambda: self._hardware
         )
         self._trust = Trust(private / "trust", who, self._http(), clock)
-        self.follower = Follower(self._trust, settings.poll_interval_s, self._fleet_said)
+        self.follower = Follower(self._trust, settings.poll_interval_s, self._fleet_said, self._renew_when_due)
         self._serving = ServeClient(config.serve.socket)
         self._quarantine = Quarantine(private / "quarantine")
         self._surroundings = Surroundings(
@@ -284,6 +294,7 @@ class SyncApp:
             self._worker(model)
         self._fleet_said()
         self._follow.start()
+        threading.Thread(target=self._probe, name="probe", daemon=True).start()
         self.link.start()
 
     def stop(self, timeout_s: float = GOODBYE_S) -> None:
@@ -297,8 +308,7 @@ class SyncApp:
         for thread in (*(worker.thread for worker in workers), self._follow):
             if thread.ident is not None:
                 thread.join(max(0.0, end - self._clock.monotonic()))
-        if self._hardware is not None:  # else the probe of a first report would keep us here
-            self.report()
+        self.report()
         self.link.stop(timeout_s)
         if all(not thread.is_alive() for thread in (*(worker.thread for worker in workers), self._follow)):
             self._trust.close()
@@ -327,7 +337,6 @@ class SyncApp:
             for worker in self._workers.values():
                 worker.wake()
         self._due.set()
-        self._renew_when_due()
 
     def _worker(self, model: str) -> None:
         with self._workers_lock:
@@ -336,13 +345,15 @@ class SyncApp:
                 worker.thread.start()
 
     def _renew_when_due(self) -> None:
-        if self.follower.problem is not None or not enrol.renewal_due(self._who, self._clock.wall()):
+        problem = self.follower.problem
+        away = problem is not None and problem.reason is Reason.DOWNLOAD_FAILED
+        if away or not enrol.renewal_due(self._who, self._clock.wall()):
             return
         http = self._http()
         try:
             self._who = enrol.renew(self._who, http)
         except (Problem, IdentityError, ContractError, OSError) as error:
-            log.warning("the certificate could not be renewed (tried again at the next change): %s", error)
+            log.warning("the certificate could not be renewed (tried again at the next look at the fleet): %s", error)
         finally:
             http.close()
 
@@ -386,9 +397,15 @@ class SyncApp:
                 ending.wait(REPORT_PAUSE_S)
                 return
 
+    def _probe(self) -> None:
+        """In a thread of its own: engines that start slowly must not keep the watchdog or the first report waiting."""
+        self._probe_once()
+        self._due.set()
+
     def _probe_once(self) -> Hardware:
+        """What was found once; again as long as no engine was found to work."""
         with self._hardware_lock:
-            if self._hardware is None:
+            if self._hardware is None or not self._hardware.runtimes:
                 self._hardware = hardware.probe()
             return self._hardware
 

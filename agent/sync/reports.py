@@ -85,7 +85,7 @@ class Reporter:
     """Builds reports and events and puts them into the outbox."""
 
     def __init__(
-        self, device: str, signer: Signer, queue: Queue, counter: Counter, clock: Clock, hardware: Callable[[], Hardware]
+        self, device: str, signer: Signer, queue: Queue, counter: Counter, clock: Clock, hardware: Callable[[], Hardware | None]
     ) -> None:
         self._device = device
         self._signer = signer

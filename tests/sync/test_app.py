@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from agent import config
 from agent.contract.reasons import Reason
+from agent.contract.reports import Hardware
 from agent.store import Store
+from agent.sync import app
 from agent.sync.app import FIRST_RETRY_S, Follower, StoreBusy, exclusive
 from agent.sync.link import Broker, Link
 from agent.sync.outbox import Outbox
@@ -70,6 +73,56 @@ def test_news_are_told_once(tmp_path: Path):
 
     assert told == [1]
     assert pauses == [5.0, 10.0, 20.0]
+
+
+def test_what_is_due_is_looked_after_also_while_nothing_is_new(tmp_path: Path):
+    """A fleet may want the same for a year; certificates end meanwhile."""
+    bench = Bench(tmp_path)
+    bench.want(1)
+    told, after = [], []
+    oracle = Oracle(*[bench.desired() for _ in range(5)])
+
+    def looked() -> None:
+        after.append(1)
+        if len(after) == 5:
+            follower.stop()
+        elif len(after) == 2:
+            raise RuntimeError("not foreseen")
+
+    follower = Follower(oracle, 0.01, lambda: told.append(1), looked, jitter=lambda: 0.5)
+    follower.run()
+
+    assert len(after) == 5
+    assert told == [1]
+
+
+def test_a_probe_that_hangs_starves_neither_the_watchdog_nor_the_end(
+    tmp_path: Path, identity, repository, server, monkeypatch: pytest.MonkeyPatch
+):
+    device = Device(tmp_path, identity, repository, server)
+    going_on = threading.Event()
+    monkeypatch.setattr("agent.sync.app.hardware.probe", lambda: going_on.wait(20) and Hardware(arch="x86_64"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "200000")
+
+        def wait_and_end() -> None:
+            fed = 0
+            while fed < 4:
+                fed += listener.recv(256) == b"WATCHDOG=1"
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=wait_and_end)
+        thread.start()
+        try:
+            app.main(config.load(device.config))
+        finally:
+            going_on.set()
+            thread.join()
+            device.close()
+    eventually(lambda: not any(t.name == "probe" for t in threading.enumerate()), "the probe to end")
 
 
 def test_the_link_outlives_what_nobody_foresaw(tmp_path: Path):
