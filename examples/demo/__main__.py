@@ -7,6 +7,7 @@ Everything lives in one temporary folder and on 127.0.0.1, and is gone afterward
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -50,23 +51,25 @@ def stay(story: Story) -> None:
         ),
         soft_wrap=True,
     )
-    while True:
-        story.tick()
-        time.sleep(0.5)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            story.tick()
+            time.sleep(0.5)
 
 
 def tell(folder: Path, options: argparse.Namespace) -> int:
     environment = {"EDGE_FLEET_PROFILE": str(folder / "profile.yaml"), "PYTHONUNBUFFERED": "1"}
     with processes(folder / "logs", environment) as running, Screen(STEPS, list(DEVICES), plain=options.plain) as screen:
         devices = [Device(name, folder, running) for name in DEVICES]
+        watched = sys.stdin.isatty() and sys.stdout.isatty() and not options.once
         story = Story(Fleet(folder, running, screen.say, lambda: None), devices, running, screen)
         started = time.monotonic()
-        well = story.run()
+        well = story.run(pause_s=2.0 if watched else 0.0)
         screen.stop()
         screen.console.print(screen.summary())
         style, word = ("bold green", "as told") if well else ("bold red", "not as told")
         screen.console.print(f"[{style}]{word}[/], in {time.monotonic() - started:.0f} s")
-        if well and (options.stay or (sys.stdin.isatty() and sys.stdout.isatty() and not options.once)):
+        if well and (options.stay or watched):
             stay(story)
         return 0 if well else 1
 
@@ -79,7 +82,7 @@ def main() -> int:
     try:
         return tell(folder.resolve(), options)
     except KeyboardInterrupt:
-        return 0 if options.stay else 130
+        return 130
     except StepFailed as error:
         print(error, file=sys.stderr)
         return 1

@@ -48,8 +48,8 @@ class Story:
     seen: dict[str, dict[str, Any]] = field(default_factory=dict)
     _looked: float = 0.0
 
-    def run(self) -> bool:
-        """Every step in order; the first that goes wrong ends the story.  False when one did."""
+    def run(self, *, pause_s: float = 0.0) -> bool:
+        """Every step in order, with time to look in between; the first that goes wrong ends the story.  False when one did."""
         for step, told in zip(self.screen.picture.steps, (self.one, self.two, self.three, self.four, self.five), strict=True):
             self.screen.say(step.title, style="bold cyan")
             started = time.monotonic()
@@ -62,7 +62,12 @@ class Story:
             self.screen.say(("✓ " if step.ok else "✗ ") + step.seen, style="green" if step.ok else "red")
             if not step.ok:
                 return False
+            self.rest(pause_s)
         return True
+
+    def rest(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self.until("a pause ends", lambda: time.monotonic() >= end, seconds + 5)
 
     # -- the steps ---------------------------------------------------------------------------------------------------------
 
@@ -140,8 +145,7 @@ class Story:
         before, asked = self.failures(), self.requests()
         killed = self.fleet.kill()
         self.screen.say(f"$ kill -9   ({', '.join(killed)})")
-        end = time.monotonic() + QUIET_S
-        self.until("three quiet seconds", lambda: time.monotonic() > end, QUIET_S + 5)
+        self.rest(QUIET_S)
         stalled = [device.name for device in self.devices if device.tally["requests"] - asked[device.name] < 20]
         if stalled:
             raise StepFailed(f"{', '.join(stalled)} stopped answering while the fleet server was away")
