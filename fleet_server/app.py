@@ -25,7 +25,7 @@ from fastapi import FastAPI
 from fleet_server.access import Access
 from fleet_server.api import device as device_api
 from fleet_server.api import operator as operator_api
-from fleet_server.api.tls import ClientCertificateProtocol, Listener
+from fleet_server.api.tls import HEAD_WITHIN_S, ClientCertificateProtocol, Listener, OperatorProtocol
 from fleet_server.broker import settings as broker_settings
 from fleet_server.broker.supervisor import Supervisor
 from fleet_server.config import FleetConfig, Folder, load
@@ -304,7 +304,7 @@ def _listener(app: FastAPI, host: str, port: int, **options: Any) -> Listener:
     return Listener(
         uvicorn.Config(
             app, host=host, port=port, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
-            proxy_headers=False, timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=75, **{"http": "h11", **options},
+            proxy_headers=False, timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=int(HEAD_WITHIN_S), **{"http": OperatorProtocol, **options},
         )
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import MutableMapping
 from typing import Any
@@ -18,6 +19,8 @@ from fleet_server.releases.repository import RepositoryDamaged
 
 _log = logging.getLogger(__name__)
 
+BODY_WITHIN_S = 60.0  # a whole body
+STALL_S = 60.0  # the next piece of an upload: a sleeping laptop must not keep the next one out
 MAX_BODY_BYTES = 16 * 1024 * 1024  # a publication: a manifest and the releases role, both as JSON strings
 STATUS: dict[type[errors.FleetError], int] = {
     errors.Invalid: 400,
@@ -36,6 +39,13 @@ HEADERS = {
     b"cross-origin-resource-policy": b"same-origin",
     b"cross-origin-opener-policy": b"same-origin",
 }
+
+
+class TooSlow(HTTPException):
+    """The body did not come in time."""
+
+    def __init__(self) -> None:
+        super().__init__(408, "the body of the request did not come in time; send it again")
 
 
 def answer(status: int, text: str, code: str) -> JSONResponse:
@@ -60,7 +70,7 @@ def install(app: FastAPI, *, unlimited: str | None = None) -> None:
 
     @app.exception_handler(HTTPException)
     def _http(_request: Request, error: HTTPException) -> JSONResponse:
-        word = {404: "not_found", 405: "wrong_method"}.get(error.status_code, "invalid")
+        word = {404: "not_found", 405: "wrong_method", 408: "too_slow"}.get(error.status_code, "invalid")
         return answer(error.status_code, str(error.detail).lower(), word)
 
     @app.exception_handler(RepositoryDamaged)
@@ -77,7 +87,7 @@ def install(app: FastAPI, *, unlimited: str | None = None) -> None:
 
 
 class Frame:
-    """Refuses bodies that are too large or of unknown length before reading them; adds the headers."""
+    """Refuses bodies that are too large or of unknown length before reading them, and those that do not come; adds the headers."""
 
     def __init__(self, app: ASGIApp, unlimited: str | None) -> None:
         self._app, self._unlimited = app, unlimited
@@ -93,10 +103,13 @@ class Frame:
             await send(message)
 
         refusal = self._refusal(scope)
-        await (refusal or self._app)(scope, receive, framed)
+        await (refusal or self._app)(scope, _patient(receive, whole=not self._is_unlimited(scope)), framed)
+
+    def _is_unlimited(self, scope: Scope) -> bool:
+        return self._unlimited is not None and scope["path"].startswith(self._unlimited)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
-        if self._unlimited and scope["path"].startswith(self._unlimited):
+        if self._is_unlimited(scope):
             return None
         headers = dict(scope["headers"])
         if b"transfer-encoding" in headers:
@@ -105,6 +118,26 @@ class Frame:
         if not length.isdigit() or int(length[:20]) > MAX_BODY_BYTES:
             return answer(413, f"a request here may have at most {MAX_BODY_BYTES} bytes", "too_large")
         return None
+
+
+def _patient(receive: Receive, *, whole: bool) -> Receive:
+    """`receive` that raises TooSlow while the body does not come: all of it in time, or of an upload each next piece."""
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + BODY_WITHIN_S
+    complete = False
+
+    async def received() -> Message:
+        nonlocal complete
+        if complete:
+            return await receive()  # waits for the client to go, as long as it stays
+        try:
+            message = await asyncio.wait_for(receive(), max(0.0, deadline - clock()) if whole else STALL_S)
+        except asyncio.TimeoutError:
+            raise TooSlow from None
+        complete = not message.get("more_body", False)
+        return message
+
+    return received
 
 
 def _add_headers(message: MutableMapping[str, Any], path: str) -> None:

@@ -1,15 +1,60 @@
-"""uvicorn, with the client's certificate handed to the application."""
+"""uvicorn, with what it leaves open closed: who the client is, and how long and how much it may talk before it has said a request."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 CERTIFICATE = "client_certificate_der"
+HEAD_WITHIN_S = 30.0  # also how long a kept connection may be idle; a device on a bad line needs a few seconds
+MAX_HEAD_BYTES = 64 * 1024  # what h11 takes at most; httptools would take any number
+
+
+class _Connection(Protocol):
+    cycle: Any
+    transport: asyncio.Transport
+    loop: asyncio.AbstractEventLoop
+
+
+class _Patience:
+    """Ends a connection on which for HEAD_WITHIN_S no request was under way and none began.
+
+    uvicorn waits for ever for the first request and for the rest of a head; each such connection keeps a file descriptor, and
+    anybody may open them.
+    """
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection, self._last = connection, connection.cycle
+        self._timer = connection.loop.call_later(HEAD_WITHIN_S, self._look)
+
+    def _look(self) -> None:
+        cycle = self._connection.cycle
+        if cycle is self._last and (cycle is None or cycle.response_complete):
+            self._connection.transport.abort()
+            return
+        self._last = cycle
+        self._timer = self._connection.loop.call_later(HEAD_WITHIN_S, self._look)
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+
+class OperatorProtocol(H11Protocol):
+    """What people's clients talk to."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._patience = _Patience(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._patience.end()
+        super().connection_lost(exc)
 
 
 class ClientCertificateProtocol(HttpToolsProtocol):
@@ -19,7 +64,28 @@ class ClientCertificateProtocol(HttpToolsProtocol):
         connection = transport.get_extra_info("ssl_object")
         certificate = connection.getpeercert(True) if connection is not None else None
         self.app_state = {**self.app_state, CERTIFICATE: certificate}
+        self._head_bytes: int | None = 0  # None while a body comes
         super().connection_made(transport)
+        self._patience = _Patience(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._patience.end()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        super().on_headers_complete()
 
 
 class Listener(uvicorn.Server):

@@ -1,0 +1,134 @@
+"""Clients that send slowly, too much or nothing: each is let go in time, and no one waits for them."""
+
+import socket
+import threading
+import time
+
+import pytest
+import requests
+
+from fleet_server.access import Role
+from fleet_server.api import device as device_api
+from fleet_server.api import http, tls
+from fleet_server.api import operator as operator_api
+from fleet_server.app import _listener
+from tests.fleet.stand import sha256, wait_until
+
+LET_GO_WITHIN_S = 10.0  # what the tests shorten to a fraction of a second
+
+
+class Listening:
+    """One listener of a fleet in a thread of this process, without TLS."""
+
+    def __init__(self, app, protocol):
+        self._listener = _listener(app, "127.0.0.1", 0, http=protocol)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._listener.run, kwargs={"sockets": [self._socket]})
+        self._thread.start()
+        wait_until(lambda: self._listener.started, "the listener answers")
+
+    def stop(self):
+        self._listener.should_exit = True
+        self._thread.join(20)
+        self._socket.close()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(tls, "HEAD_WITHIN_S", 0.2)
+    monkeypatch.setattr(http, "BODY_WITHIN_S", 0.3)
+    monkeypatch.setattr(http, "STALL_S", 0.3)
+
+
+@pytest.fixture(params=["operators", "devices"])
+def port(request, fleet, quick):
+    fleet.database.migrate()
+    if request.param == "operators":
+        made = Listening(operator_api.build(fleet), tls.OperatorProtocol)
+    else:
+        made = Listening(device_api.build(fleet), tls.ClientCertificateProtocol)
+    yield made.port
+    made.stop()
+
+
+@pytest.fixture
+def operators(fleet, quick):
+    fleet.database.migrate()
+    made = Listening(operator_api.build(fleet), tls.OperatorProtocol)
+    yield f"http://127.0.0.1:{made.port}"
+    made.stop()
+
+
+def until_let_go(port, first, then=b""):
+    """What comes back from a client that says `first` and then `then` again and again; fails when it is never let go."""
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.settimeout(0.02)
+        answer, deadline = b"", time.monotonic() + LET_GO_WITHIN_S
+        try:
+            sock.sendall(first)
+            while time.monotonic() < deadline:
+                try:
+                    if not (data := sock.recv(65536)):
+                        return answer
+                    answer += data
+                except TimeoutError:
+                    sock.sendall(then)
+        except (ConnectionError, BrokenPipeError):
+            return answer
+    raise AssertionError("it was never let go")
+
+
+@pytest.mark.parametrize(
+    "first", [b"", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nA: "], ids=["nothing", "a line", "half a head"]
+)
+@pytest.mark.parametrize("then", [b"", b"x"], ids=["stops", "drips"])
+def test_a_head_that_does_not_come(port, first, then):
+    until_let_go(port, first, then)
+
+
+def test_a_second_request_that_does_not_come(port):
+    answer = until_let_go(port, b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", b"")
+    assert b" 404 " in answer or b" 403 " in answer
+
+
+def test_an_endless_head(port):
+    line = b"".join(b"X-%d: %s\r\n" % (n, b"a" * 1000) for n in range(100))
+    until_let_go(port, b"GET / HTTP/1.1\r\nHost: x\r\n" + line, line)
+
+
+def test_an_endless_address(port):
+    until_let_go(port, b"GET /" + b"a" * 100_000, b"a" * 100_000)
+
+
+def test_a_body_that_does_not_come(operators):
+    port = int(operators.rpartition(":")[2])
+    head = b"POST /enrolment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50000\r\n\r\n"
+    assert b" 408 " in until_let_go(port, head)
+    assert b" 408 " in until_let_go(port, head, b" ")
+    head = head.replace(b"/enrolment", b"/api/v1/session")
+    assert b" 408 " in until_let_go(port, head)
+
+
+def test_an_upload_that_stalls_leaves_what_arrived_and_lets_the_next_one_on(operators, fleet):
+    _, token = fleet.access.create("publisher", Role.PUBLISHER)
+    data = b"0123456789" * 1000
+    path = f"/api/v1/blobs/{sha256(data)}"
+    head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    assert b" 408 " in until_let_go(int(operators.rpartition(":")[2]), head + data[:4000])
+    headers = {"Authorization": f"Bearer {token}"}
+    seen = requests.head(operators + path, headers=headers, timeout=20)
+    assert (seen.status_code, seen.headers["upload-offset"]) == (404, "4000")
+    done = requests.put(operators + path, data=data[4000:], headers={**headers, "Upload-Offset": "4000"}, timeout=20)
+    assert (done.status_code, fleet.blobs.path(sha256(data)).read_bytes()) == (200, data)
+
+
+def test_a_stream_that_says_nothing_for_long_stays(operators, fleet):
+    _, token = fleet.access.create("viewer", Role.VIEWER)
+    headers = {"Authorization": f"Bearer {token}"}
+    with requests.get(f"{operators}/api/v1/events/stream", headers=headers, stream=True, timeout=20) as stream:
+        lines = stream.iter_lines(chunk_size=1, decode_unicode=True)
+        assert next(lines) == "retry: 1000"
+        threading.Event().wait(1.0)  # several times what a silent request may take
+        fleet.journal.changed("devices")
+        assert "event: change" in (next(lines), next(lines))
