@@ -205,7 +205,7 @@ class Store:
                 continue
             try:
                 selection = self.selection(path.stem)
-            except (StoreError, ValueError) as error:
+            except (StoreError, ValueError, OSError) as error:
                 found[path.stem] = StoreError(str(error))
             else:
                 if selection is not None:

@@ -34,6 +34,9 @@ from runtimes.contract import RuntimeFailure
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 15.0  # systemd kills after 90 s; clients have given up before
+STUCK_S = (
+    300.0  # runs may take minutes; that long without a thread coming free while others wait is a hang that only a restart ends
+)
 FILES_BESIDES_CONNECTIONS = 128
 
 
@@ -116,7 +119,7 @@ def _run(
         max_connections=settings.max_connections,
     )
     loop.start()
-    watchdog = selfcheck.Watchdog(lambda: selfcheck.answers(address))
+    watchdog = selfcheck.Watchdog(lambda: not loop.stuck(STUCK_S) and selfcheck.answers(address))
     try:
         parts.protocol.is_ready = True
         if not selfcheck.answers(address):
@@ -170,9 +173,13 @@ def _load_choice(host: ModelHost, store: Store, model: str, choice: Choice, thre
     except (StoreError, RuntimeFailure, MemoryError, OSError, ValueError) as error:
         text = f"cannot load model {model!r} version {choice.version}: {error}"
         log.error("%s", text)  # noqa: TRY400 - an expected failure with its reason; a trace would hide it
-        host.add(loading.failed(source, text))
-        return text
-    return None
+    except Exception as error:
+        text = f"cannot load model {model!r} version {choice.version}: {type(error).__name__}: {error}"
+        log.exception("%s: the runtime broke its contract", text)
+    else:
+        return None
+    host.add(loading.failed(source, text))
+    return text
 
 
 def load_sources(host: ModelHost, sources: Iterable[Source], threads: int) -> None:

@@ -18,7 +18,7 @@ from agent.serving.host import ModelHost, Served, Version
 from agent.serving.protocol import agent_version
 from agent.serving.routes import Kind, Request, Route
 from agent.store import Choice, Store, StoreError
-from runtimes.contract import ModelInvalid, RuntimeFailure, RuntimeUnavailable
+from runtimes.contract import ModelInvalid, RuntimeUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Control:
         source = self._source(name, choice)
         try:
             version = loading.load(source, threads=self._engine_threads)
-        except (RuntimeFailure, MemoryError) as error:
+        except Exception as error:
             refusal = _load_refusal(source, error)
             self._host.add(loading.failed(source, str(refusal)))
             raise refusal from error
@@ -138,14 +138,14 @@ class Control:
             raise Refusal(409, "this server was started on files and has no store to load from", code="not_in_store")
         try:
             return loading.source_of(self._store.release(name, choice))
-        except (StoreError, ValueError) as error:
+        except (StoreError, ValueError, OSError) as error:
             raise Refusal(409, str(error), code="not_in_store") from error
 
     def _selected(self, name: str, number: int) -> Choice:
         """The choice of variant that the model's Selection holds for this version.  Raises: Refusal."""
         try:
             selection = self._store.selection(name) if self._store else None
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             raise Refusal(409, str(error), code="not_in_store") from error
         for choice in (selection.active, selection.previous) if selection else ():
             if choice is not None and choice.version == number:
@@ -161,7 +161,8 @@ def _load_refusal(source: loading.Source, error: Exception) -> Refusal:
         return Refusal(422, what, code="model_invalid")
     if isinstance(error, MemoryError):
         return Refusal(507, what, code="no_memory")
-    return Refusal(500, what, code="load_failed")
+    log.error("%s", what, exc_info=error)
+    return Refusal(500, f"{what} ({type(error).__name__})", code="load_failed")
 
 
 def _active(served: Served) -> Answer:

@@ -83,8 +83,9 @@ class Loop:
         self._lead = threading.Lock()
         self._ready: deque[tuple[int, int]] = deque()
         self._swept_s = time.perf_counter()
-        self._work_lock = threading.Lock()  # for the two below, and for leaving or ending busyness
+        self._work_lock = threading.Lock()  # for the three below, and for leaving or ending busyness
         self._free = threads - 1
+        self._moved_s = time.perf_counter()  # when a thread last took or ended long work
         self._backlog: deque[Connection] = deque()
         self._alone = threads == 1
         self._control: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
@@ -121,6 +122,11 @@ class Loop:
             os.close(self._wake)
         return clean
 
+    def stuck(self, patience_s: float) -> bool:
+        """Whether requests wait and no thread has come free for so long: engines hang, and nothing in this process can end them."""
+        with self._work_lock:
+            return bool(self._backlog) and time.perf_counter() - self._moved_s > patience_s
+
     # -- threads -------------------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
@@ -135,6 +141,7 @@ class Loop:
 
     def _next_work(self) -> Connection | None:
         with self._work_lock:
+            self._moved_s = time.perf_counter()
             if self._backlog:
                 return self._backlog.popleft()
             self._free += 1
@@ -246,6 +253,7 @@ class Loop:
         with self._work_lock:
             if self._free:
                 self._free -= 1
+                self._moved_s = time.perf_counter()
                 return True
             self._backlog.append(connection)
             return False

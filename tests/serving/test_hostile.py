@@ -132,3 +132,47 @@ def test_a_shape_beyond_any_memory_is_the_callers_mistake(serve_files, tmp_path,
     with server.client() as client:
         stats = client.status()["models"]["free"]["versions"]["1"]["stats"]
     assert stats["failed"] == {"invalid": 2, "run": 0, "unavailable": 0}
+
+
+def script(folder, name, text):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def plugin():
+    """The runtime `script` of the trial tests, whose models behave as their text says."""
+    return {"PYTHONPATH": str(Path(__file__).parents[1] / "sync" / "plugin")}
+
+
+def test_a_runtime_that_breaks_its_contract_takes_nothing_else_down(device, plugin, tmp_path):
+    device.release("odd", 1, script(tmp_path, "odd.script", "load surprise"), runtime="script")
+    device.select("odd", 1)
+    device.release("scale", 4, script(tmp_path, "four.script", "load surprise"), runtime="script")
+    server = device.server(environment=plugin).start()
+    with server.client() as client:
+        assert client.infer("scale", ONES)["y"][0, 0] == 1
+        odd = client.status()["models"]["odd"]["versions"]["1"]
+        assert odd["state"] == "UNAVAILABLE"
+        assert "KeyError" in odd["reason"]
+        status, _, body = client.request("POST", "/control/v1/models/scale/load", {"version": 4, "variant": "cpu"})
+        assert (status, json.loads(body)["code"]) == (500, "load_failed")
+        assert client.status()["models"]["scale"]["versions"]["4"]["state"] == "UNAVAILABLE"
+        assert client.infer("scale", ONES)["y"][0, 0] == 1
+
+
+def test_a_record_that_cannot_be_read_hides_no_other_model(device):
+    (device.store.root / "models" / "broken.json").mkdir()
+    server = device.server().start()
+    with server.client() as client:
+        assert client.infer("scale", ONES)["y"][0, 0] == 1
+        assert client.status()["models"]["broken"]["active"] is None
+
+
+def test_a_manifest_that_cannot_be_read_is_not_an_internal_error(device):
+    (device.store.root / "releases" / "scale" / "7.json").mkdir()
+    server = device.server().start()
+    with server.client() as client:
+        status, _, body = client.request("POST", "/control/v1/models/scale/load", {"version": 7, "variant": "cpu"})
+    assert (status, json.loads(body)["code"]) == (409, "not_in_store")

@@ -46,6 +46,8 @@ def behave(verb, *args):
     elif verb == "spin":
         while True:
             pass
+    elif verb == "surprise":
+        raise KeyError("surprise")
     elif verb == "fail":
         raise RunFailed("the engine says no")
     elif verb != "scale":
