@@ -4,8 +4,8 @@
     probabilities = client.infer("digits", image)["probs"]
 
 A client may be used from several threads at once; each has a connection of its own, kept open between requests. When the server
-was restarted in between, a request is sent once more on a new connection: predictions and the agent's control routes give the
-same result when they are asked twice.
+ends a connection without an answer, because it was restarted, the request is sent once more on a new one: predictions and the
+agent's control routes give the same result when they are asked twice.
 """
 
 from __future__ import annotations
@@ -115,8 +115,28 @@ class Client:
         Raises: ModelNotFound, InputRejected, Forbidden, Unavailable, TimedOut, ServerFailed.
         """
         label = None if version is None else str(version)
-        if not isinstance(inputs, Mapping):
-            inputs = {self._only_input(model, label): np.asarray(inputs)}
+        if isinstance(inputs, Mapping):
+            return self._infer(model, inputs, label, outputs, timeout_s)
+        known = (model, label) in self._names
+        name = self._only_input(model, label)
+        try:
+            return self._infer(model, {name: inputs}, label, outputs, timeout_s)
+        except InputRejected:
+            if not known:
+                raise
+            self._names.pop((model, label), None)  # another release may serve by now, whose input has another name
+            if (now := self._only_input(model, label)) == name:
+                raise
+        return self._infer(model, {now: inputs}, label, outputs, timeout_s)
+
+    def _infer(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        label: str | None,
+        outputs: Sequence[str] | None,
+        timeout_s: float | None,
+    ) -> dict[str, Array]:
         head, parts = _encode_inputs(inputs, outputs)
         size = len(head) + sum(len(part) for part in parts)
         request = (
@@ -179,13 +199,15 @@ class Client:
 
     def _exchange(self, parts: Sequence[bytes | memoryview], timeout_s: float | None) -> _Answer:
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        again = True
         while True:
             connection, used = self._take(timeout_s)
             try:
                 answer = connection.exchange(parts, timeout_s)
             except _Stale as error:
                 connection.close()
-                if used:  # kept from before: the server may have been restarted since. A new connection tells
+                if used or again:  # the server may have been restarted: its next process, or a new connection, tells
+                    again = used
                     self._drop_idle()
                     continue
                 raise Unavailable(f"the server at {self.socket_path} closed the connection: {error}") from error
