@@ -1,4 +1,7 @@
-"""python -m benchmarks [--quick] [--json FILE]"""
+"""The server beside what it cannot beat, all in one run: an echo on a Unix socket, and the engine in the process that asks.
+
+Every figure is the median of the repeats, with the smallest and the largest: machines are noisy, compare within one run only.
+"""
 
 import argparse
 import json
@@ -18,6 +21,7 @@ from rich.table import Table
 from benchmarks import measure, models, processes
 
 CLIENTS = (1, 4, 8)
+WIDTH = 168
 
 
 def main() -> None:
@@ -42,6 +46,7 @@ def main() -> None:
 
 def show(rows: Sequence[measure.Row], started: dict[str, list[float]], swapped: dict[str, Any], *, compiled: bool) -> None:
     console = Console()
+    console.width = max(console.width, WIDTH)  # a number that is cut off is no number
     names = (
         "model",
         "clients",

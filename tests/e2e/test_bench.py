@@ -1,0 +1,27 @@
+"""`make bench` runs and measures something. What it measures is read by people, not judged here: machines are noisy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(120)
+
+
+def test_the_quick_benchmark_fails_no_request(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "benchmarks", "--quick", "--json", str(tmp_path / "numbers.json")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert {(row["model"], row["clients"]) for row in numbers["latency"]} == {
+        (m, c) for m in ("tiny", "image") for c in (1, 4, 8)
+    }
+    for row in numbers["latency"]:
+        assert row["failures"] == 0
+        assert min(row["p50_us"]) > 0
+    assert "0 failed" in done.stdout
