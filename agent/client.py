@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import socket
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ from urllib.parse import quote
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from agent.host import unix
 
 DEFAULT_SOCKET = Path("/run/edge-agent/agent.sock")
 DEFAULT_TIMEOUT_S = 30.0
@@ -241,17 +242,13 @@ class _Connection:
     """One connection; used by one thread at a time."""
 
     def __init__(self, path: Path, timeout_s: float) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._sock.settimeout(timeout_s)
         self._timeout_s = timeout_s
         self._buffer = bytearray(16 * 1024)
         try:
-            self._sock.connect(str(path))
+            self._sock = unix.connect(str(path), timeout_s)
         except TimeoutError as error:
-            self._sock.close()
             raise TimedOut(f"the server at {path} did not accept the connection within {timeout_s} s") from error
         except OSError as error:
-            self._sock.close()
             raise Unavailable(f"no server answers at {path}: {error.strerror}") from error
 
     def close(self) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
 from collections.abc import Callable
 
-from agent.host import notify
+from agent.host import notify, unix
 
 log = logging.getLogger(__name__)
 
@@ -18,16 +17,14 @@ TIMEOUT_S = 5.0
 
 def answers(address: str | bytes, timeout_s: float = TIMEOUT_S) -> bool:
     """Whether the server at the Unix socket `address` says that it lives."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(timeout_s)
-        try:
-            client.connect(address)
+    try:
+        with unix.connect(address, timeout_s) as client:
             client.sendall(REQUEST)
             answer = client.recv(64)
             while client.recv(1024):
                 pass
-        except OSError:
-            return False
+    except OSError:
+        return False
     return answer.startswith(b"HTTP/1.1 200 ")
 
 

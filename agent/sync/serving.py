@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import socket
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -11,6 +10,7 @@ import msgspec
 
 from agent.contract import names
 from agent.contract.codec import ContractError, decode
+from agent.host import unix
 from agent.sync.watch import Stats
 
 STATUS_TIMEOUT_S = 5.0
@@ -185,18 +185,12 @@ class ServeClient:
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: Path, timeout_s: float) -> None:
         super().__init__("localhost", timeout=timeout_s)
+        self._timeout_s = timeout_s
         self._path = path
         self.connected = False
 
     def connect(self) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(self.timeout)
-        try:
-            sock.connect(str(self._path))
-        except OSError:
-            sock.close()
-            raise
-        self.sock = sock
+        self.sock = unix.connect(str(self._path), self._timeout_s)
         self.connected = True
 
 

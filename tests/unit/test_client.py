@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from agent.client import Client, InputRejected, Unavailable
+from agent.client import Client, InputRejected, TimedOut, Unavailable
 
 
 class Scripted:
@@ -84,3 +84,30 @@ def test_a_rejected_input_of_the_same_name_is_not_sent_again(tmp_path):
         with pytest.raises(InputRejected):
             client.infer("m", X)
         assert len(server.asked) == 4
+
+
+def test_a_full_queue_of_connections_is_waited_for(tmp_path):
+    """On a Unix socket a connection that has to wait is refused to whoever does not block."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s.sock"))
+        listener.listen(0)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first:
+            first.connect(str(tmp_path / "s.sock"))  # the queue is full now
+            with Client(tmp_path / "s.sock", timeout_s=0.1) as client, pytest.raises(TimedOut, match="did not accept"):
+                client.request("GET", "/v2")
+
+            def accept():
+                for said in (None, answer(200, {})):
+                    sock, _ = listener.accept()
+                    with sock:
+                        if said is not None:
+                            sock.recv(65536)
+                            sock.sendall(said)
+
+            with Client(tmp_path / "s.sock", timeout_s=10) as client:
+                found = []
+                thread = threading.Thread(target=lambda: found.append(client.request("GET", "/v2")[0]))
+                thread.start()
+                accept()
+                thread.join(10)
+                assert found == [200]
