@@ -22,7 +22,7 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import FormatError, VerificationError
 from securesystemslib.signer import Key  # type: ignore[attr-defined]
 from sqlalchemy import bindparam, delete, insert, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from agent.contract import topics
@@ -87,10 +87,15 @@ class Intake:
         self.dropped: collections.Counter[str] = collections.Counter()
 
     def take(self, batch: Sequence[Message]) -> Changes:
-        """Stores a batch in one transaction and tells watchers; what it changed, for the rollouts to be judged again."""
+        """Stores a batch in one transaction and tells watchers; what it changed, for the rollouts to be judged again.
+
+        Raises: OperationalError when the database takes nothing now (disk full, locked, unreachable); nothing is lost then.
+        """
         with self._lock:
             try:
                 changes, drops = self._store(batch)
+            except OperationalError:
+                raise
             except (SQLAlchemyError, ValueError, OverflowError) as error:
                 if len(batch) == 1:
                     changes, drops = Changes(), [(batch[0].topic, Dropped("cannot_store", str(error)))]
@@ -109,6 +114,8 @@ class Intake:
         for message in batch:
             try:
                 one, dropped = self._store([message])
+            except OperationalError:
+                raise
             except (SQLAlchemyError, ValueError, OverflowError) as error:
                 one, dropped = Changes(), [(message.topic, Dropped("cannot_store", str(error)))]
             changes.models |= one.models
@@ -116,6 +123,11 @@ class Intake:
             changes.events += one.events
             drops += dropped
         return changes, drops
+
+    def drop(self, topic: str, drop: Dropped) -> None:
+        """Counts a message that was not even judged."""
+        with self._lock:
+            self._drop(topic, drop)
 
     def _drop(self, topic: str, drop: Dropped) -> None:
         self.dropped[drop.cause] += 1

@@ -1,13 +1,16 @@
 """The server's own MQTT client: takes what devices send, in batches, and pokes them.
 
 A message is acknowledged to the broker after it is stored, so a crash of the server loses none: the broker keeps the session and
-delivers again, and everything that is delivered twice is recognised (counters, sessions, event ids).
+delivers again, and everything that is delivered twice is recognised (counters, sessions, event ids). When the database takes
+nothing (a full disk), the batch waits here and is tried again, because a broker delivers again only after a reconnect.
+
+The exception is a device with more than SHARE messages waiting: its are acknowledged on arrival. Otherwise they would fill the
+broker's window of unacknowledged messages, and everybody else's would wait, or be lost, behind them.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import ssl
 import threading
 import time
@@ -23,12 +26,15 @@ from paho.mqtt.properties import Properties
 from agent.contract import topics
 from agent.contract.codec import encode
 from fleet_server.devices import pki
-from fleet_server.ingest.intake import Intake, Message
+from fleet_server.ingest.fair import FairQueue, Room
+from fleet_server.ingest.intake import Changes, Dropped, Intake, Message
 
 _log = logging.getLogger(__name__)
 
 BATCH = 256  # one transaction for what came together: a commit costs as much as storing dozens of reports
-WAITING = 20_000
+SHARE = 100  # of the 1000 unacknowledged messages that the broker's configuration allows
+LIMIT, LIMIT_BYTES = 5000, 32 * 1024 * 1024  # of one device: an agent that was away for days sends 2000 messages, 16 MiB
+RETRY_S = 1.0
 SESSION_EXPIRY_S = 7 * 86400
 KEEPALIVE_S = 30
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.2, 5.0
@@ -39,6 +45,7 @@ class _Received(msgspec.Struct):
     mid: int
     qos: int
     connection: int
+    acknowledged: bool = False
 
 
 class MqttLink:
@@ -48,7 +55,8 @@ class MqttLink:
         self, authority: pki.Authority, host: str, port: int, intake: Intake, on_models: Callable[[set[str]], None]
     ) -> None:
         self._intake, self._on_models = intake, on_models
-        self._waiting: queue.Queue[_Received | None] = queue.Queue(WAITING)
+        self._waiting: FairQueue[_Received] = FairQueue(share=SHARE, limit=LIMIT, limit_bytes=LIMIT_BYTES)
+        self._stopping = threading.Event()
         self._worker = threading.Thread(target=self._work, name="ingest", daemon=True)
         self._connection = 0
         self.connected = threading.Event()
@@ -77,7 +85,8 @@ class MqttLink:
     def stop(self) -> None:
         self._client.disconnect()
         self._client.loop_stop()
-        self._waiting.put(None)
+        self._stopping.set()
+        self._waiting.close()
         if self._worker.ident is not None:
             self._worker.join(timeout=10)
 
@@ -120,32 +129,45 @@ class MqttLink:
             topic = message.topic
         except UnicodeDecodeError:
             topic = ""
-        self._waiting.put(_Received(Message(topic, bytes(message.payload)), message.mid, message.qos, self._connection))
+        item = _Received(Message(topic, bytes(message.payload)), message.mid, message.qos, self._connection)
+        where = topics.parse_up(topic)
+        room = self._waiting.put(where[0] if where else "", item, len(item.message.payload))
+        if room is Room.FULL:
+            self._intake.drop(topic, Dropped("flood", f"more than {LIMIT} messages or {LIMIT_BYTES} bytes of one device wait"))
+        if room is not Room.WAITS:
+            self._acknowledge(item)
 
     def _work(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            batch, last = [first], False
-            while len(batch) < BATCH and not self._waiting.empty():
-                item = self._waiting.get_nowait()
-                if item is None:
-                    last = True
-                    break
-                batch.append(item)
+        while batch := self._waiting.take(BATCH):
             self._store(batch)
-            if last:
-                return
 
     def _store(self, batch: list[_Received]) -> None:
-        try:
-            changes = self._intake.take([item.message for item in batch])
-        except Exception:  # noqa: BLE001 - the database fails as a whole: not acknowledged, so the broker keeps the messages
-            _log.exception("%d messages could not be stored; the broker delivers them again after a reconnect", len(batch))
+        changes = self._taken(batch)
+        if changes is None:
             return
         for item in batch:
-            if item.connection == self._connection:  # of an earlier connection: the number means another message by now
-                self._client.ack(item.mid, item.qos)
+            self._acknowledge(item)
         try:
             if changes.models:
                 self._on_models(changes.models)
         except Exception:  # noqa: BLE001 - the thread must go on
             _log.exception("rollouts could not be judged; the next tick tries again")
+
+    def _taken(self, batch: list[_Received]) -> Changes | None:
+        """What the intake made of the batch, tried until it can be stored; None when the server stops before."""
+        failures = 0
+        while True:
+            try:
+                return self._intake.take([item.message for item in batch])
+            except Exception:  # noqa: BLE001 - the database fails as a whole, the messages are not to blame
+                failures += 1
+                if failures == 1:
+                    _log.exception("%d messages cannot be stored; trying until they can", len(batch))
+            if self._stopping.wait(RETRY_S):
+                return None
+
+    def _acknowledge(self, item: _Received) -> None:
+        """Once, and only on the connection it came on: on another one the number means another message."""
+        if not item.acknowledged and item.connection == self._connection:
+            self._client.ack(item.mid, item.qos)
+        item.acknowledged = True
