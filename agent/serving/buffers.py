@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
 KEEP_BYTES = 16 * 1024 * 1024  # what idle buffers may hold; a page that was touched before costs no fault
 SMALLEST_BYTES = 64 * 1024
 ALIGNMENT = 64  # a cache line, and more than any datatype or vector unit asks for
@@ -14,16 +19,16 @@ class Exhausted(Exception):
 
 
 class BufferPool:
-    """Lends bytearrays of at least a size. Last in, first out: the warmest is reused."""
+    """Lends arrays of at least a size, their contents undefined. Last in, first out: the warmest is reused."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._lent = 0
         self._kept = 0
-        self._idle: dict[int, list[bytearray]] = {}
+        self._idle: dict[int, list[Bytes]] = {}
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> bytearray:
+    def take(self, size: int) -> Bytes:
         """Raises: Exhausted."""
         size = _rounded(size)
         with self._lock:
@@ -32,9 +37,9 @@ class BufferPool:
             if idle:
                 self._kept -= size
                 return idle.pop()
-        return bytearray(size)
+        return np.empty(size, np.uint8)  # not cleared: that would take the thread which polls tens of milliseconds
 
-    def give_back(self, buffer: bytearray) -> None:
+    def give_back(self, buffer: Bytes) -> None:
         size = len(buffer)
         with self._lock:
             self._lent -= size

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from agent.serving import http
 from agent.serving.access import Grant
 from agent.serving.answers import Buffer
-from agent.serving.buffers import ALIGNMENT, BufferPool, Exhausted
+from agent.serving.buffers import ALIGNMENT, BufferPool, Bytes, Exhausted
 from agent.serving.chunked import ChunkedBody
 from agent.serving.http import MAX_HEAD_BYTES, BadRequest, Head, HeadReader
 from agent.serving.routes import Match, Request, Router
@@ -51,7 +51,7 @@ class Connection:
         self.head: Head | None = None  # of the request under way, until `finished`
         self._reader: HeadReader | None = None
         self._chunks: ChunkedBody | None = None
-        self._large: bytearray | None = None
+        self._large: Bytes | None = None
         self._body = memoryview(b"")
         self._body_have = 0
         self.sending: list[memoryview] = []  # parts of an answer that wait for the peer to read
@@ -193,7 +193,7 @@ class Connection:
         except Exhausted:
             raise BadRequest(503, TOO_MANY) from None
         offset = -(head.header_length or 0) % ALIGNMENT
-        self._body = memoryview(self._large)[offset : offset + head.length]
+        self._body = self._large.data[offset : offset + head.length]
         have = self._end - self._start
         self._body[:have] = self._view[self._start : self._end]
         self._body_have = have

@@ -1,6 +1,7 @@
 """A connection gives the same requests however its bytes are cut, and ends when they are not requests."""
 
 import socket
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -121,6 +122,20 @@ def test_a_full_buffer_is_not_the_end_of_a_connection():
         assert pipe.connection.receive() == NOTHING
         assert len(list(pipe.requests())) == BUFFER_BYTES // len(GET)
         assert pipe.connection.receive() > 0
+
+
+def test_room_for_a_large_body_costs_nothing_before_the_body_comes():
+    """The thread that polls makes it: clearing 64 MiB takes tens of milliseconds, and a client may never send them."""
+    pool = BufferPool(1 << 28)
+    before = resident_bytes()
+    buffers = [pool.take(1 << 26) for _ in range(4)]
+    assert resident_bytes() - before < 1 << 24
+    for buffer in buffers:
+        pool.give_back(buffer)
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 BAD = {
