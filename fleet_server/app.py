@@ -97,6 +97,8 @@ class Fleet:
         self.repository.check()
         for ref in self.catalogue.reconcile():
             _log.warning("release %s was published but not indexed; it is now", ref)
+        if self.rollouts.catch_up():
+            _log.warning("the database is older than what is signed (a backup?); it was brought to what devices were told last")
         self.rollouts.publish_assignment()
         self.repository.renew()
 
@@ -189,6 +191,9 @@ class _Running:
     def poke_device(self, device: str) -> None:
         self._link.poke_device(device)
 
+    def clear_presence(self, device: str) -> None:
+        self._link.clear_presence(device)
+
     def revocations_changed(self) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._broker.restart)
@@ -218,11 +223,23 @@ class _Running:
                 asyncio.create_task(self._renewals()),
                 asyncio.create_task(_watchdog()),
             ]
-            await self._stop.wait()
+            await self._until_stopped(tasks)
         finally:
             notify("STOPPING=1")
             _log.info("stopping")
             await self._end(listeners, tasks, link_started=link_started)
+
+    async def _until_stopped(self, tasks: list[asyncio.Task[None]]) -> None:
+        """Raises: Unavailable when a part ended by itself: half a server helps nobody, and systemd starts a whole one."""
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            watched = [task for task in tasks if task.get_name() in {"broker", "listener"}]
+            done, _ = await asyncio.wait({stop, *watched}, return_when=asyncio.FIRST_COMPLETED)
+            if stop not in done:
+                task = next(iter(done))
+                raise Unavailable(f"the {task.get_name()} ended: {task.exception() or 'see the lines above'}")
+        finally:
+            stop.cancel()
 
     async def _until_ready(self, listeners: list[Listener], tasks: list[asyncio.Task[None]]) -> None:
         """Returns when everything answers, or when asked to stop.  Raises: Unavailable that says what does not."""

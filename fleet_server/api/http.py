@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import MutableMapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,6 +50,9 @@ class TooSlow(HTTPException):
         super().__init__(408, "the body of the request did not come in time; send it again")
 
 
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
 def answer(status: int, text: str, code: str) -> JSONResponse:
     return JSONResponse({"error": text, "code": code}, status)
 
@@ -77,6 +82,18 @@ def install(app: FastAPI, *, unlimited: str | None = None) -> None:
     def _damaged(_request: Request, error: RepositoryDamaged) -> JSONResponse:
         _log.error("%s", error)
         return answer(503, str(error), "repository_damaged")
+
+    @app.exception_handler(OperationalError)
+    def _database(request: Request, error: OperationalError) -> JSONResponse:
+        _log.error("%s %s: the database takes nothing now: %s", request.method, request.url.path, error.orig)
+        return answer(503, f"the database does not answer now ({error.orig}); try again later", "unavailable")
+
+    @app.exception_handler(OSError)
+    def _disk(request: Request, error: OSError) -> JSONResponse:
+        _log.error("%s %s: %s", request.method, request.url.path, error)
+        if error.errno in NO_SPACE:
+            return answer(507, "the server's disk is full; make space there and try again", "no_space")
+        return answer(503, f"the server's disk refuses: {error.strerror}; its log says more", "unavailable")
 
     @app.exception_handler(Exception)
     def _bug(request: Request, error: Exception) -> JSONResponse:

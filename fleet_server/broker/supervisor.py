@@ -42,7 +42,10 @@ class Supervisor:
         while not self._stopping:
             self._again.clear()
             began = time.monotonic()
-            await self._run_once()
+            try:
+                await self._run_once()
+            except OSError as error:  # no memory, no descriptor, an executable that is being replaced: it may pass
+                self.last_lines.append(f"it could not be started: {error}")
             if self._ended():
                 break
             self.restarts += 1
@@ -67,17 +70,19 @@ class Supervisor:
             env=_environment(),
         )  # fmt: skip
         self._process = process
-        self._pid_file.write_text(str(process.pid))
+        with contextlib.suppress(OSError):  # a full disk; it only helps to find a broker whose server was killed
+            self._pid_file.write_text(str(process.pid))
         if self._stopping:
             self._terminate()
         assert process.stderr is not None
-        while line := await process.stderr.readline():
+        while line := await _line(process.stderr):
             text = line.decode(errors="replace").rstrip().partition(": ")
             said = text[2] or text[0]
             self.last_lines.append(said)
             _log.log(logging.ERROR if said.startswith("Error") else logging.INFO, "%s", said)
         await process.wait()
-        self._pid_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._pid_file.unlink()
 
     def _ended(self) -> bool:
         return self._stopping
@@ -128,6 +133,15 @@ class Supervisor:
                 time.sleep(0.02)  # before anything else runs: nothing waits behind this
             if _command(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+async def _line(stream: asyncio.StreamReader) -> bytes:
+    """The next line; one that is too long is left out. Empty at the end."""
+    while True:
+        try:
+            return await stream.readline()
+        except ValueError:  # noqa: PERF203 - the reader has thrown the long line away
+            continue
 
 
 def _environment() -> dict[str, str]:

@@ -18,7 +18,7 @@ from agent.contract.enrolment import EnrolmentRequest, EnrolmentResponse, Enrolm
 from fleet_server.access import Actor, digest
 from fleet_server.config import FleetConfig
 from fleet_server.devices import pki
-from fleet_server.devices.inventory import Inventory
+from fleet_server.devices.inventory import Inventory, first_serial
 from fleet_server.errors import Conflict, Denied, Invalid, NotFound, Refused
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases.repository import Repository
@@ -91,9 +91,8 @@ class Enrolment:
             device = self._choose_id(session, token, request.device)
             certificate = self._certify(session, device, csr)
             token.uses_left -= 1
-            # Serials start at the time, so that an id that was deleted and enrols again goes on above what its device has seen.
             row = Device(
-                id=device, created=self._clock(), groups=token.groups, labels={}, serial=int(self._clock()), revoked=False, counter=-1, session=-1,
+                id=device, created=self._clock(), groups=token.groups, labels={}, serial=first_serial(session, self._clock()), revoked=False, counter=-1, session=-1,
                 present=False, hardware=msgspec.to_builtins(request.hardware) if request.hardware else None,
             )  # fmt: skip
             session.add(row)
@@ -101,6 +100,8 @@ class Enrolment:
             event = self._journal.record(
                 session, Happening(name="device_enrolled", message=f"{device} joined the fleet", device=device)
             )
+        if self._inventory.link:
+            self._inventory.link.clear_presence(device)
         self._journal.announce([event])
         self._journal.changed("devices")
         return self._answer(device, certificate)

@@ -20,13 +20,18 @@ from fleet_server.errors import NotFound, Refused
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import Certificate, Device, DeviceModel
+from fleet_server.storage.models import Certificate, Device, DeviceModel, Setting
+
+SERIAL_FLOOR = "deleted_serial"
 
 
 class Link(Protocol):
     """What the inventory needs of the broker's side."""
 
     def poke_device(self, device: str) -> None: ...
+
+    def clear_presence(self, device: str) -> None:
+        """Takes back what an earlier device of this id left with the broker."""
 
     def revocations_changed(self) -> None:
         """The revocation list on disk is new: the broker must read it and drop who is on it."""
@@ -155,6 +160,7 @@ class Inventory:
                 self._revoke_certificates(session, device)
                 session.execute(delete(DeviceModel).where(DeviceModel.device == device))
                 session.delete(row)
+                _raise_floor(session, row.serial)
                 self._journal.audit(session, actor, "device.delete", device)
                 event = self._journal.record(
                     session, Happening(name="device_deleted", message=f"{device} was deleted", device=device)
@@ -191,6 +197,8 @@ class Inventory:
             row = session.get(Device, issued.device) if issued else None
         if issued is None or row is None or pki.common_name(certificate) != issued.device:
             raise Refused("this certificate belongs to no device of the fleet; enrol the device again", code="unknown_device")
+        if issued.expires <= self._clock():  # the handshake refuses it too, but a connection may outlive its certificate
+            raise Refused(f"the certificate of {row.id!r} has ended; enrol the device again", code="expired")
         if issued.revoked is not None or row.revoked:
             raise Refused(f"device {row.id!r} was revoked", code="revoked")
         return row.id
@@ -226,6 +234,23 @@ class Inventory:
         )  # fmt: skip
         envelope = self._repository.sign_record(encode(record), RECORD_PAYLOAD_TYPE)
         row.record, row.record_expires = msgspec.json.encode(envelope).decode(), expires
+
+
+def first_serial(session: Session, now: float) -> int:
+    """The record serial of a new device: above that of every device deleted before, so that one that enrols again believes it.
+
+    The time, unless the clock went back since.
+    """
+    floor = session.get(Setting, SERIAL_FLOOR)
+    return max(int(now), int(floor.value) + 1 if floor is not None else 0)
+
+
+def _raise_floor(session: Session, serial: int) -> None:
+    floor = session.get(Setting, SERIAL_FLOOR)
+    if floor is None:
+        session.add(Setting(name=SERIAL_FLOOR, value=str(serial)))
+    else:
+        floor.value = str(max(int(floor.value), serial))
 
 
 def _row(session: Session, device: str) -> Device:

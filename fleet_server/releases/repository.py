@@ -36,6 +36,11 @@ OFFLINE_EXPIRY_S = 365 * 86400.0
 KEPT_VERSIONS = 16  # a device in the middle of a refresh still finds the versions its timestamp names
 METADATA_NAME = re.compile(r"(timestamp|[1-9][0-9]{0,15}\.(root|targets|releases|assignments|snapshot))\.json")
 
+MAX_PARTS, MAX_PART_CHARS = (
+    8,
+    200,
+)  # no target has more; a longer name is an error to the filesystem, not a file that is missing
+
 T = TypeVar("T", Timestamp, Snapshot, Targets, Root)
 
 
@@ -137,7 +142,7 @@ class Repository:
     def served_target(self, name: str) -> Path | None:
         """The target file a device asks for, by its consistent-snapshot name; None when there is none of that name."""
         parts = name.split("/")
-        if any(part in {"", ".", ".."} or part.startswith(".") for part in parts):
+        if any(not part or part.startswith(".") or len(part) > MAX_PART_CHARS for part in parts) or len(parts) > MAX_PARTS:
             return None
         path = self._targets.joinpath(*parts)
         return path if path.is_file() else None

@@ -21,7 +21,7 @@ from agent.contract.codec import decode, encode
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Outcome, Phase
-from fleet_server.access import Actor
+from fleet_server.access import SERVER, Actor
 from fleet_server.config import FleetConfig
 from fleet_server.devices.inventory import Inventory
 from fleet_server.errors import Conflict, Invalid, NotFound
@@ -73,6 +73,40 @@ class Rollouts:
             self._repository.assign(encode(document))
         if self.poker:
             self.poker.poke_all(wanted)
+
+    def catch_up(self) -> bool:
+        """Brings a database that is older than the signed assignment (restored from a backup) to what devices were told last.
+
+        Otherwise every decision would get a version that devices have seen already, and be signed for nobody. What is signed wins,
+        above all what was withdrawn; a rollout of which only one side knows is over. Whether anything was to be done.
+        """
+        with self._lock, self._database.session() as session:
+            signed = decode(self._repository.assignment_bytes(), Assignment, limit_bytes=MAX_ASSIGNMENT_BYTES)
+            if signed.version <= _version(session):
+                return False
+            for model, said in signed.models.items():
+                self._adopt(session, model, said)
+            self._next_version(session, at_least=signed.version + 1)
+            self._journal.audit(session, SERVER, "database.caught_up", self._config.fleet, assignment=signed.version)
+            return True
+
+    def _adopt(self, session: Session, model: str, said: ModelAssignment) -> None:
+        row = session.get(ModelRow, model)
+        if row is None:
+            row = ModelRow(model=model, release=None, previous=None)
+            session.add(row)
+        if row.release != said.release:
+            older = row.release is not None and said.release is not None and row.release < said.release
+            row.release, row.previous = said.release, row.release if older else None
+        for number in said.withdrawn:
+            if (release := session.get(ReleaseRow, (model, number))) is not None:
+                release.withdrawn = True
+        if row.previous in said.withdrawn:
+            row.previous = None
+        known = said.rollout.id if said.rollout is not None else None
+        for active in session.scalars(select(RolloutRow).where(RolloutRow.model == model, RolloutRow.state.in_(ACTIVE))):
+            if active.id != known:
+                self._apply(session, active, Event.ABORT, reason="the database was restored from an older backup")
 
     def _document(self, session: Session, version: int) -> Assignment:
         models = {row.model: row for row in session.scalars(select(ModelRow))}
@@ -348,12 +382,12 @@ class Rollouts:
         if plan.state in machine.TERMINAL or event in machine.NEXT_WAVE:
             self._next_version(session)
 
-    def _next_version(self, session: Session) -> None:
+    def _next_version(self, session: Session, *, at_least: int = 2) -> None:
         setting = session.get(Setting, VERSION_SETTING)
         if setting is None:
-            session.add(Setting(name=VERSION_SETTING, value="2"))  # 1 is the empty assignment that `init` signed
+            session.add(Setting(name=VERSION_SETTING, value=str(at_least)))  # 1 is the empty assignment that `init` signed
         else:
-            setting.value = str(int(setting.value) + 1)
+            setting.value = str(max(int(setting.value) + 1, at_least))
         session.flush()
 
     def _note(self, session: Session, row: RolloutRow, name: str, message: str, *, reason: str | None = None) -> dict[str, Any]:

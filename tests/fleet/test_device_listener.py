@@ -124,7 +124,8 @@ def test_if_range(device, blob):
     "path",
     ["/blobs/" + "0" * 64, "/blobs/..%2f..%2ffleet.yaml", "/blobs/x", "/metadata/..%2f..%2ffleet.yaml", "/metadata/root.json",
      "/metadata/999.root.json", "/metadata/2.root.json", "/metadata/.timestamp.json", "/targets/../metadata/timestamp.json",
-     "/targets/assignments/..%2f..%2fmetadata%2ftimestamp.json", "/targets//etc/passwd", "/targets/assignments", "/targets/"],
+     "/targets/assignments/..%2f..%2fmetadata%2ftimestamp.json", "/targets//etc/passwd", "/targets/assignments", "/targets/",
+     "/targets/" + "a" * 300, "/targets/releases/" + "a" * 5000 + "/1.json", "/targets" + "/a" * 2000],
 )  # fmt: skip
 def test_what_is_not_there(device, path):
     session = requests.Session()

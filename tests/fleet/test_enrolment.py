@@ -2,6 +2,7 @@
 
 import hashlib
 import ssl
+import threading
 
 import pytest
 import requests
@@ -11,8 +12,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from agent.contract.enrolment import EnrolmentRequest
 from fleet_server.access import SERVER
-from fleet_server.errors import Denied
-from tests.fleet.stand import Device, make_csr
+from fleet_server.errors import Denied, Refused
+from fleet_server.storage.models import Certificate
+from tests.fleet.stand import Device, make_csr, wait_until
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 
@@ -142,3 +144,58 @@ def test_a_deleted_id_can_enrol_again_with_a_higher_serial(fleet, clock):
     fleet.inventory.delete(SERVER, "again")
     clock.now += 10
     assert enrol() > first + 1
+
+
+def test_a_clock_that_went_back_does_not_lower_a_serial(fleet, clock):
+    """A device never believes a record with a lower serial than it has seen, so it would stay in its old groups for good."""
+    from tests.fleet.test_intake import Known
+
+    Known(fleet, "d1")
+    seen = fleet.inventory.set_groups(SERVER, "d1", ["a"])["record_serial"]
+    fleet.inventory.delete(SERVER, "d1")
+    clock.now -= 86400
+    Known(fleet, "d1")
+    assert fleet.inventory.get("d1")["record_serial"] > seen
+
+
+def test_a_connection_does_not_outlive_its_certificate(fleet, clock):
+    from tests.fleet.test_intake import Known
+
+    Known(fleet, "d1")
+    pem = fleet.inventory.get("d1")["certificates"]
+    with fleet.database.reading() as session:
+        certificate = x509.load_pem_x509_certificate(session.get(Certificate, pem[0]["serial"]).pem.encode())
+    assert fleet.inventory.authenticate(certificate) == "d1"
+    clock.now = pem[0]["expires"] + 1
+    with pytest.raises(Refused, match="has ended"):
+        fleet.inventory.authenticate(certificate)
+
+
+def test_one_use_lets_one_of_many_in(server):
+    string = server.enrolment_string()
+    answers = []
+    workers = [threading.Thread(target=lambda: answers.append(post(server, string.token).status_code)) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert sorted(answers) == [200, *[401] * 7]
+
+
+def test_what_an_earlier_device_of_the_id_left_with_the_broker_is_forgotten(own_server, connect):
+    """Its last session number would make every word of the new device an old one."""
+    server = own_server.start()
+    first = server.enrol("again")
+    first.session = 1000
+    connect(first)
+    wait_until(lambda: server.get("/devices/again")["online"], "the first one is there")
+    first.disconnect()
+    server.request("DELETE", "/devices/again")
+    second = server.enrol("again")
+    server.stop()
+    server.start()  # and is told everything again that the broker kept
+    connect(second)
+    second.report({})
+    wait_until(lambda: server.get("/devices/again")["state"] is not None, "the second one is heard")
+    assert server.get("/devices/again")["online"]
+    assert "old_session" not in server.get("/status")["messages"]["dropped"]

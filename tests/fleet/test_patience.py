@@ -1,11 +1,14 @@
 """Clients that send slowly, too much or nothing: each is let go in time, and no one waits for them."""
 
+import errno
 import socket
+import sqlite3
 import threading
 import time
 
 import pytest
 import requests
+from sqlalchemy.exc import OperationalError
 
 from fleet_server.access import Role
 from fleet_server.api import device as device_api
@@ -132,3 +135,20 @@ def test_a_stream_that_says_nothing_for_long_stays(operators, fleet):
         threading.Event().wait(1.0)  # several times what a silent request may take
         fleet.journal.changed("devices")
         assert "event: change" in (next(lines), next(lines))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 507, "no_space"), (OSError(errno.EIO, "Input/output error"), 503, "unavailable"),
+        (OperationalError("x", {}, sqlite3.OperationalError("database or disk is full")), 503, "unavailable"),
+    ],
+)  # fmt: skip
+def test_a_disk_that_takes_nothing_is_named(operators, fleet, monkeypatch, error, status, code):
+    def fails():
+        raise error
+
+    _, token = fleet.access.create("viewer", Role.VIEWER)
+    monkeypatch.setattr(fleet.rollouts, "models", fails)
+    answer = requests.get(f"{operators}/api/v1/models", headers={"Authorization": f"Bearer {token}"}, timeout=20)
+    assert (answer.status_code, answer.json()["code"]) == (status, code)

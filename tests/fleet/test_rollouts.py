@@ -1,6 +1,8 @@
 """Rollouts against the database and the signed assignment, in this process: what the fleet is told after every turn."""
 
+import contextlib
 import errno
+import sqlite3
 
 import pytest
 
@@ -398,6 +400,34 @@ def _no_space(_document):
 
 def _dies(_document):
     raise KeyboardInterrupt
+
+
+def test_a_database_from_a_backup_catches_up_with_what_is_signed(story, clock):
+    completed(story, 1)
+    backup = story.fleet.folder.root / "backup"
+    with (
+        contextlib.closing(sqlite3.connect(story.fleet.folder.database)) as now,
+        contextlib.closing(sqlite3.connect(backup)) as kept,
+    ):
+        now.backup(kept)
+    completed(story, 2)
+    story.fleet.rollouts.withdraw(SERVER, ReleaseRef("digits", 1))
+    lost = story.start(3, groups=["canary"])
+    signed = story.assignment
+    with (
+        contextlib.closing(sqlite3.connect(backup)) as kept,
+        contextlib.closing(sqlite3.connect(story.fleet.folder.database)) as now,
+    ):
+        kept.backup(now)
+    story.fleet.recover()
+    assert story.assignment.version > signed.version
+    assert {story.wanted(d) for d in story.devices} == {2}
+    assert story.assignment.models["digits"].withdrawn == (1,)
+    with pytest.raises(NotFound):
+        story.fleet.rollouts.get(lost)
+    story.start(3)
+    assert {story.wanted(d) for d in story.devices} == {3}, "decisions reach devices again"
+    assert not story.fleet.rollouts.catch_up()
 
 
 def test_versions_only_grow_and_unchanged_is_not_signed_again(story):
