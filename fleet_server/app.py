@@ -191,9 +191,6 @@ class _Running:
     def poke_device(self, device: str) -> None:
         self._link.poke_device(device)
 
-    def clear_presence(self, device: str) -> None:
-        self._link.clear_presence(device)
-
     def revocations_changed(self) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._broker.restart)

@@ -30,9 +30,6 @@ class Link(Protocol):
 
     def poke_device(self, device: str) -> None: ...
 
-    def clear_presence(self, device: str) -> None:
-        """Takes back what an earlier device of this id left with the broker."""
-
     def revocations_changed(self) -> None:
         """The revocation list on disk is new: the broker must read it and drop who is on it."""
 

@@ -228,6 +228,9 @@ def _take_state(device: Known, payload: bytes, changes: Changes) -> None:
             raise Dropped("bad_report", f"{device.id!r} reports a model with a name too long")
         if state.serving is not None and abs(state.serving) > MAX_INTEGER:
             raise Dropped("bad_report", f"{device.id!r} reports version {state.serving}, which is out of range")
+    if device.counter < 0 and report.session < device.session:
+        # The first word of a newly enrolled device: the session came from what an earlier device of this id left with the broker.
+        device.session, device.present = report.session, True
     device.counter, device.report = report.counter, report
     changes.models |= device.models | set(report.models)
     device.models = set(report.models)

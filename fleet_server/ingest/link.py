@@ -102,10 +102,6 @@ class MqttLink:
     def poke_device(self, device: str) -> None:
         self._client.publish(topics.down_poke(device), encode(topics.Poke()), qos=1)
 
-    def clear_presence(self, device: str) -> None:
-        """Removes the retained presence of an id: its session number means nothing for the device that has the id now."""
-        self._client.publish(topics.up(device, "presence"), b"", qos=1, retain=True)
-
     # -- from devices ------------------------------------------------------------------------------------------------------
 
     def _on_connect(self, client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:

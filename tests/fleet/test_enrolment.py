@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from agent.contract.enrolment import EnrolmentRequest
+from agent.contract.reports import Presence
 from fleet_server.access import SERVER
 from fleet_server.errors import Denied, Refused
 from fleet_server.storage.models import Certificate
@@ -198,4 +199,5 @@ def test_what_an_earlier_device_of_the_id_left_with_the_broker_is_forgotten(own_
     second.report({})
     wait_until(lambda: server.get("/devices/again")["state"] is not None, "the second one is heard")
     assert server.get("/devices/again")["online"]
-    assert "old_session" not in server.get("/status")["messages"]["dropped"]
+    second.send("presence", Presence(device="again", session=1, online=False))
+    wait_until(lambda: not server.get("/devices/again")["online"], "the second one has gone")
