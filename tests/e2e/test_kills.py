@@ -38,7 +38,10 @@ def test_the_update_is_completed_all_the_same(world: World, victim: str, phase: 
 
 
 def test_killed_trial_refuses_the_release_and_says_so(world: World) -> None:
-    """A trial that dies is what a trial is for: the release is not trusted, the one before serves on."""
+    """A trial that dies is what a trial is for: the release is not trusted, the one before serves on.
+
+    Who sends SIGKILL to a trial is the kernel, when memory runs out; so that is what it says.
+    """
     before = world.serving()
     failed = len(world.traffic.failed)
     release = world.update()
@@ -46,7 +49,7 @@ def test_killed_trial_refuses_the_release_and_says_so(world: World) -> None:
     world.until("the trial's process", world.trial_processes, every_s=0.001)
     world.kill("trial")
     world.until("an answer", lambda: world.answer(release))
-    assert (world.answer(release)["outcome"], world.answer(release)["reason"]) == ("refused", "trial_crashed")
+    assert (world.answer(release)["outcome"], world.answer(release)["reason"]) == ("refused", "too_much_memory")
     assert "SIGKILL" in world.answer(release)["message"]
     assert world.serving() == before
     assert world.traffic.failed[failed:] == []
