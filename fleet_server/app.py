@@ -50,6 +50,8 @@ _log = logging.getLogger(__name__)
 READY_WITHIN_S = 30.0
 BROKER_TRIES = 4  # a broker that ends as often while the server starts will not come up: its port is taken, its files are wrong
 RENEW_EVERY_S = 60.0
+CONNECTIONS = 400  # of each listener, further ones are told to come later: together below the 1024 descriptors a process has by
+# default and select() in the MQTT library can watch; without a bound, idle strangers would cut the server off its database and broker
 GRACE_S = 3  # for requests under way when the server stops
 WARN_BEFORE_S = 45 * 86400.0
 OFFLINE_ROLES = {
@@ -318,7 +320,7 @@ def _listener(app: FastAPI, host: str, port: int, **options: Any) -> Listener:
     return Listener(
         uvicorn.Config(
             app, host=host, port=port, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
-            proxy_headers=False, timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=int(HEAD_WITHIN_S), **{"http": OperatorProtocol, **options},
+            proxy_headers=False, timeout_graceful_shutdown=GRACE_S, limit_concurrency=CONNECTIONS, timeout_keep_alive=int(HEAD_WITHIN_S), **{"http": OperatorProtocol, **options},
         )
     )  # fmt: skip
 

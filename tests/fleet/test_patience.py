@@ -10,6 +10,7 @@ import pytest
 import requests
 from sqlalchemy.exc import OperationalError
 
+from fleet_server import app
 from fleet_server.access import Role
 from fleet_server.api import device as device_api
 from fleet_server.api import http, tls
@@ -23,8 +24,8 @@ LET_GO_WITHIN_S = 10.0  # what the tests shorten to a fraction of a second
 class Listening:
     """One listener of a fleet in a thread of this process, without TLS."""
 
-    def __init__(self, app, protocol):
-        self._listener = _listener(app, "127.0.0.1", 0, http=protocol)
+    def __init__(self, application, protocol):
+        self._listener = _listener(application, "127.0.0.1", 0, http=protocol)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self._thread = threading.Thread(target=self._listener.run, kwargs={"sockets": [self._socket]})
@@ -152,3 +153,24 @@ def test_a_disk_that_takes_nothing_is_named(operators, fleet, monkeypatch, error
     monkeypatch.setattr(fleet.rollouts, "models", fails)
     answer = requests.get(f"{operators}/api/v1/models", headers={"Authorization": f"Bearer {token}"}, timeout=20)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
+
+
+def test_more_connections_than_there_is_room_for(fleet, quick, monkeypatch):
+    monkeypatch.setattr(app, "CONNECTIONS", 4)
+    fleet.database.migrate()
+    made = Listening(operator_api.build(fleet), tls.OperatorProtocol)
+    idle = [socket.create_connection(("127.0.0.1", made.port)) for _ in range(4)]
+    try:
+        url = f"http://127.0.0.1:{made.port}/enrolment/ca"
+        statuses = set()
+
+        def there_is_room():
+            statuses.add(requests.get(url, headers={"Connection": "close"}, timeout=20).status_code)
+            return 200 in statuses
+
+        wait_until(there_is_room, "the idle ones were let go", within=LET_GO_WITHIN_S)
+        assert statuses == {503, 200}
+    finally:
+        for sock in idle:
+            sock.close()
+        made.stop()
