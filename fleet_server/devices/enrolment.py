@@ -13,12 +13,11 @@ from cryptography.hazmat.primitives import serialization
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from agent.contract import names
 from agent.contract.enrolment import EnrolmentRequest, EnrolmentResponse, EnrolmentString, RenewalRequest
 from fleet_server.access import Actor, digest
 from fleet_server.config import FleetConfig
 from fleet_server.devices import pki
-from fleet_server.devices.inventory import Inventory, first_serial
+from fleet_server.devices.inventory import Inventory, check_groups, first_serial
 from fleet_server.errors import Conflict, Denied, Invalid, NotFound, Refused
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases.repository import Repository
@@ -163,17 +162,6 @@ class Enrolment:
             broker_port=self._config.broker.port,
             tuf_root=self._repository.root_bytes().decode(),
         )
-
-
-def check_groups(groups: list[str]) -> None:
-    """Raises: Invalid naming the first group that may not be called so."""
-    if len(groups) > 64:
-        raise Invalid("a device may be in at most 64 groups")
-    for group in groups:
-        try:
-            names.check(names.GROUP_NAME, group, "group")
-        except ValueError as error:  # noqa: PERF203 - a handful
-            raise Invalid(str(error), code="bad_group") from error
 
 
 def _view(row: EnrolmentToken, now: float) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from cryptography import x509
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from agent.contract import names
 from agent.contract.assignment import RECORD_PAYLOAD_TYPE, DeviceRecord
 from agent.contract.codec import encode
 from fleet_server.access import Actor
 from fleet_server.config import FleetConfig
 from fleet_server.devices import pki
-from fleet_server.errors import NotFound, Refused
+from fleet_server.errors import Invalid, NotFound, Refused
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.database import Database
@@ -115,8 +116,6 @@ class Inventory:
 
     def set_groups(self, actor: Actor, device: str, groups: list[str]) -> dict[str, Any]:
         """Puts the device in exactly these groups and signs a new record with the next serial."""
-        from fleet_server.devices.enrolment import check_groups
-
         check_groups(groups)
         with self._database.session() as session:
             row = _row(session, device)
@@ -255,3 +254,14 @@ def _row(session: Session, device: str) -> Device:
     if row is None:
         raise NotFound(f"there is no device {device!r}; `edge-fleet devices` lists them")
     return row
+
+
+def check_groups(groups: list[str]) -> None:
+    """Raises: Invalid naming the first group that may not be called so."""
+    if len(groups) > 64:
+        raise Invalid("a device may be in at most 64 groups")
+    for group in groups:
+        try:
+            names.check(names.GROUP_NAME, group, "group")
+        except ValueError as error:  # noqa: PERF203 - a handful
+            raise Invalid(str(error), code="bad_group") from error
