@@ -9,7 +9,7 @@ only once. `write_response` is the way back.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from agent.serving import tensors
 from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal, Template
+from agent.serving.inference import SequenceDemand
 from runtimes.check import shape_fits, shape_text
 from runtimes.contract import DTYPES, Array, TensorSpec
 
@@ -27,6 +28,11 @@ ONE_SOURCE = (
 )
 NO_SHARED_MEMORY = "Client shared memory is disabled: send the tensor's bytes after the JSON instead"
 MAX_TEMPLATES = 16
+MAX_PRIORITY = 2**32 - 1
+MAX_SEQUENCE_ID = 2**64 - 1
+MAX_SEQUENCE_TEXT = 128  # as long as Triton takes
+MAX_TIMEOUT_US = 10**15  # thirty years
+MAX_SHOWN = 60
 MAX_ELEMENTS = 2**48  # NumPy counts bytes in 63 bits, and counts sizes beside a 0 too
 
 Parameters = dict[str, Any]
@@ -68,11 +74,13 @@ class Plan:
     binary: tuple[bool, ...]  # for each of them
     size_bytes: int = 0  # of the whole body
     timeout_s: float | None = None
+    priority: int = 0  # 1 is the highest, 0 the model's default
+    sequence: SequenceDemand | None = None
     templates: dict[Any, Template] = field(default_factory=dict)
 
     @property
     def reusable(self) -> bool:
-        return not self.values and not self.id
+        return not self.values and not self.id and self.sequence is None
 
     def feeds(self, body: memoryview) -> dict[str, Array]:
         """The inputs as arrays. They are views into `body`, valid as long as it is.  Raises: Refusal (400)."""
@@ -112,11 +120,10 @@ def read_request(
             400, f"unexpected additional input data for model '{model}': {len(body) - end} bytes after the last tensor"
         )
     _place_outputs(plan, document, model, outputs)
-    timeout = document.parameters.get("timeout")
-    if timeout is not None:
-        if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
-            raise Refusal(400, f"parameter 'timeout' is {timeout!r}; expected microseconds as a whole number")
-        plan.timeout_s = timeout / 1e6 if timeout else None
+    if document.parameters:
+        plan.priority = priority_of(document.parameters)
+        plan.timeout_s = timeout_of(document.parameters)
+        plan.sequence = sequence_of(document.parameters)
     return plan
 
 
@@ -124,6 +131,45 @@ def _check_parameters(parameters: Parameters) -> None:
     for key in parameters:
         if key.startswith("triton_"):
             raise Refusal(400, f"parameter {key!r} is reserved: names must not start with 'triton_'")
+
+
+def timeout_of(parameters: Mapping[str, Any]) -> float | None:
+    """Seconds; None when there is no limit.  Raises: Refusal (400)."""
+    timeout = parameters.get("timeout")
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
+        raise Refusal(400, f"parameter 'timeout' is {shown(timeout)}; expected microseconds as a whole number")
+    return min(timeout, MAX_TIMEOUT_US) / 1e6 if timeout else None
+
+
+def priority_of(parameters: Mapping[str, Any]) -> int:
+    """Raises: Refusal (400)."""
+    priority = parameters.get("priority", 0)
+    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= MAX_PRIORITY:
+        raise Refusal(400, f"parameter 'priority' is {shown(priority)}; expected a whole number, 1 being the highest")
+    return priority
+
+
+def sequence_of(parameters: Mapping[str, Any]) -> SequenceDemand | None:
+    """None for a request of no sequence.  Raises: Refusal (400)."""
+    number = parameters.get("sequence_id", 0)
+    if isinstance(number, bool) or not isinstance(number, int | str):
+        raise Refusal(400, f"parameter 'sequence_id' is {shown(number)}; expected a whole number or a string")
+    if isinstance(number, int) and not 0 <= number <= MAX_SEQUENCE_ID:
+        raise Refusal(400, f"parameter 'sequence_id' is {shown(number)}; expected a number from 0 to {MAX_SEQUENCE_ID}")
+    if isinstance(number, str) and len(number) > MAX_SEQUENCE_TEXT:
+        raise Refusal(400, f"parameter 'sequence_id' is longer than {MAX_SEQUENCE_TEXT} characters")
+    start, end = _flag(parameters, "sequence_start"), _flag(parameters, "sequence_end")
+    if number:
+        return SequenceDemand(number, start, end)
+    return None
+
+
+def shown(value: object) -> str:
+    """For a message: `value` as its sender would recognize it, cut short."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "a number beyond 64 bits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _place_inputs(
@@ -233,7 +279,7 @@ def _place_outputs(plan: Plan, document: RequestDocument, model: str, outputs: S
     plan.specs, plan.binary = tuple(chosen), tuple(binary)
 
 
-def _flag(parameters: Parameters, name: str, *, default: bool = False) -> bool:
+def _flag(parameters: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
         raise Refusal(400, f"parameter {name!r} is {value!r}; expected true or false")
