@@ -27,8 +27,8 @@ def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> None
         array = feeds.get(spec.name)
         if array is None:
             raise InputInvalid(f"input {spec.name!r} is missing")
-        datatype = DATATYPES.get(np.dtype(array.dtype), str(array.dtype))
-        if datatype != spec.datatype:
+        if array.dtype != spec.dtype:
+            datatype = DATATYPES.get(np.dtype(array.dtype), str(array.dtype))
             raise InputInvalid(f"input {spec.name!r} has datatype {datatype}, expected {spec.datatype}")
         if not shape_fits(array.shape, spec.shape):
             raise InputInvalid(f"input {spec.name!r} has shape {shape_text(array.shape)}, expected {shape_text(spec.shape)}")

@@ -32,11 +32,14 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "FP16": np.dtype(np.float16),
     "FP32": np.dtype(np.float32),
     "FP64": np.dtype(np.float64),
+    "BF16": np.dtype(np.uint16),
     "BYTES": np.dtype(np.object_),
 }
-"""Open Inference Protocol datatype → NumPy dtype of the arrays that cross this contract. BYTES arrays hold `bytes` objects."""
+"""Open Inference Protocol datatype → NumPy dtype of the arrays that cross this contract. BYTES arrays hold `bytes` objects; BF16, which
+NumPy does not have, crosses as its 16 bits: the upper half of a float32."""
 
-DATATYPES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
+DATATYPES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
+"""What an array of this dtype is when nothing else is said: uint16 is UINT16."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,10 +30,11 @@ ELEMENT_TYPES = {
     "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32",
     "tensor(uint64)": "UINT64", "tensor(int8)": "INT8", "tensor(int16)": "INT16", "tensor(int32)": "INT32",
     "tensor(int64)": "INT64", "tensor(float16)": "FP16", "tensor(float)": "FP32", "tensor(double)": "FP64",
-    "tensor(string)": "BYTES",
+    "tensor(string)": "BYTES", "tensor(bfloat16)": "BF16",
 }  # fmt: skip
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 FALLBACKS = {"cpu": (), "cuda": ("cpu",), "tensorrt": ("cuda", "cpu")}
+BFLOAT16 = 16  # its number among ONNX's element types
 ORT_FORMAT_MAGIC = b"ORTM"  # flatbuffer identifier at byte 4; blobs have no suffix that would tell
 
 
@@ -135,7 +137,13 @@ class OnnxModel:
         self._inputs = tuple(_spec(i, "input", quantization) for i in session.get_inputs())
         self._outputs = tuple(_spec(o, "output", quantization) for o in session.get_outputs())
         self._placement = placement
-        self._has_text = any(t.datatype == "BYTES" for t in (*self._inputs, *self._outputs))
+        datatypes = {t.datatype for t in (*self._inputs, *self._outputs)}
+        self._has_text, self._has_bf16 = "BYTES" in datatypes, "BF16" in datatypes
+        if self._has_bf16 and any(t.datatype == "BYTES" for t in self._inputs):
+            raise ModelInvalid(
+                "onnxruntime cannot be given text and BF16 tensors by one Python call; cast BF16 inside the model"
+            )
+        self._is_plain = not (self._has_text or self._has_bf16)
         self._names = [o.name for o in self._outputs]
         self._run = session.run
 
@@ -152,22 +160,34 @@ class OnnxModel:
         return self._placement
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
-        if self._has_text:
-            return self._run_with_text(feeds, outputs)
+        if not self._is_plain:
+            return self._run_converted(feeds, outputs)
         try:
             result: list[Array] = self._run(outputs or self._names, feeds)
         except Exception as error:
             raise self._explain(error, feeds) from error
         return result
 
-    def _run_with_text(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
-        """The engine takes and gives `str` where the contract has `bytes`."""
+    def _run_converted(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
+        """The engine takes and gives `str` where the contract has `bytes`, and BF16 only in values of its own."""
+        check_feeds(self._inputs, feeds)
         converted = {name: (_decoded(name, a) if a.dtype == np.object_ else a) for name, a in feeds.items()}
+        run = self._run_values if self._has_bf16 else self._run
         try:
-            result: list[Array] = self._run(outputs or self._names, converted)
+            result: list[Array] = run(outputs or self._names, converted)
         except Exception as error:
             raise self._explain(error, feeds) from error
         return [_encoded(a) if a.dtype == np.object_ else a for a in result]
+
+    def _run_values(self, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        new = _engine().OrtValue
+        values = {
+            spec.name: new.ortvalue_from_numpy_with_onnx_type(feeds[spec.name], BFLOAT16)
+            if spec.datatype == "BF16"
+            else new.ortvalue_from_numpy(feeds[spec.name])
+            for spec in self._inputs
+        }
+        return [_array(value) for value in self._session.run_with_ort_values(names, values)]
 
     def _explain(self, error: Exception, feeds: Mapping[str, Array]) -> InputInvalid | RunFailed:
         try:
@@ -202,6 +222,18 @@ def _spec(node: Any, role: str, quantization: Mapping[str, Any]) -> TensorSpec:
         )
     shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
     return TensorSpec(node.name, datatype, shape, quantization.get(node.name))
+
+
+def _array(value: Any) -> Array:
+    """A copy of the engine's value."""
+    if value.data_type() != "tensor(bfloat16)":
+        array: Array = value.numpy()
+        return array
+    shape = tuple(value.shape())
+    bits: Array = np.empty(shape, np.uint16)
+    if bits.size:
+        ctypes.memmove(bits.ctypes.data, value.data_ptr(), bits.nbytes)
+    return bits
 
 
 def _decoded(name: str, array: Array) -> Array:

@@ -35,6 +35,23 @@ def test_every_kind_of_tensor_goes_through(tmp_path, kind, array):
     model.close()
 
 
+def test_bf16_crosses_as_its_bits(tmp_path):
+    """Every bit pattern, NaNs and infinities too, as the engine sees it and back."""
+    nodes = [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT)]
+    outputs = [value("y", TensorProto.BFLOAT16, ["n"]), value("f", TensorProto.FLOAT, ["n"])]
+    model = load(_save(tmp_path / "m.onnx", nodes, [value("x", TensorProto.BFLOAT16, ["n"])], outputs))
+    assert [t.datatype for t in (*model.inputs, *model.outputs)] == ["BF16", "BF16", "FP32"]
+    bits = np.arange(65536, dtype=np.uint32).astype(np.uint16)
+    same, floats = model.run({"x": bits})
+    assert (same.dtype, np.array_equal(same, bits)) == (np.uint16, True)
+    finite = ~np.isnan(floats)
+    assert np.array_equal(floats.view(np.uint32)[finite], (bits.astype(np.uint32) << 16)[finite])
+    assert model.run({"x": bits[:0]}, ["y"])[0].shape == (0,)
+    with pytest.raises(InputInvalid, match="input 'x' has datatype FP32, expected BF16"):
+        model.run({"x": np.zeros(1, np.float32)})
+    model.close()
+
+
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     model = load(onnx_models.identity(tmp_path / "m.onnx", TensorProto.STRING))
     with pytest.raises(InputInvalid, match="input 'x' has an element that is not UTF-8"):
