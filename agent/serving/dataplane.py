@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping, Sequence
 
 from agent.serving import oip
 from agent.serving.answers import Answer, FilledTemplate, Refusal
 from agent.serving.host import ModelHost, Version
+from agent.serving.inference import Demand, Result
 from agent.serving.routes import Match
-from runtimes.contract import InputInvalid, RunFailed
+from runtimes.check import check_feeds
+from runtimes.contract import Array, InputInvalid, RunFailed
 
 log = logging.getLogger(__name__)
 
@@ -40,38 +43,69 @@ class Dataplane:
         """
         version = self._host.enter(model, wanted)
         try:
-            return self._infer(version, body, header_length, arrived_s)
-        except InputInvalid as error:
-            version.stats.failed("invalid")
-            raise Refusal(400, f"model '{model}': {error}") from error
-        except Refusal as refusal:
-            version.stats.failed("unavailable" if refusal.status == 503 else "invalid")
-            raise
+            plan = _plan(version, body, header_length)
+            arrays, run_s, ended = _run(version, plan.feeds(body), plan.outputs, arrived_s, plan.timeout_s)
+            answer = oip.write_response(plan, arrays, version.name, str(version.number))
+            if type(answer) is not FilledTemplate:  # writing one takes nothing; JSON may take long
+                ended = time.perf_counter()
+            version.stats.succeeded(ended - arrived_s, run_s, ended)
+            return answer
         except Exception as error:
-            version.stats.failed("run")
-            if not isinstance(error, RunFailed):
-                log.exception("model %r version %d failed in an unforeseen way", model, version.number)
-            raise Refusal(500, f"model '{model}' version {version.number} failed: {error}") from error
+            raise _refusal(version, error) from error
         finally:
             version.leave()
 
-    @staticmethod
-    def _infer(version: Version, body: memoryview, header_length: int | None, arrived_s: float) -> Answer:
-        plan = _plan(version, body, header_length)
-        feeds = plan.feeds(body)
-        started = time.perf_counter()
-        if plan.timeout_s is not None and started - arrived_s > plan.timeout_s:
-            raise Refusal(503, "Request timeout expired", headers=((b"retry-after", b"1"),))
-        assert version.model is not None
-        arrays = version.model.run(feeds, plan.outputs)
-        ended = time.perf_counter()
-        run_s = ended - started
-        answer = oip.write_response(plan, arrays, version.name, str(version.number))
-        if type(answer) is not FilledTemplate:  # writing one takes nothing; JSON may take long
-            ended = time.perf_counter()
-        version.measured(run_s)
-        version.stats.succeeded(ended - arrived_s, run_s, ended)
-        return answer
+    def predict(
+        self,
+        model: str,
+        wanted: str | None,
+        feeds: Mapping[str, Array],
+        demand: Demand,
+        alive: Callable[[], bool] | None = None,  # noqa: ARG002
+    ) -> Result:
+        """The same for a caller that has arrays and wants arrays. Blocks until they are there.
+
+        `wanted` is a version's number or label (None: the active one). `alive` is asked while the prediction waits for its turn:
+        once it says no, the prediction is dropped.  Raises: Refusal.
+        """
+        version = self._host.enter(model, wanted)
+        try:
+            check_feeds(version.inputs, feeds)
+            arrays, run_s, ended = _run(version, feeds, demand.outputs, demand.arrived_s, demand.timeout_s)
+            version.stats.succeeded(ended - demand.arrived_s, run_s, ended)
+            return Result(version, arrays)
+        except Exception as error:
+            raise _refusal(version, error) from error
+        finally:
+            version.leave()
+
+
+def _run(
+    version: Version, feeds: Mapping[str, Array], outputs: Sequence[str] | None, arrived_s: float, timeout_s: float | None
+) -> tuple[list[Array], float, float]:
+    """The outputs, what the run took, and when it ended."""
+    started = time.perf_counter()
+    if timeout_s is not None and started - arrived_s > timeout_s:
+        raise Refusal(503, "Request timeout expired", headers=((b"retry-after", b"1"),))
+    assert version.model is not None
+    arrays = version.model.run(feeds, outputs)
+    ended = time.perf_counter()
+    version.measured(ended - started)
+    return arrays, ended - started, ended
+
+
+def _refusal(version: Version, error: Exception) -> Refusal:
+    """Counts the failure, and says it so that the caller understands."""
+    if isinstance(error, Refusal):
+        version.stats.failed("unavailable" if error.status == 503 else "invalid")
+        return error
+    if isinstance(error, InputInvalid):
+        version.stats.failed("invalid")
+        return Refusal(400, f"model '{version.name}': {error}")
+    version.stats.failed("run")
+    if not isinstance(error, RunFailed):
+        log.error("model %r version %d failed in an unforeseen way", version.name, version.number, exc_info=error)
+    return Refusal(500, f"model '{version.name}' version {version.number} failed: {error}")
 
 
 def _plan(version: Version, body: memoryview, header_length: int | None) -> oip.Plan:
