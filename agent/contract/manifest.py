@@ -54,17 +54,64 @@ class Requires(Document, frozen=True, kw_only=True):
     memory_bytes: int | None = None
 
 
+class Serving(Document, frozen=True, kw_only=True):
+    """How a device lets requests wait for a variant, and how it runs them. Every default leaves a model as fast as it is alone."""
+
+    max_batch_size: int = 1
+    """Rows that one run takes at most. Above 1, requests of equal shapes are gathered; the first size of every input and output
+    must then be -1, and a request of more rows is refused."""
+    max_delay_us: int = 0
+    """How long the first request of a batch waits for others. 0: what waits anyway is gathered, and nobody waits for it."""
+    preferred_batch_sizes: tuple[int, ...] = ()
+    """A batch that has one of these sizes runs without waiting for more."""
+    instances: int = 0
+    """Runs of this model that go on at once. 0: as many as there are threads."""
+    max_queue_size: int = 256
+    """Requests that wait at most; one more is refused."""
+    default_timeout_us: int = 0
+    """For requests that name no timeout. 0: they wait as long as it takes."""
+    priority_levels: int = 10
+    """Priorities go from 1, the highest, to this one. A request that names a larger number has the lowest."""
+    default_priority: int = 5
+    """For requests that name none."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_batch_size", 1), ("max_queue_size", 1), ("priority_levels", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("max_delay_us", "instances", "default_timeout_us"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for size in self.preferred_batch_sizes:
+            if not 1 <= size <= self.max_batch_size:
+                raise ValueError(f"preferred batch size {size} must be from 1 to max_batch_size {self.max_batch_size}")
+        if not 1 <= self.default_priority <= self.priority_levels:
+            raise ValueError(f"default_priority {self.default_priority} must be from 1 to priority_levels {self.priority_levels}")
+
+
 class Variant(Document, frozen=True, kw_only=True):
-    """One file of the release for one runtime and hardware. Devices take the first variant that fits, in order."""
+    """One file of the release for one runtime and hardware. Devices take the first variant that fits, in order.
+
+    `state` names inputs that carry what a model remembers from one run of a sequence to the next, and for each the output that
+    it is fed from. Callers do not see these inputs.
+    """
 
     name: str
     runtime: str
     file: str
     requires: Requires = Requires()
     options: dict[str, Scalar] = {}
+    serving: Serving = Serving()
+    state: dict[str, str] = {}
 
     def __post_init__(self) -> None:
         names.check(names.FILE_NAME, self.name, "variant name")
+        if any(not name or not output for name, output in self.state.items()):
+            raise ValueError(f"state of variant {self.name!r} has an empty name; expected pairs of an input and an output")
+        if len(set(self.state.values())) != len(self.state):
+            raise ValueError(f"state of variant {self.name!r} feeds two inputs from one output")
+        if self.state and self.serving.max_batch_size > 1:
+            raise ValueError(f"variant {self.name!r} has state, so its requests cannot be batched: max_batch_size must be 1")
 
 
 class Tensor(Document, frozen=True, kw_only=True):
@@ -222,5 +269,5 @@ def parse_manifest(data: bytes, *, expected: names.ReleaseRef | None = None) -> 
 
 __all__ = [
     "DATATYPES", "MAX_MANIFEST_BYTES", "Acceptance", "Block", "Close", "File", "GoldenCase", "Provenance", "ReleaseManifest",
-    "Requires", "Tensor", "Top1", "Variant", "WatchRules", "parse_manifest",
+    "Requires", "Serving", "Tensor", "Top1", "Variant", "WatchRules", "parse_manifest",
 ]  # fmt: skip
