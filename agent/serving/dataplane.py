@@ -10,6 +10,7 @@ from agent.serving import oip
 from agent.serving.answers import Answer, FilledTemplate, Refusal
 from agent.serving.host import ModelHost, Version
 from agent.serving.inference import Demand, Result
+from agent.serving.regions import Regions
 from agent.serving.routes import Match
 from runtimes.check import check_feeds
 from runtimes.contract import Array, InputInvalid, RunFailed
@@ -36,7 +37,15 @@ class Dataplane:
         version = served.active if match.version is None else served.pick(match.version)
         return version is None or (body_bytes <= INLINE_BODY_BYTES and version.cost_s <= INLINE_RUN_S)
 
-    def infer(self, model: str, wanted: str | None, body: memoryview, header_length: int | None, arrived_s: float) -> Answer:
+    def infer(
+        self,
+        model: str,
+        wanted: str | None,
+        body: memoryview,
+        header_length: int | None,
+        arrived_s: float,
+        regions: Regions | None = None,
+    ) -> Answer:
         """The prediction. `arrived_s` is the perf_counter of the request's arrival; the answer's arrays may not outlive `body`.
 
         Raises: Refusal.
@@ -44,8 +53,8 @@ class Dataplane:
         version = self._host.enter(model, wanted)
         try:
             plan = _plan(version, body, header_length)
-            arrays, run_s, ended = _run(version, plan.feeds(body), plan.outputs, arrived_s, plan.timeout_s)
-            answer = oip.write_response(plan, arrays, version.name, str(version.number))
+            arrays, run_s, ended = _run(version, plan.feeds(body, regions), plan.outputs, arrived_s, plan.timeout_s)
+            answer = oip.write_response(plan, arrays, version.name, str(version.number), version.labels, regions)
             if type(answer) is not FilledTemplate:  # writing one takes nothing; JSON may take long
                 ended = time.perf_counter()
             version.stats.succeeded(ended - arrived_s, run_s, ended)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from agent.serving.answers import Refusal
@@ -40,6 +40,7 @@ class Version:
         self.model: Model | None = None
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
+        self.labels: Mapping[str, Sequence[str]] = {}  # of the classes of some outputs
         self.placement = Placement("", "")
         self.load_s = 0.0
         self.memory_bytes = 0

@@ -11,16 +11,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from agent.serving import tensors
+from agent.serving import classification, tensors
 from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal, Template
+from agent.serving.checks import check_input, check_size, refuse_input, refuse_missing, refuse_output
 from agent.serving.inference import SequenceDemand
-from runtimes.check import shape_fits, shape_text
-from runtimes.contract import DTYPES, Array, TensorSpec
+from agent.serving.parameters import (
+    OutputRule,
+    Place,
+    Value,
+    check_reserved,
+    flag,
+    output_rule,
+    place_of,
+    priority_of,
+    sequence_of,
+    timeout_of,
+    whole,
+)
+from agent.serving.regions import Regions
+from agent.serving.strict import check_keys
+from runtimes.check import shape_text
+from runtimes.contract import Array, TensorSpec
 
 ONE_SOURCE = (
     "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
@@ -28,14 +44,7 @@ ONE_SOURCE = (
 )
 NO_SHARED_MEMORY = "Client shared memory is disabled: send the tensor's bytes after the JSON instead"
 MAX_TEMPLATES = 16
-MAX_PRIORITY = 2**32 - 1
-MAX_SEQUENCE_ID = 2**64 - 1
-MAX_SEQUENCE_TEXT = 128  # as long as Triton takes
-MAX_TIMEOUT_US = 10**15  # thirty years
-MAX_SHOWN = 60
-MAX_ELEMENTS = 2**48  # NumPy counts bytes in 63 bits, and counts sizes beside a 0 too
-
-Parameters = dict[str, Any]
+Parameters = dict[str, Value]
 
 
 class InputDocument(msgspec.Struct):
@@ -76,14 +85,19 @@ class Plan:
     timeout_s: float | None = None
     priority: int = 0  # 1 is the highest, 0 the model's default
     sequence: SequenceDemand | None = None
+    shared: tuple[tuple[TensorSpec, tuple[int, ...], Place], ...] = ()  # inputs in shared memory, with their shapes
+    rules: tuple[OutputRule | None, ...] = ()  # for each output, when there is any
     templates: dict[Any, Template] = field(default_factory=dict)
 
     @property
     def reusable(self) -> bool:
-        return not self.values and not self.id and self.sequence is None
+        return not self.values and not self.id
 
-    def feeds(self, body: memoryview) -> dict[str, Array]:
-        """The inputs as arrays. They are views into `body`, valid as long as it is.  Raises: Refusal (400)."""
+    def feeds(self, body: memoryview, regions: Regions | None = None) -> dict[str, Array]:
+        """The inputs as arrays. They are views into `body` and `regions`, valid as long as these are.
+
+        Raises: Refusal (400; 404 for a region that is not there; also for one that an output is to go to).
+        """
         feeds: dict[str, Array] = self.values.copy()
         for name, dtype, shape, offset, size in self.views:
             if dtype.kind == "O":
@@ -95,7 +109,22 @@ class Plan:
             if dtype.kind == "b":
                 tensors.check_bool(name, array)
             feeds[name] = array
+        if self.shared or self.rules:
+            self._look_up(feeds, regions)
         return feeds
+
+    def _look_up(self, feeds: dict[str, Array], regions: Regions | None) -> None:
+        for spec, shape, place in self.shared:
+            feeds[spec.name] = tensors.from_memory(spec, shape, _offered(regions).view(place.region, place.offset, place.size))
+        for rule in self.rules:
+            if rule is not None and rule.place is not None:
+                _offered(regions).check(rule.place.region, rule.place.offset, rule.place.size)
+
+
+def _offered(regions: Regions | None) -> Regions:
+    if regions is None:
+        raise Refusal(501, NO_SHARED_MEMORY)
+    return regions
 
 
 def read_request(
@@ -112,7 +141,7 @@ def read_request(
         document = _decoder.decode(body[:size])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(400, f"the body is not an inference request: {error}") from error
-    _check_parameters(document.parameters)
+    _check_keys(document, body[:size])
     plan = Plan(document.id, [], {}, None, (), (), len(body))
     end = _place_inputs(plan, document, size, body, model, inputs)
     if end != len(body):
@@ -121,55 +150,23 @@ def read_request(
         )
     _place_outputs(plan, document, model, outputs)
     if document.parameters:
+        check_reserved(document.parameters)
         plan.priority = priority_of(document.parameters)
         plan.timeout_s = timeout_of(document.parameters)
         plan.sequence = sequence_of(document.parameters)
     return plan
 
 
-def _check_parameters(parameters: Parameters) -> None:
-    for key in parameters:
-        if key.startswith("triton_"):
-            raise Refusal(400, f"parameter {key!r} is reserved: names must not start with 'triton_'")
-
-
-def timeout_of(parameters: Mapping[str, Any]) -> float | None:
-    """Seconds; None when there is no limit.  Raises: Refusal (400)."""
-    timeout = parameters.get("timeout")
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
-        raise Refusal(400, f"parameter 'timeout' is {shown(timeout)}; expected microseconds as a whole number")
-    return min(timeout, MAX_TIMEOUT_US) / 1e6 if timeout else None
-
-
-def priority_of(parameters: Mapping[str, Any]) -> int:
-    """Raises: Refusal (400)."""
-    priority = parameters.get("priority", 0)
-    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= MAX_PRIORITY:
-        raise Refusal(400, f"parameter 'priority' is {shown(priority)}; expected a whole number, 1 being the highest")
-    return priority
-
-
-def sequence_of(parameters: Mapping[str, Any]) -> SequenceDemand | None:
-    """None for a request of no sequence.  Raises: Refusal (400)."""
-    number = parameters.get("sequence_id", 0)
-    if isinstance(number, bool) or not isinstance(number, int | str):
-        raise Refusal(400, f"parameter 'sequence_id' is {shown(number)}; expected a whole number or a string")
-    if isinstance(number, int) and not 0 <= number <= MAX_SEQUENCE_ID:
-        raise Refusal(400, f"parameter 'sequence_id' is {shown(number)}; expected a number from 0 to {MAX_SEQUENCE_ID}")
-    if isinstance(number, str) and len(number) > MAX_SEQUENCE_TEXT:
-        raise Refusal(400, f"parameter 'sequence_id' is longer than {MAX_SEQUENCE_TEXT} characters")
-    start, end = _flag(parameters, "sequence_start"), _flag(parameters, "sequence_end")
-    if number:
-        return SequenceDemand(number, start, end)
-    return None
-
-
-def shown(value: object) -> str:
-    """For a message: `value` as its sender would recognize it, cut short."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "a number beyond 64 bits"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+def _check_keys(document: RequestDocument, text: memoryview) -> None:
+    """A colon for every key that is there for certain; more of them may be a key twice, of which JSON readers take either."""
+    keys = 1 + bool(document.id) + bool(document.outputs) + bool(document.parameters) + len(document.parameters)
+    for given in document.inputs:
+        keys += 3 + (given.data is not msgspec.UNSET) + bool(given.parameters) + len(given.parameters)
+    for wanted in document.outputs:
+        keys += 1 + bool(wanted.parameters) + len(wanted.parameters)
+    raw = bytes(text)
+    if raw.count(b":") > keys:
+        check_keys(raw, [given.data for given in document.inputs if given.data is not msgspec.UNSET])
 
 
 def _place_inputs(
@@ -177,68 +174,41 @@ def _place_inputs(
 ) -> int:
     """Fills in where each input lies and gives the end of the last one."""
     specs = {spec.name: spec for spec in inputs}
+    shared = []
     for given in document.inputs:
         spec = specs.pop(given.name, None)
         if spec is None:
-            _refuse_name(given.name, model, inputs)
-        _check_input(given, spec, model)
+            refuse_input(given.name, model, inputs)
+        check_input(given.name, given.datatype, given.shape, spec, model)
         shape = tuple(given.shape)
-        size = _binary_size(given)
-        if size is None:
+        source = _source(given)
+        if source is None:
             assert given.data is not msgspec.UNSET
             plan.values[given.name] = tensors.from_json(given.name, given.data, spec.datatype, shape)
             continue
-        itemsize = spec.dtype.itemsize
-        expected = math.prod(shape) * itemsize
-        if spec.datatype != "BYTES" and size != expected:
+        if isinstance(source, Place):
+            check_size(given.name, source.size, shape, spec, model)
+            shared.append((spec, shape, source))
+            continue
+        check_size(given.name, source, shape, spec, model)
+        if at + source > len(body):
+            left = len(body) - at
             raise Refusal(
-                400,
-                f"unexpected size for input '{given.name}', expecting {expected - size} additional bytes for model '{model}' "
-                f"({expected} bytes for {spec.datatype} {shape_text(shape)}, got {size})",
+                400, f"input '{given.name}' should have {source} bytes after the JSON, but only {left} bytes are left"
             )
-        if at + size > len(body):
-            raise Refusal(
-                400, f"input '{given.name}' should have {size} bytes after the JSON, but only {len(body) - at} bytes are left"
-            )
-        plan.views.append((given.name, spec.dtype, shape, at, size))
-        at += size
+        plan.views.append((given.name, spec.dtype, shape, at, source))
+        at += source
     if specs:
-        missing = ", ".join(f"'{name}'" for name in specs)
-        raise Refusal(
-            400,
-            f"expected {len(inputs)} inputs but got {len(document.inputs)} inputs for model '{model}': {missing} is missing",
-        )
+        refuse_missing(specs, len(document.inputs), model, inputs)
+    plan.shared = tuple(shared)
     return at
 
 
-def _refuse_name(name: str, model: str, inputs: Sequence[TensorSpec]) -> NoReturn:
-    if any(spec.name == name for spec in inputs):
-        raise Refusal(400, f"input '{name}' is given twice")
-    known = ", ".join(f"'{spec.name}'" for spec in inputs)
-    raise Refusal(400, f"unexpected inference input '{name}' for model '{model}'; it takes {known}")
+def _source(given: InputDocument) -> int | Place | None:
+    """How many bytes of the body are this input's, or its place in shared memory; None when its data is in the JSON.
 
-
-def _check_input(given: InputDocument, spec: TensorSpec, model: str) -> None:
-    if given.datatype != spec.datatype:
-        known = "" if given.datatype in DTYPES else ", which is not a datatype of this server"
-        raise Refusal(
-            400,
-            f"inference input '{given.name}' has datatype '{given.datatype}'{known}; model '{model}' expects '{spec.datatype}'",
-        )
-    if any(size < 0 for size in given.shape):
-        raise Refusal(400, f"shape {shape_text(given.shape)} of input '{given.name}' has a negative size")
-    if math.prod(size or 1 for size in given.shape) > MAX_ELEMENTS:
-        raise Refusal(400, f"shape {shape_text(given.shape)} of input '{given.name}' is larger than any memory")
-    if not shape_fits(given.shape, spec.shape):
-        raise Refusal(
-            400,
-            f"unexpected shape for input '{given.name}' for model '{model}'. "
-            f"Expected {shape_text(spec.shape)}, got {shape_text(given.shape)}",
-        )
-
-
-def _binary_size(given: InputDocument) -> int | None:
-    """How many bytes of the body are this input's; None when its data is in the JSON.  Raises: Refusal when it is both or none."""
+    Raises: Refusal (400) when it says none of these or more than one.
+    """
     binary = "binary_data_size" in given.parameters
     shared = "shared_memory_region" in given.parameters
     has_data = given.data is not msgspec.UNSET
@@ -246,44 +216,32 @@ def _binary_size(given: InputDocument) -> int | None:
         said = [n for n, there in (("data", has_data), ("binary_data_size", binary), ("shared_memory_region", shared)) if there]
         raise Refusal(400, f"{ONE_SOURCE}input '{given.name}' sets {' and '.join(said) or 'none of them'}")
     if shared:
-        raise Refusal(501, NO_SHARED_MEMORY)
-    if not binary:
-        return None
-    size = given.parameters["binary_data_size"]
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise Refusal(400, f"binary_data_size of input '{given.name}' is {size!r}; expected a number of bytes")
-    return size
+        return place_of(given.parameters, given.name)
+    return whole(given.parameters, "binary_data_size", given.name) if binary else None
 
 
 def _place_outputs(plan: Plan, document: RequestDocument, model: str, outputs: Sequence[TensorSpec]) -> None:
-    default = _flag(document.parameters, "binary_data_output")
+    default = flag(document.parameters, "binary_data_output")
     if not document.outputs:
         plan.specs = tuple(outputs)
         plan.binary = (default,) * len(plan.specs)
         return
     specs = {spec.name: spec for spec in outputs}
-    chosen, binary = [], []
+    chosen, binary, rules = [], [], []
     for wanted in document.outputs:
         spec = specs.pop(wanted.name, None)
         if spec is None:
-            known = ", ".join(f"'{s.name}'" for s in outputs)
-            twice = "asked for twice" if any(s.name == wanted.name for s in outputs) else f"not one of {known}"
-            raise Refusal(400, f"unexpected inference output '{wanted.name}' for model '{model}': it is {twice}")
-        if "shared_memory_region" in wanted.parameters:
-            raise Refusal(501, NO_SHARED_MEMORY)
-        if wanted.parameters.get("classification", 0):
-            raise Refusal(501, f"classification of output '{wanted.name}' is not supported: ask for the values")
+            refuse_output(wanted.name, model, outputs)
+        rule = output_rule(wanted.parameters, wanted.name)
+        if rule is not None and rule.classes:
+            classification.check(spec)
+        rules.append(rule)
         chosen.append(spec)
-        binary.append(_flag(wanted.parameters, "binary_data", default=default))
+        binary.append(flag(wanted.parameters, "binary_data", default=default))
     plan.outputs = [spec.name for spec in chosen]
     plan.specs, plan.binary = tuple(chosen), tuple(binary)
-
-
-def _flag(parameters: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
-    value = parameters.get(name, default)
-    if not isinstance(value, bool):
-        raise Refusal(400, f"parameter {name!r} is {value!r}; expected true or false")
-    return value
+    if any(rule is not None for rule in rules):
+        plan.rules = tuple(rules)
 
 
 def _raw_plan(body: memoryview, model: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Plan:
@@ -320,26 +278,43 @@ def _raw_plan(body: memoryview, model: str, inputs: Sequence[TensorSpec], output
     return Plan("", [view], {}, None, tuple(outputs), (True,) * len(outputs))
 
 
-def write_response(plan: Plan, arrays: Sequence[Array], model: str, version: str) -> Answer:
-    """The answer with `arrays`, which are in the order of `plan.specs`.  Raises: Refusal (400) when JSON cannot carry one."""
+def write_response(
+    plan: Plan,
+    arrays: Sequence[Array],
+    model: str,
+    version: str,
+    labels: Mapping[str, Sequence[str]] = {},
+    regions: Regions | None = None,
+) -> Answer:
+    """The answer with `arrays`, which are in the order of `plan.specs`. `labels` has the classes' names of some outputs.
+
+    Raises: Refusal (400) when JSON cannot carry one, or it does not fit its region.
+    """
     key = arrays[0].shape if len(arrays) == 1 else tuple([a.shape for a in arrays])
     template = plan.templates.get(key)
     if template is not None:
         return FilledTemplate(template, arrays)
     documents: list[dict[str, Any]] = []
     parts: list[Buffer] = []
-    fixed = not plan.id
+    fixed = not plan.id and not plan.rules
     size = 0
-    for spec, array, binary in zip(plan.specs, arrays, plan.binary, strict=True):
-        document: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": array.shape}
-        if binary:
-            part = tensors.write_bytes(array) if spec.datatype == "BYTES" else np.ascontiguousarray(array)
-            document["parameters"] = {"binary_data_size": len(part) if isinstance(part, bytes) else part.nbytes}
-            size += document["parameters"]["binary_data_size"]
+    for at, (spec, array, binary) in enumerate(zip(plan.specs, arrays, plan.binary, strict=True)):
+        rule = plan.rules[at] if plan.rules else None
+        datatype = spec.datatype
+        if rule is not None and rule.classes:
+            array, datatype = classification.classify(array, spec, rule.classes, labels.get(spec.name, ())), "BYTES"  # noqa: PLW2901
+        document: dict[str, Any] = {"name": spec.name, "datatype": datatype, "shape": array.shape}
+        if rule is not None and rule.place is not None:
+            document["parameters"] = _store(rule.place, _bytes_of(array, datatype), regions)
+        elif binary:
+            part = _bytes_of(array, datatype)
+            count = len(part) if isinstance(part, bytes) else part.nbytes
+            document["parameters"] = {"binary_data_size": count}
+            size += count
             parts.append(part)
         else:
-            document["data"] = tensors.to_json(spec.name, array, spec.datatype)
-        fixed = fixed and binary and spec.datatype != "BYTES"
+            document["data"] = tensors.to_json(spec.name, array, datatype)
+        fixed = fixed and binary and datatype != "BYTES"
         documents.append(document)
     head = {"id": plan.id} if plan.id else {}
     json = _encode({**head, "model_name": model, "model_version": version, "outputs": documents})
@@ -348,3 +323,14 @@ def write_response(plan: Plan, arrays: Sequence[Array], model: str, version: str
     if fixed and len(plan.templates) < MAX_TEMPLATES and all(a.flags.c_contiguous for a in arrays):
         plan.templates[key] = Template(json, len(json) + size)
     return Answer((json, *parts), content_type=BINARY, json_bytes=len(json))
+
+
+def _bytes_of(array: Array, datatype: str) -> Any:
+    return tensors.write_bytes(array) if datatype == "BYTES" else np.ascontiguousarray(array)
+
+
+def _store(place: Place, part: Any, regions: Regions | None) -> dict[str, Any]:
+    """Puts an output where its caller wants it, and gives what the answer says of that."""
+    _offered(regions).store(place.region, place.offset, place.size, part)
+    used = len(part) if isinstance(part, bytes) else part.nbytes
+    return {"shared_memory_region": place.region, "shared_memory_byte_size": used}

@@ -58,7 +58,7 @@ class Protocol:
     def infer(self, call: Request) -> Answer:
         match = call.match
         assert match.model is not None
-        return self._dataplane.infer(match.model, match.version, call.body, call.header_length, call.arrived_s)
+        return self._dataplane.infer(match.model, match.version, call.body, call.header_length, call.arrived_s, call.regions)
 
     def server(self, _request: Request) -> Answer:
         return json_answer({"name": "edge-agent", "version": agent_version(), "extensions": EXTENSIONS})

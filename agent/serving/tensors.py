@@ -11,7 +11,7 @@ import numpy as np
 
 from agent.serving.answers import Refusal
 from runtimes.check import shape_text
-from runtimes.contract import DTYPES, Array
+from runtimes.contract import DTYPES, Array, TensorSpec
 
 _LENGTH = struct.Struct("<I")
 NOT_IN_JSON = frozenset({"FP16", "BF16"})
@@ -25,8 +25,14 @@ def from_json(name: str, raw: msgspec.Raw, datatype: str, shape: tuple[int, ...]
         raise Refusal(
             400, f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input {name}"
         )
-    if datatype != "BYTES" and b'"' in bytes(raw):  # NumPy would give every element the room of the longest text
-        _refuse(name, datatype, _EXPECTED.get(DTYPES[datatype].kind, "numbers"))
+    text = bytes(raw)
+    if datatype != "BYTES":
+        if b'"' in text:  # NumPy would give every element the room of the longest text
+            _refuse(name, datatype, _EXPECTED.get(DTYPES[datatype].kind, "numbers"))
+        if text.count(b",") > math.prod(shape):  # so that the memory it takes is what the shape says
+            raise Refusal(
+                400, f"input '{name}' has more elements than shape {shape_text(shape)}, which needs {math.prod(shape)}"
+            )
     try:
         values = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -133,6 +139,18 @@ def read_bytes(name: str, data: memoryview, shape: tuple[int, ...]) -> Array:
     array = np.empty(count, np.object_)
     array[:] = elements
     return array.reshape(shape)
+
+
+def from_memory(spec: TensorSpec, shape: tuple[int, ...], memory: memoryview) -> Array:
+    """The tensor in memory that a client shares and can change at any time: what is checked is copied first.  Raises: Refusal (400)."""
+    if spec.datatype == "BYTES":
+        return read_bytes(spec.name, memory, shape)
+    array: Array = np.ndarray(shape, spec.dtype, memory)
+    if spec.datatype == "BOOL" or not array.flags.aligned:
+        array = array.copy()
+    if spec.datatype == "BOOL":
+        check_bool(spec.name, array)
+    return array
 
 
 def write_bytes(array: Array) -> bytes:

@@ -1,16 +1,20 @@
 """The protocol's codec: whatever is wrong with a request is said, and what is right comes out as it went in."""
 
 import json
+import re
 import struct
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.serving import oip
+from agent.serving import oip, tensors
 from agent.serving.answers import Answer, FilledTemplate, Refusal
-from runtimes.contract import DTYPES, TensorSpec
+from agent.serving.inference import SequenceDemand
+from agent.serving.regions import check_fits, check_range, not_found
+from runtimes.contract import DATATYPES, DTYPES, TensorSpec
 
 X = TensorSpec("x", "FP32", (-1, 2))
 N = TensorSpec("n", "INT8", (2,))
@@ -47,13 +51,14 @@ def test_nested_and_flat_json_data_mean_the_same():
 
 SIZE = {"binary_data_size": 8}
 EIGHT = bytes(8)
+REGION = {"shared_memory_region": "r", "shared_memory_byte_size": 8}
 
 WRONG = {
     "unknown input": ([tensor("z", data=[1, 2])], (), {}, "unexpected inference input 'z' for model 'm'; it takes 'x'"),
     "twice": ([tensor(data=[1, 2]), tensor(data=[1, 2])], (), {}, "input 'x' is given twice"),
     "missing": ([], (), {}, "expected 1 inputs but got 0 inputs for model 'm': 'x' is missing"),
     "datatype": ([tensor(datatype="INT32", data=[1, 2])], (), {}, "has datatype 'INT32'; model 'm' expects 'FP32'"),
-    "no datatype of ours": ([tensor(datatype="BF16", parameters=SIZE)], (EIGHT,), {}, "'BF16', which is not a datatype"),
+    "no datatype of ours": ([tensor(datatype="FP8", parameters=SIZE)], (EIGHT,), {}, "'FP8', which is not a datatype"),
     "rank": ([tensor(shape=(2,), data=[1, 2])], (), {}, "Expected [-1,2], got [2]"),
     "shape": ([tensor(shape=(1, 3), data=[1, 2, 3])], (), {}, "Expected [-1,2], got [1,3]"),
     "negative": ([tensor(shape=(-1, 2), data=[1, 2])], (), {}, "has a negative size"),
@@ -62,8 +67,8 @@ WRONG = {
     "too few bytes declared": ([tensor(parameters={"binary_data_size": 4})], (bytes(4),), {}, "expecting 4 additional bytes"),
     "too few bytes": ([tensor(parameters=SIZE)], (bytes(5),), {}, "should have 8 bytes after the JSON, but only 5"),
     "too many bytes": ([tensor(parameters=SIZE)], (bytes(9),), {}, "unexpected additional input data for model 'm': 1 bytes"),
-    "negative size": ([tensor(parameters={"binary_data_size": -8})], (), {}, "binary_data_size of input 'x' is -8"),
-    "true as size": ([tensor(parameters={"binary_data_size": True})], (), {}, "binary_data_size of input 'x' is True"),
+    "negative size": ([tensor(parameters={"binary_data_size": -8})], (), {}, "binary_data_size of 'x' is -8"),
+    "true as size": ([tensor(parameters={"binary_data_size": True})], (), {}, "binary_data_size of 'x' is True"),
     "elements": ([tensor(data=[1, 2, 3])], (), {}, "input 'x' has 3 elements, shape [1,2] needs 2"),
     "ragged": ([tensor(shape=(2, 2), data=[[1, 2], [3]])], (), {}, "is not a regular list"),
     "nested otherwise": ([tensor(shape=(2, 2), data=[[1, 2, 3, 4]])], (), {}, "has shape [1,4], but [2,2] is said"),
@@ -75,6 +80,34 @@ WRONG = {
     "flag": ([tensor(data=[1, 2])], (), {"parameters": {"binary_data_output": 1}}, "'binary_data_output' is 1"),
     "reserved": ([tensor(data=[1, 2])], (), {"parameters": {"triton_x": 1}}, "must not start with 'triton_'"),
     "timeout": ([tensor(data=[1, 2])], (), {"parameters": {"timeout": "1"}}, "parameter 'timeout' is '1'"),
+    "huge timeout": ([tensor(data=[1, 2])], (), {"parameters": {"timeout": -(10**50)}}, "'timeout' is a number beyond 64 bits"),
+    "priority": ([tensor(data=[1, 2])], (), {"parameters": {"priority": -1}}, "parameter 'priority' is -1"),
+    "sequence": ([tensor(data=[1, 2])], (), {"parameters": {"sequence_id": 1.5}}, "parameter 'sequence_id' is 1.5"),
+    "sequence number": ([tensor(data=[1, 2])], (), {"parameters": {"sequence_id": 2**64}}, "expected a number from 0 to"),
+    "sequence text": ([tensor(data=[1, 2])], (), {"parameters": {"sequence_id": "a" * 129}}, "longer than 128 characters"),
+    "sequence start": (
+        [tensor(data=[1, 2])],
+        (),
+        {"parameters": {"sequence_id": 1, "sequence_start": 1}},
+        "'sequence_start' is 1",
+    ),
+    "region and data": ([tensor(data=[1, 2], parameters=REGION)], (), {}, "sets data and shared_memory_region"),
+    "region without size": ([tensor(parameters={"shared_memory_region": "r"})], (), {}, "and no shared_memory_byte_size"),
+    "region of another size": (
+        [tensor(parameters={**REGION, "shared_memory_byte_size": 9})],
+        (),
+        {},
+        "expecting -1 additional",
+    ),
+    "region offset": ([tensor(parameters={**REGION, "shared_memory_offset": -1})], (), {}, "shared_memory_offset of 'x' is -1"),
+    "region name": ([tensor(parameters={**REGION, "shared_memory_region": 5})], (), {}, "shared_memory_region of 'x' is 5"),
+    "classification": (
+        [tensor(data=[1, 2])],
+        (),
+        {"outputs": [{"name": "y", "parameters": {"classification": "3"}}]},
+        "classification of 'y' is '3'",
+    ),
+    "a parameter that is a list": ([tensor(data=[1, 2])], (), {"parameters": {"a": []}}, "$.parameters"),
     "id": ([tensor(data=[1, 2])], (), {"id": 5}, "$.id"),
     "no inputs": ({}, (), {}, "$.inputs"),
 }
@@ -107,10 +140,176 @@ def test_json_values_that_do_not_fit_the_datatype(datatype, data, text):
         read([tensor("v", (2,), datatype, data=data)], specs=(TensorSpec("v", datatype, (2,)),))
 
 
-def test_shared_memory_is_refused_as_unsupported():
-    with pytest.raises(Refusal) as refused:
-        read([tensor(parameters={"shared_memory_region": "r", "shared_memory_byte_size": 8})])
-    assert refused.value.status == 501
+class Memory:
+    """Regions as plain bytes."""
+
+    def __init__(self, **regions):
+        self.regions = {name: bytearray(data) for name, data in regions.items()}
+
+    def view(self, name, offset, size):
+        if name not in self.regions:
+            raise not_found(name)
+        check_range(name, offset, size, len(self.regions[name]))
+        return memoryview(self.regions[name])[offset : offset + size]
+
+    def check(self, name, offset, size):
+        self.view(name, offset, size)
+
+    def store(self, name, offset, size, data):
+        data = bytes(data)
+        check_fits(name, len(data), size)
+        self.view(name, offset, size)[: len(data)] = data
+
+
+def test_shared_memory_is_refused_as_unsupported_where_none_is_offered():
+    for parameters in (
+        {"inputs": [tensor(parameters=REGION)]},
+        {"inputs": [tensor(data=[1, 2])], "outputs": [{"name": "y", "parameters": REGION}]},
+    ):
+        with pytest.raises(Refusal) as refused:
+            read(**parameters)
+        assert refused.value.status == 501
+
+
+def test_tensors_in_shared_memory_come_and_go_there():
+    x = np.array([[1.5, 2]], np.float32)
+    memory = Memory(a=bytes(3) + x.tobytes(), b=bytes(20))
+    given_tensor = tensor(parameters={"shared_memory_region": "a", "shared_memory_byte_size": 8, "shared_memory_offset": 3})
+    wanted = {
+        "name": "y",
+        "parameters": {"shared_memory_region": "b", "shared_memory_byte_size": 12, "shared_memory_offset": 8},
+    }
+    data, length = body([given_tensor], outputs=[wanted])
+    plan = oip.read_request(data, length, "m", (X,), (Y,))
+    feeds = plan.feeds(data, memory)
+    assert np.array_equal(feeds["x"], x)
+    assert feeds["x"].flags.aligned
+    answer = oip.write_response(plan, [2 * x], "m", "1", {}, memory)
+    assert memory.regions["b"] == bytes(8) + (2 * x).tobytes() + bytes(4)
+    used = {"shared_memory_region": "b", "shared_memory_byte_size": 8}
+    assert json.loads(answer.parts[0])["outputs"] == [{"name": "y", "datatype": "FP32", "shape": [1, 2], "parameters": used}]
+    with pytest.raises(Refusal, match="does not fit the 12 bytes"):
+        oip.write_response(plan, [np.zeros((2, 2), np.float32)], "m", "1", {}, memory)
+
+
+def test_a_region_for_an_output_is_looked_for_before_the_run():
+    data, length = body([tensor(data=[1, 2])], outputs=[{"name": "y", "parameters": REGION}])
+    plan = oip.read_request(data, length, "m", (X,), (Y,))
+    with pytest.raises(Refusal, match="Unable to find shared memory region: 'r'"):
+        plan.feeds(data, Memory())
+    with pytest.raises(Refusal, match="Invalid offset"):
+        plan.feeds(data, Memory(r=b"1234567"))
+
+
+def test_checked_values_in_shared_memory_cannot_change_after_the_check():
+    spec = TensorSpec("b", "BOOL", (2,))
+    memory = Memory(r=b"\0\1")
+    data, length = body([tensor("b", (2,), "BOOL", parameters={"shared_memory_region": "r", "shared_memory_byte_size": 2})])
+    feeds = oip.read_request(data, length, "m", (spec,), (Y,)).feeds(data, memory)
+    memory.regions["r"][:] = b"\2\2"
+    assert feeds["b"].tolist() == [False, True]
+
+
+def classify(array, count, spec=None, labels=None, **parameters):
+    array = np.asarray(array)
+    spec = spec or TensorSpec("y", DATATYPES[array.dtype], array.shape)
+    wanted = {"name": "y", "parameters": {"classification": count, **parameters}}
+    plan, _ = read([tensor(data=[1, 2])], produces=(spec,), outputs=[wanted])
+    return oip.write_response(plan, [array], "m", "1", labels or {})
+
+
+CLASSES = {
+    "one set": (np.array([0.1, 0.7, 0.2], np.float32), 2, [2], ["0.7:1", "0.2:2"]),
+    "a batch": (np.array([[1, 2], [4, 3]], np.int64), 1, [2, 1], ["2:1", "4:0"]),
+    "more than there are": (np.array([[1, 2]], np.uint8), 9, [1, 2], ["2:1", "1:0"]),
+    "equal ones": (np.array([5, 7, 7, 5], np.uint8), 4, [4], ["7:1", "7:2", "5:0", "5:3"]),
+    "beyond float": (np.array([2**53, 2**53 + 1]), 1, [1], [f"{2**53 + 1}:1"]),
+    "nan": (np.array([np.nan, 1], np.float16), 2, [2], ["1.0:1", "nan:0"]),
+    "a picture each": (np.array([[[1, 2], [3, 0]]], np.uint16), 2, [1, 2], ["3:2", "2:1"]),
+    "a scalar": (np.array(3.5), 1, [1], ["3.5:0"]),
+    "nothing": (np.zeros((2, 0), np.float32), 3, [2, 0], []),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_best_classes_of_an_output(name):
+    array, count, shape, expected = CLASSES[name]
+    (output,) = json.loads(parts_of(classify(array, count))[0])["outputs"]
+    assert output == {"name": "y", "datatype": "BYTES", "shape": shape, "data": expected}
+
+
+def test_classes_have_labels_where_the_release_names_them():
+    labels = {"y": ("zero", "one:1", "zwei")}
+    answer = classify(np.array([[1, 3, 2, 9]], np.float32), 3, labels=labels, binary_data=True)
+    assert tensors.read_bytes("y", memoryview(answer.parts[1]), (1, 3)).tolist() == [[b"9.0:3", b"3.0:1:one:1", b"2.0:2:zwei"]]
+
+
+def test_bf16_is_classified_by_value():
+    bits = (np.array([-1.5, 2.5, -0.25], np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    (output,) = json.loads(parts_of(classify(bits, 3, TensorSpec("y", "BF16", (3,))))[0])["outputs"]
+    assert output["data"] == ["2.5:1", "-0.25:2", "-1.5:0"]
+
+
+def test_text_is_not_classified():
+    with pytest.raises(Refusal, match="output 'y' is BYTES: classification is for numbers"):
+        classify(np.array([b"a"], np.object_), 1, TensorSpec("y", "BYTES", (1,)))
+
+
+GOOD = '{"inputs":[{"name":"x","shape":[1,2],"datatype":"FP32","data":%s}]%s}'
+HOSTILE = {
+    "a key twice": (GOOD % ("[1,2]", ',"id":"a","id":"b"'), "key 'id' stands twice"),
+    "inputs twice": ('{"inputs":[],' + (GOOD % ("[1,2]", ""))[1:], "key 'inputs' stands twice"),
+    "data twice": (GOOD % ('[1,2],"data":[3,4]', ""), "key 'data' stands twice"),
+    "a long tensor twice": (GOOD.replace("[1,2]", "[500,2]") % (f'{[0] * 1000},"data":{[0] * 1000}', ""), "stands twice"),
+    "a parameter twice": (GOOD % ("[1,2]", ',"parameters":{"a":1,"\\u0061":2}'), "key 'a' stands twice"),
+    "in what nobody reads": (GOOD % ("[1,2]", ',"extra":{"b":{"c":1,"c":1}}'), "key 'c' stands twice"),
+    "NaN": (GOOD % ("[NaN,2]", ""), "invalid character"),
+    "Infinity": (GOOD % ("[-Infinity,2]", ""), "invalid"),
+    "1e400": (GOOD % ("[1e400,2]", ""), "Number out of range"),
+    "a huge integer": (GOOD % ("[" + "9" * 4000 + ",2]", ""), "does not fit FP32: expected numbers"),
+    "a larger one": (GOOD % ("[" + "9" * 1_000_000 + ",2]", ""), "out of range"),
+    "a lone surrogate": (GOOD % ("[1,2]", ',"id":"\\ud800"'), "the body is not an inference request"),
+    "not UTF-8": ((GOOD % ("[1,2]", ',"id":"?"')).encode().replace(b"?", b"\xff"), "the body is not an inference request"),
+    "deep data": (GOOD % ("[" * 200_000 + "]" * 200_000, ""), "recursion"),
+    "deep something": (GOOD % ("[1,2]", ',"extra":' + "[" * 200_000 + "]" * 200_000), "recursion"),
+    "deep objects": (GOOD % ("[1,2]", ',"extra":' + '{"a":' * 200_000 + "1" + "}" * 200_000), "recursion"),
+    "many unread bytes": (GOOD % ("[1,2]", ',"extra":[' + "{}," * 700_000 + '{"a":1}]'), "besides the tensors' data"),
+    "more than the shape": (GOOD % ("[" + "0," * 1_000_000 + "0]", ""), "has more elements than shape [1,2]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_json_is_refused_soon(name):
+    text, said = HOSTILE[name]
+    data = memoryview(text if isinstance(text, bytes) else text.encode())
+    started = time.process_time()
+    with pytest.raises(Refusal, match=re.escape(said)) as refused:
+        oip.read_request(data, None, "m", (TensorSpec("x", "FP32", (-1, 2)),), (Y,))
+    assert refused.value.status == 400
+    assert len(str(refused.value)) < 400
+    assert time.process_time() - started < 2.0
+
+
+def test_colons_in_text_are_not_keys():
+    spec = TensorSpec("s", "BYTES", (2,))
+    _, feeds = read([tensor("s", (2,), "BYTES", data=["a:b::", '":"'])], specs=(spec,), id="1:2:3:4")
+    assert feeds["s"].tolist() == [b"a:b::", b'":"']
+
+
+def test_priority_sequence_and_what_is_not_ours_pass():
+    parameters = {
+        "priority": 3,
+        "timeout": 5000,
+        "sequence_id": "s",
+        "sequence_start": True,
+        "custom": "x",
+        "more": 1.5,
+        "b": None,
+    }
+    plan, _ = read([tensor(data=[1, 2])], parameters=parameters)
+    assert (plan.priority, plan.timeout_s, plan.sequence) == (3, 0.005, SequenceDemand("s", start=True))
+    for nothing in (0, ""):
+        assert read([tensor(data=[1, 2])], parameters={"sequence_id": nothing})[0].sequence is None
 
 
 @given(st.sampled_from(sorted(set(DTYPES) - {"BYTES"})), st.lists(st.integers(0, 3), max_size=3), st.integers(0, 2**32))
@@ -127,8 +326,8 @@ def test_any_tensor_goes_through_binary_unchanged(datatype, shape, seed):
                        parameters={"binary_data_output": True})  # fmt: skip
     assert feeds["x"].tobytes() == array.tobytes()
     assert feeds["x"].flags.aligned
-    head, *tensors = parts_of(oip.write_response(plan, [array], "m", "1"))
-    assert b"".join(tensors) == array.tobytes()
+    head, *sent = parts_of(oip.write_response(plan, [array], "m", "1"))
+    assert b"".join(sent) == array.tobytes()
     assert json.loads(head)["outputs"] == [{"name": "x", "datatype": datatype, "shape": list(shape), "parameters": parameters}]
 
 
