@@ -1,12 +1,15 @@
-"""Why arrays do not fit a model, in words. Called after an engine refused them, so a good request never pays for it."""
+"""Why arrays do not fit a model, in words, and arrays that fit. An engine checks for itself: a good request never pays for this."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from runtimes.contract import DATATYPES, Array, InputInvalid, TensorSpec
+
+MAX_ZEROS_BYTES = 256 * 1024 * 1024  # inputs larger than this are not worth a run without meaning
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -32,6 +35,17 @@ def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> None
             raise InputInvalid(f"input {spec.name!r} has datatype {datatype}, expected {spec.datatype}")
         if not shape_fits(array.shape, spec.shape):
             raise InputInvalid(f"input {spec.name!r} has shape {shape_text(array.shape)}, expected {shape_text(spec.shape)}")
+
+
+def zeros(specs: Sequence[TensorSpec]) -> dict[str, Array] | None:
+    """An array of zeros per input, free sizes being 1. None when zeros would mean nothing, or take much memory."""
+    if any(spec.datatype == "BYTES" for spec in specs):
+        return None
+    shapes = [tuple(1 if size == -1 else size for size in spec.shape) for spec in specs]
+    size = sum(math.prod(shape) * spec.dtype.itemsize for shape, spec in zip(shapes, specs, strict=True))
+    if size > MAX_ZEROS_BYTES:
+        return None
+    return {spec.name: np.zeros(shape, spec.dtype) for shape, spec in zip(shapes, specs, strict=True)}
 
 
 def _names(specs: Sequence[TensorSpec]) -> str:

@@ -1,4 +1,4 @@
-"""Scale and zero point of an ONNX model's quantized inputs and outputs, read from the file itself.
+"""Scale and zero point of an ONNX model's quantized inputs and outputs, and what it is made of, read from the file itself.
 
 ONNX Runtime does not expose the graph and the `onnx` package is not something a device needs, so this reads just enough of the
 protobuf wire format: the nodes next to the graph's inputs and outputs and the constants they name. Everything else is skipped
@@ -23,9 +23,10 @@ from runtimes.contract import Quantization
 
 Wire = bytes | memoryview
 
-MODEL_GRAPH = 7
+MODEL_PRODUCER, MODEL_PRODUCER_VERSION, MODEL_GRAPH, MODEL_OPSET = 2, 3, 7, 8
+OPSET_DOMAIN, OPSET_VERSION = 1, 2
 GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
-NODE_INPUT, NODE_OUTPUT, NODE_OP, NODE_ATTRIBUTE = 1, 2, 4, 5
+NODE_INPUT, NODE_OUTPUT, NODE_OP, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 4, 5, 7
 ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_TENSOR = 1, 3, 5
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_FLOATS, TENSOR_INTS, TENSOR_NAME, TENSOR_RAW = 1, 2, 4, 5, 8, 9
 VALUE_NAME = 1
@@ -92,6 +93,50 @@ def read_quantization(path: Path) -> dict[str, Quantization]:
         return _quantization(memoryview(mapped))
     except (_Malformed, OSError, ValueError, IndexError, OverflowError, struct.error):
         return {}
+
+
+@dataclass(slots=True)
+class Outline:
+    """What a model is made of. `operators` counts the nodes of the main graph by type; `weights_bytes` are those in the file."""
+
+    opsets: dict[str, int] = field(default_factory=dict)
+    operators: dict[str, int] = field(default_factory=dict)
+    weights_bytes: int = 0
+    producer: str = ""
+
+
+def read_outline(path: Path) -> Outline:
+    """As far as the file is understood."""
+    outline = Outline()
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        _outline(outline, memoryview(mapped))
+    except (_Malformed, OSError, ValueError, IndexError, struct.error):
+        pass
+    return outline
+
+
+def _outline(outline: Outline, data: memoryview) -> None:
+    for number, value in _fields(data):
+        if number == MODEL_PRODUCER:
+            outline.producer = _text(value)
+        elif number == MODEL_PRODUCER_VERSION:
+            outline.producer = f"{outline.producer} {_text(value)}".strip()
+        elif number == MODEL_OPSET:
+            fields = dict(_fields(_message(value)))
+            version = fields.get(OPSET_VERSION)
+            if isinstance(version, int):
+                outline.opsets[_text(fields.get(OPSET_DOMAIN, b""))] = version
+        elif number == MODEL_GRAPH:
+            for part, content in _fields(_message(value)):
+                if part == GRAPH_NODE:
+                    node = dict(_fields(_message(content)))
+                    domain, name = _text(node.get(NODE_DOMAIN, b"")), _text(node.get(NODE_OP, b""))
+                    name = f"{domain}:{name}" if domain not in ("", "ai.onnx") else name
+                    outline.operators[name] = outline.operators.get(name, 0) + 1
+                elif part == GRAPH_INITIALIZER:
+                    outline.weights_bytes += len(_message(content))
 
 
 def _quantization(data: memoryview) -> dict[str, Quantization]:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
+from agent.contract.manifest import Serving
+from agent.host import memory
 from agent.serving.host import Version
 from agent.store import Release
 from runtimes import registry
-from runtimes.contract import Array, InputInvalid, LoadOptions, Model, RunFailed, Scalar, TensorSpec
+from runtimes.check import zeros
+from runtimes.contract import InputInvalid, LoadOptions, Model, RunFailed, Scalar
 
 log = logging.getLogger(__name__)
-
-MAX_WARM_UP_BYTES = 256 * 1024 * 1024  # inputs larger than this are not worth a run on zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +31,8 @@ class Source:
     runtime: str = ""
     variant: str = ""
     options: Mapping[str, Scalar] = field(default_factory=dict)
+    serving: Serving = Serving()
+    state: Mapping[str, str] = field(default_factory=dict)
 
 
 def source_of(release: Release) -> Source:
@@ -46,6 +45,8 @@ def source_of(release: Release) -> Source:
         runtime=variant.runtime,
         variant=variant.name,
         options=variant.options,
+        serving=variant.serving,
+        state=variant.state,
     )
 
 
@@ -54,7 +55,7 @@ def load(source: Source, *, threads: int) -> Version:
 
     Raises: ModelInvalid, RuntimeUnavailable, MemoryError.
     """
-    started, memory = time.perf_counter(), _resident_bytes()
+    started, before = time.perf_counter(), memory.resident_bytes()
     runtime = registry.find(source.runtime) if source.runtime else registry.for_file(source.path)
     threads = int(source.options.get("threads", threads))
     model = runtime.load(source.path, LoadOptions(threads=threads, extra=source.options))
@@ -66,7 +67,7 @@ def load(source: Source, *, threads: int) -> Version:
         raise
     version.ready(model)
     version.load_s = time.perf_counter() - started
-    version.memory_bytes = max(0, _resident_bytes() - memory)
+    version.memory_bytes = max(0, memory.resident_bytes() - before)
     gc.collect()
     gc.freeze()  # what was loaded lives long: keep the collector from walking it again and again
     _log_loaded(version)
@@ -85,7 +86,7 @@ def _warm_up(version: Version, model: Model) -> None:
 
     A model may fail on them and be good: zero means nothing as a size, a position, a factor to resize by.
     """
-    feeds = _zeros(model.inputs)
+    feeds = zeros(model.inputs)
     if feeds is None:
         return
     try:
@@ -95,22 +96,6 @@ def _warm_up(version: Version, model: Model) -> None:
             version.cost_s = time.perf_counter() - started
     except (InputInvalid, RunFailed) as error:
         log.info("model %r version %d was not warmed up, it fails on inputs of zeros: %s", version.name, version.number, error)
-
-
-def _zeros(specs: tuple[TensorSpec, ...]) -> dict[str, Array] | None:
-    """An array per input, free sizes being 1. None when zeros would mean nothing."""
-    if any(spec.datatype == "BYTES" for spec in specs):
-        return None
-    shapes = [tuple(1 if size == -1 else size for size in spec.shape) for spec in specs]
-    size = sum(math.prod(shape) * spec.dtype.itemsize for shape, spec in zip(shapes, specs, strict=True))
-    if size > MAX_WARM_UP_BYTES:
-        return None
-    return {spec.name: np.zeros(shape, spec.dtype) for shape, spec in zip(shapes, specs, strict=True)}
-
-
-def _resident_bytes() -> int:
-    with Path("/proc/self/statm").open("rb") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _log_loaded(version: Version) -> None:

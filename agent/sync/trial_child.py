@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from agent.contract.codec import ContractError, decode, encode
 from agent.contract.manifest import Close, Tensor
 from agent.contract.reasons import Reason
+from agent.host import memory
 from agent.sync.trial_protocol import MAX_REQUEST_BYTES, Case, Limits, Progress, Request, Verdict
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def try_release(request: Request, say: Any) -> dict[str, float | str]:
         runtime = registry.find(request.runtime)
         evidence: dict[str, float | str] = {"runtime": runtime.version()}
         say("loading")
-        before = _resident_bytes()
+        before = memory.resident_bytes()
         model, evidence["load_ms"] = _load(runtime, request)
     except RuntimeFailure as error:
         raise _refusal(request, Reason.LOAD_FAILED, f"{request.runtime} cannot load it: {error}") from error
@@ -137,7 +138,7 @@ def try_release(request: Request, say: Any) -> dict[str, float | str]:
             run_case(model, case)
         say("measuring")
         evidence |= _measure(model, request.cases)
-        evidence["memory_bytes"] = float(max(0, _resident_bytes() - before))
+        evidence["memory_bytes"] = float(max(0, memory.resident_bytes() - before))
         check_limits(request.limits, evidence)
     except RuntimeFailure as error:
         raise _refusal(request, Reason.GOLDEN_MISMATCH, f"it loads but cannot run: {error}") from error
@@ -260,9 +261,10 @@ def check_limits(limits: Limits, evidence: Mapping[str, float | str]) -> None:
 
 def _measure(model: Model, cases: Sequence[Case]) -> dict[str, float | str]:
     """p50 and p95 of runs in a row, on the first golden case or on zeros. A model that takes no zeros is not measured."""
+    from runtimes.check import zeros
     from runtimes.contract import RuntimeFailure
 
-    feeds = _arrays(cases[0], cases[0].inputs) if cases else _zeros(model.inputs)
+    feeds = _arrays(cases[0], cases[0].inputs) if cases else zeros(model.inputs)
     if feeds is None:
         return {}
     took: list[float] = []
@@ -279,14 +281,6 @@ def _measure(model: Model, cases: Sequence[Case]) -> dict[str, float | str]:
         return {}
     took.sort()
     return {"p50_ms": round(took[len(took) // 2], 4), "p95_ms": round(took[min(len(took) - 1, int(len(took) * 0.95))], 4)}
-
-
-def _zeros(inputs: Sequence[TensorSpec]) -> Arrays | None:
-    import numpy as np
-
-    if any(spec.datatype == "BYTES" for spec in inputs):
-        return None
-    return {spec.name: np.zeros([max(1, size) for size in spec.shape], spec.dtype) for spec in inputs}
 
 
 def _arrays(case: Case, path: str) -> Arrays:
@@ -321,11 +315,6 @@ def _refusal(request: Request, reason: Reason, message: str) -> Refused:
 
 def _memory_message(limits: Limits) -> str:
     return f"it wants more memory than the {limits.memory_bytes} bytes a trial may take here"
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - pathlib is one import more in a process kept small
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

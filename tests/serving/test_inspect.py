@@ -1,0 +1,92 @@
+"""`edge-agent inspect` on real files, good and bad."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DIGITS = Path(__file__).resolve().parents[2] / "examples/digits/models"
+
+
+def inspect(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "agent.cli", "inspect", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def document(file):
+    done = inspect(file, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def quantized(suffix):
+    return next(path for path in sorted(DIGITS.glob(f"*int8*{suffix}")) if "v2" in path.name)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".tflite"])
+def test_a_model_is_described(suffix):
+    found = document(quantized(suffix))
+    assert [tensor["name"] for tensor in found["inputs"]]
+    assert all({"name", "datatype", "shape"} <= set(tensor) for tensor in (*found["inputs"], *found["outputs"]))
+    assert sum(found["operators"].values()) > 3
+    assert sum(found["providers"].values()) == sum(found["operators"].values())
+    assert found["load_ms"] > 0
+    assert found["run_on_zeros_ms"] > 0
+    assert 0 < found["memory_bytes"] < 2**30
+
+
+def test_quantization_is_told():
+    found = document(quantized(".tflite"))
+    assert len(found["inputs"][0]["quantization"]["scales"]) == 1
+
+
+def test_people_get_a_table():
+    done = inspect(quantized(".onnx"))
+    assert done.returncode == 0
+    for word in ("input", "output", "operators", "provider   CPU takes", "one run"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("cut.onnx", b"\x08\x07\x12\x04only", "is not a model that onnxruntime"),
+        ("empty.tflite", b"", "is not a TFLite model"),
+        ("model.bin", b"x", "no runtime takes files ending in '.bin'"),
+    ],
+)
+def test_a_file_that_is_no_model_says_why(tmp_path, name, data, words):
+    path = tmp_path / name
+    path.write_bytes(data)
+    done = inspect(path)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_engine_that_dies_takes_only_the_child_with_it(tmp_path, monkeypatch):
+    """A runtime that ends its process as a crashing engine does."""
+    (tmp_path / "crash_runtime.py").write_text(
+        "import os, signal\n"
+        "class Crash:\n"
+        "    contract_version, name, suffixes = 1, 'crash', ('.crash',)\n"
+        "    def version(self): return 'crash 1'\n"
+        "    def load(self, path, options): os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    metadata = tmp_path / "crash_runtime-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: crash-runtime\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[edge_agent.runtimes]\ncrash = crash_runtime:Crash\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path = tmp_path / "model.crash"
+    path.write_bytes(b"x")
+    done = inspect(path)
+    assert done.returncode == 1
+    assert "loading it kills the process (SIGSEGV)" in done.stderr
