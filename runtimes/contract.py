@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,6 +122,31 @@ class Model(Protocol):
 
     def close(self) -> None:
         """Gives the engine's memory back. Nothing may be called afterwards."""
+
+
+class ModelSequence(Protocol):
+    """A model's memory of one sequence of runs. One run at a time; different sequences may run at once."""
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+        """As `Model.run`, going on from the state that the run before it left.
+
+        Raises: InputInvalid, and the state is as it was; RunFailed, and the state is lost.
+        """
+
+    def close(self) -> None:
+        """Gives its memory back. May be called after the model's own `close`."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a Model has in addition when its engine can carry state from one run to the next. Its `run` must not."""
+
+    @property
+    def stateful(self) -> bool:
+        """Whether this one has any state."""
+
+    def sequence(self) -> ModelSequence:
+        """A new sequence, at its beginning.  Raises: RunFailed."""
 
 
 class Runtime(Protocol):

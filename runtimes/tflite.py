@@ -24,6 +24,7 @@ from runtimes.contract import (
     RuntimeUnavailable,
     TensorSpec,
 )
+from runtimes.tflite_graph import has_state
 
 INSTALL = "install one with: pip install 'edge-inference-agent[tflite]'"
 IDENTIFIER = b"TFL3"  # at byte 4 of every TFLite flatbuffer
@@ -145,6 +146,7 @@ class TfliteModel:
         requested = str(options.extra.get("delegate", "cpu"))
         fallback = None if requested == "cpu" else f"delegate {requested!r} is not supported; {label} runs on the CPU"
         self._placement = Placement(requested, "cpu", fallback)
+        self._stateful = has_state(path)
         self._idle: list[_Interpreter] = [first]
         self._lock = threading.Lock()
 
@@ -160,12 +162,15 @@ class TfliteModel:
     def placement(self) -> Placement:
         return self._placement
 
+    @property
+    def stateful(self) -> bool:
+        return self._stateful
+
+    def sequence(self) -> TfliteSequence:
+        return TfliteSequence(self, self._create())
+
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
-        try:
-            shapes = tuple([feeds[name].shape for name, _, _ in self._feeds])
-        except KeyError:
-            check_feeds(self._inputs, feeds)
-            raise
+        shapes = self._shapes(feeds)
         interpreter = self._take(shapes)
         try:
             results = self._invoke(interpreter, shapes, feeds, outputs)
@@ -186,6 +191,16 @@ class TfliteModel:
             check_feeds(self._inputs, feeds)
             interpreter.resize(self._indexes, shapes)
         native.reset_all_variables()  # a stateful model must not carry one caller's state into another's answer
+        return self._fill_and_invoke(native, feeds, outputs)
+
+    def _shapes(self, feeds: Mapping[str, Array]) -> Shapes:
+        try:
+            return tuple([feeds[name].shape for name, _, _ in self._feeds])
+        except KeyError:
+            check_feeds(self._inputs, feeds)
+            raise
+
+    def _fill_and_invoke(self, native: Any, feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
         for name, dtype, index in self._feeds:
             array = feeds[name]
             if array.dtype != dtype:
@@ -202,6 +217,9 @@ class TfliteModel:
                     return self._idle.pop(at)
             if len(self._idle) >= MAX_INTERPRETERS // 2:
                 return self._idle.pop(0)
+        return self._create()
+
+    def _create(self) -> _Interpreter:
         try:
             return self._new()
         except (ModelInvalid, _Broken) as error:
@@ -215,6 +233,35 @@ class TfliteModel:
     def close(self) -> None:
         with self._lock:
             self._idle.clear()
+
+
+class TfliteSequence:
+    """One interpreter of its own, whose variables nobody resets."""
+
+    def __init__(self, model: TfliteModel, interpreter: _Interpreter) -> None:
+        self._model = model
+        self._interpreter: _Interpreter | None = interpreter
+        self._begun = False
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+        model, interpreter = self._model, self._interpreter
+        if interpreter is None:
+            raise RunFailed("this sequence has ended")
+        shapes = model._shapes(feeds)  # noqa: SLF001 - the two are one thing
+        check_feeds(model.inputs, feeds)  # before anything is changed
+        if self._begun and shapes != interpreter.shapes:
+            raise InputInvalid("the shapes of the inputs must stay as they were in the sequence's first request")
+        try:
+            if shapes != interpreter.shapes:
+                interpreter.resize(model._indexes, shapes)  # noqa: SLF001
+            self._begun = True
+            return model._fill_and_invoke(interpreter.native, feeds, outputs)  # noqa: SLF001
+        except (RuntimeError, ValueError) as error:
+            self.close()
+            raise RunFailed(f"the TFLite engine failed: {_plain(error)}") from error
+
+    def close(self) -> None:
+        self._interpreter = None
 
 
 def _create(new_interpreter: NewInterpreter, path: Path, options: LoadOptions) -> _Interpreter:

@@ -86,7 +86,9 @@ class Serving(Document, frozen=True, kw_only=True):
             if not 1 <= size <= self.max_batch_size:
                 raise ValueError(f"preferred batch size {size} must be from 1 to max_batch_size {self.max_batch_size}")
         if not 1 <= self.default_priority <= self.priority_levels:
-            raise ValueError(f"default_priority {self.default_priority} must be from 1 to priority_levels {self.priority_levels}")
+            raise ValueError(
+                f"default_priority {self.default_priority} must be from 1 to priority_levels {self.priority_levels}"
+            )
 
 
 class Variant(Document, frozen=True, kw_only=True):
