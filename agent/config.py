@@ -45,6 +45,12 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     """What particular users and groups may do. Root and the user that runs `serve` have control without a rule."""
     everyone: AccessClass | Literal["none"] = "observe"
     """What a peer may do that no rule matches."""
+    http_listen: str = ""
+    """A port on the loopback besides, such as 127.0.0.1:8000, for clients that know no Unix sockets. Empty: none."""
+    http_access: AccessClass = "observe"
+    """What whoever connects to that port may do: nothing vouches for who it is."""
+    http_origins: tuple[str, ...] = ()
+    """Web pages that may ask there from a browser, such as http://localhost:3000. Others are refused."""
     threads: int = 3
     """Threads that take turns at the socket. More help when many slow models run at once."""
     engine_threads: int = 1

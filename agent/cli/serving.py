@@ -49,10 +49,19 @@ def serve(config: Path | None, *, verbose: bool) -> None:
 @click.option(
     "--socket", "socket_path", type=click.Path(path_type=Path), help="Where to listen  [default: in $XDG_RUNTIME_DIR]"
 )
+@click.option("--http", "http_listen", metavar="ADDRESS:PORT", help="A loopback port besides, such as 127.0.0.1:8000 (0: any).")
 @click.option("--threads", default=3, show_default=True, type=click.IntRange(1, 64), help="Threads that answer requests.")
 @click.option("--engine-threads", default=1, show_default=True, type=click.IntRange(0, 64), help="Threads of one run.")
 @click.option("--verbose", is_flag=True, help="Log what is loaded.")
-def run(files: tuple[str, ...], socket_path: Path | None, threads: int, engine_threads: int, *, verbose: bool) -> None:
+def run(
+    files: tuple[str, ...],
+    socket_path: Path | None,
+    http_listen: str | None,
+    threads: int,
+    engine_threads: int,
+    *,
+    verbose: bool,
+) -> None:
     """Serve model files, without a fleet.
 
     Each file is served under its name without suffix, as version 1. A folder stands for every model file in it.
@@ -69,10 +78,12 @@ def run(files: tuple[str, ...], socket_path: Path | None, threads: int, engine_t
     from agent.serving.sockets import SocketError
 
     path = (socket_path or default_run_socket()).absolute()
-    settings = ServeSettings(socket=path, socket_mode=0o600, threads=threads, engine_threads=engine_threads)
+    settings = ServeSettings(
+        socket=path, socket_mode=0o600, http_listen=http_listen or "", threads=threads, engine_threads=engine_threads
+    )
     sources = _sources(files)
     try:
-        sys.exit(serve_files(sources, settings, lambda host: _announce(host, path)))
+        sys.exit(serve_files(sources, settings, lambda host, http: _announce(host, path, http)))
     except SocketError as error:
         fail(error)
 
@@ -130,9 +141,9 @@ def _named(text: str) -> list[tuple[str, Path]]:
     return models
 
 
-def _announce(host: ModelHost, path: Path) -> None:
+def _announce(host: ModelHost, path: Path, http: list[str]) -> None:
     example = None
-    click.echo(f"Serving on {path}\n")
+    click.echo("".join([f"Serving on {path}\n", *(f"Serving on http://{address}\n" for address in http)]))
     for served in host:
         for version in served.versions.values():
             if version.state != "READY":

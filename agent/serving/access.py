@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import grp
+import ipaddress
 import pwd
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -24,12 +25,56 @@ class Access(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class WebRules:
+    """What a request on the loopback port must say besides, because a browser on this machine can be made to send there.
+
+    A page from elsewhere that has its own name resolved to 127.0.0.1 says that name as the host; any other page says its origin.
+    """
+
+    origins: frozenset[str] = frozenset()
+
+    def check(self, fields: Mapping[bytes, bytes], *, host_needed: bool) -> Refusal | None:
+        """The refusal of a request with these headers (lower-case names), None when it may pass."""
+        host = fields.get(b"host")
+        if host is None and host_needed:
+            return Refusal(400, "the request has no Host header")
+        if host is not None and not _is_loopback_name(host):
+            return Refusal(403, f"host {_text(host)} is not this machine's loopback: ask for localhost or 127.0.0.1")
+        origin = fields.get(b"origin")
+        if origin is not None and origin.decode("latin-1") not in self.origins:
+            return Refusal(403, f"pages of {_text(origin)} may not ask here: name it in serve.http_origins in agent.yaml")
+        return None
+
+
+def _is_loopback_name(host: bytes) -> bool:
+    text = host.decode("latin-1").lower()
+    name, _, port = text.rpartition(":") if ":" in text and not text.endswith("]") else (text, "", "")
+    if port and not port.isdecimal():
+        return False
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name[1:-1] if name.startswith("[") and name.endswith("]") else name).is_loopback
+    except ValueError:
+        return False
+
+
+def _text(value: bytes) -> str:
+    return repr(value[:64].decode("ascii", "replace"))
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
-    """What one peer may do. `models` names the only models it may ask for predictions; None is all of them."""
+    """What one peer may do. `models` names the only models it may ask for predictions; None is all of them.
+
+    `uid` is the peer's, None where nobody vouches for it. `web` is set on the loopback port.
+    """
 
     access: Access
     who: str
     models: frozenset[str] | None = None
+    uid: int | None = None
+    web: WebRules | None = None
 
     def check(self, needed: Access, model: str | None = None) -> None:
         """Raises: Refusal (403) saying which class is missing and where it is granted."""
@@ -37,7 +82,11 @@ class Grant:
             raise Refusal(
                 403,
                 f"this needs access class '{needed}', {self.who} has '{self.access}': "
-                "grant it under serve.access in agent.yaml (a rule with uids or gids)",
+                + (
+                    "grant it as serve.http_access in agent.yaml, or ask on the Unix socket"
+                    if self.web
+                    else "grant it under serve.access in agent.yaml (a rule with uids or gids)"
+                ),
                 code="forbidden",
             )
         if model is not None and self.models is not None and model not in self.models:
@@ -64,17 +113,20 @@ class AccessTable:
         self._everyone = Access[settings.everyone.upper()]
         self._rules = tuple(_compiled(rule) for rule in settings.access)
         self._masters = frozenset({0, own_uid})
+        self.http = Grant(
+            Access[settings.http_access.upper()], "the loopback port", web=WebRules(frozenset(settings.http_origins))
+        )
 
     def grant(self, peer: Peer) -> Grant:
         """A peer has the largest class of `everyone` and the rules that match it. If each of those rules names models, it may use only these."""
         who = f"uid {peer.uid}"
         if peer.uid in self._masters:
-            return Grant(Access.CONTROL, who)
+            return Grant(Access.CONTROL, who, uid=peer.uid)
         matching = [rule for rule in self._rules if peer.uid in rule.uids or peer.gids & rule.gids]
         access = max([self._everyone, *(rule.access for rule in matching)])
         if matching and all(rule.models for rule in matching):
-            return Grant(access, who, frozenset().union(*(rule.models for rule in matching)))
-        return Grant(access, who)
+            return Grant(access, who, frozenset().union(*(rule.models for rule in matching)), peer.uid)
+        return Grant(access, who, uid=peer.uid)
 
 
 def _compiled(rule: AccessRule) -> _Rule:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ STUCK_S = (
     300.0  # runs may take minutes; that long without a thread coming free while others wait is a hang that only a restart ends
 )
 FILES_BESIDES_CONNECTIONS = 128
+
+Announce = Callable[[list[str]], None]  # given the loopback addresses
 
 
 @dataclass(frozen=True)
@@ -75,19 +78,24 @@ def serve_store(config: AgentConfig) -> int:
     return _serve(parts, config.serve, lambda: load_selections(parts.host, store, config.serve.engine_threads))
 
 
-def serve_files(sources: Iterable[Source], settings: ServeSettings, announce: Callable[[ModelHost], None]) -> int:
-    """Serves the given files until SIGTERM or Ctrl-C; `announce` is called when predictions can be asked for."""
+def serve_files(sources: Iterable[Source], settings: ServeSettings, announce: Callable[[ModelHost, list[str]], None]) -> int:
+    """Serves the given files until SIGTERM or Ctrl-C; `announce` is called with the models and the loopback addresses when
+    predictions can be asked for.
+    """
     parts = assemble(None, settings)
     return _serve(
-        parts, settings, lambda: load_sources(parts.host, sources, settings.engine_threads), lambda: announce(parts.host)
+        parts,
+        settings,
+        lambda: load_sources(parts.host, sources, settings.engine_threads),
+        lambda http: announce(parts.host, http),
     )
 
 
-def _serve(parts: Parts, settings: ServeSettings, load: Callable[[], None], announce: Callable[[], None] | None = None) -> int:
+def _serve(parts: Parts, settings: ServeSettings, load: Callable[[], None], announce: Announce | None = None) -> int:
     table = AccessTable(settings, os.geteuid())
     _allow_files(settings.max_connections + FILES_BESIDES_CONNECTIONS)
     with Ending() as end:
-        listeners = open_listeners(settings.socket, settings.socket_mode)
+        listeners = open_listeners(settings.socket, settings.socket_mode, settings.http_listen)
         try:
             load()
             if end.is_set():
@@ -106,14 +114,14 @@ def _run(
     table: AccessTable,
     listeners: Listeners,
     end: Ending,
-    announce: Callable[[], None] | None,
+    announce: Announce | None,
 ) -> int:
-    address = listeners.sockets[0].getsockname()
+    address = listeners.local
     loop = Loop(
         listeners.sockets,
         parts.service,
         parts.router,
-        lambda sock: table.grant(peer.peer_of(sock)),
+        lambda sock: table.grant(peer.peer_of(sock)) if sock.family == socket.AF_UNIX else table.http,
         threads=settings.threads,
         max_body_bytes=settings.max_body_bytes,
         max_connections=settings.max_connections,
@@ -126,7 +134,9 @@ def _run(
             log.error("the server does not answer on its own socket %r", address)
             return 1
         if announce is not None:
-            announce()
+            announce(listeners.http)
+        for http in listeners.http:
+            log.info("listening on http://%s too, for everyone on this machine (%s)", http, settings.http_access)
         notify.notify("READY=1")
         watchdog.start()
         end.wait()

@@ -165,7 +165,7 @@ class Connection:
         if at < 0:
             self._compact()
             return None
-        head = self._reader.finish(bytes(self._view[self._start : stop]), self._router)
+        head = self._reader.finish(bytes(self._view[self._start : stop]), self._router, self.grant.web)
         self._reader = None
         return head
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import httptools
 
+from agent.serving.access import WebRules
 from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal
 from agent.serving.routes import Match, Router
 
@@ -80,8 +81,8 @@ class HeadReader:
         if self._count > MAX_HEADERS:
             raise BadRequest(431, f"the request has more than {MAX_HEADERS} headers")
 
-    def finish(self, raw: bytes, router: Router) -> Head:
-        """The complete head, whose bytes are `raw`.  Raises: BadRequest."""
+    def finish(self, raw: bytes, router: Router, web: WebRules | None = None) -> Head:
+        """The complete head, whose bytes are `raw`; `web` are the rules of a port that browsers reach.  Raises: BadRequest."""
         version = self._parser.get_http_version()
         if version not in ("1.1", "1.0"):
             raise BadRequest(505, f"HTTP/{version} is not spoken here: use HTTP/1.1")
@@ -92,6 +93,8 @@ class HeadReader:
         head.bodiless = method == b"HEAD"
         head.match = router.resolve(method, _path(self._url))
         refusal = head.match.refusal or self._header_length(head) or self._encoding()
+        if web is not None:
+            refusal = web.check(self._fields, host_needed=bool(head.minor)) or refusal
         if refusal is not None:
             head.match = Match(None, refusal=refusal)
         return head
