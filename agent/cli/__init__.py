@@ -11,7 +11,7 @@ from typing import cast
 
 import click
 
-from agent.cli import asking, inspecting, serving
+from agent.cli import asking, benching, inspecting, serving
 
 SYNC_MODULE = "agent.sync.cli"
 SYNC_COMMANDS: Mapping[str, str] = {
@@ -83,7 +83,7 @@ def completion(shell: str) -> None:
     click.echo(found(cli, {}, "edge-agent", "_EDGE_AGENT_COMPLETE").source())
 
 
-for _command in (serving.serve, serving.run, inspecting.inspect, asking.predict, asking.models, asking.status):
+for _command in (serving.serve, serving.run, inspecting.inspect, asking.predict, benching.bench, asking.models, asking.status):
     cli.add_command(_command)
 
 

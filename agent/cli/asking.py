@@ -22,12 +22,17 @@ socket_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
-def _client(socket_path: Path | None) -> Client:
+def server_socket(socket_path: Path | None) -> Path:
+    """The one that was named; else the daemon's, or that of `edge-agent run`, whichever is there."""
+    if socket_path is not None:
+        return socket_path
+    return next((p for p in (DEFAULT_SOCKET, default_run_socket()) if p.exists()), DEFAULT_SOCKET)
+
+
+def client_at(socket_path: Path | None) -> Client:
     from agent.client import Client
 
-    if socket_path is None:
-        socket_path = next((p for p in (DEFAULT_SOCKET, default_run_socket()) if p.exists()), DEFAULT_SOCKET)
-    return Client(socket_path)
+    return Client(server_socket(socket_path))
 
 
 @click.command()
@@ -69,9 +74,9 @@ def predict(
 
     from agent.client import ClientError
 
-    with _client(socket_path) as client:
+    with client_at(socket_path) as client:
         try:
-            feeds = _feeds(inputs)
+            feeds = read_feeds(inputs)
             results = client.infer(model, feeds.pop("") if set(feeds) == {""} else feeds, version=version, timeout_s=timeout)
         except ClientError as error:
             fail(error)
@@ -86,7 +91,7 @@ def predict(
         _print_array(array, top)
 
 
-def _feeds(inputs: tuple[str, ...]) -> dict[str, Any]:
+def read_feeds(inputs: tuple[str, ...]) -> dict[str, Any]:
     """Input name → array; the name is empty for a single unnamed file."""
     feeds: dict[str, Any] = {}
     for text in inputs:
@@ -169,7 +174,7 @@ def models(socket_path: Path | None, *, as_json: bool) -> None:
     """
     from agent.client import ClientError
 
-    with _client(socket_path) as client:
+    with client_at(socket_path) as client:
         try:
             found = client.models()
         except ClientError as error:
@@ -193,7 +198,7 @@ def status(socket_path: Path | None, *, as_json: bool) -> None:
     """
     from agent.client import ClientError
 
-    with _client(socket_path) as client:
+    with client_at(socket_path) as client:
         try:
             found = client.status()
         except ClientError as error:
