@@ -14,8 +14,8 @@ from agent.contract.names import MAX_VERSION, check_model
 from agent.serving import loading
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
+from agent.serving.documents import agent_version
 from agent.serving.host import ModelHost, Served, Version
-from agent.serving.protocol import agent_version
 from agent.serving.routes import Kind, Request, Route
 from agent.store import Choice, Store, StoreError
 from runtimes.contract import ModelInvalid, RuntimeUnavailable

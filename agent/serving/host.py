@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from agent.contract.manifest import Serving
 from agent.serving.answers import Refusal
 from agent.serving.stats import Stats
 from runtimes.contract import Model, Placement, TensorSpec
@@ -41,6 +42,9 @@ class Version:
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
         self.labels: Mapping[str, Sequence[str]] = {}  # of the classes of some outputs
+        self.serving = Serving()  # as the release wants it
+        self.filename = ""
+        self.is_warm = False  # a run on zeros was made and worked
         self.placement = Placement("", "")
         self.load_s = 0.0
         self.memory_bytes = 0

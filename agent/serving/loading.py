@@ -19,6 +19,8 @@ from runtimes.contract import InputInvalid, LoadOptions, Model, RunFailed, Scala
 
 log = logging.getLogger(__name__)
 
+MAX_LABELS_CHARACTERS = 16 * 1024 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -31,22 +33,27 @@ class Source:
     runtime: str = ""
     variant: str = ""
     options: Mapping[str, Scalar] = field(default_factory=dict)
-    serving: Serving = Serving()
+    serving: Serving = field(default_factory=Serving)
     state: Mapping[str, str] = field(default_factory=dict)
+    filename: str = ""  # as people know it; empty: that of `path`
+    labels: Mapping[str, Path] = field(default_factory=dict)  # of some outputs: a text file, a class per line
 
 
 def source_of(release: Release) -> Source:
-    variant = release.variant
+    variant, files = release.variant, release.manifest.files
+    blobs = release.path.parent
     return Source(
         name=release.manifest.model,
         version=release.manifest.version,
         path=release.path,
-        sha256=release.manifest.files[variant.file].sha256,
+        sha256=files[variant.file].sha256,
         runtime=variant.runtime,
         variant=variant.name,
         options=variant.options,
         serving=variant.serving,
         state=variant.state,
+        filename=variant.file,
+        labels={t.name: blobs / files[t.labels].sha256 for t in release.manifest.outputs if t.labels},
     )
 
 
@@ -60,6 +67,9 @@ def load(source: Source, *, threads: int) -> Version:
     threads = int(source.options.get("threads", threads))
     model = runtime.load(source.path, LoadOptions(threads=threads, extra=source.options))
     version = Version(source.name, source.version, source.variant or runtime.name, source.sha256, runtime.name)
+    version.serving = source.serving
+    version.filename = source.filename or source.path.name
+    version.labels = {output: _read_labels(version, output, path) for output, path in source.labels.items()}
     try:
         _warm_up(version, model)
     except BaseException:
@@ -72,6 +82,18 @@ def load(source: Source, *, threads: int) -> Version:
     gc.freeze()  # what was loaded lives long: keep the collector from walking it again and again
     _log_loaded(version)
     return version
+
+
+def _read_labels(version: Version, output: str, path: Path) -> tuple[str, ...]:
+    """None of them when the file cannot be used: a model answers without names for its classes too."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return tuple(file.read(MAX_LABELS_CHARACTERS).splitlines())
+    except (OSError, ValueError) as error:
+        log.warning(
+            "model %r version %d: the labels of output %r cannot be read: %s", version.name, version.number, output, error
+        )
+        return ()
 
 
 def failed(source: Source, reason: str) -> Version:
@@ -94,6 +116,7 @@ def _warm_up(version: Version, model: Model) -> None:
             started = time.perf_counter()
             model.run(feeds)
             version.cost_s = time.perf_counter() - started
+        version.is_warm = True
     except (InputInvalid, RunFailed) as error:
         log.info("model %r version %d was not warmed up, it fails on inputs of zeros: %s", version.name, version.number, error)
 
