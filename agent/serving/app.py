@@ -64,7 +64,7 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
     protocol = Protocol(host, dataplane)
     control = Control(host, store, engine_threads=settings.engine_threads)
     router = Router([*protocol.routes(), *control.routes(), *Metrics(host).routes()])
-    return Parts(host, protocol, control, router, Service(dataplane))
+    return Parts(host, protocol, control, router, Service(dataplane, settings.max_body_bytes))
 
 
 def serve_store(config: AgentConfig) -> int:

@@ -127,7 +127,7 @@ class Connection:
             return None
         if not head.keep_alive:
             self.closing = True
-        return Request(head.match, body, head.header_length, self.arrived_s)
+        return Request(head.match, body, head.header_length, self.arrived_s, None, head.coding)
 
     def _next_head(self) -> Head | None:
         """The head at the start of the buffer once it is complete; it is then `_head`.  Raises: BadRequest."""

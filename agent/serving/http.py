@@ -8,13 +8,21 @@ from typing import Any
 
 import httptools
 
-from agent.serving.access import WebRules
+from agent.serving import compression
+from agent.serving.access import Access, WebRules
 from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal
-from agent.serving.routes import Match, Router
+from agent.serving.compression import Coding
+from agent.serving.routes import Match, Route, Router
 
 MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 100
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_ALLOWED = (
+    (b"access-control-allow-methods", b"GET, POST"),
+    (b"access-control-allow-headers", b"content-type, content-encoding, inference-header-content-length"),
+)  # what a page that may ask may send
+_CORS = b"access-control-allow-origin: %s\r\naccess-control-expose-headers: inference-header-content-length\r\nvary: origin\r\n"
+_PREFLIGHT = Match(Route("OPTIONS", "*", Access.NONE, lambda _: Answer(headers=_ALLOWED)))
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _STATUS_LINES = {status: b"HTTP/1.1 %d %s\r\n" % (status, reason) for status, reason in _REASONS.items()}
 
@@ -23,8 +31,8 @@ class Head:
     """A request's head, read. The same bytes always give the same Head, so one may stand for later requests with these bytes."""
 
     __slots__ = (
-        "bodiless", "chunked", "expects_continue", "header_length", "keep_alive", "length", "match", "minor", "raw",
-        "size",
+        "bodiless", "chunked", "coding", "expects_continue", "header_length", "keep_alive", "length", "match", "minor", "origin",
+        "plain", "raw", "size",
     )  # fmt: skip
 
     def __init__(self, raw: bytes) -> None:
@@ -37,6 +45,9 @@ class Head:
         self.keep_alive = True
         self.expects_continue = False
         self.bodiless = False  # the answer to HEAD has no body
+        self.coding: Coding | None = None
+        self.origin = b""  # the web page that asks and may
+        self.plain = True  # the answer needs no header and no treatment because of this head
         self.match = Match(None)
 
 
@@ -92,11 +103,17 @@ class HeadReader:
         method = self._parser.get_method()
         head.bodiless = method == b"HEAD"
         head.match = router.resolve(method, _path(self._url))
-        refusal = head.match.refusal or self._header_length(head) or self._encoding()
+        refusal = head.match.refusal or self._header_length(head) or self._coding(head)
         if web is not None:
-            refusal = web.check(self._fields, host_needed=bool(head.minor)) or refusal
+            blocked = web.check(self._fields, host_needed=bool(head.minor))
+            if blocked is None and b"origin" in self._fields:
+                head.origin = self._fields[b"origin"]
+                if method == b"OPTIONS":  # a browser asks whether its page may ask
+                    head.match, refusal = _PREFLIGHT, None
+            refusal = blocked or refusal
         if refusal is not None:
             head.match = Match(None, refusal=refusal)
+        head.plain = bool(head.minor) and not head.origin and (head.coding is None or head.coding.answer is None)
         return head
 
     def _framing(self, head: Head) -> None:
@@ -121,15 +138,15 @@ class HeadReader:
         head.header_length = int(value)
         return None
 
-    def _encoding(self) -> Refusal | None:
-        encoding = self._fields.get(b"content-encoding", b"identity")
-        if encoding.lower() == b"identity":
-            return None
-        return Refusal(
-            501,
-            f"content encoding {_shown(encoding)} is not supported: send the body as it is",
-            headers=((b"accept-encoding", b"identity"),),
-        )
+    def _coding(self, head: Head) -> Refusal | None:
+        try:
+            body = compression.request_coding(self._fields.get(b"content-encoding"))
+        except Refusal as refusal:
+            return refusal
+        answer = compression.answer_coding(self._fields.get(b"accept-encoding"))
+        if body or answer:
+            head.coding = Coding(body, answer)
+        return None
 
 
 def _shown(value: bytes) -> str:
@@ -150,28 +167,37 @@ def _path(target: bytes) -> bytes:
 
 def encode(answer: Answer, head: Head | None, *, keep_alive: bool) -> tuple[Sequence[Buffer], int]:
     """The buffers to send for `answer` and their size in bytes. `head` is None when the request's own could not be read."""
-    if type(answer) is FilledTemplate and keep_alive and head is not None and head.minor:
+    if type(answer) is FilledTemplate and keep_alive and head is not None and head.plain:
         template = answer.template
         wire = template.wire
         if wire is None:
             wire = template.wire = _head_bytes(answer, template.size_bytes, b"") + template.json
         return [wire, *answer.arrays], len(wire) + template.size_bytes - len(template.json)
-    size = sum([_size(part) for part in answer.parts])
-    connection = b"" if keep_alive and (head is None or head.minor) else _connection(keep_alive=keep_alive)
-    start = _head_bytes(answer, size, connection)
+    parts = answer.parts
+    size = sum([_size(part) for part in parts])
+    more = b"" if keep_alive and (head is None or head.minor) else _connection(keep_alive=keep_alive)
+    if head is not None and not head.plain:
+        if head.origin:
+            more += _CORS % head.origin
+        if head.coding is not None and head.coding.answer is not None and size >= compression.USEFUL_BYTES:
+            packed = compression.deflate(parts, head.coding.answer)
+            if len(packed) < size:
+                parts, size = (packed,), len(packed)
+                more += b"content-encoding: %s\r\nvary: accept-encoding\r\n" % head.coding.answer
+    start = _head_bytes(answer, size, more)
     if head is not None and head.bodiless:
         return (start,), len(start)
-    return (start, *answer.parts), len(start) + size
+    return (start, *parts), len(start) + size
 
 
-def _head_bytes(answer: Answer, size: int, connection: bytes) -> bytes:
+def _head_bytes(answer: Answer, size: int, more: bytes) -> bytes:
     lines = [_STATUS_LINES[answer.status]]
     if size:
         lines.append(b"content-type: %s\r\n" % answer.content_type)
     if answer.json_bytes is not None and answer.content_type == BINARY:
         lines.append(b"inference-header-content-length: %d\r\n" % answer.json_bytes)
     lines.extend(b"%s: %s\r\n" % header for header in answer.headers)
-    lines.append(b"%scontent-length: %d\r\n\r\n" % (connection, size))
+    lines.append(b"%scontent-length: %d\r\n\r\n" % (more, size))
     return b"".join(lines)
 
 

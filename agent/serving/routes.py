@@ -10,6 +10,7 @@ from urllib.parse import unquote_to_bytes
 
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal
+from agent.serving.compression import Coding
 from agent.serving.regions import Regions
 
 MAX_CACHED_URLS = 1024
@@ -27,16 +28,23 @@ class Kind(Enum):
 class Request:
     """A complete request. `body` is valid until its answer is sent; `arrived_s` is a perf_counter."""
 
-    __slots__ = ("arrived_s", "body", "header_length", "match", "regions")
+    __slots__ = ("arrived_s", "body", "coding", "header_length", "match", "regions")
 
     def __init__(
-        self, match: Match, body: memoryview, header_length: int | None, arrived_s: float, regions: Regions | None = None
+        self,
+        match: Match,
+        body: memoryview,
+        header_length: int | None,
+        arrived_s: float,
+        regions: Regions | None = None,
+        coding: Coding | None = None,
     ) -> None:
         self.match = match
         self.body = body
         self.header_length = header_length
         self.arrived_s = arrived_s
         self.regions = regions  # memory that the client shares; None where it cannot
+        self.coding = coding  # of a body that is still compressed, or of the answer; None for neither
 
     @property
     def params(self) -> Mapping[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from agent.serving import compression
 from agent.serving.access import Grant
 from agent.serving.answers import Answer, Refusal, refusal_answer
 from agent.serving.dataplane import Dataplane
@@ -15,13 +16,16 @@ log = logging.getLogger(__name__)
 class Service:
     """Any number of threads may call it."""
 
-    def __init__(self, dataplane: Dataplane) -> None:
+    def __init__(self, dataplane: Dataplane, max_body_bytes: int) -> None:
         self._dataplane = dataplane
+        self._max_body = max_body_bytes
 
     def kind(self, request: Request, grant: Grant) -> Kind:
         """QUICK when the answer is there at once, whatever it will be; PREDICT when it takes long; CONTROL for the control thread."""
         match = request.match
         route = match.route
+        if request.coding is not None and route is not None and grant.access >= route.access:
+            return Kind.CONTROL if route.kind is Kind.CONTROL else Kind.PREDICT  # compressing takes long, both ways
         if route is None or route.kind is Kind.QUICK or grant.access < route.access:
             return Kind.QUICK
         if route.kind is Kind.PREDICT and self._dataplane.is_cheap(match, len(request.body)):
@@ -36,6 +40,8 @@ class Service:
                 return refusal_answer(request.match.refusal or Refusal(404, "Not Found"))
             if grant.access < route.access or grant.models is not None:
                 grant.check(route.access, request.match.model)
+            if request.coding is not None and request.coding.body is not None:
+                request.body = compression.inflate(request.body, request.coding.body, self._max_body)
             return route.handler(request)
         except Refusal as refusal:
             return refusal_answer(refusal)
