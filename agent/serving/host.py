@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from agent.contract.manifest import Serving
 from agent.serving.answers import Refusal
+from agent.serving.scheduling.lanes import Lane
+from agent.serving.scheduling.sequences import Sequences
 from agent.serving.stats import Stats
 from runtimes.contract import Model, Placement, TensorSpec
 
@@ -44,11 +46,13 @@ class Version:
         self.labels: Mapping[str, Sequence[str]] = {}  # of the classes of some outputs
         self.serving = Serving()  # as the release wants it
         self.filename = ""
+        self.source: Any = None  # where it was loaded from, to whoever loads it again
         self.is_warm = False  # a run on zeros was made and worked
         self.placement = Placement("", "")
         self.load_s = 0.0
         self.memory_bytes = 0
         self.cost_s = FIRST_COST_S
+        self.lane = Lane(self.serving)
         self.stats = Stats()
         self.plans: dict[bytes, Any] = {}  # the protocol's: requests seen before, understood
         self._inside = 0
@@ -59,6 +63,14 @@ class Version:
         self.model = model
         self.inputs, self.outputs, self.placement = model.inputs, model.outputs, model.placement
         self.state = "READY"
+
+    def arrange(self, *, max_sequences: int, sequence_idle_s: float) -> None:
+        """How requests wait for it. Before the first one."""
+        sequences = None
+        if getattr(self.model, "stateful", False):
+            sequences = Sequences(self.name, self.number, limit=max_sequences, idle_s=sequence_idle_s)
+        self.lane = Lane(self.serving, sequences)
+        self.lane.cost_s = self.cost_s
 
     def failed(self, reason: str) -> None:
         self.state, self.reason = "UNAVAILABLE", reason
@@ -84,6 +96,8 @@ class Version:
             drained = self._empty.wait_for(lambda: self._inside == 0, timeout_s)
             model, self.model = self.model, None
         self.plans.clear()
+        if self.lane.sequences is not None and drained:
+            self.lane.sequences.close()
         if model is None:
             return
         if not drained:
@@ -95,7 +109,7 @@ class Version:
 
     def measured(self, run_s: float) -> None:
         """A moving mean; one run that the scheduler interrupted does not make a cheap model dear."""
-        self.cost_s += 0.1 * (min(run_s, 4 * self.cost_s) - self.cost_s)
+        self.cost_s = self.lane.cost_s = self.cost_s + 0.1 * (min(run_s, 4 * self.cost_s) - self.cost_s)
 
     def document(self) -> dict[str, Any]:
         placement = self.placement
@@ -146,9 +160,11 @@ class Served:
 
 
 class ModelHost:
-    """All models of this process."""
+    """All models of this process. What a version keeps for sequences is bounded by `max_sequences` and `sequence_idle_s`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_sequences: int = 64, sequence_idle_s: float = 60.0) -> None:
+        self._max_sequences = max_sequences
+        self._sequence_idle_s = sequence_idle_s
         self.models: dict[str, Served] = {}  # replaced as a whole, never changed: readers need no lock
 
     def __iter__(self) -> Iterator[Served]:
@@ -191,6 +207,7 @@ class ModelHost:
 
     def add(self, version: Version) -> None:
         """Puts a version beside the others; nothing is answered by it yet."""
+        version.arrange(max_sequences=self._max_sequences, sequence_idle_s=self._sequence_idle_s)
         served = self.models.get(version.name)
         if served is None:
             served = Served(version.name)
@@ -198,6 +215,21 @@ class ModelHost:
             self.models = {**self.models, version.name: served}
             return
         served.versions = {**served.versions, version.number: version}
+
+    def replace(self, version: Version) -> None:
+        """Puts a version in the place of the one with its number, which is drained and closed; it answers where that one did, and
+        where nothing does.
+        """
+        served = self.models.get(version.name)
+        old = served.versions.get(version.number) if served else None
+        self.add(version)
+        served = self.models[version.name]
+        if served.active is None or served.active is old:
+            served.active = version
+        if served.previous is not None and served.previous is old:
+            served.previous = None
+        if old is not None:
+            old.retire()
 
     def activate(self, name: str, number: int) -> Served:
         """One reference switch; the version that was active stays loaded as `previous`.  Raises: Refusal (404, 409)."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from agent.serving.host import Version
 from runtimes.contract import Array
+
+if TYPE_CHECKING:
+    from agent.serving.host import Version
 
 
 @dataclass(frozen=True, slots=True)

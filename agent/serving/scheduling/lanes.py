@@ -1,0 +1,115 @@
+"""The lane of one version: the jobs that wait for it, how many of its runs go on, and what may run next.
+
+Nothing here locks or looks at a clock. The rules:
+- Jobs run by priority, then by arrival. `instances` bounds how many runs go on at once.
+- A job with a key waits until `due_s` for others of its key. A batch is the first job, and those of its key that come next in
+  order, as many as fit; it is ready when it is full, has a preferred size, or one of its jobs is due.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Hashable
+
+from agent.contract.manifest import Serving
+from agent.serving.scheduling.jobs import NEVER, Job
+from agent.serving.scheduling.sequences import Sequences
+
+
+class Lane:
+    """`cost_s` is what a run takes about, kept by whoever measures it."""
+
+    def __init__(self, rules: Serving, sequences: Sequences | None = None) -> None:
+        self.rules = rules
+        self.sequences = sequences
+        self.batches = rules.max_batch_size > 1
+        self.delay_s = rules.max_delay_us / 1e6 if self.batches else 0.0
+        self.timeout_s = rules.default_timeout_us / 1e6 or None
+        self.gated = bool(rules.instances or self.delay_s) or sequences is not None
+        self.cost_s = NEVER
+        self.running = 0
+        self.waiting = 0  # those in the queue, and those of sequences whose turn has not come
+        self._queue: list[Job] = []
+        self._rows: dict[Hashable, int] = {}
+        self._due_s = NEVER
+
+    def deadline_s(self, arrived_s: float, timeout_s: float | None) -> float:
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        return NEVER if timeout_s is None else arrived_s + timeout_s
+
+    @property
+    def room(self) -> bool:
+        return not self.rules.instances or self.running < self.rules.instances
+
+    @property
+    def due_s(self) -> float:
+        """When to look at it again because of the time that passed; NEVER while a run must end first."""
+        return self._due_s if self._queue and self.room else NEVER
+
+    def put(self, job: Job, now_s: float) -> None:
+        job.due_s = now_s
+        if job.key is not None and self.delay_s:
+            job.due_s = min(now_s + self.delay_s, max(now_s, job.deadline_s - self.cost_s))
+        insort(self._queue, job)
+        self._rows[job.key] = self._rows.get(job.key, 0) + job.rows
+        self._due_s = min(self._due_s, job.due_s)
+
+    def remove(self, job: Job) -> None:
+        """Of a job that is in the queue; one of a sequence whose turn has not come is not."""
+        if job in self._queue:
+            self._queue.remove(job)
+            self._forget([job])
+
+    def ready(self, now_s: float, *, only_with_thread: bool = False) -> list[Job]:
+        """What is to run next, empty while nothing is. `only_with_thread` looks at jobs whose callers can do it themselves."""
+        if not self._queue or not self.room or (now_s < self._due_s and not self._any_full()):
+            return []
+        seen: set[Hashable] = set()
+        for job in self._queue:
+            if only_with_thread and not job.caller.has_thread:
+                continue
+            if job.key is None:
+                return [job]
+            if job.key in seen:
+                continue
+            seen.add(job.key)
+            batch, full = self._batch(job)
+            if full or any(other.due_s <= now_s for other in batch):
+                return batch
+        return []
+
+    def take(self, jobs: list[Job]) -> None:
+        """Begins a run of them."""
+        for job in jobs:
+            self._queue.remove(job)
+        self._forget(jobs)
+        self.running += 1
+
+    def _any_full(self) -> bool:
+        preferred, most = self.rules.preferred_batch_sizes, self.rules.max_batch_size
+        return any(rows >= most or rows in preferred for key, rows in self._rows.items() if key is not None)
+
+    def _batch(self, first: Job) -> tuple[list[Job], bool]:
+        """The jobs that run with `first`, and whether there is no reason to wait for more."""
+        if not self.batches:
+            return [first], True
+        jobs: list[Job] = []
+        rows, begun = 0, False
+        for job in self._queue:
+            begun = begun or job is first
+            if not begun or job.key != first.key:
+                continue
+            if rows + job.rows > self.rules.max_batch_size:
+                return jobs, True
+            jobs.append(job)
+            rows += job.rows
+        return jobs, rows == self.rules.max_batch_size or rows in self.rules.preferred_batch_sizes
+
+    def _forget(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            left = self._rows[job.key] - job.rows
+            if left:
+                self._rows[job.key] = left
+            else:
+                del self._rows[job.key]
+        self._due_s = min([job.due_s for job in self._queue], default=NEVER)

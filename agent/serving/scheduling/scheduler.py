@@ -1,0 +1,266 @@
+"""Which prediction runs next, and on which thread. It holds the one lock; it runs, sends and waits for nothing itself.
+
+The rules:
+- A version whose runs are bounded by nothing but threads is not asked about here while a thread is free: its lane stays empty.
+- `admit` lets a job run at once in the thread that brings it, together with what is gathered for the same run, or makes it wait.
+- What waits is taken by threads of the loop, as many as are free, best first: by priority, then by arrival, over all models. A caller
+  that waits in a thread of its own is granted its run there, and takes no thread of the loop.
+- A job that waits ends at its deadline, or when its caller goes. Only what waits counts for the limits of queues.
+- `next_s` is when the polling thread has to look again; `wake` gets it out of its poll when that becomes earlier.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from agent.serving.answers import Refusal
+from agent.serving.scheduling.jobs import NEVER, Job, Place
+from agent.serving.scheduling.lanes import Lane
+
+RETRY = ((b"retry-after", b"1"),)
+DEFAULT_LIMIT = 1024
+SPARE_DEADLINES = 64  # entries of jobs that wait no more; beyond it the heap is made anew
+
+Clock = Callable[[], float]
+
+
+class Scheduler:
+    """`threads` is how many of the loop's may be at long work at once, `limit` how many jobs may wait in all lanes together."""
+
+    def __init__(self, threads: int, *, limit: int = DEFAULT_LIMIT, clock: Clock = time.perf_counter) -> None:
+        self.waiting = 0
+        self.wake: Callable[[], None] = lambda: None
+        self._clock = clock
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._free = threads
+        self._chores: deque[Any] = deque()
+        self._moved_s = clock()  # when a thread last took or ended long work
+        self._lanes: dict[Lane, None] = {}  # those in which jobs wait
+        self._deadlines: list[tuple[float, int, Job]] = []  # a heap; jobs that wait no more lie in it until their time comes
+        self._next_s = NEVER
+        self._number = 0
+
+    # -- by who brings a job ---------------------------------------------------------------------------------------------------
+
+    def admit(self, job: Job, *, may_run: bool) -> list[Job]:
+        """The jobs to run now in this thread, which then calls `finished`; empty when they wait. The job itself may be among them,
+        or wait behind them.  Raises: Refusal (400 unknown sequence, 503 the queue is full).
+        """
+        with self._lock:
+            now, lane = self._clock(), job.lane
+            self._number += 1
+            job.number, job.queued_s = self._number, now
+            turn = job.demand is None or lane.sequences is None or lane.sequences.join(job, job.demand, now)
+            if turn:
+                lane.put(job, now)
+            work = lane.ready(now) if turn and may_run else []
+            if job not in work and not self._has_room(lane):
+                lane.remove(job)
+                self._release(job, now, ran=False)
+                raise Refusal(503, "Exceeds maximum queue size", headers=RETRY)
+            self._count(job)
+            if job not in work:
+                job.place = Place.WAITING
+                job.caller.parked(job)
+                if job.deadline_s != NEVER:
+                    heapq.heappush(self._deadlines, (job.deadline_s, job.number, job))
+            self._take(work)
+            if not work:
+                self._tell(min(job.due_s if turn else NEVER, job.deadline_s))
+            return work
+
+    def cancel(self, job: Job) -> bool:
+        """Its caller has gone. False when it does not wait (any more)."""
+        with self._lock:
+            if job.place is not Place.WAITING:
+                return False
+            self._drop(job, self._clock())
+            return True
+
+    # -- by who runs jobs ------------------------------------------------------------------------------------------------------
+
+    def finished(self, work: list[Job]) -> None:
+        """The run of these jobs has ended. Callers with threads are granted what can run now."""
+        with self._lock:
+            now, lane = self._clock(), work[0].lane
+            lane.running -= 1
+            for job in work:
+                job.place = Place.GONE
+                self._release(job, now)
+            if lane.waiting:
+                self._grant(lane, now)
+                if lane.ready(now):
+                    self._tell(now)
+
+    def next_for_thread(self) -> list[Job] | Any | None:
+        """What a thread of the loop does next: jobs, or a chore. None: nothing, and it is free from now on."""
+        with self._lock:
+            now = self._moved_s = self._clock()
+            if self._chores:
+                return self._chores.popleft()
+            work = self._best(now)
+            if not work:
+                self._free += 1
+                return None
+            self._take(work)
+            return work
+
+    # -- by the polling thread -------------------------------------------------------------------------------------------------
+
+    def begin(self, chore: object = None) -> bool:
+        """Whether a thread was free and is now taken. Else the chore, if there is one, waits for the next that comes free; it is
+        work other than a prediction, and goes before all jobs.
+        """
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                self._moved_s = self._clock()
+                return True
+            if chore is not None:
+                self._chores.append(chore)
+            return False
+
+    @property
+    def crowded(self) -> bool:
+        """Whether others wait, so that a thread should not go on with what only it knows of."""
+        return bool(self.waiting or self._chores)
+
+    def look(self, cheap_s: float) -> tuple[list[Job], bool]:
+        """Jobs that the polling thread should do now; and whether they are long work, for which a thread was free, or so cheap
+        (a run up to `cheap_s`) that it should do them itself.
+        """
+        with self._lock:
+            now = self._clock()
+            for lane in list(self._lanes):
+                self._grant(lane, now)
+            work = self._best(now, NEVER if self._free else cheap_s)
+            if not work:
+                self._next_s = self._when()
+                return [], False
+            self._take(work)
+            if work[0].lane.cost_s <= cheap_s:
+                return work, False
+            self._free -= 1
+            self._moved_s = now
+            return work, True
+
+    def poll_s(self, longest_s: float) -> float:
+        """How long the polling thread may poll, after it looked and found nothing."""
+        return max(0.0, min(longest_s, self._next_s - self._clock()))
+
+    def polled(self) -> None:
+        """It polls no more: whoever brings a job wakes it again."""
+        self._next_s = NEVER
+
+    def settle(self) -> None:
+        """Grants what has become ready by the passing of time to callers with threads; for where nobody polls."""
+        with self._lock:
+            now = self._clock()
+            for lane in list(self._lanes):
+                self._grant(lane, now)
+
+    def expired(self) -> list[Job]:
+        """Takes out what has waited until its deadline."""
+        if not self._deadlines or self._deadlines[0][0] > self._clock():
+            return []
+        found = []
+        with self._lock:
+            now = self._clock()
+            while self._deadlines and self._deadlines[0][0] <= now:
+                job = heapq.heappop(self._deadlines)[2]
+                if job.place is Place.WAITING:
+                    self._drop(job, now)
+                    found.append(job)
+        return found
+
+    def stuck(self, patience_s: float) -> bool:
+        """Whether something waits and no thread has come free for so long."""
+        with self._lock:
+            waits = self._chores or self.waiting
+            return bool(waits) and not self._free and self._clock() - self._moved_s > patience_s
+
+    # -- with the lock held ----------------------------------------------------------------------------------------------------
+
+    def _has_room(self, lane: Lane) -> bool:
+        return lane.waiting < lane.rules.max_queue_size and self.waiting < self._limit
+
+    def _count(self, job: Job) -> None:
+        self.waiting += 1
+        job.lane.waiting += 1
+        self._lanes[job.lane] = None
+
+    def _uncount(self, job: Job) -> None:
+        self.waiting -= 1
+        job.lane.waiting -= 1
+        if not job.lane.waiting:
+            del self._lanes[job.lane]
+        if len(self._deadlines) > SPARE_DEADLINES + 2 * self.waiting:
+            self._deadlines = [entry for entry in self._deadlines if entry[2].place is Place.WAITING]
+            heapq.heapify(self._deadlines)
+
+    def _take(self, work: list[Job]) -> None:
+        if not work:
+            return
+        work[0].lane.take(work)
+        for job in work:
+            self._uncount(job)
+            parked = job.place is Place.WAITING
+            job.place = Place.TAKEN
+            if parked:
+                job.caller.taken(job)
+
+    def _drop(self, job: Job, now: float) -> None:
+        """Out of the queue without a run."""
+        self._uncount(job)
+        job.place = Place.GONE
+        job.lane.remove(job)
+        job.caller.taken(job)
+        self._release(job, now, ran=False)
+
+    def _release(self, job: Job, now: float, *, ran: bool = True) -> None:
+        """Gives the turn in its sequence on."""
+        if job.sequence is None:
+            return
+        assert job.lane.sequences is not None
+        following = job.lane.sequences.release(job, now, ran=ran)
+        if following is not None:
+            job.lane.put(following, now)
+            self._tell(now)
+
+    def _best(self, now: float, most_s: float = NEVER) -> list[Job]:
+        """The best of what is ready, over all lanes whose runs take no more than `most_s`."""
+        best: list[Job] = []
+        for lane in self._lanes:
+            if lane.cost_s > most_s:
+                continue
+            work = lane.ready(now)
+            if work and (not best or work[0] < best[0]):
+                best = work
+        return best
+
+    def _grant(self, lane: Lane, now: float) -> None:
+        """Runs that callers can do in threads of their own: those that are next, and others while no thread of the loop is free."""
+        while work := lane.ready(now):
+            if not any(job.caller.has_thread for job in work):
+                work = [] if self._free else lane.ready(now, only_with_thread=True)
+            if not work:
+                return
+            self._take(work)
+            next(job.caller for job in work if job.caller.has_thread).granted(work)
+
+    def _when(self) -> float:
+        """When time alone changes what can be done. What only waits for a thread is looked at by the thread that comes free."""
+        now = self._clock()
+        dues = [lane.due_s for lane in self._lanes]
+        soonest = min((due for due in dues if due > now), default=NEVER)
+        return min(soonest, self._deadlines[0][0] if self._deadlines else NEVER)
+
+    def _tell(self, at_s: float) -> None:
+        if at_s < self._next_s:
+            self.wake()
