@@ -17,18 +17,22 @@ from dataclasses import dataclass
 from agent.config import AgentConfig, ServeSettings
 from agent.host import notify, peer
 from agent.host.signals import Ending
-from agent.serving import loading, selfcheck
+from agent.serving import loading, memoryroutes, selfcheck
 from agent.serving.access import AccessTable
 from agent.serving.control import Control
 from agent.serving.dataplane import Dataplane
+from agent.serving.extensions import Extensions, Repository
 from agent.serving.host import ModelHost
 from agent.serving.loading import Source
 from agent.serving.loop import Loop
+from agent.serving.memory import ClientMemory, MemoryBudget
 from agent.serving.metrics import Metrics
 from agent.serving.protocol import Protocol
 from agent.serving.routes import Route, Router
 from agent.serving.service import Service
+from agent.serving.settings import LogSettings, TraceSettings
 from agent.serving.sockets import Listeners, open_listeners
+from agent.serving.systemmemory import SystemMemory
 from agent.store import Choice, Selection, Store, StoreError
 from runtimes.contract import RuntimeFailure
 
@@ -38,7 +42,7 @@ STOP_GRACE_S = 15.0  # systemd kills after 90 s; clients have given up before
 STUCK_S = (
     300.0  # runs may take minutes; that long without a thread coming free while others wait is a hang that only a restart ends
 )
-FILES_BESIDES_CONNECTIONS = 128
+FILES_BESIDES_CONNECTIONS = 1024  # the store, engines, wake-ups, and what clients share: see memory.py and systemmemory.py
 
 Announce = Callable[[list[str]], None]  # given the loopback addresses
 
@@ -48,8 +52,12 @@ class Parts:
     """What one process serves with, before any socket or thread exists."""
 
     host: ModelHost
+    dataplane: Dataplane
     protocol: Protocol
     control: Control
+    repository: Repository
+    logs: LogSettings
+    traces: TraceSettings
     router: Router
     service: Service
 
@@ -63,8 +71,14 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
     dataplane = Dataplane(host)
     protocol = Protocol(host, dataplane)
     control = Control(host, store, engine_threads=settings.engine_threads)
-    router = Router([*protocol.routes(), *control.routes(), *Metrics(host).routes()])
-    return Parts(host, protocol, control, router, Service(dataplane, settings.max_body_bytes))
+    repository, logs, traces = Repository(control), LogSettings(), TraceSettings()
+    extensions = Extensions(host, repository, logs, traces)
+    router = Router(
+        [*protocol.routes(), *extensions.routes(), *control.routes(), *Metrics(host).routes(), *memoryroutes.routes()]
+    )
+    return Parts(
+        host, dataplane, protocol, control, repository, logs, traces, router, Service(dataplane, settings.max_body_bytes)
+    )
 
 
 def serve_store(config: AgentConfig) -> int:
@@ -117,6 +131,8 @@ def _run(
     announce: Announce | None,
 ) -> int:
     address = listeners.local
+    budget = MemoryBudget(settings.client_memory_bytes)
+    system = SystemMemory(settings.shared_memory, settings.max_body_bytes)
     loop = Loop(
         listeners.sockets,
         parts.service,
@@ -125,6 +141,7 @@ def _run(
         threads=settings.threads,
         max_body_bytes=settings.max_body_bytes,
         max_connections=settings.max_connections,
+        memory_of=lambda grant: None if grant.uid is None else ClientMemory(budget, system, grant.uid),
     )
     loop.start()
     watchdog = selfcheck.Watchdog(lambda: not loop.stuck(STUCK_S) and selfcheck.answers(address))

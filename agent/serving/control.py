@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
 import time
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,8 +18,8 @@ from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
 from agent.serving.documents import agent_version
 from agent.serving.host import ModelHost, Served, Version
-from agent.serving.routes import Kind, Request, Route
-from agent.store import Choice, Store, StoreError
+from agent.serving.routes import Handler, Kind, Request, Route
+from agent.store import Choice, Selection, Store, StoreError, hash_file
 from runtimes.contract import ModelInvalid, RuntimeUnavailable
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class Control:
         self._host = host
         self._store = store
         self._engine_threads = engine_threads
+        self._changing = threading.Lock()  # other transports than HTTP bring threads of their own
         self.instance = secrets.token_hex(8)
         self._started = time.time()
 
@@ -64,8 +67,15 @@ class Control:
         return [
             Route("GET", "/control/v1/status", Access.OBSERVE, self.status),
             Route("GET", model, Access.OBSERVE, self.model),
-            *(Route("POST", model + path, Access.CONTROL, handler, Kind.CONTROL) for path, handler in changes),
+            *(Route("POST", model + path, Access.CONTROL, self._alone(handler), Kind.CONTROL) for path, handler in changes),
         ]
+
+    def _alone(self, handler: Handler) -> Handler:
+        def handle(call: Request) -> Answer:
+            with self._changing:
+                return handler(call)
+
+        return handle
 
     def status(self, _request: Request) -> Answer:
         return json_answer({
@@ -111,6 +121,39 @@ class Control:
         served = self._host.unload(name, number)
         return _active(served) if served is not None else json_answer({"active": None, "previous": None})
 
+    # -- as the repository extension has it --------------------------------------------------------------------------------------
+
+    def load_selected(self, name: str) -> None:
+        """Makes serve what the store selects; on files, loads the file again when it changed.  Raises: Refusal."""
+        with self._changing:
+            if self._store is None:
+                self._load_file_again(name)
+                return
+            selection = self._selection(name)
+            if selection is None:
+                raise Refusal(404, f"failed to load '{name}': the store selects no release of it", code="not_found")
+            self._load(name, selection.active)
+            self._host.activate(name, selection.active.version)
+
+    def unload_all(self, name: str) -> None:
+        """Every version is drained and closed; they stay listed as unloaded.  Raises: Refusal (404)."""
+        with self._changing:
+            sources = [v.source for v in self._host.served(name).versions.values() if v.source is not None]
+            self._host.unload(name, None)
+            for source in sources:
+                self._host.add(loading.failed(source, "unloaded"))
+
+    def _load_file_again(self, name: str) -> None:
+        for old in list(self._host.served(name).versions.values()):
+            source: loading.Source = old.source
+            try:
+                source = replace(source, sha256=hash_file(source.path))
+            except (StoreError, OSError) as error:
+                raise Refusal(404, f"failed to load '{name}': {error}", code="not_found") from error
+            if old.state == "READY" and old.sha256 == source.sha256:
+                continue
+            self._host.replace(self._loaded(source))
+
     def _load(self, name: str, choice: Choice) -> Version:
         """The version, READY, beside whatever is there.  Raises: Refusal."""
         served = self._host.get(name)
@@ -125,13 +168,18 @@ class Control:
             )
         source = self._source(name, choice)
         try:
-            version = loading.load(source, threads=self._engine_threads)
-        except Exception as error:
-            refusal = _load_refusal(source, error)
+            version = self._loaded(source)
+        except Refusal as refusal:
             self._host.add(loading.failed(source, str(refusal)))
-            raise refusal from error
+            raise
         self._host.add(version)
         return version
+
+    def _loaded(self, source: loading.Source) -> Version:
+        try:
+            return loading.load(source, threads=self._engine_threads)
+        except Exception as error:
+            raise _load_refusal(source, error) from error
 
     def _source(self, name: str, choice: Choice) -> loading.Source:
         if self._store is None:
@@ -143,14 +191,17 @@ class Control:
 
     def _selected(self, name: str, number: int) -> Choice:
         """The choice of variant that the model's Selection holds for this version.  Raises: Refusal."""
-        try:
-            selection = self._store.selection(name) if self._store else None
-        except (StoreError, OSError) as error:
-            raise Refusal(409, str(error), code="not_in_store") from error
+        selection = self._selection(name)
         for choice in (selection.active, selection.previous) if selection else ():
             if choice is not None and choice.version == number:
                 return choice
         raise Refusal(409, f"model {name!r} version {number} is neither loaded nor selected in the store", code="not_in_store")
+
+    def _selection(self, name: str) -> Selection | None:
+        try:
+            return self._store.selection(name) if self._store else None
+        except (StoreError, OSError) as error:
+            raise Refusal(409, str(error), code="not_in_store") from error
 
 
 def _load_refusal(source: loading.Source, error: Exception) -> Refusal:

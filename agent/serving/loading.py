@@ -67,6 +67,7 @@ def load(source: Source, *, threads: int) -> Version:
     threads = int(source.options.get("threads", threads))
     model = runtime.load(source.path, LoadOptions(threads=threads, extra=source.options))
     version = Version(source.name, source.version, source.variant or runtime.name, source.sha256, runtime.name)
+    version.source = source
     version.serving = source.serving
     version.filename = source.filename or source.path.name
     version.labels = {output: _read_labels(version, output, path) for output, path in source.labels.items()}
@@ -99,6 +100,7 @@ def _read_labels(version: Version, output: str, path: Path) -> tuple[str, ...]:
 def failed(source: Source, reason: str) -> Version:
     """A version that could not be loaded, to be listed with its reason."""
     version = Version(source.name, source.version, source.variant, source.sha256, source.runtime)
+    version.source = source
     version.failed(reason)
     return version
 
