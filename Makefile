@@ -4,6 +4,7 @@ export ORT_TELEMETRY_DISABLED = 1
 
 PYTHON ?= python3
 VENV := .venv
+CACHE := .cache
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 SOURCES := agent runtimes fleet_server tests benchmarks examples docs
@@ -12,14 +13,14 @@ SOURCES := agent runtimes fleet_server tests benchmarks examples docs
 
 .PHONY: help
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1mmake %-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(VENV)/.demo mosquitto ## the whole story on this machine (ARGS=--once ends by itself, ARGS=--stay keeps it running)
 	@$(BIN)/python examples/demo $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.dev test-packages ## every test (ARGS="-k name" for some)
+test: $(VENV)/.dev test-packages $(CACHE)/onnx-node-tests/.done ## every test (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: check
@@ -37,6 +38,10 @@ format: $(VENV)/.dev ## format the code and apply safe fixes
 .PHONY: bench
 bench: $(VENV)/.dev ## speed beside a raw socket and the engine alone, in one run (ARGS=--quick)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: $(VENV)/.dev ## the same models behind other servers from PyPI, in one run (installs them; takes some minutes)
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 .PHONY: docs
 docs: $(VENV)/.dev ## write the generated reference pages in docs/reference
@@ -69,6 +74,16 @@ $(VENV)/.dev: requirements/dev.lock pyproject.toml | $(VENV)/bin/python
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@ $(VENV)/.demo
 
+# The wheel is opened for its test data, never installed.
+$(CACHE)/onnx-node-tests/.done: requirements/onnx-node-tests.txt | $(VENV)/bin/python
+	@echo "fetching the ONNX operator tests …"
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --platform manylinux_2_17_x86_64 \
+	  --python-version 3.11 --require-hashes -r $< -d $(@D)
+	@$(BIN)/python -m zipfile -e $(@D)/onnx-1.16.2-*.whl $(@D)/wheel
+	@mv $(@D)/wheel/onnx/backend/test/data/node $(@D)/node && rm -rf $(@D)/wheel $(@D)/*.whl
+	@touch $@
+
 # A program from Debian's packages, installed only when it is missing. $(1): the program, $(2): the package.
 define need
 	@PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v $(1) >/dev/null || { \
@@ -86,3 +101,5 @@ test-packages: mosquitto
 	$(call need,curl,curl)
 	$(call need,systemd-nspawn,systemd-container)
 	$(call need,chromium,chromium)
+	$(call need,node,nodejs)
+	$(call need,cc,gcc libc6-dev)

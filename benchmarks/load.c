@@ -1,13 +1,16 @@
 /* The two ends of a measurement, without an interpreter in the way.
  *
  *   load echo SOCKET REQUEST_BYTES REPLY_BYTES      answers every REQUEST_BYTES with REPLY_BYTES, for ever
- *   load drive SOCKET REQUEST_FILE KIND CLIENTS SECONDS
- *        CLIENTS threads, each with one connection, send the file's bytes and wait for the answer, again and again.
+ *   load drive ADDRESS REQUEST_FILE KIND CLIENTS SECONDS
+ *        ADDRESS is the path of a Unix socket, or 127.0.0.1:PORT. CLIENTS threads, each with one connection, send the file's bytes and wait for the answer, again and again.
  *        KIND is `http` (status 200 and the whole Content-Length) or a number of bytes.
  *        Prints JSON: answers, failures, seconds, and the latencies' percentiles in microseconds.
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -87,7 +90,8 @@ static int echo(const char *path) {
 
 /* ---- drive ---- */
 
-static struct sockaddr_un target;
+static struct sockaddr_storage target;
+static socklen_t target_size;
 static char *request;
 static size_t request_size, reply_size; /* 0: HTTP */
 static double start_s, end_s;
@@ -98,6 +102,17 @@ struct client {
   size_t count, room;
   long failures;
 };
+
+/* A body in chunks ends with an empty one. */
+static int receive_chunks(int fd, char **room, size_t *room_size, size_t have) {
+  while (have < 7 || memcmp(*room + have - 7, "\r\n0\r\n\r\n", 7) != 0) {
+    if (have + 1 >= *room_size) *room = realloc(*room, *room_size *= 2);
+    ssize_t got = recv(fd, *room + have, *room_size - have - 1, 0);
+    if (got <= 0) return 0;
+    have += (size_t)got;
+  }
+  return 1;
+}
 
 /* One HTTP answer into `room`, which grows. 0 when the connection broke or the status is not 200. */
 static int receive_http(int fd, char **room, size_t *room_size) {
@@ -112,7 +127,9 @@ static int receive_http(int fd, char **room, size_t *room_size) {
     end = strstr(*room, "\r\n\r\n");
   }
   size_t head = (size_t)(end - *room) + 4;
-  char *field = strcasestr(*room, "\r\ncontent-length:");
+  char *field = strcasestr(*room, "\r\ntransfer-encoding: chunked");
+  if (field && field < end) return strncmp(*room, "HTTP/1.1 200 ", 13) == 0 && receive_chunks(fd, room, room_size, have);
+  field = strcasestr(*room, "\r\ncontent-length:");
   size_t size = head + (field && field < end ? strtoul(field + 17, NULL, 10) : 0);
   int ok = strncmp(*room, "HTTP/1.1 200 ", 13) == 0;
   if (size + 1 > *room_size) {
@@ -138,9 +155,11 @@ static void *drive_one(void *argument) {
   for (;;) {
     if (fd < 0) {
       struct timeval limit = {.tv_sec = 10};
-      fd = socket(AF_UNIX, SOCK_STREAM, 0);
+      int at_once = 1;
+      fd = socket(target.ss_family, SOCK_STREAM, 0);
       setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
-      if (connect(fd, (struct sockaddr *)&target, sizeof target)) {
+      if (target.ss_family == AF_INET) setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &at_once, sizeof at_once);
+      if (connect(fd, (struct sockaddr *)&target, target_size)) {
         close(fd);
         fd = -1;
         client->failures++;
@@ -168,6 +187,18 @@ static void *drive_one(void *argument) {
 static int ascending(const void *a, const void *b) {
   float x = *(const float *)a, y = *(const float *)b;
   return (x > y) - (x < y);
+}
+
+static void aim(const char *address) {
+  const char *colon = strrchr(address, ':');
+  if (colon == NULL || strchr(address, '/')) {
+    struct sockaddr_un local = address_of(address);
+    memcpy(&target, &local, target_size = sizeof local);
+    return;
+  }
+  struct sockaddr_in loopback = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(colon + 1))};
+  loopback.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  memcpy(&target, &loopback, target_size = sizeof loopback);
 }
 
 static void read_request(const char *path) {
@@ -215,7 +246,7 @@ int main(int count, char **words) {
     return echo(words[2]);
   }
   if (count == 7 && strcmp(words[1], "drive") == 0) {
-    target = address_of(words[2]);
+    aim(words[2]);
     read_request(words[3]);
     return drive(words[4], atoi(words[5]), atof(words[6]));
   }
