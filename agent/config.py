@@ -51,6 +51,12 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     """What whoever connects to that port may do: nothing vouches for who it is."""
     http_origins: tuple[str, ...] = ()
     """Web pages that may ask there from a browser, such as http://localhost:3000. Others are refused."""
+    grpc_socket: Path | None = None
+    """Where gRPC clients connect; nothing listens when it is not set. Needs the `grpc` extra."""
+    grpc_socket_mode: int = 0o660
+    """Who may connect for gRPC: it hides which user that is, so all of them have `grpc_access`. YAML reads 0o660."""
+    grpc_access: AccessClass = "observe"
+    """What everyone on the gRPC socket may do."""
     threads: int = 3
     """Threads that take turns at the socket. More help when many slow models run at once."""
     engine_threads: int = 1

@@ -50,6 +50,7 @@ def serve(config: Path | None, *, verbose: bool) -> None:
     "--socket", "socket_path", type=click.Path(path_type=Path), help="Where to listen  [default: in $XDG_RUNTIME_DIR]"
 )
 @click.option("--http", "http_listen", metavar="ADDRESS:PORT", help="A loopback port besides, such as 127.0.0.1:8000 (0: any).")
+@click.option("--grpc-socket", type=click.Path(path_type=Path), help="A socket for gRPC besides.")
 @click.option("--threads", default=3, show_default=True, type=click.IntRange(1, 64), help="Threads that answer requests.")
 @click.option("--engine-threads", default=1, show_default=True, type=click.IntRange(0, 64), help="Threads of one run.")
 @click.option("--verbose", is_flag=True, help="Log what is loaded.")
@@ -57,6 +58,7 @@ def run(
     files: tuple[str, ...],
     socket_path: Path | None,
     http_listen: str | None,
+    grpc_socket: Path | None,
     threads: int,
     engine_threads: int,
     *,
@@ -73,18 +75,25 @@ def run(
       edge-agent run small=mobilenet_025.tflite large=mobilenet_075.tflite
     """
     _prepare(verbose=verbose)
-    from agent.config import ServeSettings
+    from agent.config import ConfigError, ServeSettings
     from agent.serving.app import serve_files
     from agent.serving.sockets import SocketError
 
     path = (socket_path or default_run_socket()).absolute()
     settings = ServeSettings(
-        socket=path, socket_mode=0o600, http_listen=http_listen or "", threads=threads, engine_threads=engine_threads
+        socket=path,
+        socket_mode=0o600,
+        http_listen=http_listen or "",
+        grpc_socket=grpc_socket.absolute() if grpc_socket else None,
+        grpc_socket_mode=0o600,
+        grpc_access="control",
+        threads=threads,
+        engine_threads=engine_threads,
     )
     sources = _sources(files)
     try:
         sys.exit(serve_files(sources, settings, lambda host, http: _announce(host, path, http)))
-    except SocketError as error:
+    except (ConfigError, SocketError) as error:
         fail(error)
 
 

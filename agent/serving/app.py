@@ -13,8 +13,9 @@ import resource
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from agent.config import AgentConfig, ServeSettings
+from agent.config import AgentConfig, ConfigError, ServeSettings
 from agent.host import notify, peer
 from agent.host.signals import Ending
 from agent.serving import loading, memoryroutes, selfcheck
@@ -35,6 +36,9 @@ from agent.serving.sockets import Listeners, open_listeners
 from agent.serving.systemmemory import SystemMemory
 from agent.store import Choice, Selection, Store, StoreError
 from runtimes.contract import RuntimeFailure
+
+if TYPE_CHECKING:
+    from agent.serving.grpc.server import GrpcServer
 
 log = logging.getLogger(__name__)
 
@@ -110,14 +114,18 @@ def _serve(parts: Parts, settings: ServeSettings, load: Callable[[], None], anno
     _allow_files(settings.max_connections + FILES_BESIDES_CONNECTIONS)
     with Ending() as end:
         listeners = open_listeners(settings.socket, settings.socket_mode, settings.http_listen)
+        rpc = None
         try:
+            rpc = _grpc(parts, settings)
             load()
             if end.is_set():
                 return 0
             if announce is not None and not any(served.active for served in parts.host):
                 return 1  # started by hand on files of which none can be served; each was logged with its reason
-            return _run(parts, settings, table, listeners, end, announce)
+            return _run(parts, settings, table, listeners, rpc, end, announce)
         finally:
+            if rpc is not None:
+                rpc.stop(0.0)
             parts.host.close()
             listeners.close()
 
@@ -127,6 +135,7 @@ def _run(
     settings: ServeSettings,
     table: AccessTable,
     listeners: Listeners,
+    rpc: GrpcServer | None,
     end: Ending,
     announce: Announce | None,
 ) -> int:
@@ -150,6 +159,8 @@ def _run(
         if not selfcheck.answers(address):
             log.error("the server does not answer on its own socket %r", address)
             return 1
+        if rpc is not None:
+            rpc.start()
         if announce is not None:
             announce(listeners.http)
         for http in listeners.http:
@@ -162,9 +173,24 @@ def _run(
         notify.notify("STOPPING=1")
         parts.protocol.is_ready = False
         watchdog.stop()
+        if rpc is not None:
+            rpc.stop(STOP_GRACE_S)
         if not loop.stop(STOP_GRACE_S):
             log.error("requests were still running after %.0f s; they are cut off", STOP_GRACE_S)
             os._exit(1)  # a thread inside an engine cannot be ended in any other way
+
+
+def _grpc(parts: Parts, settings: ServeSettings) -> GrpcServer | None:
+    """The gRPC server, bound and not yet started. Its libraries are loaded only when it is wanted.  Raises: ConfigError, SocketError."""
+    if settings.grpc_socket is None:
+        return None
+    try:
+        from agent.serving.grpc.server import build
+    except ImportError as error:
+        raise ConfigError(
+            f"gRPC needs a package that is not installed ({error}): pip install 'edge-inference-agent[grpc]'"
+        ) from error
+    return build(parts, settings)
 
 
 def load_selections(host: ModelHost, store: Store, threads: int) -> None:

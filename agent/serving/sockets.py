@@ -128,7 +128,7 @@ def _bind(path: Path, mode: int) -> socket.socket:
         raise SocketError(
             f"socket path {str(path)!r} is longer than the {MAX_PATH_BYTES} bytes that Linux allows: choose a shorter one"
         )
-    _make_way(path)
+    make_way(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     before = os.umask(0o777 & ~mode)
     try:
@@ -142,7 +142,7 @@ def _bind(path: Path, mode: int) -> socket.socket:
     return sock
 
 
-def _make_way(path: Path) -> None:
+def make_way(path: Path) -> None:
     """Removes the socket that a killed server left behind.  Raises: SocketError."""
     try:
         kind = path.lstat().st_mode

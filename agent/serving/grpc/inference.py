@@ -1,0 +1,194 @@
+"""An inference request over gRPC as arrays and a Demand, and the way back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from agent.serving import classification, tensors
+from agent.serving.answers import Refusal
+from agent.serving.checks import check_input, check_size, refuse_input, refuse_missing, refuse_output
+from agent.serving.dataplane import Dataplane
+from agent.serving.grpc.messages import ModelInferResponse
+from agent.serving.host import ModelHost, Version
+from agent.serving.inference import Demand
+from agent.serving.parameters import (
+    OutputRule,
+    Place,
+    check_reserved,
+    output_rule,
+    place_of,
+    priority_of,
+    sequence_of,
+    timeout_of,
+)
+from agent.serving.protocol import VERSION
+from agent.serving.regions import Regions
+from runtimes.contract import Array, TensorSpec
+
+EMPTY_FINAL = "triton_enable_empty_final_response"
+NO_SHARED_MEMORY = "Client shared memory is disabled: send the tensor's bytes instead"
+CONTENTS = {
+    "BOOL": "bool_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
+    "UINT64": "uint64_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
+    "INT64": "int64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
+}  # fmt: skip
+_VERSION = re.compile(VERSION)
+
+
+def parameters_of(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values of a map of parameters."""
+    found: dict[str, Any] = {}
+    for name, value in message.items():
+        kind = value.WhichOneof("parameter_choice")
+        found[name] = getattr(value, kind) if kind else None
+    return found
+
+
+def version_of(text: str) -> str | None:
+    """What to look the version up by; None when it is not said.  Raises: Refusal (404)."""
+    if not text:
+        return None
+    if not _VERSION.fullmatch(text):
+        raise Refusal(404, f"version '{text}' is not found: expected a number, stable, candidate or previous")
+    return text
+
+
+class Inference:
+    """One call of `infer` is one prediction; any number of threads may make it."""
+
+    def __init__(self, host: ModelHost, dataplane: Dataplane, regions: Regions | None = None) -> None:
+        self._host = host
+        self._dataplane = dataplane
+        self._regions = regions
+
+    def infer(self, request: Any, arrived_s: float, deadline_s: float | None, alive: Callable[[], bool]) -> Any:
+        """The answer to a ModelInferRequest that has `deadline_s` seconds left.  Raises: Refusal."""
+        wanted = version_of(request.model_version)
+        version = self._host.look(request.model_name, wanted)
+        if version.state != "READY":
+            self._host.enter(version.name, wanted).leave()
+        parameters = parameters_of(request.parameters)
+        parameters.pop(EMPTY_FINAL, None)
+        check_reserved(parameters)
+        feeds = self._feeds(request, version)
+        specs, rules = _outputs(request, version)
+        self._check_places(rules)
+        timeout = timeout_of(parameters)
+        if deadline_s is not None:
+            timeout = deadline_s if timeout is None else min(timeout, deadline_s)
+        demand = Demand(
+            [spec.name for spec in specs] if request.outputs else None,
+            priority_of(parameters),
+            timeout,
+            sequence_of(parameters),
+            arrived_s,
+        )
+        result = self._dataplane.predict(request.model_name, wanted, feeds, demand, alive)
+        answer = ModelInferResponse(model_name=version.name, model_version=str(result.version.number), id=request.id)
+        for spec, rule, array in zip(specs, rules, result.arrays, strict=True):
+            self._put(answer, spec, rule, array, result.version.labels)
+        return answer
+
+    def _feeds(self, request: Any, version: Version) -> dict[str, Array]:
+        specs = {spec.name: spec for spec in version.inputs}
+        feeds: dict[str, Array] = {}
+        raw = iter(request.raw_input_contents)
+        for given in request.inputs:
+            spec = specs.pop(given.name, None)
+            if spec is None:
+                refuse_input(given.name, version.name, version.inputs)
+            shape = tuple(given.shape)
+            check_input(given.name, given.datatype, shape, spec, version.name)
+            place = place_of(parameters_of(given.parameters), given.name)
+            if place is not None:
+                check_size(given.name, place.size, shape, spec, version.name)
+                feeds[given.name] = tensors.from_memory(spec, shape, self._view(place))
+            elif request.raw_input_contents:
+                if given.HasField("contents"):
+                    raise Refusal(400, f"contents field must not be specified when using raw_input_contents for '{given.name}'")
+                feeds[given.name] = _from_raw(next(raw, None), shape, spec, version.name)
+            else:
+                feeds[given.name] = _from_contents(given, shape, spec)
+        if specs:
+            refuse_missing(specs, len(request.inputs), version.name, version.inputs)
+        if next(raw, None) is not None:
+            raise Refusal(
+                400, f"raw_input_contents has more entries than model '{version.name}' has inputs outside shared memory"
+            )
+        return feeds
+
+    def _view(self, place: Place) -> memoryview:
+        return self._offered().view(place.region, place.offset, place.size)
+
+    def _offered(self) -> Regions:
+        if self._regions is None:
+            raise Refusal(501, NO_SHARED_MEMORY)
+        return self._regions
+
+    def _check_places(self, rules: Sequence[OutputRule | None]) -> None:
+        for rule in rules:
+            if rule is not None and rule.place is not None:
+                self._offered().check(rule.place.region, rule.place.offset, rule.place.size)
+
+    def _put(
+        self, answer: Any, spec: TensorSpec, rule: OutputRule | None, array: Array, labels: Mapping[str, Sequence[str]]
+    ) -> None:
+        datatype = spec.datatype
+        if rule is not None and rule.classes:
+            array, datatype = classification.classify(array, spec, rule.classes, labels.get(spec.name, ())), "BYTES"
+        output = answer.outputs.add(name=spec.name, datatype=datatype, shape=array.shape)
+        data = tensors.write_bytes(array) if datatype == "BYTES" else array.tobytes()
+        if rule is not None and rule.place is not None:
+            self._offered().store(rule.place.region, rule.place.offset, rule.place.size, data)
+            output.parameters["shared_memory_region"].string_param = rule.place.region
+            output.parameters["shared_memory_byte_size"].int64_param = len(data)
+            data = b""  # clients find the others by position
+        answer.raw_output_contents.append(data)
+
+
+def _outputs(request: Any, version: Version) -> tuple[Sequence[TensorSpec], Sequence[OutputRule | None]]:
+    if not request.outputs:
+        return version.outputs, (None,) * len(version.outputs)
+    specs = {spec.name: spec for spec in version.outputs}
+    chosen, rules = [], []
+    for wanted in request.outputs:
+        spec = specs.pop(wanted.name, None)
+        if spec is None:
+            refuse_output(wanted.name, version.name, version.outputs)
+        rule = output_rule(parameters_of(wanted.parameters), wanted.name)
+        if rule is not None and rule.classes:
+            classification.check(spec)
+        chosen.append(spec)
+        rules.append(rule)
+    return chosen, rules
+
+
+def _from_raw(data: bytes | None, shape: tuple[int, ...], spec: TensorSpec, model: str) -> Array:
+    if data is None:
+        raise Refusal(400, f"raw_input_contents has no entry for input '{spec.name}'")
+    check_size(spec.name, len(data), shape, spec, model)
+    return tensors.from_memory(spec, shape, memoryview(data))
+
+
+def _from_contents(given: Any, shape: tuple[int, ...], spec: TensorSpec) -> Array:
+    field = CONTENTS.get(spec.datatype)
+    if field is None:
+        raise Refusal(400, f"{spec.datatype} of input '{spec.name}' can only be sent in raw_input_contents")
+    others = [other.name for other, _ in given.contents.ListFields() if other.name != field]
+    if others:
+        raise Refusal(400, f"input '{spec.name}' is {spec.datatype}: its values belong in {field}, not in {others[0]}")
+    values = getattr(given.contents, field)
+    count = int(np.prod(shape, dtype=object))
+    if len(values) != count:
+        raise Refusal(400, f"input '{spec.name}' has {len(values)} elements in {field}, its shape needs {count}")
+    if spec.dtype.kind in "iu" and count:
+        limits = np.iinfo(spec.dtype)
+        if min(values) < limits.min or max(values) > limits.max:
+            raise Refusal(400, f"input '{spec.name}' has a value that does not fit {spec.datatype}")
+    array: Array = np.empty(count, spec.dtype)
+    array[:] = list(values)
+    return array.reshape(shape)

@@ -1,0 +1,334 @@
+"""gRPC as its stock client speaks it, over its own Unix socket. The server is a process, as the two define the same messages."""
+
+import queue
+import socket
+import stat
+import subprocess
+import sys
+import threading
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from onnx import TensorProto
+from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+
+from agent.serving.grpc import compile as protos
+from agent.serving.grpc.messages import HEALTH, classes_of
+from tests.serving import onnx_models
+from tests.serving.stand import DEADLINE_S, Server
+
+X = np.arange(4, dtype=np.float32).reshape(1, 4)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpc")
+    models = folder / "models"
+    models.mkdir()
+    onnx_models.scale(models / "scale.onnx", 3.0)
+    onnx_models.pair(models / "pair.onnx")
+    for name, kind in KINDS.items():
+        onnx_models.identity(models / f"same-{name.lower()}.onnx", kind)
+    made = Server(folder, "run", models, "--socket", folder / "s.sock", "--grpc-socket", folder / "g.sock").start()
+    yield made
+    assert made.stop() == 0
+    assert not (folder / "g.sock").exists()
+
+
+KINDS = {
+    "BOOL": TensorProto.BOOL, "UINT8": TensorProto.UINT8, "UINT16": TensorProto.UINT16, "UINT32": TensorProto.UINT32,
+    "UINT64": TensorProto.UINT64, "INT8": TensorProto.INT8, "INT16": TensorProto.INT16, "INT32": TensorProto.INT32,
+    "INT64": TensorProto.INT64, "FP16": TensorProto.FLOAT16, "FP32": TensorProto.FLOAT, "FP64": TensorProto.DOUBLE,
+    "BF16": TensorProto.BFLOAT16, "BYTES": TensorProto.STRING,
+}  # fmt: skip
+
+
+@pytest.fixture
+def client(server):
+    with triton.InferenceServerClient(f"unix:{server.folder / 'g.sock'}") as made:
+        yield made
+
+
+def given(name, array, datatype):
+    tensor = triton.InferInput(name, list(array.shape), datatype)
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def refused(status, text, call, *arguments, **options):
+    with pytest.raises(InferenceServerException, match=text) as error:
+        call(*arguments, **options)
+    assert error.value.status() == f"StatusCode.{status}", error.value
+
+
+def test_health_and_metadata(client):
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("scale")
+    assert client.is_model_ready("scale", "1")
+    refused("NOT_FOUND", "unknown model: 'none'", client.is_model_ready, "none")
+    server = client.get_server_metadata(as_json=True)
+    assert server["name"] == "edge-agent"
+    assert "classification" in server["extensions"]
+    model = client.get_model_metadata("scale", as_json=True)
+    assert (model["name"], model["versions"], model["inputs"][0]["shape"]) == ("scale", ["1"], ["-1", "4"])
+    config = client.get_model_config("scale").config
+    assert (config.name, config.backend, config.input[0].data_type, list(config.input[0].dims)) == (
+        "scale",
+        "onnx",
+        11,
+        [-1, 4],
+    )
+    assert config.instance_group[0].count == 1
+    assert list(config.version_policy.specific.versions) == [1]
+
+
+@pytest.mark.parametrize("datatype", KINDS)
+def test_every_datatype_goes_through(client, datatype):
+    if datatype == "BYTES":
+        array = np.array([b"a", "é".encode(), b""], np.object_)
+    elif datatype == "BF16":
+        ml_dtypes = pytest.importorskip("ml_dtypes")
+        array = np.array([1.5, -2.0, np.inf], ml_dtypes.bfloat16)
+    else:
+        array = np.array([0, 1, 1], triton_to_np_dtype(datatype))
+    model = f"same-{datatype.lower()}"
+    result = client.infer(model, [given("x", array, datatype)], request_id="r-1")
+    assert result.as_numpy("y").tolist() == array.tolist()
+    assert result.get_response().id == "r-1"
+    assert result.get_response().model_version == "1"
+
+
+def test_outputs_are_chosen_and_classified(client):
+    a, b = np.array([5, 6]), np.array([1, 9])
+    inputs = [given("a", a, "INT64"), given("b", b, "INT64")]
+    result = client.infer("pair", inputs, outputs=[triton.InferRequestedOutput("difference")])
+    assert result.as_numpy("difference").tolist() == [4, -3]
+    assert result.as_numpy("total") is None
+    best = client.infer("pair", inputs, outputs=[triton.InferRequestedOutput("total", class_count=1)])
+    assert best.as_numpy("total").tolist() == [b"15:1"]
+
+
+def test_what_is_wrong_is_said_with_its_status(client):
+    x = [given("x", X, "FP32")]
+    refused("NOT_FOUND", "unknown model: 'none' is not found", client.infer, "none", x)
+    refused("NOT_FOUND", "version 9 is not found", client.infer, "scale", x, model_version="9")
+    refused("NOT_FOUND", "version 'x' is not found", client.infer, "scale", x, model_version="x")
+    refused("INVALID_ARGUMENT", "unexpected inference input 'z'", client.infer, "scale", [given("z", X, "FP32")])
+    refused("INVALID_ARGUMENT", r"Expected \[-1,4\], got \[1,3\]", client.infer, "scale", [given("x", X[:, :3], "FP32")])
+    refused("INVALID_ARGUMENT", "expects 'FP32'", client.infer, "scale", [given("x", X.astype(np.int64), "INT64")])
+    refused("INVALID_ARGUMENT", "'q' for model 'scale'", client.infer, "scale", x, outputs=[triton.InferRequestedOutput("q")])
+    refused("INVALID_ARGUMENT", "is missing", client.infer, "pair", [given("a", np.array([1]), "INT64")])
+    assert np.array_equal(client.infer("scale", x, parameters={"custom": "x"}).as_numpy("y"), 3 * X)
+    assert np.array_equal(client.infer("scale", x, priority=1, timeout=10_000_000).as_numpy("y"), 3 * X)
+    assert np.array_equal(client.infer("scale", x, model_version="stable").as_numpy("y"), 3 * X)
+    refused("UNAVAILABLE", "timeout expired", client.infer, "scale", x, timeout=1)
+
+
+def test_repository_statistics_and_settings(client):
+    assert "scale" in [model.name for model in client.get_model_repository_index().models]
+    client.unload_model("pair")
+    states = {model.name: (model.state, model.reason) for model in client.get_model_repository_index().models}
+    assert states["pair"] == ("UNAVAILABLE", "unloaded")
+    client.load_model("pair")
+    assert client.is_model_ready("pair")
+    refused("UNIMPLEMENTED", "files and settings of its release", client.load_model, "pair", config="{}")
+    refused("NOT_FOUND", "'none' is not found", client.load_model, "none")
+    client.infer("scale", [given("x", X, "FP32")])
+    (statistics,) = client.get_inference_statistics("scale").model_stats
+    assert statistics.inference_count >= 1
+    assert statistics.inference_stats.success.count == statistics.inference_count
+    assert statistics.inference_stats.success.ns > 0
+    assert len(client.get_inference_statistics().model_stats) == 2 + len(KINDS)
+    assert client.get_log_settings(as_json=True)["settings"]["log_error"] == {"bool_param": True}
+    assert client.update_log_settings({"log_verbose_level": 1}).settings["log_verbose_level"].uint32_param == 1
+    client.update_log_settings({"log_verbose_level": 0})
+    refused("UNIMPLEMENTED", "log_file cannot be set", client.update_log_settings, {"log_file": "x"})
+    assert list(client.get_trace_settings("scale").settings["trace_level"].value) == ["OFF"]
+    assert client.update_trace_settings(settings={"trace_level": ["OFF"], "trace_rate": None}).settings["trace_rate"].value
+    refused("UNIMPLEMENTED", "does not trace", client.update_trace_settings, settings={"trace_level": ["TIMESTAMPS"]})
+    refused("UNIMPLEMENTED", "memory of a GPU", client.get_cuda_shared_memory_status)
+    refused("UNIMPLEMENTED", "memory of a GPU", client.unregister_cuda_shared_memory)
+
+
+def test_a_stream_goes_on_after_an_error(client):
+    answers = queue.Queue()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    for model, array in (("scale", X), ("none", X), ("scale", 2 * X)):
+        client.async_stream_infer(model, [given("x", array, "FP32")], enable_empty_final_response=True, request_id=model)
+    first, second, third = (answers.get(timeout=DEADLINE_S) for _ in range(3))
+    client.stop_stream()
+    assert np.array_equal(first[0].as_numpy("y"), 3 * X)
+    assert first[0].get_response().parameters["triton_final_response"].bool_param
+    assert second[0] is None
+    assert "'none' is not found" in str(second[1])
+    assert np.array_equal(third[0].as_numpy("y"), 6 * X)
+
+
+def test_a_stream_may_want_real_status_codes(server):
+    with triton.InferenceServerClient(f"unix:{server.folder / 'g.sock'}") as client:
+        answers = queue.Queue()
+        client.start_stream(lambda result, error: answers.put((result, error)), headers={"triton_grpc_error": "true"})
+        client.async_stream_infer("none", [given("x", X, "FP32")])
+        _, error = answers.get(timeout=DEADLINE_S)
+        assert error.status() == "StatusCode.NOT_FOUND"
+        client.stop_stream()
+
+
+def test_typed_contents_as_clients_without_raw_bytes_send_them(server):
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    def ask(model, datatype, **contents):
+        request = service_pb2.ModelInferRequest(model_name=model)
+        tensor = request.inputs.add(name="x", datatype=datatype, shape=[2])
+        for field, values in contents.items():
+            getattr(tensor.contents, field).extend(values)
+        return stub.ModelInfer(request, timeout=DEADLINE_S).raw_output_contents[0]
+
+    with grpc.insecure_channel(f"unix:{server.folder / 'g.sock'}") as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        assert ask("same-int8", "INT8", int_contents=[-1, 5]) == b"\xff\x05"
+        assert ask("same-bool", "BOOL", bool_contents=[True, False]) == b"\1\0"
+        assert ask("same-fp32", "FP32", fp32_contents=[1.5, 2]) == np.array([1.5, 2], np.float32).tobytes()
+        assert ask("same-uint64", "UINT64", uint64_contents=[2**64 - 1, 0]) == np.array([2**64 - 1, 0], np.uint64).tobytes()
+        assert ask("same-bytes", "BYTES", bytes_contents=[b"a", b""]) == b"\1\0\0\0a\0\0\0\0"
+        for model, datatype, contents, text in (
+            ("same-int8", "INT8", {"int_contents": [200, 0]}, "does not fit INT8"),
+            ("same-int8", "INT8", {"int64_contents": [1, 0]}, "values belong in int_contents, not in int64_contents"),
+            ("same-int8", "INT8", {"int_contents": [1]}, "has 1 elements in int_contents, its shape needs 2"),
+            ("same-fp16", "FP16", {"fp32_contents": [1, 2]}, "can only be sent in raw_input_contents"),
+        ):
+            with pytest.raises(grpc.RpcError, match=text):
+                ask(model, datatype, **contents)
+        request = service_pb2.ModelInferRequest(model_name="same-int8", raw_input_contents=[b"\1\2"])
+        request.inputs.add(name="x", datatype="INT8", shape=[2]).contents.int_contents.extend([1, 2])
+        with pytest.raises(grpc.RpcError, match="contents field must not be specified when using raw_input_contents for 'x'"):
+            stub.ModelInfer(request, timeout=DEADLINE_S)
+        request = service_pb2.ModelInferRequest(model_name="same-int8", raw_input_contents=[b"\1\2", b"\1"])
+        request.inputs.add(name="x", datatype="INT8", shape=[2])
+        with pytest.raises(grpc.RpcError, match="more entries than"):
+            stub.ModelInfer(request, timeout=DEADLINE_S)
+
+
+def test_the_health_protocol(server):
+    asked, answered = classes_of(HEALTH.methods_by_name["Check"])
+    with grpc.insecure_channel(f"unix:{server.folder / 'g.sock'}") as channel:
+        check = channel.unary_unary("/grpc.health.v1.Health/Check", asked.SerializeToString, answered.FromString)
+        for service in ("", "inference.GRPCInferenceService"):
+            assert check(asked(service=service), timeout=DEADLINE_S).status == 1
+        with pytest.raises(grpc.RpcError) as error:
+            check(asked(service="other"), timeout=DEADLINE_S)
+        assert error.value.code() is grpc.StatusCode.NOT_FOUND
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch", asked.SerializeToString, answered.FromString)
+        call = watch(asked(), timeout=DEADLINE_S)
+        assert next(call).status == 1
+        call.cancel()
+        assert next(watch(asked(service="other"), timeout=DEADLINE_S)).status == 3
+
+
+def test_a_call_out_of_time_is_not_answered_late(serve_files, tmp_path):
+    slow = onnx_models.slow(tmp_path / "slow.onnx", rounds=4)
+    serve_files(slow, options=("--grpc-socket", tmp_path / "g.sock"))
+    with triton.InferenceServerClient(f"unix:{tmp_path / 'g.sock'}") as client:
+        x = [given("x", np.zeros(1, np.float32), "FP32")]
+        refused("DEADLINE_EXCEEDED", "Deadline", client.infer, "slow", x, client_timeout=0.01)
+        assert client.infer("slow", x).as_numpy("y").shape == ()
+
+
+def test_the_socket_has_its_mode_and_one_class_for_all(device, tmp_path):
+    device.server(grpc_socket=str(tmp_path / "g.sock"), grpc_socket_mode=0o640, grpc_access="predict").start()
+    path = tmp_path / "g.sock"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    with triton.InferenceServerClient(f"unix:{path}") as client:
+        assert np.array_equal(client.infer("scale", [given("x", X, "FP32")]).as_numpy("y"), X)
+        refused("PERMISSION_DENIED", "needs access class 'control'", client.unload_model, "scale")
+        refused("PERMISSION_DENIED", "needs access class 'observe'", client.get_inference_statistics)
+        refused("PERMISSION_DENIED", "needs access class 'control'", client.update_log_settings, {"log_info": True})
+        refused("UNIMPLEMENTED", "disabled", client.get_system_shared_memory_status)
+
+
+def test_a_socket_in_use_is_not_taken_and_a_stale_one_is(serve_files, tmp_path):
+    path, model = tmp_path / "g.sock", onnx_models.scale(tmp_path / "scale.onnx", 2.0)
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    server = serve_files(model, options=("--grpc-socket", path))
+    folder = tmp_path / "second"
+    folder.mkdir()
+    second = Server(folder, "run", model, "--socket", folder / "s.sock", "--grpc-socket", path).start(wait=False)
+    assert second.process.wait(DEADLINE_S) == 1
+    assert "another server answers" in second.output()
+    second.stop()
+    server.kill()
+    server.start()
+    with triton.InferenceServerClient(f"unix:{path}") as client:
+        assert client.is_server_ready()
+
+
+def test_a_message_larger_than_allowed_is_refused(device, tmp_path):
+    server = device.server(grpc_socket=str(tmp_path / "g.sock"), max_body_bytes=65536).start()
+    with triton.InferenceServerClient(f"unix:{tmp_path / 'g.sock'}") as client:
+        refused(
+            "RESOURCE_EXHAUSTED",
+            "larger than max",
+            client.infer,
+            "scale",
+            [given("x", np.ones((20_000, 4), np.float32), "FP32")],
+        )
+        assert client.is_server_live()
+    assert server.stop() == 0
+
+
+def test_many_calls_at_once(server):
+    failures = []
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        with triton.InferenceServerClient(f"unix:{server.folder / 'g.sock'}") as client:
+            for _ in range(20):
+                x = rng.standard_normal((int(rng.integers(1, 500)), 4)).astype(np.float32)
+                if not np.array_equal(client.infer("scale", [given("x", x, "FP32")]).as_numpy("y"), 3 * x):
+                    failures.append(x.shape)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert not failures
+
+
+def test_the_descriptors_are_those_of_the_proto_files():
+    script = f"import {protos.__name__} as c, sys; sys.exit(c.compiled() != c.TARGET.read_text())"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_names_and_numbers_are_the_stock_clients():
+    """Every message and field here is in the client's definitions, with the same number and type."""
+    from tritonclient.grpc import model_config_pb2, service_pb2
+
+    from agent.serving.grpc.messages import INFERENCE
+
+    theirs = {**service_pb2.DESCRIPTOR.message_types_by_name, **model_config_pb2.DESCRIPTOR.message_types_by_name}
+
+    def compare(ours, other):
+        for name, field in ours.fields_by_name.items():
+            twin = other.fields_by_name[name]
+            assert (field.number, field.type) == (twin.number, twin.type), field.full_name
+            if field.message_type is not None and field.message_type.nested_types is not None:
+                assert field.message_type.full_name == twin.message_type.full_name
+        for name, nested in ours.nested_types_by_name.items():
+            compare(nested, other.nested_types_by_name[name])
+
+    for name, message in INFERENCE.file.message_types_by_name.items():
+        compare(message, theirs[name])
+    their_service = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+    assert [m.name for m in INFERENCE.methods] == [m.name for m in their_service.methods]
+
+
+def test_grpc_is_loaded_only_when_it_is_asked_for():
+    script = "import sys, agent.serving.app, agent.cli.serving; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    assert "agent" in loaded
+    assert not {"grpc", "google"} & set(loaded)
