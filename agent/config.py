@@ -65,6 +65,10 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     """A request larger than this is refused with 413."""
     max_connections: int = 1024
     """Connections beyond this wait to be accepted."""
+    client_memory_bytes: int = 1024 * 1024 * 1024
+    """What clients' memfds may add up to; one connection may share a quarter of it. 0: clients share no memfds."""
+    shared_memory: Literal["off", "owner"] = "off"
+    """Triton's system shared memory extension. owner: a user may register POSIX shared memory that belongs to it."""
 
     def __post_init__(self) -> None:
         if self.threads < 1:

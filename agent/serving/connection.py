@@ -17,6 +17,7 @@ from agent.serving.answers import Buffer
 from agent.serving.buffers import ALIGNMENT, BufferPool, Bytes, Exhausted
 from agent.serving.chunked import ChunkedBody
 from agent.serving.http import MAX_HEAD_BYTES, BadRequest, Head, HeadReader
+from agent.serving.memory import ClientMemory
 from agent.serving.routes import Match, Request, Router
 
 BUFFER_BYTES = MAX_HEAD_BYTES + 4096
@@ -30,9 +31,17 @@ END = 0  # and when the peer closed, or the connection broke
 
 
 class Connection:
-    """`sock` is non-blocking. `grant` is what the peer may do."""
+    """`sock` is non-blocking. `grant` is what the peer may do; `memory` what it shares, None where it cannot."""
 
-    def __init__(self, sock: socket.socket, grant: Grant, router: Router, pool: BufferPool, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        grant: Grant,
+        router: Router,
+        pool: BufferPool,
+        max_body_bytes: int,
+        memory: ClientMemory | None = None,
+    ) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self.grant = grant
@@ -44,6 +53,7 @@ class Connection:
         self._router = router
         self._pool = pool
         self._max_body = max_body_bytes
+        self._memory = memory
         self._buffer = bytearray(BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -88,7 +98,10 @@ class Connection:
             if not room:  # full of requests that wait for their turn
                 return NOTHING
         try:
-            count = self.sock.recv_into(room)
+            if self._memory is not None and self._memory.attentive and self._large is None:
+                count = self._memory.receive(self.sock, room)
+            else:
+                count = self.sock.recv_into(room)  # the kernel closes descriptors that come with these bytes
         except BlockingIOError:
             return NOTHING
         except OSError:
@@ -127,7 +140,7 @@ class Connection:
             return None
         if not head.keep_alive:
             self.closing = True
-        return Request(head.match, body, head.header_length, self.arrived_s, None, head.coding)
+        return Request(head.match, body, head.header_length, self.arrived_s, self._memory, head.coding)
 
     def _next_head(self) -> Head | None:
         """The head at the start of the buffer once it is complete; it is then `_head`.  Raises: BadRequest."""
@@ -238,6 +251,8 @@ class Connection:
             self._body = memoryview(b"")
             large, self._large = self._large, None
             self._pool.give_back(large)
+        if self._memory is not None and self._memory.attentive:
+            self._memory.request_ended(nothing_buffered=self._start == self._end)
         if self._start == self._end:
             self._start = self._end = 0
         else:
@@ -299,4 +314,6 @@ class Connection:
     def close(self) -> None:
         self.sending.clear()
         self.finished()
+        if self._memory is not None:
+            self._memory.close()
         self.sock.close()

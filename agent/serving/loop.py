@@ -32,6 +32,7 @@ from agent.serving.access import Grant
 from agent.serving.answers import Answer, Refusal, refusal_answer
 from agent.serving.buffers import BufferPool
 from agent.serving.connection import END, NOTHING, Connection
+from agent.serving.memory import ClientMemory
 from agent.serving.routes import Kind, Request, Router
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ class Service(Protocol):
 
 
 class Loop:
-    """Serves connections from `listeners` until `stop`. `grant_of` says what a new connection's peer may do."""
+    """Serves connections from `listeners` until `stop`. `grant_of` says what a new connection's peer may do, `memory_of` makes what
+    holds the memory it shares.
+    """
 
     def __init__(
         self,
@@ -69,11 +72,13 @@ class Loop:
         threads: int,
         max_body_bytes: int,
         max_connections: int,
+        memory_of: Callable[[Grant], ClientMemory | None] = lambda _: None,
     ) -> None:
         self._listeners = {listener.fileno(): listener for listener in listeners}
         self._service = service
         self._router = router
         self._grant_of = grant_of
+        self._memory_of = memory_of
         self._max_body = max_body_bytes
         self._max_connections = max_connections
         self._pool = BufferPool(LARGE_BODIES_AT_ONCE * max_body_bytes)
@@ -359,7 +364,7 @@ class Loop:
                 sock.sendmsg(parts)
             sock.close()
             return
-        connection = Connection(sock, grant, self._router, self._pool, self._max_body)
+        connection = Connection(sock, grant, self._router, self._pool, self._max_body, self._memory_of(grant))
         self._connections[connection.fd] = connection
         self._epoll.register(connection.fd, select.EPOLLIN)
 

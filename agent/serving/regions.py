@@ -14,6 +14,11 @@ from agent.serving.answers import Buffer, Refusal
 class Regions(Protocol):
     """What one request can name. Any thread may call it, also while the client unregisters the region or goes away."""
 
+    @property
+    def reach_bytes(self) -> int:
+        """How large a tensor can be that a request with these regions does not carry itself."""
+        ...
+
     def view(self, name: str, offset: int, size: int) -> memoryview:
         """`size` bytes of the region from `offset`. What is made of the view keeps the memory; nothing needs to be released.
 

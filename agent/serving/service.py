@@ -28,7 +28,9 @@ class Service:
             return Kind.CONTROL if route.kind is Kind.CONTROL else Kind.PREDICT  # compressing takes long, both ways
         if route is None or route.kind is Kind.QUICK or grant.access < route.access:
             return Kind.QUICK
-        if route.kind is Kind.PREDICT and self._dataplane.is_cheap(match, len(request.body)):
+        if route.kind is Kind.PREDICT and self._dataplane.is_cheap(
+            match, len(request.body) if request.regions is None else len(request.body) + request.regions.reach_bytes
+        ):
             return Kind.QUICK
         return route.kind
 
@@ -44,6 +46,8 @@ class Service:
                 request.body = compression.inflate(request.body, request.coding.body, self._max_body)
             return route.handler(request)
         except Refusal as refusal:
+            # Its trace refers to the body and to the client's memory, and may to itself: they must go now, not with the next collection.
+            refusal.__traceback__ = refusal.__cause__ = refusal.__context__ = None
             return refusal_answer(refusal)
         except Exception:
             log.exception("a request failed in an unforeseen way")
