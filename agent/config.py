@@ -65,6 +65,12 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     """A request larger than this is refused with 413."""
     max_connections: int = 1024
     """Connections beyond this wait to be accepted."""
+    max_queue_size: int = 1024
+    """Predictions that wait for their run, of all models together; one more is refused with 503. A release bounds its model's own."""
+    max_sequences: int = 64
+    """Sequences that one version keeps state for at once."""
+    sequence_idle_s: float = 60.0
+    """A sequence without requests for this long ends."""
     client_memory_bytes: int = 1024 * 1024 * 1024
     """What clients' memfds may add up to; one connection may share a quarter of it. 0: clients share no memfds."""
     shared_memory: Literal["off", "owner"] = "off"
@@ -73,6 +79,8 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError("threads must be at least 1")
+        if self.max_queue_size < 1 or self.max_sequences < 1 or self.sequence_idle_s <= 0:
+            raise ValueError("max_queue_size and max_sequences must be at least 1, sequence_idle_s above 0")
         if self.max_body_bytes < 1024:
             raise ValueError("max_body_bytes must be at least 1024")
 

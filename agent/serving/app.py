@@ -30,6 +30,7 @@ from agent.serving.memory import ClientMemory, MemoryBudget
 from agent.serving.metrics import Metrics
 from agent.serving.protocol import Protocol
 from agent.serving.routes import Route, Router
+from agent.serving.scheduling.scheduler import Scheduler, busy_threads
 from agent.serving.service import Service
 from agent.serving.settings import LogSettings, TraceSettings
 from agent.serving.sockets import Listeners, open_listeners
@@ -71,8 +72,9 @@ class Parts:
 
 
 def assemble(store: Store | None, settings: ServeSettings) -> Parts:
-    host = ModelHost()
-    dataplane = Dataplane(host)
+    host = ModelHost(max_sequences=settings.max_sequences, sequence_idle_s=settings.sequence_idle_s)
+    scheduler = Scheduler(busy_threads(settings.threads), limit=settings.max_queue_size)
+    dataplane = Dataplane(host, scheduler)
     protocol = Protocol(host, dataplane)
     control = Control(host, store, engine_threads=settings.engine_threads)
     repository, logs, traces = Repository(control), LogSettings(), TraceSettings()
@@ -150,6 +152,7 @@ def _run(
         threads=settings.threads,
         max_body_bytes=settings.max_body_bytes,
         max_connections=settings.max_connections,
+        scheduler=parts.dataplane.scheduler,
         memory_of=lambda grant: None if grant.uid is None else ClientMemory(budget, system, grant.uid),
     )
     loop.start()

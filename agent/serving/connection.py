@@ -19,6 +19,7 @@ from agent.serving.chunked import ChunkedBody
 from agent.serving.http import MAX_HEAD_BYTES, BadRequest, Head, HeadReader
 from agent.serving.memory import ClientMemory
 from agent.serving.routes import Match, Request, Router
+from agent.serving.scheduling.jobs import Caller, Job
 
 BUFFER_BYTES = MAX_HEAD_BYTES + 4096
 JOIN_BYTES = 16 * 1024  # copying an answer up to here into one buffer is cheaper than sending its parts
@@ -48,6 +49,8 @@ class Connection:
         self.seen_s = self.arrived_s = self._received_s = time.perf_counter()
         self.busy = False  # a thread other than the leader works for it
         self.request: Request | None = None  # complete and waiting for its thread
+        self.seat: Caller | None = None  # the loop's: where its predictions that wait are answered
+        self.parked: Job | None = None  # such a prediction: no thread works for it, and the epoll tells only when the peer goes
         self.closing = False  # no further request is read; only what was asked is answered
         self.draining = False  # the answer is sent: what still comes is thrown away so that the peer can read it
         self._router = router

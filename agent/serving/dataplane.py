@@ -1,33 +1,62 @@
-"""One prediction from body to answer, whatever transport brought it."""
+"""One prediction from request to answer, whatever transport brought it.
+
+The short way: a version that sets no bounds but threads is read, run and answered in one go by the thread that has the request. The
+long way goes through the scheduler: when the version gathers batches, keeps sequences or bounds its runs, and when no thread is free.
+Then the answer may be given by another thread, to the request's `seat`.
+"""
 
 from __future__ import annotations
 
-import logging
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from agent.serving import oip
 from agent.serving.answers import Answer, FilledTemplate, Refusal
 from agent.serving.host import ModelHost, Version
-from agent.serving.inference import Demand, Result
-from agent.serving.regions import Regions
-from agent.serving.routes import Match
-from runtimes.check import check_feeds
-from runtimes.contract import Array, InputInvalid, RunFailed
-
-log = logging.getLogger(__name__)
+from agent.serving.inference import Demand, Result, SequenceDemand
+from agent.serving.routes import Match, Pace, Request
+from agent.serving.running import Runner, demands
+from agent.serving.scheduling import batching
+from agent.serving.scheduling.jobs import Caller, Job
+from agent.serving.scheduling.lanes import INLINE_RUN_S
+from agent.serving.scheduling.scheduler import Scheduler
+from agent.serving.tasks import Call, Direct, Form, Task, expired, refusal
+from runtimes.contract import Array
 
 MAX_PLAN_KEY_BYTES = 2048  # JSON parts without data are far smaller
 MAX_PLANS = 64  # per version; callers use a few shapes
-INLINE_RUN_S = 100e-6  # a run up to this long costs the next caller less than a switch of threads
 INLINE_BODY_BYTES = 64 * 1024
+LEADER_JSON_BYTES = 16 * 1024  # what the polling thread reads of a request that no thread is free for, to know what it demands
+ALIVE_S = 0.1  # how often a caller that waits in a thread of its own is asked whether it is still there
+SHORTEST_S = 100e-6
+GONE = 499  # nobody sees this status: its caller has gone
+
+
+class OipForm:
+    """The Open Inference Protocol."""
+
+    def read(self, version: Version, call: Request) -> oip.Plan:
+        return _plan(version, call.body, call.header_length)
+
+    def feeds(self, plan: oip.Plan, call: Request) -> Mapping[str, Array]:
+        return plan.feeds(call.body, call.regions)
+
+    def write(self, version: Version, plan: oip.Plan, call: Request, arrays: Any) -> Answer:
+        return oip.write_response(plan, arrays, version.name, str(version.number), version.labels, call.regions)
+
+
+OIP = OipForm()
 
 
 class Dataplane:
     """Answers predictions from the models of a host. Any number of threads may call it."""
 
-    def __init__(self, host: ModelHost) -> None:
+    def __init__(self, host: ModelHost, scheduler: Scheduler | None = None) -> None:
         self._host = host
+        self.scheduler = scheduler or Scheduler(0)
+        self.runner = Runner(self.scheduler)
 
     def is_cheap(self, match: Match, body_bytes: int) -> bool:
         """Whether the answer takes so little that the thread which polls should give it at once."""
@@ -37,32 +66,53 @@ class Dataplane:
         version = served.active if match.version is None else served.pick(match.version)
         return version is None or (body_bytes <= INLINE_BODY_BYTES and version.cost_s <= INLINE_RUN_S)
 
-    def infer(
-        self,
-        model: str,
-        wanted: str | None,
-        body: memoryview,
-        header_length: int | None,
-        arrived_s: float,
-        regions: Regions | None = None,
-    ) -> Answer:
-        """The prediction. `arrived_s` is the perf_counter of the request's arrival; the answer's arrays may not outlive `body`.
+    def keeps_order(self, match: Match) -> bool:
+        """Whether requests must be admitted in the order in which they come: they may belong to sequences."""
+        served = self._host.models.get(match.model)  # type: ignore[arg-type]
+        version = served.pick(match.version) if served is not None else None
+        return version is not None and version.lane.sequences is not None
 
-        Raises: Refusal.
+    def infer(self, call: Request, form: Form = OIP) -> Answer | None:
+        """The prediction that an HTTP request asks for; its arrays may not outlive the body. None: it waits, and `call.seat` will be
+        given the answer.  Raises: Refusal.
         """
-        version = self._host.enter(model, wanted)
+        match = call.match
+        assert match.model is not None
+        version = self._host.enter(match.model, match.version)
+        lane = version.lane
+        if lane.gated or call.pace is not Pace.RUN:
+            return self._infer_in_turn(version, call, form)
         try:
-            plan = _plan(version, body, header_length)
-            arrays, run_s, ended = _run(version, plan.feeds(body, regions), plan.outputs, arrived_s, plan.timeout_s)
-            answer = oip.write_response(plan, arrays, version.name, str(version.number), version.labels, regions)
-            if type(answer) is not FilledTemplate:  # writing one takes nothing; JSON may take long
-                ended = time.perf_counter()
-            version.stats.succeeded(ended - arrived_s, run_s, ended)
-            return answer
+            begun = time.perf_counter()
+            plan = form.read(version, call)
+            feeds = form.feeds(plan, call)
+            if plan.sequence is not None:
+                keeper = self._keeper(version, match.version, plan.sequence)
+                if keeper is not None:
+                    return self._infer_in_turn(keeper, call, form)
+            rows = 1
+            if lane.batches:
+                rows = batching.rows_of(version.name, version.inputs, feeds, lane.rules.max_batch_size)
+            started = time.perf_counter()
+            if started > lane.deadline_s(call.arrived_s, plan.timeout_s):
+                raise expired()  # noqa: TRY301
+            assert version.model is not None
+            arrays = version.model.run(feeds, plan.outputs)
+            ended = time.perf_counter()
+            answer = form.write(version, plan, call, arrays)
+            done = ended if type(answer) is FilledTemplate else time.perf_counter()  # filling one in takes nothing
         except Exception as error:
-            raise _refusal(version, error) from error
+            raise refusal(version, error) from error
         finally:
             version.leave()
+        run_s = ended - started
+        version.measured(run_s)
+        stats = version.stats
+        stats.executed(rows)
+        if lane.batches:
+            stats.batched(rows, started - begun, run_s, done - ended)
+        stats.succeeded(call.arrived_s, started - begun, run_s, done - ended, done)
+        return answer
 
     def predict(
         self,
@@ -70,51 +120,110 @@ class Dataplane:
         wanted: str | None,
         feeds: Mapping[str, Array],
         demand: Demand,
-        alive: Callable[[], bool] | None = None,  # noqa: ARG002
+        alive: Callable[[], bool] | None = None,
     ) -> Result:
-        """The same for a caller that has arrays and wants arrays. Blocks until they are there.
+        """The same for a caller that has arrays and wants arrays. Blocks until they are there, so it is for threads of one's own.
 
         `wanted` is a version's number or label (None: the active one). `alive` is asked while the prediction waits for its turn:
         once it says no, the prediction is dropped.  Raises: Refusal.
         """
-        version = self._host.enter(model, wanted)
+        waiter = Waiter()
+        task = Direct(self._host.enter(model, wanted), feeds, demand)
+        job, work = self._admit(task, waiter, wanted, Pace.RUN)
+        while True:
+            if work:
+                self.runner.run(work, mine=job)
+            if job in work:
+                self.runner.conclude(job)
+                break
+            work = self._await(job, waiter, alive)
+            if not work:
+                break
+        if task.refused is not None:
+            raise task.refused
+        return Result(task.version, task.arrays)
+
+    def _infer_in_turn(self, version: Version, call: Request, form: Form) -> Answer | None:
+        """The long way. It leaves `version`."""
+        caller: Caller = call.seat if call.seat is not None else Waiter()
+        job, work = self._admit(Call(version, call, form), caller, call.match.version, call.pace)
+        if work:
+            self.runner.run(work, mine=job)
+        answer: Answer | None = self.runner.conclude(job) if job in work else None
+        return answer
+
+    def _admit(self, task: Task, caller: Caller, wanted: str | None, pace: Pace) -> tuple[Job, list[Job]]:
+        """Its job, and the jobs to run now in this thread.  Raises: Refusal, and the task's version is left."""
         try:
-            check_feeds(version.inputs, feeds)
-            arrays, run_s, ended = _run(version, feeds, demand.outputs, demand.arrived_s, demand.timeout_s)
-            version.stats.succeeded(ended - demand.arrived_s, run_s, ended)
-            return Result(version, arrays)
+            if pace is not Pace.PARK or task.version.lane.sequences is not None or task.is_short(LEADER_JSON_BYTES):
+                task.understand()
+                self._settle(task, wanted)
+            job = Job(task.version.lane, caller, task, task.arrived_s)
+            demands(job, task)
+            return job, self.scheduler.admit(job, may_run=pace is Pace.RUN)
         except Exception as error:
-            raise _refusal(version, error) from error
-        finally:
-            version.leave()
+            refused = refusal(task.version, error)
+            task.version.leave()
+            raise refused from error
+
+    def _settle(self, task: Task, wanted: str | None) -> None:
+        """Moves a request of a sequence to the version that the sequence began on, while that one is there."""
+        assert task.plan is not None
+        if task.plan.sequence is None:
+            return
+        keeper = self._keeper(task.version, wanted, task.plan.sequence)
+        if keeper is not None:
+            task.version.leave()
+            task.version = keeper
+            task.understand()
+
+    def _keeper(self, version: Version, wanted: str | None, sequence: SequenceDemand) -> Version | None:
+        """Another version than this one that has the sequence, entered; None when there is none, or when it begins here anew."""
+        served = self._host.get(version.name)
+        if served is None or wanted not in (None, "stable"):
+            return None
+        others = [v for v in served.versions.values() if v is not version and v.lane.sequences is not None]
+        if sequence.start:
+            for other in others:
+                self.scheduler.forget(other.lane, sequence.id)
+        elif version.lane.sequences is None or not version.lane.sequences.holds(sequence.id):
+            for other in others:
+                if other.lane.sequences is not None and other.lane.sequences.holds(sequence.id) and other.enter():
+                    return other
+        return None
+
+    def _await(self, job: Job, waiter: Waiter, alive: Callable[[], bool] | None) -> list[Job]:
+        """Until the job's own thread is granted a run; empty when the job was done by another thread, or ended without a run."""
+        while not waiter.event.wait(min(ALIVE_S, max(SHORTEST_S, self.scheduler.patience_s(job)))):
+            if alive is not None and not alive() and self.scheduler.cancel(job):
+                self.runner.drop(job)
+                raise Refusal(GONE, "the caller has gone")
+            self.runner.expire()
+            self.scheduler.settle()
+        waiter.event.clear()
+        work, waiter.work = waiter.work, []
+        return work
 
 
-def _run(
-    version: Version, feeds: Mapping[str, Array], outputs: Sequence[str] | None, arrived_s: float, timeout_s: float | None
-) -> tuple[list[Array], float, float]:
-    """The outputs, what the run took, and when it ended."""
-    started = time.perf_counter()
-    if timeout_s is not None and started - arrived_s > timeout_s:
-        raise Refusal(503, "Request timeout expired", headers=((b"retry-after", b"1"),))
-    assert version.model is not None
-    arrays = version.model.run(feeds, outputs)
-    ended = time.perf_counter()
-    version.measured(ended - started)
-    return arrays, ended - started, ended
+class Waiter:
+    """A caller that waits in a thread of its own."""
 
+    has_thread = True
 
-def _refusal(version: Version, error: Exception) -> Refusal:
-    """Counts the failure, and says it so that the caller understands."""
-    if isinstance(error, Refusal):
-        version.stats.failed("unavailable" if error.status == 503 else "invalid")
-        return error
-    if isinstance(error, InputInvalid):
-        version.stats.failed("invalid")
-        return Refusal(400, f"model '{version.name}': {error}")
-    version.stats.failed("run")
-    if not isinstance(error, RunFailed):
-        log.error("model %r version %d failed in an unforeseen way", version.name, version.number, exc_info=error)
-    return Refusal(500, f"model '{version.name}' version {version.number} failed: {error}")
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.work: list[Job] = []
+
+    def parked(self, job: Job) -> None: ...
+
+    def taken(self, job: Job) -> None: ...
+
+    def granted(self, work: list[Job]) -> None:
+        self.work = work
+        self.event.set()
+
+    def deliver(self, answer: Any) -> None:  # noqa: ARG002 - it is in the task
+        self.event.set()
 
 
 def _plan(version: Version, body: memoryview, header_length: int | None) -> oip.Plan:

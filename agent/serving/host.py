@@ -47,7 +47,6 @@ class Version:
         self.serving = Serving()  # as the release wants it
         self.filename = ""
         self.source: Any = None  # where it was loaded from, to whoever loads it again
-        self.source: Any = None  # where it was loaded from, to whoever loads it again
         self.is_warm = False  # a run on zeros was made and worked
         self.placement = Placement("", "")
         self.load_s = 0.0
@@ -216,21 +215,6 @@ class ModelHost:
             self.models = {**self.models, version.name: served}
             return
         served.versions = {**served.versions, version.number: version}
-
-    def replace(self, version: Version) -> None:
-        """Puts a version in the place of the one with its number, which is drained and closed; it answers where that one did, and
-        where nothing does.
-        """
-        served = self.models.get(version.name)
-        old = served.versions.get(version.number) if served else None
-        self.add(version)
-        served = self.models[version.name]
-        if served.active is None or served.active is old:
-            served.active = version
-        if served.previous is not None and served.previous is old:
-            served.previous = None
-        if old is not None:
-            old.retire()
 
     def replace(self, version: Version) -> None:
         """Puts a version in the place of the one with its number, which is drained and closed; it answers where that one did, and

@@ -7,8 +7,10 @@ run in parallel because engines release the interpreter's lock, and nobody waits
 The rules that keep it correct:
 - Whoever holds `_lead` leads; only the leader polls, accepts, and touches connections that are registered at the epoll.
 - A connection that is handed over leaves the epoll first and comes back last, so exactly one thread owns it at any time.
-- All threads but one may be at long work. What comes beyond that waits in `_backlog` and is taken by the next thread that is
-  through; the leader goes on leading, so a prediction that takes long never delays one that does not.
+- All threads but one may be at long work. What comes beyond that waits, and the next thread that is through takes the best of it
+  (`scheduling` has the rules); the leader goes on leading, so a prediction that takes long never delays one that does not.
+- The connection of a prediction that waits is parked: it is at the epoll only so that the leader hears when its peer has gone.
+  Whoever takes the prediction takes the connection out of the epoll in the same step.
 - Control work has a thread of its own: loading a model takes no thread from predictions.
 """
 
@@ -33,7 +35,9 @@ from agent.serving.answers import Answer, Refusal, refusal_answer
 from agent.serving.buffers import BufferPool
 from agent.serving.connection import END, NOTHING, Connection
 from agent.serving.memory import ClientMemory
-from agent.serving.routes import Kind, Request, Router
+from agent.serving.routes import Kind, Pace, Request, Router
+from agent.serving.scheduling.jobs import Job
+from agent.serving.scheduling.scheduler import Scheduler, busy_threads
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +46,8 @@ PATIENCE_MS = 2  # how long a thread waits for more of such a body before it giv
 MIN_PROGRESS_BYTES = 4096  # and how much each such wait must bring: a trickling client must not hold a thread
 REQUESTS_IN_A_ROW = 32  # pipelined requests of one connection before others have their turn
 SWEEP_S = 5.0
+STOPPING_POLL_S = 0.05
+FINE_POLL_S = 2e-3
 STALLED_S = 60.0  # a request or an answer that makes no progress for this long ends its connection
 LINGER_S = 5.0  # how long a connection that is to be closed is read from, so that its peer can read the answer
 STOP_PATIENCE_S = 1.0  # how long a half-sent request, or an answer that is not read, is waited for on the way out
@@ -54,7 +60,39 @@ class Service(Protocol):
 
     def kind(self, request: Request, grant: Grant) -> Kind: ...
 
-    def answer(self, request: Request, grant: Grant) -> Answer: ...
+    def answer(self, request: Request, grant: Grant) -> Answer | None: ...
+
+    def parks(self, request: Request) -> bool: ...
+
+    def keeps_order(self, request: Request) -> bool: ...
+
+    def run(self, work: list[Job]) -> None: ...
+
+    def expire(self) -> None: ...
+
+    def drop(self, job: Job) -> None: ...
+
+
+class Seat:
+    """How the scheduler, and whoever runs a prediction that waited, reach the connection it came by."""
+
+    has_thread = False
+
+    def __init__(self, loop: Loop, connection: Connection) -> None:
+        self._loop = loop
+        self._connection = connection
+
+    def parked(self, job: Job) -> None:
+        self._loop.park(self._connection, job)
+
+    def taken(self, job: Job) -> None:  # noqa: ARG002
+        self._loop.unpark(self._connection)
+
+    def granted(self, work: list[Job]) -> None:  # noqa: ARG002
+        raise AssertionError("a connection has no thread")
+
+    def deliver(self, answer: Answer) -> None:
+        self._loop.deliver(self._connection, answer)
 
 
 class Loop:
@@ -73,6 +111,7 @@ class Loop:
         max_body_bytes: int,
         max_connections: int,
         memory_of: Callable[[Grant], ClientMemory | None] = lambda _: None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self._listeners = {listener.fileno(): listener for listener in listeners}
         self._service = service
@@ -88,11 +127,8 @@ class Loop:
         self._lead = threading.Lock()
         self._ready: deque[tuple[int, int]] = deque()
         self._swept_s = time.perf_counter()
-        self._work_lock = threading.Lock()  # for the three below, and for leaving or ending busyness
-        self._free = threads - 1
-        self._moved_s = time.perf_counter()  # when a thread last took or ended long work
-        self._backlog: deque[Connection] = deque()
-        self._alone = threads == 1
+        self._scheduler = scheduler or Scheduler(busy_threads(threads))
+        self._busy_lock = threading.Lock()  # for ending busyness, and for closing those that are not busy
         self._control: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
         self._stopping = False
         self._stopped = False
@@ -105,6 +141,7 @@ class Loop:
             listener.setblocking(False)
             self._epoll.register(fd, select.EPOLLIN)
         self._epoll.register(self._wake, select.EPOLLIN)
+        self._scheduler.wake = self._wake_up
         for thread in self._threads:
             thread.start()
 
@@ -121,6 +158,7 @@ class Loop:
             thread.join(max(0.0, deadline - time.monotonic()))
             clean = clean and not thread.is_alive()
         if clean:
+            self._scheduler.wake = lambda: None
             for connection in list(self._connections.values()):
                 self._close(connection)
             self._epoll.close()
@@ -129,28 +167,25 @@ class Loop:
 
     def stuck(self, patience_s: float) -> bool:
         """Whether requests wait and no thread has come free for so long: engines hang, and nothing in this process can end them."""
-        with self._work_lock:
-            return bool(self._backlog) and time.perf_counter() - self._moved_s > patience_s
+        return self._scheduler.stuck(patience_s)
+
+    def _wake_up(self) -> None:
+        os.eventfd_write(self._wake, 1)
 
     # -- threads -------------------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         while True:
             with self._lead:
-                connection = self._lead_until_long()
-            if connection is None:
+                work = self._lead_until_long()
+            if work is None:
                 return
-            while connection is not None:
-                self._finish_safely(connection)
-                connection = self._next_work()
-
-    def _next_work(self) -> Connection | None:
-        with self._work_lock:
-            self._moved_s = time.perf_counter()
-            if self._backlog:
-                return self._backlog.popleft()
-            self._free += 1
-            return None
+            while work is not None:
+                if isinstance(work, Connection):
+                    self._finish_safely(work)
+                else:
+                    self._service.run(work)
+                work = self._scheduler.next_for_thread()
 
     def _serve_control(self) -> None:
         while (connection := self._control.get()) is not None:
@@ -167,13 +202,15 @@ class Loop:
 
     # -- the leader ------------------------------------------------------------------------------------------------------------
 
-    def _lead_until_long(self) -> Connection | None:
+    def _lead_until_long(self) -> Connection | list[Job] | None:
         """Leads until there is long work for this thread. None when the loop ends."""
         ready = self._ready
         connections = self._connections
         while not self._stopped:
             if not ready:
-                self._poll()
+                work = self._poll()
+                if work:
+                    return work
                 continue
             fd, event = ready.popleft()
             connection = connections.get(fd)
@@ -189,12 +226,38 @@ class Loop:
                     self._close(connection)
         return None
 
-    def _poll(self) -> None:
-        self._ready.extend(self._epoll.poll(0.05 if self._stopping else SWEEP_S))
+    def _poll(self) -> list[Job]:
+        """Polls, or gives long work that waits for a thread and can have this one."""
+        longest_s = STOPPING_POLL_S if self._stopping else SWEEP_S
+        if self._scheduler.waiting:
+            work = self._look(longest_s)
+            if work:
+                return work
+        else:
+            self._ready.extend(self._epoll.poll(longest_s))
         if self._stopping:
             self._drain()
         elif time.perf_counter() - self._swept_s > SWEEP_S:
             self._sweep()
+        return []
+
+    def _look(self, longest_s: float) -> list[Job]:
+        """The same while predictions wait: what time alone changes for them ends the poll."""
+        scheduler = self._scheduler
+        self._service.expire()
+        work, is_long = scheduler.look()
+        if is_long:
+            return work
+        if work:
+            self._service.run(work)
+            longest_s = 0.0
+        longest_s = scheduler.poll_s(longest_s)
+        if 0.0 < longest_s < FINE_POLL_S:
+            select.select((self._epoll,), (), (), longest_s)  # which counts microseconds, where epoll counts milliseconds
+            longest_s = 0.0
+        self._ready.extend(self._epoll.poll(longest_s))
+        scheduler.polled()
+        return []
 
     def _attend_other(self, fd: int) -> None:
         listener = self._listeners.get(fd)
@@ -206,6 +269,9 @@ class Loop:
 
     def _attend(self, connection: Connection, event: int) -> bool:
         """Does what can be done now. True when this thread is to finish the connection without leading."""
+        if connection.busy:
+            self._attend_parked(connection, event)
+            return False
         if connection.sending:
             if not self._flush(connection):
                 return False
@@ -223,11 +289,20 @@ class Loop:
             request = connection.next_request()
             if request is None:
                 return count >= HAND_OVER_BYTES and connection.missing_bytes > 0 and self._hand_over(connection)
+            request.seat = connection.seat
             kind = self._service.kind(request, connection.grant)
             if kind is not Kind.QUICK:
-                connection.request = request
-                return self._hand_over(connection, control=kind is Kind.CONTROL)
-            if not self._reply(connection, request):
+                if kind is Kind.CONTROL or not self._service.parks(request):
+                    connection.request = request
+                    return self._hand_over(connection, control=kind is Kind.CONTROL)
+                if not self._service.keeps_order(request) and self._scheduler.begin():
+                    connection.request = request
+                    return self._let_go(connection)
+                request.pace = Pace.PARK
+            answer = self._service.answer(request, connection.grant)
+            if answer is None:
+                return False
+            if not self._send(connection, answer):
                 if connection.sending:
                     self._epoll.modify(connection.fd, select.EPOLLOUT)
                 return False
@@ -246,22 +321,25 @@ class Loop:
         self._epoll.modify(connection.fd, select.EPOLLIN)
         return self._sent(connection)
 
+    def _attend_parked(self, connection: Connection, event: int) -> None:
+        """Of a busy connection only those are at the epoll whose prediction waits, and all it tells is that the peer has gone."""
+        job = connection.parked
+        if job is not None and event & (select.EPOLLHUP | select.EPOLLERR) and self._scheduler.cancel(job):
+            self._service.drop(job)
+            self._close(connection)
+
     def _hand_over(self, connection: Connection, *, control: bool = False) -> bool:
         """Takes the connection out of the epoll. True when this thread is to finish it, False when another one will."""
-        self._epoll.unregister(connection.fd)
-        connection.busy = True
+        self._let_go(connection)
         if control:
             self._control.put(connection)
             return False
-        if self._alone:
-            return True
-        with self._work_lock:
-            if self._free:
-                self._free -= 1
-                self._moved_s = time.perf_counter()
-                return True
-            self._backlog.append(connection)
-            return False
+        return self._scheduler.begin(connection)
+
+    def _let_go(self, connection: Connection) -> bool:
+        self._epoll.unregister(connection.fd)
+        connection.busy = True
+        return True
 
     # -- any thread ------------------------------------------------------------------------------------------------------------
 
@@ -279,21 +357,51 @@ class Loop:
                 connection.request = request
                 self._control.put(connection)
                 return
-            if not self._reply(connection, request) and not connection.sending:
+            request.seat = connection.seat
+            if self._scheduler.waiting and not control and self._service.parks(request):
+                request.pace = Pace.READ
+            answer = self._service.answer(request, connection.grant)
+            if answer is None:
+                return
+            if not self._send(connection, answer) and not connection.sending:
                 break
             request = None
-            if self._backlog and connection.buffered and not control:
-                with self._work_lock:
-                    self._backlog.append(connection)
-                return
+            if connection.buffered and self._scheduler.crowded and not control:
+                break
         if self._connections.get(connection.fd) is connection:  # not closed
             self._put_back(connection)
 
+    def deliver(self, connection: Connection, answer: Answer) -> None:
+        """The answer of a prediction that waited, by the thread that ran it."""
+        try:
+            self._send(connection, answer)
+            if self._connections.get(connection.fd) is connection:
+                self._put_back(connection)
+        except Exception:
+            log.exception("a connection failed in an unforeseen way and is closed")
+            self._close(connection)
+
+    def park(self, connection: Connection, job: Job) -> None:
+        if connection.busy:
+            self._epoll.register(connection.fd, 0)
+        else:
+            self._epoll.modify(connection.fd, 0)
+            connection.busy = True
+        connection.parked = job
+
+    def unpark(self, connection: Connection) -> None:
+        connection.parked = None
+        self._epoll.unregister(connection.fd)
+
     def _put_back(self, connection: Connection) -> None:
         connection.seen_s = time.perf_counter()
-        with self._work_lock:  # to whoever closes idle connections it is either busy or back
-            connection.busy = False
+        buffered = connection.buffered and not connection.sending
+        with self._busy_lock:  # to whoever closes idle connections it is either busy or back
             self._epoll.register(connection.fd, select.EPOLLOUT if connection.sending else select.EPOLLIN)
+            connection.busy = False
+        if buffered:  # the epoll does not know of what was received already
+            self._ready.append((connection.fd, 0))
+            self._wake_up()
 
     def _receive_more(self, connection: Connection) -> bool:
         """Waits a little for more of a large body. False when it does not come, or the connection was closed."""
@@ -311,9 +419,8 @@ class Loop:
         missing = connection.missing_bytes
         return missing == 0 or before - missing >= MIN_PROGRESS_BYTES
 
-    def _reply(self, connection: Connection, request: Request) -> bool:
+    def _send(self, connection: Connection, answer: Answer) -> bool:
         """Answers. True when the connection may be read from again; otherwise it is sending, draining, or closed."""
-        answer = self._service.answer(request, connection.grant)
         if self._stopping:
             connection.closing = True
         parts, size = http.encode(answer, connection.head, keep_alive=not connection.closing)
@@ -365,12 +472,13 @@ class Loop:
             sock.close()
             return
         connection = Connection(sock, grant, self._router, self._pool, self._max_body, self._memory_of(grant))
+        connection.seat = Seat(self, connection)
         self._connections[connection.fd] = connection
         self._epoll.register(connection.fd, select.EPOLLIN)
 
     def _evict(self) -> bool:
         """Closes the connection that has been between two requests for longest. False when there is none."""
-        with self._work_lock:
+        with self._busy_lock:
             idle = [c for c in list(self._connections.values()) if c.idle]
             if not idle:
                 return False
@@ -380,7 +488,8 @@ class Loop:
     def _sweep(self) -> None:
         """Ends connections that stalled within a request or an answer, and those that were only waited for to be read."""
         now = self._swept_s = time.perf_counter()
-        with self._work_lock:
+        self._scheduler.sweep()
+        with self._busy_lock:
             for connection in list(self._connections.values()):
                 if connection.busy or connection.idle:
                     continue
@@ -395,7 +504,7 @@ class Loop:
             self._epoll.unregister(fd)
             del self._listeners[fd]
         stalled = time.perf_counter() - STOP_PATIENCE_S
-        with self._work_lock:
+        with self._busy_lock:
             for connection in list(self._connections.values()):
                 if connection.idle or (not connection.busy and connection.seen_s < stalled):
                     self._close(connection)

@@ -40,15 +40,13 @@ class Protocol:
                 Route("GET", base, Access.PREDICT, self.metadata),
                 Route("GET", base + "/config", Access.PREDICT, self.config),
                 Route("GET", base + "/ready", Access.PREDICT, self.model_ready),
-                Route("POST", base + "/infer", Access.PREDICT, self.infer, Kind.PREDICT),
+                Route("POST", base + "/infer", Access.PREDICT, self.infer, Kind.PREDICT, parks=True),
                 Route("GET", base + "/stats", Access.OBSERVE, self.stats),
             ]
         return found
 
-    def infer(self, call: Request) -> Answer:
-        match = call.match
-        assert match.model is not None
-        return self._dataplane.infer(match.model, match.version, call.body, call.header_length, call.arrived_s, call.regions)
+    def infer(self, call: Request) -> Answer | None:
+        return self._dataplane.infer(call)
 
     def server(self, _request: Request) -> Answer:
         return json_answer(documents.server())

@@ -12,9 +12,10 @@ from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal
 from agent.serving.compression import Coding
 from agent.serving.regions import Regions
+from agent.serving.scheduling.jobs import Caller
 
 MAX_CACHED_URLS = 1024
-_PLACEHOLDER = re.compile(r"\{(\w+)(?::(.+))?\}")
+_PLACEHOLDER = re.compile(r"\{(\w+)(?::(.+))?\}(:\w+)?")
 
 
 class Kind(Enum):
@@ -25,10 +26,18 @@ class Kind(Enum):
     CONTROL = "control"
 
 
+class Pace(Enum):
+    """How far the thread that has a prediction's request may go with it at once."""
+
+    RUN = "run"
+    READ = "read"  # others wait: it is read and then waits with them
+    PARK = "park"  # this thread has others to attend: it waits, and no more of it is read than takes nothing
+
+
 class Request:
     """A complete request. `body` is valid until its answer is sent; `arrived_s` is a perf_counter."""
 
-    __slots__ = ("arrived_s", "body", "coding", "header_length", "match", "regions")
+    __slots__ = ("arrived_s", "body", "coding", "header_length", "match", "pace", "regions", "seat")
 
     def __init__(
         self,
@@ -45,6 +54,8 @@ class Request:
         self.arrived_s = arrived_s
         self.regions = regions  # memory that the client shares; None where it cannot
         self.coding = coding  # of a body that is still compressed, or of the answer; None for neither
+        self.pace = Pace.RUN
+        self.seat: Caller | None = None  # who is given the answer of a prediction that waits; None: the thread waits for it
 
     @property
     def params(self) -> Mapping[str, str]:
@@ -52,17 +63,20 @@ class Request:
 
 
 Handler = Callable[[Request], Answer]
+Parking = Callable[[Request], Answer | None]  # None: the answer comes later, to the request's seat
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One row of the table. A pattern's `{name}` is one path segment, percent-decoded; `{name:regex}` restricts it."""
+    """One row of the table. A pattern's `{name}` is one path segment, percent-decoded; `{name:regex}` restricts it. A
+    verb, as in `{name}:predict`, is not part of the value."""
 
     method: str
     pattern: str
     access: Access
-    handler: Handler
+    handler: Handler | Parking
     kind: Kind = Kind.QUICK
+    parks: bool = False  # whether the handler minds the request's pace
     _segments: tuple[tuple[str, re.Pattern[str] | None], ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -77,10 +91,11 @@ class Route:
             if pattern is None:
                 if name != segment:
                     return None
-            elif pattern.fullmatch(segment):
-                params[name] = segment
-            else:
+                continue
+            found = pattern.fullmatch(segment)
+            if found is None:
                 return None
+            params[name] = found["value"]
         return params
 
 
@@ -88,7 +103,8 @@ def _segment(text: str) -> tuple[str, re.Pattern[str] | None]:
     placeholder = _PLACEHOLDER.fullmatch(text)
     if placeholder is None:
         return text, None
-    return placeholder[1], re.compile(placeholder[2] or r".+", re.DOTALL)
+    end = re.escape(placeholder[3] or "")
+    return placeholder[1], re.compile(f"(?P<value>{placeholder[2] or '.+'}){end}", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

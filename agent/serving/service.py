@@ -9,6 +9,7 @@ from agent.serving.access import Grant
 from agent.serving.answers import Answer, Refusal, refusal_answer
 from agent.serving.dataplane import Dataplane
 from agent.serving.routes import Kind, Request
+from agent.serving.scheduling.jobs import Job
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,29 @@ class Service:
             return Kind.QUICK
         return route.kind
 
-    def answer(self, request: Request, grant: Grant) -> Answer:
-        """Never raises: whatever goes wrong becomes an answer."""
+    def parks(self, request: Request) -> bool:
+        """Whether a long request can wait without a thread: `answer` gives None then, and its seat the answer later."""
+        route = request.match.route
+        return route is not None and route.parks and request.coding is None
+
+    def keeps_order(self, request: Request) -> bool:
+        """Whether such a request is to be admitted by the thread that polls, so that it stays in the order of arrival."""
+        return self._dataplane.keeps_order(request.match)
+
+    def run(self, work: list[Job]) -> None:
+        """Runs predictions that waited.  Never raises."""
+        self._dataplane.runner.run(work)
+
+    def expire(self) -> None:
+        """Answers those that have waited until their deadline."""
+        self._dataplane.runner.expire()
+
+    def drop(self, job: Job) -> None:
+        """The caller of a prediction has gone while it waited."""
+        self._dataplane.runner.drop(job)
+
+    def answer(self, request: Request, grant: Grant) -> Answer | None:
+        """None: a prediction waits. Never raises: whatever goes wrong becomes an answer."""
         try:
             route = request.match.route
             if route is None:

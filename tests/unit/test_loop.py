@@ -23,6 +23,9 @@ class Service:
     def kind(self, _request, _grant):
         return Kind.PREDICT
 
+    def parks(self, _request):
+        return False
+
     def answer(self, _request, _grant):
         self.going_on.wait(20)
         return Answer()

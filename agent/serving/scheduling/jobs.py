@@ -25,7 +25,9 @@ class Place(Enum):
 
 
 class Caller(Protocol):
-    """Whom a job is for. The scheduler calls these while it holds its lock: they do little, and ask it nothing."""
+    """Whom a job is for. The scheduler calls `parked`, `taken` and `granted` while it holds its lock: they do little, and ask it
+    nothing.
+    """
 
     @property
     def has_thread(self) -> bool:
@@ -39,6 +41,9 @@ class Caller(Protocol):
 
     def granted(self, work: list[Job]) -> None:
         """It has a thread, and is to do this work, of which its own job is part."""
+
+    def deliver(self, answer: Any) -> None:
+        """Its job, which was parked, is done by another thread, which calls this without a lock."""
 
 
 class Job:

@@ -15,6 +15,8 @@ from agent.contract.manifest import Serving
 from agent.serving.scheduling.jobs import NEVER, Job
 from agent.serving.scheduling.sequences import Sequences
 
+INLINE_RUN_S = 100e-6  # a run up to this long costs the next caller less than a switch of threads
+
 
 class Lane:
     """`cost_s` is what a run takes about, kept by whoever measures it."""

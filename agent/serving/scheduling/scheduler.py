@@ -20,13 +20,18 @@ from typing import Any
 
 from agent.serving.answers import Refusal
 from agent.serving.scheduling.jobs import NEVER, Job, Place
-from agent.serving.scheduling.lanes import Lane
+from agent.serving.scheduling.lanes import INLINE_RUN_S, Lane
 
 RETRY = ((b"retry-after", b"1"),)
 DEFAULT_LIMIT = 1024
 SPARE_DEADLINES = 64  # entries of jobs that wait no more; beyond it the heap is made anew
 
 Clock = Callable[[], float]
+
+
+def busy_threads(threads: int) -> int:
+    """How many of a loop's threads may be at long work: all but the one that polls. One thread does both in turns."""
+    return max(1, threads - 1)
 
 
 class Scheduler:
@@ -42,6 +47,7 @@ class Scheduler:
         self._chores: deque[Any] = deque()
         self._moved_s = clock()  # when a thread last took or ended long work
         self._lanes: dict[Lane, None] = {}  # those in which jobs wait
+        self._remembering: dict[Lane, None] = {}  # those that may hold sequences
         self._deadlines: list[tuple[float, int, Job]] = []  # a heap; jobs that wait no more lie in it until their time comes
         self._next_s = NEVER
         self._number = 0
@@ -56,7 +62,7 @@ class Scheduler:
             now, lane = self._clock(), job.lane
             self._number += 1
             job.number, job.queued_s = self._number, now
-            turn = job.demand is None or lane.sequences is None or lane.sequences.join(job, job.demand, now)
+            turn = job.demand is None or self._join(job, now)
             if turn:
                 lane.put(job, now)
             work = lane.ready(now) if turn and may_run else []
@@ -74,6 +80,12 @@ class Scheduler:
             if not work:
                 self._tell(min(job.due_s if turn else NEVER, job.deadline_s))
             return work
+
+    def forget(self, lane: Lane, number: int | str) -> None:
+        """A sequence that this version has begins anew on another one."""
+        with self._lock:
+            if lane.sequences is not None:
+                lane.sequences.forget(number)
 
     def cancel(self, job: Job) -> bool:
         """Its caller has gone. False when it does not wait (any more)."""
@@ -131,20 +143,20 @@ class Scheduler:
         """Whether others wait, so that a thread should not go on with what only it knows of."""
         return bool(self.waiting or self._chores)
 
-    def look(self, cheap_s: float) -> tuple[list[Job], bool]:
-        """Jobs that the polling thread should do now; and whether they are long work, for which a thread was free, or so cheap
-        (a run up to `cheap_s`) that it should do them itself.
+    def look(self) -> tuple[list[Job], bool]:
+        """Jobs that the polling thread should do now; and whether they are long work, for which a thread was free and is now taken,
+        or so cheap that it should do them without giving up the poll.
         """
         with self._lock:
             now = self._clock()
             for lane in list(self._lanes):
                 self._grant(lane, now)
-            work = self._best(now, NEVER if self._free else cheap_s)
+            work = self._best(now, NEVER if self._free else INLINE_RUN_S)
             if not work:
                 self._next_s = self._when()
                 return [], False
             self._take(work)
-            if work[0].lane.cost_s <= cheap_s:
+            if work[0].lane.cost_s <= INLINE_RUN_S:
                 return work, False
             self._free -= 1
             self._moved_s = now
@@ -165,6 +177,10 @@ class Scheduler:
             for lane in list(self._lanes):
                 self._grant(lane, now)
 
+    def patience_s(self, job: Job) -> float:
+        """How long until time alone may change something for this job; for a caller that waits in a thread of its own."""
+        return min(job.lane.due_s, job.deadline_s) - self._clock()
+
     def expired(self) -> list[Job]:
         """Takes out what has waited until its deadline."""
         if not self._deadlines or self._deadlines[0][0] > self._clock():
@@ -179,6 +195,16 @@ class Scheduler:
                     found.append(job)
         return found
 
+    def sweep(self) -> None:
+        """Ends sequences that were idle for too long; to be called now and then."""
+        with self._lock:
+            now = self._clock()
+            for lane in list(self._remembering):
+                assert lane.sequences is not None
+                lane.sequences.expire(now)
+                if not len(lane.sequences):
+                    del self._remembering[lane]
+
     def stuck(self, patience_s: float) -> bool:
         """Whether something waits and no thread has come free for so long."""
         with self._lock:
@@ -186,6 +212,14 @@ class Scheduler:
             return bool(waits) and not self._free and self._clock() - self._moved_s > patience_s
 
     # -- with the lock held ----------------------------------------------------------------------------------------------------
+
+    def _join(self, job: Job, now: float) -> bool:
+        """Whether its sequence's turn is this job's."""
+        assert job.demand is not None
+        assert job.lane.sequences is not None
+        turn = job.lane.sequences.join(job, job.demand, now)
+        self._remembering[job.lane] = None
+        return turn
 
     def _has_room(self, lane: Lane) -> bool:
         return lane.waiting < lane.rules.max_queue_size and self.waiting < self._limit

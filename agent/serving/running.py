@@ -1,0 +1,154 @@
+"""Runs what the scheduler says may run, and gives every caller its answer.
+
+The rules:
+- Whoever takes jobs runs them here, and by that gives their instance back and their sequence's turn on.
+- A batch that fails is run again one by one, so that a bad request fails nobody but its caller.
+- The deadline is looked at once more right before the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from agent.serving.host import Version
+from agent.serving.scheduling import batching
+from agent.serving.scheduling.jobs import Job
+from agent.serving.scheduling.scheduler import Scheduler
+from agent.serving.tasks import Task, expired
+from runtimes.contract import Array, InputInvalid, Model
+
+
+def demands(job: Job, task: Task) -> None:
+    """Tells the job what its task demands, as far as that was read.  Raises: Refusal, InputInvalid."""
+    plan, lane = task.plan, job.lane
+    if plan is None:
+        return
+    job.wants(plan.priority, plan.timeout_s, plan.sequence)
+    if lane.batches:
+        if task.feeds is None:
+            task.unpack()
+        assert task.feeds is not None
+        specs = task.version.inputs
+        job.rows = batching.rows_of(task.version.name, specs, task.feeds, lane.rules.max_batch_size)
+        if job.rows:
+            job.key = batching.key_of(specs, task.feeds, plan.outputs)
+
+
+class Runner:
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def run(self, work: list[Job], *, mine: Job | None = None) -> None:
+        """Runs the jobs and answers their callers, but not that of `mine`: `conclude` it.  Never raises."""
+        try:
+            if len(work) == 1 or not self._together(work):
+                for job in work:
+                    self._alone(job)
+        finally:
+            self._scheduler.finished(work)
+        for job in work:
+            if job is not mine:
+                job.caller.deliver(self.conclude(job))
+
+    @staticmethod
+    def conclude(job: Job) -> Any:
+        """The answer of a job that ran or failed; its version is left. Once for each job."""
+        task: Task = job.task
+        try:
+            return task.answer()
+        finally:
+            task.version.leave()
+
+    def expire(self) -> None:
+        """Answers those that have waited until their deadline."""
+        for job in self._scheduler.expired():
+            job.task.error = expired()
+            job.caller.deliver(self.conclude(job))
+
+    @staticmethod
+    def drop(job: Job) -> None:
+        """Of a job that was cancelled: nobody waits for an answer."""
+        job.task.version.stats.cancelled += 1
+        job.task.version.leave()
+
+    def _together(self, work: list[Job]) -> bool:
+        """One run for all of them. False when it failed."""
+        version: Version = work[0].task.version
+        tasks: list[Task] = [job.task for job in work]
+        assert version.model is not None
+        rows = [job.rows for job in work]
+        begun = time.perf_counter()
+        try:
+            feeds = batching.join([task.feeds for task in tasks if task.feeds is not None])
+            started = time.perf_counter()
+            arrays = version.model.run(feeds, tasks[0].plan.outputs if tasks[0].plan else None)
+            ended = time.perf_counter()
+            parts = batching.split(arrays, rows)
+        except Exception:  # noqa: BLE001 - whatever it is, each hears about its own alone
+            return False
+        version.measured(ended - started)
+        version.stats.executed(sum(rows))
+        version.stats.batched(sum(rows), started - begun, ended - started, time.perf_counter() - ended)
+        for task, part in zip(tasks, parts, strict=True):
+            task.arrays, task.run_s = part, ended - started
+            task.input_s += started - begun
+        return True
+
+    def _alone(self, job: Job) -> None:
+        task: Task = job.task
+        version = task.version
+        try:
+            if task.plan is None:
+                task.understand()
+                demands(job, task)
+            if task.feeds is None:
+                task.unpack()
+            started = time.perf_counter()
+            if started > job.deadline_s:
+                raise expired()  # noqa: TRY301
+            task.arrays = self._run(job, version.model)
+            task.run_s = time.perf_counter() - started
+        except Exception as error:  # noqa: BLE001 - it is said to the caller
+            task.error = error
+            return
+        version.measured(task.run_s)
+        version.stats.executed(job.rows)
+        if job.lane.batches:
+            version.stats.batched(job.rows, task.input_s, task.run_s, 0.0)
+
+    @staticmethod
+    def _run(job: Job, model: Model | None) -> list[Array]:
+        assert model is not None
+        task: Task = job.task
+        assert task.feeds is not None
+        outputs: Sequence[str] | None = task.plan.outputs if task.plan else None
+        if job.sequence is None:
+            return model.run(task.feeds, outputs)
+        return _in_sequence(job, model, outputs)
+
+
+def _in_sequence(job: Job, model: Any, outputs: Sequence[str] | None) -> list[Array]:
+    """One step of a sequence, whose turn it is.  Raises: as the model, and Refusal (400) when the sequence is not under way."""
+    sequence, demand = job.sequence, job.demand
+    assert sequence is not None
+    assert demand is not None
+    if demand.start:
+        sequence.end()
+        sequence.state = model.sequence()
+    elif sequence.state is None or not sequence.started:
+        assert job.lane.sequences is not None
+        raise job.lane.sequences.unknown(sequence.id)
+    assert sequence.state is not None
+    try:
+        arrays: list[Array] = sequence.state.run(job.task.feeds, outputs)
+    except InputInvalid:
+        raise
+    except BaseException:
+        sequence.end()
+        raise
+    sequence.started = True
+    if demand.end:
+        sequence.end()
+    return arrays

@@ -1,0 +1,60 @@
+"""Many requests, one run: which may go together, their inputs joined along the first dimension, and the outputs split again."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+
+from agent.serving.answers import Refusal
+from runtimes.contract import Array, Model, ModelInvalid, RunFailed, TensorSpec
+
+Feeds = Mapping[str, Array]
+
+
+def check(model: Model, max_batch_size: int) -> None:
+    """Whether requests for the model can be gathered at all.  Raises: ModelInvalid."""
+    if max_batch_size <= 1:
+        return
+    for role, specs in (("input", model.inputs), ("output", model.outputs)):
+        for spec in specs:
+            if not spec.shape or spec.shape[0] != -1:
+                raise ModelInvalid(
+                    f"max_batch_size {max_batch_size} needs a first dimension of any size in all inputs and outputs, "
+                    f"but {role} {spec.name!r} has shape {list(spec.shape)}; export the model so, or leave max_batch_size out"
+                )
+    if getattr(model, "stateful", False):
+        raise ModelInvalid(f"max_batch_size {max_batch_size} cannot be had: the model keeps state, so its requests stay apart")
+
+
+def rows_of(model: str, specs: Sequence[TensorSpec], feeds: Feeds, max_batch_size: int) -> int:
+    """How many rows a request has.  Raises: Refusal (400) when its inputs disagree or when they are too many for one run."""
+    sizes = {spec.name: feeds[spec.name].shape[0] for spec in specs}
+    rows = max(sizes.values(), default=1)
+    if len(set(sizes.values())) > 1:
+        raise Refusal(400, f"the inputs of a request for model '{model}' must have one batch size, got {sizes}")
+    if rows > max_batch_size:
+        raise Refusal(400, f"inference request batch-size must be <= {max_batch_size} for '{model}', got {rows}")
+    return rows
+
+
+def key_of(specs: Sequence[TensorSpec], feeds: Feeds, outputs: Sequence[str] | None) -> Hashable:
+    """Requests of equal keys may go together."""
+    return (tuple([feeds[spec.name].shape[1:] for spec in specs]), None if outputs is None else tuple(outputs))
+
+
+def join(requests: Sequence[Feeds]) -> dict[str, Array]:
+    return {name: np.concatenate([feeds[name] for feeds in requests]) for name in requests[0]}
+
+
+def split(arrays: Sequence[Array], rows: Sequence[int]) -> list[list[Array]]:
+    """For each request its rows of every output.  Raises: RunFailed when the model did not keep the rows apart."""
+    total = sum(rows)
+    for array in arrays:
+        if array.ndim == 0 or array.shape[0] != total:
+            raise RunFailed(f"an output has shape {list(array.shape)} for a batch of {total} rows")
+    found, at = [], 0
+    for count in rows:
+        found.append([array[at : at + count] for array in arrays])
+        at += count
+    return found

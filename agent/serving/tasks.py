@@ -1,0 +1,157 @@
+"""What one prediction computes, and what becomes of it: the data that a job takes through the queue."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from agent.serving.answers import Answer, Refusal, refusal_answer
+from agent.serving.host import Version
+from agent.serving.inference import Demand, SequenceDemand
+from agent.serving.routes import Request
+from runtimes.check import check_feeds
+from runtimes.contract import Array, InputInvalid, RunFailed
+
+log = logging.getLogger(__name__)
+
+
+class Plan(Protocol):
+    """A request, understood against the inputs of one version."""
+
+    @property
+    def outputs(self) -> Sequence[str] | None: ...
+
+    @property
+    def priority(self) -> int: ...
+
+    @property
+    def timeout_s(self) -> float | None: ...
+
+    @property
+    def sequence(self) -> SequenceDemand | None: ...
+
+
+class Form(Protocol):
+    """How one API writes a prediction over HTTP. `read` and `write` may run in any thread, and raise Refusal."""
+
+    def read(self, version: Version, call: Request) -> Any:
+        """The plan of the request."""
+
+    def feeds(self, plan: Any, call: Request) -> Mapping[str, Array]:
+        """Its inputs; they may be views into the body."""
+
+    def write(self, version: Version, plan: Any, call: Request, arrays: Sequence[Array]) -> Answer:
+        """The answer with the outputs that the plan demands."""
+
+
+class Task:
+    """One prediction. Times are perf_counters; `input_s` is what reading it and joining it with others took so far."""
+
+    def __init__(self, version: Version, arrived_s: float) -> None:
+        self.version = version
+        self.arrived_s = arrived_s
+        self.plan: Plan | None = None
+        self.feeds: Mapping[str, Array] | None = None
+        self.input_s = 0.0
+        self.run_s = 0.0
+        self.arrays: list[Array] = []
+        self.error: Exception | None = None
+
+    def understand(self) -> None:
+        """Makes `plan`.  Raises: Refusal."""
+        raise NotImplementedError
+
+    def unpack(self) -> None:
+        """Makes `feeds`, after `plan`.  Raises: Refusal, InputInvalid."""
+        raise NotImplementedError
+
+    def is_short(self, json_bytes: int) -> bool:  # noqa: ARG002
+        """Whether reading it takes no more than that of so much JSON."""
+        return True
+
+    def answer(self) -> Answer | None:
+        """What its caller is given, once it ran or failed.  Never raises."""
+        raise NotImplementedError
+
+    def succeeded(self, ended_s: float, now_s: float) -> None:
+        """Its answer is ready; what came behind the run is output."""
+        self.version.stats.succeeded(self.arrived_s, self.input_s, self.run_s, now_s - ended_s, now_s)
+
+
+class Call(Task):
+    """A prediction that came as an HTTP request."""
+
+    def __init__(self, version: Version, request: Request, form: Form) -> None:
+        super().__init__(version, request.arrived_s)
+        self.request = request
+        self.form = form
+
+    def understand(self) -> None:
+        begun = time.perf_counter()
+        self.plan = self.form.read(self.version, self.request)
+        self.input_s += time.perf_counter() - begun
+
+    def unpack(self) -> None:
+        begun = time.perf_counter()
+        self.feeds = self.form.feeds(self.plan, self.request)
+        self.input_s += time.perf_counter() - begun
+
+    def is_short(self, json_bytes: int) -> bool:
+        length = self.request.header_length
+        return length == 0 or (len(self.request.body) if length is None else length) <= json_bytes
+
+    def answer(self) -> Answer:
+        try:
+            if self.error is not None:
+                raise self.error  # noqa: TRY301
+            begun = time.perf_counter()
+            answer = self.form.write(self.version, self.plan, self.request, self.arrays)
+            self.succeeded(begun, time.perf_counter())
+            return answer
+        except Exception as error:  # noqa: BLE001 - it is said to the caller
+            return refusal_answer(refusal(self.version, error))
+
+
+class Direct(Task):
+    """A prediction of a caller that has arrays and wants arrays."""
+
+    def __init__(self, version: Version, feeds: Mapping[str, Array], demand: Demand) -> None:
+        super().__init__(version, demand.arrived_s)
+        self.plan = demand
+        self.refused: Refusal | None = None
+        self._given = feeds
+
+    def understand(self) -> None:
+        pass
+
+    def unpack(self) -> None:
+        check_feeds(self.version.inputs, self._given)
+        self.feeds = self._given
+
+    def answer(self) -> None:
+        """None: the task itself has the arrays, or why it was refused."""
+        if self.error is not None:
+            self.refused = refusal(self.version, self.error)
+            return
+        now = time.perf_counter()
+        self.succeeded(now, now)
+
+
+def expired() -> Refusal:
+    return Refusal(503, "Request timeout expired", headers=((b"retry-after", b"1"),))
+
+
+def refusal(version: Version, error: Exception) -> Refusal:
+    """Counts the failure, and says it so that the caller understands."""
+    if isinstance(error, Refusal):
+        version.stats.failed("unavailable" if error.status == 503 else "invalid")
+        return error
+    if isinstance(error, InputInvalid):
+        version.stats.failed("invalid")
+        return Refusal(400, f"model '{version.name}': {error}")
+    version.stats.failed("run")
+    if not isinstance(error, RunFailed):
+        log.error("model %r version %d failed in an unforeseen way", version.name, version.number, exc_info=error)
+    return Refusal(500, f"model '{version.name}' version {version.number} failed: {error}")
