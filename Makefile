@@ -102,4 +102,5 @@ test-packages: mosquitto
 	$(call need,systemd-nspawn,systemd-container)
 	$(call need,chromium,chromium)
 	$(call need,node,nodejs)
+	$(call need,jq,jq)
 	$(call need,cc,gcc libc6-dev)
