@@ -35,6 +35,7 @@ from agent.serving.service import Service
 from agent.serving.settings import LogSettings, TraceSettings
 from agent.serving.sockets import Listeners, open_listeners
 from agent.serving.systemmemory import SystemMemory
+from agent.serving.tfserving import TensorFlowServing
 from agent.store import Choice, Selection, Store, StoreError
 from runtimes.contract import RuntimeFailure
 
@@ -80,7 +81,14 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
     repository, logs, traces = Repository(control), LogSettings(), TraceSettings()
     extensions = Extensions(host, repository, logs, traces)
     router = Router(
-        [*protocol.routes(), *extensions.routes(), *control.routes(), *Metrics(host).routes(), *memoryroutes.routes()]
+        [
+            *protocol.routes(),
+            *TensorFlowServing(host, dataplane).routes(),
+            *extensions.routes(),
+            *control.routes(),
+            *Metrics(host).routes(),
+            *memoryroutes.routes(),
+        ]
     )
     return Parts(
         host, dataplane, protocol, control, repository, logs, traces, router, Service(dataplane, settings.max_body_bytes)

@@ -68,8 +68,10 @@ Parking = Callable[[Request], Answer | None]  # None: the answer comes later, to
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One row of the table. A pattern's `{name}` is one path segment, percent-decoded; `{name:regex}` restricts it. A
-    verb, as in `{name}:predict`, is not part of the value."""
+    """One row of the table. A pattern's `{name}` is one path segment, percent-decoded; `{name:regex}` restricts it.
+
+    A verb, as in `{name}:predict`, is not part of the value.
+    """
 
     method: str
     pattern: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import struct
 from typing import Any, NoReturn
@@ -97,6 +98,75 @@ def _leaves(values: list[Any], depth: int) -> Any:
             yield from _leaves(value, depth + 1)
         else:
             yield value
+
+
+def from_values(name: str, text: bytes, datatype: str) -> Array:
+    """The array in JSON that says no shape: numbers, nested as deep as it has dimensions. BYTES may be `{"b64": …}`. FP16 and BF16 are
+    rounded to.  Raises: Refusal (400).
+    """
+    if datatype != "BYTES" and b'"' in text:
+        _refuse(name, datatype, _EXPECTED.get(DTYPES[datatype].kind, "numbers"))
+    try:
+        values = msgspec.json.decode(text)
+        if datatype == "BYTES":
+            return _texts_array(name, values)
+        array = np.array(values)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refusal(400, f"the data of input '{name}' cannot be read: {error}") from error
+    except ValueError as error:
+        raise Refusal(400, f"the data of input '{name}' is not a regular list: {error}") from error
+    if datatype == "BF16":
+        return _rounded(_converted(name, array, "FP32")).reshape(array.shape)
+    return _converted(name, array, datatype).reshape(array.shape)
+
+
+def _rounded(array: Array) -> Array:
+    """float32 as the 16 bits of the nearest BF16, the even one of two."""
+    bits = array.view(np.uint32)
+    rounded: Array = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return rounded
+
+
+def _texts_array(name: str, values: Any) -> Array:
+    shape: list[int] = []
+    flat = [values]
+    while flat and isinstance(flat[0], list):
+        size = len(flat[0])
+        if len(shape) == MAX_DEPTH or any(not isinstance(row, list) or len(row) != size for row in flat):
+            raise Refusal(400, f"the data of input '{name}' is not a regular list of at most {MAX_DEPTH} dimensions")
+        shape.append(size)
+        flat = [value for row in flat for value in row]
+    array = np.empty(len(flat), np.object_)
+    array[:] = [_text_of(name, value) for value in flat]
+    return array.reshape(shape)
+
+
+def _text_of(name: str, value: object) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, dict) and set(value) == {"b64"} and isinstance(value["b64"], str):
+        try:
+            return base64.b64decode(value["b64"], validate=True)
+        except ValueError as error:
+            raise Refusal(400, f"the data of input '{name}' is not base64: {error}") from error
+    _refuse(name, "BYTES", 'strings or {"b64": …}')
+
+
+def texts(array: Array, *, encode: bool) -> Any:
+    """BYTES as nested lists of strings; as `{"b64": …}` when that is asked for, and for what is not UTF-8."""
+    flat = [_text(element, encode=encode) for element in array.flat]
+    result = np.empty(len(flat), np.object_)
+    result[:] = flat
+    return result.reshape(array.shape).tolist()
+
+
+def _text(element: bytes, *, encode: bool) -> str | dict[str, str]:
+    if not encode:
+        try:
+            return element.decode()
+        except UnicodeDecodeError:
+            pass
+    return {"b64": base64.b64encode(element).decode()}
 
 
 def to_json(name: str, array: Array, datatype: str) -> list[Any]:
