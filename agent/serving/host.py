@@ -122,6 +122,7 @@ class Version:
             "placement": {"requested": placement.requested, "actual": placement.actual, "fallback": placement.fallback},
             "load_ms": round(self.load_s * 1e3, 3),
             "memory_bytes": self.memory_bytes,
+            "waiting": self.lane.waiting,
             "stats": self.stats.document(),
         }
 
@@ -134,6 +135,8 @@ class Served:
         self.versions: dict[int, Version] = {}
         self.active: Version | None = None
         self.previous: Version | None = None
+        self.activations = 0
+        self.rollbacks = 0
 
     @property
     def candidate(self) -> Version | None:
@@ -242,13 +245,16 @@ class ModelHost:
             return served
         superseded = served.previous if served.previous is not version else None
         served.active, served.previous = version, served.active
+        served.activations += 1
         if superseded is not None:
             self._drop(served, superseded)
         return served
 
     def keep_only(self, name: str, number: int) -> Served:
         """Makes version `number`, which must be loaded, the only one: everything else is drained and unloaded."""
+        before = self.served(name).active
         served = self.activate(name, number)
+        served.rollbacks += before is not None and served.active is not before
         served.previous = None
         for version in [v for v in served.versions.values() if v is not served.active]:
             self._drop(served, version)

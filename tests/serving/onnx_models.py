@@ -49,3 +49,45 @@ def slow(path, side=1500, rounds=1):
     nodes += [helper.make_node("MatMul", [f"h{i}", "m"], [f"h{i + 1}"]) for i in range(rounds)]
     nodes.append(helper.make_node("ReduceMean", [f"h{rounds}"], ["y"], keepdims=0))
     return _save(path, nodes, [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [])], [("m", matrix)])
+
+
+def total(path, factor=1.0):
+    """sum = factor * x + before, float32 [n, 1]; `before` is what a release may declare as state."""
+    return _save(
+        path,
+        [helper.make_node("Mul", ["x", "k"], ["scaled"]), helper.make_node("Add", ["scaled", "before"], ["sum"])],
+        [value("x", TensorProto.FLOAT, ["n", 1]), value("before", TensorProto.FLOAT, ["n", 1])],
+        [value("sum", TensorProto.FLOAT, ["n", 1])],
+        [("k", np.float32(factor))],
+    )
+
+
+def slow_total(path, side=500, rounds=4):
+    """The same after a while."""
+    matrix = (np.random.default_rng(7).standard_normal((side, side)) / side).astype(np.float32)
+    nodes = [helper.make_node("ReduceSum", ["x"], ["h"], keepdims=0), helper.make_node("Add", ["m", "h"], ["h0"])]
+    nodes += [helper.make_node("MatMul", [f"h{i}", "m"], [f"h{i + 1}"]) for i in range(rounds)]
+    nodes += [
+        helper.make_node("ReduceMean", [f"h{rounds}"], ["mean"], keepdims=0),
+        helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+        helper.make_node("Add", ["x", "before"], ["added"]),
+        helper.make_node("Add", ["added", "nothing"], ["sum"]),
+    ]
+    return _save(
+        path,
+        nodes,
+        [value("x", TensorProto.FLOAT, ["n", 1]), value("before", TensorProto.FLOAT, ["n", 1])],
+        [value("sum", TensorProto.FLOAT, ["n", 1])],
+        [("m", matrix), ("zero", np.float32(0))],
+    )
+
+
+def lookup(path, rows=10):
+    """y = 100 + x, for int64 x [n] from 0 to `rows` - 1; any other x fails the whole run."""
+    return _save(
+        path,
+        [helper.make_node("Gather", ["t", "x"], ["y"])],
+        [value("x", TensorProto.INT64, ["n"])],
+        [value("y", TensorProto.INT64, ["n"])],
+        [("t", np.arange(100, 100 + rows))],
+    )

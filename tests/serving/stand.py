@@ -133,7 +133,7 @@ class Device:
         self.config = folder / "agent.yaml"
         self.socket = folder / "s.sock"
 
-    def release(self, model, version, path, *, runtime="onnx", variant="cpu"):
+    def release(self, model, version, path, *, runtime="onnx", variant="cpu", **settings):
         sha256 = hash_file(path)
         (self.store.blobs / sha256).write_bytes(path.read_bytes())
         name = re.sub(r"[^A-Za-z0-9._-]", "-", path.name)
@@ -145,7 +145,7 @@ class Device:
                     "model": model,
                     "version": version,
                     "files": {name: {"sha256": sha256, "size_bytes": path.stat().st_size}},
-                    "variants": [{"name": variant, "runtime": runtime, "file": name}],
+                    "variants": [{"name": variant, "runtime": runtime, "file": name, **settings}],
                 }
             )
         )

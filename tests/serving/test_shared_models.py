@@ -7,7 +7,7 @@ import pytest
 
 from agent.client import Client, InputRejected
 from tests.conftest import SHARED_MODELS
-from tests.serving.stand import Server
+from tests.serving.stand import Server, request
 
 pytestmark = pytest.mark.shared
 
@@ -24,8 +24,9 @@ FLOAT_TOLERANCE = 2.4e-7
 QDQ_TOLERANCE = 0.00393
 
 # Recorded one after the other on one interpreter: the recurrent state of the first samples is in the answers to the last two.
-# A server must not carry one caller's state into another's answer: these two agree with a fresh interpreter to the bit instead.
+# Without a sequence these two agree with a fresh interpreter to the bit instead; within one, with what was recorded.
 CARRIED_STATE = {("mnist_lstm-tflite-i8", "sample3"), ("mnist_lstm-tflite-i8", "sample4")}
+STATEFUL = [entry for entry in MODELS if entry["id"] == "mnist_lstm-tflite-i8"]
 
 
 def tolerance(entry):
@@ -63,12 +64,14 @@ def alone(path, feed):
     return interpreter.get_tensor(interpreter.get_output_details()[0]["index"]).copy()
 
 
-def as_json(client, entry, feeds):
+def as_json(client, entry, feeds, **parameters):
     inputs = [
         {"name": spec["name"], "datatype": spec["datatype"], "shape": feed.shape, "data": feed.tolist()}
         for spec, feed in zip(entry["inputs"], feeds, strict=True)
     ]
-    status, headers, body = client.request("POST", f"/v2/models/{entry['name']}/infer", {"inputs": inputs})
+    status, headers, body = client.request(
+        "POST", f"/v2/models/{entry['name']}/infer", {"inputs": inputs, "parameters": parameters}
+    )
     assert status == 200, body
     assert headers["content-type"] == "application/json"
     return {out["name"]: (out["datatype"], out["shape"], out["data"]) for out in json.loads(body)["outputs"]}
@@ -102,6 +105,34 @@ def test_every_case_over_the_socket(server, shared_models, entry):
                     assert np.abs(got.astype(np.float64) - want.astype(np.float64)).max(initial=0) <= tolerance(entry)
             if "top3" in case:
                 assert int(binary[metadata["outputs"][0]["name"]].argmax()) == case["top3"][0][0]
+
+
+def in_binary(server, metadata, feed, **parameters):
+    tensor = metadata["inputs"][0]
+    given = {"name": tensor["name"], "datatype": tensor["datatype"], "shape": feed.shape}
+    head = json.dumps({
+        "inputs": [{**given, "parameters": {"binary_data_size": feed.nbytes}}],
+        "parameters": {**parameters, "binary_data_output": True},
+    }).encode()  # fmt: skip
+    path = f"/v2/models/{metadata['name']}/infer"
+    content = request("POST", path, head + feed.tobytes(), Inference_Header_Content_Length=len(head))
+    status, headers, body = server.raw(content)
+    assert status == 200, body
+    return np.frombuffer(body[int(headers["inference-header-content-length"]) :], feed.dtype)
+
+
+@pytest.mark.parametrize("entry", STATEFUL, ids=name_of)
+def test_a_stateful_models_cases_within_one_sequence_give_exactly_what_was_recorded(server, shared_models, entry):
+    with Client(server.socket) as client:
+        metadata = client.metadata(name_of(entry))
+        for number, case in enumerate(entry["cases"]):
+            feed = arrays(shared_models / case["in_npz"], "in")[0]
+            want = arrays(shared_models / case["out_npz"], "out")[0]
+            step = {"sequence_start": number == 0, "sequence_end": case is entry["cases"][-1]}
+            binary = in_binary(server, metadata, feed, sequence_id="binary", **step)
+            (_, shape, data) = as_json(client, metadata, [feed], sequence_id=7, **step)[metadata["outputs"][0]["name"]]
+            assert np.array_equal(binary.reshape(want.shape), want)
+            assert np.array_equal(np.array(data, want.dtype).reshape(shape), want)
 
 
 @pytest.mark.parametrize("entry", [e for e in MODELS if "testset" in e], ids=name_of)

@@ -2,8 +2,9 @@
 
 Nothing here locks or looks at a clock. The rules:
 - Jobs run by priority, then by arrival. `instances` bounds how many runs go on at once.
-- A job with a key waits until `due_s` for others of its key. A batch is the first job, and those of its key that come next in
-  order, as many as fit; it is ready when it is full, has a preferred size, or one of its jobs is due.
+- A job with a key waits until `due_s` for others of its key: for the version's delay, and for no more than half of the time it has.
+- A batch is the first job, and those of its key that come next in order, as many as fit. It is ready when it is full, has a
+  preferred size, or one of its jobs is due.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Lane:
     def put(self, job: Job, now_s: float) -> None:
         job.due_s = now_s
         if job.key is not None and self.delay_s:
-            job.due_s = min(now_s + self.delay_s, max(now_s, job.deadline_s - self.cost_s))
+            spare_s = (job.deadline_s - self.cost_s - now_s) / 2  # the other half is for threads that come late
+            job.due_s = now_s + max(0.0, min(self.delay_s, spare_s))
         insort(self._queue, job)
         self._rows[job.key] = self._rows.get(job.key, 0) + job.rows
         self._due_s = min(self._due_s, job.due_s)
