@@ -43,6 +43,10 @@ bench: $(VENV)/.dev ## speed beside a raw socket and the engine alone, in one ru
 bench-peers: $(VENV)/.dev ## the same models behind other servers from PyPI, in one run (installs them; takes some minutes)
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
+.PHONY: soak
+soak: $(VENV)/.dev ## an hour of mixed load with models coming and going (ARGS="--minutes 5")
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
 .PHONY: docs
 docs: $(VENV)/.dev ## write the generated reference pages in docs/reference
 	$(BIN)/python docs/generate.py

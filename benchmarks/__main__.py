@@ -18,10 +18,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import measure, models, processes
+from benchmarks import measure, memory, models, processes, under_load
 
 CLIENTS = (1, 4, 8)
-WIDTH = 168
+WIDTH = 190
+PROTOTYPE = Path(__file__).parents[2] / "shared/prototypes/leader_followers.py"
 
 
 def main() -> None:
@@ -30,24 +31,59 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number of every repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument(
+        "--prototype", type=Path, metavar="FILE", default=PROTOTYPE, help="the bare threading model to compare with"
+    )
     options = parser.parse_args()
     repeats, seconds = (2, 0.3) if options.quick else (options.repeats, options.seconds)
+    prototype = options.prototype if options.prototype.is_file() else None
     with tempfile.TemporaryDirectory(prefix="edge-bench-") as name:
         folder = Path(name)
         load = processes.load_program(folder)
         subjects = models.make(folder)
         started = measure.start(folder, subjects[0], repeats)
-        rows = measure.latency(folder, load, subjects, CLIENTS, repeats, seconds)
-        swapped = measure.swaps(folder, load, repeats, seconds)
-    show(rows, started, swapped, compiled=len(load) == 1)
+        rows = measure.latency(folder, load, subjects, CLIENTS, repeats, seconds, prototype)
+        more = {
+            "memory": memory.latency(folder, subjects[1], repeats, seconds),
+            "swap": under_load.swaps(folder, load, repeats, seconds),
+            "mixed": under_load.mixed(folder, load, repeats, 2 * seconds),
+            "loads": under_load.loads(folder),
+        }
+    show(rows, started, more, compiled=len(load) == 1)
     if options.json:
-        options.json.write_text(json.dumps(measure.document(rows, started, swapped), indent=1) + "\n")
+        options.json.write_text(json.dumps(measure.document(rows, started, more), indent=1) + "\n")
 
 
-def show(rows: Sequence[measure.Row], started: dict[str, list[float]], swapped: dict[str, Any], *, compiled: bool) -> None:
-    console = Console()
+def show(rows: Sequence[measure.Row], started: dict[str, list[float]], more: dict[str, Any], *, compiled: bool) -> None:
+    console = Console(highlight=False)
     console.width = max(console.width, WIDTH)  # a number that is cut off is no number
-    names = (
+    console.print(_table(rows))
+    console.print(
+        f"start to first prediction {spread(started['first_prediction_s'], 2)} s, idle PSS {spread(started['idle_pss_mb'])} MB"
+    )
+    shared = more["memory"]
+    console.print(
+        f"image in shared memory, one client: p50 {spread(shared['shared_p50_us'], 0)} µs, the engine alone {spread(shared['engine_p50_us'], 0)} µs: "
+        f"{spread(shared['ratios'], 3)} ×"
+    )
+    swapped = more["swap"]
+    console.print(
+        f"swap under {swapped['clients']} clients: p99 {spread(swapped['p99_before_us'], 0)} µs before, "
+        f"{spread(swapped['p99_during_us'], 0)} µs during {swapped['swaps']} swaps, {swapped['failures']} failed"
+    )
+    mixed = more["mixed"]
+    console.print(
+        f"tiny, one client, p99: {spread(mixed['busy'], 0)} µs while another process keeps the cores busy, {spread(mixed['long'], 0)} µs while "
+        f"four clients ask the server for a 50 ms model, {spread(mixed['dawdlers'], 0)} µs with {under_load.DAWDLERS} dawdling connections"
+    )
+    loads = ", ".join(f"{mb:.1f} MB after {count}" for count, mb in more["loads"].items())
+    console.print(f"memory after loading and unloading different models: {loads}")
+    if not compiled:
+        console.print("there is no C compiler: echo and load generator are Python's, and slow")
+
+
+def _table(rows: Sequence[measure.Row]) -> Table:
+    columns = [
         "model",
         "clients",
         "echo p50",
@@ -58,23 +94,23 @@ def show(rows: Sequence[measure.Row], started: dict[str, list[float]], swapped: 
         "requests/s",
         "engine/s",
         "failed",
-    )
-    table = Table(*names, title="median (min-max) of the repeats; times in µs")
+    ]
+    bare = bool(rows[0].bare_p50_us)
+    if bare:
+        columns += ["p50 × bare", "requests/s × bare"]
+    table = Table(*columns, title="median (min-max) of the repeats; times in µs; bare: the threading model alone")
     for row in rows:
-        table.add_row(
-            row.model, str(row.clients), spread(row.echo_p50_us), spread(row.engine_p50_us), spread(row.p50_us),
-            spread(row.p99_us), spread(row.ratios, 2) if row.clients == 1 else "-", spread(row.per_s, 0), spread(row.engine_per_s, 0), str(row.failures),
-        )  # fmt: skip
-    console.print(table)
-    console.print(
-        f"start to first prediction {spread(started['first_prediction_s'], 2)} s, idle PSS {spread(started['idle_pss_mb'])} MB"
-    )
-    console.print(
-        f"swap under {swapped['clients']} clients: p99 {spread(swapped['p99_before_us'], 0)} µs before, "
-        f"{spread(swapped['p99_during_us'], 0)} µs during {swapped['swaps']} swaps, {swapped['failures']} failed"
-    )
-    if not compiled:
-        console.print("there is no C compiler: echo and load generator are Python's, and slow")
+        cells = [
+            row.model, str(row.clients), spread(row.echo_p50_us), spread(row.engine_p50_us), spread(row.p50_us), spread(row.p99_us),
+            spread(row.ratios, 2) if row.clients == 1 else "-", spread(row.per_s, 0), spread(row.engine_per_s, 0), str(row.failures),
+        ]  # fmt: skip
+        if bare:
+            cells += [
+                spread([p / b for p, b in zip(row.p50_us, row.bare_p50_us, strict=True)], 2),
+                spread([p / b for p, b in zip(row.per_s, row.bare_per_s, strict=True)], 2),
+            ]
+        table.add_row(*cells)
+    return table
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

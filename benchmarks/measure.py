@@ -1,21 +1,21 @@
 """The measurements. Everything that is compared is measured in turns, several times, in one run."""
 
+import contextlib
 import statistics
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
-from agent.client import Client
-from agent.contract.codec import encode
-from agent.store import Choice, Selection, Store, hash_file
 from benchmarks import models, processes
 from benchmarks.models import Subject
 
+BARE_NAMES = {"tiny": "T", "image": "I"}
 REPLY_BYTES = 280  # about what the answer of either model takes
 
 
@@ -31,6 +31,8 @@ class Row:
     p99_us: list[float] = field(default_factory=list)
     per_s: list[float] = field(default_factory=list)
     engine_per_s: list[float] = field(default_factory=list)
+    bare_p50_us: list[float] = field(default_factory=list)
+    bare_per_s: list[float] = field(default_factory=list)
     failures: int = 0
 
     @property
@@ -67,15 +69,39 @@ def engine(subject: Subject, threads: int, seconds: float) -> tuple[float, float
 
 
 def latency(
-    folder: Path, load: list[str], subjects: Sequence[Subject], clients: Sequence[int], repeats: int, seconds: float
+    folder: Path,
+    load: list[str],
+    subjects: Sequence[Subject],
+    clients: Sequence[int],
+    repeats: int,
+    seconds: float,
+    prototype: Path | None,
 ) -> list[Row]:
+    """`prototype` is the bare threading model without anything a product needs: leader_followers.py, when it is at hand."""
     rows = {(s.name, c): Row(s.name, c) for s in subjects for c in clients}
     server = folder / "bench.sock"
-    with processes.running(processes.agent("run", *[s.path for s in subjects], "--socket", server), server):
+    with (
+        processes.running(processes.agent("run", *[s.path for s in subjects], "--socket", server), server),
+        _bare(folder, subjects, prototype) as bare,
+    ):
         for _ in range(repeats):
             for subject in subjects:
-                _measure(rows, folder, load, subject, clients, seconds, server)
+                _measure(rows, folder, load, subject, clients, seconds, server, bare)
     return list(rows.values())
+
+
+@contextlib.contextmanager
+def _bare(folder: Path, subjects: Sequence[Subject], prototype: Path | None) -> Iterator[Path | None]:
+    """The prototype's socket. It knows its two models as T and I."""
+    if prototype is None:
+        yield None
+        return
+    home, server = folder / "bare", folder / "bare.sock"
+    home.mkdir()
+    for subject in subjects:
+        (home / f"{BARE_NAMES[subject.name]}.onnx").symlink_to(subject.path)
+    with processes.running([sys.executable, str(prototype), str(server), "3"], server, folder=home):
+        yield server
 
 
 def _measure(
@@ -86,7 +112,10 @@ def _measure(
     clients: Sequence[int],
     seconds: float,
     server: Path,
+    bare: Path | None,
 ) -> None:
+    bare_request = folder / f"{subject.name}.bare"
+    bare_request.write_bytes(models.request(BARE_NAMES[subject.name], subject.array))
     request = folder / f"{subject.name}.request"
     request.write_bytes(subject.request)
     echo = folder / "echo.sock"
@@ -103,6 +132,10 @@ def _measure(
             row.p99_us.append(found["p99_us"])
             row.per_s.append(found["per_s"])
             row.failures += found["failures"]
+            if bare is not None:
+                found = processes.drive(load, bare, bare_request, "http", count, seconds)
+                row.bare_p50_us.append(found["p50_us"])
+                row.bare_per_s.append(found["per_s"])
 
 
 def start(folder: Path, subject: Subject, repeats: int) -> dict[str, list[float]]:
@@ -110,60 +143,5 @@ def start(folder: Path, subject: Subject, repeats: int) -> dict[str, list[float]
     return {"first_prediction_s": [s for s, _ in found], "idle_pss_mb": [mb for _, mb in found]}
 
 
-def swaps(folder: Path, load: list[str], repeats: int, seconds: float, clients: int = 4) -> dict[str, Any]:
-    """p99 with `clients` busy clients, before and while versions are loaded, activated and committed one after the other."""
-    config, server = _store(folder)
-    request = folder / "swap.request"
-    request.write_bytes(models.request("tiny", models.make(folder)[0].array))
-    before, during, failures, count = [], [], 0, 0
-    with processes.running(processes.agent("serve", "--config", config), server), Client(server) as client:
-        for _ in range(repeats):
-            quiet = processes.drive(load, server, request, "http", clients, seconds)
-            end, swapped = threading.Event(), [0]
-            swapper = threading.Thread(target=_swap, args=(client, end, swapped))
-            swapper.start()
-            busy = processes.drive(load, server, request, "http", clients, seconds)
-            end.set()
-            swapper.join()
-            before.append(quiet["p99_us"])
-            during.append(busy["p99_us"])
-            failures += quiet["failures"] + busy["failures"]
-            count += swapped[0]
-    return {"clients": clients, "p99_before_us": before, "p99_during_us": during, "swaps": count, "failures": failures}
-
-
-def _store(folder: Path) -> tuple[Path, Path]:
-    store = Store.create(folder / "store")
-    for version in (1, 2):
-        path = folder / "tiny.onnx"
-        models.tiny(path)
-        path.write_bytes(path.read_bytes() + b"\x2a" + bytes([1, version]))  # an unknown field: other bytes, the same model
-        sha256 = hash_file(path)
-        store.blob(sha256).write_bytes(path.read_bytes())
-        file = {"sha256": sha256, "size_bytes": path.stat().st_size}
-        variant = {"name": "cpu", "runtime": "onnx", "file": "tiny.onnx"}
-        store.write_manifest(encode({"model": "tiny", "version": version, "files": {"tiny.onnx": file}, "variants": [variant]}))
-    store.select(Selection(model="tiny", active=Choice(version=1, variant="cpu")))
-    config, server = folder / "agent.yaml", folder / "swap.sock"
-    config.write_text(f"store: {store.root}\nserve: {{socket: {server}}}\n")
-    return config, server
-
-
-def _swap(client: Client, end: threading.Event, swapped: list[int]) -> None:
-    """An update every 100 ms, far more often than any device makes one."""
-    version = client.status()["models"]["tiny"]["active"]
-    while not end.wait(0.1):
-        version = 3 - version
-        for action, body in (
-            ("load", {"version": version, "variant": "cpu"}),
-            ("activate", {"version": version}),
-            ("commit", {}),
-        ):
-            status, _, answer = client.request("POST", f"/control/v1/models/tiny/{action}", body)
-            if status != 200:
-                raise RuntimeError(f"{action}: {answer!r}")
-        swapped[0] += 1
-
-
-def document(rows: Sequence[Row], started: dict[str, list[float]], swapped: dict[str, Any]) -> dict[str, Any]:
-    return {"latency": [{**asdict(row), "ratios": row.ratios} for row in rows], "start": started, "swap": swapped}
+def document(rows: Sequence[Row], started: dict[str, list[float]], more: dict[str, Any]) -> dict[str, Any]:
+    return {"latency": [{**asdict(row), "ratios": row.ratios} for row in rows], "start": started, **more}

@@ -36,9 +36,14 @@ def drive(load: list[str], path: Path, request: Path, kind: str, clients: int, s
 
 
 @contextlib.contextmanager
-def running(command: list[str], path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`command` while the block runs, from the moment that something listens at `path`."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+def running(
+    command: list[str], path: Path, *, folder: Path | None = None, quiet: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`command`, in `folder`, while the block runs, from the moment that something listens at `path`."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if quiet else None, cwd=folder,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
     try:
         _wait_for(path, process)
         yield process

@@ -25,3 +25,20 @@ def test_the_quick_benchmark_fails_no_request(tmp_path: Path) -> None:
         assert row["failures"] == 0
         assert min(row["p50_us"]) > 0
     assert "0 failed" in done.stdout
+    assert numbers["swap"]["failures"] == 0
+    assert set(numbers["mixed"]) == {"busy", "long", "dawdlers"}
+    assert set(numbers["loads"]) == {"10", "100"}
+
+
+def test_a_short_soak_finds_nothing_failed_or_stuck(tmp_path: Path) -> None:
+    """Half a minute is too short to tell a leak from warming up, so memory is left to the long one."""
+    line = [sys.executable, "-m", "benchmarks.soak", "--minutes", "0.3", "--json", str(tmp_path / "soak.json")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["alive"], done.stdout
+    assert found["errors"] == []
+    for client in found["clients"]:
+        assert (client["errors"], client["wrong"]) == ([], [])
+        assert client["answered"] > 0
+    assert found["changes"] > 10
+    assert found["pests"] > 10
