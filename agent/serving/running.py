@@ -43,8 +43,11 @@ class Runner:
     def run(self, work: list[Job], *, mine: Job | None = None) -> None:
         """Runs the jobs and answers their callers, but not that of `mine`: `conclude` it.  Never raises."""
         try:
-            if len(work) == 1 or not self._together(work):
-                for job in work:
+            now = time.perf_counter()
+            batch = [job for job in work if job.deadline_s >= now]
+            together = len(batch) > 1 and self._together(batch)
+            for job in work:
+                if not together or job.deadline_s < now:
                     self._alone(job)
         finally:
             self._scheduler.finished(work)
