@@ -64,6 +64,7 @@ class Parts:
     repository: Repository
     logs: LogSettings
     traces: TraceSettings
+    system: SystemMemory
     router: Router
     service: Service
 
@@ -79,6 +80,7 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
     protocol = Protocol(host, dataplane)
     control = Control(host, store, engine_threads=settings.engine_threads)
     repository, logs, traces = Repository(control), LogSettings(), TraceSettings()
+    system = SystemMemory(settings.shared_memory, settings.max_body_bytes)
     extensions = Extensions(host, repository, logs, traces)
     router = Router(
         [
@@ -90,9 +92,8 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
             *memoryroutes.routes(),
         ]
     )
-    return Parts(
-        host, dataplane, protocol, control, repository, logs, traces, router, Service(dataplane, settings.max_body_bytes)
-    )
+    service = Service(dataplane, settings.max_body_bytes)
+    return Parts(host, dataplane, protocol, control, repository, logs, traces, system, router, service)
 
 
 def serve_store(config: AgentConfig) -> int:
@@ -151,7 +152,7 @@ def _run(
 ) -> int:
     address = listeners.local
     budget = MemoryBudget(settings.client_memory_bytes)
-    system = SystemMemory(settings.shared_memory, settings.max_body_bytes)
+    system = parts.system
     loop = Loop(
         listeners.sockets,
         parts.service,

@@ -233,25 +233,36 @@ def statistics(host: ModelHost, name: str | None, wanted: str | None) -> list[Do
 
 def _statistics(item: Version) -> Document:
     stats = item.stats
-    failed = sum(stats.failures.values())
     none = {"count": 0, "ns": 0}
     return {
         "name": item.name,
         "version": str(item.number),
         "last_inference": int(stats.last_unix_s * 1000),
-        "inference_count": stats.ok,
-        "execution_count": stats.ok,
+        "inference_count": stats.inferences,
+        "execution_count": stats.executions,
         "inference_stats": {
-            "success": {"count": stats.ok, "ns": int(stats.total_s * 1e9)},
-            "fail": {"count": failed, "ns": 0},
-            "queue": none,
-            "compute_input": none,
-            "compute_infer": {"count": stats.ok, "ns": int(stats.run_s * 1e9)},
-            "compute_output": none,
+            "success": _duration(stats.ok, stats.total_s),
+            "fail": _duration(sum(stats.failures.values()) + stats.cancelled, 0.0),
+            "queue": _duration(stats.ok, stats.queue_s),
+            "compute_input": _duration(stats.ok, stats.input_s),
+            "compute_infer": _duration(stats.ok, stats.run_s),
+            "compute_output": _duration(stats.ok, stats.output_s),
             "cache_hit": none,
             "cache_miss": none,
         },
         "response_stats": {},
-        "batch_stats": [],
+        "batch_stats": [
+            {
+                "batch_size": batch.size,
+                "compute_input": _duration(batch.executions, batch.input_s),
+                "compute_infer": _duration(batch.executions, batch.run_s),
+                "compute_output": _duration(batch.executions, batch.output_s),
+            }
+            for batch in stats.batches
+        ],
         "memory_usage": [{"type": "CPU", "id": 0, "byte_size": item.memory_bytes}],
     }
+
+
+def _duration(count: int, seconds: float) -> dict[str, int]:
+    return {"count": count, "ns": int(seconds * 1e9)}

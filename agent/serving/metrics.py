@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from agent.serving.access import Access
 from agent.serving.answers import TEXT, Answer
-from agent.serving.host import ModelHost, Version
+from agent.serving.documents import agent_version
+from agent.serving.host import ModelHost, Served, Version
 from agent.serving.routes import Request, Route
 from agent.serving.stats import BOUNDS_MS
 
-COUNTERS: tuple[tuple[str, str, Callable[[Version], float]], ...] = (
+Row = tuple[str, str, Callable[[Version], float]]
+
+COUNTERS: tuple[Row, ...] = (
     ("nv_inference_request_success", "Predictions answered", lambda v: v.stats.ok),
-    ("nv_inference_count", "Inferences performed", lambda v: v.stats.ok),
-    ("nv_inference_exec_count", "Runs of the engine", lambda v: v.stats.ok),
+    ("nv_inference_count", "Rows that the engine worked on", lambda v: v.stats.inferences),
+    ("nv_inference_exec_count", "Runs of the engine", lambda v: v.stats.executions),
     ("nv_inference_request_duration_us", "Time from arrival to answer, all answered requests", lambda v: v.stats.total_s * 1e6),
-    ("nv_inference_compute_infer_duration_us", "Time in the engine, all answered requests", lambda v: v.stats.run_s * 1e6),
+    ("nv_inference_queue_duration_us", "Of it, waiting", lambda v: v.stats.queue_s * 1e6),
+    (
+        "nv_inference_compute_input_duration_us",
+        "Of it, reading the request and gathering a batch",
+        lambda v: v.stats.input_s * 1e6,
+    ),
+    ("nv_inference_compute_infer_duration_us", "Of it, in the engine", lambda v: v.stats.run_s * 1e6),
+    ("nv_inference_compute_output_duration_us", "Of it, writing the answer", lambda v: v.stats.output_s * 1e6),
+)
+GAUGES: tuple[Row, ...] = (
+    ("nv_inference_pending_request_count", "Predictions that wait for their run", lambda v: v.lane.waiting),
+    ("nv_model_load_duration_secs", "Time to load and warm up the model", lambda v: v.load_s),
+    ("edge_model_memory_bytes", "Resident memory that loading the model took", lambda v: v.memory_bytes),
+    ("edge_model_ready", "1 for a version that can answer", lambda v: int(v.state == "READY")),
 )
 FAILURES = (("REJECTED", "unavailable"), ("BACKEND", "run"), ("OTHER", "invalid"))
+CHANGES: tuple[tuple[str, str, Callable[[Served], int]], ...] = (
+    ("edge_model_activations_total", "Switches to another version", lambda served: served.activations),
+    (
+        "edge_model_rollbacks_total",
+        "Of these, back to an earlier one because of what was seen",
+        lambda served: served.rollbacks,
+    ),
+)
+STARTED_S = time.time()
 
 
 class Metrics:
@@ -31,40 +60,103 @@ class Metrics:
         return Answer(("\n".join(self._lines()).encode() + b"\n",), content_type=TEXT)
 
     def _lines(self) -> Iterator[str]:
-        versions = [v for served in self._host for _, v in sorted(served.versions.items())]
-        for name, text, value in COUNTERS:
-            yield from _head(name, text, "counter")
-            yield from (f"{name}{{{_labels(v)}}} {_number(value(v))}" for v in versions)
-        yield from _head("nv_inference_request_failure", "Requests answered with an error", "counter")
-        for v in versions:
-            for reason, key in FAILURES:
-                yield f'nv_inference_request_failure{{{_labels(v)},reason="{reason}"}} {v.stats.failures[key]}'  # type: ignore[index]
-        yield from _head("nv_model_load_duration_secs", "Time to load and warm up the model", "gauge")
-        yield from (f"nv_model_load_duration_secs{{{_labels(v)}}} {_number(v.load_s)}" for v in versions)
-        yield from _gauges(self._host)
-        yield from _histograms(versions)
+        host = list(self._host)
+        versions = [v for served in host for _, v in sorted(served.versions.items())]
+        for kind, rows in (("counter", COUNTERS), ("gauge", GAUGES)):
+            for name, text, value in rows:
+                yield from _head(name, text, kind)
+                yield from (f"{name}{{{_labels(v)}}} {_number(value(v))}" for v in versions)
+        yield from _failures(versions)
+        yield from _batches(versions)
+        yield from _models(host, versions)
+        for phase in versions[0].stats.phases if versions else ():
+            yield from _histogram(phase, versions)
+        yield from _process()
 
 
-def _gauges(host: ModelHost) -> Iterator[str]:
-    yield from _head("edge_model_memory_bytes", "Resident memory that loading the model took", "gauge")
-    yield from (f"edge_model_memory_bytes{{{_labels(v)}}} {v.memory_bytes}" for s in host for v in s.versions.values())
+def _failures(versions: Iterable[Version]) -> Iterator[str]:
+    name = "nv_inference_request_failure"
+    yield from _head(name, "Requests answered with an error, and those whose caller left", "counter")
+    for version in versions:
+        for reason, key in FAILURES:
+            yield f'{name}{{{_labels(version)},reason="{reason}"}} {version.stats.failures[key]}'  # type: ignore[index]
+        yield f'{name}{{{_labels(version)},reason="CANCELED"}} {version.stats.cancelled}'
+
+
+def _batches(versions: Iterable[Version]) -> Iterator[str]:
+    name = "edge_inference_batches_total"
+    yield from _head(name, "Runs of the engine by the number of rows in them", "counter")
+    for version in versions:
+        for batch in version.stats.batches:
+            yield f'{name}{{{_labels(version)},batch_size="{batch.size}"}} {batch.executions}'
+
+
+def _models(host: Iterable[Served], versions: Iterable[Version]) -> Iterator[str]:
     yield from _head("edge_model_active", "1 for the version that answers requests without a version", "gauge")
     yield from (f"edge_model_active{{{_labels(v)}}} {int(v is s.active)}" for s in host for v in s.versions.values())
+    yield from _head("edge_model_info", "What a version is and what it really runs on", "gauge")
+    for version in versions:
+        placement = version.placement
+        said = {
+            "variant": version.variant,
+            "runtime": version.runtime,
+            "requested": placement.requested,
+            "provider": placement.actual,
+            "fallback": placement.fallback or "",
+        }
+        labels = ",".join(f'{key}="{_escaped(value)}"' for key, value in said.items())
+        yield f"edge_model_info{{{_labels(version)},{labels}}} 1"
+    for name, text, value in CHANGES:
+        yield from _head(name, f"{text}, since the model came into memory", "counter")
+        yield from (f'{name}{{model="{_escaped(served.name)}"}} {value(served)}' for served in host)
 
 
-def _histograms(versions: list[Version]) -> Iterator[str]:
-    name = "edge_inference_request_duration_seconds"
-    yield from _head(name, "Time from arrival to answer of answered requests", "histogram")
+def _histogram(phase: str, versions: Iterable[Version]) -> Iterator[str]:
+    name = f"edge_inference_{phase}_duration_seconds"
+    what = "Time from arrival to answer" if phase == "request" else f"Time in the phase {phase}"
+    yield from _head(name, f"{what} of answered requests", "histogram")
     for version in versions:
         labels, total = _labels(version), 0
-        counts = list(version.stats.counts)
+        seconds, counts = version.stats.phases[phase]
+        counts = list(counts)
         for bound, count in zip(BOUNDS_MS, counts, strict=False):
             total += count
             yield f'{name}_bucket{{{labels},le="{bound / 1e3:g}"}} {total}'
         total += counts[-1]
         yield f'{name}_bucket{{{labels},le="+Inf"}} {total}'
-        yield f"{name}_sum{{{labels}}} {_number(version.stats.total_s)}"
+        yield f"{name}_sum{{{labels}}} {_number(seconds)}"
         yield f"{name}_count{{{labels}}} {total}"
+
+
+def _process() -> Iterator[str]:
+    """What the process and its machine use; the process's names are those of Prometheus's own libraries."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    statm = Path("/proc/self/statm").read_text().split()
+    memory = _machine_memory()
+    gauges = (
+        ("process_resident_memory_bytes", "Memory of the process", int(statm[1]) * resource.getpagesize()),
+        ("process_virtual_memory_bytes", "Address space of the process", int(statm[0]) * resource.getpagesize()),
+        ("process_start_time_seconds", "When the process began, as Unix time: it changes with a restart", STARTED_S),
+        ("process_open_fds", "Open files and connections", len(os.listdir("/proc/self/fd"))),  # noqa: PTH208 - names are enough
+        ("nv_cpu_memory_total_bytes", "Memory of the machine", memory["MemTotal"]),
+        ("nv_cpu_memory_used_bytes", "Of it, in use", memory["MemTotal"] - memory["MemAvailable"]),
+    )
+    yield from _head("process_cpu_seconds_total", "CPU time of the process", "counter")
+    yield f"process_cpu_seconds_total {_number(used.ru_utime + used.ru_stime)}"
+    for name, text, value in gauges:
+        yield from _head(name, text, "gauge")
+        yield f"{name} {_number(value)}"
+    yield from _head("edge_agent_info", "The version of the agent", "gauge")
+    yield f'edge_agent_info{{version="{_escaped(agent_version())}"}} 1'
+
+
+def _machine_memory() -> dict[str, int]:
+    found = {"MemTotal": 0, "MemAvailable": 0}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name in found:
+            found[name] = int(rest.split()[0]) * 1024
+    return found
 
 
 def _head(name: str, text: str, kind: str) -> tuple[str, str]:
@@ -72,9 +164,12 @@ def _head(name: str, text: str, kind: str) -> tuple[str, str]:
 
 
 def _labels(version: Version) -> str:
-    name = version.name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return f'model="{name}",version="{version.number}"'
+    return f'model="{_escaped(version.name)}",version="{version.number}"'
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.9g}"
+    return repr(value)

@@ -31,8 +31,8 @@ class Stats:
     """`succeeded` and `failed` are called once per request; readers may see a request half counted, never a wrong total later."""
 
     __slots__ = (
-        "_batches", "cancelled", "counts", "executions", "failures", "inferences", "input_s", "last_s", "ok", "output_s", "run_s",
-        "total_s",
+        "_batches", "_inputs", "_outputs", "_queues", "_runs", "cancelled", "counts", "executions", "failures", "inferences", "input_s",
+        "last_s", "ok", "output_s", "run_s", "total_s",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -40,6 +40,7 @@ class Stats:
         self.failures: dict[Failure, int] = {"invalid": 0, "run": 0, "unavailable": 0}
         self.cancelled = 0  # whose callers went while they waited; neither answered nor failed
         self.counts = [0] * (len(BOUNDS_MS) + 1)
+        self._queues, self._inputs, self._runs, self._outputs = ([0] * len(self.counts) for _ in range(4))
         self.total_s = 0.0
         self.input_s = 0.0
         self.run_s = 0.0
@@ -54,6 +55,10 @@ class Stats:
         latency_s = now_s - arrived_s
         self.ok += 1
         self.counts[bisect_left(_BOUNDS_S, latency_s)] += 1
+        self._queues[bisect_left(_BOUNDS_S, latency_s - input_s - run_s - output_s)] += 1
+        self._inputs[bisect_left(_BOUNDS_S, input_s)] += 1
+        self._runs[bisect_left(_BOUNDS_S, run_s)] += 1
+        self._outputs[bisect_left(_BOUNDS_S, output_s)] += 1
         self.total_s += latency_s
         self.input_s += input_s
         self.run_s += run_s
@@ -72,6 +77,17 @@ class Stats:
         batch[1] += input_s
         batch[2] += run_s
         batch[3] += output_s
+
+    @property
+    def phases(self) -> dict[str, tuple[float, list[int]]]:
+        """Seconds in all, and counts as in `counts`, of each phase and of the whole."""
+        return {
+            "request": (self.total_s, self.counts),
+            "queue": (self.queue_s, self._queues),
+            "compute_input": (self.input_s, self._inputs),
+            "compute_infer": (self.run_s, self._runs),
+            "compute_output": (self.output_s, self._outputs),
+        }
 
     @property
     def queue_s(self) -> float:

@@ -1,5 +1,6 @@
 """gRPC as its stock client speaks it, over its own Unix socket. The server is a process, as the two define the same messages."""
 
+import os
 import queue
 import socket
 import stat
@@ -11,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+import tritonclient.utils.shared_memory as shm
 from onnx import TensorProto
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
@@ -247,6 +249,32 @@ def test_the_socket_has_its_mode_and_one_class_for_all(device, tmp_path):
         refused("PERMISSION_DENIED", "needs access class 'observe'", client.get_inference_statistics)
         refused("PERMISSION_DENIED", "needs access class 'control'", client.update_log_settings, {"log_info": True})
         refused("UNIMPLEMENTED", "disabled", client.get_system_shared_memory_status)
+
+
+def test_tensors_in_system_shared_memory(device, tmp_path):
+    device.server(grpc_socket=str(tmp_path / "g.sock"), grpc_access="control", shared_memory="owner").start()
+    key = f"/edge-grpc-{os.getpid()}"
+    with triton.InferenceServerClient(f"unix:{tmp_path / 'g.sock'}") as client:
+        memory = shm.create_shared_memory_region("r", key, 64)
+        try:
+            shm.set_shared_memory_region(memory, [X])
+            client.register_system_shared_memory("r", key, 64)
+            assert client.get_system_shared_memory_status().regions["r"].byte_size == 64
+            refused("INVALID_ARGUMENT", "already in manager", client.register_system_shared_memory, "r", key, 64)
+            x = triton.InferInput("x", [1, 4], "FP32")
+            x.set_shared_memory("r", 16)
+            y = triton.InferRequestedOutput("y")
+            y.set_shared_memory("r", 16, offset=32)
+            result = client.infer("scale", [x], outputs=[y])
+            assert result.get_response().raw_output_contents[0] == b""
+            assert np.array_equal(shm.get_contents_as_numpy(memory, np.float32, [1, 4], offset=32), X)
+            y.set_shared_memory("r", 16, offset=60)
+            refused("INVALID_ARGUMENT", "Invalid offset", client.infer, "scale", [x], outputs=[y])
+            client.unregister_system_shared_memory("r")
+            client.unregister_system_shared_memory()
+            refused("NOT_FOUND", "Unable to find", client.infer, "scale", [x])
+        finally:
+            shm.destroy_shared_memory_region(memory)
 
 
 def test_a_socket_in_use_is_not_taken_and_a_stale_one_is(serve_files, tmp_path):

@@ -20,10 +20,12 @@ from agent.serving.dataplane import Dataplane
 from agent.serving.extensions import Repository
 from agent.serving.grpc.inference import Inference
 from agent.serving.grpc.messages import HEALTH, INFERENCE, classes_of
+from agent.serving.grpc.regions import SocketRegions
 from agent.serving.grpc.services import Health, Services
 from agent.serving.host import ModelHost
 from agent.serving.settings import LogSettings, TraceSettings
 from agent.serving.sockets import MAX_PATH_BYTES, SocketError, make_way
+from agent.serving.systemmemory import SystemMemory
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,9 @@ class Served(Protocol):
     @property
     def traces(self) -> TraceSettings: ...
 
+    @property
+    def system(self) -> SystemMemory: ...
+
 
 class Readiness(Protocol):
     @property
@@ -82,7 +87,10 @@ def build(parts: Served, settings: ServeSettings) -> GrpcServer:
     def is_ready() -> bool:
         return parts.protocol.is_ready
 
+    access = Access[settings.grpc_access.upper()]
     regions = None
+    if access is Access.CONTROL and settings.shared_memory != "off":  # nobody else may act as the user that runs the server
+        regions = SocketRegions(parts.system, os.geteuid())
     services = Services(
         parts.host,
         Inference(parts.host, parts.dataplane, regions),
@@ -91,7 +99,7 @@ def build(parts: Served, settings: ServeSettings) -> GrpcServer:
         parts.traces,
         regions,
         is_ready,
-        Access[settings.grpc_access.upper()],
+        access,
     )
     return GrpcServer(
         settings.grpc_socket,
