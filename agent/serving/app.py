@@ -77,7 +77,7 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
     host = ModelHost(max_sequences=settings.max_sequences, sequence_idle_s=settings.sequence_idle_s)
     scheduler = Scheduler(busy_threads(settings.threads), limit=settings.max_queue_size)
     dataplane = Dataplane(host, scheduler)
-    protocol = Protocol(host, dataplane)
+    protocol = Protocol(host, dataplane, shared_memory=settings.shared_memory != "off")
     control = Control(host, store, engine_threads=settings.engine_threads)
     repository, logs, traces = Repository(control), LogSettings(), TraceSettings()
     system = SystemMemory(settings.shared_memory, settings.max_body_bytes)

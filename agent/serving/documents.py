@@ -20,7 +20,6 @@ EXTENSIONS = (
     "model_repository",
     "schedule_policy",
     "model_configuration",
-    "system_shared_memory",
     "binary_tensor_data",
     "parameters",
     "statistics",
@@ -45,8 +44,10 @@ def agent_version() -> str:
         return "0"
 
 
-def server() -> Document:
-    return {"name": NAME, "version": agent_version(), "extensions": list(EXTENSIONS)}
+def server(*, shared_memory: bool) -> Document:
+    """`shared_memory` is whether system shared memory can be registered."""
+    more = ("system_shared_memory",) if shared_memory else ()
+    return {"name": NAME, "version": agent_version(), "extensions": [*EXTENSIONS, *more]}
 
 
 def find_ready(host: ModelHost, name: str, wanted: str | None) -> tuple[Served, Version]:

@@ -12,7 +12,7 @@ from agent.serving import compression
 from agent.serving.access import Access, WebRules
 from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal
 from agent.serving.compression import Coding
-from agent.serving.routes import Match, Route, Router
+from agent.serving.routes import Kind, Match, Route, Router
 
 MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 100
@@ -143,7 +143,10 @@ class HeadReader:
             body = compression.request_coding(self._fields.get(b"content-encoding"))
         except Refusal as refusal:
             return refusal
-        answer = compression.answer_coding(self._fields.get(b"accept-encoding"))
+        route, answer = head.match.route, None
+        # Of other answers none is packed: tritonclient's asyncio client says that it takes them so, and cannot read them.
+        if route is not None and route.kind is Kind.PREDICT:
+            answer = compression.answer_coding(self._fields.get(b"accept-encoding"))
         if body or answer:
             head.coding = Coding(body, answer)
         return None
@@ -179,7 +182,12 @@ def encode(answer: Answer, head: Head | None, *, keep_alive: bool) -> tuple[Sequ
     if head is not None and not head.plain:
         if head.origin:
             more += _CORS % head.origin
-        if head.coding is not None and head.coding.answer is not None and size >= compression.USEFUL_BYTES:
+        if (
+            head.coding is not None
+            and head.coding.answer is not None
+            and size >= compression.USEFUL_BYTES
+            and answer.status == 200
+        ):
             packed = compression.deflate(parts, head.coding.answer)
             if len(packed) < size:
                 parts, size = (packed,), len(packed)

@@ -21,9 +21,10 @@ class IndexRequest(msgspec.Struct):
 class Protocol:
     """The handlers. `is_ready` tells whether the process takes requests: models are loaded and it is not on its way out."""
 
-    def __init__(self, host: ModelHost, dataplane: Dataplane) -> None:
+    def __init__(self, host: ModelHost, dataplane: Dataplane, *, shared_memory: bool = False) -> None:
         self._host = host
         self._dataplane = dataplane
+        self._shared_memory = shared_memory
         self.is_ready = False
 
     def routes(self) -> list[Route]:
@@ -49,7 +50,7 @@ class Protocol:
         return self._dataplane.infer(call)
 
     def server(self, _request: Request) -> Answer:
-        return json_answer(documents.server())
+        return json_answer(documents.server(shared_memory=self._shared_memory))
 
     def live(self, _request: Request) -> Answer:
         return Answer()

@@ -69,7 +69,7 @@ class Services:
         return answer(ready=self._host.look(request.name, version_of(request.version)).state == "READY")
 
     def ServerMetadata(self, _request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
-        return answer(**documents.server())
+        return answer(**documents.server(shared_memory=self._regions is not None))
 
     def ModelMetadata(self, request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
         found = documents.metadata(self._host, request.name, version_of(request.version))
