@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import msgspec
@@ -30,6 +31,8 @@ def options(
     sequence: tuple[int | str, bool, bool] | None,
 ) -> Options:
     """`sequence` is its id, and whether this is its first and its last request."""
+    if not (outputs or into or request_id or sequence):
+        return _plain_options(version, outputs is None, timeout_s, priority)
     parameters: list[tuple[str, Any]] = [("timeout", max(1, round(timeout_s * 1e6)))]  # the server need not answer later
     if priority:
         parameters.append(("priority", priority))
@@ -37,6 +40,14 @@ def options(
         names = ("sequence_id", "sequence_start", "sequence_end")
         parameters.extend(zip(names, sequence, strict=True))
     return Options(label(version), None if outputs is None else tuple(outputs), into or {}, tuple(parameters), request_id)
+
+
+@lru_cache(64)
+def _plain_options(version: int | str | None, everything: bool, timeout_s: float, priority: int) -> Options:
+    parameters: list[tuple[str, Any]] = [("timeout", max(1, round(timeout_s * 1e6)))]
+    if priority:
+        parameters.append(("priority", priority))
+    return Options(label(version), None if everything else (), {}, tuple(parameters))
 
 
 class RealInference:

@@ -45,6 +45,10 @@ class Link:
         self.scratch: Memory | None = None
         self.refused = False  # the server does not take memory here: tensors go through the socket
         self.known: dict[Any, bytes] = {}
+        self.layout: tuple[bytes, dict[str, Any]] = (
+            b"",
+            {},
+        )  # the last answer's JSON, read; the next one mostly has the same bytes
 
     def share(self, memory: Memory) -> Steps[bool]:
         """Registers it when it is not. False when the server does not take it."""
@@ -160,7 +164,7 @@ class Inference:
                 link.registered.clear()  # not ours: somebody unregistered it behind our back
                 link.refused = True
             raise error_of(answer)
-        return self._outputs(answer)
+        return self._outputs(link, answer)
 
     # -- where the tensors go ------------------------------------------------------------------------------------------------
 
@@ -218,10 +222,14 @@ class Inference:
                 link.known[key] = head
         return head
 
-    def _outputs(self, answer: Answer) -> dict[str, Array]:
+    def _outputs(self, link: Link, answer: Answer) -> dict[str, Array]:
         body = answer.body
         at = int(answer.headers.get("inference-header-content-length", len(body)))
-        document: dict[str, Any] = msgspec.json.decode(body[:at])
+        json, document = link.layout
+        if json != body[:at]:
+            json = bytes(body[:at])
+            document = msgspec.json.decode(json)
+            link.layout = json, document
         self.served_by = document.get("model_version", "")
         arrays: dict[str, Array] = {}
         for output in document["outputs"]:

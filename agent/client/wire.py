@@ -47,6 +47,12 @@ class AnswerReader:
         self._have = 0
         self._answer: Answer | None = None
         self._got = 0
+        self._memo: tuple[bytes, int, dict[str, str], int] = (
+            b"",
+            0,
+            {},
+            0,
+        )  # the last head: the next one mostly has the same bytes
 
     def room(self) -> memoryview:
         if self._answer is not None:
@@ -72,17 +78,24 @@ class AnswerReader:
 
     def _read_head(self) -> None:
         first = self._first
-        end = first.find(END_OF_HEAD, 0, self._have)
-        if end < 0:
-            if self._have == len(first):
-                if self._have >= MAX_HEAD_BYTES:
-                    raise NotHttp("the answer's head does not end")
-                self._first = first + bytes(len(first))
+        raw, status, headers, size = self._memo
+        if not raw or not first.startswith(raw):
+            end = first.find(END_OF_HEAD, 0, self._have)
+            if end < 0:
+                if self._have == len(first):
+                    if self._have >= MAX_HEAD_BYTES:
+                        raise NotHttp("the answer's head does not end")
+                    self._first = first + bytes(len(first))
+                return
+            raw = bytes(first[: end + len(END_OF_HEAD)])
+            status, headers = _head(first[:end].decode("latin-1"))
+            size = int(headers.get("content-length", "0"))
+            self._memo = raw, status, headers, size
+        elif self._have < len(raw):  # what stands there is of the answer before
             return
-        status, headers = _head(first[:end].decode("latin-1"))
-        body = bytearray(int(headers.get("content-length", "0")))
-        at = end + len(END_OF_HEAD)
-        self._got = min(self._have - at, len(body))
+        at = len(raw)
+        body = bytearray(size)
+        self._got = min(self._have - at, size)
         body[: self._got] = memoryview(first)[at : at + self._got]
         self._answer = Answer(status, headers, memoryview(body))
 
