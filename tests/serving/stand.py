@@ -1,11 +1,13 @@
 """A real server process on a real socket, and a client that may say anything."""
 
+import contextlib
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from agent.client import Client
 from agent.contract.codec import encode
@@ -78,6 +80,18 @@ class Server:
         sock.settimeout(timeout_s)
         sock.connect(str(self.socket))
         return sock
+
+    def port(self):
+        """What the system chose for `127.0.0.1:0`: the one socket on the loopback that the process listens on."""
+        inodes = set()
+        for descriptor in list(Path(f"/proc/{self.process.pid}/fd").iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # one that was open for a moment
+                inodes.add(str(descriptor.readlink()))
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                return int(fields[1].rpartition(":")[2], 16)
+        raise AssertionError("the process listens on no port")
 
     def raw(self, *pieces, end=False):
         """Sends bytes as they are and reads until the server closes or a whole answer is there: (status, headers, body)."""

@@ -1,9 +1,7 @@
 """Every method of tritonclient's HTTP clients, plain and asyncio, over the Unix socket and over the loopback port."""
 
 import asyncio
-import contextlib
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,20 +55,6 @@ def server(tmp_path_factory):
     assert made.stop() == 0
 
 
-def port_of(server):
-    """The port that the system chose: the one socket on the loopback that the process listens on."""
-    descriptors = Path(f"/proc/{server.process.pid}/fd")
-    inodes = set()
-    for descriptor in list(descriptors.iterdir()):
-        with contextlib.suppress(FileNotFoundError):  # one that was open for a moment
-            inodes.add(str(descriptor.readlink()))
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-            return int(fields[1].rpartition(":")[2], 16)
-    raise AssertionError("the process listens on no port")
-
-
 @pytest.fixture(params=["socket", "port", "socket, asyncio", "port, asyncio"])
 def way(request):
     return request.param
@@ -83,7 +67,7 @@ def client(server, way):
         yield made
         made.close()
     elif way == "port":
-        made = triton.InferenceServerClient(f"127.0.0.1:{port_of(server)}")
+        made = triton.InferenceServerClient(f"127.0.0.1:{server.port()}")
         yield made
         made.close()
     else:
@@ -95,7 +79,7 @@ def client(server, way):
 async def make_aio(server, way):
     if way.startswith("socket"):
         return tritonclient_aio(server.socket)
-    return triton_aio.InferenceServerClient(f"127.0.0.1:{port_of(server)}")
+    return triton_aio.InferenceServerClient(f"127.0.0.1:{server.port()}")
 
 
 def given(name, array, datatype, *, binary=True):
@@ -177,7 +161,7 @@ def test_many_at_once(server, way):
             waiting = [client.async_infer("scale", [given("x", n * X, "FP32")]) for n in range(20)]
             results = [one.get_result(timeout=10) for one in waiting]
     elif way == "port":
-        with triton.InferenceServerClient(f"127.0.0.1:{port_of(server)}", concurrency=4) as client:
+        with triton.InferenceServerClient(f"127.0.0.1:{server.port()}", concurrency=4) as client:
             waiting = [client.async_infer("scale", [given("x", n * X, "FP32")]) for n in range(20)]
             results = [one.get_result(timeout=10) for one in waiting]
     else:
