@@ -91,6 +91,49 @@ class Serving(Document, frozen=True, kw_only=True):
             )
 
 
+class Picture(Document, frozen=True, kw_only=True):
+    """What becomes of a JPEG or PNG before the model, and of the model's scores after it. Each value is (pixel * scale - mean) / std,
+    pixels being 0 to 255; an input that is quantized is quantized with its own scale and zero point. Without scale, mean and std an
+    input of whole numbers gets the pixels as they are.
+    """
+
+    width: int
+    height: int
+    input: str = ""
+    """Empty: the only one."""
+    fit: Literal["cover", "contain", "stretch"] = "cover"
+    """cover: fill the size and cut off what is over, evenly. contain: all of the picture, with bars of `fill`. stretch: as it comes."""
+    fill: int = 0
+    filter: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    color: Literal["rgb", "bgr", "gray"] = "rgb"
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    scale: float = 1.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    output: str = ""
+    """Where the scores of the classes are. Empty: the only one."""
+    scores: Literal["as-is", "softmax"] = "as-is"
+    top: int = 5
+    """How many labels the answer has, when the request does not say."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height", "top"):
+            if not 1 <= getattr(self, name) <= 16384:
+                raise ValueError(f"{name} of a picture is {getattr(self, name)}; it must be from 1 to 16384")
+        if not 0 <= self.fill <= 255:
+            raise ValueError(f"fill of a picture is {self.fill}; it must be from 0 to 255")
+        channels = 1 if self.color == "gray" else 3
+        for name in ("mean", "std"):
+            if getattr(self, name) and len(getattr(self, name)) != channels:
+                raise ValueError(f"{name} of a picture has {len(getattr(self, name))} values; {self.color} has {channels}")
+        if any(value == 0 for value in self.std) or self.scale == 0:
+            raise ValueError("scale and std of a picture must not be 0")
+
+    @property
+    def normalises(self) -> bool:
+        return bool(self.mean or self.std) or self.scale != 1.0
+
+
 class Variant(Document, frozen=True, kw_only=True):
     """One file of the release for one runtime and hardware. Devices take the first variant that fits, in order.
 
@@ -105,6 +148,7 @@ class Variant(Document, frozen=True, kw_only=True):
     options: dict[str, Scalar] = {}
     serving: Serving = Serving()
     state: dict[str, str] = {}
+    picture: Picture | None = None
 
     def __post_init__(self) -> None:
         names.check(names.FILE_NAME, self.name, "variant name")
@@ -270,6 +314,6 @@ def parse_manifest(data: bytes, *, expected: names.ReleaseRef | None = None) -> 
 
 
 __all__ = [
-    "DATATYPES", "MAX_MANIFEST_BYTES", "Acceptance", "Block", "Close", "File", "GoldenCase", "Provenance", "ReleaseManifest",
+    "DATATYPES", "MAX_MANIFEST_BYTES", "Acceptance", "Block", "Close", "File", "GoldenCase", "Picture", "Provenance", "ReleaseManifest",
     "Requires", "Serving", "Tensor", "Top1", "Variant", "WatchRules", "parse_manifest",
 ]  # fmt: skip

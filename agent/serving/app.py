@@ -28,6 +28,7 @@ from agent.serving.loading import Source
 from agent.serving.loop import Loop
 from agent.serving.memory import ClientMemory, MemoryBudget
 from agent.serving.metrics import Metrics
+from agent.serving.pictures import Pictures
 from agent.serving.protocol import Protocol
 from agent.serving.routes import Route, Router
 from agent.serving.scheduling.scheduler import Scheduler, busy_threads
@@ -86,6 +87,7 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
         [
             *protocol.routes(),
             *TensorFlowServing(host, dataplane).routes(),
+            *Pictures(dataplane).routes(),
             *extensions.routes(),
             *control.routes(),
             *Metrics(host).routes(),

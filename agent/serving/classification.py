@@ -25,7 +25,7 @@ def classify(array: Array, spec: TensorSpec, count: int, labels: Sequence[str] =
     count = min(count, rows.shape[1])
     result = np.empty((len(rows), count), np.object_)
     for at, row in enumerate(rows):
-        result[at] = [_text(row[index], int(index), labels) for index in _largest(row, count)]
+        result[at] = [_text(row[index], int(index), labels) for index in largest(row, count)]
     return result if values.ndim > 1 else result.reshape(-1)
 
 
@@ -34,7 +34,8 @@ def floats(bits: Array) -> Array:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _largest(row: Array, count: int) -> Array:
+def largest(row: Array, count: int) -> Array:
+    """The indexes of the largest values, the lower index first among equal ones; NaN comes last."""
     if row.dtype.kind == "f":
         row = np.where(np.isnan(row), -np.inf, row)
     backwards = np.argsort(row[::-1], kind="stable")[::-1]

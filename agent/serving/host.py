@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from agent.contract.manifest import Serving
+from agent.contract.manifest import Picture, Serving
 from agent.serving.answers import Refusal
 from agent.serving.scheduling.lanes import Lane
 from agent.serving.scheduling.sequences import Sequences
@@ -35,6 +35,7 @@ class Version:
     def __init__(self, name: str, number: int, variant: str, sha256: str, runtime: str) -> None:
         self.name = name
         self.number = number
+        self.number_text = str(number)
         self.variant = variant
         self.sha256 = sha256
         self.runtime = runtime
@@ -43,6 +44,7 @@ class Version:
         self.model: Model | None = None
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
+        self.picture: Picture | None = None  # how a JPEG or PNG becomes its input
         self.labels: Mapping[str, Sequence[str]] = {}  # of the classes of some outputs
         self.serving = Serving()  # as the release wants it
         self.filename = ""

@@ -145,7 +145,7 @@ class HeadReader:
             return refusal
         route, answer = head.match.route, None
         # Of other answers none is packed: tritonclient's asyncio client says that it takes them so, and cannot read them.
-        if route is not None and route.kind is Kind.PREDICT:
+        if route is not None and route.kind in (Kind.PREDICT, Kind.HEAVY):
             answer = compression.answer_coding(self._fields.get(b"accept-encoding"))
         if body or answer:
             head.coding = Coding(body, answer)

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.contract.manifest import Serving
+from agent.contract.manifest import Picture, Serving
 from agent.host import memory
+from agent.serving import pixels
 from agent.serving.host import Version
 from agent.serving.scheduling import batching
 from agent.store import Release
@@ -37,6 +38,7 @@ class Source:
     options: Mapping[str, Scalar] = field(default_factory=dict)
     serving: Serving = field(default_factory=Serving)
     state: Mapping[str, str] = field(default_factory=dict)
+    picture: Picture | None = None
     filename: str = ""  # as people know it; empty: that of `path`
     labels: Mapping[str, Path] = field(default_factory=dict)  # of some outputs: a text file, a class per line
 
@@ -54,6 +56,7 @@ def source_of(release: Release) -> Source:
         options=variant.options,
         serving=variant.serving,
         state=variant.state,
+        picture=variant.picture,
         filename=variant.file,
         labels={t.name: blobs / files[t.labels].sha256 for t in release.manifest.outputs if t.labels},
     )
@@ -71,6 +74,7 @@ def load(source: Source, *, threads: int) -> Version:
     version = Version(source.name, source.version, source.variant or runtime.name, source.sha256, runtime.name)
     version.source = source
     version.serving = source.serving
+    version.picture = source.picture
     version.filename = source.filename or source.path.name
     version.labels = {output: _read_labels(version, output, path) for output, path in source.labels.items()}
     try:
@@ -92,6 +96,8 @@ def _prepared(model: Model, source: Source) -> Model:
     try:
         prepared = DeclaredState(model, source.state) if source.state else model
         batching.check(prepared, source.serving.max_batch_size)
+        if source.picture is not None:
+            pixels.check(source.picture, prepared)
     except BaseException:
         model.close()
         raise

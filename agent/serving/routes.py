@@ -19,10 +19,13 @@ _PLACEHOLDER = re.compile(r"\{(\w+)(?::(.+))?\}(:\w+)?")
 
 
 class Kind(Enum):
-    """Who answers. QUICK: the thread that polls. PREDICT: it or another one, as the model costs. CONTROL: the control thread."""
+    """Who answers. QUICK: the thread that polls. PREDICT: it or another one, as the model costs. HEAVY: never the one that polls.
+    CONTROL: the control thread.
+    """
 
     QUICK = "quick"
     PREDICT = "predict"
+    HEAVY = "heavy"
     CONTROL = "control"
 
 
@@ -32,6 +35,9 @@ class Pace(Enum):
     RUN = "run"
     READ = "read"  # others wait: it is read and then waits with them
     PARK = "park"  # this thread has others to attend: it waits, and no more of it is read than takes nothing
+
+
+_RUN = Pace.RUN  # looking a member up at its class takes as long as all else that a Request does
 
 
 class Request:
@@ -54,7 +60,7 @@ class Request:
         self.arrived_s = arrived_s
         self.regions = regions  # memory that the client shares; None where it cannot
         self.coding = coding  # of a body that is still compressed, or of the answer; None for neither
-        self.pace = Pace.RUN
+        self.pace = _RUN
         self.seat: Caller | None = None  # who is given the answer of a prediction that waits; None: the thread waits for it
 
     @property
