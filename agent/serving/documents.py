@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from agent.serving.host import ModelHost, Served, Version
-from runtimes.contract import Stateful, TensorSpec
+from agent.serving.scheduling.sequences import Sequences
+from runtimes.contract import TensorSpec
 
 Document = dict[str, Any]
 
@@ -26,7 +27,6 @@ EXTENSIONS = (
     "logging",
 )
 CONFIG_TYPES = {"BYTES": "TYPE_STRING"}  # the others are TYPE_ and the datatype
-SEQUENCE_IDLE_US = 60_000_000
 NO_TRACE = {
     "trace_file": "",
     "trace_level": ["OFF"],
@@ -182,8 +182,8 @@ def _parameters(found: Version) -> dict[str, str]:
 
 def _scheduling(found: Version) -> Document:
     serving = found.serving
-    if is_stateful(found.model):
-        return {"sequence_batching": _sequences(found)}
+    if found.lane.sequences is not None:
+        return {"sequence_batching": _sequences(found.lane.sequences)}
     if serving.max_batch_size <= 1:
         return {}
     return {
@@ -204,20 +204,12 @@ def _scheduling(found: Version) -> Document:
     }
 
 
-def is_stateful(model: object) -> bool:
-    return isinstance(model, Stateful) and model.stateful
-
-
-def _sequences(found: Version) -> Document:
+def _sequences(sequences: Sequences) -> Document:
     return {
-        "max_sequence_idle_microseconds": SEQUENCE_IDLE_US,
+        "max_sequence_idle_microseconds": int(sequences.idle_s * 1e6),
         "control_input": [],
         "state": [],
-        "oldest": {
-            "max_candidate_sequences": found.serving.instances,
-            "preferred_batch_size": [],
-            "max_queue_delay_microseconds": 0,
-        },
+        "oldest": {"max_candidate_sequences": sequences.limit, "preferred_batch_size": [], "max_queue_delay_microseconds": 0},
     }
 
 

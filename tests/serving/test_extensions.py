@@ -170,3 +170,26 @@ def test_classes_are_named_by_the_release(device, tmp_path):
     assert output["data"] == ["3.0:2:two", "2.0:3:three", "9.0:0:zero", "8.0:1:one"]
     assert (output["shape"], output["datatype"]) == ([2, 2], "BYTES")
     assert ask(server, "GET", "/v2/models/named/config")[1]["output"][0]["label_filename"] == "labels"
+
+
+def test_the_configuration_of_a_model_that_gathers_batches(device, tmp_path):
+    serving = {"max_batch_size": 8, "max_delay_us": 500, "preferred_batch_sizes": [4], "default_timeout_us": 9, "instances": 2}
+    device.release("batched", 1, onnx_models.scale(tmp_path / "batched.onnx", 1.0), serving=serving)
+    device.select("batched", 1)
+    _, config = ask(device.server().start(), "GET", "/v2/models/batched/config")
+    assert (config["max_batch_size"], config["input"][0]["dims"]) == (8, [4]), "the batch's own dimension is not said"
+    batching = config["dynamic_batching"]
+    assert (batching["preferred_batch_size"], batching["max_queue_delay_microseconds"]) == ([4], 500)
+    assert batching["default_queue_policy"]["default_timeout_microseconds"] == 9
+    assert config["instance_group"][0]["count"] == 2
+    assert "sequence_batching" not in config
+
+
+def test_the_configuration_of_a_model_that_keeps_state(device, tmp_path):
+    device.release("total", 1, onnx_models.total(tmp_path / "total.onnx"), state={"before": "sum"})
+    device.select("total", 1)
+    server = device.server(max_sequences=7, sequence_idle_s=2.5).start()
+    _, config = ask(server, "GET", "/v2/models/total/config")
+    assert config["sequence_batching"]["max_sequence_idle_microseconds"] == 2_500_000
+    assert config["sequence_batching"]["oldest"]["max_candidate_sequences"] == 7
+    assert "dynamic_batching" not in config

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 
 import grpc
 import numpy as np
@@ -237,6 +238,54 @@ def test_a_call_out_of_time_is_not_answered_late(serve_files, tmp_path):
         x = [given("x", np.zeros(1, np.float32), "FP32")]
         refused("DEADLINE_EXCEEDED", "Deadline", client.infer, "slow", x, client_timeout=0.01)
         assert client.infer("slow", x).as_numpy("y").shape == ()
+
+
+def test_state_is_kept_within_a_sequence(device, tmp_path):
+    device.release("total", 1, onnx_models.total(tmp_path / "total.onnx"), state={"before": "sum"})
+    device.select("total", 1)
+    device.server(grpc_socket=str(tmp_path / "g.sock")).start()
+
+    def add(number, sequence, **options):
+        x = given("x", np.full((1, 1), number, np.float32), "FP32")
+        return client.infer("total", [x], sequence_id=sequence, **options).as_numpy(output).item()
+
+    with triton.InferenceServerClient(f"unix:{tmp_path / 'g.sock'}") as client:
+        assert client.get_model_config("total").config.HasField("sequence_batching")
+        (output,) = [tensor.name for tensor in client.get_model_metadata("total").outputs]
+        assert add(1, 5, sequence_start=True) == 1
+        assert add(10, "other", sequence_start=True) == 10
+        assert add(2, 5) == 3
+        assert add(5, "other", sequence_end=True) == 15
+        assert add(3, 5, sequence_end=True) == 6
+        refused("INVALID_ARGUMENT", "sequence", add, 1, 5)
+
+
+def test_a_call_whose_caller_leaves_while_it_waits_is_counted_as_cancelled(device, tmp_path):
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    device.release("slow", 1, onnx_models.slow(tmp_path / "slow.onnx", rounds=4), serving={"instances": 1})
+    device.select("slow", 1)
+    server = device.server(grpc_socket=str(tmp_path / "g.sock")).start()
+    asked = service_pb2.ModelInferRequest(model_name="slow", raw_input_contents=[bytes(4)])
+    asked.inputs.add(name="x", datatype="FP32", shape=[1])
+
+    def metric(name):
+        _, _, body = server.raw(b"GET /metrics HTTP/1.1\r\nHost: t\r\n\r\n")
+        return next(line for line in body.decode().splitlines() if line.startswith(name) and "slow" in line)
+
+    def until(name, value):
+        deadline = time.monotonic() + DEADLINE_S
+        while not metric(name).endswith(f" {value}"):
+            assert time.monotonic() < deadline, metric(name)
+
+    with grpc.insecure_channel(f"unix:{tmp_path / 'g.sock'}") as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        calls = [stub.ModelInfer.future(asked, timeout=DEADLINE_S) for _ in range(5)]
+        until("nv_inference_pending_request_count", 4)
+        calls[4].cancel()
+        assert all(len(call.result().raw_output_contents) == 1 for call in calls[:4])
+    cancelled = 'nv_inference_request_failure{model="slow",version="1",reason="CANCELED"}'
+    until(cancelled, 1)
 
 
 def test_the_socket_has_its_mode_and_one_class_for_all(device, tmp_path):

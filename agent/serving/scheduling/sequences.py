@@ -49,8 +49,8 @@ class Sequences:
 
     def __init__(self, model: str, version: int, *, limit: int, idle_s: float) -> None:
         self._what = f"model '{model}' version {version}"
-        self._limit = limit
-        self._idle_s = idle_s
+        self.limit = limit
+        self.idle_s = idle_s
         self._found: dict[int | str, Sequence] = {}
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class Sequences:
     def join(self, job: Job, demand: SequenceDemand, now_s: float) -> bool:
         """Whether the job has its turn at once; else `release` of an earlier one gives it.  Raises: Refusal (400, 503)."""
         sequence = self._found.get(demand.id)
-        if sequence is not None and sequence.current is None and now_s - sequence.used_s > self._idle_s:
+        if sequence is not None and sequence.current is None and now_s - sequence.used_s > self.idle_s:
             self._remove(sequence)
             sequence = None
         if demand.start:
@@ -102,12 +102,12 @@ class Sequences:
         return Refusal(
             400,
             f"sequence {number!r} of {self._what} is not under way: it was never started, has ended, failed, or was idle for "
-            f"more than {self._idle_s:g} s, or it began on a version that is gone. Its first request must set sequence_start",
+            f"more than {self.idle_s:g} s, or it began on a version that is gone. Its first request must set sequence_start",
         )
 
     def expire(self, now_s: float) -> None:
         """Ends those that have been idle for too long."""
-        for sequence in [s for s in self._found.values() if s.current is None and now_s - s.used_s > self._idle_s]:
+        for sequence in [s for s in self._found.values() if s.current is None and now_s - s.used_s > self.idle_s]:
             self._remove(sequence)
 
     def forget(self, number: int | str) -> None:
@@ -121,12 +121,12 @@ class Sequences:
             self._remove(sequence)
 
     def _new(self, number: int | str, now_s: float) -> Sequence:
-        if len(self._found) >= self._limit:
+        if len(self._found) >= self.limit:
             self.expire(now_s)
-        if len(self._found) >= self._limit:
+        if len(self._found) >= self.limit:
             raise Refusal(
                 503,
-                f"all {self._limit} sequences of {self._what} are in use (serve.max_sequences): end one, or try again later",
+                f"all {self.limit} sequences of {self._what} are in use (serve.max_sequences): end one, or try again later",
                 headers=RETRY,
             )
         sequence = self._found[number] = Sequence(number, now_s)
