@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.client import AsyncClient, Client, InputRejected, TimedOut, Unavailable, quantization
+from agent.client import AsyncClient, Client, InputRejected, StatefulSequence, TimedOut, Unavailable, quantization
 from agent.client.triton import tritonclient_aio, tritonclient_http
 from agent.host import unix
 from tests.serving import onnx_models
@@ -310,3 +310,41 @@ def test_a_thousand_connections(device):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with Client(server.socket) as client:
         assert client.infer("scale", ROWS)["y"].shape == ROWS.shape
+
+
+# -- sequences -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def totals(device, tmp_path):
+    device.release("total", 1, onnx_models.total(tmp_path / "total.onnx"), state={"before": "sum"})
+    device.select("total", 1)
+    return device.server().start()
+
+
+def one(value):
+    return {"x": np.full((1, 1), value, np.float32)}
+
+
+def test_a_sequence_keeps_its_state_and_begins_and_ends_by_itself(totals):
+    with totals.client() as client:
+        with client.sequence("total") as first, client.sequence("total") as second:
+            assert [first.infer(one(n))["sum"].item() for n in (5, 2)] == [5, 7]
+            assert second.infer(one(1))["sum"].item() == 1
+            assert first.infer(one(1), last=True)["sum"].item() == 8
+            assert first.infer(one(3))["sum"].item() == 3, "after the last one it begins anew"
+        ended = StatefulSequence(client, "total", None, 5.0)
+        ended.id, ended._last = first.id, one(0)
+        with pytest.raises(InputRejected, match="sequence_start"):
+            ended.infer(one(1))
+        with client.sequence("total") as third:
+            assert [answer["sum"].item() for answer in third.steps(one(n) for n in (1, 2, 3))] == [1, 3, 6]
+            assert third._last is None
+
+
+def test_a_sequence_for_tasks(totals):
+    async def main():
+        async with AsyncClient(totals.socket) as client, client.sequence("total") as total:
+            assert [(await total.infer(one(n)))["sum"].item() for n in (5, 2)] == [5, 7]
+
+    asyncio.run(main())

@@ -272,7 +272,7 @@ def test_many_half_requests_hold_few_descriptors(server, fd):
         with server.connect() as sock:
             status, _, body = register(sock, "mine", 4096, fd)
             assert (status, "try again" in json.loads(body)["error"]) == (503, True)
-        assert descriptors(server) <= before + 200 + 64
+        assert descriptors(server) <= before + 200 + 80
     until(lambda: descriptors(server) <= before)
 
 
