@@ -229,6 +229,10 @@ def _array(value: Any) -> Array:
     if value.data_type() != "tensor(bfloat16)":
         array: Array = value.numpy()
         return array
+    if value.device_name() != "cpu":
+        raise RunFailed(
+            f"a BF16 output is in the memory of {value.device_name()}, from where it cannot be read; cast it inside the model"
+        )
     shape = tuple(value.shape())
     bits: Array = np.empty(shape, np.uint16)
     if bits.size:

@@ -270,8 +270,7 @@ def test_a_call_whose_caller_leaves_while_it_waits_is_counted_as_cancelled(devic
     asked.inputs.add(name="x", datatype="FP32", shape=[1])
 
     def metric(name):
-        _, _, body = server.raw(b"GET /metrics HTTP/1.1\r\nHost: t\r\n\r\n")
-        return next(line for line in body.decode().splitlines() if line.startswith(name) and "slow" in line)
+        return next(line for line in metrics(server).decode().splitlines() if line.startswith(name) and "slow" in line)
 
     def until(name, value):
         deadline = time.monotonic() + DEADLINE_S
@@ -324,6 +323,31 @@ def test_tensors_in_system_shared_memory(device, tmp_path):
             refused("NOT_FOUND", "Unable to find", client.infer, "scale", [x])
         finally:
             shm.destroy_shared_memory_region(memory)
+
+
+def test_the_end_answers_what_was_asked_and_waits_for_no_silent_stream(serve_files, tmp_path):
+    slow = onnx_models.slow(tmp_path / "slow.onnx", rounds=4)
+    server = serve_files(slow, options=("--grpc-socket", tmp_path / "g.sock"))
+    answers = queue.Queue()
+    with triton.InferenceServerClient(f"unix:{tmp_path / 'g.sock'}") as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        x = [given("x", np.zeros(1, np.float32), "FP32")]
+        client.async_stream_infer("slow", x)
+        assert answers.get(timeout=DEADLINE_S)[1] is None
+        calls = [client.async_infer("slow", x, lambda result, error: answers.put((result, error))) for _ in range(2)]
+        until = time.monotonic() + DEADLINE_S
+        while b'nv_inference_request_success{model="slow",version="1"} 2' not in metrics(server):
+            assert time.monotonic() < until
+        started = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - started < 8
+        assert answers.get(timeout=DEADLINE_S)[1] is None
+        assert answers.get(timeout=DEADLINE_S)[1] is None
+        assert len(calls) == 2
+
+
+def metrics(server):
+    return server.raw(b"GET /metrics HTTP/1.1\r\nHost: t\r\n\r\n")[2]
 
 
 def test_a_socket_in_use_is_not_taken_and_a_stale_one_is(serve_files, tmp_path):

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 MAX_STREAMS = 16  # each keeps a thread, as does each watcher of health
 MAX_WATCHES = 8
 MAX_WAITING = 256  # calls that are neither answered nor refused yet
+LAST_WORDS_S = 0.5  # for answers that are made to reach their clients
 OVERHEAD_BYTES = 64 * 1024  # of a message besides its tensors
 STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -120,6 +121,8 @@ class GrpcServer:
         self._services = services
         self._streams = threading.BoundedSemaphore(MAX_STREAMS)
         self._watches = threading.BoundedSemaphore(MAX_WATCHES)
+        self._at_work = 0
+        self._idle = threading.Condition()
         self._pool = ThreadPoolExecutor(2 * threads + MAX_STREAMS + MAX_WATCHES, "grpc")
         self._server = grpc.server(
             self._pool,
@@ -154,7 +157,11 @@ class GrpcServer:
     def stop(self, grace_s: float) -> None:
         """Takes nothing more, and gives what is under way up to `grace_s`."""
         self._health.ended.set()
-        self._server.stop(grace_s).wait()
+        stopped = self._server.stop(grace_s)
+        with self._idle:
+            self._idle.wait_for(lambda: not self._at_work, grace_s)
+        if not stopped.wait(LAST_WORDS_S):  # what is left are streams whose clients say nothing
+            self._server.stop(0.0).wait()
         self._pool.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(FileNotFoundError):
             now = self.path.stat()
@@ -186,8 +193,9 @@ class GrpcServer:
     def _unary(self, name: str, method: Callable[[Any, Any, Any], Any], gives: Any) -> Callable[[Any, Any], Any]:
         def answer(request: Any, context: Any) -> Any:
             try:
-                self._services.check(name, request)
-                return method(request, gives, context)
+                with self._working():
+                    self._services.check(name, request)
+                    return method(request, gives, context)
             except Refusal as refusal:
                 _abort(context, refusal)
             except Exception:
@@ -196,12 +204,23 @@ class GrpcServer:
 
         return answer
 
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        with self._idle:
+            self._at_work += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._at_work -= 1
+                self._idle.notify_all()
+
     def _stream(self, requests: Iterable[Any], context: Any) -> Iterator[Any]:
         if not self._streams.acquire(blocking=False):
             _abort(context, Refusal(507, f"all {MAX_STREAMS} streams are in use"))
         try:
             real = dict(context.invocation_metadata()).get(REAL_STATUS) == "true"
-            for refusal, answer in self._services.stream(requests, context):
+            for refusal, answer in self._services.stream(requests, context, self._working):
                 if refusal is not None and real:
                     _abort(context, refusal)
                 yield answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from agent.serving import documents
@@ -94,12 +95,15 @@ class Services:
     def ModelInfer(self, request: Any, _answer: Any, context: Any) -> Any:  # noqa: N802
         return self._inference.infer(request, time.perf_counter(), context.time_remaining(), context.is_active)
 
-    def stream(self, requests: Iterable[Any], context: Any) -> Iterator[Any]:
+    def stream(
+        self, requests: Iterable[Any], context: Any, working: Callable[[], AbstractContextManager[None]]
+    ) -> Iterator[Any]:
         """One answer for each request, in order. What is wrong with one is said in its answer; the next ones are answered."""
         for request in requests:
             try:
-                self.check("ModelInfer", request)
-                made = self._inference.infer(request, time.perf_counter(), context.time_remaining(), context.is_active)
+                with working():
+                    self.check("ModelInfer", request)
+                    made = self._inference.infer(request, time.perf_counter(), context.time_remaining(), context.is_active)
             except Refusal as refusal:
                 failed = ModelStreamInferResponse(error_message=str(refusal))
                 failed.infer_response.id = request.id
