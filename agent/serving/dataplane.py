@@ -38,16 +38,31 @@ class OipForm:
     """The Open Inference Protocol."""
 
     def read(self, version: Version, call: Request) -> oip.Plan:
-        return _plan(version, call.body, call.header_length)
+        body, length = call.body, call.header_length
+        if length is not None and length > len(body):
+            raise Refusal(400, f"inference header size should be in range (0, {len(body)}), got: {length}")
+        key = b""
+        if length and length <= MAX_PLAN_KEY_BYTES:
+            key = bytes(body[:length])
+            plan: oip.Plan | None = version.plans.get(key)
+            if plan is not None and plan.size_bytes == len(body):
+                return plan
+        plan = oip.read_request(body, length, version.name, version.inputs, version.outputs)
+        if key and plan.reusable:
+            if len(version.plans) >= MAX_PLANS:
+                version.plans.clear()
+            version.plans[key] = plan
+        return plan
 
     def feeds(self, plan: oip.Plan, call: Request) -> Mapping[str, Array]:
         return plan.feeds(call.body, call.regions)
 
     def write(self, version: Version, plan: oip.Plan, call: Request, arrays: Any) -> Answer:
-        return oip.write_response(plan, arrays, version.name, str(version.number), version.labels, call.regions)
+        return oip.write_response(plan, arrays, version.name, version.number_text, version.labels, call.regions)
 
 
 OIP = OipForm()
+_RUN = Pace.RUN
 
 
 class Dataplane:
@@ -80,7 +95,7 @@ class Dataplane:
         assert match.model is not None
         version = self._host.enter(match.model, match.version)
         lane = version.lane
-        if lane.gated or call.pace is not Pace.RUN:
+        if lane.gated or call.pace is not _RUN:
             return self._infer_in_turn(version, call, form)
         try:
             begun = time.perf_counter()
@@ -94,7 +109,8 @@ class Dataplane:
             if lane.batches:
                 rows = batching.rows_of(version.name, version.inputs, feeds, lane.rules.max_batch_size)
             started = time.perf_counter()
-            if started > lane.deadline_s(call.arrived_s, plan.timeout_s):
+            timeout_s = plan.timeout_s or lane.timeout_s
+            if timeout_s is not None and started - call.arrived_s > timeout_s:
                 raise expired()  # noqa: TRY301
             assert version.model is not None
             arrays = version.model.run(feeds, plan.outputs)
@@ -108,7 +124,8 @@ class Dataplane:
         run_s = ended - started
         version.measured(run_s)
         stats = version.stats
-        stats.executed(rows)
+        stats.executions += 1
+        stats.inferences += rows
         if lane.batches:
             stats.batched(rows, started - begun, run_s, done - ended)
         stats.succeeded(call.arrived_s, started - begun, run_s, done - ended, done)
@@ -224,20 +241,3 @@ class Waiter:
 
     def deliver(self, answer: Any) -> None:  # noqa: ARG002 - it is in the task
         self.event.set()
-
-
-def _plan(version: Version, body: memoryview, header_length: int | None) -> oip.Plan:
-    if header_length is not None and header_length > len(body):
-        raise Refusal(400, f"inference header size should be in range (0, {len(body)}), got: {header_length}")
-    key = b""
-    if header_length and header_length <= MAX_PLAN_KEY_BYTES:
-        key = bytes(body[:header_length])
-        plan: oip.Plan | None = version.plans.get(key)
-        if plan is not None and plan.size_bytes == len(body):
-            return plan
-    plan = oip.read_request(body, header_length, version.name, version.inputs, version.outputs)
-    if key and plan.reusable:
-        if len(version.plans) >= MAX_PLANS:
-            version.plans.clear()
-        version.plans[key] = plan
-    return plan

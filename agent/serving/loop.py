@@ -52,6 +52,7 @@ STALLED_S = 60.0  # a request or an answer that makes no progress for this long 
 LINGER_S = 5.0  # how long a connection that is to be closed is read from, so that its peer can read the answer
 STOP_PATIENCE_S = 1.0  # how long a half-sent request, or an answer that is not read, is waited for on the way out
 ACCEPTS_IN_A_ROW = 64
+_QUICK = Kind.QUICK
 LARGE_BODIES_AT_ONCE = 4  # of max_body_bytes: bounds what hostile clients can make the server hold
 
 
@@ -291,7 +292,7 @@ class Loop:
                 return count >= HAND_OVER_BYTES and connection.missing_bytes > 0 and self._hand_over(connection)
             request.seat = connection.seat
             kind = self._service.kind(request, connection.grant)
-            if kind is not Kind.QUICK:
+            if kind is not _QUICK:
                 if kind is Kind.CONTROL or not self._service.parks(request):
                     connection.request = request
                     return self._hand_over(connection, control=kind is Kind.CONTROL)
