@@ -242,7 +242,8 @@ class ClientMemory:
     @property
     def reach_bytes(self) -> int:
         """How large a tensor can be that a request on this connection does not carry itself."""
-        return max(self._largest, self._system.largest_bytes)
+        others = self._system.largest_bytes
+        return max(self._largest, others) if others else self._largest
 
     def view(self, name: str, offset: int, size: int) -> memoryview:
         return self._find(name).view(name, offset, size)
