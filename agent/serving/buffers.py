@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ class BufferPool:
             if idle:
                 self._kept -= size
                 return idle.pop()
-        return np.empty(size, np.uint8)  # not cleared: that would take the thread which polls tens of milliseconds
+        return empty(size)
 
     def give_back(self, buffer: Bytes) -> None:
         size = len(buffer)
@@ -60,6 +61,22 @@ class BufferPool:
         if self._lent and self._lent + size > self._limit:
             raise Exhausted
         self._lent += size
+
+
+def empty(size: int) -> Bytes:
+    """Undefined bytes that begin at a multiple of ALIGNMENT. Not cleared: that would take the thread which polls tens of milliseconds."""
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size]
+
+
+def aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy that begins at a multiple of ALIGNMENT. An engine's sums depend, in their last bits, on where its vectors begin: the same
+    request is to get the same answer wherever its bytes came to lie.
+    """
+    copy = empty(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _rounded(size: int) -> int:

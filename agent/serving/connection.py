@@ -7,6 +7,7 @@ that does not fit goes straight into a buffer of its own. A request's body stays
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import socket
 import time
 from collections.abc import Sequence
@@ -57,8 +58,13 @@ class Connection:
         self._pool = pool
         self._max_body = max_body_bytes
         self._memory = memory
-        self._buffer = bytearray(BUFFER_BYTES)
+        self._buffer = bytearray(BUFFER_BYTES + ALIGNMENT)
         self._view = memoryview(self._buffer)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+        self._empty = (
+            0  # where the next request is to begin so that its tensors are aligned, if its head is that of the last one
+        )
+        self._room = self._view
         self._start = self._end = 0
         self._memo: Head | None = None  # the last head: the next one mostly has the same bytes
         self.head: Head | None = None  # of the request under way, until `finished`
@@ -94,8 +100,8 @@ class Connection:
         """Reads once what is there, into the place where it belongs. How many bytes, or NOTHING, or END."""
         if self._large is not None:
             room = self._body[self._body_have :]
-        elif self._end == 0:
-            room = self._view
+        elif self._end == self._empty:
+            room = self._room
         else:
             room = self._view[self._end :]
             if not room:  # full of requests that wait for their turn
@@ -143,7 +149,10 @@ class Connection:
             return None
         if not head.keep_alive:
             self.closing = True
-        return Request(head.match, body, head.header_length, self.arrived_s, self._memory, head.coding)
+        request = Request(head.match, body, head.header_length, self.arrived_s, self._memory, head.coding)
+        if head.chunked:
+            request.strays = True
+        return request
 
     def _next_head(self) -> Head | None:
         """The head at the start of the buffer once it is complete; it is then `_head`.  Raises: BadRequest."""
@@ -157,6 +166,8 @@ class Connection:
             if found is None:
                 return None
             head = self._memo = found
+            self._empty = -(self._base + head.size + (head.header_length or 0)) % ALIGNMENT
+            self._room = self._view[self._empty :]
         self._start += head.size
         self.head = head
         if head.length or head.chunked:
@@ -198,7 +209,7 @@ class Connection:
             self._chunks = ChunkedBody(self._max_body, self._pool)
         elif head.length > BUFFER_BYTES - self._start:
             if head.length <= BUFFER_BYTES:
-                self._compact()
+                self._compact(-(self._base + (head.header_length or 0)) % ALIGNMENT)
             else:
                 self._begin_large(head)
 
@@ -222,6 +233,12 @@ class Connection:
             return self._body if self._body_have == len(self._body) else None
         if self._end - self._start < head.length:
             return None
+        if (
+            head.length
+            and head.header_length is not None
+            and (stray := (self._base + self._start + head.header_length) % ALIGNMENT)
+        ):
+            self._move(self._start - stray)
         body = self._view[self._start : self._start + head.length]
         self._start += head.length
         return body
@@ -237,12 +254,16 @@ class Connection:
             return None
         return memoryview(self._chunks.body)
 
-    def _compact(self) -> None:
+    def _compact(self, to: int = 0) -> None:
         """Moves what is unused to the front, so that there is room behind it."""
-        if self._start:
-            count = self._end - self._start
-            self._view[:count] = self._view[self._start : self._end]
-            self._start, self._end = 0, count
+        if self._start != to:
+            self._move(to)
+
+    def _move(self, to: int) -> None:
+        """Moves what is unused to where it is to begin."""
+        count = self._end - self._start
+        self._view[to : to + count] = self._view[self._start : self._end]
+        self._start, self._end = to, to + count
 
     def finished(self) -> None:
         """The request was answered and its answer sent or dropped: its body may go."""
@@ -257,7 +278,7 @@ class Connection:
         if self._memory is not None and self._memory.attentive:
             self._memory.request_ended(nothing_buffered=self._start == self._end)
         if self._start == self._end:
-            self._start = self._end = 0
+            self._start = self._end = self._empty
         else:
             self.arrived_s = (
                 self._received_s

@@ -55,7 +55,7 @@ class OipForm:
         return plan
 
     def feeds(self, plan: oip.Plan, call: Request) -> Mapping[str, Array]:
-        return plan.feeds(call.body, call.regions)
+        return plan.feeds(call.body, call.regions, strays=call.strays)
 
     def write(self, version: Version, plan: oip.Plan, call: Request, arrays: Any) -> Answer:
         return oip.write_response(plan, arrays, version.name, version.number_text, version.labels, call.regions)

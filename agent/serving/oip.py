@@ -18,6 +18,7 @@ import numpy as np
 
 from agent.serving import classification, tensors
 from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal, Template
+from agent.serving.buffers import ALIGNMENT, aligned
 from agent.serving.checks import check_input, check_size, refuse_input, refuse_missing, refuse_output
 from agent.serving.inference import SequenceDemand
 from agent.serving.parameters import (
@@ -76,7 +77,9 @@ class Plan:
     """A request, understood: where each tensor lies in the body and how the answer is wanted."""
 
     id: str
-    views: list[tuple[str, np.dtype[Any], tuple[int, ...], int, int]]  # name, dtype, shape, offset in the body, bytes
+    views: list[
+        tuple[str, np.dtype[Any], tuple[int, ...], int, int, bool]
+    ]  # name, dtype, shape, offset in the body, bytes, strays
     values: dict[str, Array]  # inputs that came as JSON
     outputs: list[str] | None
     specs: tuple[TensorSpec, ...]  # of the outputs, in the order of the answer
@@ -93,19 +96,20 @@ class Plan:
     def reusable(self) -> bool:
         return not self.values and not self.id
 
-    def feeds(self, body: memoryview, regions: Regions | None = None) -> dict[str, Array]:
-        """The inputs as arrays. They are views into `body` and `regions`, valid as long as these are.
+    def feeds(self, body: memoryview, regions: Regions | None = None, *, strays: bool = False) -> dict[str, Array]:
+        """The inputs as arrays. They are views into `body` and `regions`, valid as long as these are. `strays` says that the tensors in
+        `body` do not begin at a multiple of ALIGNMENT: then they are copied to where they do, as is each one that strays by itself.
 
         Raises: Refusal (400; 404 for a region that is not there; also for one that an output is to go to).
         """
         feeds: dict[str, Array] = self.values.copy()
-        for name, dtype, shape, offset, size in self.views:
+        for name, dtype, shape, offset, size, alone in self.views:
             if dtype.kind == "O":
                 feeds[name] = tensors.read_bytes(name, body[offset : offset + size], shape)
                 continue
             array: Array = np.ndarray(shape, dtype, body, offset)
-            if not array.flags.aligned:
-                array = array.copy()  # some kernels fault on it; large bodies are received where their tensors are aligned
+            if strays or alone:
+                array = aligned(array)
             if dtype.kind == "b":
                 tensors.check_bool(name, array)
             feeds[name] = array
@@ -173,6 +177,7 @@ def _place_inputs(
     plan: Plan, document: RequestDocument, at: int, body: memoryview, model: str, inputs: Sequence[TensorSpec]
 ) -> int:
     """Fills in where each input lies and gives the end of the last one."""
+    begin = at
     specs = {spec.name: spec for spec in inputs}
     shared = []
     for given in document.inputs:
@@ -196,7 +201,7 @@ def _place_inputs(
             raise Refusal(
                 400, f"input '{given.name}' should have {source} bytes after the JSON, but only {left} bytes are left"
             )
-        plan.views.append((given.name, spec.dtype, shape, at, source))
+        plan.views.append((given.name, spec.dtype, shape, at, source, bool((at - begin) % ALIGNMENT)))
         at += source
     if specs:
         refuse_missing(specs, len(document.inputs), model, inputs)
@@ -274,7 +279,7 @@ def _raw_plan(body: memoryview, model: str, inputs: Sequence[TensorSpec], output
             f"unexpected size for input '{spec.name}' for model '{model}': "
             f"{len(body)} bytes do not make {spec.datatype} {shape_text(spec.shape)}",
         )
-    view = (spec.name, spec.dtype, tuple(shape), 0, len(body))
+    view = (spec.name, spec.dtype, tuple(shape), 0, len(body), False)
     return Plan("", [view], {}, None, tuple(outputs), (True,) * len(outputs))
 
 

@@ -66,6 +66,7 @@ class Service:
                 grant.check(route.access, request.match.model)
             if request.coding is not None and request.coding.body is not None:
                 request.body = compression.inflate(request.body, request.coding.body, self._max_body)
+                request.strays = True
             return route.handler(request)
         except Refusal as refusal:
             # Its trace refers to the body and to the client's memory, and may to itself: they must go now, not with the next collection.

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from agent.serving.answers import Refusal
+from agent.serving.buffers import aligned
 from runtimes.check import shape_text
 from runtimes.contract import DTYPES, Array, TensorSpec
 
@@ -59,7 +60,7 @@ def from_json(name: str, raw: msgspec.Raw, datatype: str, shape: tuple[int, ...]
 def _shaped(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     if array.size != math.prod(shape):
         raise Refusal(400, f"input '{name}' has {array.size} elements, shape {shape_text(shape)} needs {math.prod(shape)}")
-    return array.reshape(shape)
+    return array.reshape(shape) if array.dtype == np.object_ else aligned(array.reshape(shape))
 
 
 def _converted(name: str, array: Array, datatype: str) -> Array:
@@ -217,7 +218,7 @@ def from_memory(spec: TensorSpec, shape: tuple[int, ...], memory: memoryview) ->
         return read_bytes(spec.name, memory, shape)
     array: Array = np.ndarray(shape, spec.dtype, memory)
     if spec.datatype == "BOOL" or not array.flags.aligned:
-        array = array.copy()
+        array = aligned(array)
     if spec.datatype == "BOOL":
         check_bool(spec.name, array)
     return array

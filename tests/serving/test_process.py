@@ -207,6 +207,7 @@ def test_a_client_does_not_wait_for_ever(serve_files, slow):
     with server.client(timeout_s=0.01) as client:
         with pytest.raises(TimedOut):
             client.infer("slow", {"x": ONE})
+    with server.client() as client:
         assert client.ready()
 
 

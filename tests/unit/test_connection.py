@@ -1,15 +1,17 @@
 """A connection gives the same requests however its bytes are cut, and ends when they are not requests."""
 
 import socket
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.serving.access import Access, Grant
 from agent.serving.answers import Answer
-from agent.serving.buffers import BufferPool
+from agent.serving.buffers import ALIGNMENT, BufferPool
 from agent.serving.chunked import ChunkedBody
 from agent.serving.connection import BUFFER_BYTES, NOTHING, Connection
 from agent.serving.http import MAX_HEAD_BYTES, BadRequest
@@ -120,8 +122,36 @@ def test_a_full_buffer_is_not_the_end_of_a_connection():
         pipe.peer.sendall(GET * (2 * BUFFER_BYTES // len(GET)))
         pipe.connection.receive()
         assert pipe.connection.receive() == NOTHING
-        assert len(list(pipe.requests())) == BUFFER_BYTES // len(GET)
+        assert len(list(pipe.requests())) == (BUFFER_BYTES + ALIGNMENT) // len(GET)
         assert pipe.connection.receive() > 0
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_tensors_begin_where_vectors_like_it(data):
+    """However long the heads and the JSON parts are, and however many requests come in one piece."""
+    sizes = st.tuples(st.integers(0, 200), st.integers(1, 300), st.sampled_from([0, 4, 1000, 19_000, 21_000, 100_000]))
+    stream, tensors = b"", []
+    for padding, json, tensor in data.draw(st.lists(sizes, min_size=1, max_size=5)):
+        head = f"POST /a/n HTTP/1.1\r\nx: {'y' * padding}\r\ninference-header-content-length: {json}\r\ncontent-length: {json + tensor}"
+        stream += head.encode() + b"\r\n\r\n" + b" " * json + bytes(tensor)
+        tensors.append(tensor)
+    cut = data.draw(st.integers(1, len(stream)))
+    with Pipe() as pipe:
+        found = 0
+        for piece in (stream[:cut], stream[cut:]):
+            sender = threading.Thread(target=pipe.peer.sendall, args=(piece,))
+            sender.start()
+            while sender.is_alive() or pipe.connection.receive() != NOTHING:
+                if sender.is_alive():
+                    pipe.connection.receive()
+                for request in pipe.requests():
+                    array = np.frombuffer(request.body, np.uint8, offset=request.header_length)
+                    assert len(array) == tensors[found]
+                    assert not len(array) or array.ctypes.data % ALIGNMENT == 0
+                    found += 1
+            sender.join()
+        assert found == len(tensors)
 
 
 def test_room_for_a_large_body_costs_nothing_before_the_body_comes():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from agent.serving import oip, tensors
 from agent.serving.answers import Answer, FilledTemplate, Refusal
+from agent.serving.buffers import ALIGNMENT
 from agent.serving.inference import SequenceDemand
 from agent.serving.regions import check_fits, check_range, not_found
 from runtimes.contract import DATATYPES, DTYPES, TensorSpec
@@ -33,7 +34,7 @@ def body(inputs, *parts, **fields):
 def read(inputs, *parts, specs=(X,), produces=(Y,), **fields):
     data, length = body(inputs, *parts, **fields)
     plan = oip.read_request(data, length, "m", specs, produces)
-    return plan, plan.feeds(data)
+    return plan, plan.feeds(data, strays=True)
 
 
 def test_json_and_binary_inputs_may_be_mixed():
@@ -183,7 +184,7 @@ def test_tensors_in_shared_memory_come_and_go_there():
     plan = oip.read_request(data, length, "m", (X,), (Y,))
     feeds = plan.feeds(data, memory)
     assert np.array_equal(feeds["x"], x)
-    assert feeds["x"].flags.aligned
+    assert feeds["x"].size == 0 or feeds["x"].ctypes.data % ALIGNMENT == 0
     answer = oip.write_response(plan, [2 * x], "m", "1", {}, memory)
     assert memory.regions["b"] == bytes(8) + (2 * x).tobytes() + bytes(4)
     used = {"shared_memory_region": "b", "shared_memory_byte_size": 8}
@@ -325,7 +326,7 @@ def test_any_tensor_goes_through_binary_unchanged(datatype, shape, seed):
     plan, feeds = read([tensor("x", shape, datatype, parameters=parameters)], array.tobytes(), specs=(spec,), produces=(spec,),
                        parameters={"binary_data_output": True})  # fmt: skip
     assert feeds["x"].tobytes() == array.tobytes()
-    assert feeds["x"].flags.aligned
+    assert feeds["x"].size == 0 or feeds["x"].ctypes.data % ALIGNMENT == 0
     head, *sent = parts_of(oip.write_response(plan, [array], "m", "1"))
     assert b"".join(sent) == array.tobytes()
     assert json.loads(head)["outputs"] == [{"name": "x", "datatype": datatype, "shape": list(shape), "parameters": parameters}]

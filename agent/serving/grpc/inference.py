@@ -10,6 +10,7 @@ import numpy as np
 
 from agent.serving import classification, tensors
 from agent.serving.answers import Refusal
+from agent.serving.buffers import aligned
 from agent.serving.checks import check_input, check_size, refuse_input, refuse_missing, refuse_output
 from agent.serving.dataplane import Dataplane
 from agent.serving.grpc.messages import ModelInferResponse
@@ -171,7 +172,8 @@ def _from_raw(data: bytes | None, shape: tuple[int, ...], spec: TensorSpec, mode
     if data is None:
         raise Refusal(400, f"raw_input_contents has no entry for input '{spec.name}'")
     check_size(spec.name, len(data), shape, spec, model)
-    return tensors.from_memory(spec, shape, memoryview(data))
+    array = tensors.from_memory(spec, shape, memoryview(data))
+    return array if spec.datatype in ("BOOL", "BYTES") else aligned(array)  # what was checked is a copy already
 
 
 def _from_contents(given: Any, shape: tuple[int, ...], spec: TensorSpec) -> Array:
@@ -189,6 +191,6 @@ def _from_contents(given: Any, shape: tuple[int, ...], spec: TensorSpec) -> Arra
         limits = np.iinfo(spec.dtype)
         if min(values) < limits.min or max(values) > limits.max:
             raise Refusal(400, f"input '{spec.name}' has a value that does not fit {spec.datatype}")
-    array: Array = np.empty(count, spec.dtype)
+    array = np.empty(count, spec.dtype)
     array[:] = list(values)
-    return array.reshape(shape)
+    return array.reshape(shape) if spec.datatype == "BYTES" else aligned(array.reshape(shape))
