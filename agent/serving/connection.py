@@ -25,6 +25,7 @@ from agent.serving.scheduling.jobs import Caller, Job
 BUFFER_BYTES = MAX_HEAD_BYTES + 4096
 JOIN_BYTES = 16 * 1024  # copying an answer up to here into one buffer is cheaper than sending its parts
 END_OF_HEAD = b"\r\n\r\n"
+CR = 0x0D
 TOO_MANY = "too many large requests at once: try again"
 
 
@@ -177,8 +178,9 @@ class Connection:
     def _read_head(self) -> Head | None:
         while self._reader is None and self._buffer.startswith(b"\r\n", self._start, self._end):
             self._start += 2  # RFC 9112, section 2.2: empty lines before a request are to be ignored
-        if self._start == self._end:
-            self._compact()
+        left = self._end - self._start
+        if left == 0 or (left == 1 and self._reader is None and self._buffer[self._start] == CR):
+            self._compact()  # half an empty line is not the beginning of a head either
             return None
         if self._reader is None:
             self._reader = HeadReader()

@@ -88,6 +88,15 @@ def test_requests_do_not_depend_on_how_their_bytes_arrive(step):
         assert pipe.connection.closing, "HTTP/1.0 without keep-alive is the last request"
 
 
+@pytest.mark.parametrize("step", [1, 3, 100])
+def test_empty_lines_before_a_request_may_be_cut_anywhere(step):
+    with Pipe() as pipe:
+        assert [(f[0], f[2]) for f in pipe.feed(b"\r\n\r\n\r\n" + SMALL + b"\r\n\r\n" + GET, step)] == [
+            ({"name": "x y"}, None),
+            ({}, None),
+        ]
+
+
 def test_a_large_body_is_received_where_its_tensors_are_aligned():
     with Pipe() as pipe:
         pipe.peer.sendall(LARGE[:100_000])
