@@ -20,7 +20,7 @@ demo: $(VENV)/.demo mosquitto ## the whole story on this machine (ARGS=--once en
 	@$(BIN)/python examples/demo $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.dev test-packages $(CACHE)/onnx-node-tests/.done ## every test (ARGS="-k name" for some)
+test: $(VENV)/.dev test-packages $(CACHE)/onnx-node-tests/.done perf-analyzer ## every test (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: check
@@ -50,6 +50,10 @@ soak: $(VENV)/.dev ## an hour of mixed load with models coming and going (ARGS="
 .PHONY: docs
 docs: $(VENV)/.dev ## write the generated reference pages in docs/reference
 	$(BIN)/python docs/generate.py
+
+.PHONY: protos
+protos: $(VENV)/.dev ## generate the messages of gRPC from agent/serving/grpc/*.proto
+	$(BIN)/python -m agent.serving.grpc.compile
 
 .PHONY: lock
 lock: ## resolve the dependencies anew (needs uv)
@@ -86,6 +90,22 @@ $(CACHE)/onnx-node-tests/.done: requirements/onnx-node-tests.txt | $(VENV)/bin/p
 	  --python-version 3.11 --require-hashes -r $< -d $(@D)
 	@$(BIN)/python -m zipfile -e $(@D)/onnx-1.16.2-*.whl $(@D)/wheel
 	@mv $(@D)/wheel/onnx/backend/test/data/node $(@D)/node && rm -rf $(@D)/wheel $(@D)/*.whl
+	@touch $@
+
+# Triton's load generator, from the last wheel that holds it, with the two libraries it needs. There is none for other processors.
+.PHONY: perf-analyzer
+perf-analyzer: $(if $(filter x86_64,$(shell uname -m)),$(CACHE)/perf_analyzer/.done)
+
+$(CACHE)/perf_analyzer/.done: requirements/perf-analyzer.txt | $(VENV)/bin/python
+	@echo "fetching perf_analyzer …"
+	@rm -rf $(@D) && mkdir -p $(@D)/lib
+	@$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --platform manylinux1_x86_64 \
+	  --platform manylinux2014_x86_64 --require-hashes -r $< -d $(@D)
+	@for wheel in $(@D)/*.whl; do $(BIN)/python -m zipfile -e $$wheel $(@D)/wheels; done
+	@mv $(@D)/wheels/tritonclient-*.data/data/bin/perf_analyzer $(@D)/ && chmod +x $(@D)/perf_analyzer
+	@mv $(@D)/wheels/nvidia/cuda_runtime/lib/libcudart.so.12 $(@D)/lib/
+	@cd $(@D) && $(SUDO) apt-get update -qq && apt-get download -qq libb64-0d && dpkg-deb -x libb64-0d_*.deb wheels
+	@cp -P $(@D)/wheels/usr/lib/*/libb64.so.0d* $(@D)/lib/ && rm -rf $(@D)/wheels $(@D)/*.whl $(@D)/*.deb
 	@touch $@
 
 # A program from Debian's packages, installed only when it is missing. $(1): the program, $(2): the package.
