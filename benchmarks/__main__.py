@@ -18,7 +18,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import measure, memory, models, processes, under_load
+from benchmarks import measure, models, processes, sharing, under_load
 
 CLIENTS = (1, 4, 8)
 WIDTH = 190
@@ -41,10 +41,11 @@ def main() -> None:
         folder = Path(name)
         load = processes.load_program(folder)
         subjects = models.make(folder)
+        shared = sharing.measure(folder, repeats, max(20, int(seconds * sharing.ROUNDS)))  # first: it forks
         started = measure.start(folder, subjects[0], repeats)
         rows = measure.latency(folder, load, subjects, CLIENTS, repeats, seconds, prototype)
         more = {
-            "memory": memory.latency(folder, subjects[1], repeats, seconds),
+            "sharing": shared,
             "swap": under_load.swaps(folder, load, repeats, seconds),
             "mixed": under_load.mixed(folder, load, repeats, 2 * seconds),
             "loads": under_load.loads(folder),
@@ -61,10 +62,8 @@ def show(rows: Sequence[measure.Row], started: dict[str, list[float]], more: dic
     console.print(
         f"start to first prediction {spread(started['first_prediction_s'], 2)} s, idle PSS {spread(started['idle_pss_mb'])} MB"
     )
-    shared = more["memory"]
     console.print(
-        f"image in shared memory, one client: p50 {spread(shared['shared_p50_us'], 0)} µs, the engine alone {spread(shared['engine_p50_us'], 0)} µs: "
-        f"{spread(shared['ratios'], 3)} ×"
+        "image from Python, one client, p50 as a multiple of the engine's in the same process: " + _sharing(more["sharing"])
     )
     swapped = more["swap"]
     console.print(
@@ -80,6 +79,12 @@ def show(rows: Sequence[measure.Row], started: dict[str, list[float]], more: dic
     console.print(f"memory after loading and unloading different models: {loads}")
     if not compiled:
         console.print("there is no C compiler: echo and load generator are Python's, and slow")
+
+
+def _sharing(found: dict[str, list[float]]) -> str:
+    engine = found["engine in this process"]
+    ratios = {name: [one / base for one, base in zip(times, engine, strict=True)] for name, times in found.items()}
+    return ", ".join(f"{name} {spread(values, 2)}" for name, values in ratios.items())
 
 
 def _table(rows: Sequence[measure.Row]) -> Table:

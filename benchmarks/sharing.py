@@ -66,12 +66,10 @@ def bare_process(path: Path, picture: np.ndarray) -> Iterator[Callable[[], objec
         os.waitpid(child, 0)
 
 
-def measure(folder: Path) -> dict[str, list[float]]:
+def measure(folder: Path, repeats: int = REPEATS, rounds: int = ROUNDS) -> dict[str, list[float]]:
     """For each way the p50 in microseconds of every repeat; the ways take turns."""
-    path = folder / "image.onnx"
+    path, picture, address = folder / "image.onnx", models.image_input(), folder / "sharing.sock"
     models.image(path)
-    picture = np.random.default_rng(1).random((1, 3, 224, 224), np.float32)
-    address = folder / "s.sock"
     found: dict[str, list[float]] = {}
     with (
         bare_process(path, picture) as bare,
@@ -91,9 +89,9 @@ def measure(folder: Path) -> dict[str, list[float]]:
         }
         for call in ways.values():
             p50_us(call, 50)
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             for name, call in ways.items():
-                found.setdefault(name, []).append(p50_us(call))
+                found.setdefault(name, []).append(p50_us(call, rounds))
     return found
 
 
