@@ -11,14 +11,12 @@ from pathlib import Path
 
 from agent.contract.manifest import Picture, Serving
 from agent.host import memory
-from agent.serving import pixels
 from agent.serving.host import Version
-from agent.serving.scheduling import batching
 from agent.store import Release
+from agent.variants import prepared
 from runtimes import registry
 from runtimes.check import zeros
 from runtimes.contract import InputInvalid, LoadOptions, Model, RunFailed, Scalar
-from runtimes.state import DeclaredState
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +68,12 @@ def load(source: Source, *, threads: int) -> Version:
     started, before = time.perf_counter(), memory.resident_bytes()
     runtime = registry.find(source.runtime) if source.runtime else registry.for_file(source.path)
     threads = int(source.options.get("threads", threads))
-    model = _prepared(runtime.load(source.path, LoadOptions(threads=threads, extra=source.options)), source)
+    model = prepared(
+        runtime.load(source.path, LoadOptions(threads=threads, extra=source.options)),
+        state=source.state,
+        serving=source.serving,
+        picture=source.picture,
+    )
     version = Version(source.name, source.version, source.variant or runtime.name, source.sha256, runtime.name)
     version.source = source
     version.serving = source.serving
@@ -89,19 +92,6 @@ def load(source: Source, *, threads: int) -> Version:
     gc.freeze()  # what was loaded lives long: keep the collector from walking it again and again
     _log_loaded(version)
     return version
-
-
-def _prepared(model: Model, source: Source) -> Model:
-    """The model as its release wants it served.  Raises: ModelInvalid when it cannot be."""
-    try:
-        prepared = DeclaredState(model, source.state) if source.state else model
-        batching.check(prepared, source.serving.max_batch_size)
-        if source.picture is not None:
-            pixels.check(source.picture, prepared)
-    except BaseException:
-        model.close()
-        raise
-    return prepared
 
 
 def _read_labels(version: Version, output: str, path: Path) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from agent.serving.host import Version
 from agent.serving.inference import SequenceDemand
 from agent.serving.protocol import VERSION
 from agent.serving.routes import Kind, Request, Route
+from agent.variants import named
 from runtimes.contract import Array, TensorSpec
 
 MAX_TOP = 1000
@@ -49,7 +50,7 @@ class PictureForm:
         picture = version.picture
         if picture is None:
             raise Refusal(400, f"model '{version.name}' takes no pictures: its release declares none. Send it tensors")
-        output = pixels.named(picture.output, version.outputs, "output")
+        output = named(picture.output, version.outputs, "output")
         return Plan(picture, version.inputs[0], output, _top(call.match.query, picture.top), [output.name])
 
     def feeds(self, plan: Plan, call: Request) -> Mapping[str, Array]:

@@ -3,61 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from agent.contract.manifest import Picture
 from agent.serving.answers import Refusal
-from runtimes.contract import Array, Model, ModelInvalid, RuntimeUnavailable, TensorSpec
+from runtimes.contract import Array, TensorSpec
 
 FORMATS = ("JPEG", "PNG")
 MAX_PIXELS = 50_000_000  # the largest cameras; a file of a few kilobytes can unpack to far more
 MODES = {"rgb": "RGB", "bgr": "RGB", "gray": "L"}
-INSTALL = "install it with: pip install 'edge-inference-agent[images]'"
-
-
-def check(picture: Picture, model: Model) -> None:
-    """Whether the model fits what its release says about pictures, and the library is here.
-
-    Raises: ModelInvalid, RuntimeUnavailable.
-    """
-    try:
-        import PIL.Image  # noqa: F401 - loaded now, so that the first request does not wait for it
-    except ImportError as error:
-        raise RuntimeUnavailable(f"pictures need Pillow, which cannot be imported ({error}); {INSTALL}") from error
-    spec = named(picture.input, model.inputs, "input")
-    if spec.datatype in ("BOOL", "BYTES", "BF16") or len(spec.shape) != 4:
-        raise ModelInvalid(
-            f"input {spec.name!r} is {spec.datatype} of {len(spec.shape)} dimensions: a picture needs 4, of numbers"
-        )
-    wanted = _shape(picture)
-    if any(declared not in (-1, size) for declared, size in zip(spec.shape, wanted, strict=True)):
-        raise ModelInvalid(
-            f"pictures are declared to become {list(wanted)}, but input {spec.name!r} has shape {list(spec.shape)}"
-        )
-    if len(model.inputs) != 1:
-        raise ModelInvalid(f"pictures are for models with one input; this one has {len(model.inputs)}")
-    output = named(picture.output, model.outputs, "output")
-    if output.datatype in ("BOOL", "BYTES"):
-        raise ModelInvalid(f"output {output.name!r} is {output.datatype}: labels need numbers")
-
-
-def named(name: str, specs: Sequence[TensorSpec], role: str) -> TensorSpec:
-    """The tensor called `name`; the only one when it is empty.  Raises: ModelInvalid."""
-    found = [spec for spec in specs if spec.name == name or (not name and len(specs) == 1)]
-    if not found:
-        known = ", ".join(repr(spec.name) for spec in specs)
-        raise ModelInvalid(f"pictures name {role} {name!r}, the model has {known}")
-    return found[0]
-
-
-def _shape(picture: Picture) -> tuple[int, int, int, int]:
-    channels = 1 if picture.color == "gray" else 3
-    if picture.layout == "nchw":
-        return (1, channels, picture.height, picture.width)
-    return (1, picture.height, picture.width, channels)
 
 
 def read(data: Any, picture: Picture, spec: TensorSpec) -> Array:

@@ -117,8 +117,9 @@ def _answer(source: IO[bytes], out: IO[bytes]) -> Verdict:
 
 def try_release(request: Request, say: Any) -> dict[str, float | str]:
     """Loads, checks the interface, warms up, runs every golden case, measures. Gives the numbers.  Raises: Refused, MemoryError."""
+    from agent.variants import prepared
     from runtimes import registry
-    from runtimes.contract import RuntimeFailure
+    from runtimes.contract import ModelInvalid, RuntimeFailure
 
     say("starting the runtime")
     try:
@@ -129,13 +130,23 @@ def try_release(request: Request, say: Any) -> dict[str, float | str]:
         model, evidence["load_ms"] = _load(runtime, request)
     except RuntimeFailure as error:
         raise _refusal(request, Reason.LOAD_FAILED, f"{request.runtime} cannot load it: {error}") from error
+    raw = model.inputs
+    try:
+        model = prepared(model, state=request.state, serving=request.serving, picture=request.picture)
+    except ModelInvalid as error:
+        raise Refused(Reason.WRONG_INTERFACE, f"the model does not fit its manifest: {error}") from error
+    except RuntimeFailure as error:
+        raise Refused(Reason.LOAD_FAILED, f"it cannot be served here as its manifest says: {error}") from error
     try:
         evidence["placement"] = model.placement.actual
-        check_interface(request.inputs, model.inputs, "input")
+        check_interface(request.inputs, [spec for spec in raw if _is_seen(spec.name, request)], "input")
         check_interface(request.outputs, model.outputs, "output")
         say("running golden cases")
         for case in request.cases:
             run_case(model, case)
+        if getattr(model, "stateful", False):
+            say("running a sequence")
+            run_sequence(model, request.cases)
         say("measuring")
         evidence |= _measure(model, request.cases)
         evidence["memory_bytes"] = float(max(0, memory.resident_bytes() - before))
@@ -186,8 +197,35 @@ def _shapes_agree(actual: Sequence[int], declared: Sequence[int]) -> bool:
     return len(actual) == len(declared) and all(a in (-1, d) for a, d in zip(actual, declared, strict=True))
 
 
+def _is_seen(name: str, request: Request) -> bool:
+    """Callers do not see inputs that carry state; a manifest may list them among its inputs all the same."""
+    return name not in request.state or any(tensor.name == name for tensor in request.inputs)
+
+
+def run_sequence(model: Any, cases: Sequence[Case]) -> None:
+    """What a run leaves as state must be what the next one takes: two runs of one sequence, on the first golden case or on zeros.
+
+    Raises: RuntimeFailure.
+    """
+    from runtimes.check import zeros
+    from runtimes.contract import RuntimeFailure
+
+    feeds = _arrays(cases[0], cases[0].inputs) if cases else zeros(model.inputs)
+    if feeds is None:
+        return
+    sequence = model.sequence()
+    try:
+        for _ in range(2):
+            sequence.run(feeds)
+    except RuntimeFailure:
+        if cases:
+            raise
+    finally:
+        sequence.close()
+
+
 def run_case(model: Model, case: Case) -> None:
-    """Raises: Refused GOLDEN_MISMATCH; RuntimeFailure."""
+    """Cases are independent: one of a model with state begins a sequence of its own.  Raises: Refused GOLDEN_MISMATCH; RuntimeFailure."""
     feeds = _arrays(case, case.inputs)
     expected = _arrays(case, case.expected)
     _require(case, [spec.name for spec in model.inputs], feeds, "inputs")

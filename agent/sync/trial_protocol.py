@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from agent.contract.codec import Document
-from agent.contract.manifest import Close, Scalar, Tensor, Top1
+from agent.contract.manifest import Close, Picture, Scalar, Serving, Tensor, Top1
 from agent.contract.reasons import Reason
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
@@ -41,6 +41,9 @@ class Request(Document, frozen=True, kw_only=True):
     model: str
     limits: Limits
     options: dict[str, Scalar] = {}
+    serving: Serving = Serving()
+    state: dict[str, str] = {}
+    picture: Picture | None = None
     threads: int = 1
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()

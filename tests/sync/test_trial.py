@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.contract.manifest import Close, Tensor, Top1
+from agent.contract.manifest import Close, Picture, Serving, Tensor, Top1
 from agent.contract.reasons import Reason
 from agent.host.clock import SystemClock
 from agent.sync.problems import Problem, Stopped
 from agent.sync.trial import TrialProcesses
 from agent.sync.trial_protocol import Case, Limits, Request
+from tests.serving import onnx_models
 from tests.sync.conftest import eventually
 from tests.sync.fleet import npz
 
@@ -276,6 +277,61 @@ def test_whole_models_pass_on_real_runtimes(runtime, name, trials, tmp_path):
     tried = Request(release="digits:1", runtime=runtime, model=str(path), limits=Limits(memory_bytes=2 << 30, cpu_s=60))
 
     assert trials.run(tried, 30.0, lambda: False)["p95_ms"] < 1000
+
+
+def onnx(path: Path, **declared) -> Request:
+    return Request(
+        release="crane:1", runtime="onnx", model=str(path), limits=Limits(memory_bytes=2 << 30, cpu_s=60), **declared
+    )
+
+
+DECLARED = [
+    ({"state": {"before": "sum"}}, None),
+    ({"state": {"after": "sum"}}, "the model has no input 'after'"),
+    ({"state": {"before": "total"}}, "the model has no output 'total'"),
+    ({"serving": Serving(max_batch_size=4)}, None),
+    ({"picture": Picture(width=8, height=8)}, "pictures name input '', the model has 'x', 'before'"),
+]
+
+
+@pytest.mark.parametrize(("declared", "words"), DECLARED, ids=str)
+def test_a_model_must_fit_what_its_variant_declares(declared, words, trials, tmp_path):
+    tried = onnx(onnx_models.total(tmp_path / "total.onnx"), **declared)
+    if words is None:
+        assert trials.run(tried, 30.0, lambda: False)
+        return
+    found = refused(trials, tried)
+
+    assert found.reason is Reason.WRONG_INTERFACE
+    assert words in found.message
+
+
+def test_a_model_of_one_size_cannot_be_batched(trials, tmp_path):
+    found = refused(trials, onnx(onnx_models.identity(tmp_path / "one.onnx", 1, [1, 4]), serving=Serving(max_batch_size=4)))
+
+    assert found.reason is Reason.WRONG_INTERFACE
+    assert "max_batch_size 4 needs a first dimension of any size" in found.message
+
+
+@pytest.mark.parametrize("listed", [("x",), ("x", "before")], ids=str)
+def test_golden_cases_of_a_model_with_state_are_independent(listed, trials, tmp_path):
+    """Callers do not see what carries the state, so cases leave it out; each begins at zero, whatever the one before left."""
+    x = np.array([[3.0]], np.float32)
+    npz(tmp_path, "in.npz", x=x)
+    npz(tmp_path, "out.npz", sum=x)
+    cases = tuple(
+        Case(
+            name=name,
+            inputs=str(tmp_path / "in.npz"),
+            expected=str(tmp_path / "out.npz"),
+            compare={"sum": Close(atol=1e-6)},
+        )
+        for name in ("first", "second")
+    )
+    inputs = tuple(Tensor(name=name, datatype="FP32", shape=(-1, 1)) for name in listed)
+    tried = onnx(onnx_models.total(tmp_path / "total.onnx"), state={"before": "sum"}, cases=cases, inputs=inputs)
+
+    assert trials.run(tried, 30.0, lambda: False)
 
 
 def test_over_a_socket_as_systemd_starts_it(tmp_path):

@@ -13,7 +13,7 @@ from agent.serving.answers import Refusal
 from agent.serving.dataplane import Dataplane
 from agent.serving.host import ModelHost, Version
 from agent.serving.inference import Demand, SequenceDemand
-from agent.serving.scheduling import batching
+from agent.variants import check_batches
 from runtimes.contract import ModelInvalid, Placement, RunFailed, TensorSpec
 
 DEADLINE_S = 20.0
@@ -179,10 +179,10 @@ def test_what_cannot_be_batched_is_refused_when_it_is_loaded():
     class Fixed(Doubling):
         outputs = (TensorSpec("y", "INT64", (4,)),)
 
-    batching.check(Doubling(), 8)
-    batching.check(Fixed(), 1)
+    check_batches(Doubling(), 8)
+    check_batches(Fixed(), 1)
     with pytest.raises(ModelInvalid, match="output 'y' has shape"):
-        batching.check(Fixed(), 8)
+        check_batches(Fixed(), 8)
 
 
 def test_a_model_that_mixes_rows_is_run_one_by_one():

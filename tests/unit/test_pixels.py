@@ -10,6 +10,7 @@ from PIL import Image
 from agent.contract.manifest import Picture
 from agent.serving import pixels
 from agent.serving.answers import Refusal
+from agent.variants import check_picture
 from runtimes.contract import ModelInvalid, Quantization, TensorSpec
 
 FLOATS = TensorSpec("x", "FP32", (-1, 3, 4, 4))
@@ -158,7 +159,7 @@ class Model:
 )
 def test_a_model_that_takes_no_such_pictures_is_refused_when_it_is_loaded(model, words):
     with pytest.raises(ModelInvalid, match=words):
-        pixels.check(declared(), model)
+        check_picture(model, declared())
 
 
 @pytest.mark.parametrize(

@@ -7,24 +7,9 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 
 from agent.serving.answers import Refusal
-from runtimes.contract import Array, Model, ModelInvalid, RunFailed, TensorSpec
+from runtimes.contract import Array, RunFailed, TensorSpec
 
 Feeds = Mapping[str, Array]
-
-
-def check(model: Model, max_batch_size: int) -> None:
-    """Whether requests for the model can be gathered at all.  Raises: ModelInvalid."""
-    if max_batch_size <= 1:
-        return
-    for role, specs in (("input", model.inputs), ("output", model.outputs)):
-        for spec in specs:
-            if not spec.shape or spec.shape[0] != -1:
-                raise ModelInvalid(
-                    f"max_batch_size {max_batch_size} needs a first dimension of any size in all inputs and outputs, "
-                    f"but {role} {spec.name!r} has shape {list(spec.shape)}; export the model so, or leave max_batch_size out"
-                )
-    if getattr(model, "stateful", False):
-        raise ModelInvalid(f"max_batch_size {max_batch_size} cannot be had: the model keeps state, so its requests stay apart")
 
 
 def rows_of(model: str, specs: Sequence[TensorSpec], feeds: Feeds, max_batch_size: int) -> int:
