@@ -73,6 +73,12 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     """A sequence without requests for this long ends."""
     client_memory_bytes: int = 1024 * 1024 * 1024
     """What clients' memfds may add up to; one connection may share a quarter of it. 0: clients share no memfds."""
+    access_log: str = ""
+    """A line of JSON per request: `journal`, or a file. Empty: none."""
+    traces: str = ""
+    """Where OpenTelemetry's collector takes traces: http://127.0.0.1:4318/v1/traces, or unix:/path. Empty: none. Needs the `tracing` extra."""
+    trace_ratio: float = 0.01
+    """The share of requests that are traced, of those whose callers have not decided."""
     shared_memory: Literal["off", "owner"] = "off"
     """Triton's system shared memory extension. owner: a user may register POSIX shared memory that belongs to it."""
 
@@ -81,6 +87,10 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("threads must be at least 1")
         if self.max_queue_size < 1 or self.max_sequences < 1 or self.sequence_idle_s <= 0:
             raise ValueError("max_queue_size and max_sequences must be at least 1, sequence_idle_s above 0")
+        if not 0 <= self.trace_ratio <= 1:
+            raise ValueError("trace_ratio must be from 0 to 1")
+        if self.traces and not self.traces.startswith(("http://", "https://", "unix:/")):
+            raise ValueError("traces must be an http address or unix:/path")
         if self.max_body_bytes < 1024:
             raise ValueError("max_body_bytes must be at least 1024")
 

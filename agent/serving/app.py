@@ -28,6 +28,7 @@ from agent.serving.loading import Source
 from agent.serving.loop import Loop
 from agent.serving.memory import ClientMemory, MemoryBudget
 from agent.serving.metrics import Metrics
+from agent.serving.observing import ObservedService, Observer
 from agent.serving.pictures import Pictures
 from agent.serving.protocol import Protocol
 from agent.serving.routes import Route, Router
@@ -68,6 +69,7 @@ class Parts:
     system: SystemMemory
     router: Router
     service: Service
+    observers: Sequence[Observer]
 
     @property
     def routes(self) -> Sequence[Route]:
@@ -80,7 +82,11 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
     dataplane = Dataplane(host, scheduler)
     protocol = Protocol(host, dataplane, shared_memory=settings.shared_memory != "off")
     control = Control(host, store, engine_threads=settings.engine_threads)
-    repository, logs, traces = Repository(control), LogSettings(), TraceSettings()
+    repository, logs, traces = (
+        Repository(control),
+        LogSettings(),
+        TraceSettings(settings.trace_ratio if settings.traces else 0.0),
+    )
     system = SystemMemory(settings.shared_memory, settings.max_body_bytes)
     extensions = Extensions(host, repository, logs, traces)
     router = Router(
@@ -94,8 +100,31 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
             *memoryroutes.routes(),
         ]
     )
-    service = Service(dataplane, settings.max_body_bytes)
-    return Parts(host, dataplane, protocol, control, repository, logs, traces, system, router, service)
+    observers = observers_of(settings)
+    service = (
+        ObservedService(dataplane, settings.max_body_bytes, observers)
+        if observers
+        else Service(dataplane, settings.max_body_bytes)
+    )
+    return Parts(host, dataplane, protocol, control, repository, logs, traces, system, router, service, observers)
+
+
+def observers_of(settings: ServeSettings) -> list[Observer]:
+    """Who is told of every request. Their modules are loaded only when they are wanted.  Raises: ConfigError."""
+    found: list[Observer] = []
+    if settings.access_log:
+        from agent.serving.accesslog import AccessLog
+
+        found.append(AccessLog(settings.access_log))
+    if settings.traces:
+        try:
+            from agent.serving.tracing import Tracing
+        except ImportError as error:
+            raise ConfigError(
+                f"traces need a package that is not installed ({error}): pip install 'edge-inference-agent[tracing]'"
+            ) from error
+        found.append(Tracing(settings.traces, settings.trace_ratio))
+    return found
 
 
 def serve_store(config: AgentConfig) -> int:
@@ -141,6 +170,8 @@ def _serve(parts: Parts, settings: ServeSettings, load: Callable[[], None], anno
                 rpc.stop(0.0)
             parts.host.close()
             listeners.close()
+            for observer in parts.observers:
+                observer.close()
 
 
 def _run(

@@ -153,6 +153,8 @@ class Connection:
         request = Request(head.match, body, head.header_length, self.arrived_s, self._memory, head.coding)
         if head.chunked:
             request.strays = True
+        if head.trace:
+            request.trace = head.trace
         return request
 
     def _next_head(self) -> Head | None:

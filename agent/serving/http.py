@@ -16,6 +16,7 @@ from agent.serving.routes import Kind, Match, Route, Router
 
 MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 100
+MAX_TRACEPARENT = 64
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _ALLOWED = (
     (b"access-control-allow-methods", b"GET, POST"),
@@ -32,7 +33,7 @@ class Head:
 
     __slots__ = (
         "bodiless", "chunked", "coding", "expects_continue", "header_length", "keep_alive", "length", "match", "minor", "origin",
-        "plain", "raw", "size",
+        "plain", "raw", "size", "trace",
     )  # fmt: skip
 
     def __init__(self, raw: bytes) -> None:
@@ -46,6 +47,7 @@ class Head:
         self.expects_continue = False
         self.bodiless = False  # the answer to HEAD has no body
         self.coding: Coding | None = None
+        self.trace = b""  # the caller's traceparent
         self.origin = b""  # the web page that asks and may
         self.plain = True  # the answer needs no header and no treatment because of this head
         self.match = Match(None)
@@ -100,6 +102,7 @@ class HeadReader:
         head = Head(raw)
         head.minor = int(version[-1])
         self._framing(head)
+        head.trace = self._fields.get(b"traceparent", b"")[:MAX_TRACEPARENT]
         method = self._parser.get_method()
         head.bodiless = method == b"HEAD"
         head.match = router.resolve(method, _path(self._url))

@@ -43,7 +43,7 @@ _RUN = Pace.RUN  # looking a member up at its class takes as long as all else th
 class Request:
     """A complete request. `body` is valid until its answer is sent; `arrived_s` is a perf_counter."""
 
-    __slots__ = ("arrived_s", "body", "coding", "header_length", "match", "pace", "regions", "seat", "strays")
+    __slots__ = ("arrived_s", "body", "coding", "header_length", "match", "pace", "regions", "seat", "strays", "trace")
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class Request:
         self.regions = regions  # memory that the client shares; None where it cannot
         self.coding = coding  # of a body that is still compressed, or of the answer; None for neither
         self.pace = _RUN
+        self.trace = b""  # the caller's traceparent
         self.strays = False  # the tensors in the body do not begin where vector instructions like it
         self.seat: Caller | None = None  # who is given the answer of a prediction that waits; None: the thread waits for it
 

@@ -74,11 +74,17 @@ class LogSettings:
 
 
 class TraceSettings:
-    """Requests are not traced here, and these settings say so: asking for what is so is granted, anything else refused."""
+    """Whether requests are traced is decided by agent.yaml, and these settings say so: asking for what is so is granted, anything else
+    refused.
+    """
 
-    @staticmethod
-    def document() -> Document:
-        return dict(NO_TRACE)
+    def __init__(self, ratio: float) -> None:
+        self._now: Document = dict(NO_TRACE)
+        if ratio > 0:
+            self._now |= {"trace_level": ["TIMESTAMPS"], "trace_rate": str(round(1 / ratio)), "trace_mode": "opentelemetry"}
+
+    def document(self) -> Document:
+        return dict(self._now)
 
     def change(self, wanted: Mapping[str, object]) -> Document:
         """`wanted` holds strings, lists of them, or None for the default.  Raises: Refusal (400, 501)."""
@@ -88,5 +94,7 @@ class TraceSettings:
                 raise Refusal(400, f"{shown(name)} is not a trace setting; there are {', '.join(now)}")
             given = [value] if isinstance(value, str) else value
             if given is not None and given != [now[name]] and given != now[name]:
-                raise Refusal(501, f"{name} cannot be set to {shown(value)}: this server does not trace requests")
+                raise Refusal(
+                    501, f"{name} cannot be set to {shown(value)}: serve.traces and serve.trace_ratio in agent.yaml decide"
+                )
         return now

@@ -109,7 +109,7 @@ def test_log_settings_change_all_or_nothing():
     root.debug("verbose")
     root.error("not wanted")
     assert lines[2:] == ["verbose"]
-    assert TraceSettings().change({}) == TraceSettings().document()
+    assert TraceSettings(0.0).change({}) == TraceSettings(0.0).document()
 
 
 def test_a_file_is_loaded_again_when_it_changed(serve_files, tmp_path):
