@@ -64,7 +64,7 @@ def test_the_configuration_of_a_model(scale_server):
         ("POST", "/v2/logging", {"log_info": 1}, 400, "log_info is 1; expected true or false"),
         ("POST", "/v2/logging", {"log_colour": True}, 400, "'log_colour' is not a log setting"),
         ("POST", "/v2/logging", {"log_format": "ISO8601"}, 501, "log_format 'ISO8601' is not offered"),
-        ("POST", "/v2/trace/setting", {"trace_level": ["TIMESTAMPS"]}, 501, "does not trace requests"),
+        ("POST", "/v2/trace/setting", {"trace_level": ["TIMESTAMPS"]}, 501, "in agent.yaml decide"),
         ("POST", "/v2/trace/setting", {"trace": "x"}, 400, "'trace' is not a trace setting"),
         ("GET", "/v2/models/none/trace/setting", None, 404, "'none' is not found"),
     ],
