@@ -1,4 +1,5 @@
-"""Counts of one model version. Plain numbers: under the interpreter's lock an increment is one step.
+"""Counts of one model version. A request leaves only its four times here; they are added up when somebody asks, or when many have
+come together. Adding one number is one step under the interpreter's lock.
 
 A request's time has four phases, which add up to it: queue (from its arrival until a thread works for it, and while it waits for its
 run), compute_input (reading it into arrays, and joining a batch), compute_infer (the engine's run) and compute_output (writing the
@@ -7,12 +8,19 @@ answer). A batch is one execution of as many inferences as it has rows; each req
 
 from __future__ import annotations
 
+import threading
 import time
-from bisect import bisect_left
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 BOUNDS_MS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0)
-_BOUNDS_S = tuple(bound / 1e3 for bound in BOUNDS_MS)
+_BOUNDS_S = np.array(BOUNDS_MS) / 1e3
+_BINS = len(BOUNDS_MS) + 1
+_TIMES = 4  # of one request: the whole, input, run, output
+_ROWS = _TIMES + 1  # and the queue, which is what is left
+_OFFSETS = np.arange(_ROWS) * _BINS
+FRESH_REQUESTS = 512  # adding up so many takes some 50 µs, once in 512 requests
 
 Failure = Literal["invalid", "run", "unavailable"]
 
@@ -31,39 +39,28 @@ class Stats:
     """`succeeded` and `failed` are called once per request; readers may see a request half counted, never a wrong total later."""
 
     __slots__ = (
-        "_batches", "_inputs", "_outputs", "_queues", "_runs", "cancelled", "counts", "executions", "failures", "inferences", "input_s",
-        "last_s", "ok", "output_s", "run_s", "total_s",
+        "_batches", "_counts", "_fresh", "_lock", "_sums_s", "cancelled", "executions", "failures", "inferences", "last_s",
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.ok = 0
         self.failures: dict[Failure, int] = {"invalid": 0, "run": 0, "unavailable": 0}
         self.cancelled = 0  # whose callers went while they waited; neither answered nor failed
-        self.counts = [0] * (len(BOUNDS_MS) + 1)
-        self._queues, self._inputs, self._runs, self._outputs = ([0] * len(self.counts) for _ in range(4))
-        self.total_s = 0.0
-        self.input_s = 0.0
-        self.run_s = 0.0
-        self.output_s = 0.0
         self.executions = 0
         self.inferences = 0
         self.last_s = 0.0
+        self._fresh: list[float] = []  # times of requests that are not added up yet
+        self._lock = threading.Lock()  # for adding them up
+        self._sums_s = np.zeros(_ROWS)
+        self._counts = np.zeros(_ROWS * _BINS, np.int64)
         self._batches: dict[int, list[float]] = {}  # by size, of a version whose requests are gathered
 
     def succeeded(self, arrived_s: float, input_s: float, run_s: float, output_s: float, now_s: float) -> None:
         """A request is answered. `arrived_s` and `now_s`, when its answer was ready, are perf_counters."""
-        latency_s = now_s - arrived_s
-        self.ok += 1
-        self.counts[bisect_left(_BOUNDS_S, latency_s)] += 1
-        self._queues[bisect_left(_BOUNDS_S, latency_s - input_s - run_s - output_s)] += 1
-        self._inputs[bisect_left(_BOUNDS_S, input_s)] += 1
-        self._runs[bisect_left(_BOUNDS_S, run_s)] += 1
-        self._outputs[bisect_left(_BOUNDS_S, output_s)] += 1
-        self.total_s += latency_s
-        self.input_s += input_s
-        self.run_s += run_s
-        self.output_s += output_s
+        fresh = self._fresh
+        fresh += (now_s - arrived_s, input_s, run_s, output_s)  # one step: no other thread's times come between
         self.last_s = now_s
+        if len(fresh) >= FRESH_REQUESTS * _TIMES:
+            self._add_up()
 
     def executed(self, rows: int = 1) -> None:
         """The engine ran, and worked."""
@@ -78,20 +75,58 @@ class Stats:
         batch[2] += run_s
         batch[3] += output_s
 
+    def _add_up(self) -> None:
+        with self._lock:
+            taken = self._fresh[:]
+            del self._fresh[: len(taken)]  # what came since stays
+            if not taken:
+                return
+            times = np.empty((len(taken) // _TIMES, _ROWS))
+            times[:, :_TIMES] = np.array(taken).reshape(-1, _TIMES)
+            times[:, _TIMES] = times[:, 0] - times[:, 1:_TIMES].sum(1)
+            bins = np.searchsorted(_BOUNDS_S, times) + _OFFSETS
+            self._counts += np.bincount(bins.ravel(), minlength=len(self._counts))
+            self._sums_s += times.sum(0)
+
+    def _row(self, row: int) -> tuple[float, list[int]]:
+        self._add_up()
+        counts: list[int] = self._counts[row * _BINS : (row + 1) * _BINS].tolist()
+        return max(0.0, float(self._sums_s[row])), counts
+
     @property
     def phases(self) -> dict[str, tuple[float, list[int]]]:
-        """Seconds in all, and counts as in `counts`, of each phase and of the whole."""
+        """Seconds in all, and how many requests lie between BOUNDS_MS, of each phase and of the whole."""
         return {
-            "request": (self.total_s, self.counts),
-            "queue": (self.queue_s, self._queues),
-            "compute_input": (self.input_s, self._inputs),
-            "compute_infer": (self.run_s, self._runs),
-            "compute_output": (self.output_s, self._outputs),
+            "request": self._row(0),
+            "queue": self._row(4),
+            "compute_input": self._row(1),
+            "compute_infer": self._row(2),
+            "compute_output": self._row(3),
         }
 
     @property
+    def ok(self) -> int:
+        return sum(self._row(0)[1])
+
+    @property
+    def total_s(self) -> float:
+        return self._row(0)[0]
+
+    @property
+    def input_s(self) -> float:
+        return self._row(1)[0]
+
+    @property
+    def run_s(self) -> float:
+        return self._row(2)[0]
+
+    @property
+    def output_s(self) -> float:
+        return self._row(3)[0]
+
+    @property
     def queue_s(self) -> float:
-        return max(0.0, self.total_s - self.input_s - self.run_s - self.output_s)
+        return self._row(4)[0]
 
     @property
     def batches(self) -> list[BatchStats]:
@@ -113,14 +148,16 @@ class Stats:
         return self.ok + sum(self.failures.values())
 
     def document(self) -> dict[str, Any]:
+        total_s, counts = self._row(0)
+        ok = sum(counts)
         return {
-            "requests": self.requests,
-            "ok": self.ok,
+            "requests": ok + sum(self.failures.values()),
+            "ok": ok,
             "failed": dict(self.failures),
             "latency": {
                 "bounds_ms": BOUNDS_MS,
-                "counts": list(self.counts),
-                "sum_ms": self.total_s * 1e3,
-                "count": sum(self.counts),
+                "counts": counts,
+                "sum_ms": total_s * 1e3,
+                "count": sum(counts),
             },
         }
