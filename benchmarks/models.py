@@ -104,12 +104,12 @@ def make(folder: Path) -> list[Subject]:
     return subjects
 
 
-def request(name: str, array: NDArray[np.float32]) -> bytes:
-    """A prediction as a client with binary tensors sends it."""
-    tensor = {"name": "x", "shape": array.shape, "datatype": "FP32", "parameters": {"binary_data_size": array.nbytes}}
+def request(model: str, array: NDArray[np.float32], name: str = "x") -> bytes:
+    """A prediction as a client with binary tensors sends it; `name` is the input's."""
+    tensor = {"name": name, "shape": array.shape, "datatype": "FP32", "parameters": {"binary_data_size": array.nbytes}}
     head = msgspec.json.encode({"inputs": [tensor], "parameters": {"binary_data_output": True}})
     lines = (
-        f"POST /v2/models/{name}/infer HTTP/1.1\r\nhost: bench\r\n"
+        f"POST /v2/models/{model}/infer HTTP/1.1\r\nhost: bench\r\n"
         f"inference-header-content-length: {len(head)}\r\ncontent-length: {len(head) + array.nbytes}\r\n\r\n"
     )
     return lines.encode() + head + array.tobytes()

@@ -18,6 +18,7 @@ from agent.contract import enrolment
 from agent.contract.manifest import File
 from agent.contract.reasons import Reason
 from agent.host import files
+from agent.host.priority import in_background
 from agent.store import Store
 from agent.sync.http import FleetHttp, HttpStatus
 from agent.sync.ports import Clock, Stop
@@ -105,7 +106,7 @@ class Downloader:
             if self._store.has_blob(file.sha256):
                 return
             try:
-                self._fetch(file, progress, stop)
+                in_background(lambda: self._fetch(file, progress, stop))  # predictions go first
             except OSError as error:
                 raise store_problem(error, f"writing {file.sha256}") from error
             except Problem as problem:

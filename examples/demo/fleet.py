@@ -98,6 +98,13 @@ class Fleet:
             raise StepFailed(f"GET {path}: {answer.status_code} {answer.text[:200]}")
         return answer.json()
 
+    def post(self, path: str, body: object) -> Any:
+        """The JSON answer to a change.  Raises: requests.RequestException, StepFailed."""
+        answer = self._session.post(f"{self._url}/api/v1/{path}", json=body, timeout=10)
+        if not answer.ok:
+            raise StepFailed(f"POST {path}: {answer.status_code} {answer.text[:200]}")
+        return answer.json()
+
     def devices(self) -> dict[str, dict[str, Any]]:
         return {device["id"]: device for device in self.get("devices")}
 
