@@ -60,24 +60,25 @@ class Report:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--pause-ms", type=float, default=0.5, help="of each client between two requests")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="edge-soak-") as name:
-        found = soak(Path(name), options.minutes * 60, options.seed)
+        found = soak(Path(name), options.minutes * 60, options.seed, options.pause_ms / 1e3)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     sys.exit(show(found))
 
 
-def soak(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
+def soak(folder: Path, seconds: float, seed: int, pause_s: float) -> dict[str, Any]:
     config, server, expected = prepare(folder)
     context = multiprocessing.get_context("spawn")
     end = context.Event()
     queue = context.Queue()
     with processes.running(processes.agent("serve", "--config", config), server, quiet=True) as process:
         wait_until_served(server)
-        workers = [context.Process(target=ask, args=(kind, server, expected, end, queue)) for kind in CLIENTS]
+        workers = [context.Process(target=ask, args=(kind, server, expected, pause_s, end, queue)) for kind in CLIENTS]
         for worker in workers:
             worker.start()
         changes = Changes(server, random.Random(seed))
@@ -172,7 +173,7 @@ def wait_until_served(server: Path) -> None:
 # -- who asks ----------------------------------------------------------------------------------------------------------------
 
 
-def ask(kind: str, server: Path, expected: dict[str, list[Any]], end: Any, queue: Any) -> None:
+def ask(kind: str, server: Path, expected: dict[str, list[Any]], pause_s: float, end: Any, queue: Any) -> None:
     """One client process, until `end`: every answer must be that of one of the versions."""
     model, _, way = kind.partition(" ")
     array, right = question(model), expected[model]
@@ -191,7 +192,7 @@ def ask(kind: str, server: Path, expected: dict[str, list[Any]], end: Any, queue
             report.longest_s = max(report.longest_s, time.perf_counter() - began)
             if len(report.errors) + len(report.wrong) > 20:
                 break
-            end.wait(0.002 if model == "image" else 0.0005)  # busy, and not the only one on this machine
+            end.wait(pause_s)
     queue.put(report)
 
 
