@@ -31,9 +31,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agent.client import Client, ClientError
-from agent.contract.codec import encode
-from agent.store import Choice, Selection, Store, hash_file
+from agent.store import Choice, Selection, Store
 from benchmarks import models, processes
+from benchmarks.stores import control, release
 from runtimes import registry
 from runtimes.contract import LoadOptions
 
@@ -120,29 +120,10 @@ def prepare(folder: Path) -> tuple[Path, Path, dict[str, list[Any]]]:
         expected[model] = [answer(file, question(model)) for file in files]
         store.select(Selection(model=model, active=Choice(version=1, variant="cpu")))
     for number in range(CHURN):
-        release(store, f"guest-{number}", 1, tiny, mark=number)
+        release(store, f"guest-{number}", 1, tiny)
     config, server = folder / "agent.yaml", folder / "soak.sock"
     config.write_text(f"store: {store.root}\nserve: {{socket: {server}}}\n")
     return config, server, expected
-
-
-def release(store: Store, model: str, version: int, file: Path, mark: int | None = None) -> None:
-    """Puts the file into the store; a `mark` makes its bytes differ without changing the model."""
-    data = file.read_bytes()
-    if mark is not None:
-        note = f"copy {mark}".encode()
-        data += b"\x32" + bytes([len(note)]) + note  # ModelProto.doc_string
-    copy = store.root.parent / f"{model}-{version}{file.suffix}"
-    copy.write_bytes(data)
-    sha256 = hash_file(copy)
-    store.blob(sha256).write_bytes(data)
-    runtime = "tflite" if file.suffix == ".tflite" else "onnx"
-    document = {
-        "model": model, "version": version, "files": {file.name: {"sha256": sha256, "size_bytes": len(data)}},
-        "variants": [{"name": "cpu", "runtime": runtime, "file": file.name}],
-    }  # fmt: skip
-    store.write_manifest(encode(document))
-    copy.unlink()
 
 
 def question(model: str) -> Any:
@@ -236,30 +217,25 @@ class Changes:
     def swap(self) -> None:
         model = self.rng.choice(("tiny", "image", "digits", "lite"))
         active = self.client.status()["models"][model]["active"]
-        self.control(model, "load", {"version": 3 - active, "variant": "cpu"})
-        self.control(model, "activate", {"version": 3 - active})
+        control(self.client, model, "load", {"version": 3 - active, "variant": "cpu"})
+        control(self.client, model, "activate", {"version": 3 - active})
         if self.rng.random() < 0.5:
-            self.control(model, "commit", {})
+            control(self.client, model, "commit", {})
         else:
-            self.control(model, "rollback", {"version": active})
+            control(self.client, model, "rollback", {"version": active})
 
     def guest(self) -> None:
         model = f"guest-{self.rng.randrange(CHURN)}"
-        self.control(model, "load", {"version": 1, "variant": "cpu"})
-        self.control(model, "activate", {"version": 1})
+        control(self.client, model, "load", {"version": 1, "variant": "cpu"})
+        control(self.client, model, "activate", {"version": 1})
         self.client.infer(model, question("tiny"))
-        self.control(model, "unload", {})
+        control(self.client, model, "unload", {})
 
     def look(self) -> None:
         for path in ("/metrics", "/v2/models/stats", "/control/v1/status"):
             status, _, _ = self.client.request("GET", path)
             if status != 200:
                 raise RuntimeError(f"{path}: status {status}")
-
-    def control(self, model: str, action: str, body: dict[str, Any]) -> None:
-        status, _, answered = self.client.request("POST", f"/control/v1/models/{model}/{action}", body)
-        if status != 200:
-            raise RuntimeError(f"{action} of {model}: {answered!r}")
 
 
 class Pests:

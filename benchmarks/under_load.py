@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.client import Client
-from agent.contract.codec import encode
-from agent.store import Choice, Selection, Store, hash_file
+from agent.store import Choice, Selection, Store
 from benchmarks import models, processes
+from benchmarks.stores import control, release
 
 LONG_CLIENTS = 4
 DAWDLERS = 50
@@ -82,27 +82,6 @@ def loads(folder: Path) -> dict[int, float]:
             if number + 1 in LOADS:
                 found[number + 1] = processes.pss_mb(process.pid)
     return found
-
-
-def control(client: Client, model: str, action: str, body: dict[str, Any]) -> None:
-    status, _, answer = client.request("POST", f"/control/v1/models/{model}/{action}", body)
-    if status != 200:
-        raise RuntimeError(f"{action} of {model}: {answer!r}")
-
-
-def release(store: Store, model: str, version: int, file: Path) -> None:
-    """Puts a copy of the ONNX file into the store. Each has its own bytes: it carries the release's name as a note."""
-    note = f"{model} {version}".encode()
-    data = file.read_bytes() + b"\x32" + bytes([len(note)]) + note  # ModelProto.doc_string
-    copy = store.root.parent / f"{model}-{version}.onnx"
-    copy.write_bytes(data)
-    sha256 = hash_file(copy)
-    copy.replace(store.blob(sha256))
-    document = {
-        "model": model, "version": version, "files": {"model.onnx": {"sha256": sha256, "size_bytes": len(data)}},
-        "variants": [{"name": "cpu", "runtime": "onnx", "file": "model.onnx"}],
-    }  # fmt: skip
-    store.write_manifest(encode(document))
 
 
 def _store(folder: Path, guests: int = 0) -> tuple[Path, Path]:

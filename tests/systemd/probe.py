@@ -38,6 +38,16 @@ def ask(method: str, path: str, body: str | None = None) -> tuple[int, str]:
         connection.close()
 
 
+def ask_port(port: int) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
+    try:
+        connection.request("GET", "/v2/models/digits")
+        answer = connection.getresponse()
+        return answer.status, str(json.loads(answer.read()).get("name"))
+    finally:
+        connection.close()
+
+
 def predict() -> tuple[int, str]:
     data = {"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": [0.0] * 64}
     return ask("POST", "/v2/models/digits/infer", json.dumps({"inputs": [data]}))
@@ -105,6 +115,7 @@ def seen() -> dict[str, object]:
         facts["loopback from inside the service's network"] = reachable_from(
             ["nsenter", f"--net=/proc/{main_pid()}/ns/net"], port
         )
+    facts["through the loopback port"] = ask_port(8000)
     subprocess.run(["systemctl", "start", "network-probe.service"], check=False)
     facts["sockets under the unit's own restrictions"] = Path("/var/lib/network-probe/seen").read_text()
     facts["write to the store"] = show("store-probe.service", "Result") if start("store-probe.service") else "could write"

@@ -69,6 +69,7 @@ def furnish(target: Machine) -> None:
     target.install_product()
     target.write("usr/bin/edge-python", EDGE_PYTHON, mode=0o755)
     target.write("etc/systemd/system/edge-agent.service.d/test.conf", "[Service]\nWatchdogSec=2s\n")
+    target.write("etc/systemd/system/edge-agent.socket.d/http.conf", "[Socket]\nListenStream=127.0.0.1:8000\n")
     target.write("opt/network_probe.py", NETWORK_PROBE)
     unit = like_the_service("/usr/bin/edge-python /opt/network_probe.py", "StateDirectory=network-probe")
     target.write("etc/systemd/system/network-probe.service", unit)
@@ -107,6 +108,11 @@ def test_the_service_reaches_no_network(seen: dict[str, Any]) -> None:
     families = json.loads(seen["sockets under the unit's own restrictions"])
     assert families.pop("AF_UNIX") == "opened"
     assert set(families.values()) == {"EAFNOSUPPORT"}, families
+
+
+def test_a_loopback_port_comes_from_the_socket_unit(seen: dict[str, Any]) -> None:
+    """The service itself has no network: the socket that systemd opened is all it gets of it."""
+    assert seen["through the loopback port"] == [200, "digits"]
 
 
 def test_the_service_cannot_write_the_store(seen: dict[str, Any]) -> None:
