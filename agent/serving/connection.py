@@ -26,6 +26,7 @@ BUFFER_BYTES = MAX_HEAD_BYTES + 4096
 JOIN_BYTES = 16 * 1024  # copying an answer up to here into one buffer is cheaper than sending its parts
 END_OF_HEAD = b"\r\n\r\n"
 CR = 0x0D
+MAX_REPEATED_BYTES = 2048  # of the JSON before tensors that is compared with that of the last request
 TOO_MANY = "too many large requests at once: try again"
 
 
@@ -68,6 +69,10 @@ class Connection:
         self._room = self._view
         self._start = self._end = 0
         self._memo: Head | None = None  # the last head: the next one mostly has the same bytes
+        self._last: Request | None = None  # the last request, when only the tensors of the next one may differ
+        self._last_bytes = b""  # of it, up to its tensors
+        self._last_start = -1  # where it began; -1: nowhere
+        self._last_size = 0
         self.head: Head | None = None  # of the request under way, until `finished`
         self._reader: HeadReader | None = None
         self._chunks: ChunkedBody | None = None
@@ -138,6 +143,14 @@ class Connection:
         """The next complete request, None while there is none. Call `finished` before asking for another one."""
         if self.closing:
             return None
+        begin = self._start
+        if (
+            begin == self._last_start
+            and self._end - begin >= self._last_size
+            and self.head is None
+            and self._buffer.startswith(self._last_bytes, begin)
+        ):
+            return self._repeat()
         try:
             head = self.head or self._next_head()
             if head is None:
@@ -155,7 +168,26 @@ class Connection:
             request.strays = True
         if head.trace:
             request.trace = head.trace
+        if begin == self._empty and head.header_length and self._start == begin + head.size + head.length:
+            self._remember(request, head, begin)
         return request
+
+    def _remember(self, request: Request, head: Head, begin: int) -> None:
+        """The next request may be the same but for its tensors, and then comes to lie in the same place."""
+        if self.closing or head.coding is not None or not 0 < (head.header_length or 0) <= min(MAX_REPEATED_BYTES, head.length):
+            return
+        self._last = request
+        self._last_start, self._last_size = begin, self._start - begin
+        self._last_bytes = bytes(self._view[begin : begin + head.size + (head.header_length or 0)])
+
+    def _repeat(self) -> Request:
+        """The last request once more, with the tensors that lie there now."""
+        assert self._last is not None
+        self._reader = None  # it may have been fed the first bytes
+        self._start += self._last_size
+        self.head = self._memo
+        self._last.renew(self.arrived_s)
+        return self._last
 
     def _next_head(self) -> Head | None:
         """The head at the start of the buffer once it is complete; it is then `_head`.  Raises: BadRequest."""
@@ -169,6 +201,7 @@ class Connection:
             if found is None:
                 return None
             head = self._memo = found
+            self._last_start = -1
             self._empty = -(self._base + head.size + (head.header_length or 0)) % ALIGNMENT
             self._room = self._view[self._empty :]
         self._start += head.size
@@ -181,8 +214,11 @@ class Connection:
         while self._reader is None and self._buffer.startswith(b"\r\n", self._start, self._end):
             self._start += 2  # RFC 9112, section 2.2: empty lines before a request are to be ignored
         left = self._end - self._start
-        if left == 0 or (left == 1 and self._reader is None and self._buffer[self._start] == CR):
-            self._compact()  # half an empty line is not the beginning of a head either
+        if left == 0:
+            self._start = self._end = self._empty
+            return None
+        if left == 1 and self._reader is None and self._buffer[self._start] == CR:
+            self._compact()  # half an empty line is not the beginning of a head
             return None
         if self._reader is None:
             self._reader = HeadReader()

@@ -73,13 +73,16 @@ class Dataplane:
         self.scheduler = scheduler or Scheduler(0)
         self.runner = Runner(self.scheduler)
 
-    def is_cheap(self, match: Match, body_bytes: int) -> bool:
+    def is_cheap(self, call: Request) -> bool:
         """Whether the answer takes so little that the thread which polls should give it at once."""
+        match = call.match
         served = self._host.models.get(match.model)  # type: ignore[arg-type]
         if served is None:
             return True
         version = served.active if match.version is None else served.pick(match.version)
-        return version is None or (body_bytes <= INLINE_BODY_BYTES and version.cost_s <= INLINE_RUN_S)
+        if version is None:
+            return True
+        return version.cost_s <= INLINE_RUN_S and (call.known is not None or _tensor_bytes(call) <= INLINE_BODY_BYTES)
 
     def keeps_order(self, match: Match) -> bool:
         """Whether requests must be admitted in the order in which they come: they may belong to sequences."""
@@ -99,8 +102,13 @@ class Dataplane:
             return self._infer_in_turn(version, call, form)
         try:
             begun = time.perf_counter()
-            plan = form.read(version, call)
-            feeds = form.feeds(plan, call)
+            if call.known is not None and call.known[0] is version:
+                _, plan, feeds = call.known
+            else:
+                plan = form.read(version, call)
+                feeds = form.feeds(plan, call)
+                if form is OIP and plan.lasting and not call.strays:
+                    call.known = (version, plan, feeds)
             if plan.sequence is not None:
                 keeper = self._keeper(version, match.version, plan.sequence)
                 if keeper is not None:
@@ -220,6 +228,12 @@ class Dataplane:
         waiter.event.clear()
         work, waiter.work = waiter.work, []
         return work
+
+
+def _tensor_bytes(call: Request) -> int:
+    """How large its tensors can be."""
+    size = len(call.body)
+    return size if call.regions is None else size + call.regions.reach_bytes
 
 
 class Waiter:

@@ -96,6 +96,12 @@ class Plan:
     def reusable(self) -> bool:
         return not self.values and not self.id
 
+    @property
+    def lasting(self) -> bool:
+        """Whether its feeds hold for whatever tensors come to lie in the same body: nothing of them is read, copied or looked up."""
+        plain = all(dtype.kind not in "Ob" and not alone for _, dtype, _, _, _, alone in self.views)
+        return plain and not (self.values or self.shared or self.rules)
+
     def feeds(self, body: memoryview, regions: Regions | None = None, *, strays: bool = False) -> dict[str, Array]:
         """The inputs as arrays. They are views into `body` and `regions`, valid as long as these are. `strays` says that the tensors in
         `body` do not begin at a multiple of ALIGNMENT: then they are copied to where they do, as is each one that strays by itself.

@@ -41,13 +41,10 @@ class Protocol:
                 Route("GET", base, Access.PREDICT, self.metadata),
                 Route("GET", base + "/config", Access.PREDICT, self.config),
                 Route("GET", base + "/ready", Access.PREDICT, self.model_ready),
-                Route("POST", base + "/infer", Access.PREDICT, self.infer, Kind.PREDICT, parks=True),
+                Route("POST", base + "/infer", Access.PREDICT, self._dataplane.infer, Kind.PREDICT, parks=True),
                 Route("GET", base + "/stats", Access.OBSERVE, self.stats),
             ]
         return found
-
-    def infer(self, call: Request) -> Answer | None:
-        return self._dataplane.infer(call)
 
     def server(self, _request: Request) -> Answer:
         return json_answer(documents.server(shared_memory=self._shared_memory))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from agent.serving.access import Access
@@ -43,7 +44,7 @@ _RUN = Pace.RUN  # looking a member up at its class takes as long as all else th
 class Request:
     """A complete request. `body` is valid until its answer is sent; `arrived_s` is a perf_counter."""
 
-    __slots__ = ("arrived_s", "body", "coding", "header_length", "match", "pace", "regions", "seat", "strays", "trace")
+    __slots__ = ("arrived_s", "body", "coding", "header_length", "known", "match", "pace", "regions", "seat", "strays", "trace")
 
     def __init__(
         self,
@@ -63,7 +64,15 @@ class Request:
         self.pace = _RUN
         self.trace = b""  # the caller's traceparent
         self.strays = False  # the tensors in the body do not begin where vector instructions like it
+        self.known: Any = (
+            None  # what whoever answers made of all but the tensors, if it holds for any tensors in this place: see `renew`
+        )
         self.seat: Caller | None = None  # who is given the answer of a prediction that waits; None: the thread waits for it
+
+    def renew(self, arrived_s: float) -> None:
+        """It stands for the next request, of which all bytes but those of the tensors are the same and lie in the same place."""
+        self.arrived_s = arrived_s
+        self.pace = _RUN
 
     @property
     def params(self) -> Mapping[str, str]:

@@ -13,6 +13,8 @@ from agent.serving.scheduling.jobs import Job
 
 log = logging.getLogger(__name__)
 
+_QUICK, _PREDICT = Kind.QUICK, Kind.PREDICT  # looking a member up at its class takes longer than the comparison
+
 
 class Service:
     """Any number of threads may call it."""
@@ -27,13 +29,10 @@ class Service:
         route = match.route
         if request.coding is not None and route is not None and grant.access >= route.access:
             return Kind.CONTROL if route.kind is Kind.CONTROL else Kind.PREDICT  # compressing takes long, both ways
-        if route is None or route.kind is Kind.QUICK or grant.access < route.access:
-            return Kind.QUICK
-        if route.kind is Kind.PREDICT and self._dataplane.is_cheap(
-            match, len(request.body) if request.regions is None else len(request.body) + request.regions.reach_bytes
-        ):
-            return Kind.QUICK
-        return route.kind
+        if route is None or route.kind is _QUICK or grant.access < route.access:
+            return _QUICK
+        kind = route.kind
+        return _QUICK if kind is _PREDICT and self._dataplane.is_cheap(request) else kind
 
     def parks(self, request: Request) -> bool:
         """Whether a long request can wait without a thread: `answer` gives None then, and its seat the answer later."""

@@ -163,6 +163,46 @@ def test_tensors_begin_where_vectors_like_it(data):
         assert found == len(tensors)
 
 
+PART = st.tuples(
+    st.sampled_from([b"/a/x", b"/a/y"]), st.sampled_from([b"{1}", b"{2}", b"{333}"]), st.binary(min_size=16, max_size=16)
+)
+
+
+@given(st.lists(PART, max_size=12), st.sampled_from([1, 50, 97, 150, 4096]))
+@settings(max_examples=60, deadline=None)
+def test_a_request_that_stands_for_the_next_one_has_its_bytes_and_what_was_known_of_them(parts, step):
+    """Whatever comes in turns: `known` is only there when all but the tensors is the same, and arrays made of the body see the new tensors."""
+    with Pipe() as pipe:
+        seen = []
+        for path, json, tensors in parts:
+            data = b"POST %s HTTP/1.1\r\nInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n" % (
+                path, len(json), len(json) + len(tensors)
+            ) + json + tensors  # fmt: skip
+            for at in range(0, len(data), step):
+                pipe.peer.sendall(data[at : at + step])
+                while pipe.connection.receive() > 0:
+                    for request in pipe.requests():
+                        if request.known is None:
+                            request.known = (path, json, np.frombuffer(request.body, np.uint8))
+                        assert request.known[:2] == (path, json)
+                        assert request.known[2].tobytes() == bytes(request.body)
+                        seen.append(bytes(request.body))
+        assert seen == [json + tensors for _, json, tensors in parts]
+
+
+def test_a_client_that_repeats_itself_is_read_once():
+    data = b"POST /a/x HTTP/1.1\r\nInference-Header-Content-Length: 2\r\nContent-Length: 6\r\n\r\n{}"
+    with Pipe() as pipe:
+        found = []
+        for tensors in (b"AAAA", b"BBBB", b"CCCC", b"DDDD"):
+            pipe.peer.sendall(data + tensors)
+            pipe.connection.receive()
+            (request,) = pipe.requests()
+            found.append(request)
+            assert bytes(request.body) == b"{}" + tensors
+        assert found[1] is found[2] is found[3]
+
+
 def test_room_for_a_large_body_costs_nothing_before_the_body_comes():
     """The thread that polls makes it: clearing 64 MiB takes tens of milliseconds, and a client may never send them."""
     pool = BufferPool(1 << 28)
