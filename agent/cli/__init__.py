@@ -21,6 +21,7 @@ SYNC_COMMANDS: Mapping[str, str] = {
     "rollback": "Go back to a model's previous release.",
     "sync": "Follow the fleet: updates, trials, reports.",
     "trial": "Try one release (started by sync or systemd).",
+    "tuf": "Verify any TUF repository as this device verifies its fleet's.",
     "updates": "Show each model's update, answers and refused releases.",
 }
 HIDDEN_SYNC_COMMANDS = frozenset({"trial"})

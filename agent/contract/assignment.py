@@ -21,6 +21,14 @@ MAX_RECORD_BYTES = 64 * 1024
 RECORD_PAYLOAD_TYPE = "application/vnd.edge-fleet.device-record+json"
 """The DSSE payload type of a signed device record."""
 
+ISSUED_FIELD = "issued"
+"""In the signed part of timestamp.json: when the server signed it, whole seconds since the epoch, UTC. A device without a clock
+knows from it which time is past.
+"""
+
+REINSTATED_FIELD = "reinstated"
+"""In a release's TUF target, under `custom`: how often its publisher lifted a withdrawal of it, with the offline key."""
+
 EVERYONE = 1000
 """A rollout's `permille` that reaches every device."""
 

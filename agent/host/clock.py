@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 from pathlib import Path
+from typing import Protocol
 
 from agent.contract.codec import ContractError, decode, encode
 from agent.host import files
@@ -28,6 +29,13 @@ class SystemClock:
         return time.monotonic()
 
 
+class Machine(Protocol):
+    """The machine's own clocks, or a test's."""
+
+    def wall(self) -> float: ...
+    def monotonic(self) -> float: ...
+
+
 class LastKnownGood:
     """The latest time this device once had good reason to believe, kept on disk. `floor` is what is known without any memory,
     such as the day its certificate was issued.
@@ -35,6 +43,7 @@ class LastKnownGood:
 
     def __init__(self, path: Path, floor: float = 0.0) -> None:
         self._path = path
+        self._floor = floor
         self._written = _read(path)
         self.time = max(floor, self._written)
 
@@ -43,11 +52,63 @@ class LastKnownGood:
         return now >= self.time - STEP_BACK_S
 
     def advance(self, now: float) -> None:
-        """Remembers `now`, which was just proved by something signed and not yet expired.  Raises: OSError."""
+        """Remembers `now`, which something signed proved to be past.  Raises: OSError."""
         self.time = max(self.time, now)
         if self.time - self._written >= WRITE_EVERY_S:
-            files.write(self._path, encode({"time": self.time}))
-            self._written = self.time
+            self._write()
+
+    def forget(self) -> None:
+        """Back to what is known without any memory: whoever signed the rest is not believed any more.  Raises: OSError."""
+        self.time = self._floor
+        if self._written != self.time:
+            self._write()
+
+    def _write(self) -> None:
+        files.make_directory(self._path.parent, mode=0o700)
+        files.write(self._path, encode({"time": self.time}), mode=0o600)
+        self._written = self.time
+
+
+class SignedClock:
+    """The machine's clock, but never before a time that something signed proved to be past. From such a time on it runs by the
+    monotonic clock, so a board that wakes up in 1970 has the day of its last contact, and the right one after the next.
+    It never believes the machine's clock less than that: a clock that is ahead cannot be told from time that has passed.
+    """
+
+    def __init__(self, machine: Machine, known: LastKnownGood) -> None:
+        self._machine = machine
+        self._known = known
+        self._since = machine.monotonic()
+
+    def wall(self) -> float:
+        """Seconds since the epoch, UTC."""
+        return max(self._machine.wall(), self._proved())
+
+    def monotonic(self) -> float:
+        return self._machine.monotonic()
+
+    @property
+    def known(self) -> float:
+        """The latest time that something signed has proved to be past."""
+        return self._known.time
+
+    def unset(self) -> bool:
+        """Whether the machine's own clock is behind what is proved: nothing may be judged by it."""
+        return self._machine.wall() < self._proved() - STEP_BACK_S
+
+    def learn(self, moment: float) -> None:
+        """Something signed says that `moment` is past.  Raises: OSError."""
+        if moment > self._proved():
+            self._since = self._machine.monotonic()
+            self._known.advance(moment)
+
+    def forget(self) -> None:
+        """What was learnt came from keys that are not trusted any more.  Raises: OSError."""
+        self._since = self._machine.monotonic()
+        self._known.forget()
+
+    def _proved(self) -> float:
+        return self._known.time + self._machine.monotonic() - self._since
 
 
 def text(moment: float) -> str:

@@ -29,7 +29,7 @@ from agent.contract.codec import ContractError
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, ModelState
 from agent.host import hardware, notify
-from agent.host.clock import SystemClock
+from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.host.signals import Ending
 from agent.store import Store, StoreError
 from agent.sync import enrol, identity, link
@@ -37,7 +37,7 @@ from agent.sync.counters import Counter
 from agent.sync.desired import Desired
 from agent.sync.download import Downloader, HttpBlobs
 from agent.sync.holds import Holds
-from agent.sync.http import FleetHttp
+from agent.sync.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.identity import Identity, IdentityError
 from agent.sync.model import Surroundings
 from agent.sync.outbox import Outbox
@@ -201,9 +201,10 @@ class SyncApp:
 
     def __init__(self, config: AgentConfig, who: Identity, store: Store, clock: Clock | None = None) -> None:
         self._config = config
-        self._clock = clock = clock or SystemClock()
         self._who = who
         self._store = store
+        known = LastKnownGood(store.private / "trust" / "clock.json", floor=who.not_before)
+        self._clock = clock = SignedClock(clock or SystemClock(), known)
         self._stop = threading.Event()
         self._due = threading.Event()
         self._hardware: Hardware | None = None
@@ -412,12 +413,20 @@ class SyncApp:
     def _http(self) -> FleetHttp:
         who = self._who
         return FleetHttp(
-            who.address.device_url, self._clock, ca=who.ca_file, certificate=who.certificate_file, key=who.key_file
+            who.address.device_url,
+            self._clock,
+            ca=who.ca_file,
+            certificate=who.certificate_file,
+            key=who.key_file,
+            unset=self._clock.unset,
         )
 
     def _tls(self) -> ssl.SSLContext:
         who = self._who
-        return link.tls_context(str(who.ca_file), str(who.certificate_file), str(who.key_file))
+        context = link.tls_context(str(who.ca_file), str(who.certificate_file), str(who.key_file))
+        if self._clock.unset():
+            context.verify_flags |= NO_CHECK_TIME
+        return context
 
 
 def main(config: AgentConfig) -> None:

@@ -1,10 +1,12 @@
-"""`edge-agent sync | enroll | trial | doctor | updates`. Nothing heavy is imported before a command runs."""
+"""`edge-agent sync | enroll | trial | doctor | updates | hold | rollback | tuf`. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -192,5 +194,87 @@ def rollback(model: str, version: int | None, config_path: Path | None) -> None:
     click.echo(f"{model} goes back to release {version} within seconds, and stays there until `edge-agent hold --lift {model}`")
 
 
-COMMANDS = (sync, enroll, trial, doctor, updates, hold, rollback)
+@click.group()
+@click.option(
+    "--metadata-dir", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where verified metadata is kept."
+)
+@click.option("--metadata-url", help="Where the repository's metadata is.")
+@click.option("--target-name", "target_names", multiple=True, help="The target to download. Repeatable.")
+@click.option("--target-dir", type=click.Path(path_type=Path, file_okay=False), help="Where downloaded targets go.")
+@click.option("--target-base-url", help="Where the repository's targets are.")
+@click.pass_context
+def tuf(ctx: click.Context, /, **_options: object) -> None:
+    """Verify any TUF repository the way this device verifies its fleet's.
+
+    This is the command line that the public conformance suite for TUF clients drives. Options stand before the command.
+
+    \b
+    Examples:
+      edge-agent tuf --metadata-dir m init root.json
+      edge-agent tuf --metadata-dir m --metadata-url https://example.com/metadata refresh
+      edge-agent tuf --metadata-dir m --metadata-url https://example.com/metadata \\
+        --target-name a/b.txt --target-dir t --target-base-url https://example.com/targets download
+    """
+    ctx.obj = ctx.params
+
+
+@tuf.command("init")
+@click.argument("trusted_root", type=click.Path(path_type=Path, dir_okay=False))
+@click.pass_obj
+def tuf_init(options: dict[str, Any], trusted_root: Path) -> None:
+    """Trust the root in a file. Asks nobody."""
+    from agent.sync import tuf as repository
+
+    with _told():
+        repository.init(options["metadata_dir"], trusted_root)
+
+
+@tuf.command("refresh")
+@click.pass_obj
+def tuf_refresh(options: dict[str, Any]) -> None:
+    """Bring the metadata up to date."""
+    from agent.sync import tuf as repository
+
+    _demand(options, "metadata_url")
+    with _told():
+        repository.refresh(options["metadata_dir"], options["metadata_url"])
+
+
+@tuf.command("download")
+@click.pass_obj
+def tuf_download(options: dict[str, Any]) -> None:
+    """Bring the metadata up to date, then fetch the named targets. One that is there already is not fetched again."""
+    from agent.sync import tuf as repository
+
+    _demand(options, "metadata_url", "target_names", "target_dir", "target_base_url")
+    with _told():
+        repository.download(
+            options["metadata_dir"],
+            options["metadata_url"],
+            options["target_base_url"],
+            options["target_dir"],
+            options["target_names"],
+        )
+
+
+def _demand(options: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if not options[name]:
+            option = "--" + name.removesuffix("s" if name == "target_names" else "").replace("_", "-")
+            raise click.UsageError(f"{option} is needed for this command, and stands before it")
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    from agent.sync.problems import Problem
+
+    try:
+        yield
+    except Problem as problem:
+        _fail(f"{problem.reason.value}: {problem}")
+    except OSError as error:
+        _fail(str(error))
+
+
+COMMANDS = (sync, enroll, trial, doctor, updates, hold, rollback, tuf)
 """For `edge-agent`'s group."""

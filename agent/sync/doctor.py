@@ -14,10 +14,10 @@ from agent import config as configs
 from agent.config import AgentConfig, ConfigError
 from agent.contract import enrolment
 from agent.host import clock as clocks
-from agent.host.clock import LastKnownGood, SystemClock
+from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.store import Store, StoreError
 from agent.sync import identity, link
-from agent.sync.http import FleetHttp
+from agent.sync.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.identity import Identity, IdentityError
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem
@@ -25,6 +25,8 @@ from agent.sync.serving import ServeAway, ServeClient, ServeRefused
 
 DEADLINE_S = 15.0
 WARN_CERTIFICATE_DAYS = 30
+AHEAD_WARN_S = 8 * 86400.0
+"""A fleet server signs the time at least every half day, and nothing online is good for longer than a week."""
 
 Level = Literal["ok", "warning", "failed", "skipped"]
 
@@ -58,10 +60,11 @@ def examine(config_path: Path | None, clock: Clock | None = None) -> Iterator[Fi
             yield Finding(name, "skipped", "needs an identity")
         return
     yield Finding("identity", "ok", f"device {who.device!r} of fleet {who.address.fleet!r}")
-    yield certificate(who, clock)
-    yield _clock(config, who, clock)
-    yield _guarded("fleet server", lambda: _fleet(who, clock))
-    yield _guarded("broker", lambda: _broker(who))
+    signed = SignedClock(clock, LastKnownGood(config.store / "sync" / "trust" / "clock.json", floor=who.not_before))
+    yield certificate(who, signed)
+    yield machine_clock(clock, signed)
+    yield _guarded("fleet server", lambda: _fleet(who, signed, clock))
+    yield _guarded("broker", lambda: _broker(who, signed))
 
 
 def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
@@ -114,31 +117,51 @@ def certificate(who: Identity, clock: Clock) -> Finding:
     return Finding("certificate", "ok", message)
 
 
-def _clock(config: AgentConfig, who: Identity, clock: Clock) -> Finding:
-    known = LastKnownGood(config.store / "sync" / "trust" / "clock.json", floor=who.not_before)
-    now = clock.wall()
-    if known.believable(now):
-        return Finding("clock", "ok", clocks.text(now))
-    return Finding(
-        "clock",
-        "failed",
-        f"it says {clocks.text(now)}, but it was {clocks.text(known.time)} already",
-        "set it (NTP, timedatectl)",
+def machine_clock(machine: Clock, signed: SignedClock) -> Finding:
+    """Whether the machine's clock can be right, by what was signed."""
+    now = machine.wall()
+    if signed.unset():
+        return Finding(
+            "clock",
+            "warning",
+            f"it says {clocks.text(now)}, but it was {clocks.text(signed.known)} already; updates go by the signed time",
+            "set it (NTP, timedatectl): maintenance windows and certificates need the right time",
+        )
+    if now - signed.known > AHEAD_WARN_S:
+        return Finding(
+            "clock",
+            "warning",
+            f"it says {clocks.text(now)}, and the last signed time is {clocks.text(signed.known)}: either this device was away for that "
+            "long, or the clock is ahead and everything that is signed looks expired",
+            "compare it with a watch; if it is ahead, set it (NTP, timedatectl)",
+        )
+    return Finding("clock", "ok", clocks.text(now))
+
+
+def _fleet(who: Identity, signed: SignedClock, machine: Clock) -> Finding:
+    http = FleetHttp(
+        who.address.device_url, signed, ca=who.ca_file, certificate=who.certificate_file, key=who.key_file, unset=signed.unset
     )
-
-
-def _fleet(who: Identity, clock: Clock) -> Finding:
-    http = FleetHttp(who.address.device_url, clock, ca=who.ca_file, certificate=who.certificate_file, key=who.key_file)
     try:
         http.get(http.url(enrolment.RECORD_PATH), limit_bytes=1 << 20, deadline_s=DEADLINE_S)
     finally:
         http.close()
+    server = http.server_time
+    if server is not None and abs(machine.wall() - server) > clocks.STEP_BACK_S:
+        return Finding(
+            "fleet server",
+            "warning",
+            f"{who.address.device_url} knows this device; its clock says {clocks.text(server)}, this one {clocks.text(machine.wall())}",
+            "set the clock that is wrong (NTP, timedatectl)",
+        )
     return Finding("fleet server", "ok", f"{who.address.device_url} knows this device")
 
 
-def _broker(who: Identity) -> Finding:
+def _broker(who: Identity, signed: SignedClock) -> Finding:
     address = (who.address.broker_host, who.address.broker_port)
     context = link.tls_context(str(who.ca_file), str(who.certificate_file), str(who.key_file))
+    if signed.unset():
+        context.verify_flags |= NO_CHECK_TIME
     with (
         socket.create_connection(address, timeout=DEADLINE_S) as plain,
         context.wrap_socket(plain, server_hostname=address[0]) as secured,

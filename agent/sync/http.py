@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import email.utils
+import ssl
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import requests
 import urllib3.exceptions
+from requests.adapters import HTTPAdapter
 
 from agent.contract.codec import ContractError, decode
 from agent.contract.reasons import Reason
@@ -20,6 +24,9 @@ READ_TIMEOUT_S = 20.0
 
 CHUNK_BYTES = 256 * 1024
 _MAX_ERROR_BYTES = 8 * 1024
+
+NO_CHECK_TIME = 0x200000
+"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME; Python's ssl has no name for it."""
 
 
 class HttpStatus(Problem):
@@ -34,17 +41,40 @@ class TooLong(Problem):
     """The body is larger than it may be; the rest was not read."""
 
 
+class _Untimed(HTTPAdapter):
+    """Verifies the chain and the name, not the dates: those cannot be judged with a clock that stands in 1970."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        context = ssl.create_default_context()
+        context.verify_flags |= NO_CHECK_TIME
+        super().init_poolmanager(*args, **kwargs, ssl_context=context)
+
+
 class FleetHttp:
-    """One connection pool. Not for two threads at once: each user makes its own."""
+    """One connection pool. Not for two threads at once: each user makes its own.
+
+    `unset` says whether the machine's clock is known to be wrong; while it is, certificates are verified but for their dates.
+    `server_time` is the server's clock at its last answer, if it told.
+    """
 
     def __init__(
-        self, base_url: str, clock: Clock, *, ca: Path, certificate: Path | None = None, key: Path | None = None
+        self,
+        base_url: str,
+        clock: Clock,
+        *,
+        ca: Path | None = None,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        unset: Callable[[], bool] = lambda: False,
     ) -> None:
         self.base_url = base_url.rstrip("/")
+        self.server_time: float | None = None
         self._clock = clock
+        self._unset = unset
         self._session = requests.Session()
         self._session.trust_env = False  # neither proxies nor .netrc of whoever started the process
-        self._session.verify = str(ca)
+        if ca is not None:
+            self._session.verify = str(ca)
         if certificate and key:
             self._session.cert = (str(certificate), str(key))
 
@@ -59,6 +89,7 @@ class FleetHttp:
         self, url: str, *, headers: dict[str, str] | None = None, accept: tuple[int, ...] = (200,)
     ) -> Iterator[requests.Response]:
         """The answer to GET, its body not yet read.  Raises: HttpStatus; Problem when the server cannot be reached."""
+        self._suit_clock()
         with translated(url):
             response = self._session.get(
                 url,
@@ -67,6 +98,7 @@ class FleetHttp:
                 timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
                 allow_redirects=False,
             )
+        self._note_time(response)
         with response:
             if response.status_code not in accept:
                 raise HttpStatus(response.status_code, f"{url}: {error_text(response)}")
@@ -97,6 +129,7 @@ class FleetHttp:
     def post(self, path: str, data: bytes, *, limit_bytes: int) -> bytes:
         """The body of the answer.  Raises: HttpStatus with the server's own text; Problem."""
         url = self.url(path)
+        self._suit_clock()
         with translated(url):
             response = self._session.post(
                 url,
@@ -114,6 +147,16 @@ class FleetHttp:
         if len(body) > limit_bytes:
             raise TooLong(Reason.DOWNLOAD_FAILED, f"{url}: more than the {limit_bytes} bytes allowed")
         return body
+
+    def _suit_clock(self) -> None:
+        adapter = self._session.get_adapter("https://")
+        if self._unset() is not isinstance(adapter, _Untimed):
+            adapter.close()
+            self._session.mount("https://", _Untimed() if self._unset() else HTTPAdapter())
+
+    def _note_time(self, response: requests.Response) -> None:
+        with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
+            self.server_time = email.utils.parsedate_to_datetime(response.headers["Date"]).timestamp()
 
 
 @contextlib.contextmanager

@@ -9,18 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from agent.contract.codec import FORMAT, ContractError, Document, decode, require_format
 from agent.contract.reasons import Reason
 from agent.sync.problems import Problem
 
 
 class Seen(Document, frozen=True, kw_only=True):
-    """`versions` by role; `keys` the key ids that the root gave each online role when its version was noted."""
+    """`versions` by role; `keys` the key ids that each role had when its version was noted; `withdrawn` per model the releases that
+    were ever withdrawn, with how often their publisher had lifted a withdrawal by then.
+    """
 
     versions: dict[str, int] = {}
     keys: dict[str, tuple[str, ...]] = {}
     assignment: int = 0
     record: int = 0
+    withdrawn: dict[str, dict[int, int]] = {}
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -40,21 +45,34 @@ def load(path: Path) -> Seen:
         raise Problem(Reason.STORE_FAILED, f"{path} is damaged ({error}): delete it after a look at the disk") from error
 
 
-def advance(seen: Seen, versions: Mapping[str, int], keys: Mapping[str, tuple[str, ...]]) -> Seen:
-    """`seen` with the verified `versions` added.
+VOUCHED_BY: Mapping[str, tuple[str, ...]] = {
+    "root": (),
+    "timestamp": ("timestamp",),
+    "snapshot": ("timestamp", "snapshot"),
+    "targets": ("timestamp", "snapshot", "targets"),
+}
+"""Whose signatures a role's version number rests on. When the root gave one of them other keys, the numbers may start again: a thief of
+the old ones may have signed version one million (the specification's fast-forward recovery, section 5.3.11).
+"""
 
-    A lower version is accepted only for a role whose keys the root has changed since: after the theft of an online key that had
-    signed a huge version number, the number starts again (the specification's fast-forward recovery, section 5.3.11).
+
+def advance(seen: Seen, versions: Mapping[str, int], keys: Mapping[str, tuple[str, ...]]) -> Seen:
+    """`seen` with the verified `versions` of roles and their `keys` added.
 
     Raises: Problem METADATA_ROLLBACK.
     """
+    changed = {role for role in keys if role in seen.keys and seen.keys[role] != keys[role]}
     for role, version in versions.items():
         before = seen.versions.get(role, 0)
-        same_keys = seen.keys.get(role, ()) == keys.get(role, ())
-        if version < before and same_keys:
+        if version < before and not changed.intersection(VOUCHED_BY[role]):
             raise Problem(Reason.METADATA_ROLLBACK, f"{role} metadata went back from version {before} to {version}")
-    return Seen(
-        versions={**seen.versions, **versions}, keys={**seen.keys, **keys}, assignment=seen.assignment, record=seen.record
+    again = "assignments" in changed
+    return msgspec.structs.replace(
+        seen,
+        versions={**seen.versions, **versions},
+        keys={**seen.keys, **keys},
+        assignment=0 if again else seen.assignment,
+        record=0 if again else seen.record,
     )
 
 
@@ -64,4 +82,4 @@ def advance_documents(seen: Seen, assignment: int, record: int) -> Seen:
         raise Problem(Reason.METADATA_ROLLBACK, f"the assignment went back from version {seen.assignment} to {assignment}")
     if record < seen.record:
         raise Problem(Reason.METADATA_ROLLBACK, f"the device record went back from serial {seen.record} to {record}")
-    return Seen(versions=seen.versions, keys=seen.keys, assignment=assignment, record=record)
+    return msgspec.structs.replace(seen, assignment=assignment, record=record)

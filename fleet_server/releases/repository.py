@@ -26,7 +26,7 @@ from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
 
-from agent.contract.assignment import ASSIGNMENT_TARGET
+from agent.contract.assignment import ASSIGNMENT_TARGET, ISSUED_FIELD
 from fleet_server import files
 from fleet_server.config import ExpirySettings
 from fleet_server.errors import Refused, Unavailable
@@ -276,7 +276,12 @@ class Repository:
 
     def _write_timestamp(self, version: int, snapshot_version: int) -> None:
         timestamp = Metadata(
-            Timestamp(version=version, expires=self._in(self._expiry.timestamp_s), snapshot_meta=MetaFile(snapshot_version))
+            Timestamp(
+                version=version,
+                expires=self._in(self._expiry.timestamp_s),
+                snapshot_meta=MetaFile(snapshot_version),
+                unrecognized_fields={ISSUED_FIELD: int(self._clock())},
+            )
         )
         timestamp.sign(self._keys.timestamp)
         files.write(self._metadata / "timestamp.json", timestamp.to_bytes())

@@ -40,6 +40,7 @@ from tuf.api.metadata import (
 
 from agent.contract.assignment import (
     ASSIGNMENT_TARGET,
+    ISSUED_FIELD,
     RECORD_PAYLOAD_TYPE,
     Assignment,
     DeviceRecord,
@@ -148,6 +149,7 @@ class Repository:
         self.serial = 1
         self.record_expires: float | None = None
         self.groups: tuple[str, ...] = ()
+        self.issued: float | None = None
         self.record_signer = self.keys["assignments"]
         root = Root(version=1, expires=self._when("root"), consistent_snapshot=True)
         for role in ("root", "snapshot", "timestamp"):
@@ -195,7 +197,12 @@ class Repository:
         self._store("targets", targets, keys["root"])
         meta = {f"{role}.json": MetaFile(v[role]) for role in ("targets", "releases", "assignments")}
         self._store("snapshot", Snapshot(v["snapshot"], expires=self._when("snapshot"), meta=meta), keys["snapshot"])
-        stamp = Timestamp(v["timestamp"], expires=self._when("timestamp"), snapshot_meta=MetaFile(v["snapshot"]))
+        stamp = Timestamp(
+            v["timestamp"],
+            expires=self._when("timestamp"),
+            snapshot_meta=MetaFile(v["snapshot"]),
+            unrecognized_fields={ISSUED_FIELD: int(time.time() if self.issued is None else self.issued)},
+        )
         self._store("timestamp", stamp, keys["timestamp"])
         self.files["record"] = self.record()
 

@@ -12,6 +12,7 @@ from agent.contract.assignment import Assignment
 from agent.contract.codec import encode
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
+from agent.host.clock import LastKnownGood, SignedClock
 from agent.sync.http import FleetHttp
 from agent.sync.problems import Problem
 from agent.sync.trust import Trust
@@ -24,8 +25,16 @@ def make_trust(identity, tmp_path):
     made = []
 
     def make(clock=None, who=identity) -> Trust:
-        clock = clock or FakeClock()
-        http = FleetHttp(who.address.device_url, clock, ca=who.ca_file, certificate=who.certificate_file, key=who.key_file)
+        known = LastKnownGood(tmp_path / "trust" / "clock.json", floor=who.not_before)
+        clock = SignedClock(clock or FakeClock(), known)
+        http = FleetHttp(
+            who.address.device_url,
+            clock,
+            ca=who.ca_file,
+            certificate=who.certificate_file,
+            key=who.key_file,
+            unset=clock.unset,
+        )
         made.append(Trust(tmp_path / "trust", who, http, clock))
         return made[-1]
 
@@ -290,15 +299,70 @@ def test_a_manifest_that_breaks_the_format_is_refused(trust, repository):
 
 
 @pytest.mark.parametrize("year", [1970, 2001])
-def test_a_clock_that_is_behind_proves_nothing(year, trust, repository, make_trust, server: Server):
+def test_a_device_whose_clock_is_behind_catches_up(year, trust, repository, make_trust):
+    """It judges by the day of its enrolment until the signed timestamp tells a later one."""
+    repository.assign("crane", 1)
+    machine = FakeClock(wall=(year - 1970) * 365.25 * DAY)
+
+    desired = make_trust(machine).refresh()
+
+    assert desired.wanted("crane").release == 1
+    assert abs(desired.verified_at - time.time()) < 60, "the signed time, not the machine's"
+
+
+def test_what_expired_is_refused_also_with_a_clock_that_is_behind(trust, repository, make_trust):
+    """The time that was signed once is enough to see a freeze."""
+    trust.refresh()
+    repository.issued = time.time() - 8 * DAY
+    repository.expires = dict.fromkeys(("timestamp", "snapshot", "assignments"), time.time() - 7 * DAY)
+    repository.sign()
+
+    assert reason_of(make_trust(FakeClock(wall=0.0)).refresh) is Reason.EXPIRED_METADATA
+
+
+def test_a_board_without_a_clock_keeps_the_time_while_it_runs(repository, make_trust):
+    machine = FakeClock(wall=0.0)
+    trust = make_trust(machine)
+    repository.sign()
+    trust.refresh()
+    machine.pass_(8 * DAY)
+
+    assert reason_of(trust.refresh) in {Reason.EXPIRED_METADATA, Reason.CLOCK_UNTRUSTED}, "the test's server has not aged"
+
+
+def test_the_known_time_survives_a_restart(trust, repository, make_trust, tmp_path):
+    trust.refresh()
+
+    known = LastKnownGood(tmp_path / "trust" / "clock.json")
+
+    assert abs(known.time - time.time()) < 60
+
+
+def test_a_clock_far_ahead_is_told_and_harms_nothing(trust, repository, make_trust):
+    repository.assign("crane", 1)
+    with pytest.raises(Problem, match=r"clock says 2\d{3}-.*, the fleet server's 20") as caught:
+        make_trust(FakeClock(wall=time.time() + 30 * 365 * DAY)).refresh()
+
+    assert caught.value.reason is Reason.CLOCK_UNTRUSTED
+    assert trust.refresh().wanted("crane").release == 1, "nothing of it was remembered"
+
+
+def test_a_thief_of_the_timestamp_key_cannot_move_time_for_good(trust, repository, make_trust):
+    """He says it is the year 2100: believed up to the end of the root, and forgotten with his key."""
     repository.assign("crane", 1)
     trust.refresh()
-    server.asked.clear()
-    asleep = make_trust(FakeClock(wall=(year - 1970) * 365.25 * DAY))
+    repository.issued = 4_102_444_800
+    repository.expires["timestamp"] = repository.issued + DAY
+    repository.sign()
+    assert reason_of(trust.refresh) in {Reason.EXPIRED_METADATA, Reason.CLOCK_UNTRUSTED}
+    repository.expires, repository.issued = {}, None
+    repository.sign()
+    assert reason_of(make_trust().refresh) in {Reason.EXPIRED_METADATA, Reason.CLOCK_UNTRUSTED}
 
-    assert reason_of(asleep.refresh) is Reason.CLOCK_UNTRUSTED
-    assert server.asked == [], "nothing is asked with a clock that cannot judge the answer"
-    assert asleep.remembered() is not None
+    repository.rotate_root("timestamp")
+    repository.sign()
+
+    assert make_trust().refresh().wanted("crane").release == 1
 
 
 def test_a_clock_corrected_by_minutes_is_believed(trust, repository, make_trust):
