@@ -71,6 +71,15 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     """Sequences that one version keeps state for at once."""
     sequence_idle_s: float = 60.0
     """A sequence without requests for this long ends."""
+    memory_budget_bytes: int = 0
+    """What models may take together. Beyond it those that were not used for longest are unloaded, and loaded again when they are asked
+    for. 0: no budget."""
+    pinned: tuple[str, ...] = ()
+    """Models that are never unloaded for the budget."""
+    min_residency_s: float = 10.0
+    """A model stays at least this long, so that two which do not fit together cannot drive each other out in turns."""
+    reload_timeout_s: float = 30.0
+    """How long a request without a timeout of its own waits for a model that is being loaded again or replaced."""
     client_memory_bytes: int = 1024 * 1024 * 1024
     """What clients' memfds may add up to; one connection may share a quarter of it. 0: clients share no memfds."""
     access_log: str = ""
@@ -91,6 +100,8 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("trace_ratio must be from 0 to 1")
         if self.traces and not self.traces.startswith(("http://", "https://", "unix:/")):
             raise ValueError("traces must be an http address or unix:/path")
+        if self.memory_budget_bytes < 0 or self.min_residency_s < 0 or self.reload_timeout_s <= 0:
+            raise ValueError("memory_budget_bytes and min_residency_s must not be negative, reload_timeout_s above 0")
         if self.max_body_bytes < 1024:
             raise ValueError("max_body_bytes must be at least 1024")
 

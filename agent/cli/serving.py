@@ -53,6 +53,12 @@ def serve(config: Path | None, *, verbose: bool) -> None:
 @click.option("--grpc-socket", type=click.Path(path_type=Path), help="A socket for gRPC besides.")
 @click.option("--threads", default=3, show_default=True, type=click.IntRange(1, 64), help="Threads that answer requests.")
 @click.option("--engine-threads", default=1, show_default=True, type=click.IntRange(0, 64), help="Threads of one run.")
+@click.option(
+    "--memory-budget",
+    "budget",
+    metavar="SIZE",
+    help="What models may take together, such as 512M; the rest is loaded when asked for.",
+)
 @click.option("--verbose", is_flag=True, help="Log what is loaded.")
 def run(
     files: tuple[str, ...],
@@ -61,6 +67,7 @@ def run(
     grpc_socket: Path | None,
     threads: int,
     engine_threads: int,
+    budget: str | None,
     *,
     verbose: bool,
 ) -> None:
@@ -89,12 +96,23 @@ def run(
         grpc_access="control",
         threads=threads,
         engine_threads=engine_threads,
+        memory_budget_bytes=_bytes(budget or "0"),
     )
     sources = _sources(files)
     try:
         sys.exit(serve_files(sources, settings, lambda host, http: _announce(host, path, http)))
     except (ConfigError, SocketError) as error:
         fail(error)
+
+
+def _bytes(text: str) -> int:
+    """512M → 536870912. Ends with status 2 when it is no size."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    number = text.strip().upper().removesuffix("B").removesuffix("I")
+    try:
+        return int(float(number.rstrip("KMG")) * units.get(number[-1:], 1))
+    except ValueError as error:
+        raise click.UsageError(f"{text!r} is no size: write bytes, or such as 512M or 2G") from error
 
 
 def _prepare(*, verbose: bool) -> None:
@@ -155,12 +173,13 @@ def _announce(host: ModelHost, path: Path, http: list[str]) -> None:
     click.echo("".join([f"Serving on {path}\n", *(f"Serving on http://{address}\n" for address in http)]))
     for served in host:
         for version in served.versions.values():
-            if version.state != "READY":
+            if not version.answers:
                 click.echo(f"  {served.name}  NOT SERVED: {version.reason}")
                 continue
             example = example or version
             click.echo(
                 f"  {served.name}  {version.runtime} on {version.placement.actual}, loaded in {version.load_s * 1e3:.0f} ms"
+                + (", unloaded until it is asked for" if version.held else "")
             )
             for role, specs in (("in ", version.inputs), ("out", version.outputs)):
                 for spec in specs:

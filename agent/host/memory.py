@@ -14,3 +14,12 @@ def resident_bytes() -> int:
 def peak_bytes() -> int:
     """The most that was in memory so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def give_back() -> None:
+    """Lets the allocator return what it keeps for later, after something large went. Does nothing where the C library cannot."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -31,6 +31,7 @@ from agent.serving.metrics import Metrics
 from agent.serving.observing import ObservedService, Observer
 from agent.serving.pictures import Pictures
 from agent.serving.protocol import Protocol
+from agent.serving.residency import Residency, file_bytes
 from agent.serving.routes import Route, Router
 from agent.serving.scheduling.scheduler import Scheduler, busy_threads
 from agent.serving.service import Service
@@ -61,6 +62,7 @@ class Parts:
 
     host: ModelHost
     dataplane: Dataplane
+    residency: Residency
     protocol: Protocol
     control: Control
     repository: Repository
@@ -78,10 +80,18 @@ class Parts:
 
 def assemble(store: Store | None, settings: ServeSettings) -> Parts:
     host = ModelHost(max_sequences=settings.max_sequences, sequence_idle_s=settings.sequence_idle_s)
-    scheduler = Scheduler(busy_threads(settings.threads), limit=settings.max_queue_size)
+    scheduler = Scheduler(busy_threads(settings.threads), limit=settings.max_queue_size, held_s=settings.reload_timeout_s)
     dataplane = Dataplane(host, scheduler)
+    residency = Residency(
+        host,
+        dataplane,
+        engine_threads=settings.engine_threads,
+        budget_bytes=settings.memory_budget_bytes,
+        pinned=settings.pinned,
+        min_residency_s=settings.min_residency_s,
+    )
     protocol = Protocol(host, dataplane, shared_memory=settings.shared_memory != "off")
-    control = Control(host, store, engine_threads=settings.engine_threads)
+    control = Control(host, store, residency)
     repository, logs, traces = (
         Repository(control),
         LogSettings(),
@@ -96,7 +106,7 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
             *Pictures(dataplane).routes(),
             *extensions.routes(),
             *control.routes(),
-            *Metrics(host).routes(),
+            *Metrics(host, residency).routes(),
             *memoryroutes.routes(),
         ]
     )
@@ -106,7 +116,7 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
         if observers
         else Service(dataplane, settings.max_body_bytes)
     )
-    return Parts(host, dataplane, protocol, control, repository, logs, traces, system, router, service, observers)
+    return Parts(host, dataplane, residency, protocol, control, repository, logs, traces, system, router, service, observers)
 
 
 def observers_of(settings: ServeSettings) -> list[Observer]:
@@ -135,7 +145,7 @@ def serve_store(config: AgentConfig) -> int:
     store = Store(config.store)
     store.check_format(may_be_missing=True)  # at first boot `serve` may be earlier than `sync`
     parts = assemble(store, config.serve)
-    return _serve(parts, config.serve, lambda: load_selections(parts.host, store, config.serve.engine_threads))
+    return _serve(parts, config.serve, lambda: load_selections(parts, store, config.serve.engine_threads))
 
 
 def serve_files(sources: Iterable[Source], settings: ServeSettings, announce: Callable[[ModelHost, list[str]], None]) -> int:
@@ -146,7 +156,7 @@ def serve_files(sources: Iterable[Source], settings: ServeSettings, announce: Ca
     return _serve(
         parts,
         settings,
-        lambda: load_sources(parts.host, sources, settings.engine_threads),
+        lambda: load_sources(parts, sources, settings.engine_threads),
         lambda http: announce(parts.host, http),
     )
 
@@ -197,6 +207,7 @@ def _run(
         scheduler=parts.dataplane.scheduler,
         memory_of=lambda grant: None if grant.uid is None else ClientMemory(budget, system, grant.uid),
     )
+    parts.residency.defer = loop.defer
     loop.start()
     watchdog = selfcheck.Watchdog(lambda: not loop.stuck(STUCK_S) and selfcheck.answers(address))
     try:
@@ -218,6 +229,7 @@ def _run(
         notify.notify("STOPPING=1")
         parts.protocol.is_ready = False
         watchdog.stop()
+        parts.residency.end()
         if rpc is not None:
             rpc.stop(STOP_GRACE_S)
         if not loop.stop(STOP_GRACE_S):
@@ -238,14 +250,18 @@ def _grpc(parts: Parts, settings: ServeSettings) -> GrpcServer | None:
     return build(parts, settings)
 
 
-def load_selections(host: ModelHost, store: Store, threads: int) -> None:
-    """Loads the active release of every selected model, or its previous one when that fails. Nothing here stops the process."""
+def load_selections(parts: Parts, store: Store, threads: int) -> None:
+    """Loads the active release of every selected model, or its previous one when that fails. Nothing here stops the process.
+    What is over the memory budget is put out again, known from then on.
+    """
+    host = parts.host
     for name, selection in store.selections().items():
         if isinstance(selection, StoreError):
             log.error("model %r is not served: %s", name, selection)
             host.add(loading.failed(Source(name, 0, store.root, ""), str(selection)))
             continue
         _load_selection(host, store, selection, threads)
+        parts.residency.settle()
 
 
 def _load_selection(host: ModelHost, store: Store, selection: Selection, threads: int) -> None:
@@ -280,9 +296,11 @@ def _load_choice(host: ModelHost, store: Store, model: str, choice: Choice, thre
     return text
 
 
-def load_sources(host: ModelHost, sources: Iterable[Source], threads: int) -> None:
+def load_sources(parts: Parts, sources: Iterable[Source], threads: int) -> None:
     """Loads named files and makes each active; one that cannot be loaded is listed with its reason."""
+    host = parts.host
     for source in sources:
+        parts.residency.settle(file_bytes(source))
         try:
             host.add(loading.load(source, threads=threads))
         except (RuntimeFailure, MemoryError, OSError) as error:
@@ -290,6 +308,7 @@ def load_sources(host: ModelHost, sources: Iterable[Source], threads: int) -> No
             host.add(loading.failed(source, str(error)))
             continue
         host.activate(source.name, source.version)
+        parts.residency.settle()
 
 
 def _allow_files(count: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import threading
 import time
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
 from agent.serving.documents import agent_version
 from agent.serving.host import ModelHost, Served, Version
+from agent.serving.residency import Residency
 from agent.serving.routes import Handler, Kind, Request, Route
 from agent.store import Choice, Selection, Store, StoreError, hash_file
 from runtimes.contract import ModelInvalid, RuntimeUnavailable
@@ -47,11 +47,11 @@ class Empty(msgspec.Struct, forbid_unknown_fields=True):
 class Control:
     """The handlers over a host, and over the store that models are loaded from (None when files were named instead)."""
 
-    def __init__(self, host: ModelHost, store: Store | None, *, engine_threads: int) -> None:
+    def __init__(self, host: ModelHost, store: Store | None, residency: Residency) -> None:
         self._host = host
         self._store = store
-        self._engine_threads = engine_threads
-        self._changing = threading.Lock()  # other transports than HTTP bring threads of their own
+        self._residency = residency
+        self._changing = residency.changing  # other transports than HTTP bring threads of their own
         self.instance = secrets.token_hex(8)
         self._started = time.time()
 
@@ -83,6 +83,7 @@ class Control:
             "pid": os.getpid(),
             "started": self._started,
             "agent_version": agent_version(),
+            "memory": {"budget_bytes": self._residency.budget_bytes, "used_bytes": self._residency.used_bytes},
             "models": {served.name: served.document() for served in self._host},
         })  # fmt: skip
 
@@ -150,7 +151,8 @@ class Control:
                 source = replace(source, sha256=hash_file(source.path))
             except (StoreError, OSError) as error:
                 raise Refusal(404, f"failed to load '{name}': {error}", code="not_found") from error
-            if old.state == "READY" and old.sha256 == source.sha256:
+            if old.answers and old.sha256 == source.sha256:
+                self._bring_back(old)
                 continue
             self._host.replace(self._loaded(source))
 
@@ -158,8 +160,9 @@ class Control:
         """The version, READY, beside whatever is there.  Raises: Refusal."""
         served = self._host.get(name)
         present = served.versions.get(choice.version) if served else None
-        if present is not None and present.state == "READY":
+        if present is not None and present.answers:
             if present.variant == choice.variant:
+                self._bring_back(present)
                 return present
             raise Refusal(
                 409,
@@ -177,9 +180,15 @@ class Control:
 
     def _loaded(self, source: loading.Source) -> Version:
         try:
-            return loading.load(source, threads=self._engine_threads)
+            return self._residency.load(source)
         except Exception as error:
             raise _load_refusal(source, error) from error
+
+    def _bring_back(self, version: Version) -> None:
+        try:
+            self._residency.bring_back(version)
+        except Exception as error:
+            raise _load_refusal(version.source, error) from error
 
     def _source(self, name: str, choice: Choice) -> loading.Source:
         if self._store is None:

@@ -21,7 +21,7 @@ from agent.serving.running import Runner, demands
 from agent.serving.scheduling import batching
 from agent.serving.scheduling.jobs import Caller, Job
 from agent.serving.scheduling.lanes import INLINE_RUN_S
-from agent.serving.scheduling.scheduler import Scheduler
+from agent.serving.scheduling.scheduler import LaneClosed, Scheduler
 from agent.serving.tasks import Call, Direct, Form, Task, expired, refusal
 from runtimes.contract import Array
 
@@ -72,6 +72,7 @@ class Dataplane:
         self._host = host
         self.scheduler = scheduler or Scheduler(0)
         self.runner = Runner(self.scheduler)
+        self.summon: Callable[[Version], None] = lambda _: None  # somebody waits for a version that is held
 
     def is_cheap(self, call: Request) -> bool:
         """Whether the answer takes so little that the thread which polls should give it at once."""
@@ -179,17 +180,53 @@ class Dataplane:
 
     def _admit(self, task: Task, caller: Caller, wanted: str | None, pace: Pace) -> tuple[Job, list[Job]]:
         """Its job, and the jobs to run now in this thread.  Raises: Refusal, and the task's version is left."""
+        task.wanted = wanted
         try:
             if pace is not Pace.PARK or task.version.lane.sequences is not None or task.is_short(LEADER_JSON_BYTES):
                 task.understand()
                 self._settle(task, wanted)
             job = Job(task.version.lane, caller, task, task.arrived_s)
             demands(job, task)
-            return job, self.scheduler.admit(job, may_run=pace is Pace.RUN)
+            return job, self._put(job, may_run=pace is Pace.RUN)
         except Exception as error:
             refused = refusal(task.version, error)
             task.version.leave()
             raise refused from error
+
+    def _put(self, job: Job, *, may_run: bool) -> list[Job]:
+        try:
+            work = self.scheduler.admit(job, may_run=may_run)
+        except LaneClosed:
+            return self._again(job, may_run=may_run)
+        if job.lane.held:
+            self.summon(job.task.version)
+        return work
+
+    def _again(self, job: Job, *, may_run: bool) -> list[Job]:
+        """Puts a job whose version has gone to the one that answers now.  Raises: Refusal, with the task's version entered."""
+        task: Task = job.task
+        old = task.version
+        task.version = self._host.enter(old.name, task.wanted)
+        old.leave()
+        task.feeds = None
+        job.move(task.version.lane)
+        task.understand()
+        self._settle(task, task.wanted)
+        job.move(task.version.lane)
+        demands(job, task)
+        return self._put(job, may_run=may_run)
+
+    def follow(self, job: Job) -> None:
+        """Of a job that was taken out of the lane of a version which has gone: it waits for the one that answers now, or is refused."""
+        try:
+            self._again(job, may_run=False)
+        except Exception as error:  # noqa: BLE001 - it is said to the caller
+            self.refuse(job, error)
+
+    def refuse(self, job: Job, error: Exception) -> None:
+        """Answers a job that was taken out of its lane."""
+        job.task.error = error
+        job.caller.deliver(self.runner.conclude(job))
 
     def _settle(self, task: Task, wanted: str | None) -> None:
         """Moves a request of a sequence to the version that the sequence began on, while that one is there."""

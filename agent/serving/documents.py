@@ -53,7 +53,7 @@ def server(*, shared_memory: bool) -> Document:
 def find_ready(host: ModelHost, name: str, wanted: str | None) -> tuple[Served, Version]:
     """Raises: Refusal (404 unknown, 503 not ready)."""
     found = host.look(name, wanted)
-    if found.state != "READY":
+    if not found.answers:
         host.enter(found.name, str(found.number)).leave()
     return host.served(name), found
 
@@ -63,7 +63,7 @@ def metadata(host: ModelHost, name: str, wanted: str | None) -> Document:
     served, found = find_ready(host, name, wanted)
     return {
         "name": found.name,
-        "versions": [str(n) for n, v in sorted(served.versions.items()) if v.state == "READY"],
+        "versions": [str(n) for n, v in sorted(served.versions.items()) if v.answers],
         "platform": found.runtime,
         "inputs": [_tensor(spec) for spec in found.inputs],
         "outputs": [_tensor(spec) for spec in found.outputs],
@@ -99,7 +99,7 @@ def config(host: ModelHost, name: str, wanted: str | None) -> Document:
     served, found = find_ready(host, name, wanted)
     serving = found.serving
     batched = serving.max_batch_size > 1
-    versions = sorted(number for number, v in served.versions.items() if v.state == "READY")
+    versions = sorted(number for number, v in served.versions.items() if v.answers)
     document: Document = {
         "name": found.name,
         "platform": found.runtime,

@@ -5,13 +5,16 @@ The rules:
 - A version that is to go is first taken out of every reference, then waited for until nobody is in it, then closed. So a request
   that meets a retired version has read an old reference, and reading again gives the new one.
 - Only one thread changes the host at a time (the control thread); any thread reads it.
+- A version may be held: its model is not in memory and comes back, or is being replaced. Whoever enters it then waits in its lane;
+  see `residency`.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from agent.contract.manifest import Picture, Serving
@@ -52,7 +55,12 @@ class Version:
         self.is_warm = False  # a run on zeros was made and worked
         self.placement = Placement("", "")
         self.load_s = 0.0
+        self.loaded_s = 0.0  # when, as perf_counter
         self.memory_bytes = 0
+        self.held = False
+        self.evictions = 0
+        self.reloads = 0
+        self.retry_s = 0.0  # a perf_counter: not to be loaded again before
         self.cost_s = FIRST_COST_S
         self.lane = Lane(self.serving)
         self.stats = Stats()
@@ -64,7 +72,8 @@ class Version:
     def ready(self, model: Model) -> None:
         self.model = model
         self.inputs, self.outputs, self.placement = model.inputs, model.outputs, model.placement
-        self.state = "READY"
+        self.loaded_s = time.perf_counter()
+        self.state, self.reason = "READY", ""
 
     def arrange(self, *, max_sequences: int, sequence_idle_s: float) -> None:
         """How requests wait for it. Before the first one."""
@@ -80,10 +89,54 @@ class Version:
     def enter(self) -> bool:
         """Keeps the model open until `leave`. False when the version is not (or no longer) there."""
         with self._lock:
-            if self.state != "READY":
+            if self.state != "READY" and not self.held:
                 return False
             self._inside += 1
             return True
+
+    @property
+    def answers(self) -> bool:
+        """Whether a prediction will be answered, if after a while."""
+        return self.state == "READY" or self.held
+
+    @property
+    def inside(self) -> int:
+        return self._inside
+
+    def rest(self, reason: str) -> bool:
+        """Holds it, unless somebody is inside: then `take_model` gives what is to be closed. With the scheduler's lock held."""
+        with self._lock:
+            if self._inside or self.state != "READY":
+                return False
+            self._hold(reason)
+            return True
+
+    def hold(self, reason: str) -> None:
+        """The same while others are inside: they end, whoever comes waits. With the scheduler's lock held."""
+        with self._lock:
+            self._hold(reason)
+
+    def _hold(self, reason: str) -> None:
+        self.state, self.reason, self.held = "UNAVAILABLE", reason, True
+        self.lane.hold()
+
+    def take_model(self) -> Model | None:
+        """Of a held version in which nobody runs."""
+        model, self.model = self.model, None
+        self.plans.clear()
+        return model
+
+    def revive(self, fresh: Version) -> None:
+        """Takes the model of a version that was loaded from the same file; it is still held, until its lane is resumed."""
+        self.is_warm, self.load_s = fresh.is_warm, fresh.load_s
+        self.memory_bytes = max(self.memory_bytes, fresh.memory_bytes)
+        assert fresh.model is not None
+        self.ready(fresh.model)
+
+    def resume(self) -> None:
+        """With its model there."""
+        with self._lock:
+            self.state, self.reason, self.held = "READY", "", False
 
     def leave(self) -> None:
         with self._lock:
@@ -94,7 +147,7 @@ class Version:
     def retire(self, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
         """Waits until every request in it has ended, then closes the model. Take it out of all references before."""
         with self._lock:
-            self.state, self.reason = "UNAVAILABLE", "unloaded"
+            self.state, self.reason, self.held = "UNAVAILABLE", "unloaded", False
             drained = self._empty.wait_for(lambda: self._inside == 0, timeout_s)
             model, self.model = self.model, None
         self.plans.clear()
@@ -120,6 +173,7 @@ class Version:
             "variant": self.variant,
             "state": self.state,
             "reason": self.reason,
+            "held": self.held,
             "sha256": self.sha256,
             "placement": {"requested": placement.requested, "actual": placement.actual, "fallback": placement.fallback},
             "load_ms": round(self.load_s * 1e3, 3),
@@ -170,6 +224,7 @@ class ModelHost:
     def __init__(self, *, max_sequences: int = 64, sequence_idle_s: float = 60.0) -> None:
         self._max_sequences = max_sequences
         self._sequence_idle_s = sequence_idle_s
+        self.on_close: Callable[[Version], None] = lambda _: None  # told of a held version before it goes for good
         self.models: dict[str, Served] = {}  # replaced as a whole, never changed: readers need no lock
 
     def __iter__(self) -> Iterator[Served]:
@@ -234,7 +289,7 @@ class ModelHost:
         if served.previous is not None and served.previous is old:
             served.previous = None
         if old is not None:
-            old.retire()
+            self._retire(old)
 
     def activate(self, name: str, number: int) -> Served:
         """One reference switch; the version that was active stays loaded as `previous`.  Raises: Refusal (404, 409)."""
@@ -279,7 +334,7 @@ class ModelHost:
             served.active = served.previous = None
             served.versions = {}
             for version in versions:
-                version.retire()
+                self._retire(version)
             return None
         found = served.versions.get(number)
         if found is None:
@@ -298,9 +353,25 @@ class ModelHost:
         for served in list(self):
             self.unload(served.name, None)
 
-    @staticmethod
-    def _drop(served: Served, version: Version) -> None:
+    def supersede(self, version: Version, old: Version) -> Served:
+        """Makes a version active in place of a held one, which goes."""
+        self.add(version)
+        served = self.models[version.name]
+        served.active = version
+        served.activations += 1
+        if served.previous is old:
+            served.previous = None
+        self._drop(served, old)
+        return served
+
+    def _drop(self, served: Served, version: Version) -> None:
         served.versions = {number: v for number, v in served.versions.items() if v is not version}
+        self._retire(version)
+
+    def _retire(self, version: Version) -> None:
+        if version.held:
+            version.held = False
+            self.on_close(version)
         version.retire()
 
 

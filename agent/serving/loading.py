@@ -65,8 +65,10 @@ def load(source: Source, *, threads: int) -> Version:
 
     Raises: ModelInvalid, RuntimeUnavailable, MemoryError.
     """
-    started, before = time.perf_counter(), memory.resident_bytes()
+    started = time.perf_counter()
     runtime = registry.find(source.runtime) if source.runtime else registry.for_file(source.path)
+    runtime.version()  # which imports the engine: what that takes is not this model's
+    before = memory.resident_bytes()
     threads = int(source.options.get("threads", threads))
     model = prepared(
         runtime.load(source.path, LoadOptions(threads=threads, extra=source.options)),
@@ -87,6 +89,7 @@ def load(source: Source, *, threads: int) -> Version:
         raise
     version.ready(model)
     version.load_s = time.perf_counter() - started
+    memory.give_back()  # engines read the file into memory that they do not need afterwards
     version.memory_bytes = max(0, memory.resident_bytes() - before)
     gc.collect()
     gc.freeze()  # what was loaded lives long: keep the collector from walking it again and again

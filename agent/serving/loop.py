@@ -11,13 +11,14 @@ The rules that keep it correct:
   (`scheduling` has the rules); the leader goes on leading, so a prediction that takes long never delays one that does not.
 - The connection of a prediction that waits is parked: it is at the epoll only so that the leader hears when its peer has gone.
   Whoever takes the prediction takes the connection out of the epoll in the same step.
-- Control work has a thread of its own: loading a model takes no thread from predictions.
+- Control work has a thread of its own: loading a model takes no thread from predictions. Others may give it work with `defer`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import heapq
 import logging
 import os
 import queue
@@ -27,6 +28,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from agent.serving import http
@@ -54,6 +56,14 @@ STOP_PATIENCE_S = 1.0  # how long a half-sent request, or an answer that is not 
 ACCEPTS_IN_A_ROW = 64
 _QUICK = Kind.QUICK
 LARGE_BODIES_AT_ONCE = 4  # of max_body_bytes: bounds what hostile clients can make the server hold
+
+
+@dataclass(order=True)
+class Chore:
+    """Work for the control thread, not before `due_s`, a monotonic time."""
+
+    due_s: float
+    do: Callable[[], None] = field(compare=False)
 
 
 class Service(Protocol):
@@ -130,7 +140,7 @@ class Loop:
         self._swept_s = time.perf_counter()
         self._scheduler = scheduler or Scheduler(busy_threads(threads))
         self._busy_lock = threading.Lock()  # for ending busyness, and for closing those that are not busy
-        self._control: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
+        self._control: queue.SimpleQueue[Connection | Chore | None] = queue.SimpleQueue()
         self._stopping = False
         self._stopped = False
         self._drained = threading.Event()
@@ -188,9 +198,34 @@ class Loop:
                     self._service.run(work)
                 work = self._scheduler.next_for_thread()
 
+    def defer(self, do: Callable[[], None], delay_s: float = 0.0) -> None:
+        """Lets the control thread do it, after `delay_s`. What has not begun when the loop ends is left undone."""
+        self._control.put(Chore(time.monotonic() + delay_s, do))
+
     def _serve_control(self) -> None:
-        while (connection := self._control.get()) is not None:
-            self._finish_safely(connection, control=True)
+        chores: list[Chore] = []  # a heap
+        while True:
+            left_s = chores[0].due_s - time.monotonic() if chores else None
+            if left_s is not None and left_s <= 0:
+                self._do_safely(heapq.heappop(chores))
+                continue
+            try:
+                item = self._control.get(timeout=left_s)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            if isinstance(item, Chore):
+                heapq.heappush(chores, item)
+            else:
+                self._finish_safely(item, control=True)
+
+    @staticmethod
+    def _do_safely(chore: Chore) -> None:
+        try:
+            chore.do()
+        except Exception:
+            log.exception("work of the control thread failed in an unforeseen way")
 
     def _finish_safely(self, connection: Connection, *, control: bool = False) -> None:
         """A fault of ours, or memory that is not there, ends one connection and not the thread."""

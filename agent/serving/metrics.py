@@ -12,6 +12,7 @@ from agent.serving.access import Access
 from agent.serving.answers import TEXT, Answer
 from agent.serving.documents import agent_version
 from agent.serving.host import ModelHost, Served, Version
+from agent.serving.residency import Residency
 from agent.serving.routes import Request, Route
 from agent.serving.stats import BOUNDS_MS
 
@@ -30,6 +31,8 @@ COUNTERS: tuple[Row, ...] = (
     ),
     ("nv_inference_compute_infer_duration_us", "Of it, in the engine", lambda v: v.stats.run_s * 1e6),
     ("nv_inference_compute_output_duration_us", "Of it, writing the answer", lambda v: v.stats.output_s * 1e6),
+    ("edge_model_evictions_total", "Times that it was unloaded to make room for others", lambda v: v.evictions),
+    ("edge_model_reloads_total", "Times that it was loaded again because it was asked for", lambda v: v.reloads),
 )
 GAUGES: tuple[Row, ...] = (
     ("nv_inference_pending_request_count", "Predictions that wait for their run", lambda v: v.lane.waiting),
@@ -50,8 +53,9 @@ STARTED_S = time.time()
 
 
 class Metrics:
-    def __init__(self, host: ModelHost) -> None:
+    def __init__(self, host: ModelHost, residency: Residency) -> None:
         self._host = host
+        self._residency = residency
 
     def routes(self) -> list[Route]:
         return [Route("GET", "/metrics", Access.OBSERVE, self.metrics)]
@@ -71,6 +75,7 @@ class Metrics:
         yield from _models(host, versions)
         for phase in versions[0].stats.phases if versions else ():
             yield from _histogram(phase, versions)
+        yield from _budget(self._residency)
         yield from _process()
 
 
@@ -126,6 +131,15 @@ def _histogram(phase: str, versions: Iterable[Version]) -> Iterator[str]:
         yield f'{name}_bucket{{{labels},le="+Inf"}} {total}'
         yield f"{name}_sum{{{labels}}} {_number(seconds)}"
         yield f"{name}_count{{{labels}}} {total}"
+
+
+def _budget(residency: Residency) -> Iterator[str]:
+    for name, text, value in (
+        ("edge_memory_budget_bytes", "What models may take together; 0 is no bound", residency.budget_bytes),
+        ("edge_memory_used_bytes", "What those in memory count with", residency.used_bytes),
+    ):
+        yield from _head(name, text, "gauge")
+        yield f"{name} {value}"
 
 
 def _process() -> Iterator[str]:

@@ -65,7 +65,7 @@ class Protocol:
         return json_answer(documents.config(self._host, call.params["model"], call.params.get("version")))
 
     def model_ready(self, call: Request) -> Answer:
-        if self._host.look(call.params["model"], call.params.get("version")).state != "READY":
+        if not self._host.look(call.params["model"], call.params.get("version")).answers:
             raise Refusal(400, "Model version not ready")
         return Answer()
 

@@ -67,7 +67,7 @@ class Runner:
     def expire(self) -> None:
         """Answers those that have waited until their deadline."""
         for job in self._scheduler.expired():
-            job.task.error = expired()
+            job.task.error = expired(job.task.version if job.lane.held else None)
             job.caller.deliver(self.conclude(job))
 
     @staticmethod

@@ -51,6 +51,7 @@ class Task:
 
     def __init__(self, version: Version, arrived_s: float) -> None:
         self.version = version
+        self.wanted: str | None = None  # the number or label that was asked for
         self.arrived_s = arrived_s
         self.plan: Plan | None = None
         self.feeds: Mapping[str, Array] | None = None
@@ -139,8 +140,10 @@ class Direct(Task):
         self.succeeded(now, now)
 
 
-def expired() -> Refusal:
-    return Refusal(503, "Request timeout expired", headers=((b"retry-after", b"1"),))
+def expired(held: Version | None = None) -> Refusal:
+    """`held`: the version whose model was waited for."""
+    why = f" while model '{held.name}' version {held.number} was not in memory" if held is not None else ""
+    return Refusal(503, f"Request timeout expired{why}", headers=((b"retry-after", b"1"),))
 
 
 def refusal(version: Version, error: Exception) -> Refusal:

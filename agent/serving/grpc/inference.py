@@ -70,7 +70,7 @@ class Inference:
         """The answer to a ModelInferRequest that has `deadline_s` seconds left.  Raises: Refusal."""
         wanted = version_of(request.model_version)
         version = self._host.look(request.model_name, wanted)
-        if version.state != "READY":
+        if not version.answers:
             self._host.enter(version.name, wanted).leave()
         parameters = parameters_of(request.parameters)
         parameters.pop(EMPTY_FINAL, None)

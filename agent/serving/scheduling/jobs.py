@@ -50,25 +50,39 @@ class Job:
     """`level` is its priority, 1 the highest; all times are perf_counters. What is to be computed is `task`, the dataplane's."""
 
     __slots__ = (
-        "arrived_s", "caller", "deadline_s", "demand", "due_s", "key", "lane", "level", "number", "place", "queued_s", "rows",
-        "sequence", "task",
+        "arrived_s", "caller", "deadline_s", "demand", "due_s", "is_limited", "key", "lane", "level", "number", "place", "queued_s",
+        "rows", "sequence", "task",
     )  # fmt: skip
 
     def __init__(self, lane: Lane, caller: Caller, task: Any, arrived_s: float) -> None:
-        self.lane = lane
         self.caller = caller
         self.task = task
         self.arrived_s = arrived_s
         self.queued_s = arrived_s
+        self.due_s = arrived_s  # when it stops waiting for others to run with
+        self.number = 0
+        self.move(lane)
+
+    def move(self, lane: Lane) -> None:
+        """Begins anew on another lane; what its caller demands is to be told again."""
+        self.lane = lane
         self.level = lane.rules.default_priority
-        self.deadline_s = lane.deadline_s(arrived_s, None)
+        self.deadline_s = lane.deadline_s(self.arrived_s, None)
+        self.is_limited = False  # whether the deadline is only for the time that the lane is held
         self.demand: SequenceDemand | None = None
         self.sequence: Sequence | None = None
         self.key: Hashable = None  # jobs of equal keys may run together; None: alone
         self.rows = 1
-        self.due_s = arrived_s  # when it stops waiting for others to run with
-        self.number = 0
         self.place = Place.NEW
+
+    def limit(self, deadline_s: float) -> None:
+        """Of a job that would wait for ever: how long for a model that comes back."""
+        if self.deadline_s == NEVER:
+            self.deadline_s, self.is_limited = deadline_s, True
+
+    def unlimited(self) -> None:
+        if self.is_limited:
+            self.deadline_s, self.is_limited = NEVER, False
 
     def wants(self, priority: int, timeout_s: float | None, sequence: SequenceDemand | None) -> None:
         """What its caller demands, where the model's rules leave room for it."""

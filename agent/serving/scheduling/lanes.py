@@ -3,6 +3,7 @@
 Nothing here locks or looks at a clock. The rules:
 - Jobs run by priority, then by arrival. `instances` bounds how many runs go on at once.
 - A job with a key waits until `due_s` for others of its key: for the version's delay, and for no more than half of the time it has.
+- A held lane runs nothing: its model is not in memory and comes back, or is being replaced.
 - A batch is the first job, and those of its key that come next in order, as many as fit. It is ready when it is full, has a
   preferred size, or one of its jobs is due.
 """
@@ -28,7 +29,10 @@ class Lane:
         self.batches = rules.max_batch_size > 1
         self.delay_s = rules.max_delay_us / 1e6 if self.batches else 0.0
         self.timeout_s = rules.default_timeout_us / 1e6 or None
-        self.gated = bool(rules.instances or self.delay_s) or sequences is not None
+        self._bounded = bool(rules.instances or self.delay_s) or sequences is not None
+        self.gated = self._bounded  # whether requests must ask the scheduler
+        self.held = False
+        self.closed = False  # whose model is gone for good: what would wait here has to look for another
         self.cost_s = NEVER
         self.running = 0
         self.waiting = 0  # those in the queue, and those of sequences whose turn has not come
@@ -42,7 +46,18 @@ class Lane:
 
     @property
     def room(self) -> bool:
-        return not self.rules.instances or self.running < self.rules.instances
+        return not self.held and (not self.rules.instances or self.running < self.rules.instances)
+
+    def hold(self) -> None:
+        self.held = self.gated = True
+
+    def resume(self) -> None:
+        self.held, self.gated = False, self._bounded
+        for job in self._queue:
+            job.unlimited()
+
+    def first(self) -> Job | None:
+        return self._queue[0] if self._queue else None
 
     @property
     def due_s(self) -> float:

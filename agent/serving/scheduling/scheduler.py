@@ -6,6 +6,8 @@ The rules:
 - What waits is taken by threads of the loop, as many as are free, best first: by priority, then by arrival, over all models. A caller
   that waits in a thread of its own is granted its run there, and takes no thread of the loop.
 - A job that waits ends at its deadline, or when its caller goes. Only what waits counts for the limits of queues.
+- A lane is held while its model comes back into memory or is replaced: jobs wait in it as ever, and none runs. A closed one takes no
+  more jobs: what waits in it is taken out with `evacuate`, to be admitted elsewhere or refused.
 - `next_s` is when the polling thread has to look again; `wake` gets it out of its poll when that becomes earlier.
 """
 
@@ -24,9 +26,14 @@ from agent.serving.scheduling.lanes import INLINE_RUN_S, Lane
 
 RETRY = ((b"retry-after", b"1"),)
 DEFAULT_LIMIT = 1024
+HELD_S = 30.0  # a model of a gigabyte is read from a slow card in that time
 SPARE_DEADLINES = 64  # entries of jobs that wait no more; beyond it the heap is made anew
 
 Clock = Callable[[], float]
+
+
+class LaneClosed(Exception):
+    """The version is gone for good; the model may have another one."""
 
 
 def busy_threads(threads: int) -> int:
@@ -37,8 +44,11 @@ def busy_threads(threads: int) -> int:
 class Scheduler:
     """`threads` is how many of the loop's may be at long work at once, `limit` how many jobs may wait in all lanes together."""
 
-    def __init__(self, threads: int, *, limit: int = DEFAULT_LIMIT, clock: Clock = time.perf_counter) -> None:
+    def __init__(
+        self, threads: int, *, limit: int = DEFAULT_LIMIT, held_s: float = HELD_S, clock: Clock = time.perf_counter
+    ) -> None:
         self.waiting = 0
+        self._held_s = held_s  # how long a job without a timeout waits in a held lane
         self.wake: Callable[[], None] = lambda: None
         self._clock = clock
         self._limit = limit
@@ -56,10 +66,14 @@ class Scheduler:
 
     def admit(self, job: Job, *, may_run: bool) -> list[Job]:
         """The jobs to run now in this thread, which then calls `finished`; empty when they wait. The job itself may be among them,
-        or wait behind them.  Raises: Refusal (400 unknown sequence, 503 the queue is full).
+        or wait behind them.  Raises: Refusal (400 unknown sequence, 503 the queue is full), LaneClosed.
         """
         with self._lock:
             now, lane = self._clock(), job.lane
+            if lane.closed:
+                raise LaneClosed
+            if lane.held:
+                job.limit(now + self._held_s)
             self._number += 1
             job.number, job.queued_s = self._number, now
             turn = job.demand is None or self._join(job, now)
@@ -94,6 +108,44 @@ class Scheduler:
                 return False
             self._drop(job, self._clock())
             return True
+
+    # -- by who takes models out of memory and brings them back ------------------------------------------------------------------
+
+    def rest(self, lane: Lane, take: Callable[[], bool]) -> bool:
+        """Holds the lane if nobody waits in it, no sequence is under way, and `take`, which takes the model, says that nobody runs."""
+        with self._lock:
+            if lane.sequences is not None:
+                lane.sequences.expire(self._clock())
+                if len(lane.sequences):
+                    return False
+            return not lane.waiting and take()
+
+    def is_drained(self, lane: Lane, inside: Callable[[], int]) -> bool:
+        """Whether those `inside` a held lane's version all wait, and none runs."""
+        with self._lock:
+            return inside() <= lane.waiting
+
+    def hold(self, lane: Lane) -> None:
+        with self._lock:
+            lane.hold()
+
+    def resume(self, lane: Lane) -> None:
+        """The model is there (again)."""
+        with self._lock:
+            lane.resume()
+            if lane.waiting:
+                self._tell(self._clock())
+
+    def evacuate(self, lane: Lane, *, close: bool) -> list[Job]:
+        """Takes out all that waits in a held lane, in order of arrival. It belongs to the caller of this."""
+        found = []
+        with self._lock:
+            lane.closed = lane.closed or close
+            now = self._clock()
+            while (job := lane.first()) is not None:
+                self._drop(job, now)
+                found.append(job)
+        return sorted(found, key=lambda job: job.number)
 
     # -- by who runs jobs ------------------------------------------------------------------------------------------------------
 
@@ -190,7 +242,7 @@ class Scheduler:
             now = self._clock()
             while self._deadlines and self._deadlines[0][0] <= now:
                 job = heapq.heappop(self._deadlines)[2]
-                if job.place is Place.WAITING:
+                if job.place is Place.WAITING and job.deadline_s <= now:
                     self._drop(job, now)
                     found.append(job)
         return found

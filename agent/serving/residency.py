@@ -1,0 +1,296 @@
+"""Which models are in memory: the budget, whom it puts out, and how what was put out comes back when it is asked for.
+
+The rules:
+- An evicted version stays known, with its tensors. Who asks for it waits in its lane, which is held, while the control thread loads
+  it again; whom no room can be made for is told so, and when to ask again.
+- Only the version that serves alone for its model may go: one with a candidate or a previous one beside it is being updated.
+- A model counts with what was measured when it was loaded, at least with the size of its file: memory that an earlier model gave
+  back to the process does not show when the next one takes it.
+- Everything here that changes a model runs with `changing` held, one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from agent.host import memory
+from agent.serving import budget, loading
+from agent.serving.answers import Refusal
+from agent.serving.budget import Resident
+from agent.serving.dataplane import Dataplane
+from agent.serving.host import ModelHost, Served, Version
+from agent.serving.loading import Source
+from agent.store import hash_file
+from runtimes.contract import ModelInvalid
+
+log = logging.getLogger(__name__)
+
+BUSY_PATIENCE_S = 0.5  # how long a moment is waited for in which nobody is inside a model that is to go
+LOOK_S = 0.005
+RETRY_S = 5.0  # after a load that failed; a model that cannot be loaded again must not keep the control thread busy
+
+Defer = Callable[[Callable[[], None]], None]
+
+
+class NoRoom(MemoryError):
+    """The budget does not allow it. `retry_s`: when that may be different."""
+
+    def __init__(self, message: str, retry_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
+
+
+class Residency:
+    """`budget_bytes` 0 is no budget: then nothing goes unless it is told to."""
+
+    def __init__(
+        self,
+        host: ModelHost,
+        dataplane: Dataplane,
+        *,
+        engine_threads: int,
+        budget_bytes: int = 0,
+        pinned: Sequence[str] = (),
+        min_residency_s: float = 10.0,
+    ) -> None:
+        self._host = host
+        self._dataplane = dataplane
+        self._scheduler = dataplane.scheduler
+        self._engine_threads = engine_threads
+        self._pinned = frozenset(pinned)
+        self._min_residency_s = min_residency_s
+        self._summoned: set[Version] = set()
+        self._lock = threading.Lock()  # of `_summoned`
+        self._ending = False
+        self.budget_bytes = budget_bytes
+        self.changing = threading.Lock()
+        self.defer: Defer = lambda do: do()  # to the control thread, once there is one
+        dataplane.summon = self.summon
+        host.on_close = self._closing
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(size_of(version) for _, version in self._resident())
+
+    # -- loading ---------------------------------------------------------------------------------------------------------------
+
+    def load(self, source: Source) -> Version:
+        """The version, READY, in no list yet, within the budget.  Raises: as `loading.load`; NoRoom."""
+        self._make_room(file_bytes(source), f"model {source.name!r} version {source.version}")
+        version = loading.load(source, threads=self._engine_threads)
+        try:
+            self._make_room(size_of(version), f"model {source.name!r} version {source.version}")
+        except NoRoom:
+            discard(version)
+            raise
+        return version
+
+    def settle(self, needed_bytes: int = 0) -> None:
+        """Puts out what is over the budget, however new: for a start, when nobody has asked for anything yet."""
+        if not self.budget_bytes:
+            return
+        residents, versions = self._residents()
+        excess = self._excess(residents, needed_bytes)
+        chosen = budget.choose(residents, excess, time.perf_counter(), 0.0)
+        if chosen is None:
+            chosen = [resident for resident in residents if resident.free]
+            log.warning("the models that must stay in memory take more than the budget of %d bytes", self.budget_bytes)
+        for resident in chosen:
+            self._evict(versions[resident.key])
+
+    def _make_room(self, needed_bytes: int, what: str) -> None:
+        """Raises: NoRoom."""
+        if not self.budget_bytes:
+            return
+        deadline = time.perf_counter() + BUSY_PATIENCE_S
+        while True:
+            now = time.perf_counter()
+            residents, versions = self._residents()
+            excess = self._excess(residents, needed_bytes)
+            chosen = budget.choose(residents, excess, now, self._min_residency_s)
+            if chosen is None:
+                self._wait_or_give_up(residents, versions, excess, needed_bytes, what, deadline)
+            elif all(self._evict(versions[resident.key]) for resident in chosen):
+                return
+
+    def _wait_or_give_up(
+        self,
+        residents: Sequence[Resident],
+        versions: Sequence[Version],
+        excess: int,
+        needed_bytes: int,
+        what: str,
+        deadline: float,
+    ) -> None:
+        """Returns when it is worth looking again: somebody is inside a model that could go.  Raises: NoRoom."""
+        now = time.perf_counter()
+        hopeful = [
+            Resident(r.key, r.size_bytes, r.used_s, r.loaded_s, r.free or self._may_go(versions[r.key])) for r in residents
+        ]
+        if now < deadline and budget.choose(hopeful, excess, now, self._min_residency_s) is not None:
+            time.sleep(LOOK_S)
+            return
+        used = sum(r.size_bytes for r in residents)
+        raise NoRoom(
+            f"{what} needs {needed_bytes} bytes, of the memory budget's {self.budget_bytes} are {used} in use by models "
+            "that may not be unloaded now",
+            max(1.0, budget.soonest_s(residents, now, self._min_residency_s)),
+        )
+
+    def _excess(self, residents: Sequence[Resident], needed_bytes: int) -> int:
+        return sum(r.size_bytes for r in residents) + needed_bytes - self.budget_bytes
+
+    def _residents(self) -> tuple[list[Resident], list[Version]]:
+        versions = [version for _, version in self._resident()]
+        residents = [
+            Resident(
+                key,
+                size_of(version),
+                max(version.loaded_s, version.stats.last_s),
+                version.loaded_s,
+                not version.inside and self._may_go(version),
+            )
+            for key, version in enumerate(versions)
+        ]
+        return residents, versions
+
+    def _resident(self) -> Iterator[tuple[Served, Version]]:
+        for served in self._host:
+            for version in list(served.versions.values()):
+                if version.state == "READY":
+                    yield served, version
+
+    def _may_go(self, version: Version) -> bool:
+        served = self._host.get(version.name)
+        if served is None or version.source is None or version.name in self._pinned:
+            return False
+        alone = all(other is version or other.state != "READY" for other in served.versions.values())
+        return alone and served.active is version and served.previous is None
+
+    # -- going -----------------------------------------------------------------------------------------------------------------
+
+    def _evict(self, version: Version) -> bool:
+        """False when somebody came in meanwhile."""
+        if not self._scheduler.rest(version.lane, lambda: version.rest("evicted")):
+            return False
+        close(version)
+        version.evictions += 1
+        log.info("model %r version %d was unloaded: the memory is needed for others", version.name, version.number)
+        return True
+
+    def _closing(self, version: Version) -> None:
+        """A held version goes for good: who waits for it looks for another one."""
+        for job in self._scheduler.evacuate(version.lane, close=True):
+            self._dataplane.follow(job)
+
+    def end(self) -> None:
+        """Nothing is brought back any more, and nobody waits for it."""
+        self._ending = True
+        for served in self._host:
+            for version in list(served.versions.values()):
+                if version.held:
+                    self._turn_away(version, "the server is ending", 1.0)
+
+    # -- coming back -----------------------------------------------------------------------------------------------------------
+
+    def summon(self, version: Version) -> None:
+        """Somebody waits in the lane of a held version. Any thread may call it, and goes on."""
+        with self._lock:
+            if version in self._summoned:
+                return
+            self._summoned.add(version)
+        self.defer(lambda: self._answer(version))
+
+    def _answer(self, version: Version) -> None:
+        with self.changing:
+            try:
+                trouble = self._trouble(version)
+            finally:
+                with self._lock:
+                    self._summoned.discard(version)  # before they are turned away: who comes later summons anew
+            if trouble is not None:
+                self._turn_away(version, *trouble)
+
+    def _trouble(self, version: Version) -> tuple[str, float] | None:
+        """Brings it back; else why not, and when to ask again."""
+        if self._ending:
+            return "the server is ending", 1.0
+        left_s = version.retry_s - time.perf_counter()
+        if left_s > 0:
+            return version.reason, left_s
+        try:
+            self.bring_back(version)
+        except NoRoom as error:
+            return str(error), error.retry_s
+        except Exception as error:  # noqa: BLE001 - runtimes of third parties raise what they like
+            return str(error), RETRY_S
+        return None
+
+    def bring_back(self, version: Version) -> None:
+        """Loads a held version again, and lets go on who waits for it. With `changing` held.  Raises: NoRoom, and what loading raises."""
+        if not version.held or version.state == "READY":
+            return
+        what = f"model {version.name!r} version {version.number}"
+        self._make_room(size_of(version), what)
+        version.state = "LOADING"
+        try:
+            source: Source = version.source
+            if hash_file(source.path) != source.sha256:
+                raise ModelInvalid(f"{source.path} has changed since it was loaded; load the model by name")  # noqa: TRY301
+            fresh = loading.load(source, threads=self._engine_threads)
+        except Exception as error:
+            version.state, version.reason = "UNAVAILABLE", f"{version.reason.split(';')[0]}; it cannot be loaded again: {error}"
+            version.retry_s = time.perf_counter() + RETRY_S
+            log.error("%s cannot be loaded again: %s", what, error)  # noqa: TRY400 - the reason says it
+            raise
+        version.reloads += 1
+        self.resume(version, fresh)
+        self._keep_within(version)
+
+    def resume(self, version: Version, fresh: Version) -> None:
+        """Gives a held version the model of `fresh`, which was loaded from the same file."""
+        version.revive(fresh)
+        version.resume()
+        self._scheduler.resume(version.lane)
+
+    def _keep_within(self, version: Version) -> None:
+        """It may have turned out larger than before. Too much is better than a model that nobody can use."""
+        try:
+            self._make_room(0, f"model {version.name!r} version {version.number}")
+        except NoRoom as error:
+            log.warning("%s", error)
+
+    def _turn_away(self, version: Version, why: str, retry_s: float) -> None:
+        headers = ((b"retry-after", b"%d" % max(1, round(retry_s + 0.5))),)
+        for job in self._scheduler.evacuate(version.lane, close=False):
+            text = f"model '{version.name}' version {version.number} is not in memory: {why}"
+            self._dataplane.refuse(job, Refusal(503, text, code="evicted", headers=headers))
+
+
+def size_of(version: Version) -> int:
+    return max(version.memory_bytes, file_bytes(version.source) if version.source is not None else 0)
+
+
+def file_bytes(source: Source) -> int:
+    try:
+        return source.path.stat().st_size
+    except OSError:
+        return 0
+
+
+def close(version: Version) -> None:
+    """The memory of a held version's model goes back to the machine."""
+    model = version.take_model()
+    if model is not None:
+        model.close()
+    del model
+    memory.give_back()
+
+
+def discard(version: Version) -> None:
+    """The same of one that never served."""
+    version.failed("unloaded")
+    close(version)
