@@ -305,7 +305,7 @@ class Loop:
 
     def _attend(self, connection: Connection, event: int) -> bool:
         """Does what can be done now. True when this thread is to finish the connection without leading."""
-        if connection.busy:
+        if connection.busy and self._is_busy(connection):
             self._attend_parked(connection, event)
             return False
         if connection.sending:
@@ -356,6 +356,13 @@ class Loop:
             return False
         self._epoll.modify(connection.fd, select.EPOLLIN)
         return self._sent(connection)
+
+    def _is_busy(self, connection: Connection) -> bool:
+        """Whether another thread still works for it. The one that puts it back may not have come to say so yet: looking at the epoll
+        until it has would take the processor that it needs.
+        """
+        with self._busy_lock:
+            return connection.busy
 
     def _attend_parked(self, connection: Connection, event: int) -> None:
         """Of a busy connection only those are at the epoll whose prediction waits, and all it tells is that the peer has gone."""

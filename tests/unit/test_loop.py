@@ -63,3 +63,50 @@ def test_it_is_stuck_while_somebody_waits_and_no_thread_comes_free(tmp_path):
             assert loop.stop(10)
             for client in clients:
                 client.close()
+
+
+class Hesitant:
+    """An epoll whose `register` returns late: the thread that polls hears of the connection before the one that put it there goes on."""
+
+    def __init__(self, epoll):
+        self._epoll = epoll
+        self.polls = 0
+        self.many = threading.Event()
+
+    def poll(self, *arguments):
+        self.polls += 1
+        if self.polls > 100:
+            self.many.set()
+        return self._epoll.poll(*arguments)
+
+    def register(self, fd, events):
+        self._epoll.register(fd, events)
+        if threading.current_thread().name.startswith("serve"):
+            self.many.wait(0.2)
+
+    def __getattr__(self, name):
+        return getattr(self._epoll, name)
+
+
+@pytest.mark.timeout(30)
+def test_the_thread_that_polls_waits_for_a_connection_that_is_just_put_back(tmp_path):
+    service = Service()
+    service.going_on.set()
+    router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(8)
+        grant = Grant(Access.CONTROL, "test")
+        loop = Loop([listener], service, router, lambda _: grant, threads=3, max_body_bytes=1024, max_connections=8)
+        epoll = loop._epoll = Hesitant(loop._epoll)
+        loop.start()
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.settimeout(10)
+                client.connect(str(tmp_path / "s"))
+                for _ in range(2):
+                    client.sendall(GET)
+                    assert client.recv(100).startswith(b"HTTP/1.1 200")
+        finally:
+            assert loop.stop(10)
+    assert not epoll.many.is_set()
