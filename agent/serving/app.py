@@ -37,6 +37,7 @@ from agent.serving.scheduling.scheduler import Scheduler, busy_threads
 from agent.serving.service import Service
 from agent.serving.settings import LogSettings, TraceSettings
 from agent.serving.sockets import Listeners, open_listeners
+from agent.serving.swapping import Swapper
 from agent.serving.systemmemory import SystemMemory
 from agent.serving.tfserving import TensorFlowServing
 from agent.store import Choice, Selection, Store, StoreError
@@ -91,7 +92,7 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
         min_residency_s=settings.min_residency_s,
     )
     protocol = Protocol(host, dataplane, shared_memory=settings.shared_memory != "off")
-    control = Control(host, store, residency)
+    control = Control(host, store, residency, Swapper(host, dataplane, residency))
     repository, logs, traces = (
         Repository(control),
         LogSettings(),

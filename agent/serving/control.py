@@ -19,6 +19,7 @@ from agent.serving.documents import agent_version
 from agent.serving.host import ModelHost, Served, Version
 from agent.serving.residency import Residency
 from agent.serving.routes import Handler, Kind, Request, Route
+from agent.serving.swapping import SwapLost, Swapper
 from agent.store import Choice, Selection, Store, StoreError, hash_file
 from runtimes.contract import ModelInvalid, RuntimeUnavailable
 
@@ -47,10 +48,11 @@ class Empty(msgspec.Struct, forbid_unknown_fields=True):
 class Control:
     """The handlers over a host, and over the store that models are loaded from (None when files were named instead)."""
 
-    def __init__(self, host: ModelHost, store: Store | None, residency: Residency) -> None:
+    def __init__(self, host: ModelHost, store: Store | None, residency: Residency, swapper: Swapper) -> None:
         self._host = host
         self._store = store
         self._residency = residency
+        self._swapper = swapper
         self._changing = residency.changing  # other transports than HTTP bring threads of their own
         self.instance = secrets.token_hex(8)
         self._started = time.time()
@@ -63,6 +65,7 @@ class Control:
             ("/rollback", self.rollback),
             ("/commit", self.commit),
             ("/unload", self.unload),
+            ("/swap", self.swap),
         ]
         return [
             Route("GET", "/control/v1/status", Access.OBSERVE, self.status),
@@ -106,9 +109,15 @@ class Control:
         served = self._host.get(name)
         loaded = served.versions.get(number) if served else None
         if loaded is None or loaded.state != "READY":
-            self._load(name, self._selected(name, number))
+            self._bring(name, self._selected(name, number))
         served = self._host.keep_only(name, number)
         log.warning("model %r was rolled back to version %d", name, number)
+        return _active(served)
+
+    def swap(self, call: Request) -> Answer:
+        name = _model_name(call)
+        request = _body(call, LoadRequest)
+        served = self._swap(name, Choice(version=request.version, variant=request.variant))
         return _active(served)
 
     def commit(self, call: Request) -> Answer:
@@ -133,7 +142,7 @@ class Control:
             selection = self._selection(name)
             if selection is None:
                 raise Refusal(404, f"failed to load '{name}': the store selects no release of it", code="not_found")
-            self._load(name, selection.active)
+            self._bring(name, selection.active)
             self._host.activate(name, selection.active.version)
 
     def unload_all(self, name: str) -> None:
@@ -177,6 +186,43 @@ class Control:
             raise
         self._host.add(version)
         return version
+
+    def _bring(self, name: str, choice: Choice) -> None:
+        """Loads it, in place of what is active if there is no room for both.  Raises: Refusal."""
+        try:
+            self._load(name, choice)
+        except Refusal as refusal:
+            served = self._host.get(name)
+            if refusal.code != "no_memory" or served is None or served.active is None:
+                raise
+            before = served.active
+            self._swap(name, choice)
+            served.rollbacks += before.number > choice.version
+
+    def _swap(self, name: str, choice: Choice) -> Served:
+        """The version, active, in place of the one that is, for which it needs no room beside it.  Raises: Refusal."""
+        served = self._host.get(name)
+        old = served.active if served else None
+        present = served.versions.get(choice.version) if served else None
+        if served is None or old is None or old.state != "READY" or (present is not None and present.answers):
+            self._load(name, choice)
+            return self._host.activate(name, choice.version)
+        source = self._source(name, choice)
+        try:
+            served = self._swapper.swap(served, old, source)
+        except Refusal:
+            raise
+        except SwapLost as lost:
+            raise self._not_swapped(source, _load_refusal(source, lost.refused), str(lost)) from lost
+        except Exception as error:
+            raise self._not_swapped(source, _load_refusal(source, error), f"version {old.number} serves again") from error
+        log.info("model %r: version %d took the place of version %d", name, source.version, old.number)
+        return served
+
+    def _not_swapped(self, source: loading.Source, refusal: Refusal, outcome: str) -> Refusal:
+        text = f"{refusal}; {outcome}"
+        self._host.add(loading.failed(source, text))
+        return Refusal(refusal.status, text, code=refusal.code)
 
     def _loaded(self, source: loading.Source) -> Version:
         try:

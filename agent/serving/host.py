@@ -112,7 +112,7 @@ class Version:
             return True
 
     def hold(self, reason: str) -> None:
-        """The same while others are inside: they end, whoever comes waits. With the scheduler's lock held."""
+        """The same while others are inside: they end, whoever comes waits."""
         with self._lock:
             self._hold(reason)
 
@@ -129,7 +129,7 @@ class Version:
     def revive(self, fresh: Version) -> None:
         """Takes the model of a version that was loaded from the same file; it is still held, until its lane is resumed."""
         self.is_warm, self.load_s = fresh.is_warm, fresh.load_s
-        self.memory_bytes = max(self.memory_bytes, fresh.memory_bytes)
+        self.memory_bytes = fresh.memory_bytes
         assert fresh.model is not None
         self.ready(fresh.model)
 

@@ -79,10 +79,10 @@ class Residency:
 
     def load(self, source: Source) -> Version:
         """The version, READY, in no list yet, within the budget.  Raises: as `loading.load`; NoRoom."""
-        self._make_room(file_bytes(source), f"model {source.name!r} version {source.version}")
+        self._make_room(file_bytes(source), source.name, source.version)
         version = loading.load(source, threads=self._engine_threads)
         try:
-            self._make_room(size_of(version), f"model {source.name!r} version {source.version}")
+            self._make_room(size_of(version), source.name, source.version)
         except NoRoom:
             discard(version)
             raise
@@ -101,49 +101,41 @@ class Residency:
         for resident in chosen:
             self._evict(versions[resident.key])
 
-    def _make_room(self, needed_bytes: int, what: str) -> None:
-        """Raises: NoRoom."""
+    def _make_room(self, needed_bytes: int, name: str, number: int) -> None:
+        """For a version whose model's other versions stay: they answer while it is loaded.  Raises: NoRoom."""
         if not self.budget_bytes:
             return
         deadline = time.perf_counter() + BUSY_PATIENCE_S
         while True:
             now = time.perf_counter()
-            residents, versions = self._residents()
+            residents, versions = self._residents(sparing=name)
             excess = self._excess(residents, needed_bytes)
             chosen = budget.choose(residents, excess, now, self._min_residency_s)
             if chosen is None:
-                self._wait_or_give_up(residents, versions, excess, needed_bytes, what, deadline)
+                what = f"model {name!r} version {number} needs {needed_bytes} bytes"
+                self._wait_or_give_up(residents, [v.name != name and self._may_go(v) for v in versions], excess, what, deadline)
             elif all(self._evict(versions[resident.key]) for resident in chosen):
                 return
 
     def _wait_or_give_up(
-        self,
-        residents: Sequence[Resident],
-        versions: Sequence[Version],
-        excess: int,
-        needed_bytes: int,
-        what: str,
-        deadline: float,
+        self, residents: Sequence[Resident], may_go: Sequence[bool], excess: int, what: str, deadline: float
     ) -> None:
         """Returns when it is worth looking again: somebody is inside a model that could go.  Raises: NoRoom."""
         now = time.perf_counter()
-        hopeful = [
-            Resident(r.key, r.size_bytes, r.used_s, r.loaded_s, r.free or self._may_go(versions[r.key])) for r in residents
-        ]
+        hopeful = [Resident(r.key, r.size_bytes, r.used_s, r.loaded_s, may_go[r.key]) for r in residents]
         if now < deadline and budget.choose(hopeful, excess, now, self._min_residency_s) is not None:
             time.sleep(LOOK_S)
             return
         used = sum(r.size_bytes for r in residents)
         raise NoRoom(
-            f"{what} needs {needed_bytes} bytes, of the memory budget's {self.budget_bytes} are {used} in use by models "
-            "that may not be unloaded now",
+            f"{what}; of the memory budget's {self.budget_bytes} are {used} in use by models that may not be unloaded now",
             max(1.0, budget.soonest_s(residents, now, self._min_residency_s)),
         )
 
     def _excess(self, residents: Sequence[Resident], needed_bytes: int) -> int:
         return sum(r.size_bytes for r in residents) + needed_bytes - self.budget_bytes
 
-    def _residents(self) -> tuple[list[Resident], list[Version]]:
+    def _residents(self, sparing: str = "") -> tuple[list[Resident], list[Version]]:
         versions = [version for _, version in self._resident()]
         residents = [
             Resident(
@@ -151,7 +143,7 @@ class Residency:
                 size_of(version),
                 max(version.loaded_s, version.stats.last_s),
                 version.loaded_s,
-                not version.inside and self._may_go(version),
+                not version.inside and version.name != sparing and self._may_go(version),
             )
             for key, version in enumerate(versions)
         ]
@@ -192,7 +184,7 @@ class Residency:
         for served in self._host:
             for version in list(served.versions.values()):
                 if version.held:
-                    self._turn_away(version, "the server is ending", 1.0)
+                    self.turn_away(version, "the server is ending", 1.0)
 
     # -- coming back -----------------------------------------------------------------------------------------------------------
 
@@ -212,7 +204,7 @@ class Residency:
                 with self._lock:
                     self._summoned.discard(version)  # before they are turned away: who comes later summons anew
             if trouble is not None:
-                self._turn_away(version, *trouble)
+                self.turn_away(version, *trouble)
 
     def _trouble(self, version: Version) -> tuple[str, float] | None:
         """Brings it back; else why not, and when to ask again."""
@@ -234,7 +226,7 @@ class Residency:
         if not version.held or version.state == "READY":
             return
         what = f"model {version.name!r} version {version.number}"
-        self._make_room(size_of(version), what)
+        self._make_room(size_of(version), version.name, version.number)
         version.state = "LOADING"
         try:
             source: Source = version.source
@@ -259,11 +251,12 @@ class Residency:
     def _keep_within(self, version: Version) -> None:
         """It may have turned out larger than before. Too much is better than a model that nobody can use."""
         try:
-            self._make_room(0, f"model {version.name!r} version {version.number}")
+            self._make_room(0, version.name, version.number)
         except NoRoom as error:
             log.warning("%s", error)
 
-    def _turn_away(self, version: Version, why: str, retry_s: float) -> None:
+    def turn_away(self, version: Version, why: str, retry_s: float = RETRY_S) -> None:
+        """Refuses who waits for it."""
         headers = ((b"retry-after", b"%d" % max(1, round(retry_s + 0.5))),)
         for job in self._scheduler.evacuate(version.lane, close=False):
             text = f"model '{version.name}' version {version.number} is not in memory: {why}"

@@ -131,6 +131,8 @@ class ServingPort(Protocol):
 
     def activate(self, model: str, version: int) -> None: ...
 
+    def swap(self, model: str, version: int, variant: str) -> None: ...
+
     def rollback(self, model: str, version: int) -> None: ...
 
     def commit(self, model: str) -> None: ...
@@ -153,6 +155,9 @@ class ServeClient:
 
     def activate(self, model: str, version: int) -> None:
         self._change(model, "activate", {"version": version})
+
+    def swap(self, model: str, version: int, variant: str) -> None:
+        self._change(model, "swap", {"version": version, "variant": variant})
 
     def rollback(self, model: str, version: int) -> None:
         self._change(model, "rollback", {"version": version})

@@ -5,12 +5,12 @@ from __future__ import annotations
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import RETRYABLE, Reason
 from agent.contract.reports import Outcome
-from agent.store import Selection, StoreError
+from agent.store import Choice, Selection, StoreError
 from agent.sync import update
 from agent.sync import watch as watching
 from agent.sync.model import AGAIN_S, ModelWork, Surroundings, versions
 from agent.sync.problems import Problem, store_problem
-from agent.sync.serving import ModelStatus, ServeAway, ServeRefused, ServeStatus
+from agent.sync.serving import ModelStatus, ServeAway, ServeRefused, ServeStatus, VersionStatus
 from agent.sync.update import Event, Failure
 
 SERVE_PATIENCE_S = 120.0
@@ -63,15 +63,12 @@ class Switching(ModelWork):
             return self._bad(Event.BAD, Failure(reason=problem.reason, message=problem.message))
 
     def _switch(self) -> float:
-        """Loads, remembers the baseline, selects, switches: each may be repeated."""
+        """Loads, remembers the baseline, selects, switches: each may be repeated. Without room for both, what serves goes first."""
         serving, target = self._s.serving, self._choice
         status = serving.status()
-        loaded = serving.load(self.model, target.version, target.variant)
-        manifest = self._s.store.manifest(self._ref)
-        signed = manifest.files[manifest.variant(target.variant).file].sha256
-        if loaded.sha256 not in (None, "", signed):
-            message = f"serve loaded {loaded.sha256}, the manifest says {signed}"
-            return self._bad(Event.BAD, Failure(reason=Reason.HASH_MISMATCH, message=message))
+        loaded = self._load_beside(target)
+        if (wrong := self._another_file(target, loaded)) is not None:
+            return self._bad(Event.BAD, wrong)
         if self.state.watched is None:
             watched = watching.Watched(
                 baseline=self._baseline(status.model(self.model)),
@@ -81,18 +78,50 @@ class Switching(ModelWork):
             )
             self._save(self.state.but(watched=watched, activated=True))
         self._s.store.select(Selection(model=self.model, active=target, previous=self.state.before))
-        serving.activate(self.model, target.version)
+        if loaded is None:
+            serving.swap(self.model, target.version, target.variant)
+        else:
+            serving.activate(self.model, target.version)
         self._looked = None
         self._apply(update.after(self.state, Event.ACTIVATED, self._s.clock.wall(), interruptions=0))
         return 0.0
+
+    def _load_beside(self, target: Choice) -> VersionStatus | None:
+        """None when `serve` has no memory for it beside what serves, which then has to make room for it."""
+        try:
+            return self._s.serving.load(self.model, target.version, target.variant)
+        except ServeRefused as refused:
+            if refused.code != "no_memory" or self.state.before is None:
+                raise
+        self._say(
+            "swapping", f"there is no memory for two: release {self.state.before.version} makes room", release=target.version
+        )
+        return None
+
+    def _another_file(self, target: Choice, loaded: VersionStatus | None) -> Failure | None:
+        manifest = self._s.store.manifest(self._ref)
+        signed = manifest.files[manifest.variant(target.variant).file].sha256
+        if loaded is None or loaded.sha256 in (None, "", signed):
+            return None
+        return Failure(reason=Reason.HASH_MISMATCH, message=f"serve loaded {loaded.sha256}, the manifest says {signed}")
+
+    def _unselect(self) -> None:
+        """A swap was refused, and what served before serves again: nothing of the target was met by a request."""
+        assert self.state.before is not None
+        self._s.store.select(Selection(model=self.model, active=self.state.before))
+        self._save(self.state.but(watched=None, activated=False))
 
     def _baseline(self, model: ModelStatus) -> watching.Stats | None:
         before = model.version(self.state.before.version) if self.state.before else None
         return before.stats.for_watch() if before else None
 
     def _activation_refused(self, refused: ServeRefused) -> float:
-        if refused.code == "no_memory" and not self.state.activated:
-            return self._put_off(Problem(Reason.TOO_MUCH_MEMORY, f"serve has no memory for it beside what runs: {refused}"))
+        if refused.code in ("no_memory", "busy"):
+            if self.state.activated and self.state.before is not None:
+                self._unselect()
+            if not self.state.activated:
+                reason = Reason.TOO_MUCH_MEMORY if refused.code == "no_memory" else Reason.ACTIVATION_FAILED
+                return self._put_off(Problem(reason, f"serve has no room for it: {refused}"))
         if refused.code == "not_in_store" and not self.state.activated:
             return self._put_off(Problem(Reason.STORE_FAILED, str(refused)))
         if refused.code in ("forbidden", "protocol") and not self.state.activated:  # how this agent is set up

@@ -94,6 +94,12 @@ class MemoryServe:
         if self.active.get(model) != version:
             self.previous[model], self.active[model] = self.active.get(model), version
 
+    def swap(self, model: str, version: int, variant: str) -> None:
+        self._call("swap", version)
+        self._load(model, version, variant)
+        self.active[model], self.previous[model] = version, None
+        self.loaded[model] = {version: self.loaded[model][version]}
+
     def rollback(self, model: str, version: int) -> None:
         self._call("rollback", version)
         self._load(model, version, "cpu")

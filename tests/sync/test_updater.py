@@ -22,7 +22,7 @@ from agent.sync.ports import Signed
 from agent.sync.problems import Problem, Stopped
 from agent.sync.serving import ServeAway, ServeRefused
 from agent.sync.updater import ModelUpdater
-from tests.sync.bench import MODEL, Bench, numbers
+from tests.sync.bench import MODEL, Bench, Killed, numbers
 from tests.sync.fleet import DAY, script_release, sha
 
 P = Phase
@@ -515,18 +515,72 @@ def test_a_full_disk_is_tried_again(on_one: Bench, monkeypatch: pytest.MonkeyPat
 
 def test_serve_short_of_memory_is_asked_again(on_one: Bench):
     def full(action: str, version: int | None) -> None:
-        if action == "load":
-            raise ServeRefused(507, "no_memory", "both do not fit")
+        if action in ("load", "swap"):
+            raise ServeRefused(507, "no_memory", "it does not fit")
 
     on_one.serve.fault = full
     on_one.want(2)
     on_one.step()
     on_one.until(P.WAITING)
     assert on_one.answer.outcome is Outcome.FAILED
+    assert selected(on_one).active.version == 1
+    assert not on_one.updater.state.activated
     on_one.serve.fault = lambda *_: None
     on_one.until(P.STEADY)
 
     assert on_one.serving == 2
+
+
+def no_room_for_two(action: str, version: int | None) -> None:
+    if action == "load" and version == 2:
+        raise ServeRefused(507, "no_memory", "both do not fit")
+
+
+def test_without_memory_for_two_what_serves_makes_room(on_one: Bench):
+    on_one.serve.fault = no_room_for_two
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.STEADY)
+
+    assert on_one.serve.calls[:2] == [("load", 2), ("swap", 2)]
+    assert (on_one.serving, on_one.answer.outcome) == (2, Outcome.COMMITTED)
+    assert selected(on_one).previous == Choice(version=1, variant="cpu")
+
+
+def test_killed_while_one_makes_room_for_the_other(on_one: Bench):
+    """The machine dies in the middle of it: `serve` starts with what is selected, and the update goes on from there."""
+    selections = []
+
+    def die(action: str, version: int | None) -> None:
+        no_room_for_two(action, version)
+        if action == "swap":
+            selections.append(selected(on_one).active.version)
+            raise Killed
+
+    on_one.serve.fault = die
+    on_one.want(2)
+    on_one.step()
+    with pytest.raises(Killed):
+        on_one.until(P.STEADY)
+    assert selections == [2], "persist, then act"
+    on_one.serve.fault = lambda *_: None
+    on_one.serve.start()
+    on_one.boot = "boot-2"
+    on_one.again()
+    on_one.until(P.STEADY)
+
+    assert (on_one.serving, on_one.answer.outcome) == (2, Outcome.COMMITTED)
+
+
+def test_going_back_after_a_swap(on_one: Bench):
+    on_one.serve.fault = no_room_for_two
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.serve.numbers[2] = numbers(ok=1, run=50)
+    on_one.until(P.QUARANTINED)
+
+    assert (on_one.serving, on_one.answer.outcome) == (1, Outcome.ROLLED_BACK)
 
 
 def test_serve_away_at_activation_is_waited_for(on_one: Bench):

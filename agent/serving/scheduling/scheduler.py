@@ -125,9 +125,11 @@ class Scheduler:
         with self._lock:
             return inside() <= lane.waiting
 
-    def hold(self, lane: Lane) -> None:
+    def interrupt(self, lane: Lane) -> None:
+        """Its model goes, and with it what sequences remember."""
         with self._lock:
-            lane.hold()
+            if lane.sequences is not None:
+                lane.sequences.interrupt()
 
     def resume(self, lane: Lane) -> None:
         """The model is there (again)."""

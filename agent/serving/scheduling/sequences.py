@@ -120,6 +120,14 @@ class Sequences:
         for sequence in list(self._found.values()):
             self._remove(sequence)
 
+    def interrupt(self) -> None:
+        """Ends all of them, while none runs; those in which requests wait can be started anew."""
+        for sequence in list(self._found.values()):
+            if sequence.current is None:
+                self._remove(sequence)
+            else:
+                sequence.end()
+
     def _new(self, number: int | str, now_s: float) -> Sequence:
         if len(self._found) >= self.limit:
             self.expire(now_s)
