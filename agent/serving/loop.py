@@ -17,25 +17,23 @@ The rules that keep it correct:
 from __future__ import annotations
 
 import contextlib
-import errno
-import heapq
 import logging
 import os
-import queue
 import select
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from agent.serving import http
 from agent.serving.access import Grant
-from agent.serving.answers import Answer, Refusal, refusal_answer
+from agent.serving.answers import Answer
 from agent.serving.buffers import BufferPool
+from agent.serving.chores import Chores
 from agent.serving.connection import END, NOTHING, Connection
+from agent.serving.doors import Doors
 from agent.serving.memory import ClientMemory
 from agent.serving.routes import Kind, Pace, Request, Router
 from agent.serving.scheduling.jobs import Job
@@ -50,20 +48,9 @@ REQUESTS_IN_A_ROW = 32  # pipelined requests of one connection before others hav
 SWEEP_S = 5.0
 STOPPING_POLL_S = 0.05
 FINE_POLL_S = 2e-3
-STALLED_S = 60.0  # a request or an answer that makes no progress for this long ends its connection
-LINGER_S = 5.0  # how long a connection that is to be closed is read from, so that its peer can read the answer
 STOP_PATIENCE_S = 1.0  # how long a half-sent request, or an answer that is not read, is waited for on the way out
-ACCEPTS_IN_A_ROW = 64
 _QUICK = Kind.QUICK
 LARGE_BODIES_AT_ONCE = 4  # of max_body_bytes: bounds what hostile clients can make the server hold
-
-
-@dataclass(order=True)
-class Chore:
-    """Work for the control thread, not before `due_s`, a monotonic time."""
-
-    due_s: float
-    do: Callable[[], None] = field(compare=False)
 
 
 class Service(Protocol):
@@ -124,33 +111,31 @@ class Loop:
         memory_of: Callable[[Grant], ClientMemory | None] = lambda _: None,
         scheduler: Scheduler | None = None,
     ) -> None:
-        self._listeners = {listener.fileno(): listener for listener in listeners}
         self._service = service
         self._router = router
         self._grant_of = grant_of
         self._memory_of = memory_of
         self._max_body = max_body_bytes
-        self._max_connections = max_connections
         self._pool = BufferPool(LARGE_BODIES_AT_ONCE * max_body_bytes)
-        self._connections: dict[int, Connection] = {}
         self._epoll = select.epoll()
+        self._doors = Doors(listeners, self._epoll, self._connection, max_connections)
+        self._connections = self._doors.open
+        self._close = self._doors.close
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lead = threading.Lock()
         self._ready: deque[tuple[int, int]] = deque()
         self._swept_s = time.perf_counter()
         self._scheduler = scheduler or Scheduler(busy_threads(threads))
-        self._busy_lock = threading.Lock()  # for ending busyness, and for closing those that are not busy
-        self._control: queue.SimpleQueue[Connection | Chore | None] = queue.SimpleQueue()
+        self._chores = Chores(lambda connection: self._finish_safely(connection, control=True))
+        self.defer = self._chores.defer
         self._stopping = False
         self._stopped = False
         self._drained = threading.Event()
         self._threads = [threading.Thread(target=self._serve, name=f"serve-{n}") for n in range(threads)]
-        self._threads.append(threading.Thread(target=self._serve_control, name="control"))
+        self._threads.append(threading.Thread(target=self._chores.work, name="control"))
 
     def start(self) -> None:
-        for fd, listener in self._listeners.items():
-            listener.setblocking(False)
-            self._epoll.register(fd, select.EPOLLIN)
+        self._doors.unlock()
         self._epoll.register(self._wake, select.EPOLLIN)
         self._scheduler.wake = self._wake_up
         for thread in self._threads:
@@ -163,7 +148,7 @@ class Loop:
         clean = self._drained.wait(grace_s)
         self._stopped = True
         os.eventfd_write(self._wake, 1)
-        self._control.put(None)
+        self._chores.end()
         deadline = time.monotonic() + grace_s + 1
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -197,35 +182,6 @@ class Loop:
                 else:
                     self._service.run(work)
                 work = self._scheduler.next_for_thread()
-
-    def defer(self, do: Callable[[], None], delay_s: float = 0.0) -> None:
-        """Lets the control thread do it, after `delay_s`. What has not begun when the loop ends is left undone."""
-        self._control.put(Chore(time.monotonic() + delay_s, do))
-
-    def _serve_control(self) -> None:
-        chores: list[Chore] = []  # a heap
-        while True:
-            left_s = chores[0].due_s - time.monotonic() if chores else None
-            if left_s is not None and left_s <= 0:
-                self._do_safely(heapq.heappop(chores))
-                continue
-            try:
-                item = self._control.get(timeout=left_s)
-            except queue.Empty:
-                continue
-            if item is None:
-                return
-            if isinstance(item, Chore):
-                heapq.heappush(chores, item)
-            else:
-                self._finish_safely(item, control=True)
-
-    @staticmethod
-    def _do_safely(chore: Chore) -> None:
-        try:
-            chore.do()
-        except Exception:
-            log.exception("work of the control thread failed in an unforeseen way")
 
     def _finish_safely(self, connection: Connection, *, control: bool = False) -> None:
         """A fault of ours, or memory that is not there, ends one connection and not the thread."""
@@ -296,12 +252,11 @@ class Loop:
         return []
 
     def _attend_other(self, fd: int) -> None:
-        listener = self._listeners.get(fd)
-        if listener is not None:
-            self._accept(listener)
-        elif fd == self._wake:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._wake)
+        if fd != self._wake:
+            self._doors.accept(fd)
+            return
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
 
     def _attend(self, connection: Connection, event: int) -> bool:
         """Does what can be done now. True when this thread is to finish the connection without leading."""
@@ -361,7 +316,7 @@ class Loop:
         """Whether another thread still works for it. The one that puts it back may not have come to say so yet: looking at the epoll
         until it has would take the processor that it needs.
         """
-        with self._busy_lock:
+        with self._doors.lock:
             return connection.busy
 
     def _attend_parked(self, connection: Connection, event: int) -> None:
@@ -375,7 +330,7 @@ class Loop:
         """Takes the connection out of the epoll. True when this thread is to finish it, False when another one will."""
         self._let_go(connection)
         if control:
-            self._control.put(connection)
+            self._chores.put(connection)
             return False
         return self._scheduler.begin(connection)
 
@@ -398,7 +353,7 @@ class Loop:
                 break
             if not control and self._service.kind(request, connection.grant) is Kind.CONTROL:
                 connection.request = request
-                self._control.put(connection)
+                self._chores.put(connection)
                 return
             request.seat = connection.seat
             if self._scheduler.waiting and not control and self._service.parks(request):
@@ -439,7 +394,7 @@ class Loop:
     def _put_back(self, connection: Connection) -> None:
         connection.seen_s = time.perf_counter()
         buffered = connection.buffered and not connection.sending
-        with self._busy_lock:  # to whoever closes idle connections it is either busy or back
+        with self._doors.lock:  # to whoever closes idle connections it is either busy or back
             self._epoll.register(connection.fd, select.EPOLLOUT if connection.sending else select.EPOLLIN)
             connection.busy = False
         if buffered:  # the epoll does not know of what was received already
@@ -480,76 +435,24 @@ class Loop:
             return False
         return True
 
-    def _close(self, connection: Connection) -> None:
-        self._connections.pop(connection.fd, None)  # before the number can be given to a new connection
-        connection.close()  # which also takes it out of the epoll
-
     # -- accepting and ending connections ----------------------------------------------------------------------------------------
 
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(ACCEPTS_IN_A_ROW):
-            try:
-                sock, _ = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self._evict():
-                    continue
-                log.error("cannot accept a connection: %s", error)  # noqa: TRY400 - the loop goes on, a trace says no more
-                return
-            self._admit(sock)
-
-    def _admit(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        try:
-            grant = self._grant_of(sock)
-        except OSError as error:
-            log.warning("a connection's peer cannot be known, it is closed: %s", error)
-            sock.close()
-            return
-        if len(self._connections) >= self._max_connections and not self._evict():
-            refusal = Refusal(503, f"all {self._max_connections} connections are in use (serve.max_connections)")
-            parts, _ = http.encode(refusal_answer(refusal), None, keep_alive=False)
-            with contextlib.suppress(OSError):
-                sock.sendmsg(parts)
-            sock.close()
-            return
+    def _connection(self, sock: socket.socket) -> Connection:
+        """Raises: OSError."""
+        grant = self._grant_of(sock)
         connection = Connection(sock, grant, self._router, self._pool, self._max_body, self._memory_of(grant))
         connection.seat = Seat(self, connection)
-        self._connections[connection.fd] = connection
-        self._epoll.register(connection.fd, select.EPOLLIN)
-
-    def _evict(self) -> bool:
-        """Closes the connection that has been between two requests for longest. False when there is none."""
-        with self._busy_lock:
-            idle = [c for c in list(self._connections.values()) if c.idle]
-            if not idle:
-                return False
-            self._close(min(idle, key=lambda c: c.seen_s))
-            return True
+        return connection
 
     def _sweep(self) -> None:
-        """Ends connections that stalled within a request or an answer, and those that were only waited for to be read."""
-        now = self._swept_s = time.perf_counter()
+        self._swept_s = time.perf_counter()
         self._scheduler.sweep()
-        with self._busy_lock:
-            for connection in list(self._connections.values()):
-                if connection.busy or connection.idle:
-                    continue
-                if now - connection.seen_s > (LINGER_S if connection.draining else STALLED_S):
-                    self._close(connection)
+        self._doors.sweep()
 
     def _drain(self) -> None:
         """On the way out: once nothing waits to be read, connections that are idle or do not move are closed; then it is done."""
         if self._ready:
             return
-        for fd in list(self._listeners):
-            self._epoll.unregister(fd)
-            del self._listeners[fd]
-        stalled = time.perf_counter() - STOP_PATIENCE_S
-        with self._busy_lock:
-            for connection in list(self._connections.values()):
-                if connection.idle or (not connection.busy and connection.seen_s < stalled):
-                    self._close(connection)
-        if all(c.draining and not c.busy for c in list(self._connections.values())):
+        self._doors.shut()
+        if self._doors.clear(STOP_PATIENCE_S):
             self._drained.set()
