@@ -65,8 +65,8 @@ class Version:
         self.lane = Lane(self.serving)
         self.stats = Stats()
         self.plans: dict[bytes, Any] = {}  # the protocol's: requests seen before, understood
-        self._inside = 0
-        self._lock = threading.Lock()
+        self._guests: list[None] = []  # one for each request inside: adding and removing one is one step, and needs no lock
+        self._lock = threading.Lock()  # for what becomes of it
         self._empty = threading.Condition(self._lock)
 
     def ready(self, model: Model) -> None:
@@ -88,11 +88,14 @@ class Version:
 
     def enter(self) -> bool:
         """Keeps the model open until `leave`. False when the version is not (or no longer) there."""
-        with self._lock:
-            if self.state != "READY" and not self.held:
-                return False
-            self._inside += 1
+        self._guests.append(None)  # before the look at the state: whoever changes that counts afterwards
+        if self.state == "READY":
             return True
+        with self._lock:
+            if self.answers:
+                return True
+        self.leave()
+        return False
 
     @property
     def answers(self) -> bool:
@@ -101,15 +104,19 @@ class Version:
 
     @property
     def inside(self) -> int:
-        return self._inside
+        return len(self._guests)
 
     def rest(self, reason: str) -> bool:
         """Holds it, unless somebody is inside: then `take_model` gives what is to be closed. With the scheduler's lock held."""
         with self._lock:
-            if self._inside or self.state != "READY":
+            if self._guests or self.state != "READY":
                 return False
             self._hold(reason)
-            return True
+            if not self._guests:
+                return True
+            self._resume()  # somebody came in between
+            self.lane.resume()
+            return False
 
     def hold(self, reason: str) -> None:
         """The same while others are inside: they end, whoever comes waits."""
@@ -136,19 +143,22 @@ class Version:
     def resume(self) -> None:
         """With its model there."""
         with self._lock:
-            self.state, self.reason, self.held = "READY", "", False
+            self._resume()
+
+    def _resume(self) -> None:
+        self.state, self.reason, self.held = "READY", "", False
 
     def leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0 and self.state != "READY":
+        self._guests.pop()
+        if self.state != "READY":
+            with self._lock:
                 self._empty.notify_all()
 
     def retire(self, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
         """Waits until every request in it has ended, then closes the model. Take it out of all references before."""
         with self._lock:
             self.state, self.reason, self.held = "UNAVAILABLE", "unloaded", False
-            drained = self._empty.wait_for(lambda: self._inside == 0, timeout_s)
+            drained = self._empty.wait_for(lambda: not self._guests, timeout_s)
             model, self.model = self.model, None
         self.plans.clear()
         if self.lane.sequences is not None and drained:
@@ -164,7 +174,10 @@ class Version:
 
     def measured(self, run_s: float) -> None:
         """A moving mean; one run that the scheduler interrupted does not make a cheap model dear."""
-        self.cost_s = self.lane.cost_s = self.cost_s + 0.1 * (min(run_s, 4 * self.cost_s) - self.cost_s)
+        cost_s = self.cost_s
+        if run_s > 4 * cost_s:  # noqa: PLR1730 - calling min takes as long as all the rest
+            run_s = 4 * cost_s
+        self.cost_s = self.lane.cost_s = cost_s + 0.1 * (run_s - cost_s)
 
     def document(self) -> dict[str, Any]:
         placement = self.placement

@@ -129,7 +129,7 @@ def test_rows_never_cross_callers_and_a_bad_one_fails_only_its_own(asked, instan
         else:
             assert got.status == {"bad": 500, "gone": 499, "late": 503}[fate]
     assert max(model.sizes, default=0) <= 6
-    assert (version.lane.waiting, version.lane.running, plane.scheduler.waiting, version._inside) == (0, 0, 0, 0)
+    assert (version.lane.waiting, version.lane.running, plane.scheduler.waiting, version.inside) == (0, 0, 0, 0)
     stats = version.stats
     assert stats.ok == sum(not isinstance(got, Refusal) for _, got in found.values())
     assert stats.requests + stats.cancelled == len(asked)

@@ -1,6 +1,7 @@
 """The model host: versions come and go, and whoever is in one finishes on it."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -159,3 +160,39 @@ def test_requests_and_swaps_at_once(host):
         thread.join(5)
     assert not failures
     assert state(host) == (209, None, [2, 3, 209])
+
+
+@pytest.mark.timeout(30)
+def test_nobody_runs_in_a_version_that_rests():
+    """Threads come and go while it is held and brought back: whoever may run finds the model, and each rest found nobody inside."""
+    version = loaded(1)
+    ended, broken, rests = threading.Event(), [], 0
+
+    def come_and_go():
+        while not ended.is_set():
+            if not version.enter():
+                broken.append("turned away")
+            try:
+                if not version.lane.gated:
+                    version.model.run({})
+            except Exception as error:  # noqa: BLE001 - told below
+                broken.append(repr(error))
+            finally:
+                version.leave()
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 10
+    while rests < 10 and time.monotonic() < deadline:
+        if version.rest("evicted"):
+            rests += 1
+            version.take_model().close()
+            version.ready(Constant(1))
+            version.lane.resume()
+            version.resume()
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert (broken, version.inside) == ([], 0)
+    assert rests
