@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -20,7 +21,11 @@ from runtimes.contract import InputInvalid, LoadOptions, Model, RunFailed, Scala
 
 log = logging.getLogger(__name__)
 
+LOADS_BETWEEN_COLLECTIONS = 16
 MAX_LABELS_CHARACTERS = 16 * 1024 * 1024
+
+
+_loads = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +96,19 @@ def load(source: Source, *, threads: int) -> Version:
     version.load_s = time.perf_counter() - started
     memory.give_back()  # engines read the file into memory that they do not need afterwards
     version.memory_bytes = max(0, memory.resident_bytes() - before)
-    gc.collect()
-    gc.freeze()  # what was loaded lives long: keep the collector from walking it again and again
+    _keep_from_the_collector()
     _log_loaded(version)
     return version
+
+
+def _keep_from_the_collector() -> None:
+    """What was loaded lives long, and is not to be walked again and again. What was unloaded lies among it: now and then all is looked
+    through, which takes some milliseconds.
+    """
+    if next(_loads) % LOADS_BETWEEN_COLLECTIONS == 0:
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _read_labels(version: Version, output: str, path: Path) -> tuple[str, ...]:
