@@ -59,6 +59,13 @@ def serve(config: Path | None, *, verbose: bool) -> None:
     metavar="SIZE",
     help="What models may take together, such as 512M; the rest is loaded when asked for.",
 )
+@click.option(
+    "--isolate",
+    "isolated",
+    multiple=True,
+    metavar="NAME",
+    help="Run this model's engine in a process of its own; may be repeated.",
+)
 @click.option("--verbose", is_flag=True, help="Log what is loaded.")
 def run(
     files: tuple[str, ...],
@@ -68,6 +75,7 @@ def run(
     threads: int,
     engine_threads: int,
     budget: str | None,
+    isolated: tuple[str, ...],
     *,
     verbose: bool,
 ) -> None:
@@ -98,7 +106,7 @@ def run(
         engine_threads=engine_threads,
         memory_budget_bytes=_bytes(budget or "0"),
     )
-    sources = _sources(files)
+    sources = _sources(files, isolated)
     try:
         sys.exit(serve_files(sources, settings, lambda host, http: _announce(host, path, http)))
     except (ConfigError, SocketError) as error:
@@ -121,8 +129,9 @@ def _prepare(*, verbose: bool) -> None:
     logs.set_up(logging.INFO if verbose else logging.WARNING)
 
 
-def _sources(files: tuple[str, ...]) -> list[Source]:
-    """What to load. Ends with status 2 when names clash or cannot be model names."""
+def _sources(files: tuple[str, ...], isolated: tuple[str, ...]) -> list[Source]:
+    """What to load. Ends with status 2 when names clash, cannot be model names, or name no model."""
+    from agent.contract.manifest import Serving
     from agent.contract.names import check_model
     from agent.serving.loading import Source
     from agent.store import hash_file
@@ -136,7 +145,11 @@ def _sources(files: tuple[str, ...]) -> list[Source]:
         except ValueError as error:
             raise click.UsageError(f"{path}: {error}; name it, such as model={path}") from error
         found[name] = path
-    return [Source(name, 1, path, hash_file(path)) for name, path in found.items()]
+    for name in isolated:
+        if name not in found:
+            raise click.UsageError(f"--isolate {name}: no such model; there are {', '.join(found)}")
+    serving = {name: Serving(isolation="process") for name in isolated}
+    return [Source(name, 1, path, hash_file(path), serving=serving.get(name, Serving())) for name, path in found.items()]
 
 
 def _named(text: str) -> list[tuple[str, Path]]:

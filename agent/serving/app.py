@@ -23,7 +23,7 @@ from agent.serving.access import AccessTable
 from agent.serving.control import Control
 from agent.serving.dataplane import Dataplane
 from agent.serving.extensions import Extensions, Repository
-from agent.serving.host import ModelHost
+from agent.serving.host import ModelHost, Version
 from agent.serving.loading import Source
 from agent.serving.loop import Loop
 from agent.serving.memory import ClientMemory, MemoryBudget
@@ -208,7 +208,7 @@ def _run(
         scheduler=parts.dataplane.scheduler,
         memory_of=lambda grant: None if grant.uid is None else ClientMemory(budget, system, grant.uid),
     )
-    parts.residency.defer = loop.defer
+    parts.residency.begin(loop.defer)
     loop.start()
     watchdog = selfcheck.Watchdog(lambda: not loop.stuck(STUCK_S) and selfcheck.answers(address))
     try:
@@ -261,30 +261,30 @@ def load_selections(parts: Parts, store: Store, threads: int) -> None:
             log.error("model %r is not served: %s", name, selection)
             host.add(loading.failed(Source(name, 0, store.root, ""), str(selection)))
             continue
-        _load_selection(host, store, selection, threads)
+        _load_selection(parts, store, selection, threads)
         parts.residency.settle()
 
 
-def _load_selection(host: ModelHost, store: Store, selection: Selection, threads: int) -> None:
+def _load_selection(parts: Parts, store: Store, selection: Selection, threads: int) -> None:
     reason = ""
     for choice in (selection.active, selection.previous):
         if choice is None:
             continue
-        error = _load_choice(host, store, selection.model, choice, threads)
+        error = _load_choice(parts, store, selection.model, choice, threads)
         if error is None:
-            served = host.activate(selection.model, choice.version)
+            served = parts.host.activate(selection.model, choice.version)
             if reason and served.active is not None:
                 served.active.reason = f"serves in place of the active release: {reason}"
             return
         reason = reason or error
 
 
-def _load_choice(host: ModelHost, store: Store, model: str, choice: Choice, threads: int) -> str | None:
+def _load_choice(parts: Parts, store: Store, model: str, choice: Choice, threads: int) -> str | None:
     """Why it could not be loaded; None when it is."""
     source = Source(model, choice.version, store.root, "", variant=choice.variant)
     try:
         source = loading.source_of(store.release(model, choice))
-        host.add(loading.load(source, threads=threads))
+        parts.host.add(_first(parts, source, threads))
     except (StoreError, RuntimeFailure, MemoryError, OSError, ValueError) as error:
         text = f"cannot load model {model!r} version {choice.version}: {error}"
         log.error("%s", text)  # noqa: TRY400 - an expected failure with its reason; a trace would hide it
@@ -293,7 +293,7 @@ def _load_choice(host: ModelHost, store: Store, model: str, choice: Choice, thre
         log.exception("%s: the runtime broke its contract", text)
     else:
         return None
-    host.add(loading.failed(source, text))
+    parts.host.add(loading.failed(source, text))
     return text
 
 
@@ -303,13 +303,20 @@ def load_sources(parts: Parts, sources: Iterable[Source], threads: int) -> None:
     for source in sources:
         parts.residency.settle(file_bytes(source))
         try:
-            host.add(loading.load(source, threads=threads))
+            host.add(_first(parts, source, threads))
         except (RuntimeFailure, MemoryError, OSError) as error:
             log.error("cannot load model %r: %s", source.name, error)  # noqa: TRY400 - as above
             host.add(loading.failed(source, str(error)))
             continue
         host.activate(source.name, source.version)
         parts.residency.settle()
+
+
+def _first(parts: Parts, source: Source, threads: int) -> Version:
+    """Loaded without regard to the budget, which is settled when it is active.  Raises: as `loading.load`."""
+    version = loading.load(source, threads=threads)
+    parts.residency.watch(version)
+    return version
 
 
 def _allow_files(count: int) -> None:

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from agent.contract.manifest import Picture, Serving
 from agent.serving.answers import Refusal
@@ -25,6 +25,19 @@ from agent.serving.stats import Stats
 from runtimes.contract import Model, Placement, TensorSpec
 
 log = logging.getLogger(__name__)
+
+
+class Process(Protocol):
+    """The process of an isolated model."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def memory_bytes(self) -> int: ...
+
+    def on_death(self, died: Callable[[str], None]) -> None: ...
+
 
 State = Literal["LOADING", "READY", "UNAVAILABLE"]
 LABELS = ("stable", "candidate", "previous")
@@ -60,6 +73,10 @@ class Version:
         self.held = False
         self.evictions = 0
         self.reloads = 0
+        self.process: Process | None = None  # of an isolated model
+        self.restarts = 0
+        self.crashes = 0  # in a row
+        self.has_crashed = False  # and was not started again yet
         self.retry_s = 0.0  # a perf_counter: not to be loaded again before
         self.cost_s = FIRST_COST_S
         self.lane = Lane(self.serving)
@@ -118,10 +135,13 @@ class Version:
             self.lane.resume()
             return False
 
-    def hold(self, reason: str) -> None:
-        """The same while others are inside: they end, whoever comes waits."""
+    def hold(self, reason: str) -> bool:
+        """The same while others are inside: they end, whoever comes waits. False when it is not ready."""
         with self._lock:
+            if self.state != "READY":
+                return False
             self._hold(reason)
+            return True
 
     def _hold(self, reason: str) -> None:
         self.state, self.reason, self.held = "UNAVAILABLE", reason, True
@@ -130,13 +150,14 @@ class Version:
     def take_model(self) -> Model | None:
         """Of a held version in which nobody runs."""
         model, self.model = self.model, None
+        self.process = None
         self.plans.clear()
         return model
 
     def revive(self, fresh: Version) -> None:
         """Takes the model of a version that was loaded from the same file; it is still held, until its lane is resumed."""
         self.is_warm, self.load_s = fresh.is_warm, fresh.load_s
-        self.memory_bytes = fresh.memory_bytes
+        self.memory_bytes, self.process = fresh.memory_bytes, fresh.process
         assert fresh.model is not None
         self.ready(fresh.model)
 
@@ -159,7 +180,7 @@ class Version:
         with self._lock:
             self.state, self.reason, self.held = "UNAVAILABLE", "unloaded", False
             drained = self._empty.wait_for(lambda: not self._guests, timeout_s)
-            model, self.model = self.model, None
+            model, self.model, self.process = self.model, None, None
         self.plans.clear()
         if self.lane.sequences is not None and drained:
             self.lane.sequences.close()
@@ -191,6 +212,7 @@ class Version:
             "placement": {"requested": placement.requested, "actual": placement.actual, "fallback": placement.fallback},
             "load_ms": round(self.load_s * 1e3, 3),
             "memory_bytes": self.memory_bytes,
+            "pid": self.process.pid if self.process is not None else None,
             "waiting": self.lane.waiting,
             "stats": self.stats.document(),
         }

@@ -17,7 +17,7 @@ from agent.store import Release
 from agent.variants import prepared
 from runtimes import registry
 from runtimes.check import zeros
-from runtimes.contract import InputInvalid, LoadOptions, Model, RunFailed, Scalar
+from runtimes.contract import InputInvalid, LoadOptions, Model, ModelInvalid, RunFailed, Runtime, Scalar
 
 log = logging.getLogger(__name__)
 
@@ -72,27 +72,11 @@ def load(source: Source, *, threads: int) -> Version:
     """
     started = time.perf_counter()
     runtime = registry.find(source.runtime) if source.runtime else registry.for_file(source.path)
+    if source.serving.isolation == "process":
+        return _load_isolated(source, runtime, threads, started)
     runtime.version()  # which imports the engine: what that takes is not this model's
     before = memory.resident_bytes()
-    threads = int(source.options.get("threads", threads))
-    model = prepared(
-        runtime.load(source.path, LoadOptions(threads=threads, extra=source.options)),
-        state=source.state,
-        serving=source.serving,
-        picture=source.picture,
-    )
-    version = Version(source.name, source.version, source.variant or runtime.name, source.sha256, runtime.name)
-    version.source = source
-    version.serving = source.serving
-    version.picture = source.picture
-    version.filename = source.filename or source.path.name
-    version.labels = {output: _read_labels(version, output, path) for output, path in source.labels.items()}
-    try:
-        _warm_up(version, model)
-    except BaseException:
-        model.close()
-        raise
-    version.ready(model)
+    version = _finished(source, runtime, runtime.load(source.path, _options(source, threads)))
     version.load_s = time.perf_counter() - started
     memory.give_back()  # engines read the file into memory that they do not need afterwards
     version.memory_bytes = max(0, memory.resident_bytes() - before)
@@ -109,6 +93,44 @@ def _keep_from_the_collector() -> None:
         gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def _load_isolated(source: Source, runtime: Runtime, threads: int, started: float) -> Version:
+    """The same in a process of its own; the engine is not even imported here."""
+    from runtimes import isolated
+
+    raw = isolated.load(runtime.name, source.path, _options(source, threads), slots=source.serving.instances)
+    version = _finished(source, runtime, raw)
+    if not raw.is_alive:
+        raw.close()
+        raise ModelInvalid(f"its process ended in its first run ({raw.ending})")
+    version.process = raw
+    version.load_s = time.perf_counter() - started
+    version.memory_bytes = raw.memory_bytes
+    _log_loaded(version)
+    return version
+
+
+def _options(source: Source, threads: int) -> LoadOptions:
+    return LoadOptions(threads=int(source.options.get("threads", threads)), extra=source.options)
+
+
+def _finished(source: Source, runtime: Runtime, raw: Model) -> Version:
+    """The version with this model, as it is declared, warm.  Raises: ModelInvalid, RuntimeUnavailable, and `raw` is closed."""
+    model = prepared(raw, state=source.state, serving=source.serving, picture=source.picture)
+    version = Version(source.name, source.version, source.variant or runtime.name, source.sha256, runtime.name)
+    version.source = source
+    version.serving = source.serving
+    version.picture = source.picture
+    version.filename = source.filename or source.path.name
+    version.labels = {output: _read_labels(version, output, path) for output, path in source.labels.items()}
+    try:
+        _warm_up(version, model)
+    except BaseException:
+        model.close()
+        raise
+    version.ready(model)
+    return version
 
 
 def _read_labels(version: Version, output: str, path: Path) -> tuple[str, ...]:

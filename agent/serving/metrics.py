@@ -32,12 +32,17 @@ COUNTERS: tuple[Row, ...] = (
     ("nv_inference_compute_infer_duration_us", "Of it, in the engine", lambda v: v.stats.run_s * 1e6),
     ("nv_inference_compute_output_duration_us", "Of it, writing the answer", lambda v: v.stats.output_s * 1e6),
     ("edge_model_evictions_total", "Times that it was unloaded to make room for others", lambda v: v.evictions),
+    ("edge_model_restarts_total", "Times that the process of an isolated model was started again", lambda v: v.restarts),
     ("edge_model_reloads_total", "Times that it was loaded again because it was asked for", lambda v: v.reloads),
 )
 GAUGES: tuple[Row, ...] = (
     ("nv_inference_pending_request_count", "Predictions that wait for their run", lambda v: v.lane.waiting),
     ("nv_model_load_duration_secs", "Time to load and warm up the model", lambda v: v.load_s),
-    ("edge_model_memory_bytes", "Resident memory that loading the model took", lambda v: v.memory_bytes),
+    (
+        "edge_model_memory_bytes",
+        "Resident memory that loading the model took",
+        lambda v: v.memory_bytes if v.process is None else v.process.memory_bytes,
+    ),
     ("edge_model_ready", "1 for a version that can answer", lambda v: int(v.state == "READY")),
 )
 FAILURES = (("REJECTED", "unavailable"), ("BACKEND", "run"), ("OTHER", "invalid"))

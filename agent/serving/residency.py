@@ -12,16 +12,18 @@ The rules:
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from agent.host import memory
 from agent.serving import budget, loading
 from agent.serving.answers import Refusal
 from agent.serving.budget import Resident
 from agent.serving.dataplane import Dataplane
-from agent.serving.host import ModelHost, Served, Version
+from agent.serving.host import ModelHost, Process, Served, Version
 from agent.serving.loading import Source
 from agent.store import hash_file
 from runtimes.contract import ModelInvalid
@@ -32,7 +34,15 @@ BUSY_PATIENCE_S = 0.5  # how long a moment is waited for in which nobody is insi
 LOOK_S = 0.005
 RETRY_S = 5.0  # after a load that failed; a model that cannot be loaded again must not keep the control thread busy
 
-Defer = Callable[[Callable[[], None]], None]
+FIRST_S = 0.5  # before a process that ended twice in a row is started again; doubled each time, up to
+LONGEST_S = 60.0
+CALM_S = 60.0  # a process that lived so long begins anew with counting
+
+
+class Defer(Protocol):
+    """Gives the control thread work, to be done after a while."""
+
+    def __call__(self, do: Callable[[], None], delay_s: float) -> None: ...
 
 
 class NoRoom(MemoryError):
@@ -67,9 +77,16 @@ class Residency:
         self._ending = False
         self.budget_bytes = budget_bytes
         self.changing = threading.Lock()
-        self.defer: Defer = lambda do: do()  # to the control thread, once there is one
+        self._early: list[tuple[Callable[[], None], float]] = []  # work that came before there was a control thread
+        self.defer: Defer = lambda do, delay_s: self._early.append((do, delay_s))
         dataplane.summon = self.summon
         host.on_close = self._closing
+
+    def begin(self, defer: Defer) -> None:
+        """There is a control thread now, which `defer` gives work to."""
+        self.defer = defer
+        for do, delay_s in self._early:
+            defer(do, delay_s)
 
     @property
     def used_bytes(self) -> int:
@@ -86,6 +103,7 @@ class Residency:
         except NoRoom:
             discard(version)
             raise
+        self.watch(version)
         return version
 
     def settle(self, needed_bytes: int = 0) -> None:
@@ -194,7 +212,7 @@ class Residency:
             if version in self._summoned:
                 return
             self._summoned.add(version)
-        self.defer(lambda: self._answer(version))
+        self.defer(lambda: self._answer(version), 0.0)
 
     def _answer(self, version: Version) -> None:
         with self.changing:
@@ -210,6 +228,8 @@ class Residency:
         """Brings it back; else why not, and when to ask again."""
         if self._ending:
             return "the server is ending", 1.0
+        if version.held and version.process is not None:
+            self._clear(version)
         left_s = version.retry_s - time.perf_counter()
         if left_s > 0:
             return version.reason, left_s
@@ -238,7 +258,11 @@ class Residency:
             version.retry_s = time.perf_counter() + RETRY_S
             log.error("%s cannot be loaded again: %s", what, error)  # noqa: TRY400 - the reason says it
             raise
-        version.reloads += 1
+        if version.has_crashed:
+            version.restarts += 1
+            version.has_crashed = False
+        else:
+            version.reloads += 1
         self.resume(version, fresh)
         self._keep_within(version)
 
@@ -247,6 +271,58 @@ class Residency:
         version.revive(fresh)
         version.resume()
         self._scheduler.resume(version.lane)
+        self.watch(version)
+
+    # -- processes that end ------------------------------------------------------------------------------------------------------
+
+    def watch(self, version: Version) -> None:
+        """Of an isolated model: when its process ends by itself, it is started again."""
+        process = version.process
+        if process is not None:
+            process.on_death(lambda how: self._died(version, process, how))
+
+    def _died(self, version: Version, process: Process, how: str) -> None:
+        """In a thread that waits for the process. Callers wait from now on; what takes long is the control thread's."""
+        if self._ending or version.process is not process or not version.hold(f"its process ended ({how})"):
+            return
+        log.error("model %r version %d: its process ended (%s)", version.name, version.number, how)
+        self.defer(lambda: self._clean_up(version, process), 0.0)
+
+    def _clean_up(self, version: Version, process: Process) -> None:
+        with self.changing:
+            if version.held and version.process is process:
+                self._clear(version)
+
+    def _clear(self, version: Version) -> None:
+        """What is left of a process that ended; then it is started again, at once the first time, and later and later after that."""
+        while not self._scheduler.is_drained(version.lane, lambda: version.inside):
+            time.sleep(LOOK_S)  # they fail as soon as they see it
+        self._scheduler.interrupt(version.lane)
+        lasted_s = time.perf_counter() - version.loaded_s
+        close(version)
+        version.has_crashed = True
+        version.crashes = 1 if lasted_s > CALM_S else version.crashes + 1
+        self._restart_later(version)
+
+    def _restart_later(self, version: Version) -> None:
+        delay_s = 0.0
+        if version.crashes > 1:
+            longest_s = min(LONGEST_S, FIRST_S * 2.0 ** min(version.crashes - 2, 16))
+            delay_s = longest_s * random.uniform(0.5, 1.0)  # noqa: S311 - it spreads, and hides nothing
+            version.reason = f"{version.reason.split(';')[0]}; it is started again after {delay_s:.1f} s"
+        version.retry_s = time.perf_counter() + delay_s
+        self.defer(lambda: self._restart(version), delay_s)
+
+    def _restart(self, version: Version) -> None:
+        with self.changing:
+            if self._ending or not version.held:
+                return
+            try:
+                self.bring_back(version)
+            except Exception as error:  # noqa: BLE001 - it was logged; runtimes of third parties raise what they like
+                self.turn_away(version, str(error))
+                version.crashes += 1
+                self._restart_later(version)
 
     def _keep_within(self, version: Version) -> None:
         """It may have turned out larger than before. Too much is better than a model that nobody can use."""
@@ -264,6 +340,8 @@ class Residency:
 
 
 def size_of(version: Version) -> int:
+    if version.process is not None:
+        return version.process.memory_bytes or version.memory_bytes
     return max(version.memory_bytes, file_bytes(version.source) if version.source is not None else 0)
 
 

@@ -30,7 +30,8 @@ class Swapper:
         """
         self._host.commit(served.name)
         reason = f"being replaced by version {source.version}"
-        old.hold(reason)
+        if not old.hold(reason):
+            raise Refusal(503, f"model {old.name!r} version {old.number} has just gone: {old.reason}", code="busy")
         if not self._drained(old):
             old.resume()
             self._scheduler.resume(old.lane)

@@ -1,0 +1,356 @@
+"""The parent's side of an isolated model: starts its process, gives it runs, and hears when it ends.
+
+The rules:
+- A thread starts the process and waits for it, for as long as it lives: the kernel ends a child with the thread that made it.
+- Each run has a slot of its own while it goes on; slots are made as they are needed, `slots` at most.
+- A process that ends by itself fails the runs in it, and those that come after; `on_death` is told once, with words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from runtimes import contract
+from runtimes.contract import (
+    Array,
+    InputInvalid,
+    LoadOptions,
+    ModelInvalid,
+    Placement,
+    RunFailed,
+    RuntimeUnavailable,
+    TensorSpec,
+)
+from runtimes.isolated import wire
+
+MAX_SLOTS = 16
+COPY_BYTES = 32 * 1024  # outputs up to this size are copied out of the slot, which is then free at once
+END_S = 5.0  # how long a process that is told to end may take
+NOT_ITS_OWN = (
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_FDNAMES",
+)  # systemd's to the server
+TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}
+
+Died = Callable[[str], None]
+
+
+def load(runtime: str, path: Path, options: LoadOptions, *, slots: int = 0) -> IsolatedModel:
+    """Loads it in a process of its own; `slots` runs may go on at once there (0: as many as there are threads, to a limit).
+
+    Raises: as `Runtime.load`; ModelInvalid when the process dies of it, MemoryError when the kernel killed it.
+    """
+    process = Process()
+    try:
+        found = process.load(wire.Load(runtime, str(path), options.threads, dict(options.extra)))
+        return IsolatedModel(process, found, slots or MAX_SLOTS)
+    except BaseException:
+        process.end()
+        raise
+
+
+class Process:
+    """A child and the control socket to it."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.on_death: Died = lambda _: None
+        self.pid = 0
+        self._ended = threading.Event()
+        self._is_ending = False
+        self._code = 0
+        self._troubles: list[OSError] = []
+        self._sending = threading.Lock()
+        started = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, args=(theirs, started), name="isolated", daemon=True)
+        self._watcher.start()
+        started.wait()
+        theirs.close()
+        for trouble in self._troubles:
+            self._control.close()
+            raise RuntimeUnavailable(f"a process for the model cannot be started: {trouble}")
+
+    def _watch(self, theirs: socket.socket, started: threading.Event) -> None:
+        try:
+            child = subprocess.Popen(  # noqa: S603 - this package's own module
+                [sys.executable, "-m", "runtimes.isolated.child", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**{name: value for name, value in os.environ.items() if name not in NOT_ITS_OWN}, **TELEMETRY},
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._troubles.append(error)
+            started.set()
+            return
+        self.pid = child.pid
+        started.set()
+        self._code = child.wait()
+        self._ended.set()
+        if not self._is_ending:
+            self.on_death(self.ending)
+
+    def load(self, order: wire.Load) -> wire.Loaded:
+        with contextlib.suppress(OSError):
+            self._control.send(wire.encode(order))
+        data = self._hear()
+        if not data:
+            self._ended.wait(END_S)
+            if self._code == -signal.SIGKILL:
+                raise MemoryError(f"loading it ended its process ({self.ending}): most likely memory ran out")
+            raise ModelInvalid(f"loading it ended its process ({self.ending})")
+        found = wire.decode_loaded.decode(data)
+        if isinstance(found, wire.Failed):
+            raise _error(found)
+        return found
+
+    def _hear(self) -> bytes:
+        try:
+            return self._control.recv(wire.MAX_MESSAGE_BYTES)
+        except OSError:
+            return b""
+
+    def tell(self, order: wire.NewSlot | wire.Sequence_, descriptors: Sequence[int] = ()) -> None:
+        """Raises: RunFailed when it is gone."""
+        try:
+            with self._sending:
+                socket.send_fds(self._control, [wire.encode(order)], descriptors)
+        except OSError as error:
+            raise self.gone() from error
+
+    @property
+    def ending(self) -> str:
+        """How it ended, in words."""
+        if self._code >= 0:
+            return f"exit status {self._code}"
+        try:
+            return signal.Signals(-self._code).name
+        except ValueError:
+            return f"signal {-self._code}"
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._ended.is_set()
+
+    def gone(self) -> RunFailed:
+        self._ended.wait(END_S)  # its sockets close a moment before it can be waited for
+        return RunFailed(f"the model's process has ended ({self.ending})")
+
+    def end(self) -> None:
+        self._is_ending = True
+        self._control.close()
+        if not self._ended.wait(END_S):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        if threading.current_thread() is not self._watcher:
+            self._watcher.join()
+
+
+class Slot:
+    """One run at a time."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        memory = os.memfd_create("isolated", os.MFD_CLOEXEC)
+        os.ftruncate(memory, wire.LEAST_BYTES)
+        self._arena = wire.Arena(memory)
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            process.tell(wire.NewSlot(), [theirs.fileno(), memory])
+        except RunFailed:
+            self.close()
+            raise
+        finally:
+            theirs.close()
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None, sequence: int) -> list[wire.Tensor]:
+        """Where the outputs lie.  Raises: InputInvalid, RunFailed."""
+        arena = self._arena
+        tensors = arena.put(feeds.items(), 0)
+        order = wire.Run(arena.size_bytes, tensors, None if outputs is None else list(outputs), sequence)
+        try:
+            self._channel.send(wire.encode(order))
+            data = self._channel.recv(wire.MAX_MESSAGE_BYTES)
+        except OSError as error:
+            raise self._process.gone() from error
+        if not data:
+            raise self._process.gone()
+        answer = wire.decode_ran.decode(data)
+        if isinstance(answer, wire.Failed):
+            raise _error(answer)
+        arena.follow(answer.size_bytes)
+        return answer.arrays
+
+    def copies(self, tensors: Sequence[wire.Tensor]) -> list[Array]:
+        return [wire.view(self._arena.map, tensor).copy() for tensor in tensors]
+
+    def views(self, tensors: Sequence[wire.Tensor], done: Callable[[], object]) -> list[Array]:
+        """The outputs where they lie; `done` is called when nobody has them any more."""
+        holder = (ctypes.c_char * self._arena.size_bytes).from_buffer(self._arena.map)
+        weakref.finalize(holder, done)
+        return [wire.view(holder, tensor) for tensor in tensors]
+
+    def close(self) -> None:
+        if self._arena.fd >= 0:
+            os.close(self._arena.fd)
+            self._arena.fd = -1
+            self._channel.close()
+
+
+class IsolatedModel:
+    """A model in a process of its own."""
+
+    def __init__(self, process: Process, loaded: wire.Loaded, slots: int) -> None:
+        self._process = process
+        self._inputs = tuple(spec.spec() for spec in loaded.inputs)
+        self._outputs = tuple(spec.spec() for spec in loaded.outputs)
+        self._placement = Placement(loaded.requested, loaded.actual, loaded.fallback)
+        self._stateful = loaded.stateful
+        self._idle: list[Slot] = []
+        self._all: list[Slot] = []
+        self._most = slots
+        self._free = threading.Condition()
+        self._numbers = itertools.count(1)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    @property
+    def placement(self) -> Placement:
+        return self._placement
+
+    @property
+    def stateful(self) -> bool:
+        return self._stateful
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.is_alive
+
+    @property
+    def ending(self) -> str:
+        """How its process ended, in words."""
+        return self._process.ending
+
+    @property
+    def memory_bytes(self) -> int:
+        """What of its process is in memory now; 0 when it is gone."""
+        try:
+            return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        except (OSError, IndexError):
+            return 0
+
+    def on_death(self, died: Died) -> None:
+        """Calls `died`, in a thread of this module, once the process ends by itself; at once when it has."""
+        self._process.on_death = died
+        if not self._process.is_alive:
+            died(self._process.ending)
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+        return self.run_in(0, feeds, outputs)
+
+    def run_in(self, sequence: int, feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
+        slot, spare = self._take()
+        try:
+            tensors = slot.run(feeds, outputs, sequence)
+            if spare and sum(tensor.size for tensor in tensors) > COPY_BYTES:
+                kept, slot_of_views = slot, weakref.ref(self)
+                slot = None  # type: ignore[assignment]
+                return kept.views(tensors, lambda: _give_back(slot_of_views, kept))
+            return slot.copies(tensors)
+        finally:
+            if slot is not None:
+                self._give_back(slot)
+
+    def sequence(self) -> IsolatedSequence:
+        number = next(self._numbers)
+        self._process.tell(wire.Sequence_(number, opens=True))
+        return IsolatedSequence(self, number)
+
+    def end_sequence(self, number: int) -> None:
+        with contextlib.suppress(RunFailed):
+            self._process.tell(wire.Sequence_(number, opens=False))
+
+    def close(self) -> None:
+        self._process.end()
+        with self._free:
+            for slot in self._all:
+                slot.close()
+            self._idle.clear()
+            self._all.clear()
+
+    def _take(self) -> tuple[Slot, bool]:
+        """A slot, and whether there are others for whoever comes next."""
+        with self._free:
+            while not self._idle and len(self._all) >= self._most:
+                self._free.wait()
+            if not self._process.is_alive:
+                raise self._process.gone()
+            if not self._idle:
+                slot = Slot(self._process)
+                self._all.append(slot)
+            else:
+                slot = self._idle.pop()
+            return slot, bool(self._idle) or len(self._all) < self._most
+
+    def _give_back(self, slot: Slot) -> None:
+        with self._free:
+            self._idle.append(slot)
+            self._free.notify()
+
+
+def _give_back(model: weakref.ref[IsolatedModel], slot: Slot) -> None:
+    found = model()
+    if found is not None:
+        found._give_back(slot)  # noqa: SLF001 - the two are one thing
+
+
+class IsolatedSequence:
+    """State that lives in the process."""
+
+    def __init__(self, model: IsolatedModel, number: int) -> None:
+        self._model = model
+        self._number = number
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+        return self._model.run_in(self._number, feeds, outputs)
+
+    def close(self) -> None:
+        self._model.end_sequence(self._number)
+
+
+def _error(failed: wire.Failed) -> Exception:
+    """The exception that the child had, of the contract where it is one."""
+    if failed.kind == "MemoryError":
+        return MemoryError(failed.text)
+    kind = getattr(contract, failed.kind, None)
+    if isinstance(kind, type) and issubclass(kind, contract.RuntimeFailure):
+        return kind(failed.text)
+    return RunFailed(f"{failed.kind}: {failed.text}")
+
+
+__all__ = ["InputInvalid", "IsolatedModel", "load"]
