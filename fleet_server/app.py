@@ -38,9 +38,10 @@ from fleet_server.ingest.link import MqttLink
 from fleet_server.journal import Journal
 from fleet_server.live import Hub
 from fleet_server.notify import notify, watchdog_interval_s
-from fleet_server.releases import keys
 from fleet_server.releases.catalogue import Catalogue
-from fleet_server.releases.repository import OnlineKeys, Repository
+from fleet_server.releases.ceremonies import WARN_BEFORE_S, Ceremonies
+from fleet_server.releases.online import ONLINE, OnlineKeys
+from fleet_server.releases.repository import Repository
 from fleet_server.rollouts.service import Rollouts
 from fleet_server.storage.blobs import Blobs
 from fleet_server.storage.database import Database
@@ -53,13 +54,6 @@ RENEW_EVERY_S = 60.0
 CONNECTIONS = 400  # of each listener, further ones are told to come later: together below the 1024 descriptors a process has by
 # default and select() in the MQTT library can watch; without a bound, idle strangers would cut the server off its database and broker
 GRACE_S = 3  # for requests under way when the server stops
-WARN_BEFORE_S = 45 * 86400.0
-OFFLINE_ROLES = {
-    "root": "run `edge-fleet renew-root`",
-    "targets": "run `edge-fleet renew-root`",
-    "releases": "publish a release, or run `edge-fleet renew-root` with --releases-key",
-}
-ONLINE = ("assignments", "snapshot", "timestamp")
 
 
 def software_version() -> str:
@@ -80,11 +74,12 @@ class Fleet:
         self.database = Database(folder.database_url(config))
         self.authority = Authority(folder.pki)
         self.blobs = Blobs(folder.blobs, folder.uploads)
-        self.repository = Repository(folder.metadata, folder.targets, online_keys(folder), config.expiry, clock)
+        self.repository = Repository(folder.metadata, folder.targets, OnlineKeys.read(folder.keys), config.expiry, clock)
         self.access = Access(self.database, clock, session_s=config.session_s)
         self.journal = Journal(self.database, self.hub, clock, events_kept=config.events_kept)
         self.inventory = Inventory(self.database, self.authority, self.repository, self.journal, config, clock)
         self.enrolment = Enrolment(self.database, self.authority, self.repository, self.inventory, self.journal, config, clock)
+        self.ceremonies = Ceremonies(self.database, self.repository, self.journal, clock)
         self.catalogue = Catalogue(self.database, self.repository, self.blobs, self.journal, clock)
         self.rollouts = Rollouts(self.database, self.repository, self.inventory, self.journal, config, clock)
         self.intake = Intake(self.database, self.journal, clock)
@@ -96,6 +91,8 @@ class Fleet:
         self.database.migrate()
         self.authority.renew_own(own_names(self.config))
         self.inventory.write_crl()
+        if self.repository.finish_change():
+            _log.warning("a change of keys that was interrupted is complete now")
         self.repository.check()
         for ref in self.catalogue.reconcile():
             _log.warning("release %s was published but not indexed; it is now", ref)
@@ -120,17 +117,14 @@ class Fleet:
         found = [] if self.broker_connected() else ["the broker is not connected; its log lines stand in the server's log"]
         now = self._clock()
         for role, at in expires.items():
-            if role in OFFLINE_ROLES and at - now < WARN_BEFORE_S:
-                days = int((at - now) / 86400)
-                found.append(f"the {role} metadata ends in {days} days and devices stop updating then; {OFFLINE_ROLES[role]}")
+            if role not in ONLINE and at - now < WARN_BEFORE_S:
+                days, how = int((at - now) / 86400), f"`edge-fleet keys renew {role}`"
+                how = how if role in {"root", "targets"} else f"publish a release, or run {how}"
+                found.append(f"the {role} metadata ends in {days} days and devices stop updating then; {how}")
         return found
 
     def close(self) -> None:
         self.database.close()
-
-
-def online_keys(folder: Folder) -> OnlineKeys:
-    return OnlineKeys(*(keys.load(folder.keys / f"{name}.key") for name in ONLINE))
 
 
 def own_names(config: FleetConfig) -> tuple[str, ...]:

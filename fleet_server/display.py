@@ -242,6 +242,29 @@ def status(s: dict[str, Any]) -> None:
         console.print(f"  {role:<12} signed until {moment(at)}")
 
 
+def keys(found: dict[str, Any]) -> None:
+    rows: list[list[object]] = [
+        [
+            role["role"], role["kind"], role["state"], role["version"], moment(role["expires"]) if role["expires"] else "-",
+            f"{role['threshold']} of {len(role['keys'])}", _keyids(role),
+        ]
+        for role in found["roles"]
+    ]  # fmt: skip
+    _table("ROLE|KIND|STATE|VERSION|SIGNED UNTIL|NEEDS|KEYS", rows, "")
+
+
+def publishers(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [
+        [role["role"], ", ".join(role["patterns"]), role["state"], f"{role['threshold']} of {len(role['keys'])}", _keyids(role)]
+        for role in found
+    ]
+    _table("PUBLISHER|MODELS|STATE|NEEDS|KEYS", rows, "nobody may sign releases")
+
+
+def _keyids(role: dict[str, Any]) -> str:
+    return ", ".join(key["keyid"][:12] for key in role["keys"])
+
+
 def made(m: Made, folder: Path) -> str:
     """What `init` says when it is done."""
     return f"""\

@@ -12,13 +12,14 @@ from agent.contract.assignment import Assignment
 from agent.contract.codec import encode
 from fleet_server import files
 from fleet_server.access import Access, Role
-from fleet_server.app import ONLINE, own_names
+from fleet_server.app import own_names
 from fleet_server.client import Profile
 from fleet_server.config import FleetConfig, Folder, dump
 from fleet_server.devices.pki import Authority
 from fleet_server.errors import Invalid
 from fleet_server.releases import keys
-from fleet_server.releases.repository import OnlineKeys, Repository
+from fleet_server.releases.online import OnlineKeys
+from fleet_server.releases.repository import Repository
 from fleet_server.storage.database import Database
 
 
@@ -41,7 +42,7 @@ def init(folder: Folder, config: FleetConfig, *, offline_keys: Path, profile: Pa
     for directory, mode in folder.directories():
         files.make_directory(directory, mode=mode)
     authority = Authority.create(folder.pki, config.fleet, own_names(config))
-    online = OnlineKeys(*(keys.generate(folder.keys / f"{name}.key") for name in ONLINE))
+    online = OnlineKeys.create(folder.keys)
     files.make_directory(offline_keys, mode=0o700)
     root, releases = (keys.generate(path, passphrase=passphrase) for path in (root_path, releases_path))
     empty = Assignment(fleet=config.fleet, version=1, models={})

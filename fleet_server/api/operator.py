@@ -29,6 +29,8 @@ from fleet_server.errors import Denied, Invalid, Refused
 from fleet_server.journal import Journal
 from fleet_server.live import Hub
 from fleet_server.releases.catalogue import Catalogue
+from fleet_server.releases.ceremonies import Ceremonies, Wish
+from fleet_server.releases.publishers import RELEASES
 from fleet_server.releases.repository import Repository
 from fleet_server.rollouts.service import Rollouts
 from fleet_server.storage.blobs import Blobs
@@ -53,6 +55,7 @@ class Parts(Protocol):
     authority: Authority
     blobs: Blobs
     catalogue: Catalogue
+    ceremonies: Ceremonies
     database: Database
     enrolment: Enrolment
     hub: Hub
@@ -167,14 +170,42 @@ class Api:
         """One release with its signed manifest."""
         return self._fleet.catalogue.get(_ref(f"{model}:{version}"))
 
-    def publishing(self) -> dict[str, Any]:
-        """What a publisher adds to and signs: the trusted metadata, as text."""
+    def publishing(self, model: str | None = None, publisher: str | None = None) -> dict[str, Any]:
+        """What a publisher adds to and signs: the trusted metadata, as text. Which publisher: the one who signs `model`."""
         repository = self._fleet.repository
+        if publisher is None:
+            publisher = repository.publisher_of(model) if model is not None else RELEASES
+        role = repository.releases(publisher)
         return {
             "root": repository.root_bytes().decode(),
             "targets": repository.role_bytes("targets").decode(),
-            "releases": repository.role_bytes("releases").decode(),
+            "publisher": publisher,
+            "releases": repository.role_bytes(publisher).decode() if role is not None else None,
         }
+
+    def resign(self, request: Request, publisher: str, body: schemas.Metadata) -> dict[str, Any]:
+        """Takes in a publisher's metadata that adds no release: renewed, or lifting the withdrawal of one release."""
+        actor = _actor(request)
+        done = self._fleet.ceremonies.resign(actor, publisher, body.metadata.encode())
+        if done.reinstated is not None:
+            self._fleet.rollouts.reinstate(actor, done.reinstated)
+        reinstated = str(done.reinstated) if done.reinstated is not None else None
+        return {"publisher": publisher, "version": done.version, "signers": list(done.signers), "reinstated": reinstated}
+
+    # -- keys --------------------------------------------------------------------------------------------------------------
+
+    def keys(self) -> dict[str, Any]:
+        """Who is trusted: every role with its keys, threshold, version and end."""
+        return self._fleet.ceremonies.status()
+
+    def propose_change(self, request: Request, body: schemas.KeyWish) -> dict[str, Any]:
+        """Makes a change of keys for the offline keys to sign. Nothing changes by this alone."""
+        wish = Wish(body.action, body.role, tuple(body.add), tuple(body.remove), body.threshold, tuple(body.patterns))
+        return {"change": self._fleet.ceremonies.propose(_actor(request), wish).decode()}
+
+    def apply_change(self, request: Request, body: schemas.SignedChange) -> dict[str, Any]:
+        """Makes a signed change of keys trusted, when it has every signature it needs."""
+        return {"done": self._fleet.ceremonies.apply(_actor(request), body.change.encode())}
 
     def blob(self, sha256: str) -> Response:
         """Whether a file is here: 200, or 404 with `Upload-Offset` saying how much of it is."""
@@ -198,7 +229,7 @@ class Api:
         return self._fleet.catalogue.publish(_actor(request), body.manifest.encode(), body.metadata.encode())
 
     def withdraw(self, request: Request, model: str, version: VersionInPath) -> dict[str, Any]:
-        """Forbids a release for good: no device may run it any more. It cannot be undone."""
+        """Forbids a release: no device may run it any more, unless its publisher signs otherwise."""
         return self._fleet.rollouts.withdraw(_actor(request), _ref(f"{model}:{version}"))
 
     # -- rollouts ----------------------------------------------------------------------------------------------------------
@@ -321,6 +352,10 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/releases/{model}/{version}", Api.release, Role.VIEWER, "releases"),
     Route("POST", "/releases", Api.publish, Role.PUBLISHER, "releases"),
     Route("POST", "/releases/{model}/{version}/withdraw", Api.withdraw, Role.OPERATOR, "releases"),
+    Route("POST", "/publishers/{publisher}/metadata", Api.resign, Role.PUBLISHER, "releases"),
+    Route("GET", "/keys", Api.keys, Role.VIEWER, "keys"),
+    Route("POST", "/keys/changes", Api.propose_change, Role.ADMIN, "keys"),
+    Route("POST", "/keys/apply", Api.apply_change, Role.ADMIN, "keys"),
     Route("GET", "/publishing", Api.publishing, Role.PUBLISHER, "releases"),
     Route("GET", "/blobs/{sha256}", Api.blob, Role.PUBLISHER, "releases"),
     Route("PUT", "/blobs/{sha256}", Api.upload, Role.PUBLISHER, "releases"),

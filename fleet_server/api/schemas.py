@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -45,6 +45,29 @@ class Publication(Body):
 
     manifest: str
     metadata: str
+
+
+class Metadata(Body):
+    """A publisher's signed metadata that adds no release, as text."""
+
+    metadata: str
+
+
+class KeyWish(Body):
+    """A change of who is trusted. `role`: root, targets, a publisher, assignments, snapshot, timestamp, or `online` for those three."""
+
+    action: Annotated[str, Field(pattern="^(renew|rotate|add-publisher|remove-publisher)$")]
+    role: Name
+    add: Annotated[list[dict[str, Any]], Field(max_length=16)] = []
+    remove: Annotated[list[Name], Field(max_length=16)] = []
+    threshold: Annotated[int, Field(ge=1, le=16)] | None = None
+    patterns: Annotated[list[Annotated[str, Field(min_length=1, max_length=65)]], Field(max_length=64)] = []
+
+
+class SignedChange(Body):
+    """The change file as the offline keys signed it, as text."""
+
+    change: str
 
 
 class NewRollout(Body):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fleet_server.cli import access, describe, devices, happened, releases, rollouts, server, tokens
+from fleet_server.cli import access, describe, devices, happened, keys, releases, rollouts, server, tokens
 from fleet_server.cli.common import Group
 
 
@@ -29,7 +29,8 @@ def main(profile: Path | None) -> None:
 
 for command in (
     server.init, server.serve, server.renew_root,
-    releases.publish, releases.releases, releases.withdraw,
+    releases.publish, releases.releases, releases.withdraw, releases.reinstate,
+    keys.keys, keys.publisher,
     rollouts.rollout, rollouts.rollback,
     devices.devices, tokens.token, happened.events, access.access, happened.audit, server.status,
     describe.openapi, describe.completion,

@@ -9,8 +9,9 @@ import contextlib
 import functools
 import inspect
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from urllib.parse import quote
@@ -26,6 +27,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 EXIT_FAILED, EXIT_REFUSED = 1, 3
+SECRET_ENVIRONMENT = "EDGE_FLEET_KEY_SECRET"  # noqa: S105 - the name of the variable
+"""The passphrase of a key file or the PIN of a hardware module, where nobody can be asked."""
 EXAMPLE = "edge-fleet "
 AS_WRITTEN = "\b\n"  # click folds a paragraph unless this stands before it
 
@@ -114,8 +117,31 @@ def signer(key: Path) -> Any:
     """The signer in a key file, asking for its passphrase when it has one."""
     from fleet_server.releases import keys
 
-    secret = click.prompt(f"Passphrase of {key}", hide_input=True, err=True) if keys.is_encrypted(key) else None
-    return keys.load(key, passphrase=secret)
+    return keys.load(key, passphrase=secret_of(str(key)))
+
+
+def signer_among(key: str, candidates: Iterable[Any]) -> Any:
+    """The signer in a key file, or behind a URI: then the one whose public key is among `candidates`."""
+    from fleet_server.releases import keys
+
+    if keys.is_uri(key):
+        return keys.open_uri(key, candidates, lambda what: _ask(f"{what} of {key}"))
+    return signer(Path(key))
+
+
+def secret_of(key: str) -> str | None:
+    """The passphrase of a key file that has one."""
+    from fleet_server.releases import keys
+
+    if keys.is_uri(key) or not keys.is_encrypted(Path(key)):
+        return None
+    return _ask(f"Passphrase of {key}")
+
+
+def _ask(what: str) -> str:
+    """A secret from the environment (for programs), else from whoever sits there."""
+    given = os.environ.get(SECRET_ENVIRONMENT)
+    return given if given is not None else str(click.prompt(what, hide_input=True, err=True))
 
 
 def segment(text: str) -> str:

@@ -9,47 +9,53 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fleet_server import display
-from fleet_server.cli.common import Command, connected, reports_errors, segment, show, signer, with_json
+from fleet_server.cli.common import Command, connected, reports_errors, segment, show, with_json
+from fleet_server.cli.keys import publishing
 from fleet_server.errors import ServerRefused
 
 if TYPE_CHECKING:
     from fleet_server.client import Client
 
+_key_option = click.option(
+    "--key", "keys", multiple=True, required=True, metavar="KEY",
+    help="The publisher's offline key: a file, or a URI of securesystemslib. Repeat it where several must sign.",
+)  # fmt: skip
+
 
 @click.command(cls=Command)
 @click.argument("release_yaml", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--key", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The offline releases key.")
+@_key_option
 @click.option("--yes", is_flag=True, help="Do not ask before signing.")
 @with_json
 @click.pass_context
 @reports_errors
-def publish(ctx: click.Context, release_yaml: Path, key: Path, *, yes: bool, as_json: bool) -> None:
-    """Signs a release on this machine and uploads it. The key never leaves this machine.
+def publish(ctx: click.Context, release_yaml: Path, keys: tuple[str, ...], *, yes: bool, as_json: bool) -> None:
+    """Signs a release on this machine and uploads it. The key never leaves this machine, or its hardware module.
 
     edge-fleet publish digits/RELEASE.yaml --key /media/usb/releases.key
+    edge-fleet publish lab/RELEASE.yaml --key 'hsm:2?label=fleet'
     """
     from fleet_server.releases import builder
 
-    signing = signer(key)
     built = builder.build(release_yaml)
     if not as_json:
         display.manifest(built.manifest)
     if not yes and not click.confirm(f"Sign and publish {built.manifest.ref}?", err=True):
         raise click.Abort
     with connected(ctx) as client:
+        _, _, signers = publishing(client, keys, model=built.manifest.model)
         display.upload(client, built, quiet=as_json)
-        published = _sign_and_send(client, built.manifest, signing)
+        published = _sign_and_send(client, built.manifest, signers)
     show(published, as_json, lambda data: click.echo(f"published {data['release']}, signed with {', '.join(data['signers'])}"))
 
 
-def _sign_and_send(client: Client, manifest: Any, signing: Any) -> Any:
+def _sign_and_send(client: Client, manifest: Any, signers: list[Any]) -> Any:
     """Once more when somebody else published in between."""
     from fleet_server.releases import publisher
 
     for attempt in (1, 2):
-        now = client.get("/publishing")
-        role = publisher.verified(now["root"].encode(), now["targets"].encode(), now["releases"].encode())
-        data, metadata = publisher.add(role, manifest, signing, time.time())
+        _, role, _ = publishing(client, (), model=manifest.model)
+        data, metadata = publisher.add(role, manifest, signers, time.time())
         try:
             return client.post("/releases", {"manifest": data.decode(), "metadata": metadata.decode()})
         except ServerRefused as error:
@@ -78,15 +84,43 @@ def releases(ctx: click.Context, model: str | None, *, as_json: bool) -> None:
 @click.pass_context
 @reports_errors
 def withdraw(ctx: click.Context, release: str, *, yes: bool) -> None:
-    """Forbids a release for good: no device may run it; those that do go back to the one before.
+    """Forbids a release: no device may run it; those that do go back to the one before. Devices remember it for good,
+    unless the release's publisher reinstates it.
 
     edge-fleet withdraw digits:4
     """
     from agent.contract import names
 
     ref = names.ReleaseRef.parse(release)
-    if not yes and not click.confirm(f"Withdraw {ref} for good?", err=True):
+    if not yes and not click.confirm(f"Withdraw {ref} from every device?", err=True):
         raise click.Abort
     with connected(ctx) as client:
         client.post(f"/releases/{segment(ref.model)}/{ref.version}/withdraw")
     click.echo(f"{ref} is withdrawn")
+
+
+@click.command(cls=Command)
+@click.argument("release")
+@_key_option
+@click.option("--yes", is_flag=True, help="Do not ask before signing.")
+@click.pass_context
+@reports_errors
+def reinstate(ctx: click.Context, release: str, keys: tuple[str, ...], *, yes: bool) -> None:
+    """Lifts the withdrawal of a release, with its publisher's offline key: devices believe nobody else. Rolls nothing out.
+
+    edge-fleet reinstate digits:4 --key /media/usb/releases.key
+    """
+    from agent.contract import names
+    from fleet_server.errors import NotFound
+    from fleet_server.releases import publisher
+
+    ref = names.ReleaseRef.parse(release)
+    with connected(ctx) as client:
+        now, role, signers = publishing(client, keys, model=ref.model)
+        if role is None:
+            raise NotFound(f"release {ref} was never published")
+        if not yes and not click.confirm(f"Sign that {ref} may be run again?", err=True):
+            raise click.Abort
+        metadata = publisher.reinstate(role, ref, signers, time.time())
+        client.post(f"/publishers/{segment(now['publisher'])}/metadata", {"metadata": metadata.decode()})
+    click.echo(f"{ref} may be rolled out again")

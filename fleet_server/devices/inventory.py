@@ -208,11 +208,12 @@ class Inventory:
             return [x509.load_pem_x509_certificate(pem.encode()).public_key() for pem in session.scalars(query)]
 
     def record(self, device: str) -> bytes:
-        """The device's signed record, signed again when less than half of its time is left."""
+        """The device's signed record, signed again when less than half of its time is left, or by a key that was replaced."""
         now = self._clock()
         with self._database.reading() as session:
             row = _row(session, device)
-        if row.record is None or row.record_expires - now < self._config.expiry.record_s / 2:
+        current = row.record is not None and self._repository.record_keyid in row.record
+        if not current or row.record_expires - now < self._config.expiry.record_s / 2:
             with self._database.session() as session:
                 row = _row(session, device)
                 row.serial += 1

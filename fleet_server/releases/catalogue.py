@@ -10,6 +10,7 @@ import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from agent.contract.codec import ContractError
 from agent.contract.manifest import ReleaseManifest, parse_manifest
 from agent.contract.names import ReleaseRef
 from fleet_server.access import SERVER, Actor
@@ -35,10 +36,12 @@ class Catalogue:
         Raises: see publication.check; Invalid when a file of it was not uploaded or is not what the manifest says.
         """
         with self._publishing:
-            trusted, delegator = self._repository.releases().signed, self._repository.targets_role().signed
-            checked = publication.check(trusted, delegator, manifest, metadata, self._clock())
+            publisher = self._repository.publisher_of(_model_of(manifest))
+            delegator, role = self._repository.targets_role().signed, self._repository.releases(publisher)
+            trusted = role.signed if role is not None else None
+            checked = publication.check(trusted, delegator, manifest, metadata, self._clock(), publisher)
             self._check_blobs(checked.manifest)
-            self._repository.publish(checked.target, manifest, metadata, checked.version)
+            self._repository.publish(checked.target, manifest, metadata, checked.version, publisher)
             with self._database.session() as session:
                 row = self._index(session, checked.manifest, manifest, checked.target.hashes["sha256"], list(checked.signers))
                 ref = checked.manifest.ref
@@ -65,18 +68,18 @@ class Catalogue:
 
     def reconcile(self) -> list[ReleaseRef]:
         """Indexes releases that are trusted but not in the database (a crash came between); those it found."""
-        role = self._repository.releases()
         delegator = self._repository.targets_role().signed
         found = []
-        for info in role.signed.targets.values():
-            data = self._repository.target_bytes(info)
-            manifest = parse_manifest(data)
-            with self._database.session() as session:
-                if session.get(ReleaseRow, (manifest.model, manifest.version)) is None:
-                    result = delegator.get_verification_result("releases", role.signed_bytes, role.signatures)
-                    self._index(session, manifest, data, info.hashes["sha256"], sorted(result.signed))
-                    self._journal.audit(session, SERVER, "release.recover", str(manifest.ref))
-                    found.append(manifest.ref)
+        for publisher, role in self._repository.publishers().items():
+            result = delegator.get_verification_result(publisher, role.signed_bytes, role.signatures)
+            for info in role.signed.targets.values():
+                data = self._repository.target_bytes(info)
+                manifest = parse_manifest(data)
+                with self._database.session() as session:
+                    if session.get(ReleaseRow, (manifest.model, manifest.version)) is None:
+                        self._index(session, manifest, data, info.hashes["sha256"], sorted(result.signed))
+                        self._journal.audit(session, SERVER, "release.recover", str(manifest.ref))
+                        found.append(manifest.ref)
         return found
 
     def _index(self, session: Session, manifest: ReleaseManifest, data: bytes, sha256: str, signers: list[str]) -> ReleaseRow:
@@ -99,6 +102,14 @@ class Catalogue:
         with self._database.reading() as session:
             row = find(session, ref)
         return {**_view(row), "manifest": msgspec.json.decode(row.manifest)}
+
+
+def _model_of(manifest: bytes) -> str:
+    """The model that a manifest says it is of; which publisher must have signed it follows from this alone."""
+    try:
+        return parse_manifest(manifest).model
+    except (ContractError, ValueError) as error:
+        raise Invalid(f"the manifest cannot be accepted: {error}", code="bad_manifest") from error
 
 
 def find(session: Session, ref: ReleaseRef) -> ReleaseRow:

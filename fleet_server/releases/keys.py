@@ -1,16 +1,27 @@
-"""Signing keys in files: PEM, PKCS#8, ed25519, with or without a passphrase."""
+"""Signing keys: in files (PEM, PKCS#8, with or without a passphrase), or wherever securesystemslib's signers reach: a hardware module,
+a cloud's key service.
+
+A key is named by a path, or by a URI of securesystemslib: `hsm:2?label=fleet`, `awskms:ARN`, `gcpkms:…`, `azurekms:…`, `hv:NAME`,
+`file2:PATH`. What needs a library of its own says so when it is missing.
+"""
 
 from __future__ import annotations
 
+import json
+import urllib.parse
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from securesystemslib.signer import CryptoSigner, Key, SSlibKey  # type: ignore[attr-defined]
+from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, Signer, SSlibKey  # type: ignore[attr-defined]
 
 from fleet_server import files
 from fleet_server.errors import Invalid, NotFound
+
+_PROBE = b"edge-fleet asks whether this is the right key"
 
 
 def generate(path: Path, *, passphrase: str | None = None) -> CryptoSigner:
@@ -43,6 +54,86 @@ def load(path: Path, *, passphrase: str | None = None) -> CryptoSigner:
     if not isinstance(key, (ed25519.Ed25519PrivateKey, ec.EllipticCurvePrivateKey)):
         raise Invalid(f"{path} must hold an ed25519 or ECDSA key")
     return CryptoSigner(key, SSlibKey.from_crypto(key.public_key()))
+
+
+def is_uri(name: str) -> bool:
+    """Whether `name` says where a key is that is not a file of ours."""
+    return name.partition(":")[0] in SIGNER_FOR_URI_SCHEME and not Path(name).exists()
+
+
+def open_uri(uri: str, candidates: Iterable[Key], secret: Callable[[str], str]) -> Signer:
+    """The signer behind a URI: a URI does not tell its public key, so the one of `candidates` that verifies what it signs.
+
+    Raises: Invalid (cannot be reached, or is none of the keys that would count here).
+    """
+    why = "none of the keys that count here was tried"
+    for key in candidates:
+        try:
+            signer = Signer.from_priv_key_uri(uri, key, secret)
+            key.verify_signature(signer.sign(_PROBE), _PROBE)
+        except Exception as error:  # noqa: BLE001 - each signer raises what its library raises
+            why = f"{type(error).__name__}: {error}"
+            continue
+        return signer
+    raise Invalid(f"{uri} cannot sign here, or is not one of the keys that count ({why})", code="wrong_key")
+
+
+def public(name: str, *, passphrase: str | None = None) -> Key:
+    """The public half of the key in a file (private or public, PEM or our JSON) or behind a URI.  Raises: NotFound, Invalid."""
+    if is_uri(name):
+        return _imported(name)
+    data = _read(Path(name))
+    if data.lstrip().startswith(b"{"):
+        return _parsed(data, name)
+    if b"PRIVATE KEY" in data:
+        return load(Path(name), passphrase=passphrase).public_key
+    try:
+        found = serialization.load_pem_public_key(data)
+        return SSlibKey.from_crypto(found)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise Invalid(f"{name} is not a key in PEM: {error}") from error
+
+
+def _parsed(data: bytes, name: str) -> Key:
+    try:
+        document = json.loads(data)
+        return Key.from_dict(document.pop("keyid"), document)
+    except Exception as error:  # securesystemslib raises KeyError, ValueError, TypeError… for a malformed key
+        raise Invalid(f"{name} is not a public key: {error}") from error
+
+
+def _imported(uri: str) -> Key:
+    scheme, _, rest = uri.partition(":")
+    if scheme not in _IMPORTS:
+        raise Invalid(f"the public key of {uri} must be given as a file: {scheme} does not tell it")
+    try:
+        _, key = _IMPORTS[scheme](SIGNER_FOR_URI_SCHEME[scheme], rest)
+    except Exception as error:  # each signer raises what its library raises
+        raise Invalid(f"{uri} does not tell its public key: {type(error).__name__}: {error}") from error
+    found: Key = key
+    return found
+
+
+def _hsm(signer: Any, rest: str) -> tuple[str, Key]:
+    number, _, query = rest.partition("?")
+    label = dict(urllib.parse.parse_qsl(query)).get("label")
+    found: tuple[str, Key] = signer.import_(int(number) if number else None, label)
+    return found
+
+
+def _azure(signer: Any, rest: str) -> tuple[str, Key]:
+    vault, _, key = rest.removeprefix("//").partition(".vault.azure.net/keys/")
+    found: tuple[str, Key] = signer.import_(vault, key.partition("/")[0])
+    return found
+
+
+_IMPORTS: dict[str, Callable[[Any, str], tuple[str, Key]]] = {
+    "hsm": _hsm,
+    "azurekms": _azure,
+    "awskms": lambda signer, rest: signer.import_(rest),
+    "gcpkms": lambda signer, rest: signer.import_(rest.removeprefix("//")),
+    "hv": lambda signer, rest: signer.import_(rest),
+}
 
 
 def device_key(certificate_key: object) -> Key:

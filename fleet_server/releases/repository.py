@@ -4,8 +4,8 @@ What is trusted is what timestamp.json leads to: timestamp → snapshot → targ
 to was left by an interrupted change; nobody ever saw it and the next change writes over it. So every change is: target files,
 role metadata, snapshot, timestamp, each durable before the next.
 
-    root, targets   signed offline at `init`; targets only delegates
-    releases        signed offline by a publisher, one version per publication
+    root, targets   signed offline; targets only delegates
+    releases, …     one role per publisher, signed offline, one version per publication
     assignments     signed here (online key), one target: the fleet's assignment
     snapshot, timestamp   signed here
 """
@@ -16,25 +16,28 @@ import datetime as dt
 import hashlib
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
+from securesystemslib.signer import CryptoSigner, Key, Signer  # type: ignore[attr-defined]
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
 
 from agent.contract.assignment import ASSIGNMENT_TARGET, ISSUED_FIELD
 from fleet_server import files
 from fleet_server.config import ExpirySettings
-from fleet_server.errors import Refused, Unavailable
+from fleet_server.errors import NotFound, Refused, Unavailable
+from fleet_server.releases import change as changes
+from fleet_server.releases import publishers
+from fleet_server.releases.change import OFFLINE_EXPIRY_S, Change, Draft, Opened
+from fleet_server.releases.online import ONLINE, OnlineKeys
+from fleet_server.releases.publishers import ASSIGNMENTS, RELEASES
 
-RELEASES, ASSIGNMENTS = "releases", "assignments"
-OFFLINE_EXPIRY_S = 365 * 86400.0
 KEPT_VERSIONS = 16  # a device in the middle of a refresh still finds the versions its timestamp names
-METADATA_NAME = re.compile(r"(timestamp|[1-9][0-9]{0,15}\.(root|targets|releases|assignments|snapshot))\.json")
+METADATA_NAME = re.compile(r"(timestamp|[1-9][0-9]{0,15}\.[A-Za-z0-9][A-Za-z0-9._-]{0,63})\.json")
 
 MAX_PARTS, MAX_PART_CHARS = (
     8,
@@ -48,13 +51,6 @@ class RepositoryDamaged(Exception):
     """The repository on disk does not hold together; the message says which file."""
 
 
-class OnlineKeys:
-    """The three keys that the server itself signs with."""
-
-    def __init__(self, assignments: CryptoSigner, snapshot: CryptoSigner, timestamp: CryptoSigner) -> None:
-        self.assignments, self.snapshot, self.timestamp = assignments, snapshot, timestamp
-
-
 class Repository:
     """Reads and changes the repository. Changes are serialised; readers of the files need no lock.
 
@@ -66,6 +62,7 @@ class Repository:
     ) -> None:
         self._metadata, self._targets, self._keys, self._expiry, self._clock = metadata, targets, keys, expiry, clock
         self._lock = threading.RLock()
+        self._pending = metadata.parent / "change-under-way.json"
 
     # -- making one --------------------------------------------------------------------------------------------------------
 
@@ -110,8 +107,26 @@ class Repository:
         """The trusted bytes of targets, releases or assignments."""
         return self._read_bytes(f"{self._versions()[f'{role}.json'].version}.{role}.json")
 
-    def releases(self) -> Metadata[Targets]:
-        return self._parse(self.role_bytes(RELEASES), Targets, RELEASES)
+    def releases(self, publisher: str = RELEASES) -> Metadata[Targets] | None:
+        """What a publisher has signed; None when that is nothing yet."""
+        if f"{publisher}.json" not in self._versions():
+            return None
+        return self._parse(self.role_bytes(publisher), Targets, publisher)
+
+    def publishers(self) -> dict[str, Metadata[Targets]]:
+        """Every publisher that may sign and has signed something, in the order of the search."""
+        found = {name: self.releases(name) for name in publishers.roles(self.targets_role().signed)}
+        return {name: role for name, role in found.items() if role is not None}
+
+    def publisher_of(self, model: str) -> str:
+        """Raises: NotFound when nobody may sign releases of the model."""
+        found = publishers.of(self.targets_role().signed, model)
+        if found is None:
+            raise NotFound(f"no publisher may sign releases of {model!r}; `edge-fleet publisher list` shows who signs what")
+        return found
+
+    def root_role(self) -> Metadata[Root]:
+        return self._parse(self.root_bytes(), Root, "root")
 
     def targets_role(self) -> Metadata[Targets]:
         return self._parse(self.role_bytes("targets"), Targets, "targets")
@@ -148,22 +163,37 @@ class Repository:
         return path if path.is_file() else None
 
     def expirations(self) -> dict[str, float]:
-        """When each trusted role ends, seconds since the epoch."""
-        found = {"root": self._parse(self.root_bytes(), Root, "root").signed.expires.timestamp()}
-        for role in ("targets", RELEASES, ASSIGNMENTS):
-            found[role] = self._parse(self.role_bytes(role), Targets, role).signed.expires.timestamp()
-        found["snapshot"] = self._snapshot().signed.expires.timestamp()
-        found["timestamp"] = self._timestamp().signed.expires.timestamp()
-        return found
+        """When each trusted role ends, seconds since the epoch: root, targets, publishers, then the online ones."""
+        found = {"root": self.root_role().signed.expires, "targets": self.targets_role().signed.expires}
+        found |= {name: role.signed.expires for name, role in self.publishers().items()}
+        found[ASSIGNMENTS] = self._parse(self.role_bytes(ASSIGNMENTS), Targets, ASSIGNMENTS).signed.expires
+        found["snapshot"], found["timestamp"] = self._snapshot().signed.expires, self._timestamp().signed.expires
+        return {role: at.timestamp() for role, at in found.items()}
+
+    def versions(self) -> dict[str, int]:
+        """The version of each trusted role."""
+        found = {name.removesuffix(".json"): info.version for name, info in self._versions().items()}
+        stamp = self._timestamp().signed
+        return {
+            **found,
+            "root": self.root_role().signed.version,
+            "timestamp": stamp.version,
+            "snapshot": stamp.snapshot_meta.version,
+        }
 
     # -- changing ----------------------------------------------------------------------------------------------------------
 
-    def publish(self, target: TargetFile, manifest: bytes, metadata: bytes, version: int) -> None:
-        """Makes an already verified `releases` version trusted: the manifest, then the role, then snapshot and timestamp."""
+    def publish(self, target: TargetFile, manifest: bytes, metadata: bytes, version: int, publisher: str = RELEASES) -> None:
+        """Makes an already verified version of a publisher's role trusted: the manifest, then the role, then snapshot and timestamp."""
         with self._lock:
             self._write_target(target.path, target.hashes["sha256"], manifest)
-            files.write(self._metadata / f"{version}.{RELEASES}.json", metadata)
-            self._advance({f"{RELEASES}.json": MetaFile(version)})
+            self.publish_role(publisher, metadata, version)
+
+    def publish_role(self, publisher: str, metadata: bytes, version: int) -> None:
+        """The same for a version that adds no manifest."""
+        with self._lock:
+            files.write(self._metadata / f"{version}.{publisher}.json", metadata)
+            self._advance({f"{publisher}.json": MetaFile(version)})
 
     def assign(self, document: bytes) -> None:
         """Signs the assignment and makes it trusted."""
@@ -189,34 +219,93 @@ class Repository:
                 renewed = ["timestamp"]
             return renewed
 
-    def renew_offline(self, root: CryptoSigner, releases: CryptoSigner | None) -> list[str]:
-        """Signs root and targets again with the offline key, and with its own key the releases role; what it renewed.
+    # -- who is trusted ----------------------------------------------------------------------------------------------------
 
-        Raises: Refused when a key is not the one that the trusted metadata names.
-        """
+    def draft(self) -> Draft:
+        """What is in force, to be changed and signed offline."""
         with self._lock:
-            trusted = self._parse(self.root_bytes(), Root, "root")
-            targets = self.targets_role()
-            _demand(root, trusted.signed.roles["root"].keyids, "root")
-            changed = {"targets.json": MetaFile(targets.signed.version + 1)}
-            if releases is not None:
-                assert targets.signed.delegations is not None
-                assert targets.signed.delegations.roles is not None
-                _demand(releases, targets.signed.delegations.roles[RELEASES].keyids, RELEASES)
-                role = self.releases()
-                self._write_role(RELEASES, self._again(role), releases)
-                changed[f"{RELEASES}.json"] = MetaFile(role.signed.version)
-            self._write_role("targets", self._again(targets), root)
-            self._write_role("root", self._again(trusted), root)
-            self._advance(changed)
-            return ["root", "targets", *([RELEASES] if releases else [])]
+            return Draft(self.root_role(), self.targets_role(), self._all_roles(), self._clock())
 
-    def _again(self, metadata: Metadata[T]) -> Metadata[T]:
-        """The next version of the role with the same content and a new expiry, not signed yet."""
-        metadata.signed.version += 1
-        metadata.signed.expires = self._in(OFFLINE_EXPIRY_S)
-        metadata.signatures.clear()
-        return metadata
+    def propose_online_keys(self, roles: list[str]) -> dict[str, Key]:
+        """New keys of the server's own, used once a root names them."""
+        with self._lock:
+            return self._keys.propose(roles)
+
+    def apply(self, change: Change) -> Opened:
+        """Makes a signed change of keys trusted, and signs everything online anew.  Raises: see change.check; Refused."""
+        with self._lock:
+            opened = changes.check(change, self.root_role(), self.targets_role(), self._all_roles(), self._clock())
+            for role, keyids in _online_keyids(opened.next_root, opened.next_targets).items():
+                if not self._keys.holds(role, keyids):
+                    raise Refused(
+                        f"the server holds no key that this change names for {role}: it was made elsewhere, or a later proposal "
+                        "replaced it; propose the change anew",
+                        code="unknown_online_key",
+                    )
+            files.write(self._pending, changes.write(change))
+            self._carry_out(opened)
+            return opened
+
+    def renew_offline(self, root: Signer, releases: Signer | None) -> list[str]:
+        """Signs root and targets for another year, with its own key the role `releases` too; what it renewed.  Raises: see `apply`."""
+        renewed = ["root", "targets", *([RELEASES] if releases else [])]
+        draft = self.draft()
+        for role in renewed:
+            draft.renew(role)
+        opened = Opened(draft.change())
+        for signer in (root, releases):
+            if signer is not None:
+                opened.sign(signer)
+        self.apply(opened.closed())
+        return renewed
+
+    def replace_online_keys(self, signers: Sequence[Signer]) -> list[str]:
+        """New keys for everything that the server signs; what changed, in sentences.  Raises: see `apply`."""
+        draft = self.draft()
+        draft.use_online(self.propose_online_keys(list(ONLINE)))
+        opened = Opened(draft.change())
+        for signer in signers:
+            opened.sign(signer)
+        return self.apply(opened.closed()).differences()
+
+    def finish_change(self) -> bool:
+        """Carries out a change that an interrupted server had begun. Whether there was one."""
+        with self._lock:
+            try:
+                data = self._pending.read_bytes()
+            except FileNotFoundError:
+                return False
+            self._carry_out(Opened(changes.read(data)))
+            return True
+
+    def _carry_out(self, opened: Opened) -> None:
+        """Every step can be done again. A device that asks between two of them is told to try later by a signature that does not fit."""
+        changed: dict[str, MetaFile] = {}
+        documents = {**opened.roles, **({"targets": opened.targets} if opened.targets is not None else {})}
+        for name, metadata in documents.items():
+            files.write(self._metadata / f"{metadata.signed.version}.{name}.json", metadata.to_bytes())
+            changed[f"{name}.json"] = MetaFile(metadata.signed.version)
+        self._keys.adopt(_online_keyids(opened.next_root, opened.next_targets))
+        document = self.assignment_bytes()
+        version = self._versions()[f"{ASSIGNMENTS}.json"].version + 1
+        self._write_role(ASSIGNMENTS, self._assignments(version, document), self._keys.assignments)
+        if opened.root is not None:
+            files.write(self._metadata / f"{opened.root.signed.version}.root.json", opened.root.to_bytes())
+        self._advance({**changed, f"{ASSIGNMENTS}.json": MetaFile(version)})
+        self._keys.settle()
+        self._pending.unlink(missing_ok=True)
+        files.sync_directory(self._pending.parent)
+
+    def _all_roles(self) -> dict[str, Metadata[Targets]]:
+        """Every publisher's role that snapshots ever named, also of publishers that may no longer sign."""
+        names = [name.removesuffix(".json") for name in self._versions()]
+        found = {name: self.releases(name) for name in names if name not in {"targets", ASSIGNMENTS}}
+        return {name: role for name, role in found.items() if role is not None}
+
+    @property
+    def record_keyid(self) -> str:
+        """The key that device records are signed with."""
+        return str(self._keys.assignments.public_key.keyid)
 
     def sign_record(self, record: bytes, payload_type: str) -> dict[str, object]:
         """A device record in its envelope, signed by the online assignments key."""
@@ -233,14 +322,15 @@ class Repository:
             root.signed.verify_delegate("timestamp", self._timestamp().signed_bytes, self._timestamp().signatures)
             root.signed.verify_delegate("snapshot", self._snapshot().signed_bytes, self._snapshot().signatures)
             root.signed.verify_delegate("targets", targets.signed_bytes, targets.signatures)
-            for role in (RELEASES, ASSIGNMENTS):
+            for role in (*self.publishers(), ASSIGNMENTS):
                 found = self._parse(self.role_bytes(role), Targets, role)
                 targets.signed.verify_delegate(role, found.signed_bytes, found.signatures)
         except (UnsignedMetadataError, VerificationError) as error:
             raise Unavailable(f"the repository's metadata does not verify: {error}; restore it from a backup") from error
         self.assignment_bytes()
-        for info in self.releases().signed.targets.values():
-            self.target_bytes(info)
+        for published in self.publishers().values():
+            for info in published.signed.targets.values():
+                self.target_bytes(info)
 
     # -- pieces ------------------------------------------------------------------------------------------------------------
 
@@ -332,6 +422,7 @@ class Repository:
         return moment.replace(microsecond=0)
 
 
-def _demand(signer: CryptoSigner, keyids: list[str], role: str) -> None:
-    if signer.public_key.keyid not in keyids:
-        raise Refused(f"this is not the key that signs {role} of this fleet", code="wrong_key")
+def _online_keyids(root: Root, targets: Targets) -> dict[str, list[str]]:
+    """The keys that may sign what the server signs."""
+    assignments = targets.get_delegated_role(ASSIGNMENTS)
+    return {role: assignments.keyids if role == ASSIGNMENTS else root.roles[role].keyids for role in ONLINE}

@@ -270,6 +270,23 @@ class Rollouts:
             self._journal.changed("releases")
             return {"release": str(ref), "withdrawn": True}
 
+    def reinstate(self, actor: Actor, ref: ReleaseRef) -> dict[str, Any]:
+        """The release may be rolled out again: its publisher signed so. Nothing is rolled out by this alone."""
+        with self._lock:
+            with self._database.session() as session:
+                catalogue.find(session, ref).withdrawn = False
+                self._next_version(session)
+                happening = Happening(
+                    name="release_reinstated",
+                    message=f"{ref} may be run again: its publisher signed so, at the request of {actor.name}",
+                    model=ref.model,
+                    release=ref.version,
+                )
+                events = [self._journal.record(session, happening)]
+            self._after(events)
+            self._journal.changed("releases")
+            return {"release": str(ref), "withdrawn": False}
+
     def _leave_withdrawn(self, session: Session, ref: ReleaseRef) -> None:
         model = session.get(ModelRow, ref.model)
         if model is None:
