@@ -37,6 +37,10 @@ class VersionRequest(msgspec.Struct, forbid_unknown_fields=True):
     version: int
 
 
+class TogetherRequest(msgspec.Struct, forbid_unknown_fields=True):
+    versions: dict[str, int]
+
+
 class UnloadRequest(msgspec.Struct, forbid_unknown_fields=True):
     version: int | None = None
 
@@ -70,6 +74,7 @@ class Control:
         return [
             Route("GET", "/control/v1/status", Access.OBSERVE, self.status),
             Route("GET", model, Access.OBSERVE, self.model),
+            Route("POST", "/control/v1/activate", Access.CONTROL, self._alone(self.activate_together), Kind.CONTROL),
             *(Route("POST", model + path, Access.CONTROL, self._alone(handler), Kind.CONTROL) for path, handler in changes),
         ]
 
@@ -103,6 +108,22 @@ class Control:
         served = self._host.activate(name, _body(call, VersionRequest).version)
         log.info("model %r: version %s is active", name, served.active.number if served.active else None)
         return _active(served)
+
+    def activate_together(self, call: Request) -> Answer:
+        """Models that belong together switch one right after the other, all of them or none."""
+        wanted = _body(call, TogetherRequest).versions
+        for name, number in wanted.items():
+            version = self._host.served(name).versions.get(number)
+            if version is None or version.state != "READY":
+                raise Refusal(409, f"model {name!r} version {number} is not loaded: none was switched", code="not_loaded")
+        for name, number in wanted.items():  # what takes its time first: the versions that two releases ago were active
+            previous = self._host.served(name).previous
+            if previous is not None and previous.number != number:
+                self._host.commit(name)
+        for name, number in wanted.items():
+            self._host.activate(name, number)
+        log.info("switched together: %s", ", ".join(f"{name} to {number}" for name, number in wanted.items()))
+        return json_answer({name: {"active": number} for name, number in wanted.items()})
 
     def rollback(self, call: Request) -> Answer:
         name, number = _model_name(call), _body(call, VersionRequest).version

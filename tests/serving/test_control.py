@@ -71,6 +71,29 @@ def test_load_activate_commit(client):
         assert expected is None or answer == expected
 
 
+def test_models_that_belong_together_switch_together(device, client, tmp_path):
+    device.release("other", 1, onnx_models.scale(tmp_path / "other-1.onnx", 10.0))
+    device.release("other", 2, onnx_models.scale(tmp_path / "other-2.onnx", 20.0))
+
+    def together(**versions):
+        status, _, answer = client.request("POST", "/control/v1/activate", {"versions": versions})
+        return status, json.loads(answer)
+
+    post(client, "load", {"version": 1, "variant": "cpu"}, model="other")
+    post(client, "activate", {"version": 1}, model="other")
+    post(client, "load", {"version": 2, "variant": "cpu"})
+    status, answer = together(scale=2, other=2)
+    assert (status, answer["code"]) == (409, "not_loaded")
+    assert "none was switched" in answer["error"]
+    assert factor(client) == 1, "the one that is loaded was not switched either"
+    post(client, "load", {"version": 2, "variant": "cpu"}, model="other")
+    assert together(scale=2, other=2) == (200, {"scale": {"active": 2}, "other": {"active": 2}})
+    assert (factor(client), float(client.infer("other", X)["y"][0, 0])) == (2, 20)
+    assert together(scale=1, other=1) == (200, {"scale": {"active": 1}, "other": {"active": 1}})
+    assert together(scale=1, other=1)[0] == 200, "asking for what is already so"
+    assert together(scale=1, none=1)[0] == 404
+
+
 def test_rollback_to_what_is_loaded_and_to_what_is_not(client):
     post(client, "load", {"version": 2, "variant": "cpu"})
     post(client, "activate", {"version": 2})
