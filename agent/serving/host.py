@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 from agent.contract.manifest import Picture, Serving
 from agent.serving.answers import Refusal
-from agent.serving.scheduling.lanes import Lane
+from agent.serving.scheduling.lanes import INLINE_RUN_S, Lane
 from agent.serving.scheduling.sequences import Sequences
 from agent.serving.stats import Stats
 from runtimes.contract import Model, Placement, TensorSpec
@@ -42,6 +42,7 @@ class Process(Protocol):
 State = Literal["LOADING", "READY", "UNAVAILABLE"]
 LABELS = ("stable", "candidate", "previous")
 DRAIN_TIMEOUT_S = 60.0  # a run that takes longer keeps its model in memory instead of having it closed under it
+BEYOND_INLINE_S = 2 * INLINE_RUN_S
 FIRST_COST_S = 1.0  # until it was measured a run counts as long
 
 
@@ -216,6 +217,18 @@ class Version:
             "waiting": self.lane.waiting,
             "stats": self.stats.document(),
         }
+
+
+class IsolatedVersion(Version):
+    """Never cheap enough for the thread that polls: what happens to its process must not keep that thread."""
+
+    def arrange(self, *, max_sequences: int, sequence_idle_s: float) -> None:
+        self.cost_s = max(self.cost_s, BEYOND_INLINE_S)
+        super().arrange(max_sequences=max_sequences, sequence_idle_s=sequence_idle_s)
+
+    def measured(self, run_s: float) -> None:
+        super().measured(run_s)
+        self.cost_s = self.lane.cost_s = max(self.cost_s, BEYOND_INLINE_S)
 
 
 class Served:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from agent.contract.manifest import Picture, Serving
 from agent.host import memory
-from agent.serving.host import Version
+from agent.serving.host import IsolatedVersion, Version
 from agent.store import Release
 from agent.variants import prepared
 from runtimes import registry
@@ -100,7 +100,7 @@ def _load_isolated(source: Source, runtime: Runtime, threads: int, started: floa
     from runtimes import isolated
 
     raw = isolated.load(runtime.name, source.path, _options(source, threads), slots=source.serving.instances)
-    version = _finished(source, runtime, raw)
+    version = _finished(source, runtime, raw, IsolatedVersion)
     if not raw.is_alive:
         raw.close()
         raise ModelInvalid(f"its process ended in its first run ({raw.ending})")
@@ -115,10 +115,10 @@ def _options(source: Source, threads: int) -> LoadOptions:
     return LoadOptions(threads=int(source.options.get("threads", threads)), extra=source.options)
 
 
-def _finished(source: Source, runtime: Runtime, raw: Model) -> Version:
+def _finished(source: Source, runtime: Runtime, raw: Model, kind: type[Version] = Version) -> Version:
     """The version with this model, as it is declared, warm.  Raises: ModelInvalid, RuntimeUnavailable, and `raw` is closed."""
     model = prepared(raw, state=source.state, serving=source.serving, picture=source.picture)
-    version = Version(source.name, source.version, source.variant or runtime.name, source.sha256, runtime.name)
+    version = kind(source.name, source.version, source.variant or runtime.name, source.sha256, runtime.name)
     version.source = source
     version.serving = source.serving
     version.picture = source.picture

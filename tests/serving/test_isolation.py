@@ -273,6 +273,27 @@ def test_state_that_lives_in_the_process(serve, tmp_path):
         assert found == [1, 2, 1, 3]
 
 
+def test_a_process_that_hangs_keeps_nobody_else(pair):
+    """Stopped in the middle of everything, it holds one thread for each request in it; the one that polls is never among them."""
+    server, client = pair
+    pid = entry(client, "frail")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    found = []
+
+    def ask():
+        with Client(server.socket) as own:
+            found.append(own.infer("frail", X)["x"][0, 0])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    for _ in range(50):
+        assert client.infer("steady", X)["y"][0, 0] == 3
+    assert found == []
+    os.kill(pid, signal.SIGCONT)
+    thread.join(DEADLINE_S)
+    assert found == [2]
+
+
 def test_it_dies_with_its_server(pair):
     server, client = pair
     pid = entry(client, "frail")["pid"]

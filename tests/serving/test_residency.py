@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+import tritonclient.grpc as triton
 
 from agent.client import Client, Unavailable
 from tests.serving import onnx_models
@@ -70,6 +71,17 @@ def test_what_is_over_the_budget_is_known_and_comes_when_asked_for(tables):
         assert 2 * ROWS * 8 <= metric(client, "edge_memory_used_bytes") <= 45 * MB
         assert entry(client, "a")["stats"]["ok"] == 3, "its counters go on"
     assert server.stop() == 0
+
+
+def test_over_grpc(tables, tmp_path):
+    """Its callers wait in threads of their own."""
+    serve(tables, grpc_socket=str(tmp_path / "g.sock"))
+    given = triton.InferInput("x", [1], "INT64")
+    given.set_data_from_numpy(X)
+    with triton.InferenceServerClient(f"unix:{tmp_path / 'g.sock'}") as client:
+        assert client.is_model_ready("a")
+        for name in "abcabc":
+            assert client.infer(name, [given]).as_numpy("y").tolist() == [107]
 
 
 def test_many_clients_in_turns_fail_nobody(tables):
