@@ -384,6 +384,12 @@ class SyncApp:
         problem = self.follower.problem
         if problem is not None and problem.reason is not Reason.DOWNLOAD_FAILED:
             return f"{problem.reason.value}: {problem.message}"
+        if self.follower.current is not None and (refused := self.follower.current.contradicted()):
+            names = ", ".join(map(str, refused))
+            return (
+                f"{Reason.WITHDRAWN.value}: the fleet wants {names}, which was withdrawn: this device refuses it until its publisher "
+                "signs otherwise (edge-fleet reinstate)"
+            )
         with self._workers_lock:
             found = [f"model {model!r}: {w.updater.problem}" for model, w in self._workers.items() if w.updater.problem]
         if found:

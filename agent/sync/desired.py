@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from agent.contract.assignment import Assignment, DeviceRecord, ModelAssignment, Wanted, wanted
 from agent.contract.codec import FORMAT, Document, require_format
+from agent.contract.names import ReleaseRef
 
 
 class Desired(Document, frozen=True, kw_only=True):
     """The last verified word of the fleet. `valid_until` is when the first signature behind it expires: from then on nothing new
-    is installed, and what runs keeps running.
+    is installed, and what runs keeps running. `withdrawn_before` are the releases that earlier assignments withdrew and no publisher reinstated.
     """
 
     assignment: Assignment
     record: DeviceRecord
     verified_at: float
     valid_until: float
+    withdrawn_before: dict[str, tuple[int, ...]] = {}
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -28,9 +32,20 @@ class Desired(Document, frozen=True, kw_only=True):
 
     def wanted(self, model: str) -> Wanted:
         """What to run of `model`; nothing when the assignment does not name it."""
-        rules = self.assignment.models.get(model, ModelAssignment())
-        return wanted(rules, self.record.device, self.record.groups)
+        return wanted(self._rules(model), self.record.device, self.record.groups)
 
     def withdrawn(self, model: str, release: int) -> bool:
-        rules = self.assignment.models.get(model)
-        return rules is not None and release in rules.withdrawn
+        return release in self._rules(model).withdrawn
+
+    def contradicted(self) -> tuple[ReleaseRef, ...]:
+        """Releases that the fleet wants although they were withdrawn and nobody who may has lifted that: they are refused."""
+        found = set()
+        for model, rules in self.assignment.models.items():
+            named = {rules.release, rules.rollout.release if rules.rollout else None}
+            memory = set(self.withdrawn_before.get(model, ())) - set(rules.withdrawn)
+            found |= {ReleaseRef(model, number) for number in named & memory if number is not None}
+        return tuple(sorted(found))
+
+    def _rules(self, model: str) -> ModelAssignment:
+        rules = self.assignment.models.get(model, ModelAssignment())
+        return msgspec.structs.replace(rules, withdrawn=(*rules.withdrawn, *self.withdrawn_before.get(model, ())))

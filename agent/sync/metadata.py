@@ -214,10 +214,16 @@ class Session:
 
     def info(self, path: str, what: str) -> TargetFile | None:
         """What the signed metadata says of a target; None when nobody signed one of that name.  Raises: Problem."""
+        before = self._loaded()
         with as_problems(what):
             found = self._updater.get_targetinfo(path)
-        sync_metadata(self._metadata)
+        if self._loaded() != before:
+            sync_metadata(self._metadata)
         return found
+
+    def _loaded(self) -> int:
+        """How many roles were read so far: no file can have been written while it stays the same."""
+        return len(self._updater._trusted_set)  # noqa: SLF001
 
     def fetch(self, target: TargetFile, base_url: str, what: str) -> bytes:
         """The target's bytes, size first, then its hashes (specification section 5.7).  Raises: Problem."""

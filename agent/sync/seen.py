@@ -15,6 +15,9 @@ from agent.contract.codec import FORMAT, ContractError, Document, decode, requir
 from agent.contract.reasons import Reason
 from agent.sync.problems import Problem
 
+MAX_BYTES = 16 * 1024 * 1024
+"""Grows with the withdrawn releases that publishers signed: a few bytes each."""
+
 
 class Seen(Document, frozen=True, kw_only=True):
     """`versions` by role; `keys` the key ids that each role had when its version was noted; `withdrawn` per model the releases that
@@ -25,7 +28,7 @@ class Seen(Document, frozen=True, kw_only=True):
     keys: dict[str, tuple[str, ...]] = {}
     assignment: int = 0
     record: int = 0
-    withdrawn: dict[str, dict[int, int]] = {}
+    withdrawn: dict[str, dict[str, int]] = {}
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -38,7 +41,7 @@ def load(path: Path) -> Seen:
     Raises: Problem when it is there and damaged: forgetting it silently would forgive a rollback.
     """
     try:
-        return decode(path.read_bytes(), Seen, limit_bytes=64 * 1024)
+        return decode(path.read_bytes(), Seen, limit_bytes=MAX_BYTES)
     except FileNotFoundError:
         return Seen()
     except ContractError as error:

@@ -7,7 +7,9 @@ Rules, in the order they are applied:
  4. the assignment comes from the role `assignments`, is of this fleet, and its version never goes down;
  5. the device record is signed by the keys that the trusted `targets` gives to `assignments`, is for this device, has not expired,
     and its serial never goes down;
- 6. a manifest comes from the delegated `releases` role, has the length and hash listed there, and describes the release asked for.
+ 6. what an assignment once withdrew stays withdrawn, until the publisher signs otherwise (`withdrawals.py`);
+ 7. a manifest comes from the role of the publisher that may sign its model, has the length and hash listed there, and describes the
+    release asked for.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import msgspec
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from tuf.api.metadata import Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
@@ -36,6 +39,7 @@ from agent.contract.reasons import Reason
 from agent.host import clock as clocks
 from agent.host.clock import SignedClock
 from agent.sync import seen as seen_versions
+from agent.sync import withdrawals
 from agent.sync.desired import Desired
 from agent.sync.http import FleetHttp
 from agent.sync.identity import Identity
@@ -79,10 +83,11 @@ class Trust:
             assignment = self._assignment(session)
             trusted = session.role(Targets.type, Targets)
             record = self._record(trusted)
-            seen = seen_versions.advance_documents(session.seen, assignment.version, record.serial)
+            seen = self._advanced(session, assignment, record)
             desired = Desired(
                 assignment=assignment,
                 record=record,
+                withdrawn_before=withdrawals.refused(seen.withdrawn),
                 verified_at=self._clock.wall(),
                 valid_until=min(record.expires, _expiry(session)),
             )
@@ -106,6 +111,22 @@ class Trust:
         except ValueError as error:
             raise Problem(Reason.WRONG_RELEASE, str(error)) from error
         return Signed(data, hashlib.sha256(data).hexdigest(), manifest)
+
+    def _advanced(self, session: Session, assignment: Assignment, record: DeviceRecord) -> seen_versions.Seen:
+        """What this device knows from now on of versions and withdrawals."""
+        before = session.seen
+        seen = seen_versions.advance_documents(before, assignment.version, record.serial)
+        if assignment.version == before.assignment:
+            return seen
+
+        def count(ref: ReleaseRef) -> int | None:
+            try:
+                info = session.info(ref.target_path, f"release {ref}")
+            except Problem as error:
+                raise LookupError(str(error)) from error
+            return withdrawals.reinstatements(info.custom) if info is not None else None
+
+        return msgspec.structs.replace(seen, withdrawn=withdrawals.remember(seen.withdrawn, assignment, count))
 
     def _assignment(self, session: Session) -> Assignment:
         target = session.info(ASSIGNMENT_TARGET, "the assignment")

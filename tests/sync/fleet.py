@@ -42,6 +42,7 @@ from agent.contract.assignment import (
     ASSIGNMENT_TARGET,
     ISSUED_FIELD,
     RECORD_PAYLOAD_TYPE,
+    REINSTATED_FIELD,
     Assignment,
     DeviceRecord,
     ModelAssignment,
@@ -150,6 +151,7 @@ class Repository:
         self.record_expires: float | None = None
         self.groups: tuple[str, ...] = ()
         self.issued: float | None = None
+        self.reinstated: dict[str, int] = {}
         self.record_signer = self.keys["assignments"]
         root = Root(version=1, expires=self._when("root"), consistent_snapshot=True)
         for role in ("root", "snapshot", "timestamp"):
@@ -216,6 +218,10 @@ class Repository:
         self.keys[role] = new
         self.files[f"metadata/{self.root.signed.version}.root.json"] = self.root.to_bytes()
 
+    def rotate_assignments(self) -> None:
+        """A new key for assignments and device records, named by the next targets."""
+        self.keys["assignments"] = self.record_signer = CryptoSigner.generate_ed25519()
+
     def record(self, *, device: str = DEVICE, fleet: str = FLEET) -> bytes:
         now = time.time()
         record = DeviceRecord(
@@ -241,6 +247,8 @@ class Repository:
 
     def _target(self, role: Targets, path: str, data: bytes) -> None:
         role.targets[path] = TargetFile.from_data(path, data, ["sha256"])
+        if path in self.reinstated:
+            role.targets[path].unrecognized_fields["custom"] = {REINSTATED_FIELD: self.reinstated[path]}
         folder, _, name = path.rpartition("/")
         self.files[f"targets/{folder}/{sha(data)}.{name}"] = data
 
