@@ -74,6 +74,8 @@ class Serving(Document, frozen=True, kw_only=True):
     """Priorities go from 1, the highest, to this one. A request that names a larger number has the lowest."""
     default_priority: int = 5
     """For requests that name none."""
+    warm_up: str = ""
+    """The golden case whose inputs the model is run on when it is loaded. Empty: zeros."""
     isolation: Literal["in-process", "process"] = "in-process"
     """process: the engine runs in a process of its own. A run takes some 50 µs longer; a crash costs this model and no other, and memory
     goes back to the machine when it is unloaded."""
@@ -275,6 +277,12 @@ class ReleaseManifest(Document, frozen=True, kw_only=True):
             raise ValueError("two variants of a release have the same name")
         for name in self.files:
             names.check(names.FILE_NAME, name, "file name")
+        cases = {golden.name for golden in self.acceptance.golden}
+        for variant in self.variants:
+            if variant.serving.warm_up and variant.serving.warm_up not in cases:
+                raise ValueError(
+                    f"variant {variant.name!r} is warmed up with {variant.serving.warm_up!r}, which is no golden case"
+                )
         for name in self._named_files():
             if name not in self.files:
                 raise ValueError(f"{name!r} is used but not among the release's files: {', '.join(sorted(self.files))}")

@@ -137,7 +137,7 @@ def config(host: ModelHost, name: str, wanted: str | None) -> Document:
         "cc_model_filenames": {},
         "metric_tags": {},
         "parameters": {key: {"string_value": value} for key, value in _parameters(found).items()},
-        "model_warmup": [{"name": "zeros", "batch_size": 1, "count": 2}] if found.is_warm else [],
+        "model_warmup": [{"name": found.serving.warm_up or "zeros", "batch_size": 1, "count": 2}] if found.is_warm else [],
         "model_transaction_policy": {"decoupled": False},
     }
     document.update(_scheduling(found))

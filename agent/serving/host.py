@@ -66,7 +66,7 @@ class Version:
         self.serving = Serving()  # as the release wants it
         self.filename = ""
         self.source: Any = None  # where it was loaded from, to whoever loads it again
-        self.is_warm = False  # a run on zeros was made and worked
+        self.is_warm = False  # a run was made and worked
         self.placement = Placement("", "")
         self.load_s = 0.0
         self.loaded_s = 0.0  # when, as perf_counter

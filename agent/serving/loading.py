@@ -17,7 +17,7 @@ from agent.store import Release
 from agent.variants import prepared
 from runtimes import registry
 from runtimes.check import zeros
-from runtimes.contract import InputInvalid, LoadOptions, Model, ModelInvalid, RunFailed, Runtime, Scalar
+from runtimes.contract import Array, InputInvalid, LoadOptions, Model, ModelInvalid, RunFailed, Runtime, Scalar
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +44,13 @@ class Source:
     picture: Picture | None = None
     filename: str = ""  # as people know it; empty: that of `path`
     labels: Mapping[str, Path] = field(default_factory=dict)  # of some outputs: a text file, a class per line
+    warm_up: Path | None = None  # an .npz of inputs; None: zeros
 
 
 def source_of(release: Release) -> Source:
     variant, files = release.variant, release.manifest.files
     blobs = release.path.parent
+    warm_up = [files[g.inputs].sha256 for g in release.manifest.acceptance.golden if g.name == variant.serving.warm_up]
     return Source(
         name=release.manifest.model,
         version=release.manifest.version,
@@ -61,6 +63,7 @@ def source_of(release: Release) -> Source:
         state=variant.state,
         picture=variant.picture,
         filename=variant.file,
+        warm_up=blobs / warm_up[0] if warm_up else None,
         labels={t.name: blobs / files[t.labels].sha256 for t in release.manifest.outputs if t.labels},
     )
 
@@ -125,12 +128,26 @@ def _finished(source: Source, runtime: Runtime, raw: Model, kind: type[Version] 
     version.filename = source.filename or source.path.name
     version.labels = {output: _read_labels(version, output, path) for output, path in source.labels.items()}
     try:
-        _warm_up(version, model)
+        _warm_up(version, model, source.warm_up)
     except BaseException:
         model.close()
         raise
     version.ready(model)
     return version
+
+
+def _read_arrays(version: Version, path: Path) -> dict[str, Array] | None:
+    """None when the file cannot be used: a model answers without having been warm, too."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: np.ascontiguousarray(archive[name]) for name in archive.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        log.warning("model %r version %d: its inputs to warm up with cannot be read: %s", version.name, version.number, error)
+        return None
 
 
 def _read_labels(version: Version, output: str, path: Path) -> tuple[str, ...]:
@@ -153,12 +170,12 @@ def failed(source: Source, reason: str) -> Version:
     return version
 
 
-def _warm_up(version: Version, model: Model) -> None:
-    """One run on zeros fills the engine's caches, a second one tells what a run costs.
+def _warm_up(version: Version, model: Model, inputs: Path | None) -> None:
+    """One run, on zeros where its release names no `inputs`, fills the engine's caches; a second one tells what a run costs.
 
     A model may fail on them and be good: zero means nothing as a size, a position, a factor to resize by.
     """
-    feeds = zeros(model.inputs)
+    feeds = (_read_arrays(version, inputs) if inputs is not None else None) or zeros(model.inputs)
     if feeds is None:
         return
     try:
@@ -168,7 +185,8 @@ def _warm_up(version: Version, model: Model) -> None:
             version.cost_s = time.perf_counter() - started
         version.is_warm = True
     except (InputInvalid, RunFailed) as error:
-        log.info("model %r version %d was not warmed up, it fails on inputs of zeros: %s", version.name, version.number, error)
+        what = "its inputs" if inputs is not None else "inputs of zeros"
+        log.info("model %r version %d was not warmed up, it fails on %s: %s", version.name, version.number, what, error)
 
 
 def _log_loaded(version: Version) -> None:

@@ -1,0 +1,50 @@
+"""From a file to a warm version: what it is warmed up with."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from agent.contract.codec import ContractError, encode
+from agent.contract.manifest import Serving, parse_manifest
+from agent.serving import loading
+from agent.serving.loading import Source
+from tests.serving import onnx_models
+
+
+@pytest.fixture
+def picky(tmp_path):
+    """y = 100 + x for x from 50 to 59; it fails on zeros."""
+    value = onnx_models.value
+    return onnx_models._save(
+        tmp_path / "picky.onnx",
+        [helper.make_node("Sub", ["x", "k"], ["i"]), helper.make_node("Gather", ["t", "i"], ["y"])],
+        [value("x", TensorProto.INT64, ["n"])],
+        [value("y", TensorProto.INT64, ["n"])],
+        [("t", np.arange(150, 160)), ("k", np.int64(50))],
+    )
+
+
+@pytest.mark.parametrize(("content", "warm"), [(None, False), ([55], True), ([0], False), (b"no archive", False)], ids=str)
+def test_what_a_model_is_warmed_up_with(content, warm, picky, tmp_path):
+    path = None
+    if isinstance(content, bytes):
+        path = tmp_path / "x.npz"
+        path.write_bytes(content)
+    elif content is not None:
+        path = tmp_path / "x.npz"
+        np.savez(path, x=np.array(content, np.int64))
+    version = loading.load(Source("picky", 1, picky, "", warm_up=path), threads=1)
+    assert version.state == "READY"
+    assert version.is_warm is warm
+    version.retire()
+
+
+def test_a_golden_case_must_be_there():
+    document = {
+        "kind": "release", "format": 1, "model": "m", "version": 1,
+        "files": {"f": {"sha256": "0" * 64, "size_bytes": 1}},
+        "variants": [{"name": "cpu", "runtime": "onnx", "file": "f", "serving": {"warm_up": "truth"}}],
+    }  # fmt: skip
+    with pytest.raises(ContractError, match="'truth', which is no golden case"):
+        parse_manifest(encode(document))
+    assert Serving().warm_up == ""
