@@ -1,0 +1,91 @@
+"""Lanes whose model is away: jobs wait in them, and nothing of them runs."""
+
+import pytest
+
+from agent.contract.manifest import Serving
+from agent.serving.inference import SequenceDemand
+from agent.serving.scheduling.jobs import NEVER, Place
+from agent.serving.scheduling.lanes import Lane
+from agent.serving.scheduling.scheduler import LaneClosed
+from agent.serving.scheduling.sequences import Sequences
+from tests.unit.test_scheduling import Bench
+
+
+@pytest.fixture
+def bench():
+    return Bench(held_s=30.0)
+
+
+def held(**rules):
+    lane = Lane(Serving(**rules))
+    lane.hold()
+    return lane
+
+
+def test_what_is_held_waits_and_runs_when_it_is_back(bench):
+    lane = held()
+    assert lane.gated
+    first, second = bench.park(lane, "first"), bench.park(lane, "second")
+    assert bench.scheduler.look() == ([], False)
+    woken = bench.woken
+    bench.scheduler.resume(lane)
+    assert bench.woken > woken
+    assert not lane.gated
+    assert bench.scheduler.look()[0] == [first]
+    assert bench.scheduler.look()[0] == [second]
+
+
+def test_who_has_no_timeout_waits_for_a_bounded_time_and_only_while_it_is_held(bench):
+    lane = held()
+    job, patient = bench.park(lane, "job"), bench.park(lane, "patient", timeout_s=100.0)
+    assert (job.deadline_s, patient.deadline_s) == (130.0, 200.0)
+    bench.clock.now = 131.0
+    assert bench.scheduler.expired() == [job]
+    late = bench.park(lane, "late")
+    bench.scheduler.resume(lane)
+    assert late.deadline_s == NEVER
+    bench.clock.now = 1000.0
+    assert bench.scheduler.expired() == [patient]
+
+
+def test_what_waits_is_taken_out_in_order_of_arrival(bench):
+    lane = held()
+    jobs = [bench.park(lane, n, priority=5 - n) for n in range(4)]
+    assert bench.scheduler.evacuate(lane, close=True) == jobs
+    assert bench.scheduler.waiting == lane.waiting == 0
+    with pytest.raises(LaneClosed):
+        bench.scheduler.admit(bench.job(lane), may_run=True)
+    other = Lane(Serving())
+    jobs[2].move(other)
+    assert bench.scheduler.admit(jobs[2], may_run=True) == [jobs[2]]
+    assert jobs[2].place is Place.TAKEN
+
+
+def test_sequences_are_taken_out_whole(bench):
+    lane = Lane(Serving(), Sequences("m", 1, limit=4, idle_s=60.0))
+    lane.hold()
+    jobs = [bench.park(lane, n, sequence=SequenceDemand(7, start=n == 0)) for n in range(3)]
+    assert bench.scheduler.evacuate(lane, close=False) == jobs
+    assert lane.waiting == 0
+    assert len(lane.sequences) == 0
+
+
+def test_only_who_is_alone_may_rest(bench):
+    lane = Lane(Serving(), Sequences("m", 1, limit=4, idle_s=60.0))
+    (job,) = bench.scheduler.admit(bench.job(lane, sequence=SequenceDemand(7, start=True)), may_run=True)
+    job.sequence.started = True
+    bench.scheduler.finished([job])
+    assert not bench.scheduler.rest(lane, lambda: True), "a sequence is under way"
+    bench.clock.now += 61.0
+    assert not bench.scheduler.rest(lane, lambda: False), "somebody is inside"
+    assert bench.scheduler.rest(lane, lambda: True)
+
+
+def test_drained_is_who_waits_and_nobody_else(bench):
+    lane = Lane(Serving(instances=1))
+    running = bench.scheduler.admit(bench.job(lane), may_run=True)
+    bench.park(lane)
+    lane.hold()
+    assert not bench.scheduler.is_drained(lane, lambda: 2)
+    bench.scheduler.finished(running)
+    assert bench.scheduler.is_drained(lane, lambda: 1)
