@@ -151,7 +151,7 @@ def test_repository_statistics_and_settings(client):
     refused("UNIMPLEMENTED", "log_file cannot be set", client.update_log_settings, {"log_file": "x"})
     assert list(client.get_trace_settings("scale").settings["trace_level"].value) == ["OFF"]
     assert client.update_trace_settings(settings={"trace_level": ["OFF"], "trace_rate": None}).settings["trace_rate"].value
-    refused("UNIMPLEMENTED", "does not trace", client.update_trace_settings, settings={"trace_level": ["TIMESTAMPS"]})
+    refused("UNIMPLEMENTED", "in agent.yaml decide", client.update_trace_settings, settings={"trace_level": ["TIMESTAMPS"]})
     refused("UNIMPLEMENTED", "memory of a GPU", client.get_cuda_shared_memory_status)
     refused("UNIMPLEMENTED", "memory of a GPU", client.unregister_cuda_shared_memory)
 

@@ -204,9 +204,8 @@ def test_long_runs_do_not_delay_short_ones(serve_files, scale, slow):
 
 def test_a_client_does_not_wait_for_ever(serve_files, slow):
     server = serve_files(slow)
-    with server.client(timeout_s=0.01) as client:
-        with pytest.raises(TimedOut):
-            client.infer("slow", {"x": ONE})
+    with server.client(timeout_s=0.01) as client, pytest.raises(TimedOut):
+        client.infer("slow", {"x": ONE})
     with server.client() as client:
         assert client.ready()
 

@@ -213,7 +213,7 @@ def test_logging_and_tracing(client, way):
     assert client.update_log_settings({"log_verbose_level": 1})["log_verbose_level"] == 1
     assert client.update_log_settings({"log_verbose_level": 0})["log_verbose_level"] == 0
     assert client.update_trace_settings(settings={"trace_level": ["OFF"]})["trace_level"] == ["OFF"]
-    refused("does not trace", client.update_trace_settings, "scale", {"trace_level": ["TIMESTAMPS"]})
+    refused("in agent.yaml decide", client.update_trace_settings, "scale", {"trace_level": ["TIMESTAMPS"]})
 
 
 def test_shared_memory_of_the_system(client, way):
