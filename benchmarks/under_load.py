@@ -57,6 +57,7 @@ def mixed(folder: Path, load: list[str], repeats: int, seconds: float) -> dict[s
         return p99
 
     with processes.running(processes.agent("run", tiny, slow, "--socket", server), server):
+        ask()  # the socket is there before the models are
         for _ in range(repeats):
             with _process(burn):
                 found["busy"].append(ask())
