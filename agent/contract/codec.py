@@ -16,6 +16,10 @@ class ContractError(ValueError):
     """A document does not follow the contract; the message says where and what was expected."""
 
 
+class Unreadable(ContractError):
+    """Not even JSON of a bearable size: no rule of the contract was reached."""
+
+
 class Document(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     """Base of every document: a value that is valid by construction. Unknown fields are ignored, so that
     a newer writer of the same format may say more; what changes meaning raises `FORMAT`.
@@ -25,14 +29,16 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
 def decode(data: bytes | bytearray | memoryview | str, kind: type[T], *, limit_bytes: int) -> T:
     """The document of type `kind` in `data` (JSON, UTF-8).
 
-    Raises: ContractError when `data` is larger than `limit_bytes`, is not JSON, or breaks a rule of `kind`.
+    Raises: ContractError when `data` breaks a rule of `kind`; its kind Unreadable when it is larger than `limit_bytes` or is not JSON.
     """
     if len(data) > limit_bytes:
-        raise ContractError(f"document of {len(data)} bytes is larger than the {limit_bytes} bytes allowed")
+        raise Unreadable(f"document of {len(data)} bytes is larger than the {limit_bytes} bytes allowed")
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except msgspec.ValidationError as error:
         raise ContractError(f"not a valid {kind.__name__}: {error}") from error
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise Unreadable(f"not a valid {kind.__name__}: {error}") from error
 
 
 def encode(document: object) -> bytes:

@@ -10,16 +10,23 @@ class Reason(str, Enum):
 
     # trust: refused before a byte of the release is used
     BAD_SIGNATURE = "bad_signature"
+    BELOW_THRESHOLD = "below_threshold"
     EXPIRED_METADATA = "expired_metadata"
     METADATA_ROLLBACK = "metadata_rollback"
+    REPLAYED_ASSIGNMENT = "replayed_assignment"
+    MIX_AND_MATCH = "mix_and_match"
     HASH_MISMATCH = "hash_mismatch"
     WRONG_RELEASE = "wrong_release"
+    WRONG_FLEET = "wrong_fleet"
+    UNREADABLE = "unreadable"
     BAD_MANIFEST = "bad_manifest"
     WITHDRAWN = "withdrawn"
     CLOCK_UNTRUSTED = "clock_untrusted"
 
     # fetching
     DOWNLOAD_FAILED = "download_failed"
+    ENDLESS_DATA = "endless_data"
+    SLOW_RETRIEVAL = "slow_retrieval"
     NO_SPACE = "no_space"
     STORE_FAILED = "store_failed"
 
@@ -47,6 +54,14 @@ class Reason(str, Enum):
 
 
 RETRYABLE = frozenset(
-    {Reason.EXPIRED_METADATA, Reason.CLOCK_UNTRUSTED, Reason.DOWNLOAD_FAILED, Reason.NO_SPACE, Reason.STORE_FAILED}
+    {
+        Reason.EXPIRED_METADATA,
+        Reason.CLOCK_UNTRUSTED,
+        Reason.DOWNLOAD_FAILED,
+        Reason.ENDLESS_DATA,
+        Reason.SLOW_RETRIEVAL,
+        Reason.NO_SPACE,
+        Reason.STORE_FAILED,
+    }
 )
 """Causes that lie outside the release: the device tries again later and does not quarantine it."""

@@ -188,11 +188,11 @@ class _Pace:
             rate = (have - before) / (now - since)
             if rate < self._min:
                 raise Problem(
-                    Reason.DOWNLOAD_FAILED, f"the download runs at {rate:.0f} bytes/s, at least {self._min} are demanded"
+                    Reason.SLOW_RETRIEVAL, f"the download runs at {rate:.0f} bytes/s, at least {self._min} are demanded"
                 )
             self._window = (now, have)
         if now > self._end:
-            raise Problem(Reason.DOWNLOAD_FAILED, "the download took longer than its size allows")
+            raise Problem(Reason.SLOW_RETRIEVAL, "the download took longer than its size allows")
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ class FleetHttp:
             if not chunk:
                 return
             if self._clock.monotonic() > end:
-                raise Problem(Reason.DOWNLOAD_FAILED, f"{response.url}: not finished after {deadline_s:.0f} s")
+                raise Problem(Reason.SLOW_RETRIEVAL, f"{response.url}: not finished after {deadline_s:.0f} s")
             yield chunk
 
     def get(self, url: str, *, limit_bytes: int, deadline_s: float) -> bytes:
@@ -123,7 +123,7 @@ class FleetHttp:
             for chunk in self.chunks(response, deadline_s=deadline_s):
                 body += chunk
                 if len(body) > limit_bytes:
-                    raise TooLong(Reason.DOWNLOAD_FAILED, f"{url}: more than the {limit_bytes} bytes allowed")
+                    raise TooLong(Reason.ENDLESS_DATA, f"{url}: more than the {limit_bytes} bytes allowed")
             return bytes(body)
 
     def post(self, path: str, data: bytes, *, limit_bytes: int) -> bytes:
@@ -145,7 +145,7 @@ class FleetHttp:
             with translated(url):
                 body: bytes = response.raw.read(limit_bytes + 1)
         if len(body) > limit_bytes:
-            raise TooLong(Reason.DOWNLOAD_FAILED, f"{url}: more than the {limit_bytes} bytes allowed")
+            raise TooLong(Reason.ENDLESS_DATA, f"{url}: more than the {limit_bytes} bytes allowed")
         return body
 
     def _suit_clock(self) -> None:

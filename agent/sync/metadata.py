@@ -13,6 +13,7 @@ import contextlib
 import datetime as dt
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TypeVar
 
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
+from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignore[attr-defined]
 
 from agent.contract.assignment import ISSUED_FIELD, MAX_ASSIGNMENT_BYTES
@@ -37,6 +39,10 @@ METADATA_DEADLINE_S = 60.0
 """For one metadata file. The largest allowed is 5 MB; a link that needs longer than a minute for it will not fetch a model either."""
 
 MAX_ROOT_ROTATIONS = 64
+MIXED = re.compile(r"Expected (snapshot version |.+ v[0-9]+, got v)")
+"""How python-tuf says that a rightly signed role is not the version that snapshot or timestamp name; it has no type of its own for it."""
+SOME_SIGNED = re.compile(r"signed by [1-9][0-9]*/")
+"""… and that some of the keys signed, but too few."""
 END_OF_TIME = 253_370_764_800.0  # the year 9999: no datetime is later
 _Role = TypeVar("_Role", Root, Timestamp, Snapshot, Targets)
 _TOP_LEVEL = (Timestamp.type, Snapshot.type, Targets.type)
@@ -281,13 +287,21 @@ def as_problems(what: str) -> Iterator[None]:
             Reason.EXPIRED_METADATA, f"{what} has expired ({error}): the fleet server must renew it, or the clock is wrong"
         ) from error
     except tuf_errors.BadVersionNumberError as error:
-        raise Problem(Reason.METADATA_ROLLBACK, f"{what} does not follow from what was verified before: {error}") from error
+        reason = Reason.MIX_AND_MATCH if MIXED.match(str(error)) else Reason.METADATA_ROLLBACK
+        raise Problem(reason, f"{what} does not follow from what was verified before: {error}") from error
     except tuf_errors.LengthOrHashMismatchError as error:
         raise Problem(Reason.HASH_MISMATCH, f"{what} is not what its metadata lists: {error}") from error
-    except tuf_errors.RepositoryError as error:  # includes UnsignedMetadataError
-        raise Problem(Reason.BAD_SIGNATURE, f"{what} cannot be trusted: {error}") from error
+    except tuf_errors.UnsignedMetadataError as error:
+        some = SOME_SIGNED.search(str(error))
+        raise Problem(Reason.BELOW_THRESHOLD if some else Reason.BAD_SIGNATURE, f"{what} cannot be trusted: {error}") from error
+    except tuf_errors.RepositoryError as error:
+        reason = Reason.UNREADABLE if isinstance(error, DeserializationError) else Reason.BAD_SIGNATURE
+        raise Problem(reason, f"{what} cannot be trusted: {error}") from error
+    except RecursionError as error:
+        raise Problem(Reason.UNREADABLE, f"{what} is nested too deeply") from error
     except tuf_errors.DownloadError as error:
-        raise Problem(Reason.DOWNLOAD_FAILED, f"{what}: {error}") from error
+        reason = error.__cause__.reason if isinstance(error.__cause__, Problem) else Reason.DOWNLOAD_FAILED
+        raise Problem(reason, f"{what}: {error}") from error
     except OSError as error:
         raise store_problem(error, f"keeping {what}") from error
 

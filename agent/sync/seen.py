@@ -80,9 +80,9 @@ def advance(seen: Seen, versions: Mapping[str, int], keys: Mapping[str, tuple[st
 
 
 def advance_documents(seen: Seen, assignment: int, record: int) -> Seen:
-    """`seen` with this assignment and record.  Raises: Problem METADATA_ROLLBACK when one of them is older than before."""
+    """`seen` with this assignment and record.  Raises: Problem REPLAYED_ASSIGNMENT when one of them is older than before."""
     if assignment < seen.assignment:
-        raise Problem(Reason.METADATA_ROLLBACK, f"the assignment went back from version {seen.assignment} to {assignment}")
+        raise Problem(Reason.REPLAYED_ASSIGNMENT, f"the assignment went back from version {seen.assignment} to {assignment}")
     if record < seen.record:
-        raise Problem(Reason.METADATA_ROLLBACK, f"the device record went back from serial {seen.record} to {record}")
+        raise Problem(Reason.REPLAYED_ASSIGNMENT, f"the device record went back from serial {seen.record} to {record}")
     return msgspec.structs.replace(seen, assignment=assignment, record=record)

@@ -32,7 +32,7 @@ from agent.contract.assignment import (
     Assignment,
     DeviceRecord,
 )
-from agent.contract.codec import ContractError, decode, encode
+from agent.contract.codec import ContractError, Unreadable, decode, encode
 from agent.contract.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
@@ -107,7 +107,7 @@ class Trust:
         try:
             manifest = parse_manifest(data, expected=ref)
         except ContractError as error:
-            raise Problem(Reason.BAD_MANIFEST, f"release {ref}: {error}") from error
+            raise _broken(f"release {ref}", error) from error
         except ValueError as error:
             raise Problem(Reason.WRONG_RELEASE, str(error)) from error
         return Signed(data, hashlib.sha256(data).hexdigest(), manifest)
@@ -136,17 +136,17 @@ class Trust:
         try:
             assignment = decode(data, Assignment, limit_bytes=MAX_ASSIGNMENT_BYTES)
         except ContractError as error:
-            raise Problem(Reason.BAD_MANIFEST, f"the assignment: {error}") from error
+            raise _broken("the assignment", error) from error
         if assignment.fleet != self._identity.address.fleet:
             raise Problem(
-                Reason.WRONG_RELEASE,
+                Reason.WRONG_FLEET,
                 f"the assignment is of fleet {assignment.fleet!r}, this device belongs to {self._identity.address.fleet!r}",
             )
         return assignment
 
     def _fetch(self, session: Session, target: TargetFile, limit_bytes: int, what: str) -> bytes:
         if target.length > limit_bytes:
-            raise Problem(Reason.BAD_MANIFEST, f"{what} has {target.length} bytes, more than the {limit_bytes} allowed")
+            raise Problem(Reason.UNREADABLE, f"{what} has {target.length} bytes, more than the {limit_bytes} allowed")
         return session.fetch(target, self._http.url(enrolment.TARGETS_PATH), what)
 
     def _record(self, trusted: Targets) -> DeviceRecord:
@@ -157,7 +157,7 @@ class Trust:
         mine = self._identity.address
         if (record.fleet, record.device) != (mine.fleet, mine.device):
             raise Problem(
-                Reason.WRONG_RELEASE,
+                Reason.WRONG_FLEET,
                 f"the device record is for {record.device!r} of fleet {record.fleet!r}, this is {mine.device!r} of {mine.fleet!r}",
             )
         if record.expires <= self._clock.wall():
@@ -205,4 +205,9 @@ def verify_record(envelope: bytes, trusted: Targets) -> DeviceRecord:
     try:
         return decode(parsed.payload, DeviceRecord, limit_bytes=MAX_RECORD_BYTES)
     except ContractError as error:
-        raise Problem(Reason.BAD_MANIFEST, f"the device record: {error}") from error
+        raise _broken("the device record", error) from error
+
+
+def _broken(what: str, error: ContractError) -> Problem:
+    reason = Reason.UNREADABLE if isinstance(error, Unreadable) else Reason.BAD_MANIFEST
+    return Problem(reason, f"{what}: {error}")

@@ -159,7 +159,7 @@ def test_a_download_that_trickles_is_given_up(store: Store):
 
     failed = problem(lambda: fetch(downloader(store, source, clock, rate=1000)))
 
-    assert failed.reason is Reason.DOWNLOAD_FAILED
+    assert failed.reason is Reason.SLOW_RETRIEVAL
     assert "bytes/s" in failed.message
 
 
@@ -170,7 +170,7 @@ def test_a_download_may_not_take_longer_than_its_size_allows(store: Store):
 
     failed = problem(lambda: fetch(downloader(store, source, clock, rate=10_000)))
 
-    assert failed.reason is Reason.DOWNLOAD_FAILED
+    assert failed.reason is Reason.SLOW_RETRIEVAL
 
 
 def test_a_download_stops_when_told(store: Store):
