@@ -8,10 +8,8 @@ A key is named by a path, or by a URI of securesystemslib: `hsm:2?label=fleet`, 
 from __future__ import annotations
 
 import json
-import urllib.parse
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -20,8 +18,7 @@ from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, Si
 
 from fleet_server import files
 from fleet_server.errors import Invalid, NotFound
-
-_PROBE = b"edge-fleet asks whether this is the right key"
+from fleet_server.releases.apart import Apart, imported
 
 
 def generate(path: Path, *, passphrase: str | None = None) -> CryptoSigner:
@@ -62,26 +59,17 @@ def is_uri(name: str) -> bool:
 
 
 def open_uri(uri: str, candidates: Iterable[Key], secret: Callable[[str], str]) -> Signer:
-    """The signer behind a URI: a URI does not tell its public key, so the one of `candidates` that verifies what it signs.
+    """The signer behind a URI. A URI does not tell its public key, so it is the one of `candidates` that verifies what it signs.
 
     Raises: Invalid (cannot be reached, or is none of the keys that would count here).
     """
-    why = "none of the keys that count here was tried"
-    for key in candidates:
-        try:
-            signer = Signer.from_priv_key_uri(uri, key, secret)
-            key.verify_signature(signer.sign(_PROBE), _PROBE)
-        except Exception as error:  # noqa: BLE001 - each signer raises what its library raises
-            why = f"{type(error).__name__}: {error}"
-            continue
-        return signer
-    raise Invalid(f"{uri} cannot sign here, or is not one of the keys that count ({why})", code="wrong_key")
+    return Apart(uri, candidates, secret)
 
 
 def public(name: str, *, passphrase: str | None = None) -> Key:
     """The public half of the key in a file (private or public, PEM or our JSON) or behind a URI.  Raises: NotFound, Invalid."""
     if is_uri(name):
-        return _imported(name)
+        return imported(name)
     data = _read(Path(name))
     if data.lstrip().startswith(b"{"):
         return _parsed(data, name)
@@ -100,40 +88,6 @@ def _parsed(data: bytes, name: str) -> Key:
         return Key.from_dict(document.pop("keyid"), document)
     except Exception as error:  # securesystemslib raises KeyError, ValueError, TypeError… for a malformed key
         raise Invalid(f"{name} is not a public key: {error}") from error
-
-
-def _imported(uri: str) -> Key:
-    scheme, _, rest = uri.partition(":")
-    if scheme not in _IMPORTS:
-        raise Invalid(f"the public key of {uri} must be given as a file: {scheme} does not tell it")
-    try:
-        _, key = _IMPORTS[scheme](SIGNER_FOR_URI_SCHEME[scheme], rest)
-    except Exception as error:  # each signer raises what its library raises
-        raise Invalid(f"{uri} does not tell its public key: {type(error).__name__}: {error}") from error
-    found: Key = key
-    return found
-
-
-def _hsm(signer: Any, rest: str) -> tuple[str, Key]:
-    number, _, query = rest.partition("?")
-    label = dict(urllib.parse.parse_qsl(query)).get("label")
-    found: tuple[str, Key] = signer.import_(int(number) if number else None, label)
-    return found
-
-
-def _azure(signer: Any, rest: str) -> tuple[str, Key]:
-    vault, _, key = rest.removeprefix("//").partition(".vault.azure.net/keys/")
-    found: tuple[str, Key] = signer.import_(vault, key.partition("/")[0])
-    return found
-
-
-_IMPORTS: dict[str, Callable[[Any, str], tuple[str, Key]]] = {
-    "hsm": _hsm,
-    "azurekms": _azure,
-    "awskms": lambda signer, rest: signer.import_(rest),
-    "gcpkms": lambda signer, rest: signer.import_(rest.removeprefix("//")),
-    "hv": lambda signer, rest: signer.import_(rest),
-}
 
 
 def device_key(certificate_key: object) -> Key:
