@@ -134,6 +134,8 @@ class Residency:
                 self._wait_or_give_up(residents, [v.name != name and self._may_go(v) for v in versions], excess, what, deadline)
             elif all(self._evict(versions[resident.key]) for resident in chosen):
                 return
+            else:
+                time.sleep(LOOK_S)  # somebody has just come in
 
     def _wait_or_give_up(
         self, residents: Sequence[Resident], may_go: Sequence[bool], excess: int, what: str, deadline: float
@@ -161,7 +163,7 @@ class Residency:
                 size_of(version),
                 max(version.loaded_s, version.stats.last_s),
                 version.loaded_s,
-                not version.inside and version.name != sparing and self._may_go(version),
+                version.name != sparing and self._may_go(version) and self._is_quiet(version),
             )
             for key, version in enumerate(versions)
         ]
@@ -172,6 +174,10 @@ class Residency:
             for version in list(served.versions.values()):
                 if version.state == "READY":
                     yield served, version
+
+    def _is_quiet(self, version: Version) -> bool:
+        """Whether nobody is inside, and no sequence is under way whose next request may come."""
+        return not version.inside and not self._scheduler.remembers(version.lane)
 
     def _may_go(self, version: Version) -> bool:
         served = self._host.get(version.name)

@@ -76,7 +76,9 @@ def test_only_who_is_alone_may_rest(bench):
     job.sequence.started = True
     bench.scheduler.finished([job])
     assert not bench.scheduler.rest(lane, lambda: True), "a sequence is under way"
+    assert bench.scheduler.remembers(lane)
     bench.clock.now += 61.0
+    assert not bench.scheduler.remembers(lane)
     assert not bench.scheduler.rest(lane, lambda: False), "somebody is inside"
     assert bench.scheduler.rest(lane, lambda: True)
 

@@ -1,5 +1,7 @@
 """The order of what waits, without threads, sockets or models: a clock that is told the time."""
 
+import weakref
+
 import pytest
 
 from agent.contract.manifest import Serving
@@ -143,6 +145,29 @@ def test_deadlines_of_what_waits_no_more_are_not_kept():
     for _ in range(1000):
         bench.scheduler.cancel(bench.park(a, timeout_s=1e9))
     assert len(bench.scheduler._deadlines) < 100
+
+
+def test_a_deadline_that_is_far_away_keeps_nothing_of_a_job_that_is_done():
+    """Its arrays, and the body that they lie in, would be kept for as long."""
+    bench, a, done = Bench(), lane(), []
+    for _ in range(20):
+        job = bench.park(a, Connection(), timeout_s=1e6)
+        done.append(weakref.ref(job.task))
+        assert bench.run_all() == [[job.task]]
+        del job
+    assert [ref() for ref in done] == [None] * 20
+    assert bench.scheduler.expired() == []
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (0, 1), (1, 0)])
+def test_requests_without_rows_wait_and_run_as_others(rows):
+    """They have no key, as those whose rows are not known yet."""
+    bench, a = Bench(), lane(max_batch_size=8, instances=1)
+    for name, count in enumerate(rows):
+        bench.park(a, name, rows=count)
+    assert bench.run_all() == [[0], [1]]
+    gone = [bench.park(a, name, rows=count) for name, count in enumerate(rows)]
+    assert [bench.scheduler.cancel(job) for job in gone] == [True, True]
 
 
 def test_instances_bound_one_model_and_leave_threads_to_others():

@@ -37,7 +37,7 @@ class Lane:
         self.running = 0
         self.waiting = 0  # those in the queue, and those of sequences whose turn has not come
         self._queue: list[Job] = []
-        self._rows: dict[Hashable, int] = {}
+        self._rows: dict[Hashable, int] = {}  # of those in the queue that have a key
         self._due_s = NEVER
 
     def deadline_s(self, arrived_s: float, timeout_s: float | None) -> float:
@@ -70,7 +70,8 @@ class Lane:
             spare_s = (job.deadline_s - self.cost_s - now_s) / 2  # the other half is for threads that come late
             job.due_s = now_s + max(0.0, min(self.delay_s, spare_s))
         insort(self._queue, job)
-        self._rows[job.key] = self._rows.get(job.key, 0) + job.rows
+        if job.key is not None:
+            self._rows[job.key] = self._rows.get(job.key, 0) + job.rows
         self._due_s = min(self._due_s, job.due_s)
 
     def remove(self, job: Job) -> None:
@@ -106,7 +107,7 @@ class Lane:
 
     def _any_full(self) -> bool:
         preferred, most = self.rules.preferred_batch_sizes, self.rules.max_batch_size
-        return any(rows >= most or rows in preferred for key, rows in self._rows.items() if key is not None)
+        return any(rows >= most or rows in preferred for rows in self._rows.values())
 
     def _batch(self, first: Job) -> tuple[list[Job], bool]:
         """The jobs that run with `first`, and whether there is no reason to wait for more."""
@@ -126,6 +127,8 @@ class Lane:
 
     def _forget(self, jobs: list[Job]) -> None:
         for job in jobs:
+            if job.key is None:
+                continue
             left = self._rows[job.key] - job.rows
             if left:
                 self._rows[job.key] = left

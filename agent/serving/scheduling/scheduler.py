@@ -58,7 +58,8 @@ class Scheduler:
         self._moved_s = clock()  # when a thread last took or ended long work
         self._lanes: dict[Lane, None] = {}  # those in which jobs wait
         self._remembering: dict[Lane, None] = {}  # those that may hold sequences
-        self._deadlines: list[tuple[float, int, Job]] = []  # a heap; jobs that wait no more lie in it until their time comes
+        self._bounded: dict[int, Job] = {}  # by number, those that wait and have a deadline
+        self._deadlines: list[tuple[float, int]] = []  # a heap; numbers of who waits no more lie in it for a while
         self._next_s = NEVER
         self._number = 0
 
@@ -89,7 +90,8 @@ class Scheduler:
                 job.place = Place.WAITING
                 job.caller.parked(job)
                 if job.deadline_s != NEVER:
-                    heapq.heappush(self._deadlines, (job.deadline_s, job.number, job))
+                    self._bounded[job.number] = job
+                    heapq.heappush(self._deadlines, (job.deadline_s, job.number))
             self._take(work)
             if not work:
                 self._tell(min(job.due_s if turn else NEVER, job.deadline_s))
@@ -119,6 +121,14 @@ class Scheduler:
                 if len(lane.sequences):
                     return False
             return not lane.waiting and take()
+
+    def remembers(self, lane: Lane) -> bool:
+        """Whether sequences of it are under way, so that it may not rest."""
+        if lane.sequences is None:
+            return False
+        with self._lock:
+            lane.sequences.expire(self._clock())
+            return bool(len(lane.sequences))
 
     def is_drained(self, lane: Lane, inside: Callable[[], int]) -> bool:
         """Whether those `inside` a held lane's version all wait, and none runs."""
@@ -243,8 +253,8 @@ class Scheduler:
         with self._lock:
             now = self._clock()
             while self._deadlines and self._deadlines[0][0] <= now:
-                job = heapq.heappop(self._deadlines)[2]
-                if job.place is Place.WAITING and job.deadline_s <= now:
+                job = self._bounded.get(heapq.heappop(self._deadlines)[1])
+                if job is not None and job.deadline_s <= now:
                     self._drop(job, now)
                     found.append(job)
         return found
@@ -288,8 +298,9 @@ class Scheduler:
         job.lane.waiting -= 1
         if not job.lane.waiting:
             del self._lanes[job.lane]
+        self._bounded.pop(job.number, None)
         if len(self._deadlines) > SPARE_DEADLINES + 2 * self.waiting:
-            self._deadlines = [entry for entry in self._deadlines if entry[2].place is Place.WAITING]
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._bounded]
             heapq.heapify(self._deadlines)
 
     def _take(self, work: list[Job]) -> None:
