@@ -347,7 +347,7 @@ def test_a_clock_far_ahead_is_told_and_harms_nothing(trust, repository, make_tru
     assert trust.refresh().wanted("crane").release == 1, "nothing of it was remembered"
 
 
-def test_a_thief_of_the_timestamp_key_cannot_move_time_for_good(trust, repository, make_trust):
+def test_a_thief_of_the_timestamp_key_cannot_move_time_for_good(trust, repository, make_trust, tmp_path):
     """He says it is the year 2100: believed up to the end of the root, and forgotten with his key."""
     repository.assign("crane", 1)
     trust.refresh()
@@ -355,6 +355,7 @@ def test_a_thief_of_the_timestamp_key_cannot_move_time_for_good(trust, repositor
     repository.expires["timestamp"] = repository.issued + DAY
     repository.sign()
     assert reason_of(trust.refresh) in {Reason.EXPIRED_METADATA, Reason.CLOCK_UNTRUSTED}
+    assert LastKnownGood(tmp_path / "trust" / "clock.json").time <= repository.root.signed.expires.timestamp()
     repository.expires, repository.issued = {}, None
     repository.sign()
     assert reason_of(make_trust().refresh) in {Reason.EXPIRED_METADATA, Reason.CLOCK_UNTRUSTED}
