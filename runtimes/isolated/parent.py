@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -76,6 +77,7 @@ class Process:
         self._code = 0
         self._troubles: list[OSError] = []
         self._sending = threading.Lock()
+        self._ends: deque[int] = deque()  # of sequences, which it has not been told
         started = threading.Event()
         self._watcher = threading.Thread(target=self._watch, args=(theirs, started), name="isolated", daemon=True)
         self._watcher.start()
@@ -129,9 +131,27 @@ class Process:
         """Raises: RunFailed when it is gone."""
         try:
             with self._sending:
+                self._tell_ends()
                 socket.send_fds(self._control, [wire.encode(order)], descriptors)
         except OSError as error:
             raise self.gone() from error
+
+    def end_sequence(self, number: int) -> None:
+        """Never waits, for whoever calls may hold locks: a process that does not listen now hears of it later."""
+        self._ends.append(number)
+        if self._sending.acquire(blocking=False):
+            try:
+                self._tell_ends(socket.MSG_DONTWAIT)
+            except OSError:
+                pass  # it is told before the next order, or is gone
+            finally:
+                self._sending.release()
+
+    def _tell_ends(self, flags: int = 0) -> None:
+        """With `_sending` held.  Raises: OSError."""
+        while self._ends:
+            self._control.send(wire.encode(wire.Sequence_(self._ends[0], opens=False)), flags)
+            self._ends.popleft()
 
     @property
     def ending(self) -> str:
@@ -292,8 +312,7 @@ class IsolatedModel:
         return IsolatedSequence(self, number)
 
     def end_sequence(self, number: int) -> None:
-        with contextlib.suppress(RunFailed):
-            self._process.tell(wire.Sequence_(number, opens=False))
+        self._process.end_sequence(number)
 
     def close(self) -> None:
         self._process.end()
@@ -309,6 +328,7 @@ class IsolatedModel:
             while not self._idle and len(self._all) >= self._most:
                 self._free.wait()
             if not self._process.is_alive:
+                self._free.notify_all()  # nor will anybody else who waits have a run
                 raise self._process.gone()
             if not self._idle:
                 slot = Slot(self._process)

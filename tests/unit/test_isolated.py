@@ -1,0 +1,84 @@
+"""The parent's side of an isolated model, with a process that does not do its part."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from runtimes import isolated
+from runtimes.contract import LoadOptions, RunFailed
+from tests.serving import onnx_models
+
+DEADLINE_S = 20.0
+ROWS = 4096  # of 16 bytes: an answer so large is left where it lies
+
+
+def load(path, slots=0):
+    return isolated.load("onnx", path, LoadOptions(), slots=slots)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return onnx_models.scale(tmp_path / "scale.onnx", 2.0)
+
+
+def inputs(model):
+    (spec,) = model.inputs
+    return {spec.name: np.ones([ROWS if size == -1 else size for size in spec.shape], np.float32)}
+
+
+def eventually(condition):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def in_thread(do):
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_the_end_of_a_sequence_waits_for_nobody(path):
+    """It is told with locks held that all models need; what the process does not hear now it hears before the next order."""
+    model = load(path)
+    try:
+        os.kill(model.pid, signal.SIGSTOP)
+        ends = in_thread(lambda: [model.end_sequence(number) for number in range(1, 2001)])
+        ends.join(DEADLINE_S)
+        assert not ends.is_alive()
+        assert model._process._ends
+        os.kill(model.pid, signal.SIGCONT)
+        assert len(model.run(inputs(model))) == 1
+        assert not model._process._ends
+    finally:
+        os.kill(model.pid, signal.SIGCONT)
+        model.close()
+
+
+def test_all_who_wait_for_a_slot_hear_that_the_process_has_gone(path):
+    model = load(path, slots=2)
+    feeds, ended = inputs(model), []
+
+    def ask():
+        try:
+            model.run(feeds)
+        except RunFailed as error:
+            ended.append(str(error))
+
+    try:
+        kept = model.run(feeds)  # a slow reader's, which keeps its slot
+        os.kill(model.pid, signal.SIGSTOP)
+        threads = [in_thread(ask) for _ in range(5)]
+        eventually(lambda: len(model._free._waiters) == 4)
+        os.kill(model.pid, signal.SIGKILL)
+        for thread in threads:
+            thread.join(DEADLINE_S)
+        assert len(ended) == 5
+        del kept
+    finally:
+        model.close()
