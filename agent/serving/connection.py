@@ -378,6 +378,8 @@ class Connection:
     def close(self) -> None:
         self.sending.clear()
         self.finished()
+        self.seat = self.request = self._last = None  # which refer to it: its buffer goes now, not with the next collection
+        self._last_start = -1
         if self._memory is not None:
             self._memory.close()
         self.sock.close()

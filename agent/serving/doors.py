@@ -91,7 +91,8 @@ class Doors:
         self._epoll.register(connection.fd, select.EPOLLIN)
 
     def close(self, connection: Connection) -> None:
-        self.open.pop(connection.fd, None)  # before the number can be given to a new connection
+        if self.open.get(connection.fd) is connection:  # not yet closed, and its number another one's
+            del self.open[connection.fd]  # before the number can be given to a new connection
         connection.close()  # which also takes it out of the epoll
 
     def _evict(self) -> bool:

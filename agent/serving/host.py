@@ -98,8 +98,11 @@ class Version:
         sequences = None
         if getattr(self.model, "stateful", False):
             sequences = Sequences(self.name, self.number, limit=max_sequences, idle_s=sequence_idle_s)
-        self.lane = Lane(self.serving, sequences)
-        self.lane.cost_s = self.cost_s
+        with self._lock:  # its process may end at any time
+            self.lane = Lane(self.serving, sequences)
+            self.lane.cost_s = self.cost_s
+            if self.held:
+                self.lane.hold()
 
     def failed(self, reason: str) -> None:
         self.state, self.reason = "UNAVAILABLE", reason

@@ -68,6 +68,7 @@ class ObservedService(Service):
         answer = super().answer(request, grant)
         if answer is not None:
             self.tell(request, grant, answer)
+            request.seat = seat  # the other one refers to the request, whose body would be kept until the next collection
         return answer
 
     def tell(self, request: Request, grant: Grant, answer: Answer) -> None:
@@ -90,6 +91,7 @@ class _ObservedSeat:
         return self._caller.has_thread
 
     def parked(self, job: Job) -> None:
+        self._request.seat = self._caller  # as above; from now on the job refers to this one
         self._caller.parked(job)
 
     def taken(self, job: Job) -> None:

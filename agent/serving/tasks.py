@@ -112,7 +112,11 @@ class Call(Task):
             self.succeeded(begun, time.perf_counter())
             return answer
         except Exception as error:  # noqa: BLE001 - it is said to the caller
-            return refusal_answer(refusal(self.version, error))
+            answer = refusal_answer(refusal(self.version, error))
+            self.error = error.__traceback__ = error.__cause__ = error.__context__ = (
+                None  # they refer to this task: see `Service`
+            )
+            return answer
 
 
 class Direct(Task):

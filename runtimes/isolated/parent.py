@@ -316,6 +316,7 @@ class IsolatedModel:
 
     def close(self) -> None:
         self._process.end()
+        self._process.on_death = lambda _: None  # whoever wanted to know may know this model
         with self._free:
             for slot in self._all:
                 slot.close()

@@ -202,3 +202,12 @@ def test_a_version_that_somebody_enters_just_then_does_not_rest(monkeypatch):
     monkeypatch.setattr(version.lane, "hold", lambda: (hold(), version._guests.append(None)))  # as `enter` begins
     assert not version.rest("evicted")
     assert (version.state, version.held, version.lane.held, version.lane.gated) == ("READY", False, False, False)
+
+
+def test_a_version_whose_process_ended_before_it_was_listed_is_held():
+    """Who comes waits for it, as for any other, instead of running into what is left."""
+    version = loaded(4)
+    assert version.hold("its process ended (SIGSEGV)")
+    version.arrange(max_sequences=1, sequence_idle_s=1.0)
+    assert version.lane.held
+    assert version.lane.gated

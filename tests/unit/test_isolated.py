@@ -1,9 +1,11 @@
 """The parent's side of an isolated model, with a process that does not do its part."""
 
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -82,3 +84,24 @@ def test_all_who_wait_for_a_slot_hear_that_the_process_has_gone(path):
         del kept
     finally:
         model.close()
+
+
+def test_a_closed_model_keeps_nobody_who_listened(path):
+    class Listener:
+        def __init__(self, model):
+            self.model = model
+
+        def died(self, _how):
+            pass
+
+    model = load(path)
+    listener = Listener(model)
+    model.on_death(listener.died)
+    listening = weakref.ref(listener)
+    gc.disable()
+    try:
+        model.close()
+        del listener
+        assert listening() is None
+    finally:
+        gc.enable()
