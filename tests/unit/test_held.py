@@ -70,6 +70,17 @@ def test_sequences_are_taken_out_whole(bench):
     assert len(lane.sequences) == 0
 
 
+def test_who_waits_behind_a_run_is_taken_out_too(bench):
+    """The turn would come in a lane that runs nothing any more."""
+    lane = Lane(Serving(), Sequences("m", 1, limit=4, idle_s=60.0))
+    running = bench.scheduler.admit(bench.job(lane, sequence=SequenceDemand(7, start=True)), may_run=True)
+    behind = [bench.park(lane, n, sequence=SequenceDemand(7)) for n in range(3)]
+    lane.hold()
+    assert bench.scheduler.evacuate(lane, close=True) == behind
+    bench.scheduler.finished(running)
+    assert lane.waiting == bench.scheduler.waiting == 0
+
+
 def test_only_who_is_alone_may_rest(bench):
     lane = Lane(Serving(), Sequences("m", 1, limit=4, idle_s=60.0))
     (job,) = bench.scheduler.admit(bench.job(lane, sequence=SequenceDemand(7, start=True)), may_run=True)

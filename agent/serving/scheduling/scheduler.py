@@ -157,6 +157,9 @@ class Scheduler:
             while (job := lane.first()) is not None:
                 self._drop(job, now)
                 found.append(job)
+            for job in lane.sequences.queued() if lane.sequences is not None else ():  # behind one that runs
+                self._drop(job, now)
+                found.append(job)
         return sorted(found, key=lambda job: job.number)
 
     # -- by who runs jobs ------------------------------------------------------------------------------------------------------

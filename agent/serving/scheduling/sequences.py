@@ -98,6 +98,10 @@ class Sequences:
             self._remove(sequence)
         return following
 
+    def queued(self) -> list[Job]:
+        """Those whose turn comes later."""
+        return [job for sequence in self._found.values() for job in sequence.queue]
+
     def unknown(self, number: int | str) -> Refusal:
         return Refusal(
             400,
