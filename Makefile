@@ -127,4 +127,6 @@ test-packages: mosquitto
 	$(call need,chromium,chromium)
 	$(call need,node,nodejs)
 	$(call need,jq,jq)
+	$(call need,faketime,faketime)
+	$(call need,softhsm2-util,softhsm2)
 	$(call need,cc,gcc libc6-dev)
