@@ -20,8 +20,12 @@ demo: $(VENV)/.demo mosquitto ## the whole story on this machine (ARGS=--once en
 	@$(BIN)/python examples/demo $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.dev test-packages $(CACHE)/onnx-node-tests/.done perf-analyzer ## every test (ARGS="-k name" for some)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev test-packages $(CACHE)/onnx-node-tests/.done ## every test but the long ones (ARGS="-k name" for some)
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+.PHONY: test-long
+test-long: $(VENV)/.dev test-packages perf-analyzer ## the tests that take their time: fuzzers, benchmarks, kills, devices that were away
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## lint, formatting, strict types, import rules, lock files

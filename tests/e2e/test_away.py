@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.world import World
 
-pytestmark = [pytest.mark.mosquitto, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.long, pytest.mark.mosquitto, pytest.mark.timeout(180)]
 
 IN_1970 = "@1970-01-02 03:04:05"
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.world import GOOD, TREACHEROUS, World
 
-pytestmark = [pytest.mark.mosquitto, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.long, pytest.mark.mosquitto, pytest.mark.timeout(150)]
 
 COMPLETED = [
     # victim, phase in which it dies

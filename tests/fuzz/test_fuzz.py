@@ -38,6 +38,7 @@ SEEDS = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris has no wheel for this Python and machine")
 @pytest.mark.parametrize("target", SEEDS)
 @pytest.mark.timeout(SECONDS + 60)
