@@ -45,10 +45,8 @@ class Link:
         self.scratch: Memory | None = None
         self.refused = False  # the server does not take memory here: tensors go through the socket
         self.known: dict[Any, bytes] = {}
-        self.layout: tuple[bytes, dict[str, Any]] = (
-            b"",
-            {},
-        )  # the last answer's JSON, read; the next one mostly has the same bytes
+        # The last answer's JSON, read; the next one mostly has the same bytes.
+        self.layout: tuple[bytes, dict[str, Any]] = (b"", {})
 
     def share(self, memory: Memory) -> Steps[bool]:
         """Registers it when it is not. False when the server does not take it."""

@@ -47,12 +47,8 @@ class AnswerReader:
         self._have = 0
         self._answer: Answer | None = None
         self._got = 0
-        self._memo: tuple[bytes, int, dict[str, str], int] = (
-            b"",
-            0,
-            {},
-            0,
-        )  # the last head: the next one mostly has the same bytes
+        # The last head: the next one mostly has the same bytes.
+        self._memo: tuple[bytes, int, dict[str, str], int] = (b"", 0, {}, 0)
 
     def room(self) -> memoryview:
         if self._answer is not None:

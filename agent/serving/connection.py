@@ -63,9 +63,8 @@ class Connection:
         self._buffer = bytearray(BUFFER_BYTES + ALIGNMENT)
         self._view = memoryview(self._buffer)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
-        self._empty = (
-            0  # where the next request is to begin so that its tensors are aligned, if its head is that of the last one
-        )
+        # Where the next request is to begin so that its tensors are aligned, if its head is that of the last one.
+        self._empty = 0
         self._room = self._view
         self._start = self._end = 0
         self._memo: Head | None = None  # the last head: the next one mostly has the same bytes

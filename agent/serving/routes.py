@@ -64,9 +64,8 @@ class Request:
         self.pace = _RUN
         self.trace = b""  # the caller's traceparent
         self.strays = False  # the tensors in the body do not begin where vector instructions like it
-        self.known: Any = (
-            None  # what whoever answers made of all but the tensors, if it holds for any tensors in this place: see `renew`
-        )
+        # What whoever answers made of all but the tensors, if it holds for any tensors in this place: see `renew`.
+        self.known: Any = None
         self.seat: Caller | None = None  # who is given the answer of a prediction that waits; None: the thread waits for it
 
     def renew(self, arrived_s: float) -> None:

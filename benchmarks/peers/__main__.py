@@ -76,7 +76,6 @@ def measure(peers: Sequence[Peer], repeats: int, seconds: float) -> list[Result]
         Progress(console=Console(stderr=True), transient=True) as bar,
     ):
         folder = Path(name)
-        os.environ["BENCH_MODELS"] = str(folder / "models")
         (folder / "models").mkdir()
         load = processes.load_program(folder)
         subjects = models.make(folder / "models")
@@ -91,12 +90,12 @@ def measure(peers: Sequence[Peer], repeats: int, seconds: float) -> list[Result]
 
 def once(peer: Peer, result: Result, folder: Path, load: list[str], subjects: Sequence[Subject], seconds: float) -> None:
     """Starts the server, measures, ends it."""
-    place = peer.place(folder)
+    place = peer.place(folder, subjects[0].path.parent)
     requests = {}
     for subject in subjects:
         requests[subject.name] = folder / f"{subject.name}.request"
         requests[subject.name].write_bytes(peer.request(subject))
-    with running(peer, place, subjects[0].path.parent) as (process, began):
+    with running(peer, place) as (process, began):
         first_answer(place, requests["tiny"].read_bytes(), process)
         result.start_s.append(time.perf_counter() - began)
         result.pss_mb.append(pss_mb(process.pid))
@@ -110,11 +109,11 @@ def once(peer: Peer, result: Result, folder: Path, load: list[str], subjects: Se
 
 
 @contextlib.contextmanager
-def running(peer: Peer, place: Place, models_folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+def running(peer: Peer, place: Place) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
     log = (place.folder / "log.txt").open("wb")
     began = time.perf_counter()
     process = subprocess.Popen(
-        peer.command(place), stdout=log, stderr=subprocess.STDOUT, cwd=place.folder, env=peer.environ(place, models_folder),
+        peer.command(place), stdout=log, stderr=subprocess.STDOUT, cwd=place.folder, env=peer.environ(place),
         start_new_session=True,
     )  # fmt: skip
     try:

@@ -23,9 +23,12 @@ ENVIRONMENTS = HERE.parents[1] / ".cache/peers"
 
 @dataclass(frozen=True)
 class Place:
-    """Where one server runs: a folder of its own, and the address it is told to listen at (a socket's path or 127.0.0.1:PORT)."""
+    """Where one server runs: a folder of its own, the folder of the models, and the address it is told to listen at (a socket's
+    path or 127.0.0.1:PORT).
+    """
 
     folder: Path
+    models: Path
     address: str
 
     @property
@@ -45,9 +48,6 @@ class Peer:
     unix: bool = False
     settings: dict[str, str] = field(default_factory=dict)
 
-    def python(self) -> str:
-        return str(ENVIRONMENTS / self.environment / "bin/python") if self.environment else sys.executable
-
     def install(self) -> None:
         """The peer's own virtual environment, once."""
         if not self.environment:
@@ -64,17 +64,17 @@ class Peer:
         subprocess.run(pip, check=True)
         mark.write_bytes(wanted.read_bytes())
 
-    def place(self, folder: Path) -> Place:
+    def place(self, folder: Path, models_folder: Path) -> Place:
         folder.mkdir(parents=True)
-        return Place(folder, str(folder / "peer.sock") if self.unix else f"127.0.0.1:{_free_port()}")
+        return Place(folder, models_folder, str(folder / "peer.sock") if self.unix else f"127.0.0.1:{_free_port()}")
 
-    def environ(self, place: Place, models_folder: Path) -> dict[str, str]:
+    def environ(self, place: Place) -> dict[str, str]:
         return {
             **os.environ,
             "ORT_DISABLE_TELEMETRY": "1",
             "ORT_TELEMETRY_DISABLED": "1",
             "OPENBLAS_NUM_THREADS": "1",
-            "PEER_MODELS": str(models_folder),
+            "PEER_MODELS": str(place.models),
             "PYTHONPATH": str(SERVERS),
             "HOME": str(place.folder),
             **{key: value.format(folder=place.folder, port=place.port) for key, value in self.settings.items()},
@@ -144,7 +144,7 @@ def _script(environment: str, script: str, *more: str) -> Callable[[Place], list
 
 
 def _ours(place: Place) -> list[str]:
-    return processes.agent("run", os.environ["BENCH_MODELS"], "--socket", place.address)
+    return processes.agent("run", place.models, "--socket", place.address)
 
 
 def _mlserver(place: Place) -> list[str]:
