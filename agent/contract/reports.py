@@ -26,6 +26,7 @@ class Phase(str, Enum):
     TRIALING = "trialing"
     SHADOWING = "shadowing"
     WAITING = "waiting"
+    CANARYING = "canarying"
     ACTIVATING = "activating"
     WATCHING = "watching"
     ROLLING_BACK = "rolling_back"

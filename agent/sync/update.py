@@ -31,8 +31,18 @@ and then; a model that takes the machine down does so every time."""
 
 RETRY_FIRST_S = 10.0
 RETRY_LONGEST_S = 3600.0
+UNREPORTED_FIRST_S = 300.0
+UNREPORTED_LONGEST_S = 86400.0
+"""A release that could not be reported is tried again: soon at first, because most outages are not its doing, and once a day in the
+end, because each time may cut the device off for as long as its watch lasts."""
+
 ANSWERS_KEPT = 20
 COMMITTED_KEPT = 50
+
+
+WaitsFor = Literal["retry", "window", "approval", "others"]
+"""retry: for the time to try again. window: for the hours in which devices may switch. approval: for somebody on the device. others: for
+the releases that switch together with it."""
 
 
 class Event(Enum):
@@ -45,16 +55,19 @@ class Event(Enum):
     RETRY_DUE = "the time to try again has come"
     REFUSED = "it does not pass"
     PASSED = "the trial passed"
-    PASSED_EARLY = "the trial passed, but its window is closed"
+    PASSED_EARLY = "the trial passed, but it may not serve yet"
     PASSED_AS_SHADOW = "the trial passed, and it is not to serve yet"
-    WINDOW_OPEN = "its window has opened"
+    WINDOW_OPEN = "nothing keeps it from serving any more"
     TO_SERVE = "the rollout lets it serve now"
+    TO_CANARY = "it may serve, a share of the requests first"
+    CANARY_PASSED = "it answered its share well"
     ACTIVATED = "it serves"
     BAD = "it must not stay"
     COMMITTED = "the watch ended well"
     OVERTAKEN = "something else is wanted now"
     BACK = "the release before serves again and this one is refused"
     BACK_ONLY = "the release before serves again"
+    BACK_FOR_NOW = "the release before serves again, and this one is tried again later"
     SETTLED = "what is wanted is what serves"
 
 
@@ -74,16 +87,25 @@ TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = MappingProxyType({
     (S.TRIALING, E.PASSED): S.ACTIVATING,
     (S.TRIALING, E.PASSED_EARLY): S.WAITING,
     (S.TRIALING, E.PASSED_AS_SHADOW): S.SHADOWING,
+    (S.TRIALING, E.TO_CANARY): S.CANARYING,
     (S.TRIALING, E.PUT_OFF): S.WAITING,
     (S.TRIALING, E.REFUSED): S.QUARANTINED,
     (S.TRIALING, E.OVERTAKEN): S.STEADY,
 
     (S.SHADOWING, E.TO_SERVE): S.ACTIVATING,
+    (S.SHADOWING, E.TO_CANARY): S.CANARYING,
+    (S.SHADOWING, E.REFUSED): S.QUARANTINED,
     (S.SHADOWING, E.OVERTAKEN): S.STEADY,
 
     (S.WAITING, E.RETRY_DUE): S.FETCHING,  # fetching again costs nothing when all is here, and sees a manifest that changed
     (S.WAITING, E.WINDOW_OPEN): S.ACTIVATING,
+    (S.WAITING, E.TO_CANARY): S.CANARYING,
     (S.WAITING, E.OVERTAKEN): S.STEADY,
+
+    (S.CANARYING, E.CANARY_PASSED): S.ACTIVATING,
+    (S.CANARYING, E.BAD): S.ROLLING_BACK,
+    (S.CANARYING, E.PUT_OFF): S.WAITING,  # only before a request met it
+    (S.CANARYING, E.OVERTAKEN): S.ROLLING_BACK,
 
     (S.ACTIVATING, E.ACTIVATED): S.WATCHING,
     (S.ACTIVATING, E.BAD): S.ROLLING_BACK,
@@ -97,6 +119,7 @@ TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = MappingProxyType({
 
     (S.ROLLING_BACK, E.BACK): S.QUARANTINED,
     (S.ROLLING_BACK, E.BACK_ONLY): S.STEADY,  # overtaken: it was not proved bad
+    (S.ROLLING_BACK, E.BACK_FOR_NOW): S.WAITING,  # the device could not report: that may have been the network
 })  # fmt: skip
 
 
@@ -112,8 +135,9 @@ RESUME: Mapping[Phase, Resume] = MappingProxyType({
     S.STEADY: Resume(S.STEADY, False, "nothing was under way"),
     S.FETCHING: Resume(S.FETCHING, False, "what is staged is hashed again and continued; power cuts during a long download are no fault of it"),
     S.TRIALING: Resume(S.TRIALING, True, "a trial changes nothing here, so it is done again; it may be what took the machine down"),
-    S.SHADOWING: Resume(S.SHADOWING, False, "it waits for the rollout, which the next assignment tells again"),
+    S.SHADOWING: Resume(S.SHADOWING, False, "copies are taken again beside the stored numbers; crashes of `serve` are counted by the phase itself"),
     S.WAITING: Resume(S.WAITING, False, "its timer is a stored time of day"),
+    S.CANARYING: Resume(S.CANARYING, False, "its share is set again beside the stored numbers; crashes of `serve` are counted as in a watch"),
     S.ACTIVATING: Resume(S.ACTIVATING, True, "loading, selecting and activating are each harmless to repeat; loading may be what crashed"),
     S.WATCHING: Resume(S.WATCHING, False, "the watch goes on with its stored baseline; crashes of `serve` are counted by the watch itself"),
     S.ROLLING_BACK: Resume(S.ROLLING_BACK, False, "going back is repeated until it is done, however often"),
@@ -150,7 +174,9 @@ class UpdateState(Document, frozen=True, kw_only=True):
     """What serves while this update runs, and what a roll-back returns to."""
     interruptions: int = 0
     tries: int = 0
-    waiting_for: Literal["retry", "window"] | None = None
+    unreported: int = 0
+    """How often it went back because no report of it could be delivered."""
+    waiting_for: WaitsFor | None = None
     retry_at: float | None = None
     failure: Failure | None = None
     activated: bool = False
@@ -185,7 +211,7 @@ def begin(
     return after(
         state, Event.WANTED, now,
         wanted=wanted, rollout=rollout, mode=mode, target=wanted, before=before, manifest=None, variant=None,
-        interruptions=0, tries=0, waiting_for=None, retry_at=None, failure=None, activated=False, watched=None,
+        interruptions=0, tries=0, unreported=0, waiting_for=None, retry_at=None, failure=None, activated=False, watched=None,
     )  # fmt: skip
 
 
@@ -194,7 +220,7 @@ def rest(state: UpdateState, event: Event, now: float, *answers: Answer, **chang
     return after(
         state, event, now,
         target=None, manifest=None, variant=None, waiting_for=None, retry_at=None, failure=None, activated=False, watched=None,
-        interruptions=0, tries=0, answers=keep_answers(state.answers, *answers), **changes,
+        interruptions=0, tries=0, unreported=0, answers=keep_answers(state.answers, *answers), **changes,
     )  # fmt: skip
 
 
@@ -212,6 +238,21 @@ def put_off(state: UpdateState, now: float, failure: Failure, jitter: float, *an
         waiting_for="retry", retry_at=now + delay_s, tries=state.tries + 1, failure=failure,
         answers=keep_answers(state.answers, *answers),
     )  # fmt: skip
+
+
+def back_for_now(state: UpdateState, now: float, jitter: float, answer: Answer) -> UpdateState:
+    """BACK_FOR_NOW until a time that doubles with every try. Its failure is kept, because it says how the wait ends."""
+    delay_s = min(UNREPORTED_LONGEST_S, UNREPORTED_FIRST_S * 2.0 ** min(state.unreported, 20)) * (0.5 + 0.5 * jitter)
+    return after(
+        state, Event.BACK_FOR_NOW, now,
+        waiting_for="retry", retry_at=now + delay_s, unreported=state.unreported + 1, interruptions=0, activated=False, watched=None,
+        answers=keep_answers(state.answers, answer),
+    )  # fmt: skip
+
+
+def longest_wait_s(state: UpdateState) -> float:
+    """A stored time further away than this means that the clock was set back meanwhile."""
+    return UNREPORTED_LONGEST_S if state.unreported else RETRY_LONGEST_S
 
 
 def keep_answers(known: tuple[Answer, ...], *new: Answer) -> tuple[Answer, ...]:

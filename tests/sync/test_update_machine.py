@@ -66,7 +66,10 @@ def test_nothing_serves_without_a_trial_in_the_table():
         (Phase.FETCHING, Event.FETCHED_KNOWN),
         (Phase.SHADOWING, Event.TO_SERVE),
         (Phase.WAITING, Event.WINDOW_OPEN),
+        (Phase.CANARYING, Event.CANARY_PASSED),
     }
+    before = {source for (source, _), target in TRANSITIONS.items() if target is Phase.CANARYING}
+    assert before == {Phase.TRIALING, Phase.SHADOWING, Phase.WAITING}
 
 
 def test_rolling_back_cannot_fail():
