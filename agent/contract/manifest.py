@@ -17,6 +17,9 @@ DATATYPES = frozenset(
 
 Scalar = str | int | float | bool
 
+MIN_LEASE_S = 60.0
+"""A shorter lease would end between two looks at the fleet on a network that works."""
+
 
 class Block(Document, frozen=True, kw_only=True):
     """A stretch of a file, in order, for resume and delta. The sizes of a file's blocks add up to its size."""
@@ -216,6 +219,9 @@ class WatchRules(Document, frozen=True, kw_only=True):
     as the share of failed requests exceeds the device's own baseline by `max_error_ratio_increase` over at least
     `min_requests_to_judge` requests, the p95 exceeds `max_p95_ratio` times the baseline's, or the serving process crashed
     more than `max_crashes` times.
+
+    What ended well is committed once a report that says so reached the fleet's broker; `report_within_s` is how long that may take
+    before a device that could report earlier goes back (see Acceptance.offline_commit).
     """
 
     duration_s: float = 300.0
@@ -225,10 +231,13 @@ class WatchRules(Document, frozen=True, kw_only=True):
     max_error_ratio_increase: float = 0.02
     max_p95_ratio: float = 5.0
     max_crashes: int = 0
+    report_within_s: float = 600.0
 
     def __post_init__(self) -> None:
         if not 0 < self.duration_s <= self.max_duration_s:
             raise ValueError("duration_s must be above 0 and at most max_duration_s")
+        if self.report_within_s <= 0:
+            raise ValueError("report_within_s must be above 0")
         if self.min_requests_to_judge < 1:
             raise ValueError("min_requests_to_judge must be at least 1")
 
@@ -241,6 +250,21 @@ class Acceptance(Document, frozen=True, kw_only=True):
     max_memory_bytes: int | None = None
     max_trial_s: float = 120.0
     watch: WatchRules = WatchRules()
+    offline_commit: bool | None = None
+    """Whether the release may stay on a device that cannot report that its watch ended well. None: on one that could not report before
+    either, because then it is not the release that cut it off. True: always. False: nowhere."""
+    approval: bool = False
+    """It serves only after somebody on the device has said so: `edge-agent approve`."""
+    priority: int = 100
+    """When several models are updated at once, the smaller number is fetched and tried first."""
+    lease_s: float | None = None
+    """The model is stopped when the fleet's last signed word is older than this, and comes back with the next one. None: it serves on."""
+
+    def __post_init__(self) -> None:
+        if self.lease_s is not None and self.lease_s < MIN_LEASE_S:
+            raise ValueError(
+                f"lease_s is {self.lease_s:g}; it must be at least {MIN_LEASE_S:g}: devices look for news at intervals"
+            )
 
 
 class Provenance(Document, frozen=True, kw_only=True):

@@ -48,6 +48,9 @@ class Reason(str, Enum):
     ERROR_RATIO = "error_ratio"
     LATENCY_RATIO = "latency_ratio"
     SERVE_CRASHED = "serve_crashed"
+    CANNOT_REPORT = "cannot_report"
+    TOGETHER = "together"
+    LEASE_ENDED = "lease_ended"
 
     # people
     OPERATOR = "operator"
@@ -62,6 +65,9 @@ RETRYABLE = frozenset(
         Reason.SLOW_RETRIEVAL,
         Reason.NO_SPACE,
         Reason.STORE_FAILED,
+        Reason.CANNOT_REPORT,
+        Reason.TOGETHER,
+        Reason.LEASE_ENDED,
     }
 )
 """Causes that lie outside the release: the device tries again later and does not quarantine it."""

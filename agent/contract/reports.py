@@ -72,6 +72,12 @@ class ModelState(Document, frozen=True, kw_only=True):
     answers: tuple[Answer, ...] = ()
     quarantined: tuple[Answer, ...] = ()
     held: bool = False
+    waiting_for: str | None = None
+    """What the update waits for: retry, window, approval, others."""
+    passed: bool = False
+    """The watch of `target` ended well; it is committed once this report was delivered."""
+    stopped: str | None = None
+    """Why the model does not serve although it could, such as a lease that ended."""
 
 
 class Hardware(Document, frozen=True, kw_only=True):

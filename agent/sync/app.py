@@ -34,11 +34,13 @@ from agent.host.signals import Ending
 from agent.store import Store, StoreError
 from agent.sync import enrol, identity, link
 from agent.sync.counters import Counter
+from agent.sync.delivery import Deliveries
 from agent.sync.desired import Desired
 from agent.sync.download import Downloader, HttpBlobs
 from agent.sync.holds import Holds
 from agent.sync.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.identity import Identity, IdentityError
+from agent.sync.journal import Journal
 from agent.sync.model import Surroundings
 from agent.sync.outbox import Outbox
 from agent.sync.ports import Clock
@@ -213,8 +215,15 @@ class SyncApp:
 
         self.outbox = Outbox(private / "outbox.db")
         self._sessions = Counter(private / "session.json", clock)
+        deliveries = Deliveries(clock)
         self._reporter = Reporter(
-            who.device, Signer(who.key), self.outbox, Counter(private / "counter.json", clock), clock, lambda: self._hardware
+            who.device,
+            Signer(who.key),
+            self.outbox,
+            Counter(private / "counter.json", clock),
+            clock,
+            lambda: self._hardware,
+            deliveries,
         )
         self._trust = Trust(private / "trust", who, self._http(), clock)
         self.follower = Follower(self._trust, settings.poll_interval_s, self._fleet_said, self._renew_when_due)
@@ -242,6 +251,8 @@ class SyncApp:
             teller=self,
             boot=hardware.boot_id(),
             holds=Holds(private / "holds"),
+            journal=Journal(private / "journal"),
+            deliveries=deliveries,
             engine_threads=config.serve.engine_threads,
         )
         self._workers: dict[str, Worker] = {}
@@ -254,6 +265,7 @@ class SyncApp:
             self._sessions.next,
             on_poke=self.follower.poke,
             on_change=lambda _: self._due.set(),
+            on_delivered=deliveries.delivered,
         )
 
     # -- Teller: what updaters say ------------------------------------------------------------------------------------------
@@ -318,12 +330,15 @@ class SyncApp:
     def report(self) -> None:
         """Tells the fleet how things stand."""
         self._due.clear()
+        begun = self._clock.monotonic()
         try:
             status = self._serving.status()
         except (ServeAway, ServeRefused):
             status = None
         try:
-            self._reporter.report(self._model_states(status), status, self.follower.current, self.link.session, self._problem())
+            self._reporter.report(
+                self._model_states(status), status, self.follower.current, self.link.session, self._problem(), begun
+            )
         except OSError as error:
             log.warning("the state report could not be kept for the fleet: %s", error)
 

@@ -75,7 +75,9 @@ class Link:
         on_poke: Callable[[], None],
         on_change: Callable[[bool], None] = lambda _: None,
         jitter: Callable[[], float] = random.random,
+        on_delivered: Callable[[int], None] = lambda _: None,
     ) -> None:
+        self.on_delivered = on_delivered
         self.device = device
         self.broker = broker
         self.outbox = outbox
@@ -225,6 +227,8 @@ class _Conversation:
         if reason.is_failure:
             # It will be refused again in the same words; keeping it would block everything behind it.
             log.warning("the broker refused a message (%s): see the broker's access list", reason)
+        else:
+            self._link.on_delivered(item)
         self._link.outbox.delivered(item)
 
     def _drain(self) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from agent.config import SyncSettings
 from agent.contract.assignment import Wanted
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
-from agent.contract.reports import Answer, Hardware, Outcome
+from agent.contract.reports import Answer, Hardware, Outcome, Phase
 from agent.store import Choice, Selection, Store
 from agent.sync import update
 from agent.sync.desired import Desired
 from agent.sync.download import Downloader
 from agent.sync.holds import Holds
+from agent.sync.journal import Entry, Gate, Journal, Verdict
 from agent.sync.ports import Clock, Releases, Stop
-from agent.sync.problems import Problem, Stopped
+from agent.sync.problems import Problem, Stopped, store_problem
 from agent.sync.quarantine import Quarantine
 from agent.sync.retention import Housekeeping
 from agent.sync.serving import ServeAway, ServeRefused, ServeStatus, ServingPort
@@ -31,6 +33,20 @@ REST_S = 5.0
 
 AGAIN_S = 1.0
 """How soon to ask a `serve` that did not answer again: systemd needs about a second to restart it."""
+
+
+HEARD_BEATS = 3
+"""So many missed reports are silence, as the fleet server counts them."""
+
+
+class Deliveries(Protocol):
+    """What is known of this device's reports to the fleet. Moments are of the monotonic clock."""
+
+    def since(self, moment: float) -> bool:
+        """Whether the broker has a report that was begun after `moment`."""
+
+    def lately(self, within_s: float) -> bool:
+        """Whether the broker acknowledged a report in the last `within_s` seconds."""
 
 
 class Teller(Protocol):
@@ -62,6 +78,8 @@ class Surroundings:
     teller: Teller
     boot: str
     holds: Holds
+    journal: Journal
+    deliveries: Deliveries
     engine_threads: int = 1
     jitter: Callable[[], float] = random.random
 
@@ -73,6 +91,7 @@ class ModelWork:
         self.model = model
         self.progress: float | None = None
         self.problem: str | None = None
+        self.stopped: str | None = None
         self.state = update.resumed(surroundings.states.load(model))
         self._s = surroundings
         self._ending: Stop = lambda: False
@@ -135,6 +154,7 @@ class ModelWork:
         outcome = Outcome.FAILED if problem.retryable or self.state.manifest else Outcome.REFUSED
         answer = self._answer(outcome, problem.reason, problem.message, problem.evidence)
         failure = Failure(reason=problem.reason, message=problem.message, evidence=problem.evidence)
+        self._note(self._gate(), "put off", problem.message, reason=problem.reason, evidence=problem.evidence)
         if self.state.tries == 0:
             self._say("put-off", problem.message, release=self.state.target, reason=problem.reason.value)
         self._apply(update.put_off(self.state, self._s.clock.wall(), failure, self._s.jitter(), answer))
@@ -144,6 +164,7 @@ class ModelWork:
         answer = self._answer(Outcome.REFUSED, problem.reason, problem.message, problem.evidence)
         self._s.quarantine.add(self.model, manifest, answer)
         self._s.housekeeping.fetched(self.model)
+        self._note(self._gate(), "refused", problem.message, reason=problem.reason, evidence=problem.evidence)
         self._apply(update.rest(self.state, Event.REFUSED, self._s.clock.wall(), answer))
         self._say("refused", problem.message, release=answer.release, reason=answer.reason)
         self._s.housekeeping.need(self.model, versions(self._s.store.selection(self.model)))
@@ -216,8 +237,49 @@ class ModelWork:
         except (ServeAway, ServeRefused) as error:
             self.problem = str(error)
 
+    def _gate(self) -> Gate:
+        """The gate that the phase is."""
+        return _GATES.get(self.state.phase, "fetch")
+
+    def _note(
+        self,
+        gate: Gate,
+        verdict: Verdict,
+        message: str,
+        *,
+        reason: Reason | None = None,
+        evidence: Mapping[str, float | str] | None = None,
+        release: int | None = None,
+    ) -> None:
+        """A line for `edge-agent why`. It never stands in the way."""
+        state = self.state
+        entry = Entry(
+            at=self._s.clock.wall(),
+            release=release if release is not None else state.target,
+            gate=gate,
+            verdict=verdict,
+            message=message,
+            reason=reason.value if reason else None,
+            rollout=state.rollout,
+            evidence=dict(evidence or {}),
+        )
+        try:
+            self._s.journal.add(self.model, entry)
+        except OSError as error:
+            self.problem = store_problem(error, f"writing the journal of model {self.model!r}").message
+
     def _say(self, name: str, message: str, *, release: int | None = None, reason: str | None = None) -> None:
         self._s.teller.say(name, message, model=self.model, release=release, reason=reason)
+
+
+_GATES: Mapping[Phase, Gate] = MappingProxyType({
+    Phase.FETCHING: "fetch",
+    Phase.TRIALING: "trial",
+    Phase.SHADOWING: "shadow",
+    Phase.ACTIVATING: "activation",
+    Phase.WATCHING: "watch",
+    Phase.ROLLING_BACK: "watch",
+})  # fmt: skip
 
 
 def versions(selection: Selection | None) -> set[int]:

@@ -54,9 +54,9 @@ class Outbox:
         with self._lock:
             self._db.close()
 
-    def put(self, kind: Kind, payload: bytes) -> None:
-        """Keeps a message until it is delivered."""
-        self._safely(lambda db: self._put(db, kind, payload))
+    def put(self, kind: Kind, payload: bytes) -> int:
+        """Keeps a message until it is delivered; gives its id."""
+        return self._safely(lambda db: self._put(db, kind, payload))
 
     def first(self, count: int, after: int = 0) -> list[Item]:
         """The oldest messages, in order, whose id is above `after`."""
@@ -75,13 +75,14 @@ class Outbox:
         """How many messages of each kind were given up for want of room, ever."""
         return self._safely(lambda db: dict(db.execute("SELECT kind, count FROM dropped").fetchall()))
 
-    def _put(self, db: sqlite3.Connection, kind: Kind, payload: bytes) -> None:
+    def _put(self, db: sqlite3.Connection, kind: Kind, payload: bytes) -> int:
         if kind == "state":
             db.execute("DELETE FROM items WHERE kind = 'state'")
-        db.execute("INSERT INTO items (kind, payload) VALUES (?, ?)", (kind, payload))
+        item = db.execute("INSERT INTO items (kind, payload) VALUES (?, ?)", (kind, payload)).lastrowid or 0
         while self._too_much(db):
             if not any(self._drop(db, victim) for victim in _DROP_FIRST):
-                return
+                break
+        return item
 
     def _too_much(self, db: sqlite3.Connection) -> bool:
         count, size = db.execute("SELECT count(*), coalesce(sum(length(payload)), 0) FROM items").fetchone()

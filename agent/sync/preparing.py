@@ -6,6 +6,7 @@ import datetime as dt
 import hashlib
 
 from agent.contract.reasons import Reason
+from agent.contract.reports import Outcome
 from agent.store import Choice, StoreError
 from agent.sync import update, windows
 from agent.sync.model import REST_S, ModelWork, versions
@@ -13,7 +14,7 @@ from agent.sync.ports import Signed
 from agent.sync.problems import NoEngine, Problem, Stopped, store_problem
 from agent.sync.trial import make_request
 from agent.sync.update import Event
-from agent.sync.variants import choose, needed_files
+from agent.sync.variants import choose, needed_files, passed_over
 
 
 class Preparing(ModelWork):
@@ -49,6 +50,7 @@ class Preparing(ModelWork):
         if not hardware.runtimes:
             raise NoEngine(Reason.NO_VARIANT, "no inference engine was found to work here: see `edge-agent doctor`")
         variant = choose(signed.manifest, hardware)
+        others = "; ".join(passed_over(signed.manifest, variant, hardware))
         needed = needed_files(signed.manifest, variant)
         wanted = [signed.manifest.files[name] for name in needed]
         self._s.housekeeping.fetching(self.model, [file.sha256 for file in wanted])
@@ -64,6 +66,16 @@ class Preparing(ModelWork):
             done += file.size_bytes
         self._s.store.write_manifest(signed.data, needed)
         choice = Choice(version=signed.manifest.version, variant=variant.name)
+        self._note(
+            "fetch",
+            "passed",
+            f"variant {variant.name!r}" + (f" ({others})" if others else ""),
+            evidence={
+                "fetched_bytes": done,
+                "already_here_bytes": sum(file.size_bytes for file in wanted) - done,
+                "manifest": signed.sha256,
+            },
+        )
         event = Event.FETCHED_KNOWN if self._proved_here(signed, choice) else Event.FETCHED
         self._apply(
             update.after(
@@ -121,7 +133,7 @@ class Preparing(ModelWork):
                 timeout_s=timeout_s,
                 threads=self._s.engine_threads,
             )
-            self._s.trials.run(request, timeout_s, self._should_stop)
+            numbers = self._s.trials.run(request, timeout_s, self._should_stop)
         except (StoreError, KeyError) as error:
             return self._put_off(Problem(Reason.STORE_FAILED, f"release {self._ref} has to be fetched again: {error}"))
         except OSError as error:
@@ -130,6 +142,7 @@ class Preparing(ModelWork):
             return self._put_off(problem) if problem.retryable else self._refuse(problem, state.manifest or "")
         except Stopped:
             return self._stopped()
+        self._note("trial", "passed", f"{len(request.cases)} golden cases", evidence=numbers)
         self._passed()
         return 0.0
 
@@ -173,7 +186,26 @@ class Preparing(ModelWork):
                 return 0.0
             return REST_S
         left_s = (self.state.retry_at or 0.0) - now
-        if 0 < left_s <= update.RETRY_LONGEST_S:  # longer than that means that the clock was set back meanwhile
+        if 0 < left_s <= update.longest_wait_s(self.state):
             return min(left_s, REST_S)
+        if self.state.unreported:
+            return self._once_more(now)
         self._apply(update.after(self.state, Event.RETRY_DUE, now, waiting_for=None, retry_at=None))
         return 0.0
+
+    def _once_more(self, now: float) -> float:
+        """After a release that could not be reported: everything of it is here and was tried, so no network is needed.
+
+        When nothing could be reported since it went, either, it is not what cut the device off, and its answer says so.
+        """
+        state = self.state
+        if not self._s.deliveries.lately(now - state.since):
+            message = "no report got through while the release before served, either: the network is away"
+            answer = self._answer(Outcome.FAILED, Reason.CANNOT_REPORT, message)
+            state = state.but(answers=update.keep_answers(state.answers, answer))
+            self._note("report", "put off", message, reason=Reason.CANNOT_REPORT)
+        if self._may_serve() is None and self._expired() is None:
+            self._apply(update.after(state, Event.WINDOW_OPEN, now, waiting_for=None, retry_at=None, failure=None))
+            return 0.0
+        self._save(state.but(waiting_for="window", retry_at=None))
+        return REST_S

@@ -29,7 +29,13 @@ REFUSALS_SENT = 10
 class Queue(Protocol):
     """Where messages wait for the broker."""
 
-    def put(self, kind: Kind, payload: bytes) -> None: ...
+    def put(self, kind: Kind, payload: bytes) -> int: ...
+
+
+class Noted(Protocol):
+    """Who wants to know which message is which report."""
+
+    def put(self, item: int, begun: float) -> None: ...
 
 
 class ModelView(Protocol):
@@ -37,6 +43,7 @@ class ModelView(Protocol):
 
     state: UpdateState
     progress: float | None
+    stopped: str | None
 
     @property
     def held(self) -> bool: ...
@@ -64,6 +71,9 @@ def model_state(
         answers=state.answers[-ANSWERS_SENT:],
         quarantined=quarantined[-REFUSALS_SENT:],
         held=view.held,
+        waiting_for=state.waiting_for,
+        passed=state.watched is not None and state.watched.passed_s is not None,
+        stopped=view.stopped,
     )
 
 
@@ -85,8 +95,16 @@ class Reporter:
     """Builds reports and events and puts them into the outbox."""
 
     def __init__(
-        self, device: str, signer: Signer, queue: Queue, counter: Counter, clock: Clock, hardware: Callable[[], Hardware | None]
+        self,
+        device: str,
+        signer: Signer,
+        queue: Queue,
+        counter: Counter,
+        clock: Clock,
+        hardware: Callable[[], Hardware | None],
+        noted: Noted | None = None,
     ) -> None:
+        self._noted = noted
         self._device = device
         self._signer = signer
         self._queue = queue
@@ -103,8 +121,12 @@ class Reporter:
         desired: Desired | None,
         session: int,
         problem: str | None,
+        begun: float = 0.0,
     ) -> StateReport:
-        """Puts a signed report of this moment into the outbox, and gives it.  Raises: OSError."""
+        """Puts a signed report of this moment into the outbox, and gives it. `begun` (monotonic): when what it says was read.
+
+        Raises: OSError.
+        """
         self._notice(status)
         report = StateReport(
             device=self._device,
@@ -121,7 +143,9 @@ class Reporter:
             problem=problem,
         )
         payload = _bounded(report)
-        self._queue.put("state", self._signer.envelope(payload, STATE_PAYLOAD_TYPE))
+        item = self._queue.put("state", self._signer.envelope(payload, STATE_PAYLOAD_TYPE))
+        if self._noted is not None:
+            self._noted.put(item, begun)
         return report
 
     def event(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import RETRYABLE, Reason
 from agent.contract.reports import Outcome
 from agent.store import Choice, Selection, StoreError
 from agent.sync import update
 from agent.sync import watch as watching
-from agent.sync.model import AGAIN_S, ModelWork, Surroundings, versions
+from agent.sync.journal import Gate
+from agent.sync.model import AGAIN_S, HEARD_BEATS, ModelWork, Surroundings, versions
 from agent.sync.problems import Problem, store_problem
 from agent.sync.serving import ModelStatus, ServeAway, ServeRefused, ServeStatus, VersionStatus
 from agent.sync.update import Event, Failure
@@ -23,6 +26,9 @@ WATCH_SAVE_S = 5.0
 """How much of a watch a crash of `sync` may make it repeat. Each save is a write to flash."""
 
 
+HEARD_LATELY_S = 180.0
+"""A device that was heard within this time before a release began to serve could report then."""
+
 NOT_ITS_FAULT = RETRYABLE | {Reason.OPERATOR, Reason.WITHDRAWN}
 """A release that is rolled back for one of these is not refused later."""
 
@@ -34,6 +40,7 @@ class Switching(ModelWork):
         super().__init__(model, surroundings)
         self._looked: float | None = None
         self._rollback_refusals = 0
+        self._asked: float | None = None
 
     # -- activating --------------------------------------------------------------------------------------------------------
 
@@ -75,6 +82,7 @@ class Switching(ModelWork):
                 instance=status.instance,
                 agent_version=status.agent_version,
                 boot=self._s.boot,
+                could_report=self._s.deliveries.lately(max(HEARD_BEATS * self._s.settings.heartbeat_s, HEARD_LATELY_S)),
             )
             self._save(self.state.but(watched=watched, activated=True))
         self._s.store.select(Selection(model=self.model, active=target, previous=self.state.before))
@@ -82,9 +90,19 @@ class Switching(ModelWork):
             serving.swap(self.model, target.version, target.variant)
         else:
             serving.activate(self.model, target.version)
-        self._looked = None
+        self._looked = self._asked = None
+        self._note(
+            "activation", "passed", f"serves in place of {_named(self.state.before)}", evidence=self._activation_numbers(loaded)
+        )
         self._apply(update.after(self.state, Event.ACTIVATED, self._s.clock.wall(), interruptions=0))
         return 0.0
+
+    def _activation_numbers(self, loaded: VersionStatus | None) -> dict[str, float | str]:
+        watched = self.state.watched
+        found: dict[str, float | str] = {"could_report": "yes" if watched and watched.could_report else "no"}
+        if loaded is not None and loaded.memory_bytes:
+            found["memory_bytes"] = loaded.memory_bytes
+        return found
 
     def _load_beside(self, target: Choice) -> VersionStatus | None:
         """None when `serve` has no memory for it beside what serves, which then has to make room for it."""
@@ -153,7 +171,9 @@ class Switching(ModelWork):
         if isinstance(verdict, watching.RollBack):
             return self._condemn(Failure(reason=verdict.reason, message=verdict.message, evidence=verdict.evidence))
         if isinstance(verdict, watching.Commit):
-            return self._commit(verdict)
+            return self._commit_when_reported(verdict, rules)
+        if watched.passed_s is not None:
+            self.state, self._asked = state.but(watched=msgspec.structs.replace(watched, passed_s=None)), None
         if rebooted or watched.elapsed_s - self._watch_saved_s >= WATCH_SAVE_S:
             self._keep_watch()
         return self._s.settings.watch_poll_s
@@ -204,8 +224,51 @@ class Switching(ModelWork):
         stats = version.stats.for_watch() if version else None
         return watching.Sample(status.instance, status.agent_version, model.active, stats)
 
+    def _commit_when_reported(self, verdict: watching.Commit, rules: WatchRules) -> float:
+        """The watch ended well. It goes on while the report that says so is on its way: whom a release cut off from the fleet, nobody
+        could help from there.
+        """
+        watched = self.state.watched
+        assert watched is not None
+        if not self._has_to_report():
+            return self._commit(verdict)
+        if watched.passed_s is None:
+            watched = msgspec.structs.replace(watched, passed_s=watched.elapsed_s)
+            self._save(self.state.but(watched=watched))
+            self._note("watch", "passed", verdict.message, evidence=verdict.evidence)
+        if self._asked is None:
+            self._asked = self._s.clock.monotonic()
+            self._s.teller.changed()
+        if self._s.deliveries.since(self._asked):
+            return self._commit(verdict)
+        waited_s = watched.elapsed_s - (watched.passed_s or 0.0)
+        if waited_s <= rules.report_within_s:
+            return self._s.settings.watch_poll_s
+        return self._unheard(verdict, waited_s)
+
+    def _has_to_report(self) -> bool:
+        """Whether the fleet must hear of it before it stays. What an operator holds the model on is his own word."""
+        assert self.state.watched is not None
+        try:
+            offline = self._s.store.manifest(self._ref).acceptance.offline_commit
+        except StoreError:
+            offline = None
+        if offline is None:
+            return self.state.watched.could_report and not self.held
+        return not offline and not self.held
+
+    def _unheard(self, verdict: watching.Commit, waited_s: float) -> float:
+        """No report got through in time. With nothing to go back to, a model that serves is better than none."""
+        if self.state.before is None:
+            return self._commit(verdict)
+        message = f"its watch ended well, but no report of it reached the fleet in {waited_s:.0f} s: it may be what cut this device off"
+        evidence = {**verdict.evidence, "waited_s": round(waited_s, 1)}
+        return self._condemn(Failure(reason=Reason.CANNOT_REPORT, message=message, evidence=evidence))
+
     def _commit(self, verdict: watching.Commit) -> float:
         answer = self._answer(Outcome.COMMITTED, None, verdict.message, verdict.evidence)
+        heard = "; the fleet has heard of it" if self._asked is not None else ""
+        self._note("watch", "committed", verdict.message + heard, evidence=verdict.evidence)
         self._apply(update.committed(self.state, self._s.clock.wall(), answer))
         self._say("committed", f"release {answer.release} stays: {verdict.message}", release=answer.release)
         self._ask(lambda: self._s.serving.commit(self.model))
@@ -261,11 +324,20 @@ class Switching(ModelWork):
         failure = state.failure or Failure(reason=Reason.ACTIVATION_FAILED, message="interrupted")
         outcome = Outcome.ROLLED_BACK if state.activated else Outcome.REFUSED
         answer = self._answer(outcome, failure.reason, failure.message + trouble, failure.evidence)
-        if failure.reason in NOT_ITS_FAULT:
+        gate: Gate = "watch" if state.activated else "activation"
+        self._note(gate, "rolled back", answer.message, reason=failure.reason, evidence=failure.evidence)
+        if failure.reason is Reason.CANNOT_REPORT:
+            self._apply(update.back_for_now(state, now, self._s.jitter(), answer))
+        elif failure.reason in NOT_ITS_FAULT:
             self._apply(update.rest(state, Event.BACK_ONLY, now, answer))
         else:
             self._s.quarantine.add(self.model, state.manifest or "", answer)
             self._apply(update.rest(state, Event.BACK, now, answer))
-        serves = f"release {state.before.version} serves" if state.before else "nothing serves"
+        serves = f"{_named(state.before)} serves"
         self._say("rolled-back", f"{serves} again: {answer.message}", release=answer.release, reason=answer.reason)
-        self._s.housekeeping.need(self.model, versions(self._s.store.selection(self.model)))
+        again = {self.state.target} if self.state.target is not None else set()
+        self._s.housekeeping.need(self.model, versions(self._s.store.selection(self.model)) | again)
+
+
+def _named(choice: Choice | None) -> str:
+    return f"release {choice.version}" if choice else "nothing"

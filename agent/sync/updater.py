@@ -86,8 +86,16 @@ class ModelUpdater(Preparing, Switching):
                 self.state, self._s.clock.wall(), wanted=wanted.release, rollout=wanted.rollout, mode=wanted.mode, before=before
             )
         )
+        self._note("assignment", "wanted", self._why_wanted(wanted), release=wanted.release)
         self._say("update-started", f"release {wanted.release} is wanted", release=wanted.release)
         return 0.0
+
+    def _why_wanted(self, wanted: Wanted) -> str:
+        desired = self._s.desired()
+        if self.held or desired is None:
+            return "held by an operator on this device"
+        why = f"rollout {wanted.rollout}" if wanted.rollout else "what every device runs"
+        return f"{why}, assignment {desired.assignment.version}"
 
     def _selection(self, status: ServeStatus | None) -> Selection | None:
         """What is selected. A damaged record is replaced by what `serve` runs, or by nothing, and then the update begins anew."""

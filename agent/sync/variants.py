@@ -32,6 +32,12 @@ def choose(manifest: ReleaseManifest, hardware: Hardware) -> Variant:
     raise Problem(Reason.NO_VARIANT, f"no variant of release {manifest.ref} fits this device ({'; '.join(refusals)})")
 
 
+def passed_over(manifest: ReleaseManifest, chosen: Variant, hardware: Hardware) -> tuple[str, ...]:
+    """Why each of the other variants was not chosen."""
+    others = [variant for variant in manifest.variants if variant.name != chosen.name]
+    return tuple(f"{v.name!r}: {unfit(v, hardware) or f'{chosen.name!r} stands before it'}" for v in others)
+
+
 def needed_files(manifest: ReleaseManifest, variant: Variant) -> frozenset[str]:
     """The names of the release's files that this device needs: all but the model files of the other variants."""
     others = {other.file for other in manifest.variants} - {variant.file}

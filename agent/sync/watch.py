@@ -93,6 +93,10 @@ class Watched(Document, frozen=True, kw_only=True):
     crashes: int = 0
     earlier: Stats = Stats()
     current: Stats = Stats()
+    could_report: bool = False
+    """Whether the device could be heard by the fleet when the release began to serve."""
+    passed_s: float | None = None
+    """When (of `elapsed_s`) it had passed but for the report that says so."""
 
     @property
     def total(self) -> Stats:

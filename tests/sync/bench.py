@@ -13,9 +13,11 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, Phase
 from agent.store import Store
+from agent.sync.delivery import Deliveries
 from agent.sync.desired import Desired
 from agent.sync.download import Downloader
 from agent.sync.holds import Holds
+from agent.sync.journal import Journal
 from agent.sync.model import Surroundings
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem
@@ -165,6 +167,8 @@ class Bench:
         self.assignment = Assignment(fleet=FLEET, version=0, models={})
         self.valid_s = 7 * DAY
         self.known = False
+        self.deliveries = Deliveries(self.clock)
+        self.link_up = False
         self.settings = SyncSettings(disk_reserve_bytes=0, keep_releases=2)
         self.again()
 
@@ -186,6 +190,8 @@ class Bench:
             teller=self,
             boot=self.boot,
             holds=Holds(self.store.private / "holds"),
+            journal=Journal(self.store.private / "journal"),
+            deliveries=self.deliveries,
             jitter=lambda: 1.0,
         )
         self.surroundings = surroundings
@@ -262,7 +268,14 @@ class Bench:
     def serving(self) -> int | None:
         return self.serve.active.get(MODEL)
 
+    def deliver(self) -> None:
+        """A report of this moment reaches the broker."""
+        self.deliveries.put(1, self.clock.monotonic())
+        self.deliveries.delivered(1)
+
     def step(self) -> float:
+        if self.link_up:
+            self.deliver()
         delay = self.updater.step(lambda: False)
         self.clock.pass_(max(delay, 0.01))
         return delay

@@ -126,6 +126,7 @@ class Ours:
     def __init__(self, broker: Mosquitto, outbox: Outbox, name: str = DEVICE) -> None:
         self.pokes = 0
         self.sessions = 0
+        self.delivered: list[int] = []
         self.link = Link(
             DEVICE,
             Broker("127.0.0.1", broker.port, lambda: broker.context(name)),
@@ -133,6 +134,7 @@ class Ours:
             self._session,
             self._poke,
             jitter=lambda: 0.0,
+            on_delivered=self.delivered.append,
         )
 
     def _session(self) -> int:
@@ -162,8 +164,9 @@ def test_what_is_in_the_outbox_arrives_in_order_and_leaves_it(ours: Ours, fleet:
         outbox.put("events", b"%d" % n)
     ours.link.start()
     eventually(lambda: len(fleet.of("events")) == 40, "40 events")
-    outbox.put("state", b"later")
+    report = outbox.put("state", b"later")
     eventually(lambda: fleet.of("state") == [b"later"], "a report put while connected")
+    eventually(lambda: ours.delivered[-1] == report, "the acknowledgement of the report")
 
     assert fleet.of("events") == [b"%d" % n for n in range(40)]
     eventually(lambda: outbox.waiting() == 0, "the acknowledgements")
