@@ -15,6 +15,7 @@ import msgspec
 import requests
 import yaml
 
+from agent.contract.codec import convert
 from fleet_server import files
 from fleet_server.errors import FleetError, Invalid, NotFound, ServerRefused, Unavailable
 
@@ -40,7 +41,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     def read(cls, path: Path) -> Profile:
         """Raises: NotFound, Invalid."""
         try:
-            profile = msgspec.convert(yaml.safe_load(path.read_bytes()), cls)
+            profile = convert(yaml.safe_load(path.read_bytes()), cls)
         except FileNotFoundError:
             raise NotFound(
                 f"profile {path} does not exist; `edge-fleet init` writes one, or name yours with --profile"

@@ -9,6 +9,7 @@ import msgspec
 import yaml
 
 from agent.contract import names
+from agent.contract.codec import convert
 
 FILE_NAME = "fleet.yaml"
 DAY_S = 86400.0
@@ -176,7 +177,7 @@ def load(folder: Folder) -> FleetConfig:
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{folder.config} cannot be read: {error}") from error
     try:
-        return msgspec.convert(raw or {}, FleetConfig)
+        return convert(raw or {}, FleetConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{folder.config}: {error}") from error
 

@@ -48,10 +48,13 @@ class _Said(msgspec.Struct):
     code: str = ""
 
 
+_said = msgspec.json.Decoder(_Said)
+
+
 def said(answer: Answer) -> tuple[str, str]:
     """What an answer that is not 200 says, and the code it says it with."""
     try:
-        document = msgspec.json.decode(answer.body, type=_Said)
+        document = _said.decode(answer.body)
     except msgspec.DecodeError:
         return f"status {answer.status}", ""
     return document.error, document.code

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import threading
+from typing import Any, TypeVar
 
 import msgspec
 
 T = TypeVar("T")
+
+_making = threading.Lock()
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 
 FORMAT = 1
 """The format number every document of this generation carries. A reader refuses a higher one."""
@@ -34,11 +38,30 @@ def decode(data: bytes | bytearray | memoryview | str, kind: type[T], *, limit_b
     if len(data) > limit_bytes:
         raise Unreadable(f"document of {len(data)} bytes is larger than the {limit_bytes} bytes allowed")
     try:
-        return msgspec.json.decode(data, type=kind)
+        return decoder(kind).decode(data)
     except msgspec.ValidationError as error:
         raise ContractError(f"not a valid {kind.__name__}: {error}") from error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise Unreadable(f"not a valid {kind.__name__}: {error}") from error
+
+
+def decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
+    """The decoder of `kind`, made once.
+
+    msgspec works out what a type looks like at its first use; a second thread that uses the type meanwhile takes the process down
+    (seen with 0.22). So types are worked out under one lock, and whatever is decoded at run time goes through here or `convert`.
+    """
+    found = _decoders.get(kind)
+    if found is None:
+        with _making:
+            found = _decoders[kind] = _decoders.get(kind) or msgspec.json.Decoder(kind)
+    return found
+
+
+def convert(value: object, kind: type[T]) -> T:
+    """`value`, of the types that JSON and YAML have, as a `kind`.  Raises: msgspec.ValidationError."""
+    decoder(kind)
+    return msgspec.convert(value, kind)
 
 
 def encode(document: object) -> bytes:

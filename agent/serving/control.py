@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from agent.contract.codec import decoder
 from agent.contract.names import MAX_VERSION, check_model
 from agent.serving import loading
 from agent.serving.access import Access
@@ -309,7 +310,7 @@ def _model_name(call: Request) -> str:
 
 def _body(call: Request, kind: type[T]) -> T:
     try:
-        request = msgspec.json.decode(call.body or b"{}", type=kind)
+        request = decoder(kind).decode(call.body or b"{}")
     except msgspec.DecodeError as error:
         raise Refusal(400, f"the body is not what this route takes: {error}", code="bad_request") from error
     number = getattr(request, "version", None)

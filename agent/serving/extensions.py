@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
+from agent.contract.codec import decoder
 from agent.contract.names import check_model
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
@@ -123,6 +124,6 @@ class Extensions:
 def read(call: Request, kind: type[T]) -> T:
     """The body as JSON, `{}` when it is empty.  Raises: Refusal (400)."""
     try:
-        return msgspec.json.decode(call.body or b"{}", type=kind)
+        return decoder(kind).decode(call.body or b"{}")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(400, f"the body is not what this route takes: {error}") from error

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from agent.contract.codec import decoder
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
 from agent.serving.memory import ClientMemory
@@ -87,6 +88,6 @@ def _memory(call: Request) -> ClientMemory:
 
 def _body(call: Request, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(call.body, type=kind)
+        return decoder(kind).decode(call.body)
     except msgspec.DecodeError as error:
         raise Refusal(400, f"the body is not what this route takes: {error}") from error

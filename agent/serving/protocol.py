@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from agent.contract.codec import decoder
 from agent.serving import documents
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
@@ -71,7 +72,7 @@ class Protocol:
 
     def index(self, call: Request) -> Answer:
         try:
-            only_ready = bool(call.body) and msgspec.json.decode(call.body, type=IndexRequest).ready
+            only_ready = bool(call.body) and decoder(IndexRequest).decode(call.body).ready
         except msgspec.DecodeError as error:
             raise Refusal(400, f"the body is not an index request: {error}") from error
         return json_answer(documents.index(self._host, only_ready=only_ready))

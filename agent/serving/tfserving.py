@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from agent.contract.codec import decoder
 from agent.serving import documents, tensors
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
@@ -321,7 +322,7 @@ def _check_signature(name: str) -> None:
 
 def _decoded(text: bytes, kind: Any) -> Any:
     try:
-        return msgspec.json.decode(text, type=kind)
+        return decoder(kind).decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(400, f"JSON Parse error: {error}") from error
 

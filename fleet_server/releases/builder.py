@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 import yaml
 
+from agent.contract.codec import convert
 from agent.contract.manifest import File, ReleaseManifest
 from fleet_server.errors import Invalid, NotFound
 from fleet_server.releases import chunks
@@ -60,7 +61,7 @@ def build(release_yaml: Path) -> Built:
         **(raw.get("provenance") or {}),
     }
     try:
-        manifest = msgspec.convert(document, ReleaseManifest)
+        manifest = convert(document, ReleaseManifest)
     except msgspec.ValidationError as error:
         raise Invalid(f"{release_yaml}: {error}", code="bad_release") from error
     for case in manifest.acceptance.golden:

@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from agent.contract.assignment import MAX_ASSIGNMENT_BYTES, Assignment, ModelAssignment, Rollout, reaches
-from agent.contract.codec import decode, encode
+from agent.contract.codec import convert, decode, encode
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Outcome, Phase
@@ -470,7 +470,7 @@ def _hashes(manifest: ReleaseManifest) -> dict[str, str]:
 
 
 def _plan(row: RolloutRow) -> Plan:
-    waves = tuple(msgspec.convert(wave, Wave) for wave in row.waves)
+    waves = tuple(convert(wave, Wave) for wave in row.waves)
     return Plan(State(row.state), waves, row.wave, row.hold)
 
 

@@ -110,7 +110,9 @@ class World:
     def until(self, what: str, condition: Callable[[], object], limit_s: float = LIMIT_S, every_s: float = 0.02) -> None:
         deadline = time.monotonic() + limit_s
         while not condition():
-            assert time.monotonic() < deadline, f"not within {limit_s} s: {what}; the device's state: {self.state()}"
+            if time.monotonic() > deadline:
+                self.processes.check()  # says which part died, if one did
+                raise AssertionError(f"not within {limit_s} s: {what}; the device's state: {self.state()}")
             threading.Event().wait(every_s)
 
     def state(self) -> dict[str, Any]:
