@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import yaml
 
+from agent.contract.assignment import parse_window
+
 DEFAULT_PATH = Path("/etc/edge-agent/agent.yaml")
+
+_HOURS = re.compile(r"(?!(\d\d:\d\d)-\1)([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
 
 AccessClass = Literal["predict", "observe", "control"]
 
@@ -91,7 +96,15 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     shared_memory: Literal["off", "owner"] = "off"
     """Triton's system shared memory extension. owner: a user may register POSIX shared memory that belongs to it."""
 
+    shadow_max_load: float = 0.9
+    """Candidates run on copies of live requests only below this load of the machine: the load average of the last minute, per core. 0: it
+    is not looked at."""
+    shadow_max_celsius: float = 80.0
+    """And only while the hottest thermal zone is below this. 0: it is not looked at."""
+
     def __post_init__(self) -> None:
+        if self.shadow_max_load < 0 or self.shadow_max_celsius < 0:
+            raise ValueError("shadow_max_load and shadow_max_celsius must not be negative")
         if self.threads < 1:
             raise ValueError("threads must be at least 1")
         if self.max_queue_size < 1 or self.max_sequences < 1 or self.sequence_idle_s <= 0:
@@ -125,6 +138,11 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     """A download slower than this, over a minute, is broken off and tried again later."""
     trial_socket: Path = Path("/run/edge-agent/trial.sock")
     """Where systemd starts trials. When it is not there, trials are children of `sync`."""
+    windows: tuple[str, ...] = ()
+    """When a new release may begin to serve here, in local time, such as `mon-fri 22:00-05:00`; a rollout's own window has to be open too.
+    Empty: always. Going back never waits."""
+    approval: Literal["never", "always"] = "never"
+    """always: a new release serves only after somebody here said so (`edge-agent approve`), whatever the release asks for."""
     watch_poll_s: float = 0.5
     """How often a release under watch is looked at."""
     keep_releases: int = 2

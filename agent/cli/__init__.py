@@ -15,14 +15,18 @@ from agent.cli import asking, benching, inspecting, serving
 
 SYNC_MODULE = "agent.sync.cli"
 SYNC_COMMANDS: Mapping[str, str] = {
+    "approve": "Let the release that waits for approval serve.",
     "doctor": "Check this device: store, identity, engines, clock, reachability.",
     "enroll": "Join a fleet with an enrolment string.",
     "hold": "Keep a model on the release it runs now.",
+    "quarantine": "List or clear the releases that this device refuses.",
     "rollback": "Go back to a model's previous release.",
     "sync": "Follow the fleet: updates, trials, reports.",
     "trial": "Try one release (started by sync or systemd).",
     "tuf": "Verify any TUF repository as this device verifies its fleet's.",
+    "unhold": "Let a model follow the fleet again.",
     "updates": "Show each model's update, answers and refused releases.",
+    "why": "Explain why a model runs what it runs.",
 }
 HIDDEN_SYNC_COMMANDS = frozenset({"trial"})
 

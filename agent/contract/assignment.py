@@ -7,6 +7,7 @@ and rules, never with the number of devices. What groups a device is in stands i
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection
 from typing import Literal
 
@@ -47,6 +48,35 @@ class Window(Document, frozen=True, kw_only=True):
             raise ValueError("start_minute and end_minute are minutes of a day, 0 to 1440")
 
 
+DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_WINDOW = re.compile(r"(?:([a-z,-]+) )?(\d\d):(\d\d)-(\d\d):(\d\d)")
+
+
+def parse_window(text: str) -> Window:
+    """The window that `text` describes: `22:00-05:00`, `sat,sun 00:00-24:00`, `mon-fri 01:30-04:00`.
+
+    Raises: ValueError with the expected spelling.
+    """
+    match = _WINDOW.fullmatch(text.strip().lower())
+    if match is None:
+        raise ValueError(f"window {text!r} is not DAYS HH:MM-HH:MM, for example 'mon-fri 22:00-05:00' or '01:00-04:00'")
+    hours = [int(part) for part in match.groups()[1:]]
+    if hours[1] > 59 or hours[3] > 59:
+        raise ValueError(f"window {text!r}: an hour has minutes 00 to 59")
+    return Window(start_minute=60 * hours[0] + hours[1], end_minute=60 * hours[2] + hours[3], days=_days(match[1], text))
+
+
+def _days(named: str | None, text: str) -> tuple[int, ...]:
+    found: set[int] = set()
+    for part in (named or "mon-sun").split(","):
+        first, _, last = part.partition("-")
+        if first not in DAYS or (last or first) not in DAYS:
+            raise ValueError(f"window {text!r}: {part!r} is no day; days are {', '.join(DAYS)}, or a span such as mon-fri")
+        begin, end = DAYS.index(first), DAYS.index(last or first)
+        found |= {day % 7 for day in range(begin, end + 1 if end >= begin else end + 8)}
+    return tuple(sorted(found))
+
+
 class Rollout(Document, frozen=True, kw_only=True):
     """A staged change under way: devices in `groups`, or whose slot is below `permille`, should run `release`; the rest stay."""
 
@@ -57,6 +87,8 @@ class Rollout(Document, frozen=True, kw_only=True):
     permille: int = 0
     mode: Mode = "install"
     window: Window | None = None
+    together: str | None = None
+    """What releases that switch together have in common; devices are chosen by it, so that a wave reaches the same ones for all of them."""
 
     def __post_init__(self) -> None:
         names.check(names.GROUP_NAME, self.id, "rollout id")
@@ -122,7 +154,7 @@ def slot(rollout_id: str, device: str) -> int:
 
 def reaches(rollout: Rollout, device: str, groups: Collection[str]) -> bool:
     """Whether the rollout's current wave includes the device."""
-    return any(group in groups for group in rollout.groups) or slot(rollout.id, device) < rollout.permille
+    return any(group in groups for group in rollout.groups) or slot(rollout.together or rollout.id, device) < rollout.permille
 
 
 def wanted(models: ModelAssignment, device: str, groups: Collection[str]) -> Wanted:

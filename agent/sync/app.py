@@ -28,11 +28,12 @@ from agent.config import AgentConfig
 from agent.contract.codec import ContractError
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, ModelState
-from agent.host import hardware, notify
+from agent.host import files, hardware, notify
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.host.signals import Ending
 from agent.store import Store, StoreError
 from agent.sync import enrol, identity, link
+from agent.sync.approvals import Approvals
 from agent.sync.counters import Counter
 from agent.sync.delivery import Deliveries
 from agent.sync.desired import Desired
@@ -205,6 +206,7 @@ class SyncApp:
         self._config = config
         self._who = who
         self._store = store
+        files.make_directory(store.private / "approvals", mode=0o700)  # ours, so that we can end what root gave
         known = LastKnownGood(store.private / "trust" / "clock.json", floor=who.not_before)
         self._clock = clock = SignedClock(clock or SystemClock(), known)
         self._stop = threading.Event()
@@ -252,6 +254,7 @@ class SyncApp:
             boot=hardware.boot_id(),
             holds=Holds(private / "holds"),
             journal=Journal(private / "journal"),
+            approvals=Approvals(private / "approvals"),
             deliveries=deliveries,
             engine_threads=config.serve.engine_threads,
         )

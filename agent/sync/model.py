@@ -15,6 +15,7 @@ from agent.contract.reasons import Reason
 from agent.contract.reports import Answer, Hardware, Outcome, Phase
 from agent.store import Choice, Selection, Store
 from agent.sync import update
+from agent.sync.approvals import Approvals
 from agent.sync.desired import Desired
 from agent.sync.download import Downloader
 from agent.sync.holds import Holds
@@ -79,6 +80,7 @@ class Surroundings:
     boot: str
     holds: Holds
     journal: Journal
+    approvals: Approvals
     deliveries: Deliveries
     engine_threads: int = 1
     jitter: Callable[[], float] = random.random
@@ -110,6 +112,7 @@ class ModelWork:
         """Before anything serves: forget the update when something else is wanted. None when it is to go on."""
         if not self._overtaken():
             return None
+        self._note(self._gate(), "overtaken", self._overtaken_by().message)
         self._s.housekeeping.fetched(self.model)
         self._apply(update.rest(self.state, Event.OVERTAKEN, self._s.clock.wall()))
         return 0.0

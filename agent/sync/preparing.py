@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+from typing import Literal
 
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome
 from agent.store import Choice, StoreError
 from agent.sync import update, windows
+from agent.sync.journal import Gate
 from agent.sync.model import REST_S, ModelWork, versions
 from agent.sync.ports import Signed
 from agent.sync.problems import NoEngine, Problem, Stopped, store_problem
 from agent.sync.trial import make_request
-from agent.sync.update import Event
+from agent.sync.update import Event, WaitsFor
 from agent.sync.variants import choose, needed_files, passed_over
 
 
@@ -102,7 +104,7 @@ class Preparing(ModelWork):
 
     def _proved_here(self, signed: Signed, choice: Choice) -> bool:
         """Whether the trial may be skipped: this release was committed here, its file is intact, and it may serve right now."""
-        if signed.sha256 not in self.state.committed or self._may_serve() is not None:
+        if signed.sha256 not in self.state.committed or self._may_serve(signed.sha256) is not None:
             return False
         try:
             self._s.store.release(self.model, choice)
@@ -142,7 +144,7 @@ class Preparing(ModelWork):
             return self._put_off(problem) if problem.retryable else self._refuse(problem, state.manifest or "")
         except Stopped:
             return self._stopped()
-        self._note("trial", "passed", f"{len(request.cases)} golden cases", evidence=numbers)
+        self._note("trial", "passed", _cases(len(request.cases)), evidence=numbers)
         self._passed()
         return 0.0
 
@@ -154,17 +156,49 @@ class Preparing(ModelWork):
         elif why_not == "shadow":
             self._apply(update.after(self.state, Event.PASSED_AS_SHADOW, now, interruptions=0))
         else:
-            self._apply(update.after(self.state, Event.PASSED_EARLY, now, interruptions=0, waiting_for="window"))
+            self._note_waiting(why_not)
+            self._apply(update.after(self.state, Event.PASSED_EARLY, now, interruptions=0, waiting_for=why_not))
 
-    def _may_serve(self) -> str | None:
-        """None when the target may serve right now; else `shadow` or `window`."""
+    def _note_waiting(self, waits_for: WaitsFor) -> None:
+        gates: dict[str, Gate] = {"approval": "approval", "window": "window", "others": "together"}
+        if waits_for in gates:
+            message = "waits for `edge-agent approve`" if waits_for == "approval" else "waits"
+            self._note(gates[waits_for], "waits", message)
+
+    def _may_serve(self, manifest: str | None = None) -> Literal["shadow"] | WaitsFor | None:
+        """None when the target may serve right now; else what it waits for. Windows and approvals of this device are about what is
+        new: going back, leaving what was withdrawn, and what is held by hand do not wait for them.
+        """
         wanted = self._wanted()
         if wanted is None:
             return None
         if wanted.mode == "shadow":
             return "shadow"
+        manifest = manifest or self.state.manifest
+        new = not self.held and not self._goes_back(manifest)
+        if new and self._asks_first() and not self._s.approvals.given(self.model, self._choice_version, manifest):
+            return "approval"
         local = dt.datetime.fromtimestamp(self._s.clock.wall()).astimezone()
-        return None if windows.is_open(wanted.window, local) else "window"
+        if not windows.is_open(wanted.window, local) or (new and not windows.any_open(self._s.settings.windows, local)):
+            return "window"
+        return None
+
+    def _asks_first(self) -> bool:
+        if self._s.settings.approval == "always":
+            return True
+        try:
+            return self._s.store.manifest(self._ref).acceptance.approval
+        except StoreError:
+            return False
+
+    def _goes_back(self, manifest: str | None) -> bool:
+        """Whether the target is an older release that was committed here, or what serves may not serve any more."""
+        before, desired = self.state.before, self._s.desired()
+        if before is None:
+            return False
+        if desired is not None and desired.withdrawn(self.model, before.version):
+            return True
+        return before.version > self._choice_version and manifest in self.state.committed
 
     # -- waiting -----------------------------------------------------------------------------------------------------------
 
@@ -180,11 +214,8 @@ class Preparing(ModelWork):
         if (left := self._left_behind()) is not None:
             return left
         now = self._s.clock.wall()
-        if self.state.waiting_for == "window":
-            if self._may_serve() is None and self._expired() is None:
-                self._apply(update.after(self.state, Event.WINDOW_OPEN, now, waiting_for=None))
-                return 0.0
-            return REST_S
+        if self.state.waiting_for != "retry":
+            return self._wait_to_serve(now)
         left_s = (self.state.retry_at or 0.0) - now
         if 0 < left_s <= update.longest_wait_s(self.state):
             return min(left_s, REST_S)
@@ -192,6 +223,17 @@ class Preparing(ModelWork):
             return self._once_more(now)
         self._apply(update.after(self.state, Event.RETRY_DUE, now, waiting_for=None, retry_at=None))
         return 0.0
+
+    def _wait_to_serve(self, now: float) -> float:
+        why_not = self._may_serve()
+        if why_not is None:
+            if self._expired() is None:
+                self._apply(update.after(self.state, Event.WINDOW_OPEN, now, waiting_for=None, failure=None))
+                return 0.0
+        elif why_not not in {"shadow", self.state.waiting_for}:
+            self._note_waiting(why_not)
+            self._save(self.state.but(waiting_for=why_not))
+        return REST_S
 
     def _once_more(self, now: float) -> float:
         """After a release that could not be reported: everything of it is here and was tried, so no network is needed.
@@ -204,8 +246,15 @@ class Preparing(ModelWork):
             answer = self._answer(Outcome.FAILED, Reason.CANNOT_REPORT, message)
             state = state.but(answers=update.keep_answers(state.answers, answer))
             self._note("report", "put off", message, reason=Reason.CANNOT_REPORT)
-        if self._may_serve() is None and self._expired() is None:
-            self._apply(update.after(state, Event.WINDOW_OPEN, now, waiting_for=None, retry_at=None, failure=None))
-            return 0.0
         self._save(state.but(waiting_for="window", retry_at=None))
-        return REST_S
+        return self._wait_to_serve(now)
+
+
+def _cases(number: int) -> str:
+    return (
+        "1 golden case agrees"
+        if number == 1
+        else f"{number} golden cases agree"
+        if number
+        else "it loads and runs; it has no golden case"
+    )

@@ -69,6 +69,10 @@ class Quarantine:
             self._write(model, kept)
             return True
 
+    def models(self) -> list[str]:
+        """The models of which something was ever refused here."""
+        return sorted(path.stem for path in self._folder.glob("*.json") if names.MODEL_NAME.fullmatch(path.stem))
+
     def entries(self, model: str) -> tuple[Entry, ...]:
         """Oldest first. A damaged file counts as empty: a bad release then costs one more trial, and serving is not touched."""
         try:

@@ -69,6 +69,7 @@ class ModelUpdater(Preparing, Switching):
         if wanted is None:
             return self._tidy(selection, status)
         if self.state.wanted != wanted.release:
+            self._s.approvals.expire(self.model, wanted.release)
             self._save(self.state.but(wanted=wanted.release))
         if wanted.release is None:
             return self._serve_nothing(selection, status)

@@ -13,6 +13,7 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, Phase
 from agent.store import Store
+from agent.sync.approvals import Approvals
 from agent.sync.delivery import Deliveries
 from agent.sync.desired import Desired
 from agent.sync.download import Downloader
@@ -191,6 +192,7 @@ class Bench:
             boot=self.boot,
             holds=Holds(self.store.private / "holds"),
             journal=Journal(self.store.private / "journal"),
+            approvals=Approvals(self.store.private / "approvals"),
             deliveries=self.deliveries,
             jitter=lambda: 1.0,
         )

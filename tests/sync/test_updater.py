@@ -17,7 +17,7 @@ from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, Outcome, Phase
 from agent.store import Choice, Selection, StoreError
-from agent.sync import overview, update
+from agent.sync import byhand, update
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem, Stopped
 from agent.sync.serving import ServeAway, ServeRefused
@@ -118,7 +118,7 @@ def test_a_refused_release_answers_a_new_rollout_without_a_download_or_a_trial(o
     on_one.want(2)
     on_one.step()
     on_one.until(P.QUARANTINED)
-    on_one.source.offsets.clear()
+    on_one.source.asked.clear()
 
     on_one.want(1, rollout=Rollout(id="second-try", release=2, previous=1, permille=1000))
     on_one.step()
@@ -126,7 +126,7 @@ def test_a_refused_release_answers_a_new_rollout_without_a_download_or_a_trial(o
 
     assert (on_one.answer.rollout, on_one.answer.outcome) == ("second-try", Outcome.REFUSED)
     assert on_one.tried == ["crane:2"]
-    assert on_one.source.offsets == []
+    assert on_one.source.asked == []
 
 
 def test_a_repaired_release_gets_its_chance(on_one: Bench):
@@ -344,14 +344,14 @@ def test_nobody_may_run_a_withdrawn_first_release(bench: Bench):
 def test_back_to_a_lower_release_that_was_committed_here_skips_the_trial(on_one: Bench):
     on_one.install(2)
     on_one.tried.clear()
-    on_one.source.offsets.clear()
+    on_one.source.asked.clear()
     on_one.want(1)
     on_one.step()
 
     assert on_one.until(P.STEADY) == [P.FETCHING, P.ACTIVATING, P.WATCHING, P.STEADY]
     assert on_one.serving == 1
     assert on_one.tried == []
-    assert on_one.source.offsets == []
+    assert on_one.source.asked == []
 
 
 def test_a_committed_release_whose_file_was_damaged_since_is_tried_again(on_one: Bench):
@@ -410,7 +410,7 @@ def test_a_blob_that_breaks_off_is_put_off_and_resumed(on_one: Bench):
     on_one.step()
     on_one.until(P.WAITING)
     on_one.blobs[digest] = whole
-    on_one.source.offsets.clear()
+    on_one.source.asked.clear()
     on_one.until(P.STEADY)
 
     assert on_one.serving == 2
@@ -502,7 +502,7 @@ def test_without_any_word_nothing_happens(bench: Bench):
 
 def test_a_full_disk_is_tried_again(on_one: Bench, monkeypatch: pytest.MonkeyPatch):
     usage = type("Usage", (), {"free": 0})
-    monkeypatch.setattr("agent.sync.download.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("agent.sync.fetching.downloader.shutil.disk_usage", lambda _: usage)
     on_one.want(2)
     on_one.step()
     on_one.until(P.WAITING)
@@ -706,7 +706,7 @@ def test_a_shadow_rollout_is_tried_and_does_not_serve_until_it_may(on_one: Bench
 
 
 def test_a_held_model_stays_as_it_is(on_one: Bench):
-    overview.hold(on_one.store, MODEL)
+    byhand.hold(on_one.store, MODEL)
     on_one.want(2)
     for _ in range(5):
         on_one.step()
@@ -723,7 +723,7 @@ def test_an_operator_goes_back_by_hand_without_a_network(on_one: Bench):
     on_one.install(2)
     on_one.manifest_problem = Problem(Reason.DOWNLOAD_FAILED, "unplugged")
     on_one.clock.pass_(30 * DAY)
-    assert overview.go_back(on_one.store, MODEL, None) == 1
+    assert byhand.go_back(on_one.store, MODEL, None) == 1
     on_one.step()
     on_one.until(P.STEADY)
     for _ in range(5):
@@ -737,7 +737,7 @@ def test_going_back_by_hand_during_a_watch(on_one: Bench):
     on_one.want(2)
     on_one.step()
     on_one.until(P.WATCHING)
-    assert overview.go_back(on_one.store, MODEL, None) == 1
+    assert byhand.go_back(on_one.store, MODEL, None) == 1
     on_one.until(P.STEADY)
 
     assert on_one.serving == 1
@@ -745,7 +745,7 @@ def test_going_back_by_hand_during_a_watch(on_one: Bench):
 
 def test_a_withdrawal_is_stronger_than_a_hold(on_one: Bench):
     on_one.install(2)
-    overview.hold(on_one.store, MODEL)
+    byhand.hold(on_one.store, MODEL)
     on_one.want(1, withdrawn=(2,))
     on_one.step()
     on_one.until(P.STEADY)
@@ -755,7 +755,7 @@ def test_a_withdrawal_is_stronger_than_a_hold(on_one: Bench):
 
 def test_there_may_be_nothing_to_go_back_to(on_one: Bench):
     with pytest.raises(StoreError, match="nothing to go back to"):
-        overview.go_back(on_one.store, MODEL, None)
+        byhand.go_back(on_one.store, MODEL, None)
 
 
 def test_a_release_that_serves_already_answers_a_new_rollout(on_one: Bench):
@@ -930,7 +930,7 @@ def fill_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         used = sum(path.stat().st_size for path in bench.store.blobs.iterdir())
         return SimpleNamespace(free=full - used)
 
-    monkeypatch.setattr("agent.sync.download.shutil.disk_usage", usage)
+    monkeypatch.setattr("agent.sync.fetching.downloader.shutil.disk_usage", usage)
 
 
 def test_old_releases_make_room_also_after_a_restart_in_the_middle(on_one: Bench, monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""`edge-agent sync | enroll | trial | doctor | updates | hold | rollback | tuf`. Nothing heavy is imported before a command runs."""
+"""`edge-agent sync | enroll | trial | doctor | tuf`, and those of `operator`. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -8,46 +8,26 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from agent.host import logs
+from agent.sync.cli.common import config_option, fail, json_option, load
+from agent.sync.cli.operator import approve, hold, quarantine, rollback, unhold, updates, why
 
 if TYPE_CHECKING:
-    from agent.config import AgentConfig
     from agent.sync.doctor import Finding
 
-_config_option = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="agent.yaml (default: /etc/edge-agent/agent.yaml).",
-)
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _MARKS = {"ok": "✓", "warning": "!", "failed": "✗", "skipped": "-"}
 
 
-def _fail(message: str) -> NoReturn:
-    click.echo(f"edge-agent: {message}", err=True)
-    sys.exit(1)
-
-
-def _load(config_path: Path | None) -> AgentConfig:
-    from agent import config
-
-    try:
-        return config.load(config_path)
-    except config.ConfigError as error:
-        _fail(str(error))
-
-
 @click.command()
-@_config_option
+@config_option
 @click.option("--verbose", is_flag=True, help="Log more.")
 def sync(config_path: Path | None, *, verbose: bool) -> None:
     """Follow the fleet: verify, download, try, activate and watch releases. Ends on SIGTERM."""
-    config = _load(config_path)
+    config = load(config_path)
     logs.set_up(logging.DEBUG if verbose else logging.INFO)
     from agent.store import StoreError
     from agent.sync import app
@@ -57,16 +37,16 @@ def sync(config_path: Path | None, *, verbose: bool) -> None:
     try:
         app.main(config)
     except (StoreError, IdentityError, Problem) as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"the store {config.store} cannot be used: {error}")
+        fail(f"the store {config.store} cannot be used: {error}")
 
 
 @click.command()
 @click.argument("string")
 @click.option("--device", help="The id to ask for; without it the fleet server chooses.")
 @click.option("--force", is_flag=True, help="Replace the identity this device has.")
-@_config_option
+@config_option
 def enroll(string: str, device: str | None, config_path: Path | None, *, force: bool) -> None:
     """Join a fleet with the STRING its operator gave you (edge://TOKEN@HOST:PORT/?ca=...); - reads it from standard input.
 
@@ -77,7 +57,7 @@ def enroll(string: str, device: str | None, config_path: Path | None, *, force: 
     """
     if string == "-":
         string = sys.stdin.readline().strip()
-    config = _load(config_path)
+    config = load(config_path)
     from agent.host import hardware
     from agent.host.clock import SystemClock
     from agent.sync import enrol
@@ -86,9 +66,9 @@ def enroll(string: str, device: str | None, config_path: Path | None, *, force: 
     try:
         who = enrol.enrol(string, config.sync.identity, SystemClock(), device=device, hardware=hardware.probe(), force=force)
     except (enrol.EnrolmentFailed, IdentityError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"the identity cannot be written to {config.sync.identity}: {error}")
+        fail(f"the identity cannot be written to {config.sync.identity}: {error}")
     click.echo(f"enrolled as {who.device!r} in fleet {who.address.fleet!r}; identity in {who.folder}")
     click.echo("next: systemctl restart edge-agent-sync (or run `edge-agent sync`)")
 
@@ -102,8 +82,8 @@ def trial() -> None:
 
 
 @click.command()
-@_config_option
-@_json_option
+@config_option
+@json_option
 def doctor(config_path: Path | None, *, as_json: bool) -> None:
     """Check everything an update needs. Exit status 1 when something is missing."""
     from agent.sync.doctor import examine
@@ -123,75 +103,6 @@ def _as_dict(finding: Finding) -> dict[str, Any]:
     import msgspec
 
     return dict(msgspec.structs.asdict(finding))
-
-
-@click.command()
-@_config_option
-@_json_option
-@click.option("--forget", metavar="MODEL:VERSION", help="Let this device try a release again that it refused.")
-def updates(config_path: Path | None, forget: str | None, *, as_json: bool) -> None:
-    """Show where each model's update stands, its answers, and the releases this device refuses."""
-    config = _load(config_path)
-    from agent.contract.names import ReleaseRef
-    from agent.store import Store
-    from agent.sync import overview
-
-    store = Store(config.store)
-    try:
-        if forget is not None:
-            ref = ReleaseRef.parse(forget)
-            done = overview.forget(store, ref)
-            click.echo(f"{ref} may be tried again" if done else f"{ref} was not refused here")
-            return
-        models = overview.read(store)
-    except (ValueError, OSError) as error:
-        _fail(str(error))
-    if as_json:
-        click.echo(json.dumps(models, indent=2))
-    else:
-        click.echo(overview.text(models), nl=False)
-
-
-@click.command()
-@click.argument("model")
-@click.option("--lift", is_flag=True, help="Let the model follow the fleet again.")
-@_config_option
-def hold(model: str, config_path: Path | None, *, lift: bool) -> None:
-    """Keep a model on the release that serves now, whatever the fleet wants. Only a withdrawal is stronger."""
-    config = _load(config_path)
-    from agent.store import Store, StoreError
-    from agent.sync import overview
-    from agent.sync.holds import Holds
-
-    store = Store(config.store)
-    try:
-        store.check_format()
-        if lift:
-            done = Holds(store.private / "holds").lift(model)
-            click.echo(f"{model} follows the fleet again" if done else f"{model} was not held")
-        else:
-            click.echo(f"{model} is held on release {overview.hold(store, model)}; `edge-agent hold --lift {model}` ends it")
-    except (StoreError, ValueError, OSError) as error:
-        _fail(str(error))
-
-
-@click.command()
-@click.argument("model")
-@click.option("--to", "version", type=int, help="The release to go back to  [default: the last other one committed here].")
-@_config_option
-def rollback(model: str, version: int | None, config_path: Path | None) -> None:
-    """Go back to a release that was committed on this device, and stay on it. Works without any network."""
-    config = _load(config_path)
-    from agent.store import Store, StoreError
-    from agent.sync import overview
-
-    store = Store(config.store)
-    try:
-        store.check_format()
-        version = overview.go_back(store, model, version)
-    except (StoreError, ValueError, OSError) as error:
-        _fail(str(error))
-    click.echo(f"{model} goes back to release {version} within seconds, and stays there until `edge-agent hold --lift {model}`")
 
 
 @click.group()
@@ -271,10 +182,10 @@ def _told() -> Iterator[None]:
     try:
         yield
     except Problem as problem:
-        _fail(f"{problem.reason.value}: {problem}")
+        fail(f"{problem.reason.value}: {problem}")
     except OSError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
-COMMANDS = (sync, enroll, trial, doctor, updates, hold, rollback, tuf)
+COMMANDS = (sync, enroll, trial, doctor, updates, why, approve, hold, unhold, rollback, quarantine, tuf)
 """For `edge-agent`'s group."""
