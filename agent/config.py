@@ -130,12 +130,19 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     """How often to report when nothing changes. The fleet server takes three missed ones for silence."""
     disk_reserve_bytes: int = 64 * 1024 * 1024
     """Space on the disk of the store that a download leaves free."""
+    disk_quota_bytes: int = 0
+    """What the store may take on the disk. A release that does not fit even when all that is not needed is deleted is not fetched. 0: no quota."""
     trial_memory_bytes: int = 2 * 1024 * 1024 * 1024
     """What a trial may use at most, whatever the release allows."""
     trial_timeout_s: float = 120.0
     """How long a trial may take at most, whatever the release allows."""
     download_min_bytes_per_s: int = 1024
-    """A download slower than this, over a minute, is broken off and tried again later."""
+    """A download slower than this, over a minute, is broken off and tried again later. Waiting for the limit below does not count."""
+    bandwidth_limit_bytes_per_s: int = 0
+    """What all downloads together may take from the network. 0: no limit."""
+    transfer_window: str = ""
+    """The hours for downloads, local time, such as 22:00-06:00; outside of them they rest. What is on this machine is used at any time.
+    Empty: always."""
     trial_socket: Path = Path("/run/edge-agent/trial.sock")
     """Where systemd starts trials. When it is not there, trials are children of `sync`."""
     windows: tuple[str, ...] = ()
@@ -153,6 +160,12 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("poll_interval_s and heartbeat_s must be above 0")
         if self.watch_poll_s <= 0 or self.trial_timeout_s <= 0 or self.download_min_bytes_per_s < 1:
             raise ValueError("watch_poll_s, trial_timeout_s and download_min_bytes_per_s must be above 0")
+        if self.disk_quota_bytes < 0 or self.bandwidth_limit_bytes_per_s < 0:
+            raise ValueError("disk_quota_bytes and bandwidth_limit_bytes_per_s must not be negative; 0 means none")
+        if self.transfer_window and not _HOURS.fullmatch(self.transfer_window):
+            raise ValueError(f"transfer_window is {self.transfer_window!r}; expected hours such as 22:00-06:00")
+        for window in self.windows:
+            parse_window(window)
 
 
 class AgentConfig(Settings, frozen=True, kw_only=True):

@@ -37,7 +37,9 @@ from agent.sync.approvals import Approvals
 from agent.sync.counters import Counter
 from agent.sync.delivery import Deliveries
 from agent.sync.desired import Desired
-from agent.sync.download import Downloader, HttpBlobs
+from agent.sync.fetching.budget import Budget, hours
+from agent.sync.fetching.downloader import Downloader
+from agent.sync.fetching.https import HttpBlobs
 from agent.sync.holds import Holds
 from agent.sync.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.identity import Identity, IdentityError
@@ -239,10 +241,14 @@ class SyncApp:
             releases=self._trust,
             downloader=Downloader(
                 store,
-                HttpBlobs(self._http),
+                [HttpBlobs(self._http)],
                 clock,
                 reserve_bytes=settings.disk_reserve_bytes,
                 min_bytes_per_s=settings.download_min_bytes_per_s,
+                quota_bytes=settings.disk_quota_bytes,
+                budget=Budget(
+                    clock, limit_bytes_per_s=settings.bandwidth_limit_bytes_per_s, window=hours(settings.transfer_window)
+                ),
             ),
             trials=TrialProcesses(clock, settings.trial_socket),
             serving=self._serving,

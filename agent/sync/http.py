@@ -103,6 +103,8 @@ class FleetHttp:
             if response.status_code not in accept:
                 raise HttpStatus(response.status_code, f"{url}: {error_text(response)}")
             yield response
+            if response.raw.length_remaining == 0:
+                response.raw.release_conn()  # read to its end: the next request needs no handshake
 
     def chunks(self, response: requests.Response, *, deadline_s: float) -> Iterator[bytes]:
         """The body as it arrives.  Raises: Problem when it breaks off or takes longer than `deadline_s`."""

@@ -17,7 +17,7 @@ from agent.store import Choice, Selection, Store
 from agent.sync import update
 from agent.sync.approvals import Approvals
 from agent.sync.desired import Desired
-from agent.sync.download import Downloader
+from agent.sync.fetching.downloader import Downloader
 from agent.sync.holds import Holds
 from agent.sync.journal import Entry, Gate, Journal, Verdict
 from agent.sync.ports import Clock, Releases, Stop

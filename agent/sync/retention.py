@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from agent.contract.names import SHA256, ReleaseRef
 from agent.host import files
 from agent.store import Store, StoreError
+from agent.sync.fetching.staged import BLOCKS_SUFFIX
 
 
 def surplus(releases: Iterable[ReleaseRef], needed: Mapping[str, Collection[int]], keep_newest: int) -> list[ReleaseRef]:
@@ -33,8 +34,9 @@ def collect(store: Store, remove: Iterable[ReleaseRef], staging_needed: Collecti
     freed = 0
     for folder, keep in ((store.blobs, named | set(staging_needed)), (store.staging, set(staging_needed))):
         for path in folder.iterdir():
-            if path.name not in keep and (SHA256.fullmatch(path.name) or path.name.startswith(".")):
-                freed += path.stat().st_size
+            name = path.name.removesuffix(BLOCKS_SUFFIX)
+            if name not in keep and (SHA256.fullmatch(name) or name.startswith(".")):
+                freed += path.stat().st_blocks * 512  # a download under way has holes
                 path.unlink()
         files.sync_directory(folder)
     return freed

@@ -26,7 +26,7 @@ import numpy as np
 import yaml
 
 from agent.contract.codec import convert
-from agent.contract.manifest import File, ReleaseManifest
+from agent.contract.manifest import ReleaseManifest
 from fleet_server.errors import Invalid, NotFound
 from fleet_server.releases import chunks
 
@@ -46,14 +46,14 @@ def build(release_yaml: Path) -> Built:
     raw = _read(release_yaml)
     names = _named(raw)
     paths: dict[str, Path] = {}
-    described: dict[str, File] = {}
     given = raw.get("files") or {}
     for name in sorted(names):
         path = release_yaml.parent / str(given.get(name, name))
         if not path.is_file():
             raise NotFound(f"{release_yaml}: file {name!r} is not at {path}")
         paths[name] = path
-        described[name] = chunks.describe(path)
+    together = sum(path.stat().st_size for path in paths.values())
+    described = {name: chunks.describe(path, together) for name, path in paths.items()}
     document: dict[str, Any] = {**raw, "files": msgspec.to_builtins(described)}
     document["provenance"] = {
         "created": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),

@@ -16,8 +16,12 @@ import numpy as np
 from agent.contract.manifest import Block, File
 
 WINDOW = 32
-AVERAGE_BYTES = 64 * 1024
-MAX_BLOCKS = 16_384  # about 1.8 MB of manifest; larger files get larger blocks
+AVERAGE_BYTES = 4 * 1024  # of the smallest files
+BLOCKS_PER_AVERAGE = 16
+"""A block costs some 100 bytes of the manifest, and each changed stretch of a file about one block more than changed. Both are least
+together when the number of blocks grows with the root of the size: 4 KiB up to 1 MiB, 16 KiB up to 16 MiB, 64 KiB up to 256 MiB.
+"""
+MAX_BLOCKS = 24_576  # of all files of a release: about 2.5 MB of manifest, which may have 4
 MIN_FILE_BYTES = 2 * AVERAGE_BYTES  # smaller ones are fetched whole
 
 _GEAR = np.frombuffer(
@@ -25,12 +29,17 @@ _GEAR = np.frombuffer(
 )  # any fixed table of random numbers does; this one can be written down in a line
 
 
-def describe(path: Path) -> File:
-    """The file's hash, size and blocks.  Raises: OSError."""
-    size = path.stat().st_size
+def average_bytes(size: int, release: int = 0) -> int:
+    """How large the blocks of a file should be, in a release whose files have `release` bytes together. A power of two."""
     average = AVERAGE_BYTES
-    while size / average > MAX_BLOCKS:
+    while size * BLOCKS_PER_AVERAGE > average**2 or max(size, release) > average * MAX_BLOCKS:
         average *= 2
+    return average
+
+
+def describe(path: Path, release_bytes: int = 0) -> File:
+    """The hash, size and blocks of a file, one of a release whose files have `release_bytes` together.  Raises: OSError."""
+    average = average_bytes(path.stat().st_size, release_bytes)
     digest = hashlib.sha256()
     blocks = []
     total = 0

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from agent.contract.manifest import MAX_MANIFEST_BYTES
 from fleet_server.releases import chunks
 
 MIB = 1024 * 1024
@@ -28,8 +29,9 @@ def test_blocks_are_the_file(tmp_path, size):
         position += block.size_bytes
     assert position == (size if file.blocks else 0)
     assert bool(file.blocks) == (size >= chunks.MIN_FILE_BYTES)
-    assert all(b.size_bytes >= chunks.AVERAGE_BYTES // 4 for b in file.blocks[:-1])
-    assert all(b.size_bytes <= chunks.AVERAGE_BYTES * 4 for b in file.blocks)
+    average = chunks.average_bytes(size)
+    assert all(b.size_bytes >= average // 4 for b in file.blocks[:-1])
+    assert all(b.size_bytes <= average * 4 for b in file.blocks)
 
 
 def test_an_insertion_moves_blocks_without_changing_them(tmp_path):
@@ -37,9 +39,24 @@ def test_an_insertion_moves_blocks_without_changing_them(tmp_path):
     changed = data[: 3 * MIB] + b"a few bytes" + data[3 * MIB :]
     before = {b.sha256 for b in describe(tmp_path, data).blocks}
     new = [b for b in describe(tmp_path, changed).blocks if b.sha256 not in before]
-    assert sum(b.size_bytes for b in new) < 4 * 4 * chunks.AVERAGE_BYTES
+    assert sum(b.size_bytes for b in new) < 4 * 4 * chunks.average_bytes(8 * MIB)
 
 
 def test_a_file_of_zeros_is_cut_at_the_largest_size(tmp_path):
     file = describe(tmp_path, bytes(2 * MIB))
-    assert {b.size_bytes for b in file.blocks} <= {4 * chunks.AVERAGE_BYTES, chunks.AVERAGE_BYTES // 4}
+    assert {b.size_bytes for b in file.blocks} == {4 * chunks.average_bytes(2 * MIB)}
+
+
+@pytest.mark.parametrize(("size", "average"), [(0, 4096), (MIB, 4096), (MIB + 1, 8192), (16 * MIB, 16384), (256 * MIB, 65536)])
+def test_larger_files_have_larger_blocks(size, average):
+    assert chunks.average_bytes(size) == average
+
+
+@pytest.mark.parametrize("files", [1, 2, 7, 200])
+@pytest.mark.parametrize("release", [MIB, 1024 * MIB, 64 * 1024 * MIB])
+def test_the_manifest_of_any_release_stays_within_what_devices_read(files, release):
+    size = release // files
+    count = (
+        files * size / (chunks.average_bytes(size, release) * 0.7)
+    )  # blocks are a little smaller than the average, never by so much
+    assert count * 105 < MAX_MANIFEST_BYTES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from agent.store import Store
 from agent.sync.approvals import Approvals
 from agent.sync.delivery import Deliveries
 from agent.sync.desired import Desired
-from agent.sync.download import Downloader
+from agent.sync.fetching.downloader import Downloader
 from agent.sync.holds import Holds
 from agent.sync.journal import Journal
 from agent.sync.model import Surroundings
@@ -27,6 +28,7 @@ from agent.sync.retention import Housekeeping
 from agent.sync.serving import Failed, Latency, ModelStatus, ServeAway, ServeRefused, ServeStatus, VersionStats, VersionStatus
 from agent.sync.states import States
 from agent.sync.updater import ModelUpdater
+from tests.sync.blobs import MemoryBlobs
 from tests.sync.conftest import FakeClock
 from tests.sync.fleet import DAY, DEVICE, FLEET, script_release, sha
 from tests.sync.test_download import MemoryBlobs
@@ -155,7 +157,7 @@ class Bench:
         self.clock = FakeClock()
         self.serve = MemoryServe(self.store)
         self.source = MemoryBlobs(b"")
-        self.source.open = self._open  # type: ignore[method-assign]
+        self.source.read = self._read  # type: ignore[method-assign]
         self.blobs: dict[str, bytes] = {}
         self.signed: dict[ReleaseRef, Signed] = {}
         self.manifest_problem: Problem | None = None
@@ -181,7 +183,7 @@ class Bench:
             quarantine=Quarantine(self.store.private / "quarantine"),
             housekeeping=Housekeeping(self.store, self.settings.keep_releases),
             releases=self,
-            downloader=Downloader(self.store, self.source, self.clock, reserve_bytes=0, min_bytes_per_s=1),
+            downloader=Downloader(self.store, [self.source], self.clock, reserve_bytes=0, min_bytes_per_s=1),
             trials=self,
             serving=self.serve,
             clock=self.clock,
@@ -237,18 +239,13 @@ class Bench:
             raise Problem(Reason.WRONG_RELEASE, f"{ref} is not signed")
         return self.signed[ref]
 
-    def _open(self, sha256: str, offset: int):
-        import contextlib
-
-        @contextlib.contextmanager
-        def opened():
-            self.source.offsets.append(offset)
-            if sha256 not in self.blobs:
-                raise Problem(Reason.DOWNLOAD_FAILED, "no such blob")
-            self.source.on_chunk()
-            yield offset, iter([self.blobs[sha256][offset:]])
-
-        return opened()
+    @contextlib.contextmanager
+    def _read(self, sha256: str, start: int, end: int):
+        self.source.asked.append((start, end))
+        if sha256 not in self.blobs:
+            raise Problem(Reason.DOWNLOAD_FAILED, "no such blob")
+        self.source.on_chunk()
+        yield start, iter([self.blobs[sha256][start:end]])
 
     def run(self, request, timeout_s, stop):
         self.tried.append(request.release)

@@ -359,15 +359,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def ranged(self, data: bytes) -> None:
-        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not match:
             self.answer(200, data)
             return
         start = int(match[1])
+        end = min(len(data), int(match[2]) + 1) if match[2] else len(data)
         if start >= len(data):
             self.answer(416, b"{}")
         else:
-            self.answer(206, data[start:], {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"})
+            self.answer(206, data[start:end], {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"})
 
     def answer(self, status: int, data: bytes, headers: dict[str, str] | None = None, *, length: int | None = None) -> None:
         self.send_response(status)

@@ -22,10 +22,11 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.store import Store
 from agent.sync.app import Follower
-from agent.sync.download import HttpBlobs
+from agent.sync.fetching.https import HttpBlobs
 from agent.sync.http import FleetHttp
 from agent.sync.identity import Identity
 from agent.sync.problems import Problem
+from tests.sync.blobs import downloader
 from tests.sync.conftest import FakeClock, eventually
 from tests.sync.fleet import Authority, Repository, Server, script_release, sha
 from tests.sync.test_download import downloader

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
@@ -14,45 +13,16 @@ import pytest
 from agent.contract.manifest import File
 from agent.contract.reasons import Reason
 from agent.store import Store
-from agent.sync import download
-from agent.sync.download import Downloader, HttpBlobs
+from agent.sync.fetching.https import HttpBlobs
+from agent.sync.fetching.sources import TRIES_ON_WRONG_BYTES
 from agent.sync.http import FleetHttp
 from agent.sync.problems import Problem, Stopped
+from tests.sync.blobs import MemoryBlobs, downloader, fetch
 from tests.sync.conftest import FakeClock
 from tests.sync.fleet import Repository, Server, sha
 
 DATA = random.Random(7).randbytes(700_000)
 FILE = File(sha256=sha(DATA), size_bytes=len(DATA))
-
-
-class MemoryBlobs:
-    """A source that sends chunks of a size, from memory."""
-
-    def __init__(self, data: bytes = DATA, chunk: int = 50_000, *, resumes: bool = True) -> None:
-        self.data, self.chunk, self.resumes = data, chunk, resumes
-        self.offsets: list[int] = []
-        self.on_chunk = lambda: None
-
-    @contextlib.contextmanager
-    def open(self, sha256: str, offset: int):
-        self.offsets.append(offset)
-        start = offset if self.resumes else 0
-        yield start, self._chunks(start)
-
-    def _chunks(self, start: int):
-        for at in range(start, len(self.data), self.chunk):
-            self.on_chunk()
-            yield self.data[at : at + self.chunk]
-
-
-def downloader(store: Store, source, clock=None, *, reserve: int = 0, rate: int = 1) -> Downloader:
-    return Downloader(store, source, clock or FakeClock(), reserve_bytes=reserve, min_bytes_per_s=rate)
-
-
-def fetch(downloads: Downloader, file: File = FILE) -> list[int]:
-    seen: list[int] = []
-    downloads.fetch(file, seen.append, lambda: False)
-    return seen
 
 
 def problem(action) -> Problem:
@@ -62,7 +32,7 @@ def problem(action) -> Problem:
 
 
 def test_a_blob_arrives(store: Store):
-    seen = fetch(downloader(store, MemoryBlobs()))
+    seen = fetch(downloader(store, MemoryBlobs(DATA)), FILE)
 
     assert store.blob(FILE.sha256).read_bytes() == DATA
     assert seen == sorted(seen)
@@ -71,9 +41,9 @@ def test_a_blob_arrives(store: Store):
 
 
 def test_a_blob_that_is_there_is_not_asked_for(store: Store):
-    source = MemoryBlobs()
-    fetch(downloader(store, source))
-    fetch(downloader(store, source))
+    source = MemoryBlobs(DATA)
+    fetch(downloader(store, source), FILE)
+    fetch(downloader(store, source), FILE)
 
     assert source.offsets == [0]
 
@@ -81,9 +51,9 @@ def test_a_blob_that_is_there_is_not_asked_for(store: Store):
 @pytest.mark.parametrize("cut", [0, 1, 49_999, 50_000, 350_001, len(DATA) - 1, len(DATA)])
 def test_a_cut_download_goes_on_where_it_stopped(cut, store: Store):
     (store.staging / FILE.sha256).write_bytes(DATA[:cut])
-    source = MemoryBlobs()
+    source = MemoryBlobs(DATA)
 
-    fetch(downloader(store, source))
+    fetch(downloader(store, source), FILE)
 
     assert source.offsets == ([cut] if cut < len(DATA) else [])
     assert store.blob(FILE.sha256).read_bytes() == DATA
@@ -93,7 +63,7 @@ def test_a_cut_download_goes_on_where_it_stopped(cut, store: Store):
 def test_wrong_bytes_on_the_disk_do_not_stay(staged, store: Store):
     (store.staging / FILE.sha256).write_bytes(staged)
 
-    fetch(downloader(store, MemoryBlobs()))
+    fetch(downloader(store, MemoryBlobs(DATA)), FILE)
 
     assert store.blob(FILE.sha256).read_bytes() == DATA
 
@@ -101,31 +71,41 @@ def test_wrong_bytes_on_the_disk_do_not_stay(staged, store: Store):
 def test_a_server_that_cannot_resume_begins_again(store: Store):
     (store.staging / FILE.sha256).write_bytes(DATA[:1234])
 
-    fetch(downloader(store, MemoryBlobs(resumes=False)))
+    fetch(downloader(store, MemoryBlobs(DATA, resumes=False)), FILE)
 
     assert store.blob(FILE.sha256).read_bytes() == DATA
 
 
 def test_a_truncated_blob_is_kept_for_the_next_try(store: Store):
-    failed = problem(lambda: fetch(downloader(store, MemoryBlobs(DATA[:-10]))))
+    failed = problem(lambda: fetch(downloader(store, MemoryBlobs(DATA[:-10])), FILE))
 
     assert failed.reason is Reason.DOWNLOAD_FAILED
     assert failed.retryable
     assert not store.has_blob(FILE.sha256)
-    source = MemoryBlobs()
-    fetch(downloader(store, source))
+    source = MemoryBlobs(DATA)
+    fetch(downloader(store, source), FILE)
     assert source.offsets == [len(DATA) - 10]
 
 
-@pytest.mark.parametrize("sent", [DATA + b"x", DATA * 2, b"\0" * len(DATA)], ids=["one byte more", "twice", "other bytes"])
+@pytest.mark.parametrize("sent", [DATA + b"x", DATA * 2], ids=["one byte more", "twice"])
+def test_a_source_that_goes_on_is_not_listened_to(sent, store: Store):
+    source = MemoryBlobs(sent, resumes=False)
+
+    fetch(downloader(store, source), FILE)
+
+    assert source.sent <= len(DATA) + source.chunk
+    assert store.blob(FILE.sha256).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("sent", [b"x" + DATA[1:], DATA[:-1] + b"x", b"\0" * len(DATA)], ids=["first byte", "last byte", "all"])
 def test_wrong_bytes_are_thrown_away(sent, store: Store):
     source = MemoryBlobs(sent)
 
-    failed = problem(lambda: fetch(downloader(store, source)))
+    failed = problem(lambda: fetch(downloader(store, source), FILE))
 
     assert failed.reason is Reason.HASH_MISMATCH
     assert not failed.retryable
-    assert len(source.offsets) == download.TRIES_ON_WRONG_HASH
+    assert len(source.offsets) == TRIES_ON_WRONG_BYTES
     assert not store.has_blob(FILE.sha256)
     left = store.staging / FILE.sha256
     assert not left.exists() or left.stat().st_size == 0
@@ -140,7 +120,7 @@ def test_bytes_damaged_once_on_the_way_are_fetched_again(store: Store):
 
     source.on_chunk = repaired
     # The second connection is the first that sees the right data, from its first chunk on.
-    fetch(downloader(store, source))
+    fetch(downloader(store, source), FILE)
 
     assert store.blob(FILE.sha256).read_bytes() == DATA
 
@@ -154,10 +134,10 @@ def test_an_empty_file_is_a_file(store: Store):
 
 
 def test_a_download_that_trickles_is_given_up(store: Store):
-    clock, source = FakeClock(), MemoryBlobs(chunk=10)
+    clock, source = FakeClock(), MemoryBlobs(DATA, chunk=10)
     source.on_chunk = lambda: clock.pass_(5)
 
-    failed = problem(lambda: fetch(downloader(store, source, clock, rate=1000)))
+    failed = problem(lambda: fetch(downloader(store, source, clock=clock, rate=1000), FILE))
 
     assert failed.reason is Reason.SLOW_RETRIEVAL
     assert "bytes/s" in failed.message
@@ -165,16 +145,16 @@ def test_a_download_that_trickles_is_given_up(store: Store):
 
 def test_a_download_may_not_take_longer_than_its_size_allows(store: Store):
     """Fast enough in each window is not enough when the source stalls between them."""
-    clock, source = FakeClock(), MemoryBlobs(chunk=40_000)
+    clock, source = FakeClock(), MemoryBlobs(DATA, chunk=40_000)
     source.on_chunk = lambda: clock.pass_(20)
 
-    failed = problem(lambda: fetch(downloader(store, source, clock, rate=10_000)))
+    failed = problem(lambda: fetch(downloader(store, source, clock=clock, rate=10_000), FILE))
 
     assert failed.reason is Reason.SLOW_RETRIEVAL
 
 
 def test_a_download_stops_when_told(store: Store):
-    downloads = downloader(store, MemoryBlobs())
+    downloads = downloader(store, MemoryBlobs(DATA))
 
     with pytest.raises(Stopped):
         downloads.fetch(FILE, lambda _: None, lambda: True)
@@ -185,7 +165,7 @@ def test_a_download_stops_when_told(store: Store):
 def test_what_does_not_fit_is_refused_with_numbers(store: Store):
     huge = File(sha256="0" * 64, size_bytes=1 << 60)
 
-    failed = problem(lambda: downloader(store, MemoryBlobs(), reserve=1 << 20).require_space([huge]))
+    failed = problem(lambda: downloader(store, MemoryBlobs(DATA), reserve=1 << 20).require_space([huge]))
 
     assert failed.reason is Reason.NO_SPACE
     assert failed.retryable
@@ -194,8 +174,8 @@ def test_what_does_not_fit_is_refused_with_numbers(store: Store):
 
 
 def test_what_is_here_already_needs_no_space(store: Store):
-    downloads = downloader(store, MemoryBlobs(), reserve=1 << 62)
-    fetch(downloads)
+    downloads = downloader(store, MemoryBlobs(DATA), reserve=1 << 62)
+    fetch(downloads, FILE)
 
     downloads.require_space([FILE])
 
@@ -219,7 +199,7 @@ def test_a_full_disk_in_the_middle_of_a_download(small_disk: Path):
     """The preflight was told that there is room; then something else takes it."""
     store = Store.create(small_disk / "store")
 
-    failed = problem(lambda: fetch(downloader(store, MemoryBlobs())))
+    failed = problem(lambda: fetch(downloader(store, MemoryBlobs(DATA)), FILE))
 
     assert failed.reason is Reason.NO_SPACE
     assert failed.retryable
@@ -231,9 +211,9 @@ def test_a_full_disk_where_none_can_be_mounted(store: Store, monkeypatch: pytest
     def full(_fd: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(download.os, "fsync", full)
+    monkeypatch.setattr("agent.sync.fetching.staged.os.fsync", full)
 
-    assert problem(lambda: fetch(downloader(store, MemoryBlobs()))).reason is Reason.NO_SPACE
+    assert problem(lambda: fetch(downloader(store, MemoryBlobs(DATA)), FILE)).reason is Reason.NO_SPACE
     assert not store.has_blob(FILE.sha256)
 
 
@@ -269,17 +249,17 @@ def test_a_blob_over_https_is_resumed_after_the_server_hung_up(store: Store, blo
     server.faults["blobs/"] = cut
     downloads = downloader(store, blobs)
 
-    assert problem(lambda: fetch(downloads)).reason is Reason.DOWNLOAD_FAILED
+    assert problem(lambda: fetch(downloads, FILE)).reason is Reason.DOWNLOAD_FAILED
     staged = (store.staging / FILE.sha256).stat().st_size
     assert 0 < staged <= 300_000
-    fetch(downloads)
+    fetch(downloads, FILE)
 
-    assert asked == [None, f"bytes={staged}-"]
+    assert asked == [f"bytes=0-{len(DATA) - 1}", f"bytes={staged}-{len(DATA) - 1}"]
     assert store.blob(FILE.sha256).read_bytes() == DATA
 
 
 def test_a_blob_the_server_does_not_have_is_a_failed_download(store: Store, blobs):
-    failed = problem(lambda: fetch(downloader(store, blobs)))
+    failed = problem(lambda: fetch(downloader(store, blobs), FILE))
 
     assert failed.reason is Reason.DOWNLOAD_FAILED
     assert "there is no such thing" in failed.message
@@ -290,8 +270,8 @@ def test_a_server_whose_blob_became_shorter(store: Store, blobs, repository: Rep
     repository.blobs[FILE.sha256] = DATA[:1000]
     (store.staging / FILE.sha256).write_bytes(DATA[:2000])
 
-    assert problem(lambda: fetch(downloader(store, blobs))).reason is Reason.DOWNLOAD_FAILED
-    assert not (store.staging / FILE.sha256).exists()
+    assert problem(lambda: fetch(downloader(store, blobs), FILE)).reason is Reason.DOWNLOAD_FAILED
+    assert (store.staging / FILE.sha256).stat().st_size == 0
 
 
 def test_a_range_that_was_not_asked_for_is_refused(store: Store, blobs, repository: Repository, server: Server):
@@ -303,4 +283,4 @@ def test_a_range_that_was_not_asked_for_is_refused(store: Store, blobs, reposito
 
     server.faults["blobs/"] = other_range
 
-    assert "another range" in problem(lambda: fetch(downloader(store, blobs))).message
+    assert "another range" in problem(lambda: fetch(downloader(store, blobs), FILE)).message

@@ -1,0 +1,52 @@
+"""Blobs over HTTP: the fleet server's device listener, mirrors of it, and neighbours on the local network."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from agent.contract import enrolment
+from agent.contract.reasons import Reason
+from agent.sync.fetching.sources import NotHere, Reader
+from agent.sync.http import FleetHttp, HttpStatus
+from agent.sync.problems import Problem
+
+PEER_PLACE, WEB_PLACE = 20, 30
+"""Neighbours before the internet."""
+
+
+class HttpBlobs:
+    """Blobs of a server that answers `GET /blobs/<sha256>` with Range. A connection for each blob, since several models may download at once."""
+
+    metered = True
+
+    def __init__(
+        self, connect: Callable[[], FleetHttp], *, name: str = "the fleet server", place: int = WEB_PLACE, final: bool = True
+    ) -> None:
+        self._connect = connect
+        self.name = name
+        self.place = place
+        self.final = final
+
+    @contextlib.contextmanager
+    def open(self, sha256: str) -> Iterator[Reader]:
+        http = self._connect()
+        url = http.url(enrolment.BLOBS_PATH + sha256)
+
+        @contextlib.contextmanager
+        def read(start: int, end: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+            try:
+                with http.open(url, headers={"Range": f"bytes={start}-{end - 1}"}, accept=(200, 206)) as response:
+                    resumed = response.status_code == 206
+                    if resumed and not str(response.headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
+                        raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: the server sent another range than was asked for")
+                    yield (start if resumed else 0), http.chunks(response, deadline_s=float("inf"))
+            except HttpStatus as problem:
+                if problem.status in (404, 416):  # 416: it has fewer bytes, so they are not this blob's
+                    raise NotHere(problem.message) from problem
+                raise
+
+        try:
+            yield read
+        finally:
+            http.close()
