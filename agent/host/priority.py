@@ -9,12 +9,17 @@ from collections.abc import Callable
 NICE = 10
 
 
+def lower() -> None:
+    """The calling thread gives way to the others, for the rest of its life."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
 def in_background(work: Callable[[], None]) -> None:
     """Does `work` in a thread of low priority and waits for it.  Raises: whatever it raises."""
     failures: list[BaseException] = []
 
     def run() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
+        lower()
         try:
             work()
         except BaseException as error:  # noqa: BLE001 - it is raised where it was waited for

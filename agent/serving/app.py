@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from agent.config import AgentConfig, ConfigError, ServeSettings
 from agent.host import notify, peer
 from agent.host.signals import Ending
+from agent.host.throttle import Throttle
 from agent.serving import loading, memoryroutes, selfcheck
 from agent.serving.access import AccessTable
 from agent.serving.control import Control
@@ -36,6 +37,7 @@ from agent.serving.routes import Route, Router
 from agent.serving.scheduling.scheduler import Scheduler, busy_threads
 from agent.serving.service import Service
 from agent.serving.settings import LogSettings, TraceSettings
+from agent.serving.shadowing import Shadows
 from agent.serving.sockets import Listeners, open_listeners
 from agent.serving.swapping import Swapper
 from agent.serving.systemmemory import SystemMemory
@@ -64,6 +66,7 @@ class Parts:
     host: ModelHost
     dataplane: Dataplane
     residency: Residency
+    shadows: Shadows
     protocol: Protocol
     control: Control
     repository: Repository
@@ -92,7 +95,8 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
         min_residency_s=settings.min_residency_s,
     )
     protocol = Protocol(host, dataplane, shared_memory=settings.shared_memory != "off")
-    control = Control(host, store, residency, Swapper(host, dataplane, residency))
+    shadows = Shadows(host, scheduler, Throttle(settings.shadow_max_load, settings.shadow_max_celsius))
+    control = Control(host, store, residency, Swapper(host, dataplane, residency), shadows)
     repository, logs, traces = (
         Repository(control),
         LogSettings(),
@@ -107,7 +111,7 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
             *Pictures(dataplane).routes(),
             *extensions.routes(),
             *control.routes(),
-            *Metrics(host, residency).routes(),
+            *Metrics(host, residency, shadows).routes(),
             *memoryroutes.routes(),
         ]
     )
@@ -117,7 +121,9 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
         if observers
         else Service(dataplane, settings.max_body_bytes)
     )
-    return Parts(host, dataplane, residency, protocol, control, repository, logs, traces, system, router, service, observers)
+    return Parts(
+        host, dataplane, residency, shadows, protocol, control, repository, logs, traces, system, router, service, observers
+    )
 
 
 def observers_of(settings: ServeSettings) -> list[Observer]:
@@ -231,6 +237,7 @@ def _run(
         parts.protocol.is_ready = False
         watchdog.stop()
         parts.residency.end()
+        parts.shadows.close()
         if rpc is not None:
             rpc.stop(STOP_GRACE_S)
         if not loop.stop(STOP_GRACE_S):

@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -16,10 +16,13 @@ from agent.contract.names import MAX_VERSION, check_model
 from agent.serving import loading
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
+from agent.serving.canary import Canary
+from agent.serving.comparing import Tolerance
 from agent.serving.documents import agent_version
 from agent.serving.host import ModelHost, Served, Version
 from agent.serving.residency import Residency
 from agent.serving.routes import Handler, Kind, Request, Route
+from agent.serving.shadowing import Shadows, pair
 from agent.serving.swapping import SwapLost, Swapper
 from agent.store import Choice, Selection, Store, StoreError, hash_file
 from runtimes.contract import ModelInvalid, RuntimeUnavailable
@@ -46,6 +49,20 @@ class UnloadRequest(msgspec.Struct, forbid_unknown_fields=True):
     version: int | None = None
 
 
+class ShadowRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """`tolerance` by output; `*` is every other one."""
+
+    version: int
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    max_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 5.0
+    tolerance: dict[str, Tolerance] = {}
+
+
+class CanaryRequest(msgspec.Struct, forbid_unknown_fields=True):
+    version: int
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
 class Empty(msgspec.Struct, forbid_unknown_fields=True):
     pass
 
@@ -53,11 +70,12 @@ class Empty(msgspec.Struct, forbid_unknown_fields=True):
 class Control:
     """The handlers over a host, and over the store that models are loaded from (None when files were named instead)."""
 
-    def __init__(self, host: ModelHost, store: Store | None, residency: Residency, swapper: Swapper) -> None:
+    def __init__(self, host: ModelHost, store: Store | None, residency: Residency, swapper: Swapper, shadows: Shadows) -> None:
         self._host = host
         self._store = store
         self._residency = residency
         self._swapper = swapper
+        self._shadows = shadows
         self._changing = residency.changing  # other transports than HTTP bring threads of their own
         self.instance = secrets.token_hex(8)
         self._started = time.time()
@@ -71,10 +89,13 @@ class Control:
             ("/commit", self.commit),
             ("/unload", self.unload),
             ("/swap", self.swap),
+            ("/shadow", self.shadow),
+            ("/canary", self.canary),
         ]
         return [
             Route("GET", "/control/v1/status", Access.OBSERVE, self.status),
             Route("GET", model, Access.OBSERVE, self.model),
+            Route("GET", model + "/shadow", Access.OBSERVE, self.shadow_numbers),
             Route("POST", "/control/v1/activate", Access.CONTROL, self._alone(self.activate_together), Kind.CONTROL),
             *(Route("POST", model + path, Access.CONTROL, self._alone(handler), Kind.CONTROL) for path, handler in changes),
         ]
@@ -82,7 +103,10 @@ class Control:
     def _alone(self, handler: Handler) -> Handler:
         def handle(call: Request) -> Answer:
             with self._changing:
-                return handler(call)
+                try:
+                    return handler(call)
+                finally:
+                    self._shadows.settle()
 
         return handle
 
@@ -141,6 +165,34 @@ class Control:
         request = _body(call, LoadRequest)
         served = self._swap(name, Choice(version=request.version, variant=request.variant))
         return _active(served)
+
+    def shadow(self, call: Request) -> Answer:
+        name = _model_name(call)
+        request = _body(call, ShadowRequest)
+        if request.share == 0:
+            self._shadows.end(name, "it was asked to end")
+            return self.shadow_numbers(call)
+        tolerances = dict(request.tolerance)
+        shadow = self._shadows.begin(name, request.version, request.share, request.max_rate, tolerances)
+        return json_answer(shadow.document())
+
+    def shadow_numbers(self, call: Request) -> Answer:
+        self._host.served(call.params["model"])
+        shadow = self._shadows.get(call.params["model"])
+        return json_answer(shadow.document() if shadow is not None else {"state": "none"})
+
+    def canary(self, call: Request) -> Answer:
+        name = _model_name(call)
+        request = _body(call, CanaryRequest)
+        served = self._host.served(name)
+        if request.share == 0:
+            served.end_canary()
+        else:
+            active, candidate = pair(served, request.version, "answered beside")
+            _divert(active, candidate, request.share)
+        canary = served.canary
+        log.info("model %r: version %d answers %g of the requests", name, request.version, canary.share if canary else 0)
+        return json_answer({"canary": canary.document() if canary else None})
 
     def commit(self, call: Request) -> Answer:
         _body(call, Empty)
@@ -279,6 +331,14 @@ class Control:
             return self._store.selection(name) if self._store else None
         except (StoreError, OSError) as error:
             raise Refusal(409, str(error), code="not_in_store") from error
+
+
+def _divert(active: Version, candidate: Version, share: float) -> None:
+    """Of a canary that is there already only the share changes."""
+    if active.canary is not None and active.canary.candidate is candidate:
+        active.canary.change(share)
+    else:
+        active.canary = Canary(active, candidate, share)
 
 
 def _load_refusal(source: loading.Source, error: Exception) -> Refusal:

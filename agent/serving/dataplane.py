@@ -32,6 +32,7 @@ LEADER_JSON_BYTES = 16 * 1024  # what the polling thread reads of a request that
 ALIVE_S = 0.1  # how often a caller that waits in a thread of its own is asked whether it is still there
 SHORTEST_S = 100e-6
 GONE = 499  # nobody sees this status: its caller has gone
+SEQUENCE_ID = b'"sequence_id"'
 
 
 class OipForm:
@@ -83,13 +84,19 @@ class Dataplane:
         version = served.active if match.version is None else served.pick(match.version)
         if version is None:
             return True
+        canary = version.canary
+        if canary is not None and canary.candidate.cost_s > INLINE_RUN_S:
+            return False
         return version.cost_s <= INLINE_RUN_S and (call.known is not None or _tensor_bytes(call) <= INLINE_BODY_BYTES)
 
     def keeps_order(self, match: Match) -> bool:
         """Whether requests must be admitted in the order in which they come: they may belong to sequences."""
         served = self._host.models.get(match.model)  # type: ignore[arg-type]
         version = served.pick(match.version) if served is not None else None
-        return version is not None and version.lane.sequences is not None
+        if version is None:
+            return False
+        canary = version.canary
+        return version.lane.sequences is not None or (canary is not None and canary.candidate.lane.sequences is not None)
 
     def infer(self, call: Request, form: Form = OIP) -> Answer | None:
         """The prediction that an HTTP request asks for; its arrays may not outlive the body. None: it waits, and `call.seat` will be
@@ -98,6 +105,8 @@ class Dataplane:
         match = call.match
         assert match.model is not None
         version = self._host.enter(match.model, match.version)
+        if version.canary is not None and match.version is None:
+            return self._infer_in_turn(self._divert(version, _sequence_of(version, call, form)), call, form)
         lane = version.lane
         if lane.gated or call.pace is not _RUN:
             return self._infer_in_turn(version, call, form)
@@ -126,6 +135,9 @@ class Dataplane:
             ended = time.perf_counter()
             answer = form.write(version, plan, call, arrays)
             done = ended if type(answer) is FilledTemplate else time.perf_counter()  # filling one in takes nothing
+            tap = version.tap  # once: another thread may take it off
+            if tap is not None:
+                tap.take(plan, feeds, arrays, ended - started)
         except Exception as error:
             raise refusal(version, error) from error
         finally:
@@ -154,7 +166,10 @@ class Dataplane:
         once it says no, the prediction is dropped.  Raises: Refusal.
         """
         waiter = Waiter()
-        task = Direct(self._host.enter(model, wanted), feeds, demand)
+        version = self._host.enter(model, wanted)
+        if version.canary is not None and wanted is None:
+            version = self._divert(version, demand.sequence)
+        task = Direct(version, feeds, demand)
         job, work = self._admit(task, waiter, wanted, Pace.RUN)
         while True:
             if work:
@@ -168,6 +183,16 @@ class Dataplane:
         if task.refused is not None:
             raise task.refused
         return Result(task.version, task.arrays)
+
+    @staticmethod
+    def _divert(version: Version, sequence: SequenceDemand | None) -> Version:
+        """The version that answers, entered, in place of an entered one that has a canary."""
+        canary = version.canary
+        chosen = canary.choose(sequence) if canary is not None else version
+        if chosen is version or not chosen.enter():
+            return version
+        version.leave()
+        return chosen
 
     def _infer_in_turn(self, version: Version, call: Request, form: Form) -> Answer | None:
         """The long way. It leaves `version`."""
@@ -265,6 +290,17 @@ class Dataplane:
         waiter.event.clear()
         work, waiter.work = waiter.work, []
         return work
+
+
+def _sequence_of(version: Version, call: Request, form: Form) -> SequenceDemand | None:
+    """The place in a sequence that a request demands, before it is known which version answers it."""
+    length = len(call.body) if call.header_length is None else call.header_length
+    if form is not OIP or SEQUENCE_ID not in bytes(call.body[:length]):
+        return None
+    try:
+        return OIP.read(version, call).sequence
+    except Refusal:
+        return None  # whichever version answers says what is wrong with it
 
 
 def _tensor_bytes(call: Request) -> int:

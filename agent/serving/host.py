@@ -19,12 +19,20 @@ from typing import Any, Literal, Protocol
 
 from agent.contract.manifest import Picture, Serving
 from agent.serving.answers import Refusal
+from agent.serving.canary import Canary
 from agent.serving.scheduling.lanes import INLINE_RUN_S, Lane
 from agent.serving.scheduling.sequences import Sequences
 from agent.serving.stats import Stats
-from runtimes.contract import Model, Placement, TensorSpec
+from runtimes.contract import Array, Model, Placement, TensorSpec
 
 log = logging.getLogger(__name__)
+
+
+class Tap(Protocol):
+    """Takes copies of requests: see `shadowing`."""
+
+    def take(self, plan: Any, feeds: Mapping[str, Array], arrays: Sequence[Array], run_s: float) -> None:
+        """Of a request that was answered with `arrays`.  Never raises, never waits."""
 
 
 class Process(Protocol):
@@ -83,6 +91,8 @@ class Version:
         self.lane = Lane(self.serving)
         self.stats = Stats()
         self.plans: dict[bytes, Any] = {}  # the protocol's: requests seen before, understood
+        self.tap: Tap | None = None  # is to be given the next request that it answered
+        self.canary: Canary | None = None  # of the active version: another one answers a share of its requests
         self._guests: list[None] = []  # one for each request inside: adding and removing one is one step, and needs no lock
         self._lock = threading.Lock()  # for what becomes of it
         self._empty = threading.Condition(self._lock)
@@ -261,10 +271,20 @@ class Served:
             return self.candidate
         return self.versions.get(int(wanted))
 
+    @property
+    def canary(self) -> Canary | None:
+        return self.active.canary if self.active is not None else None
+
+    def end_canary(self) -> None:
+        """The active version answers all requests; those under way on the other one finish there."""
+        for version in self.versions.values():
+            version.canary = None
+
     def document(self) -> dict[str, Any]:
         return {
             "active": self.active.number if self.active else None,
             "previous": self.previous.number if self.previous else None,
+            "canary": canary.document() if (canary := self.canary) is not None else None,
             "versions": {str(number): version.document() for number, version in sorted(self.versions.items())},
         }
 
@@ -335,6 +355,7 @@ class ModelHost:
         old = served.versions.get(version.number) if served else None
         self.add(version)
         served = self.models[version.name]
+        served.end_canary()
         if served.active is None or served.active is old:
             served.active = version
         if served.previous is not None and served.previous is old:
@@ -353,6 +374,7 @@ class ModelHost:
             return served
         superseded = served.previous if served.previous is not version else None
         served.active, served.previous = version, served.active
+        served.end_canary()
         served.activations += 1
         if superseded is not None:
             self._drop(served, superseded)
@@ -382,6 +404,7 @@ class ModelHost:
         if number is None:
             self.models = {n: s for n, s in self.models.items() if n != name}
             versions = list(served.versions.values())
+            served.end_canary()
             served.active = served.previous = None
             served.versions = {}
             for version in versions:
@@ -408,6 +431,7 @@ class ModelHost:
         """Makes a version active in place of a held one, which goes."""
         self.add(version)
         served = self.models[version.name]
+        served.end_canary()
         served.active = version
         served.activations += 1
         if served.previous is old:
@@ -416,6 +440,9 @@ class ModelHost:
         return served
 
     def _drop(self, served: Served, version: Version) -> None:
+        canary = served.canary
+        if canary is not None and canary.candidate is version:
+            served.end_canary()
         served.versions = {number: v for number, v in served.versions.items() if v is not version}
         self._retire(version)
 

@@ -14,6 +14,7 @@ from agent.serving.documents import agent_version
 from agent.serving.host import ModelHost, Served, Version
 from agent.serving.residency import Residency
 from agent.serving.routes import Request, Route
+from agent.serving.shadowing import Shadow, Shadows
 from agent.serving.stats import BOUNDS_MS
 
 Row = tuple[str, str, Callable[[Version], float]]
@@ -54,13 +55,24 @@ CHANGES: tuple[tuple[str, str, Callable[[Served], int]], ...] = (
         lambda served: served.rollbacks,
     ),
 )
+SHADOWS: tuple[tuple[str, str, str, Callable[[Shadow], float]], ...] = (
+    ("edge_shadow_running", "gauge", "1 while copies of requests are taken for this version", lambda s: int(s.ended is None)),
+    ("edge_shadow_samples_total", "counter", "Copied requests that it answered", lambda s: s.comparison.samples),
+    ("edge_shadow_agreed_total", "counter", "Of these, as the active version did", lambda s: s.comparison.agreed),
+    ("edge_shadow_errors_total", "counter", "Copied requests that it failed", lambda s: sum(s.errors.values())),
+    ("edge_shadow_dropped_total", "counter", "Requests that could not be copied", lambda s: s.dropped),
+    ("edge_shadow_rows_total", "counter", "Rows of outputs that look like scores of classes", lambda s: s.comparison.rows),
+    ("edge_shadow_top1_flips_total", "counter", "Of these, with another best class", lambda s: s.comparison.flips),
+    ("edge_shadow_latency_ratio", "gauge", "Median of its run's time over the live one's", lambda s: s.comparison.median_ratio),
+)
 STARTED_S = time.time()
 
 
 class Metrics:
-    def __init__(self, host: ModelHost, residency: Residency) -> None:
+    def __init__(self, host: ModelHost, residency: Residency, shadows: Shadows) -> None:
         self._host = host
         self._residency = residency
+        self._shadows = shadows
 
     def routes(self) -> list[Route]:
         return [Route("GET", "/metrics", Access.OBSERVE, self.metrics)]
@@ -78,6 +90,7 @@ class Metrics:
         yield from _failures(versions)
         yield from _batches(versions)
         yield from _models(host, versions)
+        yield from _beside(host, list(self._shadows))
         for phase in versions[0].stats.phases if versions else ():
             yield from _histogram(phase, versions)
         yield from _budget(self._residency)
@@ -119,6 +132,18 @@ def _models(host: Iterable[Served], versions: Iterable[Version]) -> Iterator[str
     for name, text, value in CHANGES:
         yield from _head(name, f"{text}, since the model came into memory", "counter")
         yield from (f'{name}{{model="{_escaped(served.name)}"}} {value(served)}' for served in host)
+
+
+def _beside(host: Iterable[Served], shadows: Iterable[Shadow]) -> Iterator[str]:
+    """Candidates: their share of the requests, and what came of copies of them."""
+    yield from _head(
+        "edge_canary_share", "Share of a model's requests that this version answers beside the active one", "gauge"
+    )
+    for canary in [c for s in host if (c := s.canary) is not None]:
+        yield f"edge_canary_share{{{_labels(canary.candidate)}}} {_number(canary.share)}"
+    for name, kind, text, value in SHADOWS:
+        yield from _head(name, f"{text}, since its shadow began", kind)
+        yield from (f"{name}{{{_labels(shadow.candidate)}}} {_number(value(shadow))}" for shadow in shadows)
 
 
 def _histogram(phase: str, versions: Iterable[Version]) -> Iterator[str]:

@@ -78,7 +78,11 @@ class Task:
 
     def succeeded(self, ended_s: float, now_s: float) -> None:
         """Its answer is ready; what came behind the run is output."""
-        self.version.stats.succeeded(self.arrived_s, self.input_s, self.run_s, now_s - ended_s, now_s)
+        version = self.version
+        version.stats.succeeded(self.arrived_s, self.input_s, self.run_s, now_s - ended_s, now_s)
+        tap = version.tap
+        if tap is not None and self.feeds is not None:
+            tap.take(self.plan, self.feeds, self.arrays, self.run_s)
 
 
 class Call(Task):

@@ -89,6 +89,8 @@ class Inference:
             arrived_s,
         )
         result = self._dataplane.predict(request.model_name, wanted, feeds, demand, alive)
+        if result.version is not version:  # another one answered, whose outputs may be others
+            specs, rules = _outputs(request, result.version)
         answer = ModelInferResponse(model_name=version.name, model_version=str(result.version.number), id=request.id)
         for spec, rule, array in zip(specs, rules, result.arrays, strict=True):
             self._put(answer, spec, rule, array, result.version.labels)
