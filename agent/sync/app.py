@@ -44,6 +44,7 @@ from agent.sync.holds import Holds
 from agent.sync.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.identity import Identity, IdentityError
 from agent.sync.journal import Journal
+from agent.sync.leases import Leases
 from agent.sync.model import Surroundings
 from agent.sync.outbox import Outbox
 from agent.sync.ports import Clock
@@ -64,6 +65,8 @@ GOODBYE_S = 3.0
 
 REPORT_PAUSE_S = 0.2
 """Changes that come this close together share a report."""
+
+LOOKS_PER_LEASE = 4
 
 FIRST_RETRY_S = 5.0
 AFTER_CRASH_S = 5.0
@@ -101,7 +104,9 @@ class Follower:
         changed: Callable[[], None],
         looked: Callable[[], None] = lambda: None,
         jitter: Callable[[], float] = random.random,
+        at_most_s: Callable[[], float] = lambda: float("inf"),
     ) -> None:
+        self._at_most_s = at_most_s
         self._trust = trust
         self._interval_s = interval_s
         self._changed = changed
@@ -160,7 +165,7 @@ class Follower:
 
     def pause_s(self) -> float:
         """Until the next round: the interval, spread so that a fleet does not ask in step; sooner after a failure."""
-        pause_s = self._interval_s
+        pause_s = min(self._interval_s, self._at_most_s())
         if self._failures:
             pause_s = min(pause_s, FIRST_RETRY_S * 2.0 ** min(self._failures - 1, 16))
         return pause_s * (0.75 + 0.5 * self._jitter())
@@ -230,7 +235,9 @@ class SyncApp:
             deliveries,
         )
         self._trust = Trust(private / "trust", who, self._http(), clock)
-        self.follower = Follower(self._trust, settings.poll_interval_s, self._fleet_said, self._renew_when_due)
+        self.follower = Follower(
+            self._trust, settings.poll_interval_s, self._fleet_said, self._renew_when_due, at_most_s=self._lease_pause_s
+        )
         self._serving = ServeClient(config.serve.socket)
         self._quarantine = Quarantine(private / "quarantine")
         self._surroundings = Surroundings(
@@ -261,6 +268,7 @@ class SyncApp:
             holds=Holds(private / "holds"),
             journal=Journal(private / "journal"),
             approvals=Approvals(private / "approvals"),
+            leases=Leases(private / "lease.json", clock, lambda: self.follower.current),
             deliveries=deliveries,
             engine_threads=config.serve.engine_threads,
         )
@@ -368,6 +376,12 @@ class SyncApp:
             if model not in self._workers and not self._stop.is_set():
                 worker = self._workers[model] = Worker(ModelUpdater(model, self._surroundings))
                 worker.thread.start()
+
+    def _lease_pause_s(self) -> float:
+        """A model with a lease needs several looks at the fleet within it."""
+        with self._workers_lock:
+            leases = [worker.updater.lease_s for worker in self._workers.values() if worker.updater.lease_s is not None]
+        return min(leases, default=float("inf")) / LOOKS_PER_LEASE
 
     def _renew_when_due(self) -> None:
         problem = self.follower.problem

@@ -12,6 +12,7 @@ from agent.contract.names import ReleaseRef
 class Desired(Document, frozen=True, kw_only=True):
     """The last verified word of the fleet. `valid_until` is when the first signature behind it expires: from then on nothing new
     is installed, and what runs keeps running. `withdrawn_before` are the releases that earlier assignments withdrew and no publisher reinstated.
+    `issued` is when the server signed its timestamp, `heard_at` when one of that moment was first verified here.
     """
 
     assignment: Assignment
@@ -19,6 +20,8 @@ class Desired(Document, frozen=True, kw_only=True):
     verified_at: float
     valid_until: float
     withdrawn_before: dict[str, tuple[int, ...]] = {}
+    issued: float = 0.0
+    heard_at: float = 0.0
     format: int = FORMAT
 
     def __post_init__(self) -> None:

@@ -13,13 +13,14 @@ from agent.contract.assignment import Wanted
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Answer, Hardware, Outcome, Phase
-from agent.store import Choice, Selection, Store
+from agent.store import Choice, Selection, Store, StoreError
 from agent.sync import update
 from agent.sync.approvals import Approvals
 from agent.sync.desired import Desired
 from agent.sync.fetching.downloader import Downloader
 from agent.sync.holds import Holds
 from agent.sync.journal import Entry, Gate, Journal, Verdict
+from agent.sync.leases import Leases
 from agent.sync.ports import Clock, Releases, Stop
 from agent.sync.problems import Problem, Stopped, store_problem
 from agent.sync.quarantine import Quarantine
@@ -81,6 +82,7 @@ class Surroundings:
     holds: Holds
     journal: Journal
     approvals: Approvals
+    leases: Leases
     deliveries: Deliveries
     engine_threads: int = 1
     jitter: Callable[[], float] = random.random
@@ -94,6 +96,7 @@ class ModelWork:
         self.progress: float | None = None
         self.problem: str | None = None
         self.stopped: str | None = None
+        self.lease_s: float | None = None
         self.state = update.resumed(surroundings.states.load(model))
         self._s = surroundings
         self._ending: Stop = lambda: False
@@ -144,6 +147,18 @@ class ModelWork:
         return Problem(
             Reason.EXPIRED_METADATA, "what the fleet last said has expired: nothing is installed until it can be reached"
         )
+
+    def _lease_over(self, version: int) -> Failure | None:
+        """Why the release may not serve now although nothing is wrong with it; None when it may."""
+        try:
+            lease_s = self._s.store.manifest(ReleaseRef(self.model, version)).acceptance.lease_s
+        except StoreError:
+            return None
+        self.lease_s = lease_s
+        if lease_s is None or self._s.leases.age_s() <= lease_s:
+            return None
+        message = f"the fleet's last signed word is older than the lease of release {version} ({lease_s:g} s)"
+        return Failure(reason=Reason.LEASE_ENDED, message=message)
 
     def _should_stop(self) -> bool:
         return self._ending() or self._overtaken()

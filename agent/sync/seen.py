@@ -27,6 +27,7 @@ class Seen(Document, frozen=True, kw_only=True):
     versions: dict[str, int] = {}
     keys: dict[str, tuple[str, ...]] = {}
     assignment: int = 0
+    assignment_sha256: str = ""
     record: int = 0
     withdrawn: dict[str, dict[str, int]] = {}
     format: int = FORMAT
@@ -75,14 +76,24 @@ def advance(seen: Seen, versions: Mapping[str, int], keys: Mapping[str, tuple[st
         versions={**seen.versions, **versions},
         keys={**seen.keys, **keys},
         assignment=0 if again else seen.assignment,
+        assignment_sha256="" if again else seen.assignment_sha256,
         record=0 if again else seen.record,
     )
 
 
-def advance_documents(seen: Seen, assignment: int, record: int) -> Seen:
-    """`seen` with this assignment and record.  Raises: Problem REPLAYED_ASSIGNMENT when one of them is older than before."""
+def advance_documents(seen: Seen, assignment: int, sha256: str, record: int) -> Seen:
+    """`seen` with this assignment, whose bytes have this sha256, and this record.
+
+    Raises: Problem REPLAYED_ASSIGNMENT when one of them is older than before, or the assignment says something else under a number
+    that was seen: then two servers speak for the fleet, or one that forgot what it said.
+    """
     if assignment < seen.assignment:
         raise Problem(Reason.REPLAYED_ASSIGNMENT, f"the assignment went back from version {seen.assignment} to {assignment}")
+    if assignment == seen.assignment and seen.assignment_sha256 not in ("", sha256):
+        raise Problem(
+            Reason.REPLAYED_ASSIGNMENT,
+            f"assignment {assignment} says something else than before: the fleet server has to sign a higher version",
+        )
     if record < seen.record:
         raise Problem(Reason.REPLAYED_ASSIGNMENT, f"the device record went back from serial {seen.record} to {record}")
-    return msgspec.structs.replace(seen, assignment=assignment, record=record)
+    return msgspec.structs.replace(seen, assignment=assignment, assignment_sha256=sha256, record=record)

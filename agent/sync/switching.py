@@ -53,6 +53,8 @@ class Switching(ModelWork):
             return self._bad(Event.BAD, Failure(reason=Reason.INTERRUPTED_TOO_OFTEN, message=message))
         if not state.activated and (expired := self._expired()) is not None:
             return self._put_off(expired)
+        if not state.activated and (over := self._lease_over(self._choice_version)) is not None:
+            return self._put_off(Problem(over.reason, over.message))
         try:
             return self._switch()
         except ServeAway as away:
@@ -84,7 +86,7 @@ class Switching(ModelWork):
                 boot=self._s.boot,
                 could_report=self._s.deliveries.lately(max(HEARD_BEATS * self._s.settings.heartbeat_s, HEARD_LATELY_S)),
             )
-            self._save(self.state.but(watched=watched, activated=True))
+            self._save(self.state.but(watched=watched, activated=True, stopped=None))
         self._s.store.select(Selection(model=self.model, active=target, previous=self.state.before))
         if loaded is None:
             serving.swap(self.model, target.version, target.variant)
@@ -165,6 +167,8 @@ class Switching(ModelWork):
         if update.interrupted_too_often(state):
             message = f"the machine was restarted {state.interruptions} times during its watch"
             return self._bad(Event.BAD, Failure(reason=Reason.INTERRUPTED_TOO_OFTEN, message=message))
+        if (over := self._lease_over(self._choice_version)) is not None:
+            return self._condemn(over)
         rules = self._rules()
         serving = status.model(self.model).serving if status else None
         verdict = watching.judge(watched, rules, serving is not None and serving.version == state.target)

@@ -26,6 +26,7 @@ from tuf.api.metadata import Snapshot, TargetFile, Targets, Timestamp  # type: i
 from agent.contract import enrolment
 from agent.contract.assignment import (
     ASSIGNMENT_TARGET,
+    ISSUED_FIELD,
     MAX_ASSIGNMENT_BYTES,
     MAX_RECORD_BYTES,
     RECORD_PAYLOAD_TYPE,
@@ -80,15 +81,18 @@ class Trust:
     def refresh(self) -> Desired:
         """The fleet's current word, verified and remembered.  Raises: Problem; what was remembered before stays as it is."""
         with self._client.session() as session, as_problems("the fleet's word"):
-            assignment = self._assignment(session)
+            assignment, sha256 = self._assignment(session)
             trusted = session.role(Targets.type, Targets)
             record = self._record(trusted)
-            seen = self._advanced(session, assignment, record)
+            seen = self._advanced(session, assignment, sha256, record)
+            issued, before, now = _issued(session), self.remembered(), self._clock.wall()
             desired = Desired(
+                issued=issued,
+                heard_at=before.heard_at if before is not None and issued == before.issued else now,
                 assignment=assignment,
                 record=record,
                 withdrawn_before=withdrawals.refused(seen.withdrawn),
-                verified_at=self._clock.wall(),
+                verified_at=now,
                 valid_until=min(record.expires, _expiry(session)),
             )
             self._client.keep(seen)
@@ -112,10 +116,10 @@ class Trust:
             raise Problem(Reason.WRONG_RELEASE, str(error)) from error
         return Signed(data, hashlib.sha256(data).hexdigest(), manifest)
 
-    def _advanced(self, session: Session, assignment: Assignment, record: DeviceRecord) -> seen_versions.Seen:
+    def _advanced(self, session: Session, assignment: Assignment, sha256: str, record: DeviceRecord) -> seen_versions.Seen:
         """What this device knows from now on of versions and withdrawals."""
         before = session.seen
-        seen = seen_versions.advance_documents(before, assignment.version, record.serial)
+        seen = seen_versions.advance_documents(before, assignment.version, sha256, record.serial)
         if assignment.version == before.assignment:
             return seen
 
@@ -128,7 +132,8 @@ class Trust:
 
         return msgspec.structs.replace(seen, withdrawn=withdrawals.remember(seen.withdrawn, assignment, count))
 
-    def _assignment(self, session: Session) -> Assignment:
+    def _assignment(self, session: Session) -> tuple[Assignment, str]:
+        """The assignment, and the sha256 of its bytes."""
         target = session.info(ASSIGNMENT_TARGET, "the assignment")
         if target is None:
             raise Problem(Reason.WRONG_RELEASE, "the fleet has no assignment yet: nothing to install")
@@ -142,7 +147,7 @@ class Trust:
                 Reason.WRONG_FLEET,
                 f"the assignment is of fleet {assignment.fleet!r}, this device belongs to {self._identity.address.fleet!r}",
             )
-        return assignment
+        return assignment, hashlib.sha256(data).hexdigest()
 
     def _fetch(self, session: Session, target: TargetFile, limit_bytes: int, what: str) -> bytes:
         if target.length > limit_bytes:
@@ -174,6 +179,12 @@ def _expiry(session: Session) -> float:
         session.role(ASSIGNMENTS_ROLE, Targets).expires,
     ]
     return min(moments).timestamp()
+
+
+def _issued(session: Session) -> float:
+    """When the server signed the timestamp; 0 for a server that does not say."""
+    issued = session.role(Timestamp.type, Timestamp).unrecognized_fields.get(ISSUED_FIELD)
+    return float(issued) if isinstance(issued, int) else 0.0
 
 
 def verify_record(envelope: bytes, trusted: Targets) -> DeviceRecord:

@@ -22,7 +22,7 @@ from agent.contract.assignment import Mode
 from agent.contract.codec import FORMAT, Document, require_format
 from agent.contract.reasons import Reason
 from agent.contract.reports import Answer, Phase
-from agent.store import Choice
+from agent.store import Choice, Selection
 from agent.sync.watch import Watched
 
 MAX_INTERRUPTIONS = 3
@@ -182,6 +182,8 @@ class UpdateState(Document, frozen=True, kw_only=True):
     activated: bool = False
     """Whether `serve` was told to switch, so that requests may have met the target."""
     watched: Watched | None = None
+    stopped: Selection | None = None
+    """What would serve if its lease had not ended."""
     committed: tuple[str, ...] = ()
     """The manifests (by sha256) of releases that passed a watch on this device, newest last."""
     answers: tuple[Answer, ...] = ()

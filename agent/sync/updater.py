@@ -19,6 +19,9 @@ from agent.sync.update import Event
 
 DISK_AGAIN_S = 30.0
 
+SWITCHING = frozenset({Phase.CANARYING, Phase.ACTIVATING, Phase.WATCHING, Phase.ROLLING_BACK})
+"""While these go on, whether what serves may serve is their own affair."""
+
 
 class ModelUpdater(Preparing, Switching):
     """All phases of one model: those of rest here, those before it may serve in `preparing`, those that change `serve` in `switching`."""
@@ -46,6 +49,8 @@ class ModelUpdater(Preparing, Switching):
         """
         self._ending = ending
         try:
+            if self.state.phase not in SWITCHING and self._mind_lease():
+                return REST_S
             return self._steps[self.state.phase]()
         except OSError as error:
             self.problem = store_problem(error, f"updating model {self.model!r}").message
@@ -59,6 +64,39 @@ class ModelUpdater(Preparing, Switching):
         """
         if update.RESUME[self.state.phase].counts:
             self._save(self.state.but(interruptions=self.state.interruptions - 1), quietly=True)
+
+    # -- leases ------------------------------------------------------------------------------------------------------------
+
+    def _mind_lease(self) -> bool:
+        """Stops the model when its lease has ended, and brings it back when it was renewed. Whether it has to rest meanwhile.
+
+        What is to be brought back is on disk before anything is taken away, and stays there until it is selected again.
+        """
+        stopped = self.state.stopped
+        try:
+            selection = stopped or self._s.store.selection(self.model)
+        except StoreError:
+            return False  # mended at rest
+        over = self._lease_over(selection.active.version) if selection else None
+        self.stopped = over.message if over else None
+        if selection is None or (over is None and stopped is None):
+            return False
+        if over is None:
+            self._s.store.select(selection)
+            self._note("lease", "resumed", "the fleet was heard again", release=selection.active.version)
+            self._save(self.state.but(stopped=None))
+            self._say("resumed", f"release {selection.active.version} may serve again", release=selection.active.version)
+            self._ask(lambda: self._serve_again(selection.active))
+            return False
+        if stopped is None:
+            self._save(self.state.but(stopped=selection))
+            self._note("lease", "stopped", over.message, reason=over.reason, release=selection.active.version)
+            self._say("stopped", over.message, release=selection.active.version, reason=over.reason.value)
+        self._s.store.deselect(self.model)
+        status = self._status()
+        if status is not None and self.model in status.models:
+            self._ask(lambda: self._s.serving.unload(self.model))
+        return True
 
     # -- at rest -----------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from agent.sync.desired import Desired
 from agent.sync.fetching.downloader import Downloader
 from agent.sync.holds import Holds
 from agent.sync.journal import Journal
+from agent.sync.leases import Leases
 from agent.sync.model import Surroundings
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem
@@ -31,7 +32,6 @@ from agent.sync.updater import ModelUpdater
 from tests.sync.blobs import MemoryBlobs
 from tests.sync.conftest import FakeClock
 from tests.sync.fleet import DAY, DEVICE, FLEET, script_release, sha
-from tests.sync.test_download import MemoryBlobs
 
 MODEL = "crane"
 BOUNDS = (0.1, 1.0, 10.0, 100.0)
@@ -195,6 +195,7 @@ class Bench:
             holds=Holds(self.store.private / "holds"),
             journal=Journal(self.store.private / "journal"),
             approvals=Approvals(self.store.private / "approvals"),
+            leases=Leases(self.store.private / "lease.json", self.clock, self.desired),
             deliveries=self.deliveries,
             jitter=lambda: 1.0,
         )
@@ -227,7 +228,12 @@ class Bench:
             expires=self.verified_at + self.valid_s,
         )
         return Desired(
-            assignment=self.assignment, record=record, verified_at=self.verified_at, valid_until=self.verified_at + self.valid_s
+            issued=self.verified_at,
+            heard_at=self.verified_at,
+            assignment=self.assignment,
+            record=record,
+            verified_at=self.verified_at,
+            valid_until=self.verified_at + self.valid_s,
         )
 
     # -- ports --------------------------------------------------------------------------------------------------------------

@@ -462,3 +462,34 @@ def test_a_server_that_trickles_is_given_up(make_trust, server: Server):
 
     with pytest.raises(Problem, match="not finished after 60 s"):
         make_trust(clock).refresh()
+
+
+def test_one_number_says_one_thing(trust, make_trust, repository: Repository):
+    """Two servers that speak for one fleet, or a server that forgot what it said."""
+    repository.assign("crane", 1)
+    trust.refresh()
+    said = repository.assignment
+    repository.assignment = Assignment(fleet=said.fleet, version=said.version, models={})
+    repository.sign()
+    assert reason_of(trust.refresh) is Reason.REPLAYED_ASSIGNMENT
+    assert trust.remembered().wanted("crane").release == 1
+
+    repository.assignment = said
+    repository.sign()
+    assert trust.refresh().assignment == said
+    repository.assign("crane", 2)
+    assert trust.refresh().wanted("crane").release == 2
+
+
+def test_a_word_is_heard_when_it_is_new(make_trust, repository: Repository):
+    clock = FakeClock()
+    trust = make_trust(clock)
+    first = trust.refresh()
+    clock.pass_(100)
+    again = trust.refresh()
+    assert (again.issued, again.heard_at) == (first.issued, first.heard_at)
+    assert again.verified_at > first.verified_at
+    repository.issued = first.issued + 50
+    repository.sign()
+
+    assert trust.refresh().heard_at > first.heard_at
