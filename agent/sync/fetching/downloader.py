@@ -145,10 +145,7 @@ class _Fetch:
         """Raises: Problem when nobody is left to ask and something is still missing."""
         problems: list[tuple[Source, Problem]] = []
         sources = self._downloader.sources
-        insists = False
         for source in sources.order():
-            if insists and source.final:
-                continue
             problem = self._try(source, staged)
             if problem is None:
                 sources.worked(source)
@@ -156,7 +153,6 @@ class _Fetch:
             if not isinstance(problem, NotHere):
                 sources.failed(source)
             problems.append((source, problem))
-            insists = insists or (source.final and problem.reason is Reason.HASH_MISMATCH)
         raise verdict(problems, f"blob {self._file.sha256}")
 
     def _try(self, source: Source, staged: Staged) -> Problem | None:

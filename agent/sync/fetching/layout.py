@@ -11,7 +11,7 @@ from agent.contract.manifest import File
 MAX_GAP_BYTES = 64 * 1024
 """Asking once more costs a round trip: some 50 ms on a mobile link, in which that many bytes would have come."""
 
-MAX_WASTE = 0.05
+MAX_WASTE = 0.02
 """Nor are gaps bridged that make up more than this share of what is asked for: the fewest bytes are the point of blocks."""
 
 

@@ -36,7 +36,7 @@ class Source(Protocol):
     place: int
     """Lower ones are asked first; among equals whoever was of use last."""
     final: bool
-    """Whether it is the fleet's own: what it has wrong twice is wrong. Others of these have the same bytes."""
+    """Whether it is the fleet's own: what it has wrong twice is wrong."""
 
     def open(self, sha256: str) -> AbstractContextManager[Reader]:
         """For reading stretches of one blob, one after the other.  Raises: NotHere, Problem."""

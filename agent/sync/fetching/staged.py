@@ -11,35 +11,29 @@ import contextlib
 import errno
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from agent.contract.codec import ContractError, decode, encode
 from agent.contract.manifest import MAX_MANIFEST_BYTES, File
 from agent.host import files
-from agent.sync.fetching.layout import Piece, pieces, size_bytes
+from agent.sync.fetching.layout import Piece, pieces
 
 BLOCKS_SUFFIX = ".blocks"
 READ_BYTES = 1 << 20
 
 
 class Staged:
-    """The bytes of one file on their way into the store. Only inside `staging`."""
+    """The bytes of one file on their way into the store. Only inside `staging`; one thread uses it."""
 
     def __init__(self, path: Path, file: File, fd: int) -> None:
         self.path = path
         self.file = file
         self._fd = fd
-        self._digest = hashlib.sha256()
-        self._digested = 0
         self._missing: dict[int, Piece] = {}
-
-    def look(self) -> None:
-        """Finds out which pieces are there, by hashing what is.  Raises: OSError."""
-        self._missing = {piece.start: piece for piece in pieces(self.file)}
-        there = _data(self._fd, os.fstat(self._fd).st_size)
-        for piece in list(self._missing.values()):
-            self._find(piece, there)
+        self._have = 0
+        self._whole = _Whole(fd)
 
     @property
     def missing(self) -> list[Piece]:
@@ -49,15 +43,19 @@ class Staged:
     @property
     def have_bytes(self) -> int:
         """How much of the file is there."""
-        if self.file.blocks:
-            return self.file.size_bytes - size_bytes(self._missing.values())
-        return self._digested
+        return self._have
 
-    def _find(self, piece: Piece, there: list[tuple[int, int]]) -> None:
-        while there and there[0][1] < piece.end:  # pieces are looked for in order
-            there.pop(0)
-        if there and there[0][0] <= piece.start:
-            self._add(piece, os.pread(self._fd, piece.size_bytes, piece.start), write=False)
+    # -- a file of blocks --------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Finds out which pieces are there, by hashing what is.  Raises: OSError."""
+        self._missing = {piece.start: piece for piece in pieces(self.file)}
+        there = _data(self._fd, os.fstat(self._fd).st_size)
+        for piece in self.missing:
+            while there and there[0][1] < piece.end:
+                there.pop(0)
+            if there and there[0][0] <= piece.start:
+                self._add(piece, os.pread(self._fd, piece.size_bytes, piece.start), write=False)
 
     def add(self, piece: Piece, data: bytes | bytearray | memoryview) -> bool:
         """Writes the piece if these are its bytes; whether they were.  Raises: OSError."""
@@ -68,40 +66,36 @@ class Staged:
             return False
         if write:
             pwrite(self._fd, data, piece.start)
-        self._missing.pop(piece.start, None)
-        if (
-            piece.start == self._digested
-        ):  # in order, as in a first download: the bytes need not be read again for the whole file's hash
-            self._digest.update(data)
-            self._digested = piece.end
+        if self._missing.pop(piece.start, None) is not None:
+            self._have += piece.size_bytes
+            self._whole.may_read_up_to(next(iter(self._missing), self.file.size_bytes))
         return True
 
-    # -- a file without blocks grows from its beginning --------------------------------------------------------------------
+    # -- a file without grows from its beginning ---------------------------------------------------------------------------
 
     def look_at_prefix(self) -> None:
-        """Hashes what is staged. What cannot be the beginning of the file, or is as long and not the file, goes.  Raises: OSError."""
-        size = os.fstat(self._fd).st_size
-        if size > self.file.size_bytes or (size == self.file.size_bytes and self.sha256() != self.file.sha256):
+        """Takes what is staged for the file's beginning, unless it cannot be: then it goes.  Raises: OSError."""
+        self._have = os.fstat(self._fd).st_size
+        if self._have > self.file.size_bytes or (self._have == self.file.size_bytes and self.sha256() != self.file.sha256):
             self.clear()
-        self._read_up_to(os.fstat(self._fd).st_size)
 
     def append(self, data: bytes) -> None:
         """Raises: OSError."""
-        pwrite(self._fd, data, self._digested)
-        self._digest.update(data)
-        self._digested += len(data)
+        pwrite(self._fd, data, self._have)
+        self._have += len(data)
+        self._whole.may_read_up_to(self._have)
 
     def clear(self) -> None:
         """Begins again.  Raises: OSError."""
+        self._whole.close()
         os.ftruncate(self._fd, 0)
-        self._digest, self._digested = hashlib.sha256(), 0
+        self._have, self._whole = 0, _Whole(self._fd)
 
     # -- the end -----------------------------------------------------------------------------------------------------------
 
     def sha256(self) -> str:
         """The hash of the whole file, in hex.  Raises: OSError."""
-        self._read_up_to(os.fstat(self._fd).st_size)
-        return self._digest.hexdigest()
+        return self._whole.finish(os.fstat(self._fd).st_size)
 
     def move_to(self, blob: Path) -> None:
         """Gives the file its name in the store, durably.  Raises: OSError."""
@@ -114,13 +108,68 @@ class Staged:
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
 
-    def _read_up_to(self, end: int) -> None:
-        while self._digested < end:
-            data = os.pread(self._fd, min(READ_BYTES, end - self._digested), self._digested)
-            if not data:
-                return
-            self._digest.update(data)
-            self._digested += len(data)
+    def close(self) -> None:
+        self._whole.close()
+        os.close(self._fd)
+
+
+class _Whole:
+    """The hash of a whole file that is being written, read behind the writer while it is still in the page cache: in a thread of its own,
+    so that a download does not wait for a second hash beside that of its blocks.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._digest = hashlib.sha256()
+        self._at = self._end = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def may_read_up_to(self, end: int) -> None:
+        """The file has its bytes before `end`."""
+        if end - self._end < READ_BYTES:
+            return
+        with self._changed:
+            self._end = end
+            self._changed.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hash", daemon=True)
+            self._thread.start()
+
+    def finish(self, size: int) -> str:
+        """The hash of the first `size` bytes, in hex.  Raises: OSError."""
+        self.close()
+        while self._at < size and self._read(size):
+            pass
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Ends the thread; what it did stays done."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread, self._closed = None, False
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._at < self._end)
+                if self._closed:
+                    return
+            try:
+                if not self._read(self._end):
+                    return
+            except OSError:
+                return  # `finish` meets it again, where it can be told
+
+    def _read(self, end: int) -> bool:
+        data = os.pread(self._fd, min(READ_BYTES, end - self._at), self._at)
+        self._digest.update(data)
+        self._at += len(data)
+        return bool(data)
 
 
 @contextlib.contextmanager
@@ -135,9 +184,12 @@ def staging(folder: Path, file: File) -> Iterator[Staged]:
             note = path.with_name(path.name + BLOCKS_SUFFIX)
             if not note.exists():
                 note.write_bytes(encode(file))  # a hint: torn by a power cut, it is as good as none
-        yield Staged(path, file, fd)
-    finally:
+        staged = Staged(path, file, fd)
+    except BaseException:
         os.close(fd)
+        raise
+    with contextlib.closing(staged):
+        yield staged
 
 
 def noted(note: Path) -> File | None:
