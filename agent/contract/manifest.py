@@ -242,6 +242,65 @@ class WatchRules(Document, frozen=True, kw_only=True):
             raise ValueError("min_requests_to_judge must be at least 1")
 
 
+class ShadowRules(Document, frozen=True, kw_only=True):
+    """What is demanded of the release while it runs on copies of live requests beside the one that answers them.
+
+    It copies `share` of the requests, `max_rate` per second at most. Its rules are judged once `min_samples` were compared, and all the
+    time from then on; it ends well after `duration_s`, or after `max_duration_s` however few samples came. A sample agrees when every
+    element of every output is within that output's `tolerance` (`*`: of those not named) of the live answer; a flip is another largest
+    element in a row of an output that looks like scores of classes. How much a new release may differ only its publisher knows,
+    so both are judged only where a rule is set. Times are the median over pairs of runs on the same input.
+    """
+
+    required: bool = False
+    """Before it may be installed. False: only in a rollout of mode shadow."""
+    share: float = 0.1
+    max_rate: float = 5.0
+    min_samples: int = 50
+    min_agreement: float = 0.0
+    max_top1_flips: float = 1.0
+    tolerance: dict[str, Close] = {}
+    max_latency_ratio: float = 5.0
+    max_error_ratio: float = 0.02
+    max_crashes: int = 0
+    duration_s: float = 60.0
+    max_duration_s: float = 3600.0
+    without_memory: Literal["skip", "wait"] = "skip"
+    """Where memory does not allow both versions: go on without having looked, or wait until it does."""
+
+    def __post_init__(self) -> None:
+        for name in ("share", "min_agreement", "max_top1_flips", "max_error_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} of shadow is {getattr(self, name)}; it must be from 0 to 1")
+        if self.share == 0 or not 0 < self.max_rate <= 1000 or self.max_latency_ratio <= 0:
+            raise ValueError("share, max_rate and max_latency_ratio of shadow must be above 0, max_rate at most 1000")
+        if not 0 < self.duration_s <= self.max_duration_s:
+            raise ValueError("duration_s of shadow must be above 0 and at most max_duration_s")
+        if self.min_samples < 1 or self.max_crashes < 0:
+            raise ValueError("min_samples of shadow must be at least 1, max_crashes not negative")
+
+
+class CanaryRules(Document, frozen=True, kw_only=True):
+    """The release answers `share` of the requests before it is activated.
+
+    It is judged by the watch's rules against the active version over the same time. It ends well after `duration_s` with `min_requests`
+    answered, or after `max_duration_s`.
+    """
+
+    share: float = 0.1
+    duration_s: float = 300.0
+    max_duration_s: float = 3600.0
+    min_requests: int = 20
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share of canary is {self.share}; it must be above 0 and at most 1")
+        if not 0 < self.duration_s <= self.max_duration_s:
+            raise ValueError("duration_s of canary must be above 0 and at most max_duration_s")
+        if self.min_requests < 0:
+            raise ValueError("min_requests of canary must not be negative")
+
+
 class Acceptance(Document, frozen=True, kw_only=True):
     """What a device demands of the release before and after it serves. Limits are per device, for the variant it runs."""
 
@@ -249,6 +308,9 @@ class Acceptance(Document, frozen=True, kw_only=True):
     max_p95_ms: float | None = None
     max_memory_bytes: int | None = None
     max_trial_s: float = 120.0
+    shadow: ShadowRules | None = None
+    """None: a rollout of mode shadow looks with the default rules, any other does not look."""
+    canary: CanaryRules | None = None
     watch: WatchRules = WatchRules()
     offline_commit: bool | None = None
     """Whether the release may stay on a device that cannot report that its watch ended well. None: on one that could not report before
@@ -349,6 +411,6 @@ def parse_manifest(data: bytes, *, expected: names.ReleaseRef | None = None) -> 
 
 
 __all__ = [
-    "DATATYPES", "MAX_MANIFEST_BYTES", "Acceptance", "Block", "Close", "File", "GoldenCase", "Picture", "Provenance", "ReleaseManifest",
-    "Requires", "Serving", "Tensor", "Top1", "Variant", "WatchRules", "parse_manifest",
+    "DATATYPES", "MAX_MANIFEST_BYTES", "Acceptance", "Block", "CanaryRules", "Close", "File", "GoldenCase", "Picture", "Provenance", "ReleaseManifest",
+    "Requires", "Serving", "ShadowRules", "Tensor", "Top1", "Variant", "WatchRules", "parse_manifest",
 ]  # fmt: skip

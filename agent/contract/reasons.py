@@ -43,6 +43,11 @@ class Reason(str, Enum):
     TRIAL_TIMED_OUT = "trial_timed_out"
     INTERRUPTED_TOO_OFTEN = "interrupted_too_often"
 
+    # beside the one that serves
+    SHADOW_DISAGREES = "shadow_disagrees"
+    SHADOW_ERRORS = "shadow_errors"
+    SHADOW_TOO_SLOW = "shadow_too_slow"
+
     # activation and watch
     ACTIVATION_FAILED = "activation_failed"
     ERROR_RATIO = "error_ratio"

@@ -38,6 +38,7 @@ class Outcome(str, Enum):
 
     COMMITTED = "committed"
     REFUSED = "refused"  # before it served one request here: signature, manifest, trial
+    SHADOWED = "shadowed"  # kept its rules on copies of live requests; it does not serve yet
     FAILED = "failed"  # could not be fetched or stored; says nothing about the release
     ROLLED_BACK = "rolled_back"
 
@@ -51,6 +52,16 @@ class Answer(Document, frozen=True, kw_only=True):
     reason: str | None = None
     message: str = ""
     at: float = 0.0
+    evidence: dict[str, float | str] = {}
+
+
+class Stage(Document, frozen=True, kw_only=True):
+    """How a release does beside the one that serves: on copies of requests (shadow) or on a share of them (canary)."""
+
+    name: Literal["shadow", "canary"]
+    release: int
+    verdict: Literal["running", "passed", "skipped"]
+    message: str = ""
     evidence: dict[str, float | str] = {}
 
 
@@ -72,6 +83,8 @@ class ModelState(Document, frozen=True, kw_only=True):
     answers: tuple[Answer, ...] = ()
     quarantined: tuple[Answer, ...] = ()
     held: bool = False
+    stage: Stage | None = None
+    """Of `target`, while it shadows or answers a share."""
     waiting_for: str | None = None
     """What the update waits for: retry, window, approval, others."""
     passed: bool = False

@@ -12,6 +12,7 @@ from agent.config import SyncSettings
 from agent.contract.assignment import Wanted
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
+from agent.contract.manifest import Acceptance
 from agent.contract.reports import Answer, Hardware, Outcome, Phase
 from agent.store import Choice, Selection, Store, StoreError
 from agent.sync import update
@@ -107,6 +108,7 @@ class ModelWork:
     @property
     def held(self) -> bool:
         """Whether an operator on the device said that this model stays on one release."""
+        self._looked: float | None = None
         return self._s.holds.pinned(self.model) is not None
 
     # -- how a phase is left ---------------------------------------------------------------------------------------------
@@ -239,6 +241,14 @@ class ModelWork:
         self._s.states.save(state)
         self.state = state
         if not quietly:
+    def _acceptance(self) -> Acceptance:
+        """What the target's publisher demands; the defaults when its manifest was damaged on disk meanwhile."""
+        try:
+            return self._s.store.manifest(self._ref).acceptance
+        except StoreError as error:
+            self.problem = str(error)
+            return Acceptance()
+
             self._s.teller.changed()
 
     def _status(self) -> ServeStatus | None:
@@ -277,6 +287,13 @@ class ModelWork:
             gate=gate,
             verdict=verdict,
             message=message,
+    def _passed_s(self) -> float:
+        """Since the last look; 0 at the first one."""
+        now = self._s.clock.monotonic()
+        passed_s = 0.0 if self._looked is None else now - self._looked
+        self._looked = now
+        return passed_s
+
             reason=reason.value if reason else None,
             rollout=state.rollout,
             evidence=dict(evidence or {}),
@@ -304,3 +321,4 @@ def versions(selection: Selection | None) -> set[int]:
     if selection is None:
         return set()
     return {selection.active.version} | ({selection.previous.version} if selection.previous else set())
+    Phase.CANARYING: "canary",

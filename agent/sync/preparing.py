@@ -151,11 +151,11 @@ class Preparing(ModelWork):
     def _passed(self) -> None:
         now = self._s.clock.wall()
         why_not = self._may_serve()
-        if why_not is None:
-            self._apply(update.after(self.state, Event.PASSED, now, interruptions=0))
-        elif why_not == "shadow":
+        if why_not == "shadow" or self._shadows_first():
             self._apply(update.after(self.state, Event.PASSED_AS_SHADOW, now, interruptions=0))
         else:
+        elif why_not is None:
+            self._apply(update.after(self.state, self._to_serve(Event.PASSED), now, interruptions=0))
             self._note_waiting(why_not)
             self._apply(update.after(self.state, Event.PASSED_EARLY, now, interruptions=0, waiting_for=why_not))
 
@@ -192,6 +192,21 @@ class Preparing(ModelWork):
             return False
 
     def _goes_back(self, manifest: str | None) -> bool:
+    def _shadows_first(self) -> bool:
+        """Whether the release asks to run on copies of requests before it may serve, and something serves that has such requests."""
+        shadowed = self.state.shadowed
+        if shadowed is not None and shadowed.verdict != "running":
+            return False
+        rules = self._acceptance().shadow
+        return rules is not None and rules.required and self._is_new()
+
+    def _to_serve(self, event: Event) -> Event:
+        """`event`, or TO_CANARY where the release asks for a share of the requests first and something serves the others."""
+        return Event.TO_CANARY if self._acceptance().canary is not None and self._is_new() else event
+
+    def _is_new(self) -> bool:
+        return self.state.before is not None and not self.held and not self._goes_back(self.state.manifest)
+
         """Whether the target is an older release that was committed here, or what serves may not serve any more."""
         before, desired = self.state.before, self._s.desired()
         if before is None:
@@ -201,14 +216,6 @@ class Preparing(ModelWork):
         return before.version > self._choice_version and manifest in self.state.committed
 
     # -- waiting -----------------------------------------------------------------------------------------------------------
-
-    def _shadow(self) -> float:
-        if (left := self._left_behind()) is not None:
-            return left
-        if self._may_serve() is None and self._expired() is None:
-            self._apply(update.after(self.state, Event.TO_SERVE, self._s.clock.wall()))
-            return 0.0
-        return REST_S
 
     def _wait(self) -> float:
         if (left := self._left_behind()) is not None:
@@ -228,7 +235,7 @@ class Preparing(ModelWork):
         why_not = self._may_serve()
         if why_not is None:
             if self._expired() is None:
-                self._apply(update.after(self.state, Event.WINDOW_OPEN, now, waiting_for=None, failure=None))
+                self._apply(update.after(self.state, self._to_serve(Event.WINDOW_OPEN), now, waiting_for=None, failure=None))
                 return 0.0
         elif why_not not in {"shadow", self.state.waiting_for}:
             self._note_waiting(why_not)

@@ -19,6 +19,7 @@ from agent.sync.desired import Desired
 from agent.sync.outbox import Kind
 from agent.sync.ports import Clock
 from agent.sync.serving import ModelStatus, ServeStatus
+from agent.sync.stages import stage_of
 from agent.sync.update import UpdateState
 from agent.sync.watch import p95_ms
 
@@ -72,6 +73,7 @@ def model_state(
         quarantined=quarantined[-REFUSALS_SENT:],
         held=view.held,
         waiting_for=state.waiting_for,
+        stage=stage_of(state),
         passed=state.watched is not None and state.watched.passed_s is not None,
         stopped=view.stopped,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -10,7 +11,9 @@ import msgspec
 
 from agent.contract import names
 from agent.contract.codec import ContractError, decode
+from agent.contract.manifest import ShadowRules
 from agent.host import unix
+from agent.sync.shadow import ShadowCounts
 from agent.sync.watch import Stats
 
 STATUS_TIMEOUT_S = 5.0
@@ -94,11 +97,66 @@ class VersionStatus(msgspec.Struct, frozen=True):
     stats: VersionStats = VersionStats()
 
 
+class CanaryStatus(msgspec.Struct, frozen=True):
+    """The version that answers a share of the requests beside the active one."""
+
+    version: int
+    share: float = 0.0
+
+
+class OutputNumbers(msgspec.Struct, frozen=True):
+    max_difference: float = 0.0
+
+
+class PairedTimes(msgspec.Struct, frozen=True):
+    pairs: int = 0
+    live_ms: float = 0.0
+    run_ms: float = 0.0
+    bounds: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
+
+
+class ShadowStatus(msgspec.Struct, frozen=True):
+    """What came of running a version on copies of requests. `state`: none, running or ended."""
+
+    state: str = "none"
+    version: int | None = None
+    ended: str = ""
+    failed: bool = False
+    throttled: str = ""
+    samples: int = 0
+    agreed: int = 0
+    rows: int = 0
+    flips: int = 0
+    dropped: int = 0
+    errors: dict[str, int] = {}
+    last_error: str = ""
+    outputs: dict[str, OutputNumbers] = {}
+    latency: PairedTimes = PairedTimes()
+
+    def counts(self) -> ShadowCounts:
+        return ShadowCounts(
+            samples=self.samples,
+            agreed=self.agreed,
+            rows=self.rows,
+            flips=self.flips,
+            errors=sum(self.errors.values()),
+            dropped=self.dropped,
+            max_difference=max((output.max_difference for output in self.outputs.values()), default=0.0),
+            pairs=self.latency.pairs,
+            live_ms=self.latency.live_ms,
+            run_ms=self.latency.run_ms,
+            bounds=self.latency.bounds,
+            counts=self.latency.counts,
+        )
+
+
 class ModelStatus(msgspec.Struct, frozen=True):
     """One model as `serve` has it. `versions` has decimal numbers as keys."""
 
     active: int | None = None
     previous: int | None = None
+    canary: CanaryStatus | None = None
     versions: dict[str, VersionStatus] = {}
 
     def version(self, number: int | None) -> VersionStatus | None:
@@ -131,6 +189,8 @@ class ServingPort(Protocol):
 
     def activate(self, model: str, version: int) -> None: ...
 
+    def activate_together(self, versions: Mapping[str, int]) -> None: ...
+
     def swap(self, model: str, version: int, variant: str) -> None: ...
 
     def rollback(self, model: str, version: int) -> None: ...
@@ -138,6 +198,12 @@ class ServingPort(Protocol):
     def commit(self, model: str) -> None: ...
 
     def unload(self, model: str, version: int | None = None) -> None: ...
+
+    def shadow(self, model: str, version: int, rules: ShadowRules) -> ShadowStatus: ...
+
+    def shadow_numbers(self, model: str) -> ShadowStatus: ...
+
+    def canary(self, model: str, version: int, share: float) -> None: ...
 
 
 class ServeClient:
@@ -156,6 +222,10 @@ class ServeClient:
     def activate(self, model: str, version: int) -> None:
         self._change(model, "activate", {"version": version})
 
+    def activate_together(self, versions: Mapping[str, int]) -> None:
+        body = msgspec.json.encode({"versions": dict(versions)})
+        self._ask("POST", "/control/v1/activate", body, CHANGE_TIMEOUT_S)
+
     def swap(self, model: str, version: int, variant: str) -> None:
         self._change(model, "swap", {"version": version, "variant": variant})
 
@@ -167,6 +237,18 @@ class ServeClient:
 
     def unload(self, model: str, version: int | None = None) -> None:
         self._change(model, "unload", {} if version is None else {"version": version})
+
+    def shadow(self, model: str, version: int, rules: ShadowRules) -> ShadowStatus:
+        tolerance = {name: {"atol": close.atol, "rtol": close.rtol} for name, close in rules.tolerance.items()}
+        body = {"version": version, "share": rules.share, "max_rate": rules.max_rate, "tolerance": tolerance}
+        return _parse(self._change(model, "shadow", body), ShadowStatus)
+
+    def shadow_numbers(self, model: str) -> ShadowStatus:
+        path = f"/control/v1/models/{names.check_model(model)}/shadow"
+        return _parse(self._ask("GET", path, None, STATUS_TIMEOUT_S), ShadowStatus)
+
+    def canary(self, model: str, version: int, share: float) -> None:
+        self._change(model, "canary", {"version": version, "share": share})
 
     def _change(self, model: str, action: str, body: dict[str, object]) -> bytes:
         path = f"/control/v1/models/{names.check_model(model)}/{action}"

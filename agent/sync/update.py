@@ -23,6 +23,8 @@ from agent.contract.codec import FORMAT, Document, require_format
 from agent.contract.reasons import Reason
 from agent.contract.reports import Answer, Phase
 from agent.store import Choice, Selection
+from agent.sync.canary import Canaried
+from agent.sync.shadow import Shadowed
 from agent.sync.watch import Watched
 
 MAX_INTERRUPTIONS = 3
@@ -94,6 +96,8 @@ TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = MappingProxyType({
 
     (S.SHADOWING, E.TO_SERVE): S.ACTIVATING,
     (S.SHADOWING, E.TO_CANARY): S.CANARYING,
+    (S.SHADOWING, E.PASSED_EARLY): S.WAITING,
+    (S.SHADOWING, E.PUT_OFF): S.WAITING,
     (S.SHADOWING, E.REFUSED): S.QUARANTINED,
     (S.SHADOWING, E.OVERTAKEN): S.STEADY,
 
@@ -181,7 +185,11 @@ class UpdateState(Document, frozen=True, kw_only=True):
     failure: Failure | None = None
     activated: bool = False
     """Whether `serve` was told to switch, so that requests may have met the target."""
+    shadowed: Shadowed | None = None
+    canaried: Canaried | None = None
     watched: Watched | None = None
+    peers: tuple[str, ...] = ()
+    """The models that switch together with this one, itself among them, from activation until the watch ends; empty when it is alone."""
     stopped: Selection | None = None
     """What would serve if its lease had not ended."""
     committed: tuple[str, ...] = ()
@@ -214,6 +222,7 @@ def begin(
         state, Event.WANTED, now,
         wanted=wanted, rollout=rollout, mode=mode, target=wanted, before=before, manifest=None, variant=None,
         interruptions=0, tries=0, unreported=0, waiting_for=None, retry_at=None, failure=None, activated=False, watched=None,
+        shadowed=None, canaried=None, peers=(),
     )  # fmt: skip
 
 
@@ -222,6 +231,7 @@ def rest(state: UpdateState, event: Event, now: float, *answers: Answer, **chang
     return after(
         state, event, now,
         target=None, manifest=None, variant=None, waiting_for=None, retry_at=None, failure=None, activated=False, watched=None,
+        shadowed=None, canaried=None, peers=(),
         interruptions=0, tries=0, unreported=0, answers=keep_answers(state.answers, *answers), **changes,
     )  # fmt: skip
 
@@ -247,7 +257,7 @@ def back_for_now(state: UpdateState, now: float, jitter: float, answer: Answer) 
     delay_s = min(UNREPORTED_LONGEST_S, UNREPORTED_FIRST_S * 2.0 ** min(state.unreported, 20)) * (0.5 + 0.5 * jitter)
     return after(
         state, Event.BACK_FOR_NOW, now,
-        waiting_for="retry", retry_at=now + delay_s, unreported=state.unreported + 1, interruptions=0, activated=False, watched=None,
+        waiting_for="retry", retry_at=now + delay_s, unreported=state.unreported + 1, interruptions=0, activated=False, watched=None, peers=(),
         answers=keep_answers(state.answers, answer),
     )  # fmt: skip
 

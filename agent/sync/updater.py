@@ -10,11 +10,12 @@ from agent.contract.reports import Outcome, Phase
 from agent.store import Choice, Selection, StoreError
 from agent.sync import update
 from agent.sync.model import REST_S, Surroundings, versions
+from agent.sync.canarying import Canarying
 from agent.sync.ports import Stop
-from agent.sync.preparing import Preparing
 from agent.sync.problems import store_problem
 from agent.sync.serving import ServeStatus
 from agent.sync.switching import Switching
+from agent.sync.shadowing import Shadowing
 from agent.sync.update import Event
 
 DISK_AGAIN_S = 30.0
@@ -23,8 +24,10 @@ SWITCHING = frozenset({Phase.CANARYING, Phase.ACTIVATING, Phase.WATCHING, Phase.
 """While these go on, whether what serves may serve is their own affair."""
 
 
-class ModelUpdater(Preparing, Switching):
-    """All phases of one model: those of rest here, those before it may serve in `preparing`, those that change `serve` in `switching`."""
+class ModelUpdater(Shadowing, Canarying, Switching):
+    """All phases of one model: those of rest here, those before it may serve in `preparing` and `shadowing`, those that change `serve` in
+    `canarying` and `switching`.
+    """
 
     def __init__(self, model: str, surroundings: Surroundings) -> None:
         super().__init__(model, surroundings)
@@ -38,6 +41,7 @@ class ModelUpdater(Preparing, Switching):
             Phase.SHADOWING: self._shadow,
             Phase.WAITING: self._wait,
             Phase.ACTIVATING: self._activate,
+            Phase.CANARYING: self._canary,
             Phase.WATCHING: self._watch,
             Phase.ROLLING_BACK: self._roll_back,
         }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from agent.config import SyncSettings
 from agent.contract.assignment import Assignment, DeviceRecord, ModelAssignment, Rollout
 from agent.contract.codec import encode
-from agent.contract.manifest import ReleaseManifest
+from agent.contract.manifest import ReleaseManifest, ShadowRules
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, Phase
@@ -26,7 +26,18 @@ from agent.sync.ports import Signed
 from agent.sync.problems import Problem
 from agent.sync.quarantine import Quarantine
 from agent.sync.retention import Housekeeping
-from agent.sync.serving import Failed, Latency, ModelStatus, ServeAway, ServeRefused, ServeStatus, VersionStats, VersionStatus
+from agent.sync.serving import (
+    CanaryStatus,
+    Failed,
+    Latency,
+    ModelStatus,
+    ServeAway,
+    ServeRefused,
+    ServeStatus,
+    ShadowStatus,
+    VersionStats,
+    VersionStatus,
+)
 from agent.sync.states import States
 from agent.sync.updater import ModelUpdater
 from tests.sync.blobs import MemoryBlobs
@@ -55,6 +66,8 @@ class MemoryServe:
         self.active: dict[str, int | None] = {}
         self.previous: dict[str, int | None] = {}
         self.loaded: dict[str, dict[int, str]] = {}
+        self.shadows: dict[str, int] = {}
+        self.canaries: dict[str, CanaryStatus] = {}
         for model, selection in self.store.selections().items():
             self._load(model, selection.active.version, selection.active.variant)  # type: ignore[union-attr]
             self.active[model] = selection.active.version  # type: ignore[union-attr]
@@ -62,7 +75,7 @@ class MemoryServe:
     def _call(self, action: str, version: int | None) -> None:
         if self.away:
             raise ServeAway("serve does not answer", sent=False)
-        if action != "status":
+        if action not in ("status", "shadow numbers"):
             self.calls.append((action, version))
         self.fault(action, version)
 
@@ -75,6 +88,7 @@ class MemoryServe:
         models = {
             model: ModelStatus(
                 active=self.active.get(model),
+                canary=self.canaries.get(model),
                 previous=self.previous.get(model),
                 versions={
                     str(v): VersionStatus(
@@ -96,8 +110,19 @@ class MemoryServe:
         self._call("activate", version)
         if version not in self.loaded.get(model, {}):
             raise ServeRefused(409, "not_loaded", f"version {version} is not loaded")
+        self.shadows.pop(model, None)
+        self.canaries.pop(model, None)
         if self.active.get(model) != version:
             self.previous[model], self.active[model] = self.active.get(model), version
+
+    def activate_together(self, versions: Mapping[str, int]) -> None:
+        self._call("activate_together", None)
+        for model, version in versions.items():
+            if version not in self.loaded.get(model, {}):
+                raise ServeRefused(409, "not_loaded", f"version {version} of {model} is not loaded")
+        for model, version in versions.items():
+            if self.active.get(model) != version:
+                self.previous[model], self.active[model] = self.active.get(model), version
 
     def swap(self, model: str, version: int, variant: str) -> None:
         self._call("swap", version)
@@ -107,6 +132,7 @@ class MemoryServe:
 
     def rollback(self, model: str, version: int) -> None:
         self._call("rollback", version)
+        self.canaries.pop(model, None)
         self._load(model, version, "cpu")
         self.active[model], self.previous[model] = version, None
         self.loaded[model] = {version: self.loaded[model][version]}
@@ -123,10 +149,29 @@ class MemoryServe:
         if model not in self.loaded:
             raise ServeRefused(404, "unknown_model", f"no model {model!r}")
         if version is not None:
-            del self.loaded[model][version]
+            self.loaded[model].pop(version, None)
+            self.shadows.pop(model, None)
             return
         for memory in (self.loaded, self.active, self.previous):
             memory.pop(model, None)  # type: ignore[attr-defined]
+
+    def shadow(self, model: str, version: int, rules: ShadowRules) -> ShadowStatus:
+        self._call("shadow", version)
+        if version not in self.loaded.get(model, {}):
+            raise ServeRefused(409, "not_loaded", f"version {version} is not loaded")
+        self.shadows[model] = version
+        self.compared = ShadowStatus(state="running", version=version)
+        return self.compared
+
+    def shadow_numbers(self, model: str) -> ShadowStatus:
+        self._call("shadow numbers", None)
+        return self.compared if model in self.shadows else ShadowStatus()
+
+    def canary(self, model: str, version: int, share: float) -> None:
+        self._call("canary", version)
+        self.canaries.pop(model, None)
+        if share:
+            self.canaries[model] = CanaryStatus(version=version, share=share)
 
 
 def numbers(ok: int = 0, *, invalid: int = 0, run: int = 0, slow: int = 0) -> VersionStats:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.contract.manifest import WatchRules
+from agent.contract.manifest import CanaryRules, ShadowRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
 from agent.store import StoreError
@@ -154,8 +154,13 @@ def test_any_sequence_of_events_and_crashes(actions):
 
 def run(bench: Bench, actions: list, patch: pytest.MonkeyPatch) -> None:
     watch = WatchRules(duration_s=5.0, max_duration_s=20.0, min_requests_to_judge=5)
+    asks = {
+        2: {"canary": CanaryRules(duration_s=3.0, max_duration_s=10.0, min_requests=5)},
+        5: {"shadow": ShadowRules(required=True, duration_s=2.0, max_duration_s=4.0), "canary": CanaryRules(max_duration_s=10.0, duration_s=3.0)},
+        BAD_SERVING: {"canary": CanaryRules(duration_s=3.0, max_duration_s=10.0, min_requests=5)},
+    }  # fmt: skip
     for version in RELEASES:
-        bench.release(version, watch=watch)
+        bench.release(version, watch=watch, **asks.get(version, {}))
     bench.serve.numbers = {version: numbers(100) for version in GOOD} | {BAD_SERVING: numbers(50, run=50)}
     trouble = Trouble(bench)
     patch.setattr("agent.sync.states.States.save", trouble.counting)
@@ -215,6 +220,8 @@ def check(bench: Bench, trouble: Trouble) -> None:
         assert selection.active.version in trouble.passed, "rule 3"
     if bench.serving is not None:
         assert bench.serving in trouble.passed, "rule 3"
+    for found in bench.serve.canaries.values():
+        assert found.version in trouble.passed, "rule 3"
     if state.phase in (Phase.STEADY, Phase.QUARANTINED) and selection is not None:
         assert selection.active.version not in refused(bench), "rule 4"
 
