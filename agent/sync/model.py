@@ -10,9 +10,9 @@ from typing import Protocol
 
 from agent.config import SyncSettings
 from agent.contract.assignment import Wanted
+from agent.contract.manifest import Acceptance
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
-from agent.contract.manifest import Acceptance
 from agent.contract.reports import Answer, Hardware, Outcome, Phase
 from agent.store import Choice, Selection, Store, StoreError
 from agent.sync import update
@@ -102,13 +102,13 @@ class ModelWork:
         self._s = surroundings
         self._ending: Stop = lambda: False
         self._watch_saved_s = 0.0
+        self._looked: float | None = None
         if update.RESUME[self.state.phase].counts:
             surroundings.states.save(self.state)
 
     @property
     def held(self) -> bool:
         """Whether an operator on the device said that this model stays on one release."""
-        self._looked: float | None = None
         return self._s.holds.pinned(self.model) is not None
 
     # -- how a phase is left ---------------------------------------------------------------------------------------------
@@ -231,6 +231,14 @@ class ModelWork:
         assert self.state.variant is not None
         return Choice(version=self._choice_version, variant=self.state.variant)
 
+    def _acceptance(self) -> Acceptance:
+        """What the target's publisher demands; the defaults when its manifest was damaged on disk meanwhile."""
+        try:
+            return self._s.store.manifest(self._ref).acceptance
+        except StoreError as error:
+            self.problem = str(error)
+            return Acceptance()
+
     def _apply(self, state: UpdateState) -> None:
         """Persists, then lets everybody know."""
         self.progress = None
@@ -241,14 +249,6 @@ class ModelWork:
         self._s.states.save(state)
         self.state = state
         if not quietly:
-    def _acceptance(self) -> Acceptance:
-        """What the target's publisher demands; the defaults when its manifest was damaged on disk meanwhile."""
-        try:
-            return self._s.store.manifest(self._ref).acceptance
-        except StoreError as error:
-            self.problem = str(error)
-            return Acceptance()
-
             self._s.teller.changed()
 
     def _status(self) -> ServeStatus | None:
@@ -264,6 +264,13 @@ class ModelWork:
             action()
         except (ServeAway, ServeRefused) as error:
             self.problem = str(error)
+
+    def _passed_s(self) -> float:
+        """Since the last look; 0 at the first one."""
+        now = self._s.clock.monotonic()
+        passed_s = 0.0 if self._looked is None else now - self._looked
+        self._looked = now
+        return passed_s
 
     def _gate(self) -> Gate:
         """The gate that the phase is."""
@@ -287,13 +294,6 @@ class ModelWork:
             gate=gate,
             verdict=verdict,
             message=message,
-    def _passed_s(self) -> float:
-        """Since the last look; 0 at the first one."""
-        now = self._s.clock.monotonic()
-        passed_s = 0.0 if self._looked is None else now - self._looked
-        self._looked = now
-        return passed_s
-
             reason=reason.value if reason else None,
             rollout=state.rollout,
             evidence=dict(evidence or {}),
@@ -311,6 +311,7 @@ _GATES: Mapping[Phase, Gate] = MappingProxyType({
     Phase.FETCHING: "fetch",
     Phase.TRIALING: "trial",
     Phase.SHADOWING: "shadow",
+    Phase.CANARYING: "canary",
     Phase.ACTIVATING: "activation",
     Phase.WATCHING: "watch",
     Phase.ROLLING_BACK: "watch",
@@ -321,4 +322,3 @@ def versions(selection: Selection | None) -> set[int]:
     if selection is None:
         return set()
     return {selection.active.version} | ({selection.previous.version} if selection.previous else set())
-    Phase.CANARYING: "canary",

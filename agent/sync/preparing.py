@@ -153,9 +153,9 @@ class Preparing(ModelWork):
         why_not = self._may_serve()
         if why_not == "shadow" or self._shadows_first():
             self._apply(update.after(self.state, Event.PASSED_AS_SHADOW, now, interruptions=0))
-        else:
         elif why_not is None:
             self._apply(update.after(self.state, self._to_serve(Event.PASSED), now, interruptions=0))
+        else:
             self._note_waiting(why_not)
             self._apply(update.after(self.state, Event.PASSED_EARLY, now, interruptions=0, waiting_for=why_not))
 
@@ -191,7 +191,6 @@ class Preparing(ModelWork):
         except StoreError:
             return False
 
-    def _goes_back(self, manifest: str | None) -> bool:
     def _shadows_first(self) -> bool:
         """Whether the release asks to run on copies of requests before it may serve, and something serves that has such requests."""
         shadowed = self.state.shadowed
@@ -207,6 +206,7 @@ class Preparing(ModelWork):
     def _is_new(self) -> bool:
         return self.state.before is not None and not self.held and not self._goes_back(self.state.manifest)
 
+    def _goes_back(self, manifest: str | None) -> bool:
         """Whether the target is an older release that was committed here, or what serves may not serve any more."""
         before, desired = self.state.before, self._s.desired()
         if before is None:

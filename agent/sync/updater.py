@@ -9,13 +9,13 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reports import Outcome, Phase
 from agent.store import Choice, Selection, StoreError
 from agent.sync import update
-from agent.sync.model import REST_S, Surroundings, versions
 from agent.sync.canarying import Canarying
+from agent.sync.model import REST_S, Surroundings, versions
 from agent.sync.ports import Stop
 from agent.sync.problems import store_problem
 from agent.sync.serving import ServeStatus
-from agent.sync.switching import Switching
 from agent.sync.shadowing import Shadowing
+from agent.sync.switching import Switching
 from agent.sync.update import Event
 
 DISK_AGAIN_S = 30.0
@@ -40,8 +40,8 @@ class ModelUpdater(Shadowing, Canarying, Switching):
             Phase.TRIALING: self._try,
             Phase.SHADOWING: self._shadow,
             Phase.WAITING: self._wait,
-            Phase.ACTIVATING: self._activate,
             Phase.CANARYING: self._canary,
+            Phase.ACTIVATING: self._activate,
             Phase.WATCHING: self._watch,
             Phase.ROLLING_BACK: self._roll_back,
         }
