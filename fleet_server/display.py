@@ -107,6 +107,9 @@ def device(d: dict[str, Any]) -> None:
         console.print(
             f"\n[bold]{safe(name)}[/bold]  serves {m['serving']} ({safe(m['variant'])}), {safe(words(m['phase']))}, wanted {m['wanted']}"
         )
+        if (stage := m.get("stage")) is not None:
+            found = ", ".join(f"{words(name)} {value}" for name, value in stage["evidence"].items())
+            console.print(f"  {stage['name']} of release {stage['release']} {stage['verdict']}: {safe(found or stage['message'])}")
         for answer in m["answers"]:
             why = f": {answer['reason']} {answer['message']}" if answer["reason"] else ""
             console.print(f"  release {answer['release']} {safe(words(answer['outcome']))}{safe(why)} ({moment(answer['at'])})")

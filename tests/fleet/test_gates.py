@@ -30,6 +30,13 @@ ROWS = [
 ]  # fmt: skip
 
 
+ROWS += [
+    ("runs on copies of requests", True, False, P.SHADOWING, None, S.PENDING),
+    ("did well on copies of requests", True, False, P.SHADOWING, O.SHADOWED, S.PENDING),
+    ("answers a share of the requests", True, False, P.CANARYING, O.SHADOWED, S.PENDING),
+]
+
+
 @pytest.mark.parametrize(("name", "online", "serving", "phase", "outcome", "expected"), ROWS, ids=[row[0] for row in ROWS])
 def test_what_a_device_counts_as(name, online, serving, phase, outcome, expected):
     assert standing(Fact("d", online, serving, phase, outcome)) is expected

@@ -8,7 +8,7 @@ const RANKS = ["viewer", "publisher", "operator", "admin"];
 const KINDS = ["committed", "pending", "failed", "refused", "rolled_back", "offline"];
 const OVER = ["completed", "aborted"];
 const STATE_LOOK = { running: "busy", holding: "warn", paused: "warn", completed: "good", aborted: "bad", created: "busy" };
-const OUTCOME_LOOK = { committed: "good", refused: "bad", rolled_back: "bad", failed: "warn" };
+const OUTCOME_LOOK = { committed: "good", refused: "bad", rolled_back: "bad", failed: "warn", shadowed: "good" };
 const BAD_EVENTS = /abort|refus|rolled_back|fail|crash|revoke|withdraw|quarantin|problem|lost/;
 const GOOD_EVENTS = /commit|complet/;
 
@@ -196,7 +196,7 @@ function trouble(device) {
   if (device.problem) return true;
   return Object.values(device.models).some((model) => {
     const answer = lastAnswer(model);
-    return model.serving === null || (answer && answer.outcome !== "committed" && answer.release === (model.wanted ?? answer.release)) || model.phase === "quarantined";
+    return model.serving === null || (answer && !["committed", "shadowed"].includes(answer.outcome) && answer.release === (model.wanted ?? answer.release)) || model.phase === "quarantined";
   });
 }
 
@@ -308,7 +308,16 @@ function modelView(name, model) {
     model.variant ? h("span", { class: "tag" }, model.variant) : null,
     busy ? pill(model.phase, ["rolling_back", "quarantined"].includes(model.phase) ? "bad" : "busy") : null, " ",
     busy && model.progress !== null && model.progress !== undefined ? h("progress", { max: 1, value: model.progress, "aria-label": `${name} ${Math.round(model.progress * 100)} %` }) : null,
+    model.stage ? h("span", { class: "muted small" }, stageText(model.stage)) : null,
     model.held ? pill("held", "warn") : null);
+}
+
+function stageText(stage) {
+  const found = stage.evidence || {};
+  if (stage.verdict === "skipped") return stage.message;
+  if (stage.name === "canary") return `${found.requests ?? 0} requests, ${found.failed ?? 0} failed; beside it ${found.beside_requests ?? 0}, ${found.beside_failed ?? 0} failed`;
+  const ratio = found.latency_ratio ? `, ${found.latency_ratio} times as long` : "";
+  return `${found.samples ?? 0} copies, ${Math.round((found.agreement ?? 1) * 1000) / 10} % agree${ratio}${found.errors ? `, ${found.errors} failed` : ""}`;
 }
 
 function answerView(answer) {
@@ -410,6 +419,7 @@ async function deviceDialog(id) {
   const models = Object.entries(device.models).map(([name, model]) => h("div", null,
     h("h3", null, `${name}:${model.serving ?? "nothing"}`), h("dl", null,
       line("phase", pill(model.phase, model.phase === "steady" ? "good" : "busy")), line("wanted", String(model.wanted ?? "nothing")), line("variant", `${model.variant || "none"} on ${model.placement || "unknown"}`),
+      model.stage ? line(model.stage.name, `${model.stage.release} ${model.stage.verdict}: ${stageText(model.stage)}`) : [],
       line("requests", `${model.requests}, ${model.failures} failed${model.p95_ms ? `, p95 ${model.p95_ms.toFixed(2)} ms` : ""}`),
       line("answers", ...model.answers.map((answer) => h("div", null, answerView(answer), h("span", { class: "muted small" }, moment(answer.at))))))));
   openDialog(device.id, [
