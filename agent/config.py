@@ -14,6 +14,7 @@ from agent.contract.assignment import parse_window
 DEFAULT_PATH = Path("/etc/edge-agent/agent.yaml")
 
 _HOURS = re.compile(r"(?!(\d\d:\d\d)-\1)([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
+_ADDRESS = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}")
 
 AccessClass = Literal["predict", "observe", "control"]
 
@@ -143,6 +144,18 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     transfer_window: str = ""
     """The hours for downloads, local time, such as 22:00-06:00; outside of them they rest. What is on this machine is used at any time.
     Empty: always."""
+    local_sources: tuple[Path, ...] = ()
+    """Folders that may have bundles (`edge-fleet bundle`) or blobs, such as where sticks are mounted. They are asked before any network."""
+    peers: tuple[str, ...] = ()
+    """Neighbours that lend their blobs, ADDRESS:PORT each. They are asked before the fleet server, and nothing from them is believed unhashed."""
+    peer_listen: str = ""
+    """Where this device lends its own blobs to neighbours over plain HTTP, ADDRESS:PORT. Whoever knows the hash of a blob may read it there.
+    Empty: nowhere."""
+    peer_limit_bytes_per_s: int = 8 * 1024 * 1024
+    """What neighbours together may take. 0: no limit."""
+    mirrors: tuple[str, ...] = ()
+    """Addresses (https://…) that serve the fleet's blobs below /blobs/: caches, a CDN. Whichever was of use last is asked first, the fleet
+    server among them. They see no certificate of this device."""
     trial_socket: Path = Path("/run/edge-agent/trial.sock")
     """Where systemd starts trials. When it is not there, trials are children of `sync`."""
     windows: tuple[str, ...] = ()
@@ -160,8 +173,16 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("poll_interval_s and heartbeat_s must be above 0")
         if self.watch_poll_s <= 0 or self.trial_timeout_s <= 0 or self.download_min_bytes_per_s < 1:
             raise ValueError("watch_poll_s, trial_timeout_s and download_min_bytes_per_s must be above 0")
-        if self.disk_quota_bytes < 0 or self.bandwidth_limit_bytes_per_s < 0:
-            raise ValueError("disk_quota_bytes and bandwidth_limit_bytes_per_s must not be negative; 0 means none")
+        if self.disk_quota_bytes < 0 or self.bandwidth_limit_bytes_per_s < 0 or self.peer_limit_bytes_per_s < 0:
+            raise ValueError(
+                "disk_quota_bytes, bandwidth_limit_bytes_per_s and peer_limit_bytes_per_s must not be negative; 0 means none"
+            )
+        for address in (*self.peers, *([self.peer_listen] if self.peer_listen else [])):
+            if not _ADDRESS.fullmatch(address):
+                raise ValueError(f"{address!r} in peers or peer_listen must be ADDRESS:PORT, such as 192.0.2.7:8500")
+        for url in self.mirrors:
+            if not url.startswith("https://"):
+                raise ValueError(f"mirror {url!r} must be an https:// address")
         if self.transfer_window and not _HOURS.fullmatch(self.transfer_window):
             raise ValueError(f"transfer_window is {self.transfer_window!r}; expected hours such as 22:00-06:00")
         for window in self.windows:

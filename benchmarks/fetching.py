@@ -188,16 +188,11 @@ def resumed(bench: Bench, size: int, cuts: int) -> dict[str, Any]:
         store = bench.store()
         downloads, source = bench.downloads(store)
         end = int(size * (number + 0.5) / cuts)
-        have = 0
-
-        def progress(count: int) -> None:
-            nonlocal have
-            have = count
-
+        seen = [0]
         try:
-            downloads.fetch(file, progress, lambda end=end: have >= end)  # type: ignore[misc]
+            downloads.fetch(file, seen.append, lambda seen=seen, end=end: seen[-1] >= end)  # type: ignore[misc]
         except Stopped:
-            source.asked = have
+            source.asked = seen[-1]
         downloads.fetch(file, lambda _: None, lambda: False)
         again.append(source.asked - size)
         store.blob(file.sha256).unlink()

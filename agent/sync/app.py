@@ -37,9 +37,7 @@ from agent.sync.approvals import Approvals
 from agent.sync.counters import Counter
 from agent.sync.delivery import Deliveries
 from agent.sync.desired import Desired
-from agent.sync.fetching.budget import Budget, hours
-from agent.sync.fetching.downloader import Downloader
-from agent.sync.fetching.https import HttpBlobs
+from agent.sync.fetching import configured
 from agent.sync.holds import Holds
 from agent.sync.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.identity import Identity, IdentityError
@@ -53,6 +51,7 @@ from agent.sync.quarantine import Quarantine
 from agent.sync.reports import Reporter, Signer, model_state
 from agent.sync.retention import Housekeeping
 from agent.sync.serving import ServeAway, ServeClient, ServeRefused, ServeStatus
+from agent.sync.sharing import Sharing
 from agent.sync.states import States
 from agent.sync.trial import TrialProcesses
 from agent.sync.trust import Trust
@@ -246,16 +245,8 @@ class SyncApp:
             quarantine=self._quarantine,
             housekeeping=Housekeeping(store, settings.keep_releases),
             releases=self._trust,
-            downloader=Downloader(
-                store,
-                [HttpBlobs(self._http)],
-                clock,
-                reserve_bytes=settings.disk_reserve_bytes,
-                min_bytes_per_s=settings.download_min_bytes_per_s,
-                quota_bytes=settings.disk_quota_bytes,
-                budget=Budget(
-                    clock, limit_bytes_per_s=settings.bandwidth_limit_bytes_per_s, window=hours(settings.transfer_window)
-                ),
+            downloader=configured.downloader(
+                store, settings, clock, configured.sources(settings, self._http, clock, who.ca_file, clock.unset)
             ),
             trials=TrialProcesses(clock, settings.trial_socket),
             serving=self._serving,
@@ -279,6 +270,7 @@ class SyncApp:
             who.device,
             link.Broker(who.address.broker_host, who.address.broker_port, self._tls),
             self.outbox,
+        self._sharing: Sharing | None = None
             self._sessions.next,
             on_poke=self.follower.poke,
             on_change=lambda _: self._due.set(),
@@ -331,10 +323,13 @@ class SyncApp:
         """Ends everything in an order in which nobody waits for the network."""
         self._stop.set()
         self.follower.stop()
+        self._lend()
         workers = list(self._workers.values())
         for worker in workers:
             worker.stop()
         end = self._clock.monotonic() + timeout_s
+        if self._sharing is not None:
+            self._sharing.stop()
         for thread in (*(worker.thread for worker in workers), self._follow):
             if thread.ident is not None:
                 thread.join(max(0.0, end - self._clock.monotonic()))
@@ -388,6 +383,18 @@ class SyncApp:
         away = problem is not None and problem.reason is Reason.DOWNLOAD_FAILED
         if away or not enrol.renewal_due(self._who, self._clock.wall()):
             return
+    def _lend(self) -> None:
+        """Neighbours are a favour: a port that is taken must not keep this device from its updates."""
+        settings = self._config.sync
+        if not settings.peer_listen:
+            return
+        try:
+            self._sharing = Sharing(self._store, self._clock, settings.peer_listen, settings.peer_limit_bytes_per_s)
+        except (OSError, OverflowError) as error:
+            log.warning("neighbours get nothing: cannot listen on %s: %s", settings.peer_listen, error)
+            return
+        self._sharing.start()
+
         http = self._http()
         try:
             self._who = enrol.renew(self._who, http)

@@ -41,12 +41,21 @@ class TooLong(Problem):
     """The body is larger than it may be; the rest was not read."""
 
 
-class _Untimed(HTTPAdapter):
-    """Verifies the chain and the name, not the dates: those cannot be judged with a clock that stands in 1970."""
+class _Adapter(HTTPAdapter):
+    """Verifies the chain and the name; `untimed`: not the dates, which cannot be judged with a clock that stands in 1970. `ca`: one more
+    authority beside the machine's.
+    """
+
+    def __init__(self, *, untimed: bool, ca: Path | None) -> None:
+        self.untimed, self._ca = untimed, ca
+        super().__init__()
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         context = ssl.create_default_context()
-        context.verify_flags |= NO_CHECK_TIME
+        if self.untimed:
+            context.verify_flags |= NO_CHECK_TIME
+        if self._ca is not None:
+            context.load_verify_locations(cafile=str(self._ca))
         super().init_poolmanager(*args, **kwargs, ssl_context=context)
 
 
@@ -66,14 +75,19 @@ class FleetHttp:
         certificate: Path | None = None,
         key: Path | None = None,
         unset: Callable[[], bool] = lambda: False,
+        public: bool = False,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
+        """`public`: whoever the machine's own certificate authorities vouch for is believed too, as mirrors on the internet need."""
         self.base_url = base_url.rstrip("/")
         self.server_time: float | None = None
         self._clock = clock
         self._unset = unset
+        self._ca = ca if public else None
+        self._timeouts = (connect_timeout_s, READ_TIMEOUT_S)
         self._session = requests.Session()
         self._session.trust_env = False  # neither proxies nor .netrc of whoever started the process
-        if ca is not None:
+        if ca is not None and not public:
             self._session.verify = str(ca)
         if certificate and key:
             self._session.cert = (str(certificate), str(key))
@@ -95,7 +109,7 @@ class FleetHttp:
                 url,
                 headers={"Accept-Encoding": "identity", **(headers or {})},
                 stream=True,
-                timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+                timeout=self._timeouts,
                 allow_redirects=False,
             )
         self._note_time(response)
@@ -138,7 +152,7 @@ class FleetHttp:
                 data=data,
                 headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
                 stream=True,
-                timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+                timeout=self._timeouts,
                 allow_redirects=False,
             )
         with response:
@@ -152,9 +166,13 @@ class FleetHttp:
 
     def _suit_clock(self) -> None:
         adapter = self._session.get_adapter("https://")
-        if self._unset() is not isinstance(adapter, _Untimed):
+        untimed = self._unset()
+        if (untimed or self._ca is not None) is not isinstance(adapter, _Adapter) or getattr(
+            adapter, "untimed", False
+        ) is not untimed:
             adapter.close()
-            self._session.mount("https://", _Untimed() if self._unset() else HTTPAdapter())
+            plain = not untimed and self._ca is None
+            self._session.mount("https://", HTTPAdapter() if plain else _Adapter(untimed=untimed, ca=self._ca))
 
     def _note_time(self, response: requests.Response) -> None:
         with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
