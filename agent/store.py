@@ -4,6 +4,7 @@
     <root>/blobs/<sha256>                  immutable bytes, complete and verified; never written in place
     <root>/releases/<model>/<version>.json the manifest as it was signed; written after all its blobs
     <root>/models/<model>.json             the Selection: what `serve` loads when it starts
+    <root>/models/.together.json           selections of several models that were made at once and are being written there; they count
     <root>/staging/                        downloads under way; only `sync` looks here
     <root>/sync/                           what only `sync` reads: update states, trust, outbox
 
@@ -14,7 +15,8 @@ before the next. So whatever a selection names is complete.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -45,6 +47,11 @@ class Selection(Document, frozen=True, kw_only=True):
     format: int = FORMAT
 
 
+class _Together(Document, frozen=True, kw_only=True):
+    selections: dict[str, Selection | None]
+    format: int = FORMAT
+
+
 class Release(msgspec.Struct, frozen=True):
     """A release in the store, with the variant that was chosen for this device."""
 
@@ -64,6 +71,8 @@ class Store:
         self.private = root / "sync"
         self._releases = root / "releases"
         self._selections = root / "models"
+        self._together = self._selections / ".together.json"
+        self._selecting = threading.Lock()
 
     @classmethod
     def create(cls, root: Path) -> Store:
@@ -75,6 +84,8 @@ class Store:
         if not (root / "format.json").exists():
             files.write(root / "format.json", encode({"format": FORMAT}))
         store.check_format()
+        with store._selecting:
+            store._settle()
         return store
 
     def check_format(self, *, may_be_missing: bool = False) -> None:
@@ -180,15 +191,55 @@ class Store:
 
     def select(self, selection: Selection) -> None:
         """Makes `selection` what `serve` loads from its next start on. The running `serve` is told by a control route."""
-        names.check_model(selection.model)
-        files.write(self._selections / f"{selection.model}.json", encode(selection))
+        with self._selecting:
+            self._settle()
+            self._put(selection.model, selection)
 
     def deselect(self, model: str) -> None:
         """The model is no longer served from the next start on."""
-        files.remove(self._selections / f"{names.check_model(model)}.json")
+        with self._selecting:
+            self._settle()
+            self._put(model, None)
+
+    def select_together(self, selections: Mapping[str, Selection | None]) -> None:
+        """`select` for several models, and `deselect` for those with None: all of them or none, whatever happens in between.
+
+        Raises: OSError; then either nothing was selected, or all of it counts and is written out by the next change.
+        """
+        for model in selections:
+            names.check_model(model)
+        with self._selecting:
+            self._settle()
+            files.write(self._together, encode(_Together(selections=dict(selections))))  # from here on it is so
+            self._settle()
+
+    def _settle(self) -> None:
+        """Writes out what was selected together. Harmless to repeat."""
+        for model, selection in self._pending().items():
+            self._put(model, selection)
+        files.remove(self._together)
+
+    def _put(self, model: str, selection: Selection | None) -> None:
+        path = self._selections / f"{names.check_model(model)}.json"
+        if selection is None:
+            files.remove(path)
+        else:
+            files.write(path, encode(selection))
+
+    def _pending(self) -> dict[str, Selection | None]:
+        try:
+            return decode(self._together.read_bytes(), _Together, limit_bytes=4 * 1024 * 1024).selections
+        except FileNotFoundError:
+            return {}
+        except ContractError as error:
+            raise StoreError(f"{self._together} is damaged: {error}") from error
 
     def selection(self, model: str) -> Selection | None:
         """None when the model was never activated.  Raises: StoreError when the record is damaged."""
+        pending = self._pending()
+        return pending[model] if model in pending else self._written(model)
+
+    def _written(self, model: str) -> Selection | None:
         path = self._selections / f"{names.check_model(model)}.json"
         try:
             return decode(path.read_bytes(), Selection, limit_bytes=64 * 1024)
@@ -199,12 +250,29 @@ class Store:
 
     def selections(self) -> dict[str, Selection | StoreError]:
         """What is selected for every model; the error in place of a record that cannot be read, so that one does not hide the rest."""
+        while True:
+            pending = self._pending_or_none()
+            found = self._all_written()
+            for model, selection in pending.items():
+                found.pop(model, None)
+                if selection is not None:
+                    found[model] = selection
+            if pending == self._pending_or_none():  # else several were selected at once meanwhile
+                return dict(sorted(found.items()))
+
+    def _pending_or_none(self) -> dict[str, Selection | None]:
+        try:
+            return self._pending()
+        except (StoreError, OSError):
+            return {}
+
+    def _all_written(self) -> dict[str, Selection | StoreError]:
         found: dict[str, Selection | StoreError] = {}
-        for path in sorted(self._selections.glob("*.json")):
+        for path in self._selections.glob("*.json"):
             if path.name.startswith("."):
                 continue
             try:
-                selection = self.selection(path.stem)
+                selection = self._written(path.stem)
             except (StoreError, ValueError, OSError) as error:
                 found[path.stem] = StoreError(str(error))
             else:

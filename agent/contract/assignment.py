@@ -110,6 +110,8 @@ class Assignment(Document, frozen=True, kw_only=True):
     fleet: str
     version: int
     models: dict[str, ModelAssignment]
+    together: dict[str, dict[str, int]] = {}
+    """Releases that switch together, all of them or none: a name for each such group → model → release. A model is in one at most."""
     kind: Literal["assignment"] = "assignment"
     format: int = FORMAT
 
@@ -117,6 +119,9 @@ class Assignment(Document, frozen=True, kw_only=True):
         require_format(self.format, "assignment")
         for model in self.models:
             names.check_model(model)
+        for members in self.together.values():
+            for model in members:
+                names.check_model(model)
 
 
 class DeviceRecord(Document, frozen=True, kw_only=True):

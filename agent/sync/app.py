@@ -77,7 +77,10 @@ class StoreBusy(StoreError):
 
 @contextlib.contextmanager
 def exclusive(store: Store) -> Iterator[None]:
-    """Holds the store for this process.  Raises: StoreBusy naming the one that has it."""
+    """Holds the store for this process, without what killed ones left half written.
+
+    Raises: StoreBusy naming the one that has it; OSError.
+    """
     path = store.private / "lock"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -88,6 +91,7 @@ def exclusive(store: Store) -> Iterator[None]:
             raise StoreBusy(f"another edge-agent sync holds the store {store.root} (process {holder}): stop it first") from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        files.sweep(store.root)
         yield
     finally:
         os.close(fd)
@@ -262,15 +266,16 @@ class SyncApp:
             leases=Leases(private / "lease.json", clock, lambda: self.follower.current),
             deliveries=deliveries,
             engine_threads=config.serve.engine_threads,
+            colleague=self._colleague,
         )
         self._workers: dict[str, Worker] = {}
         self._workers_lock = threading.Lock()
+        self._sharing: Sharing | None = None
         self._follow = threading.Thread(target=self.follower.run, name="follower", daemon=True)
         self.link = link.Link(
             who.device,
             link.Broker(who.address.broker_host, who.address.broker_port, self._tls),
             self.outbox,
-        self._sharing: Sharing | None = None
             self._sessions.next,
             on_poke=self.follower.poke,
             on_change=lambda _: self._due.set(),
@@ -318,18 +323,18 @@ class SyncApp:
         self._follow.start()
         threading.Thread(target=self._probe, name="probe", daemon=True).start()
         self.link.start()
+        self._lend()
 
     def stop(self, timeout_s: float = GOODBYE_S) -> None:
         """Ends everything in an order in which nobody waits for the network."""
         self._stop.set()
+        if self._sharing is not None:
+            self._sharing.stop()
         self.follower.stop()
-        self._lend()
         workers = list(self._workers.values())
         for worker in workers:
             worker.stop()
         end = self._clock.monotonic() + timeout_s
-        if self._sharing is not None:
-            self._sharing.stop()
         for thread in (*(worker.thread for worker in workers), self._follow):
             if thread.ident is not None:
                 thread.join(max(0.0, end - self._clock.monotonic()))
@@ -378,11 +383,6 @@ class SyncApp:
             leases = [worker.updater.lease_s for worker in self._workers.values() if worker.updater.lease_s is not None]
         return min(leases, default=float("inf")) / LOOKS_PER_LEASE
 
-    def _renew_when_due(self) -> None:
-        problem = self.follower.problem
-        away = problem is not None and problem.reason is Reason.DOWNLOAD_FAILED
-        if away or not enrol.renewal_due(self._who, self._clock.wall()):
-            return
     def _lend(self) -> None:
         """Neighbours are a favour: a port that is taken must not keep this device from its updates."""
         settings = self._config.sync
@@ -395,6 +395,11 @@ class SyncApp:
             return
         self._sharing.start()
 
+    def _renew_when_due(self) -> None:
+        problem = self.follower.problem
+        away = problem is not None and problem.reason is Reason.DOWNLOAD_FAILED
+        if away or not enrol.renewal_due(self._who, self._clock.wall()):
+            return
         http = self._http()
         try:
             self._who = enrol.renew(self._who, http)
@@ -402,6 +407,10 @@ class SyncApp:
             log.warning("the certificate could not be renewed (tried again at the next look at the fleet): %s", error)
         finally:
             http.close()
+
+    def _colleague(self, model: str) -> ModelUpdater | None:
+        worker = self._workers.get(model)
+        return worker.updater if worker is not None else None
 
     def _model_states(self, status: ServeStatus | None) -> dict[str, ModelState]:
         with self._workers_lock:

@@ -37,6 +37,13 @@ class Desired(Document, frozen=True, kw_only=True):
         """What to run of `model`; nothing when the assignment does not name it."""
         return wanted(self._rules(model), self.record.device, self.record.groups)
 
+    def together(self, model: str, release: int) -> dict[str, int] | None:
+        """The releases, by model, that switch together with this one, itself among them; None when it switches alone."""
+        for members in self.assignment.together.values():
+            if members.get(model) == release and len(members) > 1:
+                return members
+        return None
+
     def withdrawn(self, model: str, release: int) -> bool:
         return release in self._rules(model).withdrawn
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
@@ -87,6 +89,10 @@ class Surroundings:
     deliveries: Deliveries
     engine_threads: int = 1
     jitter: Callable[[], float] = random.random
+    colleague: Callable[[str], ModelWork | None] = lambda _model: None
+    """The work of another model, for releases that switch together."""
+    joint: AbstractContextManager[object] = field(default_factory=threading.RLock)
+    """Held while the states of several models change together."""
 
 
 class ModelWork:
@@ -171,14 +177,18 @@ class ModelWork:
         return 0.0  # overtaken: the next step sees it
 
     def _put_off(self, problem: Problem) -> float:
+        self._apply(self._put_off_state(problem))
+        return 0.0
+
+    def _put_off_state(self, problem: Problem) -> UpdateState:
+        """The state after PUT_OFF; people are told."""
         outcome = Outcome.FAILED if problem.retryable or self.state.manifest else Outcome.REFUSED
         answer = self._answer(outcome, problem.reason, problem.message, problem.evidence)
         failure = Failure(reason=problem.reason, message=problem.message, evidence=problem.evidence)
         self._note(self._gate(), "put off", problem.message, reason=problem.reason, evidence=problem.evidence)
         if self.state.tries == 0:
             self._say("put-off", problem.message, release=self.state.target, reason=problem.reason.value)
-        self._apply(update.put_off(self.state, self._s.clock.wall(), failure, self._s.jitter(), answer))
-        return 0.0
+        return update.put_off(self.state, self._s.clock.wall(), failure, self._s.jitter(), answer)
 
     def _refuse(self, problem: Problem, manifest: str) -> float:
         answer = self._answer(Outcome.REFUSED, problem.reason, problem.message, problem.evidence)
@@ -244,6 +254,18 @@ class ModelWork:
         self.progress = None
         self._watch_saved_s = 0.0
         self._save(state)
+
+    def _apply_all(self, changes: Sequence[tuple[ModelWork, UpdateState]], *, quietly: bool = False) -> None:
+        """`_apply` for several models: all of them or none, on disk as in memory."""
+        with self._s.joint:
+            if len(changes) > 1:
+                self._s.states.save_together([state for _, state in changes])
+            for one, state in changes:
+                if len(changes) == 1:
+                    self._s.states.save(state)
+                one.progress, one._watch_saved_s, one.state = None, 0.0, state  # noqa: SLF001 - of our own class
+        if not quietly:
+            self._s.teller.changed()
 
     def _save(self, state: UpdateState, *, quietly: bool = False) -> None:
         self._s.states.save(state)

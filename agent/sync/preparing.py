@@ -10,8 +10,9 @@ from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome
 from agent.store import Choice, StoreError
 from agent.sync import update, windows
+from agent.sync.joining import Joining
 from agent.sync.journal import Gate
-from agent.sync.model import REST_S, ModelWork, versions
+from agent.sync.model import REST_S, versions
 from agent.sync.ports import Signed
 from agent.sync.problems import NoEngine, Problem, Stopped, store_problem
 from agent.sync.trial import make_request
@@ -19,8 +20,8 @@ from agent.sync.update import Event, WaitsFor
 from agent.sync.variants import choose, needed_files, passed_over
 
 
-class Preparing(ModelWork):
-    """FETCHING, TRIALING, SHADOWING, WAITING."""
+class Preparing(Joining):
+    """FETCHING, TRIALING, WAITING."""
 
     # -- fetching ----------------------------------------------------------------------------------------------------------
 
@@ -61,10 +62,10 @@ class Preparing(ModelWork):
             self._s.housekeeping.need(self.model, versions(self._s.store.selection(self.model)))
             self._s.housekeeping.collect(short_of_space=True)
             downloader.require_space(wanted)
-        missing = downloader.missing(wanted)
+        missing, priority = downloader.missing(wanted), signed.manifest.acceptance.priority
         total, done = sum(file.size_bytes for file in missing) or 1, 0
         for file in missing:
-            downloader.fetch(file, lambda have, base=done: self._progress((base + have) / total), self._should_stop)  # type: ignore[misc]
+            downloader.fetch(file, lambda have, base=done: self._progress((base + have) / total), self._should_stop, priority)  # type: ignore[misc]
             done += file.size_bytes
         self._s.store.write_manifest(signed.data, needed)
         choice = Choice(version=signed.manifest.version, variant=variant.name)
@@ -181,7 +182,7 @@ class Preparing(ModelWork):
         local = dt.datetime.fromtimestamp(self._s.clock.wall()).astimezone()
         if not windows.is_open(wanted.window, local) or (new and not windows.any_open(self._s.settings.windows, local)):
             return "window"
-        return None
+        return "others" if self._others() is not None else None
 
     def _asks_first(self) -> bool:
         if self._s.settings.approval == "always":
@@ -233,6 +234,8 @@ class Preparing(ModelWork):
 
     def _wait_to_serve(self, now: float) -> float:
         why_not = self._may_serve()
+        if why_not == self.state.waiting_for == "others":
+            return self._join()
         if why_not is None:
             if self._expired() is None:
                 self._apply(update.after(self.state, self._to_serve(Event.WINDOW_OPEN), now, waiting_for=None, failure=None))
@@ -240,6 +243,7 @@ class Preparing(ModelWork):
         elif why_not not in {"shadow", self.state.waiting_for}:
             self._note_waiting(why_not)
             self._save(self.state.but(waiting_for=why_not))
+            return 0.0
         return REST_S
 
     def _once_more(self, now: float) -> float:

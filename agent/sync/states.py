@@ -1,22 +1,35 @@
-"""Where the update states are kept: one file per model, replaced as a whole and durable before anything is done about it."""
+"""Where the update states are kept: one file per model, replaced as a whole and durable before anything is done about it.
+
+States of models that go on together are saved together: one file with all of them is written first and counts from then on, whatever
+becomes of the rest. So they are never found apart.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from agent.contract import names
-from agent.contract.codec import ContractError, decode, encode
+from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
 from agent.host import files
 from agent.sync.update import UpdateState
 
 _MAX_BYTES = 1024 * 1024
 
 
+class _Together(Document, frozen=True, kw_only=True):
+    states: tuple[UpdateState, ...]
+    format: int = FORMAT
+
+
 class States:
-    """The folder of update states."""
+    """The folder of update states. Thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._together = folder / ".together.json"
+        self._saving = threading.Lock()
 
     def models(self) -> list[str]:
         """The models that were ever updated here."""
@@ -24,6 +37,9 @@ class States:
 
     def read(self, model: str) -> UpdateState | None:
         """The model's state; a fresh one when there is none, None when it is damaged.  Raises: OSError."""
+        for state in self._pending():
+            if state.model == model:
+                return state
         try:
             return decode(self._path(model).read_bytes(), UpdateState, limit_bytes=_MAX_BYTES)
         except FileNotFoundError:
@@ -46,8 +62,34 @@ class States:
 
     def save(self, state: UpdateState) -> None:
         """Raises: OSError, and then the stored state is still the one before."""
+        with self._saving:
+            self._settle()
+            self._write(state)
+
+    def save_together(self, states: Sequence[UpdateState]) -> None:
+        """Saves all of them or none.  Raises: OSError; then either none is stored, or all count and are written out by the next save."""
+        with self._saving:
+            self._settle()
+            files.make_directory(self.folder, mode=0o700)
+            files.write(self._together, encode(_Together(states=tuple(states))))  # from here on it is so
+            self._settle()
+
+    def _settle(self) -> None:
+        pending = self._pending()
+        for state in pending:
+            self._write(state)
+        if pending:
+            files.remove(self._together)
+
+    def _write(self, state: UpdateState) -> None:
         files.make_directory(self.folder, mode=0o700)
         files.write(self._path(state.model), encode(state))
+
+    def _pending(self) -> tuple[UpdateState, ...]:
+        try:
+            return decode(self._together.read_bytes(), _Together, limit_bytes=_MAX_BYTES).states
+        except (FileNotFoundError, ContractError):
+            return ()
 
     def _path(self, model: str) -> Path:
         return self.folder / f"{names.check_model(model)}.json"

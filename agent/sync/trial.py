@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from agent.store import Store
 from agent.sync.ports import Clock, Stop
 from agent.sync.problems import Problem, Stopped
 from agent.sync.trial_protocol import MAX_REPLY_BYTES, Case, Limits, Progress, Request, Verdict, parse_line
+from agent.sync.turns import Turns
 
 TICK_S = 0.2
 """How often a running trial looks whether it should stop."""
@@ -55,6 +55,7 @@ def make_request(
         state=variant.state,
         picture=variant.picture,
         threads=threads,
+        priority=acceptance.priority,
         inputs=manifest.inputs,
         outputs=manifest.outputs,
         cases=tuple(
@@ -76,21 +77,18 @@ def make_request(
 
 
 class TrialProcesses:
-    """Trials on this machine, one at a time: two candidates in memory beside the serving one would measure each other."""
+    """Trials on this machine, in turns: those of a smaller priority number first, and several at once only where they cannot disturb
+    each other.
+    """
 
-    def __init__(self, clock: Clock, socket_path: Path) -> None:
+    def __init__(self, clock: Clock, socket_path: Path, turns: Turns | None = None) -> None:
         self._clock = clock
         self._socket_path = socket_path
-        self._one_at_a_time = threading.Lock()
+        self._turns = turns or Turns()
 
     def run(self, request: Request, timeout_s: float, stop: Stop) -> Evidence:
-        while not self._one_at_a_time.acquire(timeout=TICK_S):
-            if stop():
-                raise Stopped
-        try:
+        with self._turns.take(request.priority, request.limits.memory_bytes, request.threads, stop):
             return self._run(request, timeout_s, stop)
-        finally:
-            self._one_at_a_time.release()
 
     def _run(self, request: Request, timeout_s: float, stop: Stop) -> Evidence:
         conversation = _Conversation(self._clock, timeout_s, stop)

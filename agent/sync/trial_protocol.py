@@ -45,6 +45,8 @@ class Request(Document, frozen=True, kw_only=True):
     state: dict[str, str] = {}
     picture: Picture | None = None
     threads: int = 1
+    priority: int = 100
+    """Of the trials that wait, the smallest number goes first."""
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     cases: tuple[Case, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from agent.contract.assignment import Wanted
@@ -53,9 +54,10 @@ class ModelUpdater(Shadowing, Canarying, Switching):
         """
         self._ending = ending
         try:
-            if self.state.phase not in SWITCHING and self._mind_lease():
-                return REST_S
-            return self._steps[self.state.phase]()
+            with self._s.joint if self.state.phase is Phase.WAITING else contextlib.nullcontext():
+                if self.state.phase not in SWITCHING and self._mind_lease():
+                    return REST_S
+                return self._steps[self.state.phase]()
         except OSError as error:
             self.problem = store_problem(error, f"updating model {self.model!r}").message
         except StoreError as error:
@@ -66,8 +68,9 @@ class ModelUpdater(Shadowing, Canarying, Switching):
         """The process ends in order, between two steps or after Stopped: what the next start will count against the release is
         taken back in advance.
         """
-        if update.RESUME[self.state.phase].counts:
-            self._save(self.state.but(interruptions=self.state.interruptions - 1), quietly=True)
+        with self._s.joint:
+            if update.RESUME[self.state.phase].counts:
+                self._save(self.state.but(interruptions=self.state.interruptions - 1), quietly=True)
 
     # -- leases ------------------------------------------------------------------------------------------------------------
 

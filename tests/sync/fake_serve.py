@@ -121,6 +121,16 @@ class FakeServe:
             return 200, {}
         return 200, {"active": entry["active"], "previous": entry["previous"]}
 
+    def act_together(self, versions: dict) -> tuple[int, dict]:
+        self.calls.append(("activate_together", ",".join(sorted(versions)), None))
+        with self._lock:
+            for model, version in versions.items():
+                if str(version) not in self.models.get(model, {"versions": {}})["versions"]:
+                    return 409, {"error": f"{model} is not loaded", "code": "not_loaded"}
+            for model, version in versions.items():
+                self._act(model, "activate", version, {})
+        return 200, {}
+
     def answer_with(self, model: str, version: int, numbers: dict) -> None:
         """What this version is to say about itself from now on."""
         self.stats[model, version] = numbers
@@ -162,6 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         if self.serve.crash_on == (action, body.get("version")):
             self.connection.close()
+            return
+        if self.path == "/control/v1/activate":
+            self._answer(*self.serve.act_together(body["versions"]))
             return
         self._answer(*self.serve.act(model, action, body))
 

@@ -223,7 +223,7 @@ def test_a_state_of_a_newer_format_is_not_used(tmp_path: Path):
 
 class View:
     def __init__(self, state: UpdateState) -> None:
-        self.state, self.progress, self.held = state, 0.25, False
+        self.state, self.progress, self.held, self.stopped = state, 0.25, False, None
 
 
 class Kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from agent.client import Client, ClientError, InputRejected
+from agent.contract.assignment import Assignment, ModelAssignment
 from agent.contract.manifest import WatchRules
 from tests.serving.stand import Server as ServeProcess
 from tests.sync.conftest import eventually
@@ -165,3 +167,42 @@ def test_wanted_no_more(device: Real, app: App):
     eventually(lambda: device.store.selection(MODEL) is None, "the end", 30)
 
     eventually(lambda: device.active is None, "the unloading", 30)
+
+
+def test_two_models_switch_together(device: Real):
+    """The real route, under a client that asks both all the time."""
+    first = WatchRules(duration_s=0.2)
+    for model, factor in (("arm", 1.0), ("eye", 10.0)):
+        device.repository.publish(*onnx_release(device.folder / model, 1, factor, model=model, watch=first))
+    want(device, {"arm": 1, "eye": 1})
+    device.start()
+    eventually(lambda: serving(device) == {"arm": 1, "eye": 1}, "the first releases", 30)
+    for model, factor in (("arm", 2.0), ("eye", 20.0)):
+        device.repository.publish(*onnx_release(device.folder / model, 2, factor, model=model, watch=first))
+    want(device, {"arm": 2, "eye": 2}, together=True)
+    seen = set()
+
+    def done() -> bool:
+        seen.add(tuple(sorted(serving(device).items())))
+        return serving(device) == {"arm": 2, "eye": 2} and not states(device) - {"steady"}
+
+    eventually(done, "the switch of both", 30)
+    assert seen <= {(("arm", 1), ("eye", 1)), (("arm", 2), ("eye", 2))}, "one status of serve never shows a mixture"
+
+
+def want(device: Real, releases: dict[str, int], *, together: bool = False) -> None:
+    before = device.repository.assignment
+    models = {model: ModelAssignment(release=release) for model, release in releases.items()}
+    groups = {"g": releases} if together else {}
+    device.repository.assignment = Assignment(fleet=before.fleet, version=before.version + 1, models=models, together=groups)
+    device.repository.sign()
+
+
+def serving(device: Real) -> dict[str, int | None]:
+    with Client(device.socket) as client:
+        return {model: said["active"] for model, said in client.status()["models"].items()}
+
+
+def states(device: Real) -> set[str]:
+    folder = device.store.private / "updates"
+    return {json.loads(path.read_bytes())["phase"] for path in folder.glob("[a-z]*.json")}

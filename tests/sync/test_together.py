@@ -1,0 +1,386 @@
+"""Releases that switch together: all of them or none, wherever the process dies and whichever of them is bad."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent.contract.manifest import WatchRules
+from agent.contract.reasons import Reason
+from agent.contract.reports import Outcome, Phase
+from agent.host import files
+from agent.store import Choice, Selection, Store
+from agent.sync.problems import Problem
+from agent.sync.serving import ServeAway, ServeRefused
+from agent.sync.states import States
+from agent.sync.update import UpdateState
+from tests.sync.bench import Killed, numbers
+from tests.sync.crew import Crew
+
+P = Phase
+WATCH = WatchRules(duration_s=10.0, max_duration_s=60.0)
+OLD, NEW = {"arm": 1, "eye": 2}, {"arm": 3, "eye": 4}
+
+
+@pytest.fixture
+def crew(tmp_path: Path) -> Crew:
+    crew = Crew(tmp_path)
+    crew.begin()
+    for model, version in NEW.items():
+        crew.release(version, model=model, watch=WATCH)
+    crew.tried.clear()
+    crew.serve.calls.clear()
+    return crew
+
+
+def wanted(crew: Crew) -> None:
+    crew.desire(NEW, together=("arm", "eye"))
+
+
+def test_all_are_tried_first_and_then_switched_at_once(crew: Crew):
+    wanted(crew)
+    crew.all_in(P.WATCHING)
+    switched = [action for action, _ in crew.serve.calls if action.startswith("activate")]
+    assert switched == ["activate_together"]
+    assert sorted(crew.tried) == ["arm:3", "eye:4"]
+    assert crew.runs == NEW
+    crew.all_in(P.STEADY)
+
+    assert crew.runs == crew.on_disk() == NEW
+    for updater in crew.updaters.values():
+        assert updater.state.answers[-1].outcome is Outcome.COMMITTED
+        assert updater.state.peers == ()
+
+
+def test_one_that_is_late_is_waited_for(crew: Crew):
+    def slow(request, *_):
+        if request.release.startswith("eye"):
+            raise Problem(Reason.STORE_FAILED, "not now")
+        return {}
+
+    crew.trial = slow
+    wanted(crew)
+    crew.rounds(40)
+    assert crew.updaters["arm"].state.waiting_for == "others"
+    assert "eye:4" in (crew.updaters["arm"].problem or "")
+    assert crew.runs == OLD
+    crew.trial = lambda *_: {}
+    crew.all_in(P.STEADY, within=4000)
+    assert crew.runs == NEW
+
+
+def test_one_that_fails_its_trial_keeps_all_where_they_are(crew: Crew):
+    def bad(request, *_):
+        if request.release.startswith("eye"):
+            raise Problem(Reason.GOLDEN_MISMATCH, "wrong")
+        return {}
+
+    crew.trial = bad
+    wanted(crew)
+    crew.rounds(100)
+
+    assert crew.runs == crew.on_disk() == OLD
+    assert crew.updaters["eye"].state.phase is P.QUARANTINED
+    assert crew.updaters["arm"].state.phase is P.WAITING
+
+
+def test_one_that_fails_its_watch_takes_all_back(crew: Crew):
+    crew.serve.numbers = {1: numbers(1000), 2: numbers(1000), 3: numbers(1000)}
+    wanted(crew)
+    crew.all_in(P.WATCHING)
+    crew.serve.calls.clear()
+    crew.serve.numbers[4] = numbers(50, run=50)
+    crew.rounds(5)
+    assert ("activate_together", None) in crew.serve.calls
+    assert crew.runs == crew.on_disk() == OLD
+    crew.rounds(60)
+
+    arm, eye = crew.updaters["arm"].state, crew.updaters["eye"].state
+    assert [answer.reason for answer in eye.answers if answer.release == 4] == [Reason.ERROR_RATIO.value]
+    assert [answer.reason for answer in arm.answers if answer.release == 3] == [Reason.TOGETHER.value]
+    assert "eye:4" in arm.answers[-1].message
+    assert crew.surroundings.quarantine.entries("arm") == ()
+    assert [entry.answer.release for entry in crew.surroundings.quarantine.entries("eye")] == [4]
+    assert crew.runs == OLD, "what was not bad itself waits for the others, and is not switched alone"
+
+
+def test_one_that_cannot_be_loaded_keeps_all_where_they_are(crew: Crew):
+    def refuse(action: str, version: int | None) -> None:
+        if (action, version) == ("load", 4):
+            raise ServeRefused(422, "model_invalid", "not a model")
+
+    crew.serve.fault = refuse
+    wanted(crew)
+    crew.rounds(80)
+
+    assert crew.runs == crew.on_disk() == OLD
+    assert crew.updaters["eye"].state.answers[-1].reason == Reason.LOAD_FAILED.value
+    assert crew.updaters["arm"].state.answers[-1].reason == Reason.TOGETHER.value
+
+
+def test_without_memory_for_all_of_them_nothing_is_switched(crew: Crew):
+    def full(action: str, version: int | None) -> None:
+        if (action, version) == ("load", 4):
+            raise ServeRefused(507, "no_memory", "full")
+
+    crew.serve.fault = full
+    wanted(crew)
+    crew.rounds(60)
+    assert crew.runs == crew.on_disk() == OLD
+    assert all(action != "swap" for action, _ in crew.serve.calls)
+    crew.serve.fault = lambda *_: None
+    crew.all_in(P.STEADY, within=4000)
+    assert crew.runs == NEW
+
+
+@pytest.mark.parametrize("gone", ["arm", "eye"])
+def test_one_that_is_wanted_no_more_takes_all_back(gone: str, crew: Crew):
+    wanted(crew)
+    crew.all_in(P.WATCHING)
+    crew.desire({**NEW, gone: OLD[gone]}, withdrawn={gone: (NEW[gone],)})
+    crew.rounds(3)
+    assert crew.on_disk() == OLD
+    crew.all_in(P.STEADY, within=2000)
+    crew.rounds(5)
+
+    assert crew.runs[gone] == OLD[gone]
+
+
+def test_one_that_is_held_holds_all(crew: Crew):
+    crew.surroundings.holds.pin("eye", 2)
+    wanted(crew)
+    crew.rounds(60)
+    assert crew.runs == OLD
+    crew.surroundings.holds.lift("eye")
+    crew.all_in(P.STEADY, within=2000)
+    crew.rounds(10)
+    crew.all_in(P.STEADY, within=2000)
+    assert crew.runs == NEW
+
+
+def test_one_that_is_there_already_is_not_waited_for(crew: Crew):
+    crew.desire({"arm": 3, "eye": 2})
+    crew.rounds(2)
+    crew.all_in(P.STEADY)
+    wanted(crew)
+    crew.rounds(2)
+    crew.all_in(P.STEADY)
+
+    assert crew.runs == NEW
+
+
+def test_models_that_serve_for_the_first_time(tmp_path: Path):
+    crew = Crew(tmp_path)
+    for model, version in NEW.items():
+        crew.release(version, model=model, watch=WATCH)
+    wanted(crew)
+    crew.rounds(2)
+    crew.all_in(P.WATCHING)
+    crew.serve.numbers[4] = numbers(0, run=100)
+    crew.rounds(10)
+    assert crew.on_disk() == {"arm": None, "eye": None}
+    assert crew.runs == {"arm": None, "eye": None}
+
+
+def test_it_is_committed_when_the_fleet_has_heard_of_all(crew: Crew):
+    crew.link_up = True
+    crew.rounds(2)
+    wanted(crew)
+    crew.all_in(P.WATCHING)
+    crew.link_up = False
+    crew.rounds(60)
+    assert all(updater.state.phase is P.WATCHING for updater in crew.updaters.values())
+    crew.link_up = True
+    crew.all_in(P.STEADY)
+    assert crew.runs == NEW
+
+
+def test_a_team_that_cannot_be_reported_goes_back_as_one(crew: Crew):
+    crew.link_up = True
+    crew.rounds(2)
+    wanted(crew)
+    crew.all_in(P.WATCHING)
+    crew.link_up = False
+    crew.all_in(P.WAITING, within=5000)
+    assert crew.runs == crew.on_disk() == OLD
+    crew.all_in(P.STEADY, within=5000)
+    assert crew.runs == NEW, "it was the network"
+
+
+# -- any instruction ---------------------------------------------------------------------------------------------------------------
+
+
+class Death:
+    """Kills the process at the n-th thing it does that lasts: a file written or removed, or a word to `serve`; before it or after it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, crew: Crew) -> None:
+        self.left: int | None = None
+        self.counted = 0
+        for name in ("write", "remove"):
+            patch.setattr(files, name, self._deadly(getattr(files, name)))
+        crew.serve.fault = lambda action, _: self.moment() if action != "status" else None
+
+    def _deadly(self, act: Callable) -> Callable:
+        def acting(*arguments, **options):
+            self.moment()
+            done = act(*arguments, **options)
+            self.moment()
+            return done
+
+        return acting
+
+    def moment(self) -> None:
+        self.counted += 1
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                self.left = None
+                raise Killed
+
+
+def until_still(crew: Crew) -> None:
+    for _ in range(3000):
+        crew.round()
+        if all(u.state.phase in (P.STEADY, P.QUARANTINED) for u in crew.updaters.values()) and crew.runs in (OLD, NEW):
+            crew.rounds(3)
+            return
+    raise AssertionError(f"{crew.runs} {crew.phases_on_disk()}")
+
+
+def killed_at(folder: Path, moment: int, *, bad: bool, serve_too: bool, patch: pytest.MonkeyPatch) -> bool:
+    """One life that ends at that moment, and what follows. Whether it ended there at all."""
+    crew = Crew(folder)
+    crew.begin()
+    for model, version in NEW.items():
+        crew.release(version, model=model, watch=WATCH)
+    crew.serve.numbers = {
+        1: numbers(1000),
+        2: numbers(1000),
+        3: numbers(1000),
+        4: numbers(50, run=50) if bad else numbers(1000),
+    }
+    wanted(crew)
+    death = Death(patch, crew)
+    death.left = moment
+    try:
+        crew.rounds(120)
+    except Killed:
+        pass
+    else:
+        return False
+    assert crew.on_disk() in (OLD, NEW), f"a serve that starts now has a mixture: {crew.on_disk()}"
+    phases = set(crew.phases_on_disk().values())
+    joint = {P.ACTIVATING, P.WATCHING, P.ROLLING_BACK}
+    assert len(phases) == 1 or not phases & joint, f"apart: {phases}"
+    if serve_too:
+        crew.serve.start()
+        assert crew.runs in (OLD, NEW)
+    crew.again()
+    if bad:
+        for _ in range(150):
+            crew.round()
+            assert crew.on_disk() in (OLD, NEW)
+        assert crew.runs == OLD
+    else:
+        until_still(crew)
+        assert crew.runs == crew.on_disk()
+        assert crew.runs == NEW or serve_too  # a serve that dies in a watch counts against the releases
+    return True
+
+
+@pytest.mark.parametrize("serve_too", [False, True], ids=["sync", "both"])
+@pytest.mark.parametrize("bad", [False, True], ids=["good", "bad"])
+def test_killed_at_many_instructions(bad: bool, serve_too: bool, tmp_path: Path):
+    kill_everywhere(tmp_path, bad=bad, serve_too=serve_too, step=11)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("serve_too", [False, True], ids=["sync", "both"])
+@pytest.mark.parametrize("bad", [False, True], ids=["good", "bad"])
+def test_killed_at_any_instruction(bad: bool, serve_too: bool, tmp_path: Path):
+    kill_everywhere(tmp_path, bad=bad, serve_too=serve_too, step=1)
+
+
+def kill_everywhere(tmp_path: Path, *, bad: bool, serve_too: bool, step: int) -> None:
+    moment = 0
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            if not killed_at(tmp_path / str(moment), moment, bad=bad, serve_too=serve_too, patch=patch):
+                break
+        moment += step
+    assert moment > 60
+
+
+def test_serve_away_while_all_go_back(crew: Crew):
+    crew.serve.numbers = {1: numbers(1000), 2: numbers(1000), 4: numbers(50, run=50)}
+    wanted(crew)
+    crew.all_in(P.WATCHING)
+    crew.serve.fault = lambda action, _: (_ for _ in ()).throw(ServeAway("away", sent=False)) if action != "status" else None
+    crew.rounds(10)
+    assert crew.on_disk() == OLD
+    crew.serve.fault = lambda *_: None
+    crew.rounds(10)
+    assert crew.runs == OLD
+
+
+# -- the store and the states --------------------------------------------------------------------------------------------------------
+
+
+def test_several_selections_are_one_for_every_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = Store.create(tmp_path / "store")
+    old = {m: Selection(model=m, active=Choice(version=1, variant="cpu")) for m in ("a", "b")}
+    new: dict[str, Selection | None] = {
+        "a": Selection(model="a", active=Choice(version=2, variant="cpu")),
+        "b": None,
+        "c": old["a"],
+    }
+    for selection in old.values():
+        store.select(selection)
+    put, died = Store._put, []
+
+    def dies(self, model, selection):
+        died.append(model)
+        if len(died) == 2:
+            raise Killed
+        put(self, model, selection)
+
+    monkeypatch.setattr(Store, "_put", dies)
+    with pytest.raises(Killed):
+        store.select_together(new)
+    monkeypatch.setattr(Store, "_put", put)
+    reader = Store(store.root)
+    assert set(reader.selections()) == {"a", "c"}
+    assert reader.selection("b") is None
+    assert reader.selection("a") == new["a"]
+
+    Store.create(store.root)
+    assert not (store.root / "models" / ".together.json").exists()
+    assert json.loads((store.root / "models" / "a.json").read_bytes())["active"]["version"] == 2
+    assert not (store.root / "models" / "b.json").exists()
+
+
+def test_several_states_are_one_for_every_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    states = States(tmp_path / "updates")
+    together = [UpdateState(model=model, phase=P.WATCHING) for model in ("a", "b")]
+    write, count = States._write, []
+
+    def dies(self, state):
+        count.append(1)
+        if len(count) == 2:
+            raise Killed
+        write(self, state)
+
+    monkeypatch.setattr(States, "_write", dies)
+    with pytest.raises(Killed):
+        states.save_together(together)
+    monkeypatch.setattr(States, "_write", write)
+    again = States(tmp_path / "updates")
+    assert [again.load(model).phase for model in ("a", "b")] == [P.WATCHING, P.WATCHING]
+    again.save(UpdateState(model="b", phase=P.STEADY))
+
+    assert [States(tmp_path / "updates").load(model).phase for model in ("a", "b")] == [P.WATCHING, P.STEADY]
+    assert not (tmp_path / "updates/.together.json").exists()
+    assert sorted(again.models()) == ["a", "b"]
