@@ -101,6 +101,16 @@ def agent_config() -> str:
     return settings_page("agent.yaml", intro, config, "AgentConfig")
 
 
+def manifest() -> str:
+    from agent.contract import manifest as module
+
+    intro = (
+        "What a release's YAML may say, and what a publisher signs: see [write a release](../how-to/write-a-release.md). A field "
+        "without default is required; `files`, `blocks` and `kind` are made by `edge-fleet publish`."
+    )
+    return settings_page("Release manifest", intro, module, "ReleaseManifest")
+
+
 def fleet_config() -> str:
     from fleet_server import config
 
@@ -163,6 +173,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/edge-fleet.md": edge_fleet,
     "reference/agent-config.md": agent_config,
     "reference/fleet-config.md": fleet_config,
+    "reference/manifest.md": manifest,
     "reference/fleet-api.md": fleet_api,
     "reference/reasons.md": reasons,
     "reference/update-machine.md": update_machine,

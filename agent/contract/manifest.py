@@ -245,26 +245,34 @@ class WatchRules(Document, frozen=True, kw_only=True):
 class ShadowRules(Document, frozen=True, kw_only=True):
     """What is demanded of the release while it runs on copies of live requests beside the one that answers them.
 
-    It copies `share` of the requests, `max_rate` per second at most. Its rules are judged once `min_samples` were compared, and all the
-    time from then on; it ends well after `duration_s`, or after `max_duration_s` however few samples came. A sample agrees when every
-    element of every output is within that output's `tolerance` (`*`: of those not named) of the live answer; a flip is another largest
-    element in a row of an output that looks like scores of classes. How much a new release may differ only its publisher knows,
-    so both are judged only where a rule is set. Times are the median over pairs of runs on the same input.
+    Its rules are judged once `min_samples` were tried, and all the time from then on. How much a new release may differ only its publisher
+    knows, so agreement and flips are judged only where a rule is set.
     """
 
     required: bool = False
     """Before it may be installed. False: only in a rollout of mode shadow."""
     share: float = 0.1
+    """Of the requests that were answered."""
     max_rate: float = 5.0
+    """Copies per second at most."""
     min_samples: int = 50
+    """Fewer are not judged by the rules below."""
     min_agreement: float = 0.0
+    """The share of samples that agree: every element of every output within its tolerance of the live answer. 0: not judged."""
     max_top1_flips: float = 1.0
+    """The share of rows with another largest element, in outputs that look like scores of classes. 1: not judged."""
     tolerance: dict[str, Close] = {}
+    """By output; `*` is every one that is not named. Otherwise 0.001 + 0.01 of the live value."""
     max_latency_ratio: float = 5.0
+    """The median over pairs of runs on the same input; looked at when its runs take a millisecond or more."""
     max_error_ratio: float = 0.02
+    """The share of copies that it fails."""
     max_crashes: int = 0
+    """Of the serving process, in which it runs."""
     duration_s: float = 60.0
+    """When it ends well, with `min_samples`."""
     max_duration_s: float = 3600.0
+    """When it is over, with as many samples as came; then only a release of which most went wrong is refused."""
     without_memory: Literal["skip", "wait"] = "skip"
     """Where memory does not allow both versions: go on without having looked, or wait until it does."""
 
@@ -288,9 +296,13 @@ class CanaryRules(Document, frozen=True, kw_only=True):
     """
 
     share: float = 0.1
+    """Of the requests that name no version; exact over time. A sequence stays on the version where it began."""
     duration_s: float = 300.0
+    """When it ends well, with `min_requests`."""
     max_duration_s: float = 3600.0
+    """When it ends with fewer."""
     min_requests: int = 20
+    """Answered by the release."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

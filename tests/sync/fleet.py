@@ -465,6 +465,7 @@ def onnx_release(
             watch=changes.pop(
                 "watch", WatchRules(duration_s=1.0, max_duration_s=20.0, min_requests=20, min_requests_to_judge=10)
             ),
+            **changes,
         ),
     )
     return manifest, contents

@@ -36,7 +36,7 @@ class Device:
         self.config = folder / "agent.yaml"
         settings = {
             "store": str(self.store.root),
-            "serve": {"socket": str(folder / "agent.sock")},
+            "serve": {"socket": str(folder / "agent.sock"), "shadow_max_load": 0, "shadow_max_celsius": 0},
             "sync": {
                 "identity": str(identity.folder),
                 "poll_interval_s": 0.2,
