@@ -38,6 +38,7 @@ from fleet_server.ingest.link import MqttLink
 from fleet_server.journal import Journal
 from fleet_server.live import Hub
 from fleet_server.notify import notify, watchdog_interval_s
+from fleet_server.releases.bundles import Bundles
 from fleet_server.releases.catalogue import Catalogue
 from fleet_server.releases.ceremonies import WARN_BEFORE_S, Ceremonies
 from fleet_server.releases.online import ONLINE, OnlineKeys
@@ -82,6 +83,9 @@ class Fleet:
         self.ceremonies = Ceremonies(self.database, self.repository, self.journal, clock)
         self.catalogue = Catalogue(self.database, self.repository, self.blobs, self.journal, clock)
         self.rollouts = Rollouts(self.database, self.repository, self.inventory, self.journal, config, clock)
+        self.bundles = Bundles(
+            self.database, self.repository, self.inventory, self.catalogue, self.blobs, self.journal, config, clock
+        )
         self.intake = Intake(self.database, self.journal, clock)
         self.inventory.on_groups_changed = self.rollouts.evaluate
         self.broker_connected: Callable[[], bool] = lambda: False

@@ -9,7 +9,7 @@ import os
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import requests
@@ -116,6 +116,20 @@ class Client:
 
             with self._request("PUT", f"/blobs/{sha256}", data=pieces(), headers={"Upload-Offset": str(offset)}):
                 pass
+
+    def download(self, path: str, body: dict[str, Any], file: IO[bytes], progress: Callable[[int, int], None]) -> None:
+        """Writes the answer to a POST into `file`. `progress` gets the bytes done and all of them.
+
+        Raises: Unavailable when the answer breaks off.
+        """
+        with self._request("POST", path, json=body, stream=True) as response, _translated(self._url):
+            total, done = int(response.headers.get("Content-Length", "0")), 0
+            for chunk in response.iter_content(UPLOAD_CHUNK):
+                file.write(chunk)
+                done += len(chunk)
+                progress(done, total)
+        if done != total:
+            raise Unavailable(f"{self._url} broke off after {done} of {total} bytes; try again")
 
     def stream(self, path: str, after: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Server-sent events as (kind, data), until the server ends the stream."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +160,18 @@ def upload(client: Client, built: Built, *, quiet: bool) -> None:
 
 def rollouts(found: list[dict[str, Any]]) -> None:
     rows: list[list[object]] = [
+@contextlib.contextmanager
+def progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; call with the bytes done and all of them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bars:
+        bar = bars.add_task(safe(what), total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+
         [
             r["id"], f"{r['model']}:{r['release']}", r["state"], f"{r['wave'] + 1} of {len(r['waves'])}", _counted(r["verdict"]),
             ago(r["updated"]),

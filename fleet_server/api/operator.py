@@ -28,6 +28,7 @@ from fleet_server.devices.pki import Authority
 from fleet_server.errors import Denied, Invalid, Refused
 from fleet_server.journal import Journal
 from fleet_server.live import Hub
+from fleet_server.releases.bundles import Bundles
 from fleet_server.releases.catalogue import Catalogue
 from fleet_server.releases.ceremonies import Ceremonies, Wish
 from fleet_server.releases.publishers import RELEASES
@@ -54,6 +55,7 @@ class Parts(Protocol):
     access: Access
     authority: Authority
     blobs: Blobs
+    bundles: Bundles
     catalogue: Catalogue
     ceremonies: Ceremonies
     database: Database
@@ -255,8 +257,16 @@ class Api:
         permille = None if body.percent is None else max(1, round(body.percent * 10))
         return self._fleet.rollouts.start(
             _actor(request), _ref(body.release), groups=body.groups, permille=permille, hold=body.hold,
-            max_failures=body.max_failures,
+            max_failures=body.max_failures, together=[_ref(text) for text in body.together], window=body.window,
         )  # fmt: skip
+
+    def stopped_classes(self, model: str | None = None) -> list[dict[str, Any]]:
+        """Lists hardware classes for which a release was stopped, with the devices that refused it."""
+        return self._fleet.rollouts.stopped(model=model)
+
+    def lift_class(self, request: Request, number: VersionInPath) -> dict[str, Any]:
+        """Lets a hardware class have a release that was stopped for it; it is not stopped again."""
+        return self._fleet.rollouts.lift(_actor(request), number)
 
     def promote(self, request: Request, rollout: str) -> dict[str, Any]:
         """Begins the next wave of a rollout that waits for it."""
@@ -273,6 +283,14 @@ class Api:
     def abort(self, request: Request, rollout: str) -> dict[str, Any]:
         """Ends a rollout: every device goes back to the release before."""
         return self._fleet.rollouts.abort(_actor(request), rollout)
+
+    def bundle(self, request: Request, body: schemas.NewBundle) -> Response:
+        """What devices without a network should run, in one file that `edge-agent import` takes. A tar of signed documents and blobs."""
+        packed = self._fleet.bundles.pack(
+            _actor(request), models=body.models, devices=body.devices, group=body.group, valid_days=body.valid_days
+        )
+        headers = {"Content-Length": str(packed.size_bytes)}
+        return StreamingResponse(packed.chunks(), media_type="application/x-tar", headers=headers)
 
     def assignment(self) -> dict[str, Any]:
         """The document devices read, as it is signed now."""
@@ -368,6 +386,9 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/rollouts/{rollout}/pause", Api.pause, Role.OPERATOR, "rollouts"),
     Route("POST", "/rollouts/{rollout}/resume", Api.resume, Role.OPERATOR, "rollouts"),
     Route("POST", "/rollouts/{rollout}/abort", Api.abort, Role.OPERATOR, "rollouts"),
+    Route("POST", "/bundles", Api.bundle, Role.OPERATOR, "rollouts"),
+    Route("GET", "/stopped-classes", Api.stopped_classes, Role.VIEWER, "rollouts"),
+    Route("POST", "/stopped-classes/{number}/lift", Api.lift_class, Role.OPERATOR, "rollouts"),
     Route("GET", "/assignment", Api.assignment, Role.VIEWER, "rollouts"),
     Route("GET", "/events", Api.events, Role.VIEWER, "events"),
     Route("GET", "/events/stream", Api.stream, Role.VIEWER, "events"),

@@ -71,9 +71,13 @@ class SignedChange(Body):
 
 
 class NewRollout(Body):
-    """Neither `groups` nor `percent`: every device at once. `hold`: wait for promote between waves."""
+    """Neither `groups` nor `percent`: every device at once. `hold`: wait for promote between waves. `together`: releases of other models
+    that switch with it on each device, all or none. `window`: when devices may switch, in their local time.
+    """
 
     release: Annotated[str, Field(max_length=100, examples=["digits:4"])]
+    together: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=32)] = []
+    window: Annotated[str, Field(max_length=64, examples=["mon-fri 22:00-05:00"])] | None = None
     groups: Annotated[list[Name], Field(max_length=64)] = []
     percent: Annotated[float, Field(gt=0, le=100)] | None = None
     hold: bool = False
@@ -84,6 +88,15 @@ class Rollback(Body):
     """Without `to`: the release that ran before."""
 
     to: Version | None = None
+
+
+class NewBundle(Body):
+    """For these devices, or those of a group, or all; with what they should run of these models, or of all."""
+
+    models: Annotated[list[Name], Field(max_length=256)] = []
+    devices: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=10_000)] = []
+    group: Name | None = None
+    valid_days: Annotated[float, Field(gt=0, le=90)] | None = None
 
 
 class ErrorAnswer(BaseModel):

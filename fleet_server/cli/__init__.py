@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fleet_server.cli import access, describe, devices, happened, keys, releases, rollouts, server, tokens
+from fleet_server.cli import access, bundles, describe, devices, happened, keys, releases, rollouts, server, tokens
 from fleet_server.cli.common import Group
 
 
@@ -31,7 +31,7 @@ for command in (
     server.init, server.serve, server.renew_root,
     releases.publish, releases.releases, releases.withdraw, releases.reinstate,
     keys.keys, keys.publisher,
-    rollouts.rollout, rollouts.rollback,
+    rollouts.rollout, rollouts.rollback, bundles.bundle,
     devices.devices, tokens.token, happened.events, access.access, happened.audit, server.status,
     describe.openapi, describe.completion,
 ):  # fmt: skip

@@ -103,6 +103,11 @@ class Catalogue:
             row = find(session, ref)
         return {**_view(row), "manifest": msgspec.json.decode(row.manifest)}
 
+    def manifest(self, ref: ReleaseRef) -> ReleaseManifest:
+        """Raises: NotFound."""
+        with self._database.reading() as session:
+            return manifest_of(find(session, ref))
+
 
 def _model_of(manifest: bytes) -> str:
     """The model that a manifest says it is of; which publisher must have signed it follows from this alone."""

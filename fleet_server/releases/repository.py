@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, Key, Signer  # type: ignore[attr-defined]
@@ -29,13 +30,14 @@ from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, Roo
 from agent.contract.assignment import ASSIGNMENT_TARGET, ISSUED_FIELD
 from fleet_server import files
 from fleet_server.config import ExpirySettings
-from fleet_server.errors import NotFound, Refused, Unavailable
+from fleet_server.errors import Invalid, NotFound, Refused, Unavailable
 from fleet_server.releases import change as changes
 from fleet_server.releases import publishers
 from fleet_server.releases.change import OFFLINE_EXPIRY_S, Change, Draft, Opened
 from fleet_server.releases.online import ONLINE, OnlineKeys
 from fleet_server.releases.publishers import ASSIGNMENTS, RELEASES
 
+MAX_RENEWAL_S = 90 * 86400.0  # how long a signature made online may last: it is the bound of a freeze
 KEPT_VERSIONS = 16  # a device in the middle of a refresh still finds the versions its timestamp names
 METADATA_NAME = re.compile(r"(timestamp|[1-9][0-9]{0,15}\.[A-Za-z0-9][A-Za-z0-9._-]{0,63})\.json")
 
@@ -218,6 +220,46 @@ class Repository:
                 self._write_timestamp(timestamp.version + 1, timestamp.snapshot_meta.version)
                 renewed = ["timestamp"]
             return renewed
+
+    def renew_for(self, seconds: float) -> None:
+        """Signs what is signed online anew, to be believed for the usual time or for these seconds if they are more, until the next change.
+
+        Raises: Invalid.
+        """
+        if seconds > MAX_RENEWAL_S:
+            raise Invalid(f"a signature may last {MAX_RENEWAL_S / 86400:.0f} days at most")
+        with self._lock:
+            usual = self._expiry
+            try:
+                self._expiry = msgspec.structs.replace(
+                    usual,
+                    assignments_s=max(usual.assignments_s, seconds),
+                    snapshot_s=max(usual.snapshot_s, seconds),
+                    timestamp_s=max(usual.timestamp_s, seconds),
+                )
+                self.assign(self.assignment_bytes())
+            finally:
+                self._expiry = usual
+
+    def in_force(self) -> tuple[dict[str, bytes], Callable[[str], dict[str, bytes]], float]:
+        """What a device needs to verify the current state, by the paths it asks for; what adds a target of that name; and until when it
+        is believed (seconds since the epoch).
+        """
+        with self._lock:
+            names = [path.name for path in sorted(self._metadata.glob("*.root.json"), key=lambda p: int(p.name.split(".")[0]))]
+            names += ["timestamp.json", f"{self._timestamp().signed.snapshot_meta.version}.snapshot.json"]
+            names += [f"{info.version}.{name}" for name, info in self._versions().items()]
+            documents = {f"metadata/{name}": self._read_bytes(name) for name in names}
+            listed = dict(self._parse(self.role_bytes(ASSIGNMENTS), Targets, ASSIGNMENTS).signed.targets)
+            for role in self.publishers().values():
+                listed |= role.signed.targets
+
+            def target(path: str) -> dict[str, bytes]:
+                where = self.target_path(path, listed[path].hashes["sha256"])
+                return {f"targets/{where.relative_to(self._targets)}": where.read_bytes()}
+
+            online = {role: at for role, at in self.expirations().items() if role in {*ONLINE, "root", "targets"}}
+            return {**documents, **target(ASSIGNMENT_TARGET)}, target, min(online.values())
 
     # -- who is trusted ----------------------------------------------------------------------------------------------------
 

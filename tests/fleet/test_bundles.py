@@ -1,0 +1,99 @@
+"""A bundle has what its devices should run, signed as it is in force, and is a file that any tar lists."""
+
+import tarfile
+
+import pytest
+import requests
+
+from agent.contract import bundle
+from agent.contract.codec import decode
+from tests.fleet.stand import sha256
+
+
+@pytest.fixture(scope="module")
+def filled(server):
+    server.enrol("crane-1", groups=["harbour"])
+    server.enrol("crane-2")
+    for model in ("digits", "faces"):
+        server.publish_simple(model, 1, data=f"{model} one".encode() * 1000)
+        server.post("/rollouts", {"release": f"{model}:1"})
+    return server
+
+
+def packed(server, path, **body):
+    answer = server.request("POST", "/bundles", json=body)
+    assert answer.status_code == 200, answer.text
+    path.write_bytes(answer.content)
+    with path.open("rb") as file:
+        members = {member.name: member for member in bundle.members(file)}
+        about = decode(bundle.read(file, members["bundle.json"]), bundle.Bundle, limit_bytes=1 << 20)
+    return about, members
+
+
+def test_everything_for_everybody(filled, tmp_path):
+    about, members = packed(filled, tmp_path / "b")
+
+    assert about.fleet == "test"
+    assert set(about.devices) == {"crane-1", "crane-2"}
+    assert set(about.releases) == {"digits:1", "faces:1"}
+    assert {name for name in members if name.startswith("blobs/")} == {
+        f"blobs/{sha256(model * 1000)}" for model in (b"digits one", b"faces one")
+    }
+    assert {"records/crane-1.json", "records/crane-2.json", "metadata/timestamp.json", "metadata/1.root.json"} <= set(members)
+    with tarfile.open(tmp_path / "b") as tar:
+        assert len(tar.getnames()) == len(members)
+
+
+def test_one_model_for_one_device(filled, tmp_path):
+    about, members = packed(filled, tmp_path / "b", models=["digits"], devices=["crane-2"])
+
+    assert about.releases == ("digits:1",)
+    assert [name for name in members if name.startswith("records/")] == ["records/crane-2.json"]
+    assert not any("faces" in name for name in members)
+
+
+def test_the_devices_of_a_group(filled, tmp_path):
+    about, _ = packed(filled, tmp_path / "b", group="harbour")
+
+    assert about.devices == ("crane-1",)
+
+
+def test_it_can_be_believed_for_longer(filled, tmp_path):
+    usual, _ = packed(filled, tmp_path / "b")
+    longer, _ = packed(filled, tmp_path / "c", valid_days=30)
+
+    assert longer.valid_until - longer.created > 29 * 86400
+    assert usual.valid_until - usual.created < 2 * 86400
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"devices": ["nobody"]}, 404),
+        ({"group": "empty"}, 404),
+        ({"models": ["unknown"]}, 404),
+        ({"devices": ["crane-1"], "group": "harbour"}, 400),
+        ({"valid_days": 1000}, 400),
+    ],
+)
+def test_what_cannot_be_packed(filled, body, status):
+    assert filled.request("POST", "/bundles", json=body).status_code in {status, 422}
+
+
+def test_it_takes_an_operator(filled):
+    assert filled.request("POST", "/bundles", json={}, token=filled.make_token("viewer")).status_code == 403
+    assert requests.post(filled.url + "/api/v1/bundles", json={}, verify=str(filled.ca), timeout=10).status_code == 401
+
+
+def test_by_command(filled, tmp_path):
+    import json
+
+    path = tmp_path / "fleet.bundle"
+    done = filled.cli("bundle", "--output", path, "--device", "crane-1", "--json")
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["releases"] == ["digits:1", "faces:1"]
+    assert json.loads(done.stdout)["size_bytes"] == path.stat().st_size
+    refused = filled.cli("bundle", "--output", tmp_path / "no", "--device", "nobody")
+    assert refused.returncode == 3
+    assert [one.name for one in tmp_path.iterdir()] == ["fleet.bundle"]
