@@ -21,11 +21,15 @@ demo: $(VENV)/.demo mosquitto ## the whole story on this machine (ARGS=--once en
 
 .PHONY: test
 test: $(VENV)/.dev test-packages $(CACHE)/onnx-node-tests/.done ## every test but the long ones (ARGS="-k name" for some)
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -m "not long and not survival" $(ARGS)
 
 .PHONY: test-long
 test-long: $(VENV)/.dev test-packages perf-analyzer ## the tests that take their time: fuzzers, benchmarks, kills, devices that were away
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+.PHONY: test-survival
+test-survival: $(VENV)/.dev test-packages ## what updates must outlive: crashes at every step, power cuts, a hostile broker (ARGS=-s shows the counts)
+	$(BIN)/python -m pytest -m survival $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## lint, formatting, strict types, import rules, lock files

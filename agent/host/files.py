@@ -5,9 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+_UNFINISHED = ".tmp"
+
+ABANDONED_AFTER_S = 60.0
+"""A file that is being written is not older than this; what kill -9 or a power cut left becomes so."""
 
 
 def sync_directory(directory: Path) -> None:
@@ -25,7 +31,7 @@ def replacing(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
 
     Raises: OSError (no space, read-only), with nothing left behind.
     """
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent)
     try:
         with os.fdopen(fd, "wb") as file:
             yield file
@@ -44,6 +50,14 @@ def write(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replaces the contents of `path` by `data`, durably and all at once.  Raises: OSError."""
     with replacing(path, mode=mode) as file:
         file.write(data)
+
+
+def sweep(root: Path, *, older_than_s: float = ABANDONED_AFTER_S) -> None:
+    """Removes what writes that were cut off left below `root`. Nothing ever reads it; it only takes room.  Raises: OSError."""
+    for path in root.rglob(f".*{_UNFINISHED}"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= older_than_s:
+                path.unlink()
 
 
 def make_directory(path: Path, *, mode: int = 0o755) -> None:

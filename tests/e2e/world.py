@@ -7,11 +7,14 @@ import json
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import onnxruntime
 import psutil
 import yaml
 from device import Device
@@ -21,17 +24,22 @@ from processes import processes
 from agent.client import Client, ClientError
 
 DIGITS = Path(__file__).parents[2] / "examples/digits"
-GOOD, TREACHEROUS = "digits-v2-int8-qdq.onnx", "digits-v4-fixed-batch.onnx"
+GOOD, WEAK, TREACHEROUS = "digits-v2-int8-qdq.onnx", "digits-v1-int8-qdq.onnx", "digits-v4-fixed-batch.onnx"
+with np.load(DIGITS / "data/digits-test.npz") as _archive:
+    IMAGES = (_archive["image_u8"][:8, None] * _archive["scale"]).astype(np.float32)
 LIMIT_S = 45.0
 BALLAST_BYTES = 40_000_000  # makes fetching last long enough to be met
 
 
 class World:
-    """Starts with release 1 serving. `update` publishes the next one and rolls it out."""
+    """Starts with release 1 serving. `update` publishes the next one and rolls it out. What the device keeps is below `home`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, home: Path | None = None) -> None:
         self.folder = folder
+        self.home = home or folder
         self.version = 1
+        self.models: dict[int, str] = {}
+        """The model file of each release."""
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> World:  # noqa: PYI034 - typing.Self came with Python 3.11
@@ -40,7 +48,7 @@ class World:
         self.fleet = Fleet(self.folder, self.processes, lambda _: None, lambda: None)
         self.fleet.init()
         self.fleet.serve()
-        self.device = Device("device", self.folder, self.processes)
+        self.device = Device("device", self.home, self.processes)
         self.device.prepare()
         self.device.enrol(self.fleet.run("token", "create", "--device", "device").strip())
         self.device.start()
@@ -48,7 +56,7 @@ class World:
         self.publish()
         self.fleet.roll_out(1)
         self.until("release 1 is committed", lambda: self.settled(1))
-        self.traffic = Traffic(self.device.socket)
+        self.traffic = Traffic(self.device.socket, self.models)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,6 +66,7 @@ class World:
     # -- what a test does --------------------------------------------------------------------------------------------------
 
     def publish(self, model: str = GOOD, *, ballast: bool = False) -> None:
+        self.models[self.version] = model
         folder = self.folder / f"release-{self.version}"
         folder.mkdir()
         shutil.copy(DIGITS / "models" / model, folder / "model.onnx")
@@ -136,6 +145,9 @@ class World:
         last = self.answer(release)
         return bool(last) and last["outcome"] == "committed" and self.state()["phase"] == "steady" and self.serving() == release
 
+    def at_rest(self) -> bool:
+        return self.state()["phase"] in {"steady", "quarantined"}
+
     def answer(self, release: int) -> dict[str, Any]:
         return next((a for a in reversed(self.state()["answers"]) if a["release"] == release), {})
 
@@ -150,29 +162,51 @@ class World:
 
 
 class Traffic:
-    """An app that asks all the time. `failed` are the requests that got an error from a `serve` that was there to give one."""
+    """An app that asks all the time and checks every answer. `failed` are the requests that got an error from a `serve` that was
+    there to give one; `wrong` the answers that are not what the release gives that they name.
+    """
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, models: dict[int, str]) -> None:
         self._socket = socket
+        self._models = models
+        self._right: dict[str, list[float]] = {}
         self._stopping = threading.Event()
         self.answered = 0
+        self.by_release: Counter[int] = Counter()
         self.failed: list[str] = []
+        self.wrong: list[str] = []
         self.away = 0
         self._thread = threading.Thread(target=self._ask)
         self._thread.start()
 
     def _ask(self) -> None:
-        images = np.zeros((8, 1, 8, 8), np.float32)
+        image = {"name": "image", "shape": IMAGES.shape, "datatype": "FP32", "data": IMAGES.ravel().tolist()}
+        body = msgspec.json.encode({"inputs": [image]})
         with Client(self._socket) as client:
             while not self._stopping.wait(0.002):
                 try:
-                    client.infer(MODEL, {"image": images})
-                    self.answered += 1
-                except ClientError as error:
-                    if error.status is None:
-                        self.away += 1
-                    else:
-                        self.failed.append(str(error))
+                    status, _, answer = client.request("POST", f"/v2/models/{MODEL}/infer", body)
+                    if status != 200:
+                        self.failed.append(f"{status}: {bytes(answer)[:200]!r}")
+                        continue
+                except ClientError:
+                    self.away += 1
+                    continue
+                self.answered += 1
+                self._check(msgspec.json.decode(answer))
+
+    def _check(self, answer: dict[str, Any]) -> None:
+        release, found = int(answer["model_version"]), answer["outputs"][0]["data"]
+        self.by_release[release] += 1
+        if not np.allclose(found, self._expected(self._models[release]), atol=1e-6):
+            self.wrong.append(f"release {release} ({self._models[release]}) answered {found}")
+
+    def _expected(self, model: str) -> list[float]:
+        """What the engine gives for the file of the release, asked here."""
+        if model not in self._right:
+            session = onnxruntime.InferenceSession(DIGITS / "models" / model, providers=["CPUExecutionProvider"])
+            self._right[model] = session.run(None, {"image": IMAGES})[0].ravel().tolist()
+        return self._right[model]
 
     def stop(self) -> None:
         self._stopping.set()

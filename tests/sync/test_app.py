@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,14 @@ def test_systemd_is_told(tmp_path: Path, identity, repository, server):
             device.close()
 
     assert said[0] == "READY=1"
+
+
+def test_what_killed_ones_left_half_written_is_removed(store: Store):
+    old, new = store.private / ".state.json.a1b2c3d4.tmp", store.private / ".state.json.e5f6a7b8.tmp"
+    old.write_bytes(b"half")
+    new.write_bytes(b"being written by a command, right now")
+    hours_ago = time.time() - 7200
+    os.utime(old, (hours_ago, hours_ago))
+    with exclusive(store):
+        assert not old.exists()
+        assert new.exists()
