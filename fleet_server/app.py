@@ -51,6 +51,8 @@ _log = logging.getLogger(__name__)
 
 READY_WITHIN_S = 30.0
 BROKER_TRIES = 4  # a broker that ends as often while the server starts will not come up: its port is taken, its files are wrong
+LEASES_LOOKED_AT_S = 15.0
+RENEWALS_PER_LEASE = 4
 RENEW_EVERY_S = 60.0
 CONNECTIONS = 400  # of each listener, further ones are told to come later: together below the 1024 descriptors a process has by
 # default and select() in the MQTT library can watch; without a bound, idle strangers would cut the server off its database and broker
@@ -295,8 +297,13 @@ class _Running:
         expiry = self._config.expiry
         interval = min(RENEW_EVERY_S, min(expiry.assignments_s, expiry.snapshot_s, expiry.timestamp_s) / 8)
         while True:
-            await asyncio.sleep(interval)
-            await _guarded(self._fleet.repository.renew, "metadata could not be renewed")
+            await asyncio.sleep(min(interval, LEASES_LOOKED_AT_S))
+            await _guarded(self._renew, "metadata could not be renewed")
+
+    def _renew(self) -> None:
+        """Devices stop models whose lease ends, so the timestamp is signed several times within the shortest one."""
+        lease_s = self._fleet.rollouts.shortest_lease_s()
+        self._fleet.repository.renew(oldest_s=lease_s / RENEWALS_PER_LEASE if lease_s is not None else None)
 
 
 async def _guarded(action: Callable[[], object], what: str) -> None:

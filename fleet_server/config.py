@@ -68,10 +68,12 @@ class RolloutSettings(Settings, frozen=True, kw_only=True):
     """Seconds without a word after which a device counts as offline: three heartbeats."""
     min_devices: int = 1
     """How many devices of a wave must serve the release before the wave passes."""
+    class_stop: int = 3
+    """How many devices of one hardware class must have quarantined a release for it to be stopped for the class. 0: never."""
 
     def __post_init__(self) -> None:
-        if self.tick_s <= 0 or self.silence_s <= 0 or self.min_devices < 1:
-            raise ValueError("tick_s and silence_s must be above 0, min_devices at least 1")
+        if self.tick_s <= 0 or self.silence_s <= 0 or self.min_devices < 1 or self.class_stop < 0:
+            raise ValueError("tick_s and silence_s must be above 0, min_devices at least 1, class_stop not negative")
 
 
 class FleetConfig(Settings, frozen=True, kw_only=True):

@@ -111,7 +111,9 @@ def device(d: dict[str, Any]) -> None:
         )
         if (stage := m.get("stage")) is not None:
             found = ", ".join(f"{words(name)} {value}" for name, value in stage["evidence"].items())
-            console.print(f"  {stage['name']} of release {stage['release']} {stage['verdict']}: {safe(found or stage['message'])}")
+            console.print(
+                f"  {stage['name']} of release {stage['release']} {stage['verdict']}: {safe(found or stage['message'])}"
+            )
         for answer in m["answers"]:
             why = f": {answer['reason']} {answer['message']}" if answer["reason"] else ""
             console.print(f"  release {answer['release']} {safe(words(answer['outcome']))}{safe(why)} ({moment(answer['at'])})")
@@ -158,8 +160,6 @@ def upload(client: Client, built: Built, *, quiet: bool) -> None:
             client.upload(sha256, path, lambda done, bar=bar: bars.update(bar, completed=done))  # type: ignore[misc]
 
 
-def rollouts(found: list[dict[str, Any]]) -> None:
-    rows: list[list[object]] = [
 @contextlib.contextmanager
 def progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr; call with the bytes done and all of them."""
@@ -172,6 +172,8 @@ def progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bars.update(bar, completed=done, total=total)
 
 
+def rollouts(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [
         [
             r["id"], f"{r['model']}:{r['release']}", r["state"], f"{r['wave'] + 1} of {len(r['waves'])}", _counted(r["verdict"]),
             ago(r["updated"]),
@@ -193,6 +195,12 @@ def rollout(r: dict[str, Any]) -> None:
     console.print(
         f"[bold]{safe(r['id'])}[/bold]  {safe(r['model'])}:{r['release']} after {safe(before)}  [bold]{r['state']}[/bold] {safe(r['reason'])}"
     )
+    if r["together"]:
+        console.print(_together(r))
+    if r["window"]:
+        console.print(f"  in the window {safe(r['window'])} of each device's local time")
+    for one in r["stopped"]:
+        console.print(f"  [bold red]stopped[/bold red] for {safe(one['hardware'])}{_lifted(one)}: {safe(one['reason'])}")
     for number, wave in enumerate(r["waves"]):
         reach = (
             "everyone"
@@ -210,6 +218,27 @@ def rollout(r: dict[str, Any]) -> None:
                 )
     if r["state"] == "holding":
         console.print(f"  go on with: edge-fleet rollout promote {safe(r['id'])}")
+
+
+def _together(r: dict[str, Any]) -> str:
+    others = ", ".join(f"{one['model']}:{one['release']}" for one in r["together"])
+    return f"  together with {safe(others)}: each device switches to all of them or to none"
+
+
+def _lifted(one: dict[str, Any]) -> str:
+    return f" (lifted by {safe(one['lifted_by'])})" if one["lifted"] is not None else f" (edge-fleet rollout lift {one['id']})"
+
+
+def stopped(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [
+        [
+            one["id"], f"{one['model']}:{one['release']}", one["hardware"], one["count"], one["devices"][0]["reason"] if one["devices"] else "-",
+            f"{one['model']}:{one['instead']}" if one["instead"] else "nothing", f"lifted by {one['lifted_by']}" if one["lifted"] else "stopped",
+            moment(one["at"]),
+        ]
+        for one in found
+    ]  # fmt: skip
+    _table("ID|RELEASE|HARDWARE|DEVICES|REASON|RUNS INSTEAD|STATE|SINCE", rows, "no release was stopped for a hardware class")
 
 
 def event_line(e: dict[str, Any]) -> str:

@@ -96,12 +96,21 @@ class Rollout(Document, frozen=True, kw_only=True):
             raise ValueError(f"permille {self.permille} must be from 0 to {EVERYONE}")
 
 
+class Exclusion(Document, frozen=True, kw_only=True):
+    """Devices of one hardware class (`hardware_class`) do not run `release`; they run `instead`, when it is not None."""
+
+    release: int
+    hardware: str
+    instead: int | None = None
+
+
 class ModelAssignment(Document, frozen=True, kw_only=True):
     """`release` is what every device runs that no rollout reaches; None when the model has none yet. Nobody may run a withdrawn one."""
 
     release: int | None = None
     rollout: Rollout | None = None
     withdrawn: tuple[int, ...] = ()
+    excluded: tuple[Exclusion, ...] = ()
 
 
 class Assignment(Document, frozen=True, kw_only=True):
@@ -162,12 +171,17 @@ def reaches(rollout: Rollout, device: str, groups: Collection[str]) -> bool:
     return any(group in groups for group in rollout.groups) or slot(rollout.together or rollout.id, device) < rollout.permille
 
 
-def wanted(models: ModelAssignment, device: str, groups: Collection[str]) -> Wanted:
-    """What `device` should run of the model. A withdrawn release is never wanted; then the one before it is, if that is not withdrawn."""
+def wanted(models: ModelAssignment, device: str, groups: Collection[str], hardware: str = "") -> Wanted:
+    """What `device` should run of the model. A release that is withdrawn, or stopped for the device's hardware class, is never wanted;
+    then the one before it is, under the same condition.
+    """
     rollout = models.rollout
-    if rollout and rollout.release not in models.withdrawn and reaches(rollout, device, groups):
+    stopped = [exclusion for exclusion in models.excluded if exclusion.hardware == hardware]
+    never = {*models.withdrawn, *(exclusion.release for exclusion in stopped)}
+    if rollout and rollout.release not in never and reaches(rollout, device, groups):
         return Wanted(rollout.release, rollout.mode, rollout.id, rollout.window)
-    for release in (models.release, rollout.previous if rollout else None):
-        if release is not None and release not in models.withdrawn:
+    instead = [exclusion.instead for exclusion in stopped]
+    for release in (models.release, rollout.previous if rollout else None, *instead):
+        if release is not None and release not in never:
             return Wanted(release)
     return Wanted(None)

@@ -105,6 +105,11 @@ class Hardware(Document, frozen=True, kw_only=True):
     runtimes: dict[str, str] = {}
 
 
+def hardware_class(hardware: Hardware) -> str:
+    """What devices that a release suits or breaks alike have in common: `aarch64/NVIDIA Jetson Orin Nano/cuda`."""
+    return "/".join((hardware.arch or "-", hardware.machine or "-", hardware.accelerator or "-"))
+
+
 class StateReport(Document, frozen=True, kw_only=True):
     """Everything a device says about itself. `counter` grows with every report of this identity, across restarts and reboots."""
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from agent.contract.reports import Hardware
@@ -27,6 +28,11 @@ _ACCELERATOR_NODES = (
 
 def probe() -> Hardware:
     """The machine as it is now. Engines are imported in a child, because creating some of them can kill the process."""
+    return msgspec.structs.replace(machine(), runtimes=probe_runtimes())
+
+
+def machine() -> Hardware:
+    """The machine without its engines: known at once."""
     return Hardware(
         arch=platform.machine(),
         machine=_board(),
@@ -34,7 +40,6 @@ def probe() -> Hardware:
         cpus=_cpus(),
         memory_bytes=psutil.virtual_memory().total,
         accelerator=next((name for node, name in _ACCELERATOR_NODES if Path(node).exists()), None),
-        runtimes=probe_runtimes(),
     )
 
 

@@ -33,9 +33,13 @@ class Desired(Document, frozen=True, kw_only=True):
     def models(self) -> tuple[str, ...]:
         return tuple(sorted(self.assignment.models))
 
-    def wanted(self, model: str) -> Wanted:
-        """What to run of `model`; nothing when the assignment does not name it."""
-        return wanted(self._rules(model), self.record.device, self.record.groups)
+    def wanted(self, model: str, hardware: str = "") -> Wanted:
+        """What to run of `model` on this hardware class; nothing when the assignment does not name it."""
+        return wanted(self._rules(model), self.record.device, self.record.groups, hardware)
+
+    def depends_on_hardware(self, model: str) -> bool:
+        """Whether `wanted` has to know the hardware class: some class is left out of a release."""
+        return bool(self._rules(model).excluded)
 
     def together(self, model: str, release: int) -> dict[str, int] | None:
         """The releases, by model, that switch together with this one, itself among them; None when it switches alone."""

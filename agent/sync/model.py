@@ -15,7 +15,7 @@ from agent.contract.assignment import Wanted
 from agent.contract.manifest import Acceptance
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
-from agent.contract.reports import Answer, Hardware, Outcome, Phase
+from agent.contract.reports import Answer, Hardware, Outcome, Phase, hardware_class
 from agent.store import Choice, Selection, Store, StoreError
 from agent.sync import update
 from agent.sync.approvals import Approvals
@@ -133,7 +133,12 @@ class ModelWork:
         desired, pinned = self._s.desired(), self._s.holds.pinned(self.model)
         if pinned is not None and not (desired and desired.withdrawn(self.model, pinned)):
             return Wanted(pinned)
-        return desired.wanted(self.model) if desired else None
+        if desired is None:
+            return None
+        return desired.wanted(self.model, self._hardware_class() if desired.depends_on_hardware(self.model) else "")
+
+    def _hardware_class(self) -> str:
+        return hardware_class(self._s.hardware())
 
     def _overtaken(self) -> bool:
         wanted = self._wanted()

@@ -18,6 +18,8 @@ from agent.contract.assignment import Rollout, slot
 from agent.contract.codec import ContractError, decode
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
+from agent.contract.reports import hardware_class
+from agent.host import hardware
 from agent.store import Selection, Store, StoreError
 from agent.sync.approvals import Approvals
 from agent.sync.desired import Desired
@@ -82,7 +84,8 @@ def _wanted(desired: Desired | None, model: str, held: int | None) -> dict[str, 
         return {"release": held, "because": "an operator holds it on this device (edge-agent unhold ends that)"}
     if desired is None:
         return {"release": None, "because": "the fleet has not spoken yet"}
-    wanted = desired.wanted(model)
+    kind = hardware_class(hardware.machine())
+    wanted = desired.wanted(model, kind)
     rules = desired.assignment.models.get(model)
     found: dict[str, Any] = {"release": wanted.release, "rollout": wanted.rollout, "mode": wanted.mode}
     if rules is None:
@@ -91,11 +94,14 @@ def _wanted(desired: Desired | None, model: str, held: int | None) -> dict[str, 
         return {**found, "because": _reached_by(rules.rollout, desired)}
     if wanted.release is None:
         return {**found, "because": "no release of it may run"}
+    for exclusion in rules.excluded:
+        if exclusion.hardware == kind:
+            return {**found, "because": f"release {exclusion.release} is stopped for this kind of hardware ({kind})"}
     return {
         **found,
         "because": "it is what every device runs"
         if wanted.release == rules.release
-        else "it is the one before what is withdrawn or stopped here",
+        else "it is the one before what was withdrawn",
     }
 
 

@@ -24,7 +24,13 @@ def rollout() -> None:
 
 
 @rollout.command("start")
-@click.argument("release")
+@click.argument("releases", nargs=-1, required=True, metavar="RELEASE...")
+@click.option(
+    "--together",
+    is_flag=True,
+    help="Several releases, of different models: each device switches to all of them at once, or to none.",
+)
+@click.option("--window", help="When devices may switch, in their local time, such as 'mon-fri 22:00-05:00'.")
 @click.option("--group", "groups", multiple=True, help="First wave: devices in this group. Repeatable.")
 @click.option("--percent", type=click.FloatRange(0, 100, min_open=True), help="First wave: this share of the devices.")
 @click.option("--hold", is_flag=True, help="Wait for `rollout promote` between waves.")
@@ -36,10 +42,12 @@ def rollout() -> None:
 @reports_errors
 def rollout_start(
     ctx: click.Context,
-    release: str,
+    releases: tuple[str, ...],
     groups: tuple[str, ...],
     percent: float | None,
+    window: str | None,
     *,
+    together: bool,
     hold: bool,
     max_failures: int,
     as_json: bool,
@@ -48,8 +56,15 @@ def rollout_start(
 
     edge-fleet rollout start digits:4 --group canary --hold
     edge-fleet rollout start digits:4 --percent 10 --max-failures 1
+    edge-fleet rollout start detector:7 classifier:3 --together --window 'sat,sun 02:00-05:00'
     """
-    body = {"release": release, "groups": list(groups), "percent": percent, "hold": hold, "max_failures": max_failures}
+    if together != (len(releases) > 1):
+        raise click.UsageError("--together goes with two or more releases; rollouts of their own are started one by one")
+    first, *others = releases
+    body = {
+        "release": first, "together": others, "groups": list(groups), "percent": percent, "window": window, "hold": hold,
+        "max_failures": max_failures,
+    }  # fmt: skip
     with connected(ctx) as client:
         show(client.post("/rollouts", body), as_json, display.rollout)
 
@@ -100,6 +115,37 @@ def rollout_list(ctx: click.Context, model: str | None, *, as_json: bool) -> Non
     """
     with connected(ctx) as client:
         show(client.get("/rollouts", model=model), as_json, display.rollouts)
+
+
+@rollout.command("stopped")
+@click.option("--model", help="Only this model.")
+@with_json
+@click.pass_context
+@reports_errors
+def rollout_stopped(ctx: click.Context, model: str | None, *, as_json: bool) -> None:
+    """Lists hardware classes for which a release was stopped, with the devices that refused it.
+
+    edge-fleet rollout stopped
+    """
+    with connected(ctx) as client:
+        show(client.get("/stopped-classes", model=model), as_json, display.stopped)
+
+
+@rollout.command("lift")
+@click.argument("number", type=click.IntRange(1))
+@with_json
+@click.pass_context
+@reports_errors
+def rollout_lift(ctx: click.Context, number: int, *, as_json: bool) -> None:
+    """Lets a hardware class have a release that was stopped for it. It is not stopped for it again.
+
+    Devices that refused the release keep refusing it, until `edge-agent quarantine clear` on them.
+
+    edge-fleet rollout lift 1
+    """
+    with connected(ctx) as client:
+        data = client.post(f"/stopped-classes/{number}/lift")
+    show(data, as_json, lambda one: click.echo(f"{one['model']}:{one['release']} may go to {one['hardware']}"))
 
 
 def _rollout_verb(verb: str, text: str) -> None:

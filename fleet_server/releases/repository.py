@@ -204,8 +204,8 @@ class Repository:
             self._write_role(ASSIGNMENTS, self._assignments(version, document), self._keys.assignments)
             self._advance({f"{ASSIGNMENTS}.json": MetaFile(version)})
 
-    def renew(self) -> list[str]:
-        """Signs again what has less than half of its time left; what it renewed."""
+    def renew(self, *, oldest_s: float | None = None) -> list[str]:
+        """Signs again what has less than half of its time left, and a timestamp that is older than `oldest_s`; what it renewed."""
         with self._lock:
             now, renewed = self._clock(), []
             assignments = self._parse(self.role_bytes(ASSIGNMENTS), Targets, ASSIGNMENTS)
@@ -215,7 +215,7 @@ class Repository:
             if self._snapshot().signed.expires.timestamp() - now < self._expiry.snapshot_s / 2:
                 self._advance({})
                 renewed = ["snapshot", "timestamp"]
-            elif self._timestamp().signed.expires.timestamp() - now < self._expiry.timestamp_s / 2:
+            elif self._timestamp_due(now, oldest_s):
                 timestamp = self._timestamp().signed
                 self._write_timestamp(timestamp.version + 1, timestamp.snapshot_meta.version)
                 renewed = ["timestamp"]
@@ -260,6 +260,12 @@ class Repository:
 
             online = {role: at for role, at in self.expirations().items() if role in {*ONLINE, "root", "targets"}}
             return {**documents, **target(ASSIGNMENT_TARGET)}, target, min(online.values())
+
+    def _timestamp_due(self, now: float, oldest_s: float | None) -> bool:
+        timestamp = self._timestamp().signed
+        issued = timestamp.unrecognized_fields.get(ISSUED_FIELD, 0)
+        too_old = oldest_s is not None and now - float(issued) >= oldest_s
+        return too_old or timestamp.expires.timestamp() - now < self._expiry.timestamp_s / 2
 
     # -- who is trusted ----------------------------------------------------------------------------------------------------
 

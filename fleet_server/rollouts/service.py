@@ -16,7 +16,7 @@ import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from agent.contract.assignment import MAX_ASSIGNMENT_BYTES, Assignment, ModelAssignment, Rollout, reaches
+from agent.contract.assignment import MAX_ASSIGNMENT_BYTES, Assignment, ModelAssignment, Rollout, parse_window, reaches
 from agent.contract.codec import convert, decode, encode
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
@@ -28,15 +28,16 @@ from fleet_server.errors import Conflict, Invalid, NotFound
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases import catalogue
 from fleet_server.releases.repository import Repository
-from fleet_server.rollouts import gates, machine
+from fleet_server.rollouts import classes, gates, machine, teams
 from fleet_server.rollouts.gates import Ruling, Verdict
 from fleet_server.rollouts.machine import Event, IllegalTransition, Plan, State, Wave
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import Device, DeviceModel, ModelRow, ReleaseRow, RolloutRow, Setting, VerdictRow
+from fleet_server.storage.models import Device, DeviceModel, ExclusionRow, ModelRow, ReleaseRow, RolloutRow, Setting, VerdictRow
 
 _log = logging.getLogger(__name__)
 
 VERSION_SETTING = "assignment_version"
+STOPPED_SHOWN = 200
 ACTIVE = [state.value for state in machine.ACTIVE]
 
 
@@ -52,6 +53,7 @@ class Rollouts:
         self._database, self._repository, self._inventory, self._journal = database, repository, inventory, journal
         self._config, self._clock = config, clock
         self._lock = threading.RLock()  # one decision at a time
+        self._leases: dict[tuple[str, int], float | None] = {}
         self.poker: Poker | None = None
 
     # -- the assignment ----------------------------------------------------------------------------------------------------
@@ -116,14 +118,20 @@ class Rollouts:
             select(ReleaseRow.model, ReleaseRow.version).where(ReleaseRow.withdrawn.is_(True))
         ):
             withdrawn.setdefault(model, []).append(number)
+        releases = {model: {row.release} for model, row in models.items() if row.release is not None}
+        for model, rollout in active.items():
+            releases.setdefault(model, set()).add(rollout.release)
+        excluded = classes.in_force(session, releases)
         return Assignment(
             fleet=self._config.fleet,
             version=version,
+            together=teams.groups(session, models),
             models={
                 model: ModelAssignment(
                     release=models[model].release if model in models else None,
                     rollout=_contract_rollout(active[model]) if model in active else None,
                     withdrawn=tuple(sorted(withdrawn.get(model, []))),
+                    excluded=excluded.get(model, ()),
                 )
                 for model in sorted({*models, *active})
             },
@@ -133,32 +141,42 @@ class Rollouts:
 
     def start(
         self, actor: Actor, ref: ReleaseRef, *, groups: Iterable[str] = (), permille: int | None = None, hold: bool = False,
-        max_failures: int = 0,
+        max_failures: int = 0, together: Iterable[ReleaseRef] = (), window: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Begins a rollout.  Raises: NotFound, Conflict (another one is under way, withdrawn, already what everyone runs), Invalid."""
+        """Begins a rollout; with `together`, of releases of other models that switch with it on each device, all or none.
+
+        Raises: NotFound, Conflict (another one is under way, withdrawn, not signed any more, already what everyone runs), Invalid.
+        """
         if max_failures < 0:
             raise Invalid("max_failures must not be negative")
+        refs = [ref, *together]
+        if len({one.model for one in refs}) < len(refs):
+            raise Invalid("releases that switch together are of different models")
         try:
             waves = machine.waves(tuple(dict.fromkeys(groups)), permille)
+            if window is not None:
+                parse_window(window)
         except ValueError as error:
             raise Invalid(str(error)) from error
         with self._lock:
             with self._database.session() as session:
-                row = self._create(session, actor, ref, waves, hold=hold, max_failures=max_failures)
-                machine_plan = machine.step(_plan(row), Event.START)
-                row.state = machine_plan.state.value
+                rows = [self._create(session, actor, one, waves, hold=hold, max_failures=max_failures) for one in refs]
+                for row in rows:
+                    row.together, row.window = rows[0].id if len(rows) > 1 else None, window
+                    row.state = machine.step(_plan(row), Event.START).state.value
                 self._next_version(session)
                 reached = _describe(waves[0])
-                events = [self._note(session, row, "rollout_started", f"{row.id}: {ref} goes to {reached}")]
+                events = [self._note(session, rows[0], "rollout_started", f"{rows[0].id}: {_named(rows)} goes to {reached}")]
             self._after(events)
-            self._evaluate(row.id)
-            return self.get(row.id)
+            self._evaluate(rows[0].id)
+            return self.get(rows[0].id)
 
     def _create(
         self, session: Session, actor: Actor, ref: ReleaseRef, waves: tuple[Wave, ...], *, hold: bool, max_failures: int
     ) -> RolloutRow:
         if catalogue.find(session, ref).withdrawn:
             raise Conflict(f"release {ref} was withdrawn; publish a new version", code="withdrawn")
+        self._refuse_unsigned(session, ref)
         other = session.scalar(select(RolloutRow).where(RolloutRow.model == ref.model, RolloutRow.state.in_(ACTIVE)))
         if other is not None:
             raise Conflict(
@@ -186,6 +204,19 @@ class Rollouts:
         )
         return row
 
+    def _refuse_unsigned(self, session: Session, ref: ReleaseRef) -> None:
+        """Raises: Conflict when no publisher vouches for the release any more, so that every device would refuse it."""
+        sha256 = catalogue.find(session, ref).sha256
+        for publisher in self._repository.publishers().values():
+            target = publisher.signed.targets.get(ref.target_path)
+            if target is not None and target.hashes.get("sha256") == sha256:
+                return
+        raise Conflict(
+            f"release {ref} is not signed by any publisher that the fleet trusts now, so every device would refuse it: "
+            f"its publisher was removed (`edge-fleet publisher list`); publish a new version",
+            code="not_signed",
+        )
+
     def promote(self, actor: Actor, rollout_id: str) -> dict[str, Any]:
         """Begins the next wave of a rollout that waits for it."""
         return self._ask(actor, rollout_id, Event.PROMOTE, "rollout_promoted", "goes on to {wave}")
@@ -203,12 +234,12 @@ class Rollouts:
     def _ask(self, actor: Actor, rollout_id: str, event: Event, name: str, text: str) -> dict[str, Any]:
         with self._lock:
             with self._database.session() as session:
-                row = _rollout(session, rollout_id)
-                self._apply(session, row, event, reason=f"by {actor.name}" if event is Event.ABORT else "")
+                rows = teams.of(session, _rollout(session, rollout_id))
+                row = rows[0]
+                self._apply_all(session, rows, event, reason=f"by {actor.name}" if event is Event.ABORT else "")
                 self._journal.audit(session, actor, f"rollout.{event.value}", row.id)
                 wave = _describe(_plan(row).waves[row.wave])
-                previous = f"{row.model}:{row.previous}" if row.previous else "no release"
-                message = f"{row.id} ({row.model}:{row.release}) {text.format(wave=wave, previous=previous)}"
+                message = f"{row.id} ({_named(rows)}) {text.format(wave=wave, previous=_previous(rows))}"
                 events = [self._note(session, row, name, message)]
             self._after(events)
             self._evaluate(rollout_id)
@@ -230,10 +261,11 @@ class Rollouts:
                     )
                 if catalogue.find(session, ReleaseRef(model, target)).withdrawn:
                     raise Conflict(f"release {model}:{target} was withdrawn; name another with --to", code="withdrawn")
+                self._refuse_unsigned(session, ReleaseRef(model, target))
                 if target == row.release and active is None:
                     raise Conflict(f"every device is assigned {model}:{target} already", code="already_assigned")
                 if active is not None:
-                    self._apply(session, active, Event.ABORT, reason=f"rolled back by {actor.name}")
+                    self._apply_all(session, teams.of(session, active), Event.ABORT, reason=f"rolled back by {actor.name}")
                 left = active.release if active is not None else row.release
                 if target != row.release:
                     row.release, row.previous = target, _before(session, model, target)
@@ -255,7 +287,8 @@ class Rollouts:
                 release.withdrawn = True
                 active = session.scalar(select(RolloutRow).where(RolloutRow.model == ref.model, RolloutRow.state.in_(ACTIVE)))
                 if active is not None and active.release == ref.version:
-                    self._apply(session, active, Event.ABORT, reason=f"{ref} was withdrawn by {actor.name}")
+                    reason = f"{ref} was withdrawn by {actor.name}"
+                    self._apply_all(session, teams.of(session, active), Event.ABORT, reason=reason)
                 self._leave_withdrawn(session, ref)
                 self._next_version(session)
                 self._journal.audit(session, actor, "release.withdraw", str(ref))
@@ -316,20 +349,85 @@ class Rollouts:
         """Goes on as long as gates pass: a wave whose devices all serve the release already takes no time."""
         while True:
             with self._database.session() as session:
-                row = _rollout(session, rollout_id)
-                if State(row.state) in machine.TERMINAL:
+                rows = teams.of(session, _rollout(session, rollout_id))
+                if State(rows[0].state) in machine.TERMINAL:
                     return
-                verdict = self._judge(session, row)
-                changed = self._keep_verdict(session, row, verdict)
-                events = self._follow(session, row, verdict)
+                facts = [(row, self._facts(session, row)) for row in rows]
+                events = self._stop_classes(session, facts)
+                changed = events is not None
+                if events is None:
+                    verdict = teams.joint([(row, self._judge(found, row)) for row, found in facts])
+                    changed = any([self._keep_verdict(session, row, verdict) for row in rows])  # noqa: C419 - of all of them
+                    events = self._follow(session, rows, verdict)
             if events is None:
                 if changed:
                     self._journal.changed("rollouts")
                 return
             self._after(events)
 
-    def _judge(self, session: Session, row: RolloutRow) -> Verdict:
-        facts = self._facts(session, row)
+    def _stop_classes(self, session: Session, facts: list[tuple[RolloutRow, list[gates.Fact]]]) -> list[dict[str, Any]] | None:
+        """Leaves out the hardware classes of which enough devices refuse a release; the events of it, None when there is none."""
+        least, events = self._config.rollouts.class_stop, []
+        for row, found in facts:
+            refused = [fact for fact in found if classes.quarantined(fact)]
+            if not least or len(refused) < least or row.state == State.CREATED.value:
+                continue
+            kinds = classes.classes_of(session, [fact.device for fact in refused])
+            decided = classes.known(session, row.model, row.release)
+            for kind, devices in classes.to_stop(refused, kinds, least).items():
+                if kind in decided:
+                    continue
+                because = (
+                    f"{len(devices)} devices quarantined {row.model}:{row.release}, the first of them for {devices[0].reason}"
+                )
+                for member, _ in facts:  # none of a team switches where one of it may not
+                    if kind not in classes.known(session, member.model, member.release):
+                        classes.stop(session, member, kind, devices, self._clock(), because)
+                message = f"{row.id}: {row.model}:{row.release} is stopped for {kind}: {because}"
+                events.append(self._note(session, row, "release_stopped_for_class", message, reason="class_stopped"))
+        if events:
+            self._next_version(session)
+        return events or None
+
+    def lift(self, actor: Actor, number: int) -> dict[str, Any]:
+        """Lets a stopped hardware class have the release after all; it is not stopped again.  Raises: NotFound, Conflict."""
+        with self._lock:
+            with self._database.session() as session:
+                row = classes.lift(session, number, actor.name, self._clock())
+                self._next_version(session)
+                self._journal.audit(
+                    session, actor, "class.lift", str(number), release=f"{row.model}:{row.release}", hardware=row.hardware
+                )
+                message = f"{row.model}:{row.release} may go to {row.hardware} after all, says {actor.name}"
+                happening = Happening(name="class_lifted", message=message, model=row.model, release=row.release)
+                events = [self._journal.record(session, happening)]
+                found = classes.view(row)
+            self._after(events)
+            return found
+
+    def stopped(self, *, model: str | None = None) -> list[dict[str, Any]]:
+        """The hardware classes for which releases were stopped, newest first, lifted ones included."""
+        query = select(ExclusionRow).order_by(ExclusionRow.id.desc()).limit(STOPPED_SHOWN)
+        if model is not None:
+            query = query.where(ExclusionRow.model == model)
+        with self._database.reading() as session:
+            return [classes.view(row) for row in session.scalars(query)]
+
+    def shortest_lease_s(self) -> float | None:
+        """The shortest lease of a release that some device may be told to run; None when none has one."""
+        with self._database.reading() as session:
+            refs = [(row.model, number) for row in session.scalars(select(ModelRow)) for number in (row.release, row.previous)]
+            refs += [(r.model, r.release) for r in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(ACTIVE)))]
+            leases = [self._lease(session, model, number) for model, number in refs if number is not None]
+        return min((lease for lease in leases if lease is not None), default=None)
+
+    def _lease(self, session: Session, model: str, number: int) -> float | None:
+        if (model, number) not in self._leases:  # a release never changes, and its manifest may be large
+            row = session.get(ReleaseRow, (model, number))
+            self._leases[model, number] = catalogue.manifest_of(row).acceptance.lease_s if row is not None else None
+        return self._leases[model, number]
+
+    def _judge(self, facts: list[gates.Fact], row: RolloutRow) -> Verdict:
         return gates.judge(facts, max_failures=row.max_failures, min_devices=self._config.rollouts.min_devices)
 
     def _facts(self, session: Session, row: RolloutRow) -> list[gates.Fact]:
@@ -339,11 +437,16 @@ class Rollouts:
         now = self._clock()
         # Columns, not whole rows: the states of ten thousand devices are not needed to count them.
         columns = select(Device.id, Device.groups, Device.present, Device.last_seen).where(Device.revoked.is_(False))
-        return [
+        facts = [
             fact_of(device, self._inventory.is_online(present, last_seen, now), said.get(device), row.release, hashes)
             for device, groups, present, last_seen in session.execute(columns)
             if reaches(wave, device, groups)
         ]
+        stopped = {kind for kind, one in classes.known(session, row.model, row.release).items() if one.lifted is None}
+        if not stopped:
+            return facts
+        kinds = classes.classes_of(session, [fact.device for fact in facts])
+        return [fact for fact in facts if kinds.get(fact.device) not in stopped]
 
     def _keep_verdict(self, session: Session, row: RolloutRow, verdict: Verdict) -> bool:
         """Stores the verdict unless it says what the last one of this wave said. Whether it did."""
@@ -359,20 +462,19 @@ class Rollouts:
         )  # fmt: skip
         return True
 
-    def _follow(self, session: Session, row: RolloutRow, verdict: Verdict) -> list[dict[str, Any]] | None:
+    def _follow(self, session: Session, rows: list[RolloutRow], verdict: Verdict) -> list[dict[str, Any]] | None:
         """Does what the verdict asks for; the events of it, or None when nothing changed."""
-        ref = f"{row.model}:{row.release}"
+        row, ref = rows[0], _named(rows)
         if row.state == State.CREATED.value:
             return None
         if verdict.ruling is Ruling.FAIL:
-            self._apply(session, row, Event.GATE_FAILED, reason=verdict.why)
-            back = f"{row.model}:{row.previous}" if row.previous else "no release"
-            message = f"{row.id} ({ref}) was aborted: {verdict.why}; back to {back}"
+            self._apply_all(session, rows, Event.GATE_FAILED, reason=verdict.why)
+            message = f"{row.id} ({ref}) was aborted: {verdict.why}; back to {_previous(rows)}"
             return [self._note(session, row, "rollout_aborted", message, reason="gate_failed")]
         event = machine.on_pass(_plan(row)) if verdict.ruling is Ruling.PASS else None
         if event is None:
             return None
-        self._apply(session, row, event)
+        self._apply_all(session, rows, event)
         if event is Event.LAST_WAVE_PASSED:
             return [self._note(session, row, "rollout_completed", f"{row.id}: every device is assigned {ref} ({verdict.why})")]
         if event is Event.HOLD:
@@ -383,6 +485,10 @@ class Rollouts:
         return [self._note(session, row, "rollout_wave", f"{row.id} ({ref}): wave {row.wave} passed; goes on to {wave}")]
 
     # -- pieces ------------------------------------------------------------------------------------------------------------
+
+    def _apply_all(self, session: Session, rows: list[RolloutRow], event: Event, *, reason: str = "") -> None:
+        for row in rows:
+            self._apply(session, row, event, reason=reason)
 
     def _apply(self, session: Session, row: RolloutRow, event: Event, *, reason: str = "") -> None:
         """One step of the machine, written down with what it makes of the model and the assignment.  Raises: Conflict."""
@@ -441,11 +547,15 @@ class Rollouts:
 
     def _view(self, session: Session, row: RolloutRow) -> dict[str, Any]:
         last = session.scalar(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq.desc()).limit(1))
+        stopped = [one for one in classes.known(session, row.model, row.release).values() if one.rollout == row.id]
+        together = [one for one in teams.of(session, row) if one.id != row.id]
         return {
             "id": row.id, "model": row.model, "release": row.release, "previous": row.previous, "state": row.state,
             "wave": row.wave, "waves": row.waves, "hold": row.hold, "max_failures": row.max_failures, "created": row.created,
             "created_by": row.created_by, "updated": row.updated, "reason": row.reason,
-            "verdict": _verdict_view(last) if last is not None else None,
+            "verdict": _verdict_view(last) if last is not None else None, "window": row.window,
+            "together": [{"id": one.id, "model": one.model, "release": one.release} for one in together],
+            "stopped": [classes.view(one) for one in stopped],
         }  # fmt: skip
 
 
@@ -481,8 +591,17 @@ def _contract_rollout(row: RolloutRow) -> Rollout:
     permille = max(wave.permille for wave in reached)
     return Rollout(
         id=row.id, release=row.release, previous=row.previous, groups=tuple(groups), permille=permille,
-        mode="shadow" if row.mode == "shadow" else "install",
+        mode="shadow" if row.mode == "shadow" else "install", window=parse_window(row.window) if row.window else None,
+        together=row.together,
     )  # fmt: skip
+
+
+def _named(rows: list[RolloutRow]) -> str:
+    return " with ".join(f"{row.model}:{row.release}" for row in rows)
+
+
+def _previous(rows: list[RolloutRow]) -> str:
+    return ", ".join(f"{row.model}:{row.previous}" if row.previous else "no release" for row in rows)
 
 
 def _describe(wave: Wave) -> str:

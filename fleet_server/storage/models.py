@@ -143,10 +143,30 @@ class RolloutRow(Base):
     hold: Mapped[bool] = mapped_column(Boolean, default=False)
     max_failures: Mapped[int] = mapped_column(Integer, default=0)
     mode: Mapped[str] = mapped_column(String(16), default="install")
+    together: Mapped[str | None] = mapped_column(String(64), index=True)
+    window: Mapped[str | None] = mapped_column(String(64))
     created: Mapped[float] = mapped_column(Float)
     created_by: Mapped[str] = mapped_column(String(128))
     updated: Mapped[float] = mapped_column(Float)
     reason: Mapped[str] = mapped_column(Text, default="")
+
+
+class ExclusionRow(Base):
+    """A release that is stopped for a hardware class, with the devices that refused it. A lifted one is kept: it is not stopped again."""
+
+    __tablename__ = "exclusions"
+    id: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    model: Mapped[str] = mapped_column(String(64), index=True)
+    release: Mapped[int]
+    hardware: Mapped[str] = mapped_column(String(512))
+    instead: Mapped[int | None]
+    rollout: Mapped[str] = mapped_column(String(64))
+    at: Mapped[float] = mapped_column(Float)
+    count: Mapped[int]
+    reason: Mapped[str] = mapped_column(Text)
+    devices: Mapped[list[Any]] = mapped_column(JSON, default=list)
+    lifted: Mapped[float | None] = mapped_column(Float)
+    lifted_by: Mapped[str | None] = mapped_column(String(128))
 
 
 class VerdictRow(Base):

@@ -199,6 +199,7 @@ def test_nothing_is_folded_in_a_pipe(capsys):
     witness = {"device": "dev-1", "standing": "rolled_back", "reason": "error_ratio", "message": MESSAGE}
     verdict = {"verdict": "fail", "why": "1 rolled back; none allowed", "counts": {"rolled_back": 1}, "evidence": [witness]}
     rollout = {
+        "together": [], "window": None, "stopped": [],
         "id": "r1-0000", "model": "digits", "release": 4, "previous": 3, "state": "aborted", "reason": "", "wave": 0, "verdict": verdict,
         "waves": [{"groups": [], "permille": 1000}],
     }  # fmt: skip
@@ -270,3 +271,21 @@ def test_openapi_needs_no_server(tmp_path):
         env={**os.environ, "HOME": str(tmp_path)},
     )  # fmt: skip
     assert json.loads(done.stdout)["info"]["title"]
+
+
+def test_rollouts_that_go_together(server):
+    for model in ("left", "right"):
+        server.publish_simple(model, 1)
+    alone = server.cli("rollout", "start", "left:1", "right:1")
+    assert alone.returncode == 2
+    assert "--together goes with two or more" in alone.stderr
+    begun = server.cli("rollout", "start", "left:1", "right:1", "--together", "--window", "sat,sun 02:00-05:00")
+    assert begun.returncode == 0, begun.stderr
+    assert "together with right:1" in begun.stdout
+    assert "sat,sun 02:00-05:00" in begun.stdout
+    found = server.get("/rollouts")
+    assert {one["together"][0]["model"] for one in found if one["model"] in {"left", "right"}} == {"left", "right"}
+    assert "no release was stopped" in server.cli("rollout", "stopped").stdout
+    assert server.cli("rollout", "lift", "7").returncode == 3
+    assert server.cli("rollout", "abort", found[0]["id"]).returncode == 0
+    assert {one["state"] for one in server.get("/rollouts") if one["model"] in {"left", "right"}} == {"aborted"}

@@ -229,6 +229,9 @@ def test_a_publisher_of_its_own_names(running, follower, tmp_path):
 
     ceremony(running, tmp_path, "publisher", "remove", "lab")
     assert not follower.finds("lab-a", 1)
+    refused = cli(running, "rollout", "start", "lab-a:1", code=3)
+    assert "not_signed" in refused, "no device would take it"
+    assert "publisher was removed" in refused
     assert follower.finds("digits", 1)
     running.stop()
     running.start()

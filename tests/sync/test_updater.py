@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from agent.contract.assignment import ModelAssignment, Rollout, Window
+from agent.contract.assignment import Exclusion, ModelAssignment, Rollout, Window
 from agent.contract.codec import encode
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
@@ -1067,3 +1067,18 @@ def test_an_orderly_end_in_a_trial_is_not_counted_against_the_release(on_one: Be
     on_one.until(P.STEADY)
 
     assert on_one.serving == 2
+
+
+def test_a_release_that_is_stopped_for_this_kind_of_hardware_is_left(on_one: Bench):
+    on_one.install(2)
+    rules = {
+        "another kind": ModelAssignment(release=2, excluded=(Exclusion(release=2, hardware="aarch64/-/cuda", instead=1),)),
+        "this kind": ModelAssignment(release=2, excluded=(Exclusion(release=2, hardware="x86_64/-/-", instead=1),)),
+    }
+    for kind, serving in (("another kind", 2), ("this kind", 1)):
+        on_one.want(2)
+        on_one.assignment = msgspec.structs.replace(on_one.assignment, models={MODEL: rules[kind]})
+        on_one.step()
+        on_one.until(P.STEADY)
+        on_one.step()
+        assert on_one.serving == serving

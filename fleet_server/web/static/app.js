@@ -231,8 +231,17 @@ function rolloutCard(rollout) {
   return h("article", { class: "card", "aria-label": `Rollout of ${title}` },
     h("div", { class: "rollout-head" }, h("h3", null, title), pill(rollout.state === "holding" ? "waits for promote" : rollout.state, STATE_LOOK[rollout.state]),
       h("span", { class: "muted small" }, `${before} · ${rollout.id} · by ${rollout.created_by} · ${ago(rollout.created)}`), rolloutActions(rollout)),
+    rollout.together.length ? h("p", { class: "muted small" }, `Switches together with ${rollout.together.map((one) => `${one.model}:${one.release}`).join(", ")}: all of them on a device, or none.`) : null,
+    rollout.window ? h("p", { class: "muted small" }, `Devices switch in ${rollout.window}, their local time.`) : null,
     h("ol", { class: "waves" }, rollout.waves.map((wave, number) => waveStep(rollout, wave, number))),
+    rollout.stopped.map((one) => stoppedClass(one)),
     rollout.verdict ? verdictView(rollout) : null);
+}
+
+function stoppedClass(one) {
+  const lifted = one.lifted !== null;
+  const lift = !lifted && may("operator") ? h("button", { class: "small", "data-key": `lift-${one.id}`, onclick: () => confirmThen("Lift", `Let ${one.hardware} have ${one.model}:${one.release} after all? It is not stopped for them again.`, () => call("POST", `/stopped-classes/${one.id}/lift`, {})) }, "Lift") : null;
+  return h("p", { class: lifted ? "why muted" : "why error" }, `${lifted ? `Was stopped for ${one.hardware} (lifted by ${one.lifted_by})` : `Stopped for ${one.hardware}`}: ${one.reason} `, lift);
 }
 
 function waveStep(rollout, wave, number) {

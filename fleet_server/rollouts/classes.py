@@ -1,0 +1,102 @@
+"""Releases that are stopped for one hardware class, because devices of it refuse them while others may be well.
+
+Three devices (`rollouts.class_stop`) of one class that quarantine a release stop it for the class: the assignment then leaves the class
+out, its devices go back to the release before, and the rollout goes on for the others. An operator may lift it, once and for all.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from agent.contract.assignment import Exclusion
+from agent.contract.reasons import RETRYABLE, Reason
+from agent.contract.reports import Hardware, Outcome, hardware_class
+from fleet_server.errors import Conflict, NotFound
+from fleet_server.rollouts.gates import Fact
+from fleet_server.storage.models import Device, ExclusionRow, RolloutRow
+
+NOT_QUARANTINED = frozenset({reason.value for reason in RETRYABLE} | {Reason.OPERATOR.value, Reason.WITHDRAWN.value})
+"""For these a device goes back and does not remember the release as bad."""
+
+EVIDENCE_KEPT = 20
+
+
+def quarantined(fact: Fact) -> bool:
+    """Whether the device refuses the release from now on."""
+    return fact.outcome in (Outcome.REFUSED, Outcome.ROLLED_BACK) and fact.reason not in NOT_QUARANTINED
+
+
+def class_of(hardware: Mapping[str, Any] | None) -> str | None:
+    """The class of a device by its last report; None when it has not said what it is."""
+    try:
+        return hardware_class(msgspec.convert(hardware, Hardware)) if hardware else None
+    except msgspec.ValidationError:
+        return None
+
+
+def to_stop(facts: Iterable[Fact], classes: Mapping[str, str | None], least: int) -> dict[str, list[Fact]]:
+    """Class → the devices whose refusals stop the release for it. Pure."""
+    found: dict[str, list[Fact]] = collections.defaultdict(list)
+    for fact in facts:
+        kind = classes.get(fact.device)
+        if kind is not None and quarantined(fact):
+            found[kind].append(fact)
+    return {kind: refused for kind, refused in found.items() if least and len(refused) >= least}
+
+
+def stop(session: Session, row: RolloutRow, hardware: str, refused: list[Fact], now: float, because: str) -> ExclusionRow:
+    """Writes down that the class does not run the release of this rollout."""
+    devices = [{"device": f.device, "reason": f.reason, "message": f.message} for f in refused[:EVIDENCE_KEPT]]
+    made = ExclusionRow(
+        model=row.model, release=row.release, hardware=hardware, instead=row.previous, rollout=row.id, at=now, count=len(refused),
+        reason=because, devices=devices, lifted=None, lifted_by=None,
+    )  # fmt: skip
+    session.add(made)
+    session.flush()
+    return made
+
+
+def known(session: Session, model: str, release: int) -> dict[str, ExclusionRow]:
+    """Class → what was decided about it for this release, lifted ones included: what was lifted is not stopped again."""
+    rows = session.scalars(select(ExclusionRow).where(ExclusionRow.model == model, ExclusionRow.release == release))
+    return {row.hardware: row for row in rows}
+
+
+def in_force(session: Session, wanted: Mapping[str, set[int]]) -> dict[str, tuple[Exclusion, ...]]:
+    """Model → what its assignment leaves out, for the releases of it that are `wanted`."""
+    found: dict[str, list[Exclusion]] = collections.defaultdict(list)
+    for row in session.scalars(select(ExclusionRow).where(ExclusionRow.lifted.is_(None)).order_by(ExclusionRow.id)):
+        if row.release in wanted.get(row.model, ()):
+            found[row.model].append(Exclusion(release=row.release, hardware=row.hardware, instead=row.instead))
+    return {model: tuple(exclusions) for model, exclusions in found.items()}
+
+
+def lift(session: Session, number: int, who: str, now: float) -> ExclusionRow:
+    """Raises: NotFound, Conflict."""
+    row = session.get(ExclusionRow, number)
+    if row is None:
+        raise NotFound(f"there is no stopped class {number}; `edge-fleet rollout stopped` lists them")
+    if row.lifted is not None:
+        raise Conflict(f"stopped class {number} was lifted already", code="lifted")
+    row.lifted, row.lifted_by = now, who
+    return row
+
+
+def classes_of(session: Session, devices: Iterable[str]) -> dict[str, str | None]:
+    """Device → its hardware class."""
+    rows = session.execute(select(Device.id, Device.hardware).where(Device.id.in_(list(devices))))
+    return {device: class_of(hardware) for device, hardware in rows}
+
+
+def view(row: ExclusionRow) -> dict[str, Any]:
+    return {
+        "id": row.id, "model": row.model, "release": row.release, "hardware": row.hardware, "instead": row.instead,
+        "rollout": row.rollout, "at": row.at, "count": row.count, "reason": row.reason, "devices": row.devices,
+        "lifted": row.lifted, "lifted_by": row.lifted_by,
+    }  # fmt: skip

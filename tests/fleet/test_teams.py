@@ -1,0 +1,280 @@
+"""Rollouts whose releases switch together, and releases that are stopped for one hardware class: what the fleet is told after every turn."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from agent.contract.assignment import Window, wanted
+from agent.contract.manifest import Acceptance
+from agent.contract.names import ReleaseRef
+from agent.contract.reports import Answer, Hardware, ModelState, Outcome, Phase, Presence, hardware_class
+from fleet_server.access import SERVER
+from fleet_server.errors import Conflict, Invalid, NotFound
+from fleet_server.releases import keys, publisher
+from tests.fleet.stand import sha256, simple_manifest
+from tests.fleet.test_intake import Known
+from tests.fleet.test_rollouts import Story
+
+JETSON = Hardware(arch="aarch64", machine="NVIDIA Jetson Orin Nano", accelerator="cuda")
+PI = Hardware(arch="aarch64", machine="Raspberry Pi 5")
+JETSONS, PIS = hardware_class(JETSON), hardware_class(PI)
+
+
+class Pair(Story):
+    """Models `arm` and `eye` on devices of two hardware classes."""
+
+    def __init__(self, fleet, clock):
+        super().__init__(fleet, clock)
+        self.kinds: dict[str, Hardware] = {}
+        self.runs: dict[str, dict[str, ModelState]] = {}
+
+    def publish(self, *versions, models=("arm", "eye"), **acceptance):
+        for model in models:
+            for version in versions:
+                data = f"{model} {version}".encode()
+                (self.fleet.folder.blobs / sha256(data)).write_bytes(data)
+                manifest = simple_manifest(model, version, data)
+                manifest = msgspec.structs.replace(manifest, acceptance=Acceptance(**acceptance))
+                signed = publisher.add(
+                    self.fleet.repository.releases(), manifest, keys.load(self.fleet.releases_key), self.clock()
+                )
+                self.fleet.catalogue.publish(SERVER, *signed)
+
+    def join(self, *names, groups=(), kind=JETSON):
+        for name in names:
+            self.devices[name], self.counters[name], self.kinds[name] = Known(self.fleet, name), 0, kind
+            self.runs[name] = {}
+            self.fleet.inventory.set_groups(SERVER, name, list(groups))
+            self.devices[name].say("presence", Presence(device=name, session=1, online=True))
+
+    def say(self, name, model, version, outcome=Outcome.COMMITTED, *, reason=None, answered=None):
+        self.counters[name] += 1
+        self.clock.now += 1
+        answer = Answer(release=answered or version, outcome=outcome, at=self.clock(), reason=reason)
+        self.runs[name][model] = ModelState(
+            serving=version, sha256=sha256(f"{model} {version}".encode()), variant="cpu", phase=Phase.STEADY, answers=(answer,)
+        )  # fmt: skip
+        device = self.devices[name]
+        report = device.report(self.counters[name], models=self.runs[name], hardware=self.kinds[name])
+        self.fleet.rollouts.evaluate(device.state(report).models)
+
+    def all_run(self, model, version):
+        for name in self.devices:
+            self.say(name, model, version)
+
+    def start(self, model, version, **options):
+        return self.fleet.rollouts.start(SERVER, ReleaseRef(model, version), **options)["id"]
+
+    def start_both(self, version, **options):
+        return self.start("arm", version, together=[ReleaseRef("eye", version)], **options)
+
+    def wants(self, name, model):
+        groups = self.fleet.inventory.get(name)["groups"]
+        return wanted(self.assignment.models[model], name, groups, hardware_class(self.kinds[name])).release
+
+    def get(self, rollout):
+        return self.fleet.rollouts.get(rollout)
+
+
+@pytest.fixture
+def pair(fleet, clock):
+    made = Pair(fleet, clock)
+    made.publish(1, 2, 3)
+    made.join("jetson-1", "jetson-2", "jetson-3", "jetson-4")
+    made.join("pi-1", "pi-2", kind=PI, groups=["canary"])
+    for model in ("arm", "eye"):
+        rollout = made.start(model, 1)
+        made.all_run(model, 1)
+        assert made.state(rollout) == "completed"
+    return made
+
+
+# -- together ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_team_has_one_fate(pair):
+    first = pair.start_both(2)
+    second = pair.get(first)["together"][0]["id"]
+    assert pair.assignment.together == {first: {"arm": 2, "eye": 2}}
+    assert pair.get(second)["together"] == [{"id": first, "model": "arm", "release": 2}]
+    pair.all_run("arm", 2)
+    assert (pair.state(first), pair.state(second)) == ("running", "running"), "the other one is still to answer"
+    pair.all_run("eye", 2)
+
+    assert (pair.state(first), pair.state(second)) == ("completed", "completed")
+    assert pair.assignment.together == {first: {"arm": 2, "eye": 2}}, "who was away switches together, too"
+    assert {pair.wants(d, m) for d in pair.devices for m in ("arm", "eye")} == {2}
+
+
+def test_its_waves_reach_the_same_devices(pair):
+    first = pair.start_both(2, permille=500)
+    for name in pair.devices:
+        assert pair.wants(name, "arm") == pair.wants(name, "eye")
+    rollouts = [pair.assignment.models[model].rollout for model in ("arm", "eye")]
+    assert {rollout.together for rollout in rollouts} == {first}
+    assert rollouts[0].id != rollouts[1].id
+
+
+def test_one_bad_member_aborts_all_and_they_go_back_together(pair):
+    first = pair.start_both(2)
+    pair.say("jetson-1", "eye", 1, Outcome.ROLLED_BACK, reason="error_ratio", answered=2)
+    second = pair.get(first)["together"][0]["id"]
+
+    assert (pair.state(first), pair.state(second)) == ("aborted", "aborted")
+    assert "eye:2 1 rolled back" in pair.get(first)["reason"]
+    assert pair.assignment.together == {f"{first}-back": {"arm": 1, "eye": 1}}
+    assert {pair.wants(d, m) for d in pair.devices for m in ("arm", "eye")} == {1}
+
+
+@pytest.mark.parametrize("member", [0, 1])
+def test_what_is_asked_of_one_is_done_to_all(pair, member):
+    first = pair.start_both(2, groups=["canary"], hold=True)
+    ids = [first, pair.get(first)["together"][0]["id"]]
+    rollouts = pair.fleet.rollouts
+    rollouts.pause(SERVER, ids[member])
+    assert [pair.state(one) for one in ids] == ["paused", "paused"]
+    rollouts.resume(SERVER, ids[member])
+    for device in ("pi-1", "pi-2"):
+        for model in ("arm", "eye"):
+            pair.say(device, model, 2)
+    assert [pair.state(one) for one in ids] == ["holding", "holding"]
+    rollouts.promote(SERVER, ids[member])
+    assert [pair.get(one)["wave"] for one in ids] == [1, 1]
+    rollouts.abort(SERVER, ids[member])
+    assert [pair.state(one) for one in ids] == ["aborted", "aborted"]
+
+
+def test_a_withdrawal_of_one_ends_all(pair):
+    first = pair.start_both(2)
+    pair.fleet.rollouts.withdraw(SERVER, ReleaseRef("eye", 2))
+    assert pair.state(first) == "aborted"
+    assert {pair.wants(d, m) for d in pair.devices for m in ("arm", "eye")} == {1}
+
+
+def test_a_later_rollout_of_one_member_ends_what_bound_them(pair):
+    pair.start_both(2)
+    pair.all_run("arm", 2)
+    pair.all_run("eye", 2)
+    pair.start("arm", 3)
+    pair.all_run("arm", 3)
+
+    assert pair.assignment.together == {}
+
+
+def test_nothing_is_begun_when_one_of_them_cannot(pair):
+    pair.start("eye", 2)
+    with pytest.raises(Conflict, match="eye:2 is running"):
+        pair.start_both(3)
+    assert pair.assignment.models["arm"].rollout is None
+    with pytest.raises(NotFound):
+        pair.start("arm", 2, together=[ReleaseRef("ear", 1)])
+    with pytest.raises(Invalid, match="different models"):
+        pair.start("arm", 2, together=[ReleaseRef("arm", 3)])
+
+
+def test_a_fleet_without_teams_pays_nothing(pair):
+    pair.start("arm", 2)
+    assert pair.assignment.together == {}
+    assert pair.assignment.models["arm"].rollout.together is None
+
+
+def test_a_window_of_the_rollout(pair):
+    pair.start("arm", 2, window="sat,sun 02:00-05:00")
+    assert pair.assignment.models["arm"].rollout.window == Window(start_minute=120, end_minute=300, days=(5, 6))
+    with pytest.raises(Invalid, match="window"):
+        pair.start("eye", 2, window="at night")
+
+
+# -- stopped for a class -----------------------------------------------------------------------------------------------------------
+
+
+def refuse(pair, *names, release=2, reason="golden_mismatch", outcome=Outcome.REFUSED):
+    for name in names:
+        pair.say(name, "arm", 1, outcome, reason=reason, answered=release)
+
+
+def test_three_devices_of_a_class_stop_a_release_for_it(pair):
+    rollout = pair.start("arm", 2, max_failures=5)
+    refuse(pair, "jetson-1", "jetson-2")
+    assert pair.wants("jetson-3", "arm") == 2
+    refuse(pair, "jetson-3")
+
+    assert {pair.wants(name, "arm") for name in pair.devices if name.startswith("jetson")} == {1}
+    assert pair.wants("pi-1", "arm") == 2
+    stopped = pair.get(rollout)["stopped"]
+    assert [(one["hardware"], one["count"], one["instead"]) for one in stopped] == [(JETSONS, 3, 1)]
+    assert "3 devices quarantined arm:2" in stopped[0]["reason"]
+    assert {device["device"] for device in stopped[0]["devices"]} == {"jetson-1", "jetson-2", "jetson-3"}
+    for name in ("pi-1", "pi-2"):
+        pair.say(name, "arm", 2)
+    assert pair.state(rollout) == "completed", "it goes on for the others, and those left out do not count any more"
+    assert pair.wants("jetson-4", "arm") == 1, "also when every other device runs it"
+    assert pair.wants("pi-1", "arm") == 2
+
+
+def test_devices_of_different_classes_do_not_add_up(pair):
+    pair.start("arm", 2, max_failures=5)
+    refuse(pair, "jetson-1", "jetson-2", "pi-1")
+    assert pair.assignment.models["arm"].excluded == ()
+
+
+@pytest.mark.parametrize("reason", ["operator", "cannot_report", "together", "no_space"])
+def test_what_is_not_the_releases_fault_does_not_count(pair, reason):
+    pair.start("arm", 2, max_failures=5)
+    refuse(pair, "jetson-1", "jetson-2", "jetson-3", reason=reason, outcome=Outcome.ROLLED_BACK)
+    assert pair.assignment.models["arm"].excluded == ()
+
+
+def test_with_no_failures_allowed_the_first_one_still_ends_it(pair):
+    rollout = pair.start("arm", 2)
+    refuse(pair, "jetson-1")
+    assert pair.state(rollout) == "aborted"
+
+
+def test_an_operator_lifts_it_once_and_for_all(pair):
+    rollout = pair.start("arm", 2, max_failures=5)
+    refuse(pair, "jetson-1", "jetson-2", "jetson-3")
+    [one] = pair.fleet.rollouts.stopped(model="arm")
+    lifted = pair.fleet.rollouts.lift(SERVER, one["id"])
+    assert lifted["lifted_by"] == SERVER.name
+    assert pair.wants("jetson-4", "arm") == 2
+    pair.say("jetson-4", "arm", 2)
+    assert pair.wants("jetson-4", "arm") == 2, "the same refusals do not stop it again"
+    with pytest.raises(Conflict, match="lifted already"):
+        pair.fleet.rollouts.lift(SERVER, one["id"])
+    with pytest.raises(NotFound):
+        pair.fleet.rollouts.lift(SERVER, 99)
+    assert pair.get(rollout)["stopped"][0]["lifted"] is not None
+
+
+def test_a_class_that_may_not_run_one_of_a_team_runs_none_of_it(pair):
+    pair.start_both(2, max_failures=5)
+    refuse(pair, "jetson-1", "jetson-2", "jetson-3")
+    assert (pair.wants("jetson-4", "arm"), pair.wants("jetson-4", "eye")) == (1, 1)
+    assert (pair.wants("pi-1", "arm"), pair.wants("pi-1", "eye")) == (2, 2)
+
+
+def test_a_later_release_is_another_matter(pair):
+    pair.start("arm", 2, max_failures=5)
+    refuse(pair, "jetson-1", "jetson-2", "jetson-3")
+    for name in ("pi-1", "pi-2"):
+        pair.say(name, "arm", 2)
+    pair.start("arm", 3)
+    assert {pair.wants(name, "arm") for name in pair.devices} == {3}
+
+
+# -- leases ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_timestamp_is_signed_often_enough_for_the_shortest_lease(pair):
+    rollouts, repository = pair.fleet.rollouts, pair.fleet.repository
+    assert rollouts.shortest_lease_s() is None
+    pair.publish(4, models=("arm",), lease_s=3600.0)
+    pair.start("arm", 4)
+    assert rollouts.shortest_lease_s() == 3600.0
+    repository.renew(oldest_s=900.0)
+    assert repository.renew(oldest_s=900.0) == []
+    pair.clock.now += 901
+    assert repository.renew(oldest_s=900.0) == ["timestamp"]
+    assert repository.renew() == []
