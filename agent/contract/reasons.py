@@ -41,6 +41,10 @@ class Reason(str, Enum):
     TOO_MUCH_MEMORY = "too_much_memory"
     TRIAL_CRASHED = "trial_crashed"
     TRIAL_TIMED_OUT = "trial_timed_out"
+    TRIAL_FORKED = "trial_forked"
+    TRIAL_NETWORK = "trial_network"
+    TRIAL_WROTE = "trial_wrote"
+    TRIAL_SCRATCH = "trial_scratch"
     INTERRUPTED_TOO_OFTEN = "interrupted_too_often"
 
     # beside the one that serves

@@ -249,10 +249,8 @@ class SyncApp:
             quarantine=self._quarantine,
             housekeeping=Housekeeping(store, settings.keep_releases),
             releases=self._trust,
-            downloader=configured.downloader(
-                store, settings, clock, configured.sources(settings, self._http, clock, who.ca_file, clock.unset)
-            ),
-            trials=TrialProcesses(clock, settings.trial_socket),
+            downloader=downloads,
+            trials=TrialProcesses(clock, settings.trial_socket, scratch=private / "scratch"),
             serving=self._serving,
             clock=clock,
             settings=settings,

@@ -9,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from agent.contract.codec import encode
 from agent.contract.manifest import ReleaseManifest, Variant
 from agent.contract.reasons import Reason
+from agent.host import files
 from agent.store import Store
+from agent.sync.keeping import Keeper
 from agent.sync.ports import Clock, Stop
 from agent.sync.problems import Problem, Stopped
 from agent.sync.trial_protocol import MAX_REPLY_BYTES, Case, Limits, Progress, Request, Verdict, parse_line
@@ -27,6 +32,9 @@ from agent.sync.turns import Turns
 
 TICK_S = 0.2
 """How often a running trial looks whether it should stop."""
+
+SCRATCH_BYTES = 1 << 30
+"""Room for an engine's cache."""
 
 STDERR_TAIL_BYTES = 2000
 _MEMORY_WORDS = (b"bad_alloc", b"MemoryError", b"out of memory", b"Cannot allocate memory", b"cannot allocate")
@@ -70,6 +78,7 @@ def make_request(
         limits=Limits(
             memory_bytes=memory_bytes,
             cpu_s=max(1, int(timeout_s * (os.cpu_count() or 1))),
+            wall_s=timeout_s,
             max_p95_ms=acceptance.max_p95_ms,
             max_memory_bytes=acceptance.max_memory_bytes,
         ),
@@ -81,9 +90,22 @@ class TrialProcesses:
     each other.
     """
 
-    def __init__(self, clock: Clock, socket_path: Path, turns: Turns | None = None) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        socket_path: Path,
+        turns: Turns | None = None,
+        *,
+        scratch: Path | None = None,
+        scratch_bytes: int = SCRATCH_BYTES,
+    ) -> None:
+        """Children of ours write in folders below `scratch` (None: the system's), `scratch_bytes` each, which go with them."""
         self._clock = clock
         self._socket_path = socket_path
+        self._scratch = scratch
+        self._scratch_bytes = scratch_bytes
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)  # of trials that a power cut ended
         self._turns = turns or Turns()
 
     def run(self, request: Request, timeout_s: float, stop: Stop) -> Evidence:
@@ -121,7 +143,15 @@ class TrialProcesses:
         return conversation.result("its unit's log has more (journalctl -u 'edge-agent-trial@*')", None)
 
     def _as_child(self, request: Request, conversation: _Conversation) -> Evidence:
-        environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1", "PYTHONUNBUFFERED": "1"}
+        if self._scratch is not None:
+            files.make_directory(self._scratch, mode=0o700)
+        with tempfile.TemporaryDirectory(prefix="trial-", dir=self._scratch, ignore_cleanup_errors=True) as scratch:
+            return self._in_folder(Path(scratch), request, conversation)
+
+    def _in_folder(self, scratch: Path, request: Request, conversation: _Conversation) -> Evidence:
+        own = dict.fromkeys(("TMPDIR", "HOME", "XDG_CACHE_HOME"), str(scratch))
+        telemetry = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}
+        environment = {**os.environ, **telemetry, **own, "PYTHONUNBUFFERED": "1"}
         child = subprocess.Popen(
             [sys.executable, "-m", "agent.sync.trial_child"],
             stdin=subprocess.PIPE,
@@ -133,16 +163,18 @@ class TrialProcesses:
         assert child.stdin
         assert child.stdout
         assert child.stderr
+        keeper = Keeper(child.pid, scratch, self._scratch_bytes)
+        conversation.look, conversation.gone = keeper.look, keeper.gone
         with child:
             try:
                 with contextlib.suppress(BrokenPipeError):
                     child.stdin.write(encode(request) + b"\n")
                     child.stdin.close()
                 conversation.listen(child.stdout.fileno(), child.stderr.fileno())
-                if conversation.timed_out or conversation.verdict is None:
+                if conversation.problem is None and (conversation.timed_out or conversation.verdict is None):
                     conversation.wait(child)
             finally:
-                _kill_session(child)
+                keeper.end(child)
         return conversation.result("", child.returncode)
 
 
@@ -161,6 +193,9 @@ class _Conversation:
         self.verdict: Verdict | None = None
         self.timed_out = False
         self.garbage: str | None = None
+        self.gone: Callable[[], bool] = lambda: False
+        self.look: Callable[[], Problem | None] = lambda: None
+        self.problem: Problem | None = None
 
     def listen(self, out: int, err: int | None) -> None:
         """Reads until the verdict, the end of the output, garbage, or the time limit.  Raises: Stopped."""
@@ -169,7 +204,11 @@ class _Conversation:
             if err is not None:
                 selector.register(err, selectors.EVENT_READ)
             while not self._finished():
-                for key, _ in selector.select(TICK_S):
+                gone = self.gone()  # what it started may hold its end of the pipe
+                ready = selector.select(0.0 if gone else TICK_S)
+                if gone and not ready:
+                    return
+                for key, _ in ready:
                     data = _read(key.fd)
                     if key.fd == err:
                         self._stderr = (self._stderr + data)[-STDERR_TAIL_BYTES:]
@@ -184,7 +223,8 @@ class _Conversation:
         if self._stop():
             raise Stopped
         self.timed_out = self._clock.monotonic() >= self._end
-        return self.timed_out or self.verdict is not None or self.garbage is not None
+        self.problem = self.look()
+        return self.problem is not None or self.timed_out or self.verdict is not None or self.garbage is not None
 
     def _take(self, data: bytes) -> None:
         self._said += len(data)
@@ -215,6 +255,8 @@ class _Conversation:
 
     def result(self, hint: str, returncode: int | None) -> Evidence:
         """The verdict as a value or a Problem."""
+        if self.problem is not None:
+            raise self.problem
         if self.verdict is not None and self.garbage is None:
             if self.verdict.reason is None:
                 return dict(self.verdict.evidence)
@@ -241,6 +283,8 @@ class _Conversation:
                     f"the trial was killed by SIGKILL {where}: most likely the kernel ran out of memory",
                     evidence,
                 )
+            if returncode == -signal.SIGALRM:
+                return Problem(Reason.TRIAL_TIMED_OUT, f"the trial was ended by its own clock {where}", evidence)
             if returncode == -signal.SIGXCPU:
                 return Problem(Reason.TRIAL_TIMED_OUT, f"the trial used up its processor time {where}", evidence)
             if any(word in self._stderr for word in _MEMORY_WORDS):
@@ -259,14 +303,6 @@ def _read(fd: int) -> bytes:
         return os.read(fd, 65536)
     except ConnectionResetError:
         return b""
-
-
-def _kill_session(child: subprocess.Popen[bytes]) -> None:
-    """Ends the child and whatever it started. Its session id is its pid, which stays reserved until it is reaped."""
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
 
 
 def _signal_name(number: int) -> str:

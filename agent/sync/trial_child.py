@@ -8,10 +8,7 @@ Imported here: the runtimes, numpy, msgspec. Neither TUF nor MQTT nor an HTTP cl
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import resource
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +18,7 @@ from agent.contract.codec import ContractError, decode, encode
 from agent.contract.manifest import Close, Tensor
 from agent.contract.reasons import Reason
 from agent.host import memory
+from agent.sync import containment
 from agent.sync.trial_protocol import MAX_REQUEST_BYTES, Case, Limits, Progress, Request, Verdict
 
 if TYPE_CHECKING:
@@ -31,11 +29,6 @@ Arrays = dict[str, Any]
 MEASURED_RUNS = 40
 MEASURE_S = 2.0
 """p95 comes from as many runs as fit in this time, at most MEASURED_RUNS and at least five."""
-
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
-_CLONE_NEWUSER = 0x10000000
-_CLONE_NEWNET = 0x40000000
 
 
 class Refused(Exception):
@@ -49,41 +42,11 @@ class Refused(Exception):
 
 def main() -> int:
     """Runs one trial over stdin and stdout."""
-    sandbox_process()
+    containment.sandbox_process()
     with _own_stdout() as out:
         verdict = _answer(sys.stdin.buffer, out)
         _say(out, verdict)
     return 0
-
-
-# -- the sandbox: what a process can do to itself before it touches the model -------------------------------------------------
-
-
-def sandbox_process() -> None:
-    """No new privileges, death with the parent, no network, no core file. Each is best effort: under systemd the unit does it too."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Before the first thread exists: a process with threads may not enter a user namespace.
-    if libc.unshare(_CLONE_NEWNET) != 0:
-        libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
-
-
-def limit_process(limits: Limits) -> None:
-    """Bounds on memory, processor time, open files and tasks. Address space stays free: GPU drivers reserve hundreds of GB of it."""
-    wanted = (
-        (resource.RLIMIT_DATA, limits.memory_bytes),
-        (resource.RLIMIT_CPU, limits.cpu_s),
-        (resource.RLIMIT_NOFILE, 256),
-        (resource.RLIMIT_NPROC, 512),  # counts all tasks of the user, so it must leave room for `sync` itself
-        (resource.RLIMIT_FSIZE, 1 << 30),  # room for an engine cache, none for filling the disk
-    )
-    for which, value in wanted:
-        _, hard = resource.getrlimit(which)
-        bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(which, (bound, bound))
 
 
 @contextlib.contextmanager
@@ -106,13 +69,40 @@ def _answer(source: IO[bytes], out: IO[bytes]) -> Verdict:
         request = decode(source.readline(MAX_REQUEST_BYTES), Request, limit_bytes=MAX_REQUEST_BYTES)
     except ContractError as error:
         return Verdict(reason=Reason.TRIAL_CRASHED, message=f"the trial did not understand its request: {error}")
-    limit_process(request.limits)
+    source.read(1)  # to its end
+    containment.end_with(source.fileno())
+    containment.limit_process(request.limits)
+    witness = containment.Witness()
+    witness.listen()
+    verdict = _judged(request, witness, lambda step: _say(out, Progress(step=step)))
+    started = containment.started()
+    if verdict.reason is None and started:
+        return Verdict(reason=Reason.TRIAL_FORKED, message=f"it left processes behind: {', '.join(started[:5])}")
+    return verdict
+
+
+def _judged(request: Request, witness: containment.Witness, say: Any) -> Verdict:
     try:
-        return Verdict(evidence=try_release(request, lambda step: _say(out, Progress(step=step))))
+        evidence = try_release(request, say)
     except Refused as refused:
+        tried = witness.reason(str(refused))
+        if tried is not None:
+            return Verdict(reason=tried[0], message=f"{tried[1]} ({refused})", evidence=refused.evidence)
         return Verdict(reason=refused.reason, message=str(refused), evidence=refused.evidence)
     except MemoryError:
         return Verdict(reason=Reason.TOO_MUCH_MEMORY, message=_memory_message(request.limits))
+    except Exception as error:
+        tried = witness.reason(str(error))
+        if tried is None:
+            raise
+        return Verdict(reason=tried[0], message=tried[1])
+    if witness.network:
+        reason, message = (
+            Reason.TRIAL_NETWORK,
+            f"it wanted to {witness.network}: a model has no network, here or when it serves",
+        )
+        return Verdict(reason=reason, message=message)
+    return Verdict(evidence=evidence)
 
 
 def try_release(request: Request, say: Any) -> dict[str, float | str]:

@@ -25,10 +25,11 @@ class Case(Document, frozen=True, kw_only=True):
 
 
 class Limits(Document, frozen=True, kw_only=True):
-    """`max_*` are the publisher's acceptance; `memory_bytes` and `cpu_s` are what the process may take before it is stopped."""
+    """`max_*` are the publisher's acceptance; the others are what the process may take before it is stopped."""
 
     memory_bytes: int
     cpu_s: int
+    wall_s: float | None = None
     max_p95_ms: float | None = None
     max_memory_bytes: int | None = None
 

@@ -145,11 +145,15 @@ def kill_in_fetching(device: Device) -> None:
     device.server.asked.clear()
 
 
+def marks(device: Device) -> set[str]:
+    """The trials that are under way, by their folders."""
+    return {str(mark.parent) for mark in device.store.private.glob("scratch/*/mark")}
+
+
 def kill_in_trialing(device: Device) -> None:
-    mark = device.folder / "mark"
-    device.publish(2, f"load mark {mark} 3")
+    device.publish(2, "load mark 3")
     device.repository.assign(MODEL, 2)
-    eventually(mark.exists, "the trial")
+    eventually(lambda: marks(device), "the trial")
     assert device.phase() == "trialing"
     device.kill()
 
@@ -242,11 +246,11 @@ def test_killed_in_quarantine_it_still_refuses(device: Device):
 def test_a_trial_that_takes_sync_down_each_time_ends_in_quarantine(device: Device):
     """The kill stands for the machine going down: SIGKILL, four trials in a row."""
     device.install(1)
-    mark = device.folder / "mark"
-    device.publish(2, f"load mark {mark} 60")
+    device.publish(2, "load mark 60")
     device.repository.assign(MODEL, 2)
     for times in range(1, 5):
-        eventually(lambda n=times: mark.exists() and len(mark.read_text()) >= n, f"trial {times}")
+        eventually(lambda known=frozenset(seen): marks(device) - known, f"trial {times}")
+        seen |= marks(device)
         device.kill()
         device.start()
     eventually(lambda: device.phase() == "quarantined", "the refusal")

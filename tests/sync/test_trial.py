@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -11,12 +13,15 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from agent.contract.manifest import Close, Picture, Serving, Tensor, Top1
 from agent.contract.reasons import Reason
 from agent.host.clock import SystemClock
+from agent.sync import containment
 from agent.sync.problems import Problem, Stopped
 from agent.sync.trial import TrialProcesses
 from agent.sync.trial_protocol import Case, Limits, Request
@@ -32,7 +37,16 @@ MEMORY = 1 << 30
 
 @pytest.fixture
 def trials(tmp_path: Path) -> TrialProcesses:
-    return TrialProcesses(SystemClock(), tmp_path / "no-such.sock")
+    return TrialProcesses(SystemClock(), tmp_path / "no-such.sock", scratch=tmp_path / "scratch", scratch_bytes=32 << 20)
+
+
+def under_way(folder: Path, count: int = 1) -> list[int]:
+    """The trials that have left a mark in their scratch folders."""
+    found = []
+    for mark in folder.glob("scratch/*/mark"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(mark.read_text()))
+    return found if len(found) >= count else []
 
 
 def request(tmp_path: Path, script: str, *, memory: int = MEMORY, cpu_s: int = 60, **changes) -> Request:
@@ -112,6 +126,14 @@ def test_one_that_burns_the_processor_is_ended_by_the_kernel(trials, tmp_path):
     )  # SIGXCPU, or SIGKILL where soft and hard limit meet
 
 
+def test_its_own_clock_ends_one_whose_parent_cannot(trials, tmp_path):
+    limits = Limits(memory_bytes=MEMORY, cpu_s=60, wall_s=0.5 - containment.GRACE_S)
+    found = refused(trials, msgspec.structs.replace(request(tmp_path, "load spin"), limits=limits))
+
+    assert found.reason is Reason.TRIAL_TIMED_OUT
+    assert "by its own clock" in found.message
+
+
 def test_an_engine_that_prints_does_not_disturb(trials, tmp_path):
     assert trials.run(request(tmp_path, "load print"), 20.0, lambda: False)
 
@@ -130,17 +152,118 @@ def test_it_has_no_network(trials, tmp_path):
         port = listener.getsockname()[1]
         found = refused(trials, request(tmp_path, f"load connect 127.0.0.1 {port}"))
 
-    assert found.reason is Reason.LOAD_FAILED
-    assert "no connection" in found.message
+    assert found.reason is Reason.TRIAL_NETWORK
+    assert "it wanted to look up '127.0.0.1'" in found.message
+
+
+def test_one_that_would_do_without_an_answer_is_refused_too(trials, tmp_path):
+    """It asks again where there is a network."""
+    found = refused(trials, request(tmp_path, "run call 192.0.2.1 443"))
+
+    assert found.reason is Reason.TRIAL_NETWORK
+
+
+def test_processes_that_stay_are_ended_and_named(trials, tmp_path):
+    found = refused(trials, request(tmp_path, "load fork 2 600"))
+
+    assert found.reason is Reason.TRIAL_FORKED
+    assert "it left processes behind" in found.message
+    assert nothing_of(tmp_path)
+
+
+def test_one_that_hides_in_a_session_of_its_own_too(trials, tmp_path):
+    found = refused(trials, request(tmp_path, "load daemon 600"))
+
+    assert found.reason is Reason.TRIAL_FORKED
+    assert nothing_of(tmp_path)
+
+
+def test_helpers_that_end_are_nobodys_business(trials, tmp_path):
+    assert trials.run(request(tmp_path, "load fork 2 0"), 20.0, lambda: False)
+
+
+@pytest.mark.parametrize("end", ["segfault", "exit 0", "sleep 600"])
+def test_what_it_started_goes_with_it_however_it_ends(end, trials, tmp_path):
+    """The keeper saw it while the trial ran; what left the session only in the last moments before a crash is the unit's to end."""
+    found = refused(trials, request(tmp_path, f"run then fork 2 600 then sleep 0.5 then {end}"), timeout_s=3.0)
+
+    assert found.reason is (Reason.TRIAL_TIMED_OUT if end.startswith("sleep") else Reason.TRIAL_CRASHED)
+    assert nothing_of(tmp_path)
+
+
+def test_one_that_starts_ever_more_is_ended(trials, tmp_path):
+    found = refused(trials, request(tmp_path, "load then fork 60 600 then sleep 600"))
+
+    assert found.reason is Reason.TRIAL_FORKED
+    assert "at most" in found.message or "a trial may have 32" in found.message
+    assert nothing_of(tmp_path)
+
+
+def nothing_of(folder: Path) -> bool:
+    """No process has this test's scratch folder in its environment, and no folder is left."""
+
+    def left() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if str(folder / "scratch") in process.environ().get("TMPDIR", ""):
+                    found.append(process)
+        return found
+
+    eventually(lambda: not left(), "the last process of the trial to end")
+    assert list((folder / "scratch").iterdir()) == []
+    return True
+
+
+def landlock() -> bool:
+    return ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)) >= 6
+
+
+needs_landlock = pytest.mark.skipif(
+    not landlock(), reason="this kernel has no Landlock, or an early one; under systemd the unit does"
+)
+
+
+@needs_landlock
+@pytest.mark.parametrize("name", ["new", "there"])
+def test_it_writes_nowhere_else(name, trials, tmp_path):
+    path = tmp_path / name
+    if name == "there":
+        path.write_text("mine")
+    found = refused(trials, request(tmp_path, f"load write {path}"))
+
+    assert found.reason is Reason.TRIAL_WROTE
+    assert str(path) in found.message
+    assert not path.exists() or path.read_text() == "mine"
+
+
+@needs_landlock
+def test_it_signals_nobody_else(trials, tmp_path):
+    """Not even the one who started it, who runs as the same user."""
+    refused(trials, request(tmp_path, f"load signal {os.getpid()}"))
+
+
+def test_one_that_fills_its_scratch_is_ended(trials, tmp_path):
+    found = refused(trials, request(tmp_path, "load fill"))
+
+    assert found.reason is Reason.TRIAL_SCRATCH
+    assert found.evidence["scratch_bytes"] > 32 << 20
+    assert nothing_of(tmp_path)
+
+
+def test_one_file_has_an_end_too(trials, tmp_path):
+    found = refused(trials, request(tmp_path, "load swell"))
+
+    assert found.reason is Reason.TRIAL_SCRATCH
+    assert "File too large" in found.message
 
 
 def test_killed_from_outside_in_the_middle(trials, tmp_path):
-    mark = tmp_path / "mark"
     found: list[Problem] = []
-    thread = threading.Thread(target=lambda: found.append(refused(trials, request(tmp_path, f"load mark {mark} 60"), 60.0)))
+    thread = threading.Thread(target=lambda: found.append(refused(trials, request(tmp_path, "load mark 60"), 60.0)))
     thread.start()
-    eventually(mark.exists, "the trial to be under way")
-    os.kill(_children_of(os.getpid())[-1], signal.SIGKILL)
+    eventually(lambda: under_way(tmp_path), "the trial to be under way")
+    os.kill(under_way(tmp_path)[0], signal.SIGKILL)
     thread.join(10)
 
     assert not thread.is_alive()
@@ -149,19 +272,19 @@ def test_killed_from_outside_in_the_middle(trials, tmp_path):
 
 
 def test_a_trial_can_be_given_up(trials, tmp_path):
-    mark, stop = tmp_path / "mark", threading.Event()
+    stop = threading.Event()
     before = set(_children_of(os.getpid()))  # of other tests, such as multiprocessing's resource tracker
     raised: list[type[BaseException]] = []
 
     def run() -> None:
         try:
-            trials.run(request(tmp_path, f"load mark {mark} 60"), 60.0, stop.is_set)
+            trials.run(request(tmp_path, "load mark 60"), 60.0, stop.is_set)
         except Stopped as error:
             raised.append(type(error))
 
     thread = threading.Thread(target=run)
     thread.start()
-    eventually(mark.exists, "the trial to be under way")
+    eventually(lambda: under_way(tmp_path), "the trial to be under way")
     stop.set()
     thread.join(10)
 
@@ -176,14 +299,14 @@ def _children_of(pid: int) -> list[int]:
 
 def test_the_trial_dies_with_its_parent(tmp_path):
     """`sync` is killed in the middle of a trial: the child must not stay behind with a model in memory."""
-    mark = tmp_path / "mark"
     code = (
         "import sys; from pathlib import Path; from tests.sync.test_trial import *; "
-        "TrialProcesses(SystemClock(), Path('/nowhere')).run(request(Path(sys.argv[1]), f'load mark {sys.argv[2]} 600'), 600.0, lambda: False)"
+        "folder = Path(sys.argv[1]); trials = TrialProcesses(SystemClock(), Path('/nowhere'), scratch=folder / 'scratch'); "
+        "trials.run(request(folder, 'load mark 600'), 600.0, lambda: False)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(mark)], cwd=Path(__file__).parents[2])
-    eventually(mark.exists, "the trial to be under way")
-    child = _children_of(parent.pid)[0]
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2])
+    eventually(lambda: under_way(tmp_path), "the trial to be under way")
+    child = under_way(tmp_path)[0]
     parent.kill()
     parent.wait()
 
@@ -354,14 +477,21 @@ def test_over_a_socket_as_systemd_starts_it(tmp_path):
             )
 
     trials = TrialProcesses(SystemClock(), path)
-    for script, reason in (("scale 2", None), ("load segfault", Reason.TRIAL_CRASHED)):
+    endings = (
+        ("scale 2", None),
+        ("load segfault", Reason.TRIAL_CRASHED),
+        ("load fork 2 600", Reason.TRIAL_FORKED),
+        ("load sleep 600", Reason.TRIAL_TIMED_OUT),  # and it goes, although nobody here can kill it
+    )
+    for script, reason in endings:
         thread = threading.Thread(target=one_connection)
         thread.start()
         if reason is None:
             assert trials.run(request(tmp_path, script, cases=(case(tmp_path, 2.0),)), 20.0, lambda: False)
         else:
-            assert refused(trials, request(tmp_path, script)).reason is reason
+            assert refused(trials, request(tmp_path, script), timeout_s=2.0).reason is reason
         thread.join(10)
+        assert not thread.is_alive(), script
     listener.close()
 
 
@@ -396,16 +526,13 @@ def test_what_the_trial_must_not_load():
 
 
 def test_two_trials_take_turns(trials, tmp_path):
-    mark = tmp_path / "mark"
     started = time.monotonic()
     threads = [
-        threading.Thread(target=lambda: trials.run(request(tmp_path, f"load mark {mark} 0.3"), 30.0, lambda: False))
-        for _ in range(2)
+        threading.Thread(target=lambda: trials.run(request(tmp_path, "load mark 0.3"), 30.0, lambda: False)) for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
 
-    assert mark.read_text() == "xx"
     assert time.monotonic() - started > 0.6

@@ -5,6 +5,7 @@ load VERB ARGS     does VERB while loading
 run VERB ARGS      does VERB at each run
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -18,8 +19,20 @@ import numpy as np
 from runtimes.contract import CONTRACT_VERSION, ModelInvalid, Placement, RunFailed, TensorSpec
 
 
+def started(count, seconds):
+    for _ in range(count):
+        if os.fork() == 0:
+            time.sleep(seconds)
+            os._exit(0)
+
+
 def behave(verb, *args):
-    if verb == "sleep":
+    if verb == "then":
+        while args:
+            at = args.index("then") if "then" in args else len(args)
+            behave(*args[:at])
+            args = args[at + 1 :]
+    elif verb == "sleep":
         time.sleep(float(args[0]))
     elif verb == "segfault":
         ctypes.string_at(0)
@@ -39,10 +52,31 @@ def behave(verb, *args):
     elif verb == "connect":
         with socket.create_connection((args[0], int(args[1])), timeout=2):
             pass
+    elif verb == "call":
+        with contextlib.suppress(OSError):  # a model that phones home and gets over it when nobody answers
+            behave("connect", *args)
     elif verb == "mark":
-        with Path(args[0]).open("a") as file:
-            file.write("x")
-        time.sleep(float(args[1]))
+        (Path(os.environ["TMPDIR"]) / "mark").write_text(str(os.getpid()))
+        time.sleep(float(args[0]))
+    elif verb == "fork":
+        started(int(args[0]), float(args[1]))
+    elif verb == "daemon":
+        if os.fork() == 0:
+            os.setsid()
+            started(1, float(args[0]))
+            os._exit(0)
+        os.wait()
+    elif verb == "write":
+        Path(args[0]).write_text("it was here")
+    elif verb == "fill":
+        for number in range(1000):
+            (Path(os.environ["TMPDIR"]) / f"{number}").write_bytes(bytes(1 << 20))
+            time.sleep(0.01)
+    elif verb == "swell":
+        with (Path(os.environ["TMPDIR"]) / "large").open("wb") as file:
+            file.truncate((1 << 30) + 1)
+    elif verb == "signal":
+        os.kill(int(args[0]), signal.SIGTERM)
     elif verb == "spin":
         while True:
             pass
@@ -90,5 +124,5 @@ class ScriptRuntime:
             try:
                 behave(*words[1:])
             except OSError as error:
-                raise ModelInvalid(f"no connection: {error}") from error
+                raise ModelInvalid(f"the system says no: {error}") from error
         return ScriptModel(words)
