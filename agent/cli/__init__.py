@@ -7,7 +7,6 @@ Commands that belong to the fleet link live in `agent.sync.cli` and are imported
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import click
 
@@ -19,6 +18,7 @@ SYNC_COMMANDS: Mapping[str, str] = {
     "doctor": "Check this device: store, identity, engines, clock, reachability.",
     "enroll": "Join a fleet with an enrolment string.",
     "hold": "Keep a model on the release it runs now.",
+    "import": "Update this device from a bundle on a stick.",
     "quarantine": "List or clear the releases that this device refuses.",
     "rollback": "Go back to a model's previous release.",
     "sync": "Follow the fleet: updates, trials, reports.",
@@ -43,7 +43,8 @@ class LazyGroup(click.Group):
             return command
         from importlib import import_module
 
-        return cast("click.Command", getattr(import_module(SYNC_MODULE), cmd_name))
+        commands: Mapping[str | None, click.Command] = {one.name: one for one in import_module(SYNC_MODULE).COMMANDS}
+        return commands[cmd_name]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Like click's, but without importing a command to say what it does."""

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from agent.config import AgentConfig
 from agent.contract.codec import ContractError
 from agent.contract.reasons import Reason
-from agent.contract.reports import Hardware, ModelState
+from agent.contract.reports import Hardware, ModelState, Phase
 from agent.host import files, hardware, notify
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.host.signals import Ending
@@ -41,6 +41,7 @@ from agent.sync.fetching import configured
 from agent.sync.holds import Holds
 from agent.sync.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.identity import Identity, IdentityError
+from agent.sync.imports import Imports
 from agent.sync.journal import Journal
 from agent.sync.leases import Leases
 from agent.sync.model import Surroundings
@@ -52,6 +53,7 @@ from agent.sync.reports import Reporter, Signer, model_state
 from agent.sync.retention import Housekeeping
 from agent.sync.serving import ServeAway, ServeClient, ServeRefused, ServeStatus
 from agent.sync.sharing import Sharing
+from agent.sync.spool import NoNetwork
 from agent.sync.states import States
 from agent.sync.trial import TrialProcesses
 from agent.sync.trust import Trust
@@ -108,7 +110,12 @@ class Follower:
         looked: Callable[[], None] = lambda: None,
         jitter: Callable[[], float] = random.random,
         at_most_s: Callable[[], float] = lambda: float("inf"),
+        taken: Callable[[], Desired | None] = lambda: None,
+        networked: bool = True,
     ) -> None:
+        """`taken`: what a bundle that came meanwhile says, if it was accepted. Without `networked` nobody else is asked."""
+        self._taken = taken
+        self._networked = networked
         self._at_most_s = at_most_s
         self._trust = trust
         self._interval_s = interval_s
@@ -141,6 +148,11 @@ class Follower:
 
     def look(self) -> None:
         """One round. Never raises: whatever is wrong is in `problem`, and what was known stays."""
+        if (taken := self._taken()) is not None:
+            self.current = taken
+            self._changed()
+        if not self._networked:
+            return
         try:
             current = self._refresh()
         except Problem as problem:
@@ -212,7 +224,11 @@ class Worker:
 class SyncApp:
     """`edge-agent sync`. Construct, then `run` in the main thread; or `start` and `stop` from a test."""
 
-    def __init__(self, config: AgentConfig, who: Identity, store: Store, clock: Clock | None = None) -> None:
+    def __init__(
+        self, config: AgentConfig, who: Identity, store: Store, clock: Clock | None = None, *, networked: bool = True
+    ) -> None:
+        """`networked` False: only bundles are looked at, and nobody is told anything."""
+        self._networked = networked
         self._config = config
         self._who = who
         self._store = store
@@ -237,9 +253,20 @@ class SyncApp:
             lambda: self._hardware,
             deliveries,
         )
-        self._trust = Trust(private / "trust", who, self._http(), clock)
+        sources = configured.sources(settings, self._http, clock, who.ca_file, clock.unset)
+        downloads = configured.downloader(
+            store, settings, clock, [source for source in sources if networked or not source.metered]
+        )
+        self._imports = Imports(store, who.device, downloads.sources, self._tell)
+        self._trust = Trust(private / "trust", who, self._http() if networked else NoNetwork(), clock, self._imports.ways)
         self.follower = Follower(
-            self._trust, settings.poll_interval_s, self._fleet_said, self._renew_when_due, at_most_s=self._lease_pause_s
+            self._trust,
+            settings.poll_interval_s,
+            self._fleet_said,
+            self._renew_when_due if networked else lambda: None,
+            at_most_s=self._lease_pause_s,
+            taken=lambda: self._imports.take(self._trust.refresh),
+            networked=networked,
         )
         self._serving = ServeClient(config.serve.socket)
         self._quarantine = Quarantine(private / "quarantine")
@@ -292,6 +319,13 @@ class SyncApp:
         except OSError as error:
             log.warning("the event could not be kept for the fleet: %s", error)
 
+    def _tell(self, name: str, message: str) -> None:
+        log.info("%s: %s", name, message)
+        try:
+            self._reporter.event(name, message)
+        except OSError as error:
+            log.warning("the event could not be kept for the fleet: %s", error)
+
     # -- life ---------------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -320,8 +354,9 @@ class SyncApp:
         self._fleet_said()
         self._follow.start()
         threading.Thread(target=self._probe, name="probe", daemon=True).start()
-        self.link.start()
-        self._lend()
+        if self._networked:
+            self.link.start()
+            self._lend()
 
     def stop(self, timeout_s: float = GOODBYE_S) -> None:
         """Ends everything in an order in which nobody waits for the network."""
@@ -345,6 +380,7 @@ class SyncApp:
     def report(self) -> None:
         """Tells the fleet how things stand."""
         self._due.clear()
+        self._imports.tidy(self._busy_with)
         begun = self._clock.monotonic()
         try:
             status = self._serving.status()
@@ -410,6 +446,23 @@ class SyncApp:
         worker = self._workers.get(model)
         return worker.updater if worker is not None else None
 
+    def _busy_with(self, model: str, version: int) -> bool:
+        """Whether the release may still have to be fetched."""
+        desired = self.follower.current
+        if desired is not None and desired.wanted(model).release != version:
+            return False
+        with self._workers_lock:
+            worker = self._workers.get(model)
+        if worker is None or (state := worker.updater.state).phase not in {Phase.STEADY, Phase.QUARANTINED}:
+            return True
+        if state.phase is Phase.QUARANTINED:
+            return state.wanted != version
+        try:
+            selection = self._store.selection(model)
+        except StoreError:
+            return True
+        return selection is None or selection.active.version != version
+
     def _model_states(self, status: ServeStatus | None) -> dict[str, ModelState]:
         with self._workers_lock:
             updaters = {model: worker.updater for model, worker in self._workers.items()}
@@ -452,6 +505,8 @@ class SyncApp:
         """Until something is due, the time has passed, or the end."""
         end = self._clock.monotonic() + seconds
         while not ending.is_set() and self._clock.monotonic() < end:
+            if self._imports.news():
+                self.follower.poke()
             if self._due.wait(min(REPORT_PAUSE_S, max(0.0, end - self._clock.monotonic()))):
                 ending.wait(REPORT_PAUSE_S)
                 return

@@ -12,18 +12,20 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import fcntl
+import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignore[attr-defined]
 
+from agent.contract import enrolment
 from agent.contract.assignment import ISSUED_FIELD, MAX_ASSIGNMENT_BYTES
 from agent.contract.codec import encode
 from agent.contract.reasons import Reason
@@ -31,9 +33,14 @@ from agent.host import clock as clocks
 from agent.host import files
 from agent.host.clock import SignedClock
 from agent.sync import seen as seen_versions
-from agent.sync.http import FleetHttp, HttpStatus, TooLong
+from agent.sync.http import HttpStatus, TooLong
 from agent.sync.problems import Problem, store_problem
 from agent.sync.seen import Seen
+
+log = logging.getLogger(__name__)
+
+AWAY_S = 120.0
+"""How long the other ways are asked first after the fleet server could not be reached: each attempt to reach it costs a timeout."""
 
 METADATA_DEADLINE_S = 60.0
 """For one metadata file. The largest allowed is 5 MB; a link that needs longer than a minute for it will not fetch a model either."""
@@ -48,10 +55,24 @@ _Role = TypeVar("_Role", Root, Timestamp, Snapshot, Targets)
 _TOP_LEVEL = (Timestamp.type, Snapshot.type, Targets.type)
 
 
-class Fetcher(FetcherInterface):
-    """python-tuf's transport over our own HTTPS client: its deadlines, its client certificate, its words for errors."""
+class Documents(Protocol):
+    """A way to the fleet's documents. HTTPS to its server is one; what another one brings is verified just the same."""
 
-    def __init__(self, http: FleetHttp) -> None:
+    server_time: float | None
+    """The server's clock at its last answer, if it told."""
+
+    def url(self, path: str) -> str: ...
+
+    def get(self, url: str, *, limit_bytes: int, deadline_s: float) -> bytes:
+        """The whole document.  Raises: HttpStatus 404 when there is none of that name; TooLong; Problem."""
+
+    def close(self) -> None: ...
+
+
+class Fetcher(FetcherInterface):
+    """python-tuf's transport over our own ways to documents: their deadlines, their words for errors."""
+
+    def __init__(self, http: Documents) -> None:
         self._http = http
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
@@ -79,15 +100,19 @@ class MetadataClient:
         metadata: Path,
         root: bytes,
         url: str,
-        http: FleetHttp,
+        http: Documents,
         clock: SignedClock,
         max_delegations: int = 4,
+        others: Callable[[], Sequence[Documents]] = tuple,
     ) -> None:
+        """`url` is where `http` has the metadata; `others` are asked, in order, while it cannot be reached."""
         self._memory = memory
         self._metadata = metadata
         self._root = root
         self._url = url
         self._http = http
+        self._others = others
+        self._away_until = float("-inf")
         self._clock = clock
         self._config = UpdaterConfig(max_root_rotations=MAX_ROOT_ROTATIONS, max_delegations=max_delegations)
         self._mutex = threading.Lock()
@@ -95,10 +120,37 @@ class MetadataClient:
         files.make_directory(metadata, mode=0o700)
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[Session]:
-        """A refreshed state of the repository, its own until the block ends.  Raises: Problem."""
+    def session(self, only: Documents | None = None) -> Iterator[Session]:
+        """A refreshed state of the repository, its own until the block ends; with `only`, by that way alone.  Raises: Problem."""
         with self._mutex, self._file_lock(), as_problems("the metadata"):
-            yield self._refreshed()
+            yield self._reached() if only is None else self._refreshed(only, only.url(enrolment.METADATA_PATH))
+
+    def _reached(self) -> Session:
+        """By the first way that leads there. What goes wrong on another than the first is told of nobody's release or fleet: the first
+        one's problem is the one to see to.
+        """
+        others = list(self._others())
+        if others and self._clock.monotonic() < self._away_until and (found := self._by_others(others)) is not None:
+            return found
+        try:
+            session = self._refreshed(self._http, self._url)
+        except tuf_errors.DownloadLengthMismatchError:
+            raise
+        except tuf_errors.DownloadError:
+            if (found := self._by_others(others)) is None:
+                raise
+            self._away_until = self._clock.monotonic() + AWAY_S
+            return found
+        self._away_until = float("-inf")
+        return session
+
+    def _by_others(self, others: Sequence[Documents]) -> Session | None:
+        for other in others:
+            try:
+                return self._refreshed(other, other.url(enrolment.METADATA_PATH))
+            except (Problem, tuf_errors.RepositoryError, tuf_errors.DownloadError) as error:  # noqa: PERF203
+                log.debug("no way to the fleet's documents by %s: %s", other.url(""), error)
+        return None
 
     def keep(self, seen: Seen) -> None:
         """Makes `seen` durable.  Raises: OSError."""
@@ -115,31 +167,31 @@ class MetadataClient:
         finally:
             os.close(fd)
 
-    def _refreshed(self) -> Session:
+    def _refreshed(self, http: Documents, url: str) -> Session:
         seen = seen_versions.load(self._memory / "seen.json")
-        updater = self._updater()
+        updater = self._updater(http, url)
         try:
             self._refresh(updater)
         except tuf_errors.ExpiredMetadataError as error:
             if not self._online_keys_changed(seen):
-                raise self._expired(str(error)) from error
+                raise self._expired(str(error), http) from error
             # The time that seemed to be past was signed with keys that a newer root took away: perhaps by their thief.
             self._clock.forget()
-            updater = self._updater()
+            updater = self._updater(http, url)
             try:
                 self._refresh(updater)
             except tuf_errors.ExpiredMetadataError as again:
-                raise self._expired(str(again)) from again
+                raise self._expired(str(again), http) from again
         seen = self._advanced(seen)
-        self._learn_time(updater)
+        self._learn_time(updater, http)
         self._sync()
-        return Session(updater, seen, self._metadata, self._http)
+        return Session(updater, seen, self._metadata, http)
 
-    def _updater(self) -> Updater:
+    def _updater(self, http: Documents, url: str) -> Updater:
         return Updater(
             metadata_dir=str(self._metadata),
-            metadata_base_url=self._url,
-            fetcher=Fetcher(self._http),
+            metadata_base_url=url,
+            fetcher=Fetcher(http),
             config=self._config,
             bootstrap=self._root,
         )
@@ -155,7 +207,7 @@ class MetadataClient:
         now = min(self._clock.wall(), END_OF_TIME)
         updater._trusted_set.reference_time = dt.datetime.fromtimestamp(now, dt.timezone.utc)  # noqa: SLF001
 
-    def _learn_time(self, updater: Updater) -> None:
+    def _learn_time(self, updater: Updater, http: Documents) -> None:
         """When the timestamp was signed is past. It is believed up to the root's own end: no online key can say more than
         the offline keys allow. What has ended by then is refused.
         """
@@ -171,7 +223,7 @@ class MetadataClient:
             load(self._metadata, Targets.type, Targets),
         ):
             if role.expires.timestamp() <= self._clock.wall():
-                raise self._expired(f"{role.type} metadata ended at {clocks.text(role.expires.timestamp())}")
+                raise self._expired(f"{role.type} metadata ended at {clocks.text(role.expires.timestamp())}", http)
 
     def _online_keys_changed(self, seen: Seen) -> bool:
         try:
@@ -191,9 +243,9 @@ class MetadataClient:
         }
         return seen_versions.advance(seen, versions, {**_keys(root), **_delegated_keys(targets)})
 
-    def _expired(self, what: str) -> Problem:
+    def _expired(self, what: str, http: Documents) -> Problem:
         """Old metadata and a clock that is ahead look alike; the server's own clock says which is likelier."""
-        now, server = self._clock.wall(), self._http.server_time
+        now, server = self._clock.wall(), http.server_time
         if server is not None and now - server > clocks.STEP_BACK_S:
             return Problem(
                 Reason.CLOCK_UNTRUSTED,
@@ -212,10 +264,10 @@ class MetadataClient:
 class Session:
     """The repository as it was verified at one moment. Only inside `MetadataClient.session`."""
 
-    def __init__(self, updater: Updater, seen: Seen, metadata: Path, http: FleetHttp) -> None:
+    def __init__(self, updater: Updater, seen: Seen, metadata: Path, http: Documents) -> None:
         self._updater = updater
         self._metadata = metadata
-        self._http = http
+        self.http = http
         self.seen = seen
 
     def info(self, path: str, what: str) -> TargetFile | None:
@@ -237,7 +289,7 @@ class Session:
         if self.role(Root.type, Root).consistent_snapshot:
             directory, slash, name = path.rpartition("/")
             path = f"{directory}{slash}{next(iter(target.hashes.values()))}.{name}"
-        data = self._http.get(base_url + path, limit_bytes=target.length, deadline_s=METADATA_DEADLINE_S)
+        data = self.http.get(base_url + path, limit_bytes=target.length, deadline_s=METADATA_DEADLINE_S)
         with as_problems(what):
             target.verify_length_and_hashes(data)
         return data

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -42,9 +43,8 @@ from agent.host.clock import SignedClock
 from agent.sync import seen as seen_versions
 from agent.sync import withdrawals
 from agent.sync.desired import Desired
-from agent.sync.http import FleetHttp
 from agent.sync.identity import Identity
-from agent.sync.metadata import METADATA_DEADLINE_S, MetadataClient, Session, as_problems, keep
+from agent.sync.metadata import METADATA_DEADLINE_S, Documents, MetadataClient, Session, as_problems, keep
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem
 
@@ -54,7 +54,15 @@ ASSIGNMENTS_ROLE = "assignments"
 class Trust:
     """Verifies the fleet's documents. Thread-safe; one process per folder."""
 
-    def __init__(self, folder: Path, identity: Identity, http: FleetHttp, clock: SignedClock) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Identity,
+        http: Documents,
+        clock: SignedClock,
+        others: Callable[[], Sequence[Documents]] = tuple,
+    ) -> None:
+        """`others` are ways to the documents that are asked while the fleet server (`http`) cannot be reached."""
         self._folder = folder
         self._identity = identity
         self._http = http
@@ -66,6 +74,7 @@ class Trust:
             url=http.url(enrolment.METADATA_PATH),
             http=http,
             clock=clock,
+            others=others,
         )
 
     def close(self) -> None:
@@ -78,12 +87,15 @@ class Trust:
         except (FileNotFoundError, ContractError):
             return None
 
-    def refresh(self) -> Desired:
-        """The fleet's current word, verified and remembered.  Raises: Problem; what was remembered before stays as it is."""
-        with self._client.session() as session, as_problems("the fleet's word"):
+    def refresh(self, only: Documents | None = None) -> Desired:
+        """The fleet's current word, verified and remembered; with `only`, as it is told there.
+
+        Raises: Problem; what was remembered before stays as it is.
+        """
+        with self._client.session(only) as session, as_problems("the fleet's word"):
             assignment, sha256 = self._assignment(session)
             trusted = session.role(Targets.type, Targets)
-            record = self._record(trusted)
+            record = self._record(session, trusted)
             seen = self._advanced(session, assignment, sha256, record)
             issued, before, now = _issued(session), self.remembered(), self._clock.wall()
             desired = Desired(
@@ -152,11 +164,11 @@ class Trust:
     def _fetch(self, session: Session, target: TargetFile, limit_bytes: int, what: str) -> bytes:
         if target.length > limit_bytes:
             raise Problem(Reason.UNREADABLE, f"{what} has {target.length} bytes, more than the {limit_bytes} allowed")
-        return session.fetch(target, self._http.url(enrolment.TARGETS_PATH), what)
+        return session.fetch(target, session.http.url(enrolment.TARGETS_PATH), what)
 
-    def _record(self, trusted: Targets) -> DeviceRecord:
-        data = self._http.get(
-            self._http.url(enrolment.RECORD_PATH), limit_bytes=MAX_RECORD_BYTES, deadline_s=METADATA_DEADLINE_S
+    def _record(self, session: Session, trusted: Targets) -> DeviceRecord:
+        data = session.http.get(
+            session.http.url(enrolment.RECORD_PATH), limit_bytes=MAX_RECORD_BYTES, deadline_s=METADATA_DEADLINE_S
         )
         record = verify_record(data, trusted)
         mine = self._identity.address

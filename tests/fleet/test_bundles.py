@@ -1,5 +1,6 @@
 """A bundle has what its devices should run, signed as it is in force, and is a file that any tar lists."""
 
+import json
 import tarfile
 
 import pytest
@@ -7,6 +8,7 @@ import requests
 
 from agent.contract import bundle
 from agent.contract.codec import decode
+from agent.contract.manifest import WatchRules
 from tests.fleet.stand import sha256
 
 
@@ -86,8 +88,6 @@ def test_it_takes_an_operator(filled):
 
 
 def test_by_command(filled, tmp_path):
-    import json
-
     path = tmp_path / "fleet.bundle"
     done = filled.cli("bundle", "--output", path, "--device", "crane-1", "--json")
 
@@ -97,3 +97,47 @@ def test_by_command(filled, tmp_path):
     refused = filled.cli("bundle", "--output", tmp_path / "no", "--device", "nobody")
     assert refused.returncode == 3
     assert [one.name for one in tmp_path.iterdir()] == ["fleet.bundle"]
+
+
+def test_from_the_server_to_a_device_without_a_network(own_server, tmp_path):
+    """The real commands on both sides; between them a file."""
+    import subprocess
+    import sys
+
+    from agent.store import Store
+    from tests.fleet.stand import environment
+    from tests.sync.fake_serve import FakeServe
+    from tests.sync.fleet import onnx_release
+
+    server = own_server.start()
+    store = Store.create(tmp_path / "device" / "store")
+    config = tmp_path / "device" / "agent.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "store": str(store.root),
+                "serve": {"socket": str(tmp_path / "s.sock")},
+                "sync": {"identity": str(tmp_path / "device" / "identity"), "disk_reserve_bytes": 0, "watch_poll_s": 0.05},
+            }
+        )
+    )
+
+    def agent(*line):
+        command = [sys.executable, "-m", "agent.cli", *map(str, line), "--config", str(config)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment(), check=False)
+
+    assert agent("enroll", str(server.enrolment_string()), "--device", "crane-9").returncode == 0
+    manifest, contents = onnx_release(tmp_path / "release", 1, 2.0, watch=WatchRules(duration_s=0.2, max_duration_s=5.0))
+    assert server.publish(manifest, contents.values()).status_code == 200
+    server.post("/rollouts", {"release": "crane:1"})
+    file = tmp_path / "crane.bundle"
+    assert server.cli("bundle", "-o", file, "--device", "crane-9").returncode == 0
+    server.stop()
+    serve = FakeServe(store, tmp_path / "s.sock")
+    try:
+        done = agent("import", file)
+        assert done.returncode == 0, done.stderr
+        assert serve.models["crane"]["active"] == 1
+        assert agent("import", file).returncode == 0
+    finally:
+        serve.stop()

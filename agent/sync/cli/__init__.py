@@ -14,6 +14,7 @@ import click
 
 from agent.host import logs
 from agent.sync.cli.common import config_option, fail, json_option, load
+from agent.sync.cli.importing import import_
 from agent.sync.cli.operator import approve, hold, quarantine, rollback, unhold, updates, why
 
 if TYPE_CHECKING:
@@ -187,5 +188,5 @@ def _told() -> Iterator[None]:
         fail(str(error))
 
 
-COMMANDS = (sync, enroll, trial, doctor, updates, why, approve, hold, unhold, rollback, quarantine, tuf)
+COMMANDS = (sync, enroll, import_, trial, doctor, updates, why, approve, hold, unhold, rollback, quarantine, tuf)
 """For `edge-agent`'s group."""
