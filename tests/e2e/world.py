@@ -28,6 +28,7 @@ GOOD, WEAK, TREACHEROUS = "digits-v2-int8-qdq.onnx", "digits-v1-int8-qdq.onnx", 
 with np.load(DIGITS / "data/digits-test.npz") as _archive:
     IMAGES = (_archive["image_u8"][:8, None] * _archive["scale"]).astype(np.float32)
 LIMIT_S = 45.0
+WATCH = {"duration_s": 1.5, "max_duration_s": 30, "min_requests_to_judge": 20, "max_p95_ratio": 1000}
 BALLAST_BYTES = 40_000_000  # makes fetching last long enough to be met
 
 
@@ -43,6 +44,14 @@ class World:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> World:  # noqa: PYI034 - typing.Self came with Python 3.11
+        try:
+            self.begin()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def begin(self) -> None:
         environment = {"EDGE_FLEET_PROFILE": str(self.folder / "profile.yaml")}
         self.processes = self._stack.enter_context(processes(self.folder / "logs", environment))
         self.fleet = Fleet(self.folder, self.processes, lambda _: None, lambda: None)
@@ -57,15 +66,14 @@ class World:
         self.fleet.roll_out(1)
         self.until("release 1 is committed", lambda: self.settled(1))
         self.traffic = Traffic(self.device.socket, self.models)
-        return self
+        self._stack.callback(self.traffic.stop)
 
     def __exit__(self, *_: object) -> None:
-        self.traffic.stop()
         self._stack.close()
 
     # -- what a test does --------------------------------------------------------------------------------------------------
 
-    def publish(self, model: str = GOOD, *, ballast: bool = False) -> None:
+    def publish(self, model: str = GOOD, *, ballast: bool = False, **watch: float) -> None:
         self.models[self.version] = model
         folder = self.folder / f"release-{self.version}"
         folder.mkdir()
@@ -79,18 +87,16 @@ class World:
             "version": self.version,
             "files": files,
             "variants": [{"name": "cpu", "runtime": "onnx", "file": "model.onnx"}],
-            "acceptance": {
-                "watch": {"duration_s": 1.5, "max_duration_s": 30, "min_requests_to_judge": 20, "max_p95_ratio": 1000}
-            },
+            "acceptance": {"watch": {**WATCH, **watch}},
         }
         (folder / "release.yaml").write_text(yaml.safe_dump(release))
         self.fleet.publish(folder / "release.yaml")
 
-    def update(self, model: str = GOOD, *, ballast: bool = False) -> int:
+    def update(self, model: str = GOOD, *, ballast: bool = False, **watch: float) -> int:
         """Publishes the next release and starts its rollout, once the one before is over; returns its version."""
         self.until("the last rollout ends", lambda: self.fleet.get("rollouts")[0]["state"] in {"completed", "aborted"})
         self.version += 1
-        self.publish(model, ballast=ballast)
+        self.publish(model, ballast=ballast, **watch)
         self.fleet.roll_out(self.version)
         return self.version
 
