@@ -248,6 +248,7 @@ def test_a_trial_that_takes_sync_down_each_time_ends_in_quarantine(device: Devic
     device.install(1)
     device.publish(2, "load mark 60")
     device.repository.assign(MODEL, 2)
+    seen: set[str] = set()
     for times in range(1, 5):
         eventually(lambda known=frozenset(seen): marks(device) - known, f"trial {times}")
         seen |= marks(device)
