@@ -1,0 +1,349 @@
+"""Whatever happens, in whatever order, and wherever the process dies, these stay true of a device with several models:
+
+ 1. What `serve` has active passed its trial here.
+ 2. What a `serve` that starts now would load is whole: its manifest and its file are on disk, as signed.
+ 3. A model at rest does not have selected what this device refuses.
+ 4. Of releases that switch together none serves without the others, unless all of them were committed here before.
+ 5. A release that asks for approval serves only after somebody here gave it.
+ 6. A model that is held stays what it is held on, while that is not withdrawn.
+ 7. What is on disk about an update can always be read; what switches together is found in the same phase.
+ 8. When the trouble ends, every model comes to rest within bounded time: on what is wanted, or, where that is refused here, on what
+    served before; `serve` runs what is selected; and no withdrawn release is among it.
+
+The updaters, their store, their states and their quarantine are the real ones; `serve`, the fleet and the clock are played. The process
+dies at anything that lasts: a file written or removed, or a word to `serve`, before it or after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from agent.contract.manifest import WatchRules
+from agent.contract.names import ReleaseRef
+from agent.contract.reasons import Reason
+from agent.contract.reports import Phase
+from agent.store import Selection, Store, StoreError
+from agent.sync import byhand
+from agent.sync.problems import Problem
+from agent.sync.serving import ServeAway
+from agent.sync.states import States
+from tests.sync.bench import Killed, numbers
+from tests.sync.crew import Crew
+from tests.sync.test_together import Death
+
+WATCH = WatchRules(duration_s=5.0, max_duration_s=20.0, min_requests_to_judge=5, report_within_s=30.0)
+MODELS = ("arm", "eye")
+GOOD = {"arm": (1, 11), "eye": (2, 12)}
+TEAM = {"arm": 21, "eye": 22}
+"""Only ever wanted together."""
+BAD_TEAM = {"arm": 31, "eye": 32}
+"""The same, and eye:32 fails its watch."""
+BAD_TRIAL, BAD_WATCH, ASKS = {"arm": 41, "eye": 42}, {"arm": 51, "eye": 52}, {"arm": 61, "eye": 62}
+SINGLE = {model: (*GOOD[model], BAD_TRIAL[model], BAD_WATCH[model], ASKS[model]) for model in MODELS}
+FAILS = {32, 51, 52}
+REST = (Phase.STEADY, Phase.QUARANTINED)
+
+
+class Device(RuleBasedStateMachine):
+    """One device, from its first release on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ending = contextlib.ExitStack()
+        folder = self.ending.enter_context(tempfile.TemporaryDirectory())
+        self.patch = self.ending.enter_context(pytest.MonkeyPatch.context())
+        self.crew = Crew(Path(folder), MODELS)
+        self.passed: set[tuple[str, int]] = set()
+        self.approved: set[tuple[str, int]] = set()
+        self.withdrawn: dict[str, set[int]] = {model: set() for model in MODELS}
+        self.wanted: dict[str, int | None] = dict.fromkeys(MODELS)
+        self.together: tuple[str, ...] = ()
+        self.calls_until_cut: int | None = None
+        self.crew.trial = self.trial
+        self.crew.link_up = True
+        for model in MODELS:
+            for version in (*SINGLE[model], TEAM[model], BAD_TEAM[model]):
+                self.crew.release(version, model=model, watch=WATCH, approval=version == ASKS[model])
+                self.crew.serve.numbers[version] = numbers(50, run=50) if version in FAILS else numbers(100)
+        self.death = Death(self.patch, self.crew)
+        self.crew.serve.fault = self.called
+
+    def teardown(self) -> None:
+        self.death.left = None
+        try:
+            self.settle()
+        finally:
+            self.ending.close()
+
+    # -- what is played ------------------------------------------------------------------------------------------------------
+
+    def trial(self, request, *_) -> dict:
+        self.death.moment()
+        ref = ReleaseRef.parse(request.release)
+        if ref.version == BAD_TRIAL[ref.model]:
+            raise Problem(Reason.GOLDEN_MISMATCH, "wrong answers")
+        self.passed.add((ref.model, ref.version))
+        return {}
+
+    def called(self, action: str, _version: int | None) -> None:
+        if action == "status":
+            return
+        self.death.moment()
+        if self.calls_until_cut is not None:
+            self.calls_until_cut -= 1
+            if self.calls_until_cut < 0:
+                self.calls_until_cut = None
+                raise ServeAway("cut off", sent=True)
+
+    def go(self, rounds: int) -> None:
+        for _ in range(rounds):
+            try:
+                self.crew.round()
+            except Killed:
+                self.rules_2_and_3()
+                self.rule_7()
+                self.rule_4()  # what another process finds right now, before this one mends anything
+                self.crew.again()
+
+    def desire(self) -> None:
+        gone = {model: tuple(sorted(numbers)) for model, numbers in self.withdrawn.items()}
+        self.crew.desire(self.wanted, self.together, gone)
+
+    # -- what may happen -----------------------------------------------------------------------------------------------------
+
+    @initialize()
+    def first_releases(self) -> None:
+        self.wanted = {model: GOOD[model][0] for model in MODELS}
+        self.desire()
+        self.go(30)
+
+    @rule(model=st.sampled_from(MODELS), choice=st.integers(0, 4), rounds=st.integers(0, 25))
+    def want_one(self, model: str, choice: int, rounds: int) -> None:
+        self.want(model, choice)
+        self.go(rounds)
+
+    def want(self, model: str, choice: int) -> None:
+        for other in MODELS:  # whoever was one of a team leaves it with the others
+            if self.wanted[other] in (TEAM[other], BAD_TEAM[other]):
+                self.wanted[other] = GOOD[other][0]
+        self.wanted[model], self.together = SINGLE[model][choice], ()
+        self.desire()
+
+    @rule(good=st.booleans(), rounds=st.integers(0, 40))
+    def want_all(self, good: bool, rounds: int) -> None:
+        self.want_together(good)
+        self.go(rounds)
+
+    def want_together(self, good: bool) -> None:
+        self.wanted, self.together = dict(TEAM if good else BAD_TEAM), MODELS
+        self.desire()
+
+    @rule(model=st.sampled_from(MODELS))
+    def want_nothing(self, model: str) -> None:
+        self.want(model, 0)
+        self.wanted[model] = None
+        self.desire()
+
+    @rule(model=st.sampled_from(MODELS), choice=st.integers(1, 6))
+    def withdraw(self, model: str, choice: int) -> None:
+        number = (*SINGLE[model], TEAM[model], BAD_TEAM[model])[choice]
+        self.withdrawn[model].add(number)
+        if self.wanted[model] == number:
+            self.want(model, 0)
+        self.desire()
+
+    @rule(rounds=st.integers(5, 40))
+    def time_passes(self, rounds: int) -> None:
+        self.go(rounds)
+
+    @rule(moment=st.integers(0, 60), serve_too=st.booleans())
+    def dies(self, moment: int, serve_too: bool) -> None:
+        self.death.left = moment
+        self.go(12)
+        self.death.left = None
+        if serve_too:
+            self.crew.serve.start()
+
+    @rule(
+        good=st.booleans(),
+        phase=st.sampled_from((Phase.WAITING, Phase.ACTIVATING, Phase.WATCHING, Phase.ROLLING_BACK)),
+        moment=st.integers(0, 25),
+    )
+    def dies_in_a_switch_of_all(self, good: bool, phase: Phase, moment: int) -> None:
+        self.want_together(good)
+        for _ in range(40):
+            if any(updater.state.phase is phase for updater in self.crew.updaters.values()):
+                break
+            self.go(1)
+        self.death.left = moment
+        self.go(4)
+        self.death.left = None
+
+    @rule()
+    def reboots(self) -> None:
+        self.crew.boot += "'"
+        self.crew.serve.start()
+        self.crew.again()
+
+    @rule()
+    def serve_crashes(self) -> None:
+        self.crew.serve.start()
+
+    @rule(away=st.sampled_from((False, False, True)))
+    def serve_goes(self, away: bool) -> None:
+        if self.crew.serve.away and not away:
+            self.crew.serve.start()
+        self.crew.serve.away = away
+
+    @rule(calls=st.integers(0, 4))
+    def a_word_to_serve_is_cut_off(self, calls: int) -> None:
+        self.calls_until_cut = calls
+        self.go(4)
+        self.calls_until_cut = None
+
+    @rule(up=st.booleans())
+    def the_broker(self, up: bool) -> None:
+        self.crew.link_up = up
+
+    @rule(up=st.sampled_from((True, True, False)))
+    def the_network(self, up: bool) -> None:
+        self.crew.manifest_problem = None if up else Problem(Reason.DOWNLOAD_FAILED, "unplugged")
+
+    @rule(hours=st.integers(-24, 24))
+    def the_clock_is_set(self, hours: int) -> None:
+        self.crew.clock.set_wall(self.crew.clock.wall() + 3600 * hours)
+
+    @rule(model=st.sampled_from(MODELS))
+    def somebody_approves(self, model: str) -> None:
+        with contextlib.suppress(StoreError):
+            self.approved.add((model, byhand.approve(self.crew.store, model)))
+
+    @rule(model=st.sampled_from(MODELS))
+    def somebody_holds(self, model: str) -> None:
+        if self.crew.updaters[model].state.phase in REST and not self.crew.serve.away:
+            with contextlib.suppress(StoreError):
+                byhand.hold(self.crew.store, model)
+
+    @rule(model=st.sampled_from(MODELS))
+    def somebody_lets_go(self, model: str) -> None:
+        self.crew.surroundings.holds.lift(model)
+
+    @rule(model=st.sampled_from(MODELS))
+    def somebody_clears_the_quarantine(self, model: str) -> None:
+        byhand.clear(self.crew.store, model)
+
+    # -- what stays true -----------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def rule_1(self) -> None:
+        for model, version in self.crew.runs.items():
+            assert version is None or (model, version) in self.passed
+
+    @invariant()
+    def rules_2_and_3(self) -> None:
+        for model, selection in Store(self.crew.store.root).selections().items():
+            assert isinstance(selection, Selection)
+            self.crew.store.release(model, selection.active)
+            if self.crew.updaters[model].state.phase in REST:
+                assert selection.active.version not in self.refused(model)
+
+    @invariant()
+    def rule_4(self) -> None:
+        for found in (self.crew.on_disk(), self.crew.runs):
+            for team in (TEAM, BAD_TEAM):
+                there = [model for model in MODELS if found[model] == team[model]]
+                if there and len(there) < len(MODELS):
+                    assert all(self.committed(model, team[model]) for model in there), f"{found}"
+
+    @invariant()
+    def rule_5(self) -> None:
+        for found in (self.crew.on_disk(), self.crew.runs):
+            for model in MODELS:
+                assert found[model] != ASKS[model] or (model, ASKS[model]) in self.approved
+
+    @invariant()
+    def rule_6(self) -> None:
+        for model in MODELS:
+            held, updater = self.crew.surroundings.holds.pinned(model), self.crew.updaters[model]
+            if held is not None and updater.state.phase in REST and held not in self.withdrawn[model]:
+                assert self.crew.on_disk()[model] in (held, None)
+
+    @invariant()
+    def rule_7(self) -> None:
+        states = States(self.crew.store.private / "updates")
+        found = {model: states.read(model) for model in MODELS}
+        for state in found.values():
+            assert state is not None
+            for peer in state.peers:
+                other = found[peer]
+                assert other is not None
+                assert (other.phase, other.peers) == (state.phase, state.peers)
+
+    # -- how it ends ---------------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Rule 8."""
+        crew = self.crew
+        crew.manifest_problem, crew.link_up, self.calls_until_cut = None, True, None
+        if crew.serve.away:
+            crew.serve.away = False
+            crew.serve.start()
+        for model in MODELS:
+            crew.surroundings.holds.lift(model)
+            if self.wanted[model] == ASKS[model]:
+                self.want(model, 1)
+            if self.wanted[model] in self.withdrawn[model]:
+                self.want(model, 0)
+        self.desire()
+        for _ in range(6000):
+            crew.round()
+            if self.still():
+                break
+        crew.rounds(3)
+        assert self.still(), {model: (u.state.phase, u.state.target, u.problem) for model, u in crew.updaters.items()}
+        assert crew.runs == crew.on_disk()
+        for model in MODELS:
+            assert crew.runs[model] not in self.withdrawn[model]
+        self.rule_1()
+        self.rule_4()
+
+    def still(self) -> bool:
+        """Every model rests on what is wanted, or waits for another of its team that this device refuses."""
+        stuck = self.together and any(self.wanted[m] in self.refused(m) for m in self.together)
+        return all(
+            (updater.state.phase in REST and (self.crew.runs[m] == self.wanted[m] or self.wanted[m] in self.refused(m)))
+            or (stuck and updater.state.waiting_for == "others")
+            for m, updater in self.crew.updaters.items()
+        )
+
+    def refused(self, model: str) -> set[int]:
+        return {entry.answer.release for entry in self.crew.surroundings.quarantine.entries(model)}
+
+    def committed(self, model: str, version: int) -> bool:
+        manifest = self.crew.signed[ReleaseRef(model, version)].data
+        return hashlib.sha256(manifest).hexdigest() in self.crew.updaters[model].state.committed
+
+
+QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+
+
+def test_any_sequence():
+    run_state_machine_as_test(
+        Device, settings=settings(max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=QUIET)
+    )
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_any_sequence_at_length():
+    run_state_machine_as_test(
+        Device, settings=settings(max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=QUIET)
+    )
