@@ -144,6 +144,8 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     transfer_window: str = ""
     """The hours for downloads, local time, such as 22:00-06:00; outside of them they rest. What is on this machine is used at any time.
     Empty: always."""
+    mqtt_transfers: bool = True
+    """Whether metadata and files come over the broker while the fleet server cannot be reached otherwise."""
     local_sources: tuple[Path, ...] = ()
     """Folders that may have bundles (`edge-fleet bundle`) or blobs, such as where sticks are mounted. They are asked before any network."""
     peers: tuple[str, ...] = ()

@@ -36,7 +36,10 @@ from agent.store import Store
 from agent.sync import identity
 from agent.sync.fetching.downloader import Downloader
 from agent.sync.fetching.https import HttpBlobs
+from agent.sync.fetching.mqtt import MqttBlobs, Transfers
 from agent.sync.http import FleetHttp
+from agent.sync.link import Broker, Link, tls_context
+from agent.sync.outbox import Outbox
 from agent.sync.problems import Stopped
 from fleet_server.releases import chunks
 
@@ -69,7 +72,7 @@ class Bench:
 
     def __init__(self, folder: Path, fleet: Fleet, device: Device) -> None:
         self.folder, self.fleet = folder, fleet
-        who = identity.load(device.folder / "identity")
+        self.who = who = identity.load(device.folder / "identity")
         clock = SystemClock()
         self.clock = clock
         self.connect = lambda: FleetHttp(
@@ -199,6 +202,51 @@ def resumed(bench: Bench, size: int, cuts: int) -> dict[str, Any]:
     return {"again": again, "largest_block": max(block.size_bytes for block in file.blocks)}
 
 
+def brokered(bench: Bench, repeats: int, size: int) -> dict[str, list[float]]:
+    """Bytes per second of a file over the broker's port alone, and over HTTPS in the same round."""
+    path = bench.folder / "brokered"
+    path.write_bytes(random.Random(2).randbytes(size))
+    file = bench.publish("brokered", 1, path)
+    found: dict[str, list[float]] = {"mqtt": [], "https": [], "ratio": []}
+    with linked(bench) as transfers:
+        for _ in range(repeats):
+            for name, source in (("https", HttpBlobs(bench.connect)), ("mqtt", MqttBlobs(transfers))):
+                store = bench.store()
+                downloads = Downloader(store, [source], bench.clock, reserve_bytes=0, min_bytes_per_s=1)
+                began = time.perf_counter()
+                downloads.fetch(file, lambda _: None, lambda: False)
+                found[name].append(size / 1e6 / (time.perf_counter() - began))
+                store.blob(file.sha256).unlink()
+            found["ratio"].append(found["mqtt"][-1] / found["https"][-1])
+    return found
+
+
+@contextmanager
+def linked(bench: Bench) -> Iterator[Transfers]:
+    who = bench.who
+    link = Link(
+        who.device,
+        Broker(
+            who.address.broker_host,
+            who.address.broker_port,
+            lambda: tls_context(str(who.ca_file), str(who.certificate_file), str(who.key_file)),
+        ),
+        Outbox(bench.folder / "outbox.db"),
+        lambda: 1,
+        on_poke=lambda: None,
+    )
+    transfers = Transfers(link.ask, lambda: link.connected)
+    link.on_blocks, link.busy = transfers.received, lambda: transfers.active
+    link.start()
+    try:
+        while not link.connected:
+            time.sleep(0.05)
+        yield transfers
+    finally:
+        link.stop()
+        link.outbox.close()  # type: ignore[attr-defined]
+
+
 @contextmanager
 def running(folder: Path) -> Iterator[Bench]:
     environment = {"EDGE_FLEET_PROFILE": str(folder / "profile.yaml"), "PYTHONUNBUFFERED": "1"}
@@ -228,6 +276,11 @@ def main() -> None:
                 f"{model}: {row['file']:.0f} bytes in {row['manifest_blocks']:.0f} blocks, {row['changed']:.0f} changed, "
                 f"{row['fetched']:.0f} fetched: {row['ratio']:.3f}"
             )
+        slow = brokered(bench, min(3, repeats), size // 2)
+        print(
+            f"{size / 2e6:.0f} MB over the broker's port alone: {spread(slow['mqtt'])} MB/s, over HTTPS {spread(slow['https'])} MB/s; "
+            f"ratio {spread(slow['ratio'])}"
+        )
         cut = resumed(bench, size, 5)
         print(f"cut off and resumed: {cut['again']} bytes asked for again; the largest block has {cut['largest_block']}")
 

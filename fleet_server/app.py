@@ -33,6 +33,7 @@ from fleet_server.devices.enrolment import Enrolment
 from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.pki import Authority
 from fleet_server.errors import Unavailable
+from fleet_server.ingest.courier import Courier
 from fleet_server.ingest.intake import Intake
 from fleet_server.ingest.link import MqttLink
 from fleet_server.journal import Journal
@@ -183,7 +184,8 @@ class _Running:
         conf = broker_settings.write(fleet.folder, self._config.broker)
         self._broker = Supervisor(executable, conf, fleet.folder.root)
         host = "127.0.0.1" if _wildcard(self._config.broker.listen) else self._config.broker.listen
-        self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.rollouts.evaluate)
+        courier = Courier(fleet.blobs, fleet.repository, fleet.inventory)
+        self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.rollouts.evaluate, courier)
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         fleet.inventory.link, fleet.rollouts.poker = self, self._link

@@ -13,7 +13,7 @@ ROOT = "v1"
 POKE_ALL = f"{ROOT}/all/poke"
 UP_FILTER = f"{ROOT}/d/+/up/#"
 
-Upward = Literal["state", "events", "telemetry", "presence"]
+Upward = Literal["state", "events", "telemetry", "presence", "blocks"]
 
 
 class Poke(Document, frozen=True, kw_only=True):
@@ -26,6 +26,11 @@ class Poke(Document, frozen=True, kw_only=True):
 
 def down_poke(device: str) -> str:
     return f"{ROOT}/d/{device}/down/poke"
+
+
+def down_blocks(device: str, transfer: str) -> str:
+    """Where the parts of a transfer go; `+` for `transfer` is the filter of all."""
+    return f"{ROOT}/d/{device}/down/blocks/{transfer}"
 
 
 def up(device: str, what: Upward) -> str:

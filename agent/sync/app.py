@@ -38,12 +38,14 @@ from agent.sync.counters import Counter
 from agent.sync.delivery import Deliveries
 from agent.sync.desired import Desired
 from agent.sync.fetching import configured
+from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers
 from agent.sync.holds import Holds
 from agent.sync.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.identity import Identity, IdentityError
 from agent.sync.imports import Imports
 from agent.sync.journal import Journal
 from agent.sync.leases import Leases
+from agent.sync.metadata import Documents
 from agent.sync.model import Surroundings
 from agent.sync.outbox import Outbox
 from agent.sync.ports import Clock
@@ -253,12 +255,15 @@ class SyncApp:
             lambda: self._hardware,
             deliveries,
         )
+        self._transfers = Transfers(self._ask_broker, lambda: self.link.connected)
         sources = configured.sources(settings, self._http, clock, who.ca_file, clock.unset)
+        if settings.mqtt_transfers:
+            sources.append(MqttBlobs(self._transfers))
         downloads = configured.downloader(
             store, settings, clock, [source for source in sources if networked or not source.metered]
         )
         self._imports = Imports(store, who.device, downloads.sources, self._tell)
-        self._trust = Trust(private / "trust", who, self._http() if networked else NoNetwork(), clock, self._imports.ways)
+        self._trust = Trust(private / "trust", who, self._http() if networked else NoNetwork(), clock, self._ways)
         self.follower = Follower(
             self._trust,
             settings.poll_interval_s,
@@ -305,6 +310,8 @@ class SyncApp:
             on_poke=self.follower.poke,
             on_change=lambda _: self._due.set(),
             on_delivered=deliveries.delivered,
+            on_blocks=self._transfers.received,
+            busy=lambda: self._transfers.active,
         )
 
     # -- Teller: what updaters say ------------------------------------------------------------------------------------------
@@ -445,6 +452,14 @@ class SyncApp:
     def _colleague(self, model: str) -> ModelUpdater | None:
         worker = self._workers.get(model)
         return worker.updater if worker is not None else None
+
+    def _ask_broker(self, ask: bytes) -> bool:
+        return self.link.ask(ask)
+
+    def _ways(self) -> list[Documents]:
+        """To the fleet's documents, while its server cannot be reached."""
+        broker = [MqttDocuments(self._transfers)] if self._config.sync.mqtt_transfers and self.link.connected else []
+        return [*broker, *self._imports.ways()]
 
     def _busy_with(self, model: str, version: int) -> bool:
         """Whether the release may still have to be fetched."""

@@ -6,6 +6,7 @@ so the outbox stays the truth: a message leaves it when the broker has acknowled
 
 from __future__ import annotations
 
+import collections
 import logging
 import random
 import ssl
@@ -32,6 +33,9 @@ KEEPALIVE_S = 60
 CONNECT_TIMEOUT_S = 10.0
 LOOP_S = 0.5
 """How long the loop sleeps when nothing arrives; also the longest a new message waits. Two wake-ups a second cost nothing measurable."""
+
+BUSY_LOOP_S = 0.02
+"""The same while a transfer is under way, which asks for its next parts."""
 
 CONNACK_TIMEOUT_S = 15.0
 FIRST_DELAY_S = 1.0
@@ -76,8 +80,14 @@ class Link:
         on_change: Callable[[bool], None] = lambda _: None,
         jitter: Callable[[], float] = random.random,
         on_delivered: Callable[[int], None] = lambda _: None,
+        on_blocks: Callable[[str, bytes], None] = lambda _id, _payload: None,
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`on_blocks` gets the parts of transfers by their id; `busy` says whether one is under way."""
         self.on_delivered = on_delivered
+        self.on_blocks = on_blocks
+        self.busy = busy
+        self.asks: collections.deque[bytes] = collections.deque()
         self.device = device
         self.broker = broker
         self.outbox = outbox
@@ -91,6 +101,13 @@ class Link:
         self.session = 0
         self.connected = False
         self.problem: str | None = None
+
+    def ask(self, payload: bytes) -> bool:
+        """Asks for parts of something (agent.contract.transfers), at most once. False without a connection. Any thread may."""
+        if not self.connected:
+            return False
+        self.asks.append(payload)
+        return True
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="mqtt-link", daemon=True)
@@ -161,11 +178,13 @@ class _Conversation:
         self._client.connect(link.broker.host, link.broker.port, KEEPALIVE_S, **self._connect_options())
         accepted_at = 0.0
         while not link.stopping.is_set():
-            if self._client.loop(LOOP_S) != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            if self._client.loop(BUSY_LOOP_S if link.busy() else LOOP_S) != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 break
             if self._accepted:
                 accepted_at = accepted_at or time.monotonic()
                 self._drain()
+                while link.asks:
+                    self._client.publish(topics.up(link.device, "blocks"), link.asks.popleft(), qos=0)
             elif self._refused or time.monotonic() - started > CONNACK_TIMEOUT_S:
                 break
         self._end()
@@ -212,12 +231,17 @@ class _Conversation:
             return
         self._accepted = True
         device = self._link.device
-        client.subscribe([(topics.down_poke(device), 1), (topics.POKE_ALL, 1)])
+        self._link.asks.clear()
+        client.subscribe([(topics.down_poke(device), 1), (topics.POKE_ALL, 1), (topics.down_blocks(device, "+"), 0)])
         client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1, retain=True)
         self._link.set_connected(connected=True)
 
-    def _on_message(self, _client: mqtt.Client, _data: Any, _message: mqtt.MQTTMessage) -> None:
-        # Both subscriptions are pokes, and what a poke says is not trusted: only that one came matters.
+    def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        before, _, transfer = message.topic.rpartition("/")
+        if f"{before}/" == topics.down_blocks(self._link.device, ""):
+            self._link.on_blocks(transfer, bytes(message.payload))
+            return
+        # The other subscriptions are pokes, and what a poke says is not trusted: only that one came matters.
         self._link.on_poke()
 
     def _on_publish(self, _client: mqtt.Client, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:

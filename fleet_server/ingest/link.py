@@ -26,6 +26,7 @@ from paho.mqtt.properties import Properties
 from agent.contract import topics
 from agent.contract.codec import encode
 from fleet_server.devices import pki
+from fleet_server.ingest.courier import Courier
 from fleet_server.ingest.fair import FairQueue, Room
 from fleet_server.ingest.intake import Changes, Dropped, Intake, Message
 
@@ -52,8 +53,16 @@ class MqttLink:
     """Runs two threads between `start` and `stop`: paho's network loop, and the worker that stores."""
 
     def __init__(
-        self, authority: pki.Authority, host: str, port: int, intake: Intake, on_models: Callable[[set[str]], None]
+        self,
+        authority: pki.Authority,
+        host: str,
+        port: int,
+        intake: Intake,
+        on_models: Callable[[set[str]], None],
+        courier: Courier | None = None,
     ) -> None:
+        """`courier` answers the devices that ask for documents and blobs."""
+        self._courier = courier
         self._intake, self._on_models = intake, on_models
         self._waiting: FairQueue[_Received] = FairQueue(share=SHARE, limit=LIMIT, limit_bytes=LIMIT_BYTES)
         self._stopping = threading.Event()
@@ -81,8 +90,12 @@ class MqttLink:
         self._client.connect_async(*self._address, keepalive=KEEPALIVE_S, clean_start=False, properties=properties)
         self._worker.start()
         self._client.loop_start()
+        if self._courier is not None:
+            self._courier.start(lambda topic, payload: self._client.publish(topic, payload, qos=0))
 
     def stop(self) -> None:
+        if self._courier is not None:
+            self._courier.stop()
         self._client.disconnect()
         self._client.loop_stop()
         self._stopping.set()
@@ -131,6 +144,11 @@ class MqttLink:
             topic = ""
         item = _Received(Message(topic, bytes(message.payload)), message.mid, message.qos, self._connection)
         where = topics.parse_up(topic)
+        if where is not None and where[1] == "blocks":
+            self._acknowledge(item)
+            if self._courier is not None:
+                self._courier.ask(where[0], item.message.payload)
+            return
         room = self._waiting.put(where[0] if where else "", item, len(item.message.payload))
         if room is Room.FULL:
             self._intake.drop(topic, Dropped("flood", f"more than {LIMIT} messages or {LIMIT_BYTES} bytes of one device wait"))
