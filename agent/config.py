@@ -184,7 +184,7 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
                 raise ValueError(f"{address!r} in peers or peer_listen must be ADDRESS:PORT, such as 192.0.2.7:8500")
         for url in self.mirrors:
             if not url.startswith("https://"):
-                raise ValueError(f"mirror {url!r} must be an https:// address")
+                raise ValueError(f"{url!r} in mirrors must be an https:// address")
         if self.transfer_window and not _HOURS.fullmatch(self.transfer_window):
             raise ValueError(f"transfer_window is {self.transfer_window!r}; expected hours such as 22:00-06:00")
         for window in self.windows:

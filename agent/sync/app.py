@@ -38,7 +38,7 @@ from agent.sync.counters import Counter
 from agent.sync.delivery import Deliveries
 from agent.sync.desired import Desired
 from agent.sync.fetching import configured
-from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers
+from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers, sized
 from agent.sync.holds import Holds
 from agent.sync.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.identity import Identity, IdentityError
@@ -255,7 +255,9 @@ class SyncApp:
             lambda: self._hardware,
             deliveries,
         )
-        self._transfers = Transfers(self._ask_broker, lambda: self.link.connected)
+        self._transfers = Transfers(
+            self._ask_broker, lambda: self.link.connected, **sized(settings.bandwidth_limit_bytes_per_s)
+        )
         sources = configured.sources(settings, self._http, clock, who.ca_file, clock.unset)
         if settings.mqtt_transfers:
             sources.append(MqttBlobs(self._transfers))
@@ -275,11 +277,12 @@ class SyncApp:
         )
         self._serving = ServeClient(config.serve.socket)
         self._quarantine = Quarantine(private / "quarantine")
+        holds = Holds(private / "holds")
         self._surroundings = Surroundings(
             store=store,
             states=States(private / "updates"),
             quarantine=self._quarantine,
-            housekeeping=Housekeeping(store, settings.keep_releases),
+            housekeeping=Housekeeping(store, settings.keep_releases, holds.pinned),
             releases=self._trust,
             downloader=downloads,
             trials=TrialProcesses(clock, settings.trial_socket, scratch=private / "scratch"),
@@ -290,7 +293,7 @@ class SyncApp:
             desired=lambda: self.follower.current,
             teller=self,
             boot=hardware.boot_id(),
-            holds=Holds(private / "holds"),
+            holds=holds,
             journal=Journal(private / "journal"),
             approvals=Approvals(private / "approvals"),
             leases=Leases(private / "lease.json", clock, lambda: self.follower.current),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from agent.contract.names import SHA256, ReleaseRef
 from agent.host import files
@@ -11,7 +11,7 @@ from agent.store import Store, StoreError
 from agent.sync.fetching.staged import BLOCKS_SUFFIX
 
 
-def surplus(releases: Iterable[ReleaseRef], needed: Mapping[str, Collection[int]], keep_newest: int) -> list[ReleaseRef]:
+def surplus(releases: Iterable[ReleaseRef], needed: Mapping[str, Collection[int | None]], keep_newest: int) -> list[ReleaseRef]:
     """The releases that nobody needs, oldest first, beyond the `keep_newest` newest unneeded ones of each model."""
     unneeded: dict[str, list[ReleaseRef]] = {}
     for ref in sorted(releases):
@@ -45,7 +45,9 @@ def collect(store: Store, remove: Iterable[ReleaseRef], staging_needed: Collecti
 class Housekeeping:
     """Keeps the store within bounds while several models may be fetching. Thread-safe."""
 
-    def __init__(self, store: Store, keep_newest: int) -> None:
+    def __init__(self, store: Store, keep_newest: int, pinned: Callable[[str], int | None] = lambda _: None) -> None:
+        """`pinned`: the release that an operator here holds a model on, which may have to serve without any network."""
+        self._pinned = pinned
         self._store = store
         self._keep_newest = keep_newest
         self._lock = threading.Lock()
@@ -74,9 +76,10 @@ class Housekeeping:
         with self._lock:
             if None in self._fetching.values() and not short_of_space:
                 return 0
-            releases = [ref for ref in self._store.releases() if ref.model in self._needed]
-            remove = {*surplus(releases, self._needed, 0 if short_of_space else self._keep_newest)}
-            remove |= {ref for ref in releases if ref.version not in self._needed[ref.model] and self._damaged(ref)}
+            needed = {model: {*versions, self._pinned(model)} for model, versions in self._needed.items()}
+            releases = [ref for ref in self._store.releases() if ref.model in needed]
+            remove = {*surplus(releases, needed, 0 if short_of_space else self._keep_newest)}
+            remove |= {ref for ref in releases if ref.version not in needed[ref.model] and self._damaged(ref)}
             blobs = {blob for needed in self._fetching.values() if needed for blob in needed}
             return collect(self._store, sorted(remove), blobs)
 

@@ -19,7 +19,7 @@ from agent.host.clock import SystemClock
 from agent.store import Store
 from agent.sync import identity
 from agent.sync.fetching.downloader import Downloader
-from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers
+from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers, sized
 from agent.sync.http import HttpStatus, TooLong
 from agent.sync.link import Broker, Link, tls_context
 from agent.sync.problems import Problem
@@ -206,6 +206,27 @@ def test_parts():
 def test_an_ask_that_breaks_a_rule(change):
     with pytest.raises(ValueError):
         Ask(**{"id": "a", "thing": "blob", "name": "x", "first": 0, "wanted": "01", **change})
+
+
+@pytest.mark.parametrize("limit", [0, 1, 1000, 5000, 65_535, 65_536, 1_000_000, 100_000_000])
+def test_a_bandwidth_limit_holds_at_the_broker_too(limit):
+    """Parts come as soon as they are asked for, so no more is asked for than the limit lets through in a second (or the smallest part)."""
+    found = sized(limit)
+
+    assert limit == 0 or found["window"] * found["part_bytes"] <= max(limit, transfers.MIN_PART_BYTES)
+    assert 1 <= found["window"] <= transfers.MAX_PARTS
+    assert transfers.MIN_PART_BYTES <= found["part_bytes"] <= transfers.MAX_PART_BYTES
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_the_smallest_windows_come_to_an_end(server, pulled, window):
+    server.upload(DATA)
+    small = Transfers(pulled.link.ask, lambda: True, window=window, part_bytes=4096)
+    pulled.link.on_blocks = small.received
+
+    got = b"".join(data for _, data in small.parts("blob", sha256(DATA), 5, 25))
+
+    assert got == DATA[5 * 4096 : 25 * 4096]
 
 
 def test_a_broker_that_sends_nothing_is_given_up():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from agent.contract import enrolment
 from agent.contract.codec import encode
 from agent.contract.reasons import Reason
-from agent.contract.transfers import PART_BYTES, Ask, Kind, Part, Status, bitmap, decode_part
+from agent.contract.transfers import MIN_PART_BYTES, PART_BYTES, Ask, Kind, Part, Status, bitmap, decode_part
 from agent.sync.fetching.sources import NotHere, Reader
 from agent.sync.http import HttpStatus, TooLong
 from agent.sync.problems import Problem
@@ -29,6 +29,16 @@ SILENCE_S = 3.0
 
 SILENCES = 6
 """How often in a row. A broker that restarts is back by then."""
+
+
+def sized(limit_bytes_per_s: int) -> dict[str, int]:
+    """The window and the size of parts for a bandwidth limit (0: none): what is asked for comes at once, so it is a second's worth."""
+    if limit_bytes_per_s <= 0:
+        return {"window": WINDOW, "part_bytes": PART_BYTES}
+    part = PART_BYTES
+    while part > max(MIN_PART_BYTES, limit_bytes_per_s):
+        part //= 2
+    return {"window": max(1, min(WINDOW, limit_bytes_per_s // part)), "part_bytes": part}
 
 
 class Transfers:
