@@ -94,7 +94,8 @@ def _runs(name: str, model: dict[str, Any]) -> str:
     if model["phase"] == "steady":
         return serving
     progress = f" {model['progress']:.0%}" if model.get("progress") is not None else ""
-    return f"{serving} ({words(model['phase'])}{progress})"
+    waits = f" for {model['waiting_for']}" if model["phase"] == "waiting" and model.get("waiting_for") else ""
+    return f"{serving} ({words(model['phase'])}{waits}{progress})"
 
 
 def device(d: dict[str, Any]) -> None:
@@ -107,7 +108,7 @@ def device(d: dict[str, Any]) -> None:
         console.print(f"problem {safe(d['problem'])}")
     for name, m in d["models"].items():
         console.print(
-            f"\n[bold]{safe(name)}[/bold]  serves {m['serving']} ({safe(m['variant'])}), {safe(words(m['phase']))}, wanted {m['wanted']}"
+            f"\n[bold]{safe(name)}[/bold]  serves {m['serving']} ({safe(m['variant'])}), {safe(_phase(m))}, wanted {m['wanted']}"
         )
         if (stage := m.get("stage")) is not None:
             found = ", ".join(f"{words(name)} {value}" for name, value in stage["evidence"].items())
@@ -117,6 +118,15 @@ def device(d: dict[str, Any]) -> None:
         for answer in m["answers"]:
             why = f": {answer['reason']} {answer['message']}" if answer["reason"] else ""
             console.print(f"  release {answer['release']} {safe(words(answer['outcome']))}{safe(why)} ({moment(answer['at'])})")
+
+
+def _phase(model: dict[str, Any]) -> str:
+    """`waiting for approval`, `watching (passed)`, `stopped: …`."""
+    if model.get("stopped"):
+        return f"stopped: {model['stopped']}"
+    if model["phase"] == "waiting" and model.get("waiting_for"):
+        return f"waiting for {model['waiting_for']}"
+    return words(model["phase"]) + (" (passed)" if model.get("passed") else "")
 
 
 def _hardware(hardware: dict[str, Any] | None) -> str:

@@ -6,9 +6,12 @@ from typing import Any
 
 import msgspec
 
+from agent.contract.assignment import MAX_ASSIGNMENT_BYTES
+from agent.contract.codec import ContractError, decode
 from agent.host.clock import text as moment
 from agent.store import Store, StoreError
 from agent.sync.approvals import Approvals
+from agent.sync.desired import Desired
 from agent.sync.holds import Holds
 from agent.sync.quarantine import Entry, Quarantine
 from agent.sync.states import States
@@ -27,7 +30,31 @@ _WAITS = {
 def read(store: Store) -> dict[str, Any]:
     """Model → where its update stands, in plain values.  Raises: OSError."""
     states, quarantine = States(store.private / "updates"), Quarantine(store.private / "quarantine")
-    return {model: _model(store, states, quarantine, model) for model in states.models()}
+    found = {model: _model(store, states, quarantine, model) for model in states.models()}
+    desired = _desired(store)
+    for model, said in found.items():
+        members = desired.together(model, said["target"]) if desired is not None and said["target"] is not None else None
+        said["together"] = members or {}
+        said["missing"] = [
+            f"{other}:{release}"
+            for other, release in sorted((members or {}).items())
+            if other != model and not _ready(found.get(other), release)
+        ]
+    return found
+
+
+def _ready(other: dict[str, Any] | None, release: int) -> bool:
+    """Whether the other one is where this one is, or serves already."""
+    if other is None:
+        return False
+    return bool(other["active"] == release or (other["target"] == release and other["waiting_for"] == "others"))
+
+
+def _desired(store: Store) -> Desired | None:
+    try:
+        return decode((store.private / "trust" / "desired.json").read_bytes(), Desired, limit_bytes=2 * MAX_ASSIGNMENT_BYTES)
+    except (OSError, ContractError):
+        return None
 
 
 def _model(store: Store, states: States, quarantine: Quarantine, model: str) -> dict[str, Any]:
@@ -50,6 +77,7 @@ def _model(store: Store, states: States, quarantine: Quarantine, model: str) -> 
         "interruptions": state.interruptions,
         "passed": state.watched is not None and state.watched.passed_s is not None,
         "approved": msgspec.to_builtins(Approvals(store.private / "approvals").find(model)),
+        "stopped": state.stopped.active.version if state.stopped else None,
         "held": Holds(store.private / "holds").pinned(model),
         "answers": msgspec.to_builtins(state.answers),
         "quarantine": [msgspec.to_builtins(entry.answer) for entry in quarantine.entries(model)],
@@ -67,6 +95,10 @@ def text(models: dict[str, Any]) -> str:
         )
         if model["waiting_for"] == "approval":
             lines.append(f"    → it passed its trial; let it serve with: edge-agent approve {name}")
+        if model["waiting_for"] == "others" and model["missing"]:
+            lines.append(
+                f"    → it passed its trial, and waits for {', '.join(model['missing'])}, which switch together with it"
+            )
         if model["approved"]:
             lines.append(f"    release {model['approved']['version']} was approved here {moment(model['approved']['at'])}")
         lines += [f"    {_answer(answer)}" for answer in model["answers"][-ANSWERS_SHOWN:]]
@@ -81,6 +113,8 @@ def _target(model: dict[str, Any]) -> str:
         parts.append(f", waiting for {_WAITS[model['waiting_for']]}{until}")
     if model["failure"]:
         parts.append(f" ({model['failure']['reason']}: {model['failure']['message']})")
+    if model["stopped"]:
+        parts.append(f", release {model['stopped']} stopped: its lease has ended")
     if model["held"]:
         parts.append(f", held on {model['held']} by an operator here")
     if model["passed"]:

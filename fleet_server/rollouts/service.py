@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import msgspec
-from sqlalchemy import func, select
+from sqlalchemy import Text, cast, func, or_, select
 from sqlalchemy.orm import Session
 
 from agent.contract.assignment import MAX_ASSIGNMENT_BYTES, Assignment, ModelAssignment, Rollout, parse_window, reaches
@@ -37,6 +37,9 @@ from fleet_server.storage.models import Device, DeviceModel, ExclusionRow, Model
 _log = logging.getLogger(__name__)
 
 VERSION_SETTING = "assignment_version"
+CLASSES_LOOKED_AT_S = 60.0
+"""Between two looks at the refusals of what every device runs already: devices report as often, and nobody waits for it."""
+
 STOPPED_SHOWN = 200
 ACTIVE = [state.value for state in machine.ACTIVE]
 
@@ -54,6 +57,7 @@ class Rollouts:
         self._config, self._clock = config, clock
         self._lock = threading.RLock()  # one decision at a time
         self._leases: dict[tuple[str, int], float | None] = {}
+        self._looked_at = 0.0
         self.poker: Poker | None = None
 
     # -- the assignment ----------------------------------------------------------------------------------------------------
@@ -343,7 +347,31 @@ class Rollouts:
             for rollout_id in found:
                 self._evaluate(rollout_id)
             if models is None:  # the tick: a decision whose signing failed (a full disk) is signed now
+                self._look_at_what_runs()
                 self.publish_assignment()
+
+    def _look_at_what_runs(self) -> None:
+        """Devices that were away refuse what every device runs after its rollout is over: it may be stopped for their class, too."""
+        if self._clock() - self._looked_at < CLASSES_LOOKED_AT_S:
+            return
+        self._looked_at = self._clock()
+        with self._database.session() as session:
+            events: list[dict[str, Any]] = []
+            for model in session.scalars(select(ModelRow).where(ModelRow.release.is_not(None))):
+                row = _came_to_all(session, model.model, model.release or 0)
+                if row is not None:
+                    rows = teams.of(session, row)
+                    events += self._stop_classes(session, [(one, self._refusals(session, one)) for one in rows]) or []
+        if events:
+            self._after(events)
+
+    def _refusals(self, session: Session, row: RolloutRow) -> list[gates.Fact]:
+        """What devices say that answered the release badly, whether it is what they run now or not."""
+        answered = cast(DeviceModel.answers, Text)
+        bad = or_(answered.contains(Outcome.REFUSED.value), answered.contains(Outcome.ROLLED_BACK.value))
+        query = select(DeviceModel).join(Device, Device.id == DeviceModel.device)
+        said = session.scalars(query.where(DeviceModel.model == row.model, Device.revoked.is_(False), bad))
+        return [fact_of(one.device, True, one, row.release, {}) for one in said]
 
     def _evaluate(self, rollout_id: str) -> None:
         """Goes on as long as gates pass: a wave whose devices all serve the release already takes no time."""

@@ -255,6 +255,16 @@ def test_a_class_that_may_not_run_one_of_a_team_runs_none_of_it(pair):
     assert (pair.wants("pi-1", "arm"), pair.wants("pi-1", "eye")) == (2, 2)
 
 
+def test_devices_that_were_away_stop_it_for_their_class_after_its_end(pair):
+    pair.start("arm", 2)
+    pair.all_run("arm", 2)
+    refuse(pair, "jetson-1", "jetson-2", "jetson-3")
+    pair.clock.now += 61
+    pair.fleet.rollouts.evaluate()
+    assert {pair.wants(name, "arm") for name in pair.devices if name.startswith("jetson")} == {1}
+    assert pair.wants("pi-1", "arm") == 2
+
+
 def test_a_later_release_is_another_matter(pair):
     pair.start("arm", 2, max_failures=5)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")

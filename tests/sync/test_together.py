@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from agent.contract.codec import encode
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
 from agent.host import files
 from agent.store import Choice, Selection, Store
+from agent.sync import overview
 from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway, ServeRefused
 from agent.sync.states import States
@@ -66,6 +68,10 @@ def test_one_that_is_late_is_waited_for(crew: Crew):
     crew.rounds(40)
     assert crew.updaters["arm"].state.waiting_for == "others"
     assert "eye:4" in (crew.updaters["arm"].problem or "")
+    desired = crew.desired()
+    files.make_directory(crew.store.private / "trust")
+    (crew.store.private / "trust/desired.json").write_bytes(encode(desired))
+    assert "waits for eye:4, which switch together with it" in overview.text(overview.read(crew.store))
     assert crew.runs == OLD
     crew.trial = lambda *_: {}
     crew.all_in(P.STEADY, within=4000)

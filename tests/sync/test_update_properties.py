@@ -156,8 +156,6 @@ class Device(RuleBasedStateMachine):
     def withdraw(self, model: str, choice: int) -> None:
         number = (*SINGLE[model], TEAM[model], BAD_TEAM[model])[choice]
         self.withdrawn[model].add(number)
-        if self.wanted[model] == number:
-            self.want(model, 0)
         self.desire()
 
     @rule(rounds=st.integers(5, 40))

@@ -427,7 +427,7 @@ async function deviceDialog(id) {
   const groups = h("input", { id: "device-groups", value: device.groups.join(", "), spellcheck: "false" });
   const models = Object.entries(device.models).map(([name, model]) => h("div", null,
     h("h3", null, `${name}:${model.serving ?? "nothing"}`), h("dl", null,
-      line("phase", pill(model.phase, model.phase === "steady" ? "good" : "busy")), line("wanted", String(model.wanted ?? "nothing")), line("variant", `${model.variant || "none"} on ${model.placement || "unknown"}`),
+      line("phase", pill(model.stopped ? "stopped" : model.waiting_for ? `waiting for ${model.waiting_for}` : model.phase, model.stopped ? "bad" : model.phase === "steady" ? "good" : "busy")), model.stopped ? line("stopped", model.stopped) : null, line("wanted", String(model.wanted ?? "nothing")), line("variant", `${model.variant || "none"} on ${model.placement || "unknown"}`),
       model.stage ? line(model.stage.name, `${model.stage.release} ${model.stage.verdict}: ${stageText(model.stage)}`) : [],
       line("requests", `${model.requests}, ${model.failures} failed${model.p95_ms ? `, p95 ${model.p95_ms.toFixed(2)} ms` : ""}`),
       line("answers", ...model.answers.map((answer) => h("div", null, answerView(answer), h("span", { class: "muted small" }, moment(answer.at))))))));
