@@ -14,6 +14,10 @@ from agent.sync.problems import Problem
 PEER_PLACE, WEB_PLACE = 20, 30
 """Neighbours before the internet."""
 
+LARGE_BYTES = 16 * 1024 * 1024
+GATHER_BYTES = 64 * 1024
+"""Of stretches from LARGE_BYTES on, whose blocks are about as large: what is read and not yet written when the power goes is fetched again."""
+
 
 class HttpBlobs:
     """Blobs of a server that answers `GET /blobs/<sha256>` with Range. A connection for each blob, since several models may download at once."""
@@ -40,7 +44,8 @@ class HttpBlobs:
                     resumed = response.status_code == 206
                     if resumed and not str(response.headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
                         raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: the server sent another range than was asked for")
-                    yield (start if resumed else 0), http.chunks(response, deadline_s=float("inf"))
+                    gather = GATHER_BYTES if end - start >= LARGE_BYTES else 0
+                    yield (start if resumed else 0), http.chunks(response, deadline_s=float("inf"), gather_bytes=gather)
             except HttpStatus as problem:
                 if problem.status in (404, 416):  # 416: it has fewer bytes, so they are not this blob's
                     raise NotHere(problem.message) from problem
