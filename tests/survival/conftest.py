@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples/demo"))
 
 from tests.survival.card import Card  # noqa: E402 - with the rest of what needs the path above
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A folder for what does not depend on a disk, where nothing waits for one."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
