@@ -38,6 +38,7 @@ from runtimes.isolated import wire
 MAX_SLOTS = 16
 COPY_BYTES = 32 * 1024  # outputs up to this size are copied out of the slot, which is then free at once
 END_S = 5.0  # how long a process that is told to end may take
+LOAD_LIMIT_S = 600.0  # engines that optimise for the hardware take minutes; whoever waits for one that hangs waits no longer
 NOT_ITS_OWN = (
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -51,17 +52,17 @@ TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}
 Died = Callable[[str], None]
 
 
-def load(runtime: str, path: Path, options: LoadOptions, *, slots: int = 0) -> IsolatedModel:
+def load(runtime: str, path: Path, options: LoadOptions, *, slots: int = 0, limit_s: float = LOAD_LIMIT_S) -> IsolatedModel:
     """Loads it in a process of its own; `slots` runs may go on at once there (0: as many as there are threads, to a limit).
 
-    Raises: as `Runtime.load`; ModelInvalid when the process dies of it, MemoryError when the kernel killed it.
+    Raises: as `Runtime.load`; ModelInvalid when the process dies of it or is not done in time, MemoryError when the kernel killed it.
     """
     process = Process()
     try:
-        found = process.load(wire.Load(runtime, str(path), options.threads, dict(options.extra)))
+        found = process.load(wire.Load(runtime, str(path), options.threads, dict(options.extra)), limit_s)
         return IsolatedModel(process, found, slots or MAX_SLOTS)
     except BaseException:
-        process.end()
+        process.end(patience_s=0)
         raise
 
 
@@ -107,10 +108,17 @@ class Process:
         if not self._is_ending:
             self.on_death(self.ending)
 
-    def load(self, order: wire.Load) -> wire.Loaded:
+    def load(self, order: wire.Load, limit_s: float) -> wire.Loaded:
         with contextlib.suppress(OSError):
             self._control.send(wire.encode(order))
-        data = self._hear()
+        self._control.settimeout(limit_s)
+        try:
+            data = self._control.recv(wire.MAX_MESSAGE_BYTES)
+        except TimeoutError:
+            raise ModelInvalid(f"loading it was not done in {limit_s:.0f} s") from None
+        except OSError:
+            data = b""
+        self._control.settimeout(None)
         if not data:
             self._ended.wait(END_S)
             if self._code == -signal.SIGKILL:
@@ -120,12 +128,6 @@ class Process:
         if isinstance(found, wire.Failed):
             raise _error(found)
         return found
-
-    def _hear(self) -> bytes:
-        try:
-            return self._control.recv(wire.MAX_MESSAGE_BYTES)
-        except OSError:
-            return b""
 
     def tell(self, order: wire.NewSlot | wire.Sequence_, descriptors: Sequence[int] = ()) -> None:
         """Raises: RunFailed when it is gone."""
@@ -171,10 +173,10 @@ class Process:
         self._ended.wait(END_S)  # its sockets close a moment before it can be waited for
         return RunFailed(f"the model's process has ended ({self.ending})")
 
-    def end(self) -> None:
+    def end(self, patience_s: float = END_S) -> None:
         self._is_ending = True
         self._control.close()
-        if not self._ended.wait(END_S):
+        if not self._ended.wait(patience_s):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
         if threading.current_thread() is not self._watcher:

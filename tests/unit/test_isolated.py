@@ -8,10 +8,11 @@ import time
 import weakref
 
 import numpy as np
+import psutil
 import pytest
 
 from runtimes import isolated
-from runtimes.contract import LoadOptions, RunFailed
+from runtimes.contract import LoadOptions, ModelInvalid, RunFailed
 from tests.serving import onnx_models
 
 DEADLINE_S = 20.0
@@ -84,6 +85,17 @@ def test_all_who_wait_for_a_slot_hear_that_the_process_has_gone(path):
         del kept
     finally:
         model.close()
+
+
+def test_one_that_hangs_while_it_loads_is_given_up(tmp_path):
+    path = tmp_path / "model.onnx"
+    os.mkfifo(path)  # opening it waits for somebody who writes
+    children = set(psutil.Process().children())
+    started = time.monotonic()
+    with pytest.raises(ModelInvalid, match="loading it was not done in 2 s"):
+        isolated.load("onnx", path, LoadOptions(), limit_s=2)
+    assert time.monotonic() - started < DEADLINE_S
+    assert set(psutil.Process().children()) == children
 
 
 def test_a_closed_model_keeps_nobody_who_listened(path):
