@@ -381,10 +381,11 @@ class Rollouts:
                 if State(rows[0].state) in machine.TERMINAL:
                     return
                 facts = [(row, self._facts(session, row)) for row in rows]
-                events = self._stop_classes(session, facts)
+                verdict = teams.joint([(row, self._judge(session, row, found)) for row, found in facts])
+                # What is bad for too many ends for everybody; only what may go on is stopped for a class.
+                events = self._stop_classes(session, facts) if verdict.ruling is not Ruling.FAIL else None
                 changed = events is not None
                 if events is None:
-                    verdict = teams.joint([(row, self._judge(found, row)) for row, found in facts])
                     changed = any([self._keep_verdict(session, row, verdict) for row in rows])  # noqa: C419 - of all of them
                     events = self._follow(session, rows, verdict)
             if events is None:
@@ -455,7 +456,9 @@ class Rollouts:
             self._leases[model, number] = catalogue.manifest_of(row).acceptance.lease_s if row is not None else None
         return self._leases[model, number]
 
-    def _judge(self, facts: list[gates.Fact], row: RolloutRow) -> Verdict:
+    def _judge(self, session: Session, row: RolloutRow, facts: list[gates.Fact]) -> Verdict:
+        if not facts and any(one.lifted is None for one in classes.known(session, row.model, row.release).values()):
+            return Verdict(Ruling.FAIL, "it is stopped for every kind of hardware in the wave", gates.Counts())
         return gates.judge(facts, max_failures=row.max_failures, min_devices=self._config.rollouts.min_devices)
 
     def _facts(self, session: Session, row: RolloutRow) -> list[gates.Fact]:

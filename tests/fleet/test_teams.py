@@ -232,6 +232,25 @@ def test_with_no_failures_allowed_the_first_one_still_ends_it(pair):
     assert pair.state(rollout) == "aborted"
 
 
+def test_more_failures_than_allowed_end_it_for_everybody(pair):
+    rollout = pair.start("arm", 2, max_failures=2)
+    refuse(pair, "jetson-1", "jetson-2", "jetson-3")
+    assert pair.state(rollout) == "aborted"
+    assert pair.get(rollout)["stopped"] == []
+
+
+def test_a_wave_in_which_no_device_is_left_ends_the_rollout(pair):
+    pair.join("jetson-5", groups=["jetsons"])
+    pair.say("jetson-5", "arm", 1)
+    for name in ("jetson-1", "jetson-2", "jetson-3"):
+        pair.fleet.inventory.set_groups(SERVER, name, ["jetsons"])
+    rollout = pair.start("arm", 2, groups=["jetsons"], max_failures=5)
+    refuse(pair, "jetson-1", "jetson-2", "jetson-3")
+
+    assert pair.state(rollout) == "aborted", "the kinds that it was not tried on do not get it untried"
+    assert "every kind of hardware in the wave" in pair.get(rollout)["reason"]
+
+
 def test_an_operator_lifts_it_once_and_for_all(pair):
     rollout = pair.start("arm", 2, max_failures=5)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")
