@@ -22,7 +22,7 @@ from typing import Protocol
 from agent.contract.codec import encode
 from agent.contract.manifest import ReleaseManifest, Variant
 from agent.contract.reasons import Reason
-from agent.host import files
+from agent.host import files, priority
 from agent.store import Store
 from agent.sync.keeping import Keeper
 from agent.sync.ports import Clock, Stop
@@ -163,6 +163,7 @@ class TrialProcesses:
         assert child.stdin
         assert child.stdout
         assert child.stderr
+        priority.lower_process(child.pid)  # as the unit does: what it competes with answers requests
         keeper = Keeper(child.pid, scratch, self._scratch_bytes)
         conversation.look, conversation.gone = keeper.look, keeper.gone
         with child:

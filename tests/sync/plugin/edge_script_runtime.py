@@ -77,6 +77,10 @@ def behave(verb, *args):
             file.truncate((1 << 30) + 1)
     elif verb == "signal":
         os.kill(int(args[0]), signal.SIGTERM)
+    elif verb == "burn":
+        end = time.thread_time() + float(args[0])
+        while time.thread_time() < end:
+            pass
     elif verb == "spin":
         while True:
             pass
