@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+from collections import Counter
+from collections.abc import Callable
 from typing import Literal
 
 from agent.contract.reasons import Reason
@@ -64,8 +66,9 @@ class Preparing(Joining):
             downloader.require_space(wanted)
         missing, priority = downloader.missing(wanted), signed.manifest.acceptance.priority
         total, done = sum(file.size_bytes for file in missing) or 1, 0
+        brought: Counter[str] = Counter()
         for file in missing:
-            downloader.fetch(file, lambda have, base=done: self._progress((base + have) / total), self._should_stop, priority)  # type: ignore[misc]
+            brought.update(downloader.fetch(file, self._showing(done, total), self._should_stop, priority))
             done += file.size_bytes
         self._s.store.write_manifest(signed.data, needed)
         choice = Choice(version=signed.manifest.version, variant=variant.name)
@@ -74,8 +77,8 @@ class Preparing(Joining):
             "passed",
             f"variant {variant.name!r}" + (f" ({others})" if others else ""),
             evidence={
-                "fetched_bytes": done,
-                "already_here_bytes": sum(file.size_bytes for file in wanted) - done,
+                **{f"from {source}_bytes": count for source, count in sorted(brought.items())},
+                "already_here_bytes": max(0, sum(file.size_bytes for file in wanted) - brought.total()),
                 "manifest": signed.sha256,
             },
         )
@@ -113,8 +116,13 @@ class Preparing(Joining):
             return False
         return True
 
-    def _progress(self, share: float) -> None:
-        self.progress = min(1.0, share)
+    def _showing(self, done_bytes: int, total_bytes: int) -> Callable[[int], None]:
+        """Shows how much of everything is there, from how much there is of one file."""
+
+        def show(have_bytes: int) -> None:
+            self.progress = min(1.0, (done_bytes + have_bytes) / total_bytes)
+
+        return show
 
     # -- trying ------------------------------------------------------------------------------------------------------------
 

@@ -51,6 +51,7 @@ def test_the_whole_chain(device: Device):
     assert [(gate["gate"], gate["verdict"]) for gate in found["gates"]] == [
         ("assignment", "wanted"), ("fetch", "passed"), ("trial", "passed"), ("activation", "passed"), ("watch", "committed"),
     ]  # fmt: skip
+    assert [name for name in found["gates"][1]["evidence"] if name.startswith("from ")] == ["from the fleet server_bytes"]
     assert found["gates"][2]["evidence"]
     assert found["quarantine"][0]["answer"]["reason"] == "golden_mismatch"
 

@@ -7,7 +7,8 @@ source after the other for what is still missing. A file without is fetched from
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from agent.contract.manifest import File
 from agent.contract.reasons import Reason
@@ -89,17 +90,20 @@ class Downloader:
 
     # -- fetching ----------------------------------------------------------------------------------------------------------
 
-    def fetch(self, file: File, progress: Progress, stop: Stop, priority: int = 0) -> None:
+    def fetch(self, file: File, progress: Progress, stop: Stop, priority: int = 0) -> Mapping[str, int]:
         """Brings one blob into the store; nothing to do when it is there. When bytes are short, a smaller `priority` goes first.
+        Gives how many bytes came from which source; the rest was here.
 
         Raises: Problem, Stopped.
         """
         if self._store.has_blob(file.sha256):
-            return
+            return {}
+        one = _Fetch(self, self._store, file, progress, stop, priority)
         try:
-            in_background(lambda: _Fetch(self, self._store, file, progress, stop, priority).run())  # predictions go first
+            in_background(one.run)  # predictions go first
         except OSError as error:
             raise store_problem(error, f"writing {file.sha256}") from error
+        return one.brought
 
     def pace(self, bytes_to_go: int) -> Pace:
         return Pace(self._clock, self._min_bytes_per_s, bytes_to_go)
@@ -119,6 +123,7 @@ class _Fetch:
         self._stop = stop
         self._priority = priority
         self._asked = (float("-inf"), 0)
+        self.brought: Counter[str] = Counter()
 
     def run(self) -> None:
         """Raises: Problem, Stopped, OSError."""
@@ -248,6 +253,7 @@ class _Fetch:
         budget = self._downloader.budget
         for chunk in chunks:
             self._ask_to_stop(len(chunk))
+            self.brought[source.name] += len(chunk)
             if source.metered:
                 pace.check(len(chunk))
                 pace.excuse(budget.take(len(chunk), self._priority, self._stop))
