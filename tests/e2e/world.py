@@ -29,6 +29,12 @@ with np.load(DIGITS / "data/digits-test.npz") as _archive:
     IMAGES = (_archive["image_u8"][:8, None] * _archive["scale"]).astype(np.float32)
 LIMIT_S = 45.0
 WATCH = {"duration_s": 1.5, "max_duration_s": 30, "min_requests_to_judge": 20, "max_p95_ratio": 1000}
+BESIDE = {
+    "shadow": {"required": True, "share": 0.5, "max_rate": 50, "min_samples": 10, "duration_s": 0.5, "max_duration_s": 5},
+    "canary": {"share": 0.2, "min_requests": 10, "duration_s": 0.5, "max_duration_s": 5},
+}
+"""What a careful release is put through before it is activated."""
+
 BALLAST_BYTES = 40_000_000  # makes fetching last long enough to be met
 
 
@@ -73,7 +79,7 @@ class World:
 
     # -- what a test does --------------------------------------------------------------------------------------------------
 
-    def publish(self, model: str = GOOD, *, ballast: bool = False, **watch: float) -> None:
+    def publish(self, model: str = GOOD, *, ballast: bool = False, careful: bool = False, **watch: float) -> None:
         self.models[self.version] = model
         folder = self.folder / f"release-{self.version}"
         folder.mkdir()
@@ -87,16 +93,16 @@ class World:
             "version": self.version,
             "files": files,
             "variants": [{"name": "cpu", "runtime": "onnx", "file": "model.onnx"}],
-            "acceptance": {"watch": {**WATCH, **watch}},
+            "acceptance": {"watch": {**WATCH, **watch}, **(BESIDE if careful else {})},
         }
         (folder / "release.yaml").write_text(yaml.safe_dump(release))
         self.fleet.publish(folder / "release.yaml")
 
-    def update(self, model: str = GOOD, *, ballast: bool = False, **watch: float) -> int:
+    def update(self, model: str = GOOD, *, ballast: bool = False, careful: bool = False, **watch: float) -> int:
         """Publishes the next release and starts its rollout, once the one before is over; returns its version."""
         self.until("the last rollout ends", lambda: self.fleet.get("rollouts")[0]["state"] in {"completed", "aborted"})
         self.version += 1
-        self.publish(model, ballast=ballast, **watch)
+        self.publish(model, ballast=ballast, careful=careful, **watch)
         self.fleet.roll_out(self.version)
         return self.version
 
@@ -189,7 +195,7 @@ class Traffic:
         image = {"name": "image", "shape": IMAGES.shape, "datatype": "FP32", "data": IMAGES.ravel().tolist()}
         body = msgspec.json.encode({"inputs": [image]})
         with Client(self._socket) as client:
-            while not self._stopping.wait(0.002):
+            while not self._stopping.wait(0.005):
                 try:
                     status, _, answer = client.request("POST", f"/v2/models/{MODEL}/infer", body)
                     if status != 200:

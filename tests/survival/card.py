@@ -28,7 +28,7 @@ class Card:
 
     def __init__(self, folder: Path, size_mb: int = 768) -> None:
         self.path = folder / "card"
-        self._image = folder / "card.img"
+        self._image = (folder / "card.img").resolve()
         self._size = size_mb << 20
 
     def __enter__(self) -> Card:  # noqa: PYI034 - typing.Self came with Python 3.11
@@ -57,9 +57,8 @@ class Card:
             os.close(fd)
 
     def power_up(self) -> None:
-        """After a cut, once every process that used it is gone: the journal is replayed."""
+        """After a cut, once every process that used it is gone: the kernel replays the journal."""
         self._unmount()
-        _run("e2fsck", "-p", self._image, accept=(0, 1))
         self._mount()
 
     def check(self) -> None:
@@ -94,17 +93,24 @@ class Card:
 
     def _unmount(self) -> None:
         """Returns when nobody has the file system any more, in other mount namespaces neither: else the same one would be mounted again."""
-        mounted = Path(f"/sys/fs/ext4/{self._device()}")
+        loop = Path(f"/sys/block/{self._device()}/loop/backing_file")
         _run("umount", self.path)
         deadline = time.monotonic() + GONE_LIMIT_S
-        while mounted.exists():
+        while _read(loop) == str(self._image):
             if time.monotonic() > deadline:
                 raise CardError(f"{self.path} is still in use {GONE_LIMIT_S:.0f} s after it was unmounted")
             time.sleep(0.005)
 
 
-def _run(*line: object, accept: tuple[int, ...] = (0,)) -> str:
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _run(*line: object) -> str:
     done = subprocess.run([str(word) for word in line], capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode not in accept:
+    if done.returncode:
         raise CardError(f"{line[0]} ended with status {done.returncode}: {done.stdout}{done.stderr}")
     return done.stdout

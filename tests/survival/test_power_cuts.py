@@ -33,9 +33,9 @@ SEED = int(os.environ.get("EDGE_SEED", str(random.randrange(1 << 32))))
 WORLDS = 3
 """Side by side, since most of the time is waiting."""
 
-PHASES = ("fetching", "trialing", "activating", "watching", "rolling_back")
+PHASES = ("fetching", "trialing", "shadowing", "canarying", "activating", "watching", "rolling_back")
 NEW_BOOT = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-LONGEST_S = 4.0
+LONGEST_S = 3.0
 """A cut comes within this time of the start of an update, or of the start after the cut before."""
 
 
@@ -107,12 +107,12 @@ class Blackouts:
             self.error = error
 
     def _update(self) -> None:
-        """An update with one to three cuts, and its end."""
+        """An update with two or three cuts, and its end."""
         world, dice = self._world, self._dice
         before = world.serving()
         model = dice.choice((GOOD, WEAK, TREACHEROUS))
-        release = world.update(model, ballast=dice.random() < 0.25)
-        for _ in range(dice.choice((1, 2, 3, 3))):
+        release = world.update(model, ballast=dice.random() < 0.25, careful=dice.random() < 0.5)
+        for _ in range(dice.choice((2, 3, 3))):
             self._wait(release)
             self._cut()
             assert world.serving() in {before, release}, "a release serves that nobody wanted"
@@ -126,7 +126,7 @@ class Blackouts:
             assert model != TREACHEROUS, f"a bad release was committed: {answer}"
             world.until(f"release {release} serves", lambda: world.serving() == release)
         else:
-            known = {"error_ratio"} if model == TREACHEROUS else set()
+            known = {"error_ratio", "shadow_errors"} if model == TREACHEROUS else set()
             # a machine that goes down in the middle of a watch, an activation or a trial for the fourth time is what a bad release does to it
             assert answer["reason"] in known | {"interrupted_too_often"}, answer
             world.until(f"release {before} serves again", lambda: world.serving() == before)
