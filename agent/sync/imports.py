@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable
 
-from agent.contract.codec import ContractError
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.store import Store
@@ -63,19 +62,22 @@ class Imports:
                     taken = self._take(id_, refresh) or taken
                 except OSError as error:
                     log.warning("a bundle cannot be looked at: %s; it is tried again", error)
+                except Exception as error:  # whatever a stranger wrote into it, the follower must live
+                    log.exception("a bundle failed in a way that was not foreseen")
+                    self._refuse(id_, Problem(Reason.UNREADABLE, f"the bundle cannot be read: {type(error).__name__}: {error}"))
         return taken
 
     def _take(self, id_: str, refresh: Callable[[Documents], Desired]) -> Desired | None:
         try:
+            releases = sorted(map(ReleaseRef.parse, self.spool.about(id_).releases))  # a label that nobody signed
             desired = refresh(BundleDocuments(self.spool.path(id_), self._device))
-            about = self.spool.about(id_)
         except Problem as problem:
             if problem.reason in {Reason.STORE_FAILED, Reason.NO_SPACE}:
-                log.warning("a bundle cannot be verified: %s; it is tried again", problem)
+                log.warning("a bundle cannot be verified now: %s; it is tried again", problem)
                 return None
             self._refuse(id_, problem)
             return None
-        except ContractError as error:
+        except ValueError as error:
             self._refuse(id_, Problem(Reason.UNREADABLE, str(error)))
             return None
         for other in self.spool.ids():
@@ -85,10 +87,9 @@ class Imports:
         self.spool.accept(id_)
         self._use(id_)
         self._link(id_)
-        packed = {ref.model: ref.version for ref in map(ReleaseRef.parse, about.releases)}
-        wanted = {model: version for model, version in packed.items() if desired.wanted(model).release == version}
+        wanted = {ref.model: ref.version for ref in releases if desired.wanted(ref.model).release == ref.version}
         self.spool.tell(id_, Told(accepted=True, wanted=wanted, message=f"assignment {desired.assignment.version}"))
-        self._say("bundle-imported", f"a bundle with {', '.join(about.releases) or 'no release'}")
+        self._say("bundle-imported", f"a bundle with {', '.join(map(str, releases)) or 'no release'}")
         return desired
 
     def _refuse(self, id_: str, problem: Problem) -> None:

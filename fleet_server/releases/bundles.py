@@ -99,7 +99,9 @@ class Bundles:
         if devices:
             found = [self._inventory.get(device) for device in dict.fromkeys(devices)]
         else:
-            found = self._inventory.find(group=group, limit=MAX_DEVICES)
+            found = self._inventory.find(group=group, limit=MAX_DEVICES + 1)
+            if len(found) > MAX_DEVICES:
+                raise Invalid(f"a bundle is for {MAX_DEVICES} devices at most; make one for each group")
         chosen = {one["id"]: one["groups"] for one in found if not one["revoked"]}
         if not chosen:
             raise NotFound("there is no device to make a bundle for")

@@ -48,7 +48,7 @@ def write(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def run(device: Device, path: Path, *options: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+def run(device: Device, path: Path, *options: str, timeout_s: float = 80) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "agent.cli", "import", str(path), "--config", str(device.config), *options]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
 
@@ -78,6 +78,9 @@ def test_with_sync_running(alone: Device):
     assert alone.active == 1
     eventually(lambda: alone.settled_on(1), "the end of the watch")
     eventually(lambda: list((alone.store.private / "imports").glob("*/blobs")) == [], "the bundle's files are gone")
+    assert run(alone, path).returncode == 0  # again, and the next one
+    assert run(alone, packed(alone, 2)).returncode == 0
+    eventually(lambda: alone.settled_on(2), "release 2")
     alone.check_store()
 
 
@@ -161,9 +164,16 @@ def expired(device: Device) -> Path:
     return write(device.folder / "x.bundle", contents(device.repository))
 
 
+def nonsense_on_the_label(device: Device) -> Path:
+    """Nobody signs the label: it must not be able to end the thread that reads it."""
+    members = contents(device.repository, releases=("../x:1",))
+    return write(device.folder / "x.bundle", members)
+
+
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
+        (nonsense_on_the_label, "unreadable"),
         (older_assignment, "metadata_rollback"),
         (other_fleet, "wrong_fleet"),
         (other_fleet_that_lies, "bad_signature"),

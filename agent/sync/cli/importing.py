@@ -173,7 +173,8 @@ class _Import:
             return NOT_DONE, f"{model} is held on release {held} here (edge-agent unhold {model})"
         if state is None:
             return None
-        self._show(model, state.phase.value)
+        why = f" ({state.failure.message})" if state.phase is Phase.WAITING and state.failure is not None else ""
+        self._show(model, state.phase.value + why)
         try:
             selection = self._store.selection(model)
         except StoreError:
