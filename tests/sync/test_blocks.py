@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from agent.contract.codec import encode
 from agent.contract.manifest import Block, File, ReleaseManifest, Variant
 from agent.contract.reasons import Reason
+from agent.host.clock import SystemClock
 from agent.store import Store
 from agent.sync.fetching import layout
+from agent.sync.fetching.https import GATHER_BYTES, HttpBlobs
 from agent.sync.fetching.layout import Piece, pieces, runs
 from agent.sync.fetching.sources import NotHere, Sources, verdict
 from agent.sync.fetching.staged import BLOCKS_SUFFIX
@@ -449,8 +451,6 @@ def test_killed_in_the_middle_it_asks_only_for_what_is_not_there(
 
 
 def test_stretches_of_one_blob_come_over_one_connection(store: Store, identity, repository: Repository, server: Server, clock):
-    from agent.sync.fetching.https import HttpBlobs
-
     other = DATA[:100_000] + bytes(10) + DATA[100_010:200_000] + bytes(10) + DATA[200_010:]
     keep(store, other, blocked(other, 7_000, 20_000, 1_000, 30_000))
     repository.blobs[FILE.sha256] = DATA
@@ -489,3 +489,48 @@ def test_the_note_of_a_download_that_was_given_up_is_collected(store: Store):
     assert (store.staging / (FILE.sha256 + BLOCKS_SUFFIX)).exists()
     collect(store, [])
     eventually(lambda: list(store.staging.iterdir()) == [])
+
+
+LARGE = random.Random(51).randbytes(20_000_000)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> File:
+    (tmp_path / "large").write_bytes(LARGE)
+    return chunks.describe(tmp_path / "large")
+
+
+def test_a_large_file_over_https_is_cut_off_in_the_middle_and_resumed(
+    large: File, store: Store, identity, repository: Repository, server: Server, clock
+):
+    """Large stretches are read in larger chunks while they come fast: what came before the end of the connection stays."""
+    repository.blobs[large.sha256] = LARGE
+    asked = []
+
+    def cut(handler) -> bool:
+        asked.append(tuple(map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers["Range"]).groups())))
+        if len(asked) > 1:
+            return False
+        handler.answer(206, LARGE[:12_000_000], {"Content-Range": f"bytes 0-{len(LARGE) - 1}/{len(LARGE)}"}, length=len(LARGE))
+        handler.hang_up()
+        return True
+
+    server.faults["blobs/"] = cut
+
+    def connect() -> FleetHttp:
+        return FleetHttp(
+            identity.address.device_url,
+            SystemClock(),
+            ca=identity.ca_file,
+            certificate=identity.certificate_file,
+            key=identity.key_file,
+        )
+
+    downloads = downloader(store, HttpBlobs(connect))
+    assert problem(lambda: fetch(downloads, large)).reason is Reason.DOWNLOAD_FAILED
+    seen = fetch(downloads, large)
+
+    assert store.blob(large.sha256).read_bytes() == LARGE
+    assert len(asked) == 2
+    again = 12_000_000 - seen[0]
+    assert 0 <= again <= max(block.size_bytes for block in large.blocks) + 2 * GATHER_BYTES
