@@ -258,3 +258,17 @@ def test_a_window_that_is_none(text, tmp_path: Path):
     path.write_bytes(encode({"sync": {"windows": [text]}}))
     with pytest.raises(ConfigError, match="sync"):
         load_config(path)
+
+
+def test_names_of_models_are_completed(on_one: Bench):
+    from agent.sync.cli.common import complete_model
+    from agent.sync.cli.operator import approve
+
+    config = on_one.folder / "agent.yaml"
+    config.write_text(json.dumps({"store": str(on_one.store.root)}))
+    context = approve.make_context("approve", [MODEL, "--config", str(config)])
+
+    assert complete_model(context, approve.params[0], "cr") == [MODEL]
+    assert complete_model(context, approve.params[0], "x") == []
+    context.params["config_path"] = on_one.folder / "missing.yaml"
+    assert complete_model(context, approve.params[0], "") == []
