@@ -58,6 +58,7 @@ class Child:
         self._control = control
         self._model: Any = None
         self._sequences: dict[int, Any] = {}
+        self._beginning = threading.Lock()
 
     def serve(self) -> None:
         while True:
@@ -93,11 +94,18 @@ class Child:
     def _change_sequence(self, order: wire.Sequence_) -> None:
         if order.opens:
             with contextlib.suppress(Exception):  # the run that names it says so
-                self._sequences[order.number] = self._model.sequence()
+                self._sequence(order.number)
         else:
             sequence = self._sequences.pop(order.number, None)
             if sequence is not None:
                 sequence.close()
+
+    def _sequence(self, number: int) -> Any:
+        """Begun by whichever is heard first, the order to or its first run: they come over different sockets."""
+        with self._beginning:
+            if number not in self._sequences:
+                self._sequences[number] = self._model.sequence()
+            return self._sequences[number]
 
     def _serve_slot(self, channel_fd: int, memory_fd: int) -> None:
         channel, arena = socket.socket(fileno=channel_fd), wire.Arena(memory_fd)
@@ -107,14 +115,10 @@ class Child:
         os.close(memory_fd)
 
     def _run(self, order: wire.Run, arena: wire.Arena) -> wire.Ran | wire.Failed:
-        from runtimes.contract import RunFailed
-
         try:
             arena.follow(order.size_bytes)
             feeds = {tensor.name: wire.view(arena.map, tensor) for tensor in order.feeds}
-            target = self._sequences.get(order.sequence) if order.sequence else self._model
-            if target is None:
-                raise RunFailed("the sequence could not begin")  # noqa: TRY301
+            target = self._sequence(order.sequence) if order.sequence else self._model
             names = order.outputs or [spec.name for spec in self._model.outputs]
             arrays = target.run(feeds, order.outputs)
             tensors = arena.put(zip(names, arrays, strict=True), wire.end_of(order.feeds))
