@@ -20,9 +20,9 @@ from agent.contract.codec import FORMAT, Document, require_format
 PART_BYTES = 64 * 1024
 """What devices ask for: small enough for the broker's largest message, and to share a slow link with reports."""
 
-MIN_PART_BYTES, MAX_PART_BYTES = 1024, 256 * 1024
+MIN_PART_BYTES, MAX_PART_BYTES = 1024, 64 * 1024
 MAX_PARTS = 64
-"""In one ask."""
+"""In one ask: 4 MiB at most, which is what a device that asks and does not read can leave with the broker for each."""
 
 MAX_ASK_BYTES = 4096
 _ID = re.compile(r"[A-Za-z0-9]{1,32}")
