@@ -29,7 +29,6 @@ from agent.sync.problems import Problem
 from tests.sync.blobs import downloader
 from tests.sync.conftest import FakeClock, eventually
 from tests.sync.fleet import Authority, Repository, Server, script_release, sha
-from tests.sync.test_download import downloader
 from tests.sync.test_link import Ours, broker, ours, outbox
 from tests.sync.test_link import fleet as broker_fleet
 from tests.sync.test_trust import make_trust, reason_of
