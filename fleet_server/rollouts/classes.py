@@ -15,6 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from agent.contract.assignment import Exclusion
+from agent.contract.codec import convert
 from agent.contract.reasons import RETRYABLE, Reason
 from agent.contract.reports import Hardware, Outcome, hardware_class
 from fleet_server.errors import Conflict, NotFound
@@ -35,7 +36,7 @@ def quarantined(fact: Fact) -> bool:
 def class_of(hardware: Mapping[str, Any] | None) -> str | None:
     """The class of a device by its last report; None when it has not said what it is."""
     try:
-        return hardware_class(msgspec.convert(hardware, Hardware)) if hardware else None
+        return hardware_class(convert(hardware, Hardware)) if hardware else None
     except msgspec.ValidationError:
         return None
 
