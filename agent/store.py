@@ -85,6 +85,7 @@ class Store:
             files.write(root / "format.json", encode({"format": FORMAT}))
         store.check_format()
         with store._selecting:
+            store._put_aside_damaged()
             store._settle()
         return store
 
@@ -218,6 +219,14 @@ class Store:
         for model, selection in self._pending().items():
             self._put(model, selection)
         files.remove(self._together)
+
+    def _put_aside_damaged(self) -> None:
+        """A record of several selections that cannot be read says nothing of any: the selections of before count, as `serve` sees it."""
+        try:
+            self._pending()
+        except StoreError:
+            self._together.replace(self._together.with_name(f"{self._together.name}.damaged"))
+            files.sync_directory(self._selections)
 
     def _put(self, model: str, selection: Selection | None) -> None:
         path = self._selections / f"{names.check_model(model)}.json"

@@ -53,7 +53,7 @@ class Joining(ModelWork):
         """Whether only the others are missing."""
         state = self.state
         ready = state.phase is Phase.WAITING and state.waiting_for == "others" and state.target == release
-        return ready and not self._overtaken()
+        return ready and not self.busy and not self._overtaken()
 
     def _serves_already(self, model: str, release: int) -> bool:
         colleague = self._s.colleague(model)

@@ -104,6 +104,8 @@ class ModelWork:
         self.problem: str | None = None
         self.stopped: str | None = None
         self.lease_s: float | None = None
+        self.busy = False
+        """`serve` is being asked for something that a switch must not overtake. Changes under `joint` when a switch could begin."""
         self.state = update.resumed(surroundings.states.load(model))
         self._s = surroundings
         self._ending: Stop = lambda: False

@@ -235,9 +235,11 @@ class Preparing(Joining):
         left_s = (self.state.retry_at or 0.0) - now
         if 0 < left_s <= update.longest_wait_s(self.state):
             return min(left_s, REST_S)
-        if self.state.unreported:
+        failure = self.state.failure
+        if self.state.unreported and (failure is None or failure.reason is not Reason.STORE_FAILED):
             return self._once_more(now)
-        self._apply(update.after(self.state, Event.RETRY_DUE, now, waiting_for=None, retry_at=None))
+        # What the store lost since is fetched again, and then tried again: nothing of it is taken for known any more.
+        self._apply(update.after(self.state, Event.RETRY_DUE, now, waiting_for=None, retry_at=None, unreported=0))
         return 0.0
 
     def _wait_to_serve(self, now: float) -> float:

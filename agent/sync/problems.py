@@ -7,14 +7,18 @@ from collections.abc import Mapping
 
 from agent.contract.reasons import RETRYABLE, Reason
 
+MESSAGE_KEPT = 2000
+EVIDENCE_KEPT = 100
+"""Of what goes wrong: engines quote from models, in any length, and all of it is kept in states and sent in reports."""
+
 
 class Problem(Exception):
     """Something that keeps a release from being installed. `reason` says whose fault it is, the message what to do."""
 
     def __init__(self, reason: Reason, message: str, evidence: Mapping[str, float | str] | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message[:MESSAGE_KEPT])
         self.reason = reason
-        self.evidence = dict(evidence or {})
+        self.evidence = {name[:EVIDENCE_KEPT]: _short(value) for name, value in list((evidence or {}).items())[:EVIDENCE_KEPT]}
 
     @property
     def message(self) -> str:
@@ -36,6 +40,10 @@ class NoEngine(Problem):
 
 class Stopped(Exception):
     """The work was given up because the process ends or because something newer is wanted. Nothing is wrong."""
+
+
+def _short(value: float | str) -> float | str:
+    return value[:EVIDENCE_KEPT] if isinstance(value, str) else value
 
 
 def store_problem(error: OSError, doing: str) -> Problem:

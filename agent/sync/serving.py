@@ -13,6 +13,7 @@ from agent.contract import names
 from agent.contract.codec import ContractError, decode
 from agent.contract.manifest import ShadowRules
 from agent.host import unix
+from agent.sync.problems import MESSAGE_KEPT
 from agent.sync.shadow import ShadowCounts
 from agent.sync.watch import Stats
 
@@ -40,7 +41,7 @@ class ServeRefused(Exception):
     """`serve` answered with an error. `code` is its word for it, such as `model_invalid` or `no_memory`."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message[:MESSAGE_KEPT])
         self.status = status
         self.code = code
 

@@ -6,6 +6,7 @@ becomes of the rest. So they are never found apart.
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from agent.host import files
 from agent.sync.update import UpdateState
 
 _MAX_BYTES = 1024 * 1024
+_MAX_TOGETHER_BYTES = 64 * _MAX_BYTES
 
 
 class _Together(Document, frozen=True, kw_only=True):
@@ -68,10 +70,13 @@ class States:
 
     def save_together(self, states: Sequence[UpdateState]) -> None:
         """Saves all of them or none.  Raises: OSError; then either none is stored, or all count and are written out by the next save."""
+        data = encode(_Together(states=tuple(states)))
+        if len(data) > _MAX_TOGETHER_BYTES:
+            raise OSError(errno.EFBIG, "the states of these models are too large to be saved together")
         with self._saving:
             self._settle()
             files.make_directory(self.folder, mode=0o700)
-            files.write(self._together, encode(_Together(states=tuple(states))))  # from here on it is so
+            files.write(self._together, data)  # from here on it is so
             self._settle()
 
     def _settle(self) -> None:
@@ -87,7 +92,7 @@ class States:
 
     def _pending(self) -> tuple[UpdateState, ...]:
         try:
-            return decode(self._together.read_bytes(), _Together, limit_bytes=_MAX_BYTES).states
+            return decode(self._together.read_bytes(), _Together, limit_bytes=_MAX_TOGETHER_BYTES).states
         except (FileNotFoundError, ContractError):
             return ()
 

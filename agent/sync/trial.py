@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +23,7 @@ from agent.contract.manifest import ReleaseManifest, Variant
 from agent.contract.reasons import Reason
 from agent.host import files, priority
 from agent.store import Store
-from agent.sync.keeping import Keeper
+from agent.sync.keeping import Keeper, remove_tree
 from agent.sync.ports import Clock, Stop
 from agent.sync.problems import Problem, Stopped
 from agent.sync.trial_protocol import MAX_REPLY_BYTES, Case, Limits, Progress, Request, Verdict, parse_line
@@ -105,7 +104,7 @@ class TrialProcesses:
         self._scratch = scratch
         self._scratch_bytes = scratch_bytes
         if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)  # of trials that a power cut ended
+            remove_tree(scratch)  # of trials that a power cut ended
         self._turns = turns or Turns()
 
     def run(self, request: Request, timeout_s: float, stop: Stop) -> Evidence:
@@ -145,8 +144,11 @@ class TrialProcesses:
     def _as_child(self, request: Request, conversation: _Conversation) -> Evidence:
         if self._scratch is not None:
             files.make_directory(self._scratch, mode=0o700)
-        with tempfile.TemporaryDirectory(prefix="trial-", dir=self._scratch, ignore_cleanup_errors=True) as scratch:
-            return self._in_folder(Path(scratch), request, conversation)
+        scratch = Path(tempfile.mkdtemp(prefix="trial-", dir=self._scratch))
+        try:
+            return self._in_folder(scratch, request, conversation)
+        finally:
+            remove_tree(scratch)
 
     def _in_folder(self, scratch: Path, request: Request, conversation: _Conversation) -> Evidence:
         own = dict.fromkeys(("TMPDIR", "HOME", "XDG_CACHE_HOME"), str(scratch))

@@ -54,9 +54,9 @@ class ModelUpdater(Shadowing, Canarying, Switching):
         """
         self._ending = ending
         try:
+            if self.state.phase not in SWITCHING and self._mind_lease():
+                return REST_S
             with self._s.joint if self.state.phase is Phase.WAITING else contextlib.nullcontext():
-                if self.state.phase not in SWITCHING and self._mind_lease():
-                    return REST_S
                 return self._steps[self.state.phase]()
         except OSError as error:
             self.problem = store_problem(error, f"updating model {self.model!r}").message
@@ -77,6 +77,7 @@ class ModelUpdater(Shadowing, Canarying, Switching):
     def _mind_lease(self) -> bool:
         """Stops the model when its lease has ended, and brings it back when it was renewed. Whether it has to rest meanwhile.
 
+        `serve` is asked without `joint`: that may take minutes, in which no other model could go back.
         What is to be brought back is on disk before anything is taken away, and stays there until it is selected again.
         """
         stopped = self.state.stopped
@@ -89,17 +90,28 @@ class ModelUpdater(Shadowing, Canarying, Switching):
         if selection is None or (over is None and stopped is None):
             return False
         if over is None:
-            self._s.store.select(selection)
+            with self._s.joint:
+                if self.state.phase in SWITCHING:
+                    return False
+                self._s.store.select(selection)
+                self._save(self.state.but(stopped=None))
+                self.busy = True
             self._note("lease", "resumed", "the fleet was heard again", release=selection.active.version)
-            self._save(self.state.but(stopped=None))
             self._say("resumed", f"release {selection.active.version} may serve again", release=selection.active.version)
-            self._ask(lambda: self._serve_again(selection.active))
+            try:
+                self._ask(lambda: self._serve_again(selection.active))
+            finally:
+                self.busy = False
             return False
+        with self._s.joint:
+            if self.state.phase in SWITCHING:
+                return False
+            if stopped is None:
+                self._save(self.state.but(stopped=selection))
+            self._s.store.deselect(self.model)
         if stopped is None:
-            self._save(self.state.but(stopped=selection))
             self._note("lease", "stopped", over.message, reason=over.reason, release=selection.active.version)
             self._say("stopped", over.message, release=selection.active.version, reason=over.reason.value)
-        self._s.store.deselect(self.model)
         status = self._status()
         if status is not None and self.model in status.models:
             self._ask(lambda: self._s.serving.unload(self.model))

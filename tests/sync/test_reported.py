@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from agent.contract.manifest import WatchRules
+from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
 from agent.store import Choice, Selection
@@ -228,3 +229,19 @@ def test_deliveries_know_the_newest_and_are_bounded(clock: FakeClock):
     clock.pass_(10)
     assert deliveries.lately(10.0)
     assert not deliveries.lately(9.0)
+
+
+def test_what_went_back_unreported_and_was_damaged_meanwhile_is_fetched_again(bench: Bench):
+    begin_watch(bench)
+    bench.link_up = False
+    bench.until(P.WAITING)
+    bench.link_up = True
+    manifest = bench.store.manifest(ReleaseRef(MODEL, 2))
+    file = bench.store.file(manifest, manifest.variant("cpu").file)
+    file.unlink()
+
+    bench.until(P.FETCHING)
+    bench.until(P.STEADY)
+
+    assert file.exists()
+    assert bench.answer.outcome is Outcome.COMMITTED

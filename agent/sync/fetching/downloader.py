@@ -234,7 +234,8 @@ class _Fetch:
                     if staged.have_bytes == size:
                         break
         except NotHere:
-            staged.clear()  # what is staged may be why: more bytes than it has
+            if source.final:
+                staged.clear()  # what is staged may be why: more bytes than it has
             raise
         if staged.have_bytes < size:
             raise self._broke_off(staged)

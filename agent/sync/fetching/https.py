@@ -41,6 +41,8 @@ class HttpBlobs:
         def read(start: int, end: int) -> Iterator[tuple[int, Iterator[bytes]]]:
             try:
                 with http.open(url, headers={"Range": f"bytes={start}-{end - 1}"}, accept=(200, 206)) as response:
+                    if response.raw.length_remaining is None:  # a length that comes piece by piece may never have come
+                        raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: the server does not say how long its answer is")
                     resumed = response.status_code == 206
                     if resumed and not str(response.headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
                         raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: the server sent another range than was asked for")

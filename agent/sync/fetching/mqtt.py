@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 
@@ -26,6 +27,12 @@ WINDOW = 32
 
 SILENCE_S = 3.0
 """How long nothing may come before what is missing is asked for again: beyond any round trip, and the time that a busy broker holds a message."""
+
+IGNORED = 4 * WINDOW
+"""How many parts that are there already, or of no use, may come one after the other: an ask that was repeated doubles a window."""
+
+MOST_OF_A_MESSAGE_BYTES = 1024
+"""What a message has beside the bytes of its part, or that says why there is none."""
 
 SILENCES = 6
 """How often in a row. A broker that restarts is back by then."""
@@ -66,7 +73,8 @@ class Transfers:
         """A message came for this transfer. What nobody asked for, or too much of it, is forgotten."""
         with self._lock:
             waiting = self._open.get(id_)
-        part = decode_part(payload) if waiting is not None else None
+        asked_for = waiting is not None and len(payload) <= MOST_OF_A_MESSAGE_BYTES + self._part_bytes
+        part = decode_part(payload) if asked_for else None
         if waiting is not None and part is not None:
             with contextlib.suppress(queue.Full):
                 waiting.put_nowait(part)
@@ -90,7 +98,7 @@ class Transfers:
     ) -> Iterator[tuple[int, bytes]]:
         arrived: dict[int, Part] = {}
         at = asked = first
-        silences, known = 0, end is not None
+        silences, ignored, known = 0, 0, end is not None
         while end is None or at < end:
             ahead = (
                 min(end, at + self._window) if end is not None else at + 1
@@ -110,9 +118,11 @@ class Transfers:
                 self._ask(id_, thing, name, [number for number in range(at, asked) if number not in arrived])
                 continue
             _raise_for(part, thing, name)
-            if not at <= part.number < asked or not self._whole(part):
+            if not at <= part.number < asked or part.number in arrived or not self._whole(part):
+                if (ignored := ignored + 1) > IGNORED:
+                    raise Problem(Reason.DOWNLOAD_FAILED, f"the broker brings what nobody asked for instead of {thing} {name}")
                 continue
-            silences = 0
+            silences = ignored = 0
             arrived[part.number] = part
             if not known:
                 end, known = first + max(1, -(-part.size_bytes // self._part_bytes) - first), True
@@ -144,7 +154,7 @@ class MqttBlobs:
     name = "the broker"
     metered = True
     place = MQTT_PLACE
-    final = True
+    final = False  # whoever has the broker may put any bytes into its mouth: they say nothing about the release
 
     def __init__(self, transfers: Transfers) -> None:
         self._transfers = transfers
@@ -188,7 +198,7 @@ class MqttDocuments:
         return f"mqtt:{path}"
 
     def get(self, url: str, *, limit_bytes: int, deadline_s: float) -> bytes:
-        del deadline_s  # the silences that a transfer bears add up to less
+        end = time.monotonic() + deadline_s
         path = url.removeprefix("mqtt:")
         thing, name = next(
             ((kind, path.removeprefix(prefix)) for prefix, kind in self._KINDS if path.startswith(prefix)), ("record", "")
@@ -198,6 +208,8 @@ class MqttDocuments:
             if size > limit_bytes:
                 raise TooLong(Reason.ENDLESS_DATA, f"{url}: {size} bytes, more than the {limit_bytes} allowed")
             body += data
+            if time.monotonic() > end:
+                raise Problem(Reason.SLOW_RETRIEVAL, f"{url}: not finished after {deadline_s:.0f} s")
         return bytes(body)
 
     def close(self) -> None:

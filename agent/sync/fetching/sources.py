@@ -111,7 +111,7 @@ def verdict(problems: Sequence[tuple[Source, Problem]], what: str) -> Problem:
     """What it means that everybody failed. Wrong bytes only when the fleet's own source insists on them: from anybody else they say
     nothing about the release.
     """
-    if len(problems) == 1:
+    if len(problems) == 1 and (problems[0][0].final or problems[0][1].reason is not Reason.HASH_MISMATCH):
         return problems[0][1]
     finals = [problem for source, problem in problems if source.final] or [problem for _, problem in problems]
     wrong = [problem for problem in finals if problem.reason is Reason.HASH_MISMATCH]
