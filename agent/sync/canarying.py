@@ -136,6 +136,8 @@ class Canarying(ModelWork):
             return self._canary_failed(Problem(Reason.STORE_FAILED, str(refused)))
         if refused.code in ("not_found", "") and not self.state.activated:
             return self._go_on(f"this serve does not offer it ({refused})")
+        if self._s.clock.wall() - self.state.since > SERVE_PATIENCE_S:
+            return self._canary_failed(Problem(Reason.ACTIVATION_FAILED, str(refused)))
         self.problem = str(refused)
         return AGAIN_S
 

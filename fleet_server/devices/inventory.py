@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 
 from agent.contract import names
 from agent.contract.assignment import RECORD_PAYLOAD_TYPE, DeviceRecord
-from agent.contract.codec import encode
+from agent.contract.codec import convert, encode
+from agent.contract.reports import Hardware, hardware_class
 from fleet_server.access import Actor
 from fleet_server.config import FleetConfig
 from fleet_server.devices import pki
@@ -24,6 +25,14 @@ from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, DeviceModel, Setting
 
 SERIAL_FLOOR = "deleted_serial"
+
+
+def class_of(hardware: Mapping[str, Any] | None) -> str | None:
+    """The class of a device by its last report; None when it has not said what it is."""
+    try:
+        return hardware_class(convert(hardware, Hardware)) if hardware else None
+    except msgspec.ValidationError:
+        return None
 
 
 class Link(Protocol):

@@ -6,16 +6,16 @@ Nothing in it is secret from the devices it is for, and nothing is believed for 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from agent.contract import bundle
-from agent.contract.assignment import Assignment, wanted
+from agent.contract.assignment import Assignment, ModelAssignment, wanted
 from agent.contract.codec import decode, encode
 from agent.contract.names import ReleaseRef
 from fleet_server.access import Actor
 from fleet_server.config import FleetConfig
-from fleet_server.devices.inventory import Inventory
+from fleet_server.devices.inventory import Inventory, class_of
 from fleet_server.errors import Invalid, NotFound, Unavailable
 from fleet_server.journal import Journal
 from fleet_server.releases.catalogue import Catalogue
@@ -26,6 +26,9 @@ from fleet_server.storage.database import Database
 CHUNK_BYTES = 512 * 1024
 DAY_S = 86400.0
 MAX_DEVICES = 10_000
+
+_Kind = tuple[list[str], str | None]
+"""The groups of a device, and its hardware class if it has ever said what it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +95,7 @@ class Bundles:
             )
         return Packed(about, {bundle.HEAD: encode(about), **documents, **records}, blobs)
 
-    def _devices(self, devices: Sequence[str], group: str | None) -> dict[str, list[str]]:
-        """The devices' groups."""
+    def _devices(self, devices: Sequence[str], group: str | None) -> dict[str, _Kind]:
         if devices and group is not None:
             raise Invalid("name devices or a group, not both")
         if devices:
@@ -102,20 +104,20 @@ class Bundles:
             found = self._inventory.find(group=group, limit=MAX_DEVICES + 1)
             if len(found) > MAX_DEVICES:
                 raise Invalid(f"a bundle is for {MAX_DEVICES} devices at most; make one for each group")
-        chosen = {one["id"]: one["groups"] for one in found if not one["revoked"]}
+        chosen = {one["id"]: (one["groups"], class_of(one["hardware"])) for one in found if not one["revoked"]}
         if not chosen:
             raise NotFound("there is no device to make a bundle for")
         return chosen
 
-    def _releases(self, assignment: Assignment, models: Sequence[str], devices: dict[str, list[str]]) -> list[ReleaseRef]:
+    def _releases(self, assignment: Assignment, models: Sequence[str], devices: Mapping[str, _Kind]) -> list[ReleaseRef]:
         for model in models:
             if model not in assignment.models:
                 raise NotFound(f"nothing is assigned of model {model!r}; start a rollout first")
         found = set()
         for model, rules in assignment.models.items():
             if not models or model in models:
-                numbers = {wanted(rules, device, groups).release for device, groups in devices.items()}
-                found |= {ReleaseRef(model, number) for number in numbers if number is not None}
+                numbers = [may_want(rules, device, groups, hardware) for device, (groups, hardware) in devices.items()]
+                found |= {ReleaseRef(model, number) for number in set().union(*numbers)}
         return sorted(found)
 
     def _contents(self, releases: Sequence[ReleaseRef]) -> dict[str, tuple[Path, int]]:
@@ -126,6 +128,15 @@ class Bundles:
                     raise Unavailable(f"blob {file.sha256} of release {ref} is not in the blob store; restore it from a backup")
                 found[file.sha256] = (self._blobs.path(file.sha256), file.size_bytes)
         return found
+
+
+def may_want(rules: ModelAssignment, device: str, groups: Collection[str], hardware: str | None) -> set[int]:
+    """The releases of a model that the device may want. One without a network has never said what it is (None): then those of every
+    hardware class for which a release is stopped.
+    """
+    kinds = [hardware] if hardware is not None else ["", *(exclusion.hardware for exclusion in rules.excluded)]
+    found = (wanted(rules, device, groups, kind).release for kind in kinds)
+    return {number for number in found if number is not None}
 
 
 def _contents(path: Path, size: int) -> Iterator[bytes]:

@@ -10,14 +10,13 @@ import collections
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from agent.contract.assignment import Exclusion
-from agent.contract.codec import convert
 from agent.contract.reasons import RETRYABLE, Reason
-from agent.contract.reports import Hardware, Outcome, hardware_class
+from agent.contract.reports import Outcome
+from fleet_server.devices.inventory import class_of
 from fleet_server.errors import Conflict, NotFound
 from fleet_server.rollouts.gates import Fact
 from fleet_server.storage.models import Device, ExclusionRow, RolloutRow
@@ -31,14 +30,6 @@ EVIDENCE_KEPT = 20
 def quarantined(fact: Fact) -> bool:
     """Whether the device refuses the release from now on."""
     return fact.outcome in (Outcome.REFUSED, Outcome.ROLLED_BACK) and fact.reason not in NOT_QUARANTINED
-
-
-def class_of(hardware: Mapping[str, Any] | None) -> str | None:
-    """The class of a device by its last report; None when it has not said what it is."""
-    try:
-        return hardware_class(convert(hardware, Hardware)) if hardware else None
-    except msgspec.ValidationError:
-        return None
 
 
 def to_stop(facts: Iterable[Fact], classes: Mapping[str, str | None], least: int) -> dict[str, list[Fact]]:

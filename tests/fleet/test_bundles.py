@@ -7,8 +7,10 @@ import pytest
 import requests
 
 from agent.contract import bundle
+from agent.contract.assignment import Exclusion, ModelAssignment
 from agent.contract.codec import decode
 from agent.contract.manifest import WatchRules
+from fleet_server.releases.bundles import may_want
 from tests.fleet.stand import sha256
 
 
@@ -58,6 +60,13 @@ def test_the_devices_of_a_group(filled, tmp_path):
     about, _ = packed(filled, tmp_path / "b", group="harbour")
 
     assert about.devices == ("crane-1",)
+
+
+def test_a_class_for_which_a_release_is_stopped_gets_what_it_runs_instead():
+    rules = ModelAssignment(release=2, excluded=(Exclusion(release=2, hardware="pi", instead=1),))
+    assert may_want(rules, "d", [], "pi") == {1}
+    assert may_want(rules, "d", [], "jetson") == {2}
+    assert may_want(rules, "d", [], None) == {1, 2}, "it has never said what it is"
 
 
 def test_it_can_be_believed_for_longer(filled, tmp_path):

@@ -400,6 +400,17 @@ def test_without_memory_for_both_it_is_activated_without_a_canary(bench):
     assert ("swap", 2) in bench.serve.calls
 
 
+def test_a_serve_that_refuses_for_good_ends_a_canary(bench):
+    def refuses(action: str, version: int | None) -> None:
+        if (action, version) == ("canary", 2):
+            raise ServeRefused(409, "odd", "not here")
+
+    offered(bench, canary=CANARY).serve.fault = refuses
+    bench.until(P.QUARANTINED)
+
+    assert (bench.answer.reason, bench.serving) == ("activation_failed", 1)
+
+
 def test_silence_ends_a_canary_too(bench):
     canarying(offered(bench, canary=CANARY))
     bench.until(P.ACTIVATING)

@@ -18,7 +18,7 @@ from agent.contract.reasons import Reason
 from agent.host.clock import SystemClock
 from agent.store import Store
 from agent.sync import sharing
-from agent.sync.fetching import configured
+from agent.sync.fetching import configured, folders
 from agent.sync.fetching.budget import Budget, hours
 from agent.sync.fetching.folders import FolderBlobs
 from agent.sync.http import FleetHttp
@@ -130,6 +130,18 @@ def test_a_folder_may_be_full_of_anything(made, store: Store, tmp_path: Path):
     fetch(downloader(store, FolderBlobs(made(folder)), server), FILE)
 
     assert store.blob(FILE.sha256).read_bytes() == DATA
+
+
+def test_a_bundle_with_very_many_names_takes_no_more_memory_than_others(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(folders, "MAX_BLOBS", 2)
+    make_bundle(tmp_path / "a.bundle", b"1", b"2", b"3", b"4")
+    folder = FolderBlobs(tmp_path)
+
+    fetch(downloader(store, folder, MemoryBlobs(DATA, place=30)), FILE)
+
+    assert sum(map(len, folder._known.values())) == 2
 
 
 # -- neighbours ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ READ_BYTES = 256 * 1024
 MAX_BUNDLES = 64
 """Looked into per folder, newest first: a stick full of films must not cost an hour."""
 
+MAX_BLOBS = 100_000
+"""Remembered per folder. A bundle may name as many as it likes."""
+
 _Place = tuple[Path, int, int]
 """A file, and where in it the blob begins and how long it is."""
 
@@ -71,20 +74,23 @@ class FolderBlobs:
         except OSError:
             return
         with self._lock:
-            known, self._known = self._known, {}
+            known, self._known, left = self._known, {}, MAX_BLOBS
             for one, path in [pair for pair in status if stat.S_ISREG(pair[0].st_mode)][:MAX_BUNDLES]:
                 key = (path, one.st_size, one.st_mtime_ns)
-                self._known[key] = known[key] if key in known else _index(path)
+                found = self._known[key] = known[key] if key in known else _index(path, left)
+                left -= len(found)
             listed = list(self._known.items())
         for key, found in listed:
             yield key[0], found
 
 
-def _index(path: Path) -> dict[str, tuple[int, int]]:
-    """Where a bundle has its blobs; nowhere in something that is none."""
+def _index(path: Path, most: int) -> dict[str, tuple[int, int]]:
+    """Where a bundle has its blobs, `most` of them; nowhere in something that is none."""
     found: dict[str, tuple[int, int]] = {}
     with contextlib.suppress(OSError, bundle.BundleError), open_regular(path) as file:
         for member in bundle.members(file):
+            if len(found) >= most:
+                break
             if member.is_blob:
                 found[member.name.removeprefix("blobs/")] = (member.offset, member.size_bytes)
     return found
