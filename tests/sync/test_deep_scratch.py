@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.host.clock import SystemClock
-from agent.sync.keeping import Keeper
+from agent.sync.keeping import Keeper, remove_tree
 from agent.sync.trial import TrialProcesses
 
 
 @pytest.fixture
-def scratch(tmp_path: Path) -> Path:
+def scratch(tmp_path: Path) -> Iterator[Path]:
     """A scratch folder with one of an earlier trial, 3000 levels deep."""
     trial = tmp_path / "scratch" / "trial-x"
     trial.mkdir(parents=True)
@@ -24,7 +25,8 @@ def scratch(tmp_path: Path) -> Path:
         os.close(folder)
         folder = inner
     os.close(folder)
-    return trial.parent
+    yield trial.parent
+    remove_tree(trial.parent)
 
 
 def test_sync_starts_after_a_trial_that_made_deep_folders(scratch: Path, tmp_path: Path):
