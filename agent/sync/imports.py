@@ -102,7 +102,7 @@ class Imports:
 
     def _link(self, id_: str) -> None:
         """Puts the blobs where downloads look for what they began, so that nothing is copied twice; they are hashed there as ever."""
-        for path in (self.spool.path(id_) / "blobs").glob("*"):
+        for path in (self.spool.path(id_) / "blobs").glob("[!.]*"):
             if not self._store.has_blob(path.name):
                 with contextlib.suppress(OSError):
                     os.link(path, self._store.staging / path.name)

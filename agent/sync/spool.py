@@ -137,6 +137,8 @@ class Spool:
                 self.remove(id_)
             part = self.folder / f".part-{id_}"
             self._forget_other_parts(part)
+            if part.exists():
+                files.sweep(part, older_than_s=0)  # what a killed import was writing
             self._require_space(part, wanted, reserve_bytes)
             _write_documents(part, documents)
             try:

@@ -193,6 +193,16 @@ class ModelUpdater(Shadowing, Canarying, Switching):
         assert wanted.release is not None
         return self._s.quarantine.names_version(self.model, wanted.release) and self._answered(wanted)
 
+    def _wait(self) -> float:
+        """While it waits for another that is refused here, so perhaps for ever, nothing serves that nobody may run."""
+        others = {model: release for model, release in (self._others() or {}).items() if model != self.model}
+        if any(self._s.quarantine.names_version(model, release) for model, release in others.items()):
+            desired, status = self._s.desired(), self._status()
+            selection = self._selection(status)
+            if selection and desired and desired.withdrawn(self.model, selection.active.version):
+                self._serve_nothing(selection, status)
+        return super()._wait()
+
     def _serve_nothing(self, selection: Selection | None, status: ServeStatus | None) -> float:
         if selection is not None:
             self._s.store.deselect(self.model)

@@ -93,6 +93,23 @@ def test_one_that_fails_its_trial_keeps_all_where_they_are(crew: Crew):
     assert crew.updaters["arm"].state.phase is P.WAITING
 
 
+def test_nobody_waits_for_a_refused_one_with_what_nobody_may_run(crew: Crew):
+    def bad(request, *_):
+        if request.release.startswith("eye"):
+            raise Problem(Reason.GOLDEN_MISMATCH, "wrong")
+        return {}
+
+    crew.trial = bad
+    wanted(crew)
+    crew.rounds(100)
+    crew.desire(NEW, together=("arm", "eye"), withdrawn={"arm": (1,)})
+    crew.rounds(20)
+
+    assert crew.serve.active.get("arm") is None
+    assert crew.serve.active["eye"] == 2
+    assert crew.on_disk() == {"arm": None, "eye": 2}
+
+
 def test_one_that_fails_its_watch_takes_all_back(crew: Crew):
     crew.serve.numbers = {1: numbers(1000), 2: numbers(1000), 3: numbers(1000)}
     wanted(crew)
