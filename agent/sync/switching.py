@@ -47,7 +47,6 @@ class Switching(ModelWork):
 
     def __init__(self, model: str, surroundings: Surroundings) -> None:
         super().__init__(model, surroundings)
-        self._looked: float | None = None
         self._rollback_refusals = 0
         self._asked: float | None = None
         self._at: Switching | None = None
@@ -305,12 +304,6 @@ class Switching(ModelWork):
             before = one.state.before
             if before is not None:
                 self._ask(lambda model=one.model, version=before.version: self._s.serving.rollback(model, version))  # type: ignore[misc]
-
-    def _passed_s(self) -> float:
-        now = self._s.clock.monotonic()
-        passed_s = 0.0 if self._looked is None else now - self._looked
-        self._looked = now
-        return passed_s
 
     def _sample(self, status: ServeStatus | None) -> watching.Sample | None:
         if status is None:
