@@ -80,7 +80,7 @@ import json
 from pathlib import Path
 from agent.host.clock import SystemClock
 from agent.store import Choice, Store
-from agent.sync.trial import TrialProcesses, make_request
+from agent.sync.trials.trial import TrialProcesses, make_request
 store = Store(Path("/var/lib/edge-agent/store"))
 release = store.release("digits", Choice(version=1, variant="cpu"))
 request = make_request(store, release.manifest, release.variant, memory_bytes=10**9, timeout_s=30, threads=1)
