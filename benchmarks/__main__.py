@@ -41,13 +41,14 @@ def main() -> None:
         folder = Path(name)
         load = processes.load_program(folder)
         subjects = models.make(folder)
+        subjects.append(models.sharing(subjects[-1]))
         shared = sharing.measure(folder, repeats, max(20, int(seconds * sharing.ROUNDS)))  # first: it forks
         started = measure.start(folder, subjects[0], repeats)
         rows = measure.latency(folder, load, subjects, CLIENTS, repeats, seconds, prototype)
         more = {
             "sharing": shared,
             "swap": under_load.swaps(folder, load, repeats, seconds),
-            "mixed": under_load.mixed(folder, load, repeats, 2 * seconds),
+            "mixed": under_load.mixed(folder, load, 2 * repeats + 1, 2 * seconds),  # the scheduler makes it one of two things
             "loads": under_load.loads(folder),
         }
     show(rows, started, more, compiled=len(load) == 1)
@@ -109,7 +110,7 @@ def _table(rows: Sequence[measure.Row]) -> Table:
             row.model, str(row.clients), spread(row.echo_p50_us), spread(row.engine_p50_us), spread(row.p50_us), spread(row.p99_us),
             spread(row.ratios, 2) if row.clients == 1 else "-", spread(row.per_s, 0), spread(row.engine_per_s, 0), str(row.failures),
         ]  # fmt: skip
-        if bare:
+        if row.bare_p50_us:
             cells += [
                 spread([p / b for p, b in zip(row.p50_us, row.bare_p50_us, strict=True)], 2),
                 spread([p / b for p, b in zip(row.per_s, row.bare_per_s, strict=True)], 2),

@@ -16,14 +16,15 @@ from pathlib import Path
 os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["ORT_TELEMETRY_DISABLED"] = "1"
 
 from agent.config import ServeSettings
-from agent.serving import app, http
+from agent.serving import app
 from agent.serving.access import Access, Grant
+from agent.serving.api.oip import read_request, write_response
 from agent.serving.dataplane import OIP
-from agent.serving.loading import Source
-from agent.serving.loop import Loop
-from agent.serving.memory import ClientMemory, MemoryBudget
-from agent.serving.oip import read_request, write_response
+from agent.serving.models.loading import Source
 from agent.serving.routes import Request
+from agent.serving.shared.memory import ClientMemory, MemoryBudget
+from agent.serving.transport import http
+from agent.serving.transport.loop import Loop
 from benchmarks import models
 
 ROUNDS, TIMES = 40, 2000

@@ -1,20 +1,23 @@
 /* The two ends of a measurement, without an interpreter in the way.
  *
  *   load echo SOCKET REQUEST_BYTES REPLY_BYTES      answers every REQUEST_BYTES with REPLY_BYTES, for ever
- *   load drive ADDRESS REQUEST_FILE KIND CLIENTS SECONDS
+ *   load drive ADDRESS REQUEST_FILE KIND CLIENTS SECONDS [MEMORY_FILE]
  *        ADDRESS is the path of a Unix socket, or 127.0.0.1:PORT. CLIENTS threads, each with one connection, send the file's bytes and wait for the answer, again and again.
  *        KIND is `http` (status 200 and the whole Content-Length) or a number of bytes.
+ *        The bytes of MEMORY_FILE are shared by each connection first, in a sealed memfd, as the region `bench`.
  *        Prints JSON: answers, failures, seconds, and the latencies' percentiles in microseconds.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
@@ -92,8 +95,8 @@ static int echo(const char *path) {
 
 static struct sockaddr_storage target;
 static socklen_t target_size;
-static char *request;
-static size_t request_size, reply_size; /* 0: HTTP */
+static char *request, *memory;
+static size_t request_size, memory_size, reply_size; /* of the reply 0: HTTP */
 static double start_s, end_s;
 
 struct client {
@@ -139,6 +142,32 @@ static int receive_http(int fd, char **room, size_t *room_size) {
   return have <= size && receive_all(fd, *room + have, size - have) && ok;
 }
 
+/* 1 when the connection has the memory, or needs none. */
+static int share_memory(int fd, char **room, size_t *room_size) {
+  if (memory == NULL) return 1;
+  char body[64], head[256];
+  int body_size = snprintf(body, sizeof body, "{\"byte_size\": %zu}", memory_size);
+  int head_size = snprintf(head, sizeof head, "POST /v2/edge/memory/bench/register HTTP/1.1\r\nhost: bench\r\ncontent-length: %d\r\n\r\n%s", body_size, body);
+  int shared = memfd_create("bench", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (shared < 0 || ftruncate(shared, (off_t)memory_size)) return 0;
+  void *place = mmap(NULL, memory_size, PROT_READ | PROT_WRITE, MAP_SHARED, shared, 0);
+  if (place == MAP_FAILED) return 0;
+  memcpy(place, memory, memory_size);
+  munmap(place, memory_size);
+  fcntl(shared, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
+  char control[CMSG_SPACE(sizeof shared)] = {0};
+  struct iovec bytes = {.iov_base = head, .iov_len = (size_t)head_size};
+  struct msghdr message = {.msg_iov = &bytes, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+  struct cmsghdr *descriptor = CMSG_FIRSTHDR(&message);
+  descriptor->cmsg_level = SOL_SOCKET;
+  descriptor->cmsg_type = SCM_RIGHTS;
+  descriptor->cmsg_len = CMSG_LEN(sizeof shared);
+  memcpy(CMSG_DATA(descriptor), &shared, sizeof shared);
+  int sent = sendmsg(fd, &message, MSG_NOSIGNAL) == head_size;
+  close(shared);
+  return sent && receive_http(fd, room, room_size);
+}
+
 static void keep(struct client *client, double seconds) {
   if (client->count == client->room) {
     client->room = client->room ? 2 * client->room : 1 << 16;
@@ -159,7 +188,7 @@ static void *drive_one(void *argument) {
       fd = socket(target.ss_family, SOCK_STREAM, 0);
       setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
       if (target.ss_family == AF_INET) setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &at_once, sizeof at_once);
-      if (connect(fd, (struct sockaddr *)&target, target_size)) {
+      if (connect(fd, (struct sockaddr *)&target, target_size) || !share_memory(fd, &room, &room_size)) {
         close(fd);
         fd = -1;
         client->failures++;
@@ -201,18 +230,19 @@ static void aim(const char *address) {
   memcpy(&target, &loopback, target_size = sizeof loopback);
 }
 
-static void read_request(const char *path) {
+static char *read_file(const char *path, size_t *size) {
   FILE *file = fopen(path, "rb");
   if (file == NULL) {
     perror(path);
     exit(1);
   }
   fseek(file, 0, SEEK_END);
-  request_size = (size_t)ftell(file);
+  *size = (size_t)ftell(file);
   rewind(file);
-  request = malloc(request_size);
-  if (fread(request, 1, request_size, file) != request_size) exit(1);
+  char *bytes = malloc(*size);
+  if (fread(bytes, 1, *size, file) != *size) exit(1);
   fclose(file);
+  return bytes;
 }
 
 static int drive(const char *kind, int count, double seconds) {
@@ -245,11 +275,12 @@ int main(int count, char **words) {
     echo_reply = strtoul(words[4], NULL, 10);
     return echo(words[2]);
   }
-  if (count == 7 && strcmp(words[1], "drive") == 0) {
+  if ((count == 7 || count == 8) && strcmp(words[1], "drive") == 0) {
     aim(words[2]);
-    read_request(words[3]);
+    request = read_file(words[3], &request_size);
+    if (count == 8) memory = read_file(words[7], &memory_size);
     return drive(words[4], atoi(words[5]), atof(words[6]));
   }
-  fprintf(stderr, "load echo SOCKET REQUEST_BYTES REPLY_BYTES | load drive SOCKET REQUEST_FILE KIND CLIENTS SECONDS\n");
+  fprintf(stderr, "load echo SOCKET REQUEST_BYTES REPLY_BYTES | load drive SOCKET REQUEST_FILE KIND CLIENTS SECONDS [MEMORY_FILE]\n");
   return 2;
 }

@@ -1,6 +1,8 @@
 """What load.c does, for machines without a C compiler. Its own cost is in the numbers, so compare them only with each other."""
 
+import fcntl
 import json
+import os
 import socket
 import sys
 import threading
@@ -57,7 +59,22 @@ def answered(sock: socket.socket, kind: str) -> bool:
     return True
 
 
-def drive(path: str, request: bytes, kind: str, clients: int, seconds: float) -> dict[str, float]:
+def share(sock: socket.socket, memory: bytes) -> None:
+    """Shares the bytes as the region `bench`."""
+    body = b'{"byte_size": %d}' % len(memory)
+    head = b"POST /v2/edge/memory/bench/register HTTP/1.1\r\nhost: bench\r\ncontent-length: %d\r\n\r\n" % len(body)
+    shared = os.memfd_create("bench", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.write(shared, memory)
+        fcntl.fcntl(shared, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        socket.send_fds(sock, [head + body], [shared])
+    finally:
+        os.close(shared)
+    if not receive_http(sock):
+        raise ConnectionError
+
+
+def drive(path: str, request: bytes, kind: str, clients: int, seconds: float, memory: bytes) -> dict[str, float]:
     start = time.perf_counter() + WARM_UP_S
     end = start + seconds
     latencies: list[float] = []
@@ -71,6 +88,8 @@ def drive(path: str, request: bytes, kind: str, clients: int, seconds: float) ->
                 if sock is None:
                     sock = socket.socket(socket.AF_UNIX)
                     sock.connect(path)
+                    if memory:
+                        share(sock, memory)
                 sock.sendall(request)
                 ok = answered(sock, kind)
             except OSError:
@@ -100,4 +119,8 @@ if __name__ == "__main__":
     else:
         with open(sys.argv[3], "rb") as file:  # noqa: PTH123
             content = file.read()
-        print(json.dumps(drive(sys.argv[2], content, sys.argv[4], int(sys.argv[5]), float(sys.argv[6]))))
+        memory = b""
+        if len(sys.argv) > 7:
+            with open(sys.argv[7], "rb") as file:  # noqa: PTH123
+                memory = file.read()
+        print(json.dumps(drive(sys.argv[2], content, sys.argv[4], int(sys.argv[5]), float(sys.argv[6]), memory)))

@@ -81,7 +81,7 @@ def latency(
     rows = {(s.name, c): Row(s.name, c) for s in subjects for c in clients}
     server = folder / "bench.sock"
     with (
-        processes.running(processes.agent("run", *[s.path for s in subjects], "--socket", server), server),
+        processes.running(processes.agent("run", *{s.path for s in subjects}, "--socket", server), server),
         _bare(folder, subjects, prototype) as bare,
     ):
         for _ in range(repeats):
@@ -98,7 +98,7 @@ def _bare(folder: Path, subjects: Sequence[Subject], prototype: Path | None) -> 
         return
     home, server = folder / "bare", folder / "bare.sock"
     home.mkdir()
-    for subject in subjects:
+    for subject in [s for s in subjects if not s.shared]:
         (home / f"{BARE_NAMES[subject.name]}.onnx").symlink_to(subject.path)
     with processes.running([sys.executable, str(prototype), str(server), "3"], server, folder=home):
         yield server
@@ -114,10 +114,13 @@ def _measure(
     server: Path,
     bare: Path | None,
 ) -> None:
-    bare_request = folder / f"{subject.name}.bare"
-    bare_request.write_bytes(models.request(BARE_NAMES[subject.name], subject.array))
-    request = folder / f"{subject.name}.request"
+    bare_request, request, shared = folder / "bare.request", folder / "request", None
     request.write_bytes(subject.request)
+    if subject.shared:
+        shared = folder / "shared"
+        shared.write_bytes(subject.array.tobytes())
+    else:
+        bare_request.write_bytes(models.request(BARE_NAMES[subject.name], subject.array))
     echo = folder / "echo.sock"
     echo.unlink(missing_ok=True)
     with processes.running([*load, "echo", str(echo), str(len(subject.request)), str(REPLY_BYTES)], echo):
@@ -127,12 +130,12 @@ def _measure(
             p50, per_s = engine(subject, count, seconds)
             row.engine_p50_us.append(p50)
             row.engine_per_s.append(per_s)
-            found = processes.drive(load, server, request, "http", count, seconds)
+            found = processes.drive(load, server, request, "http", count, seconds, shared)
             row.p50_us.append(found["p50_us"])
             row.p99_us.append(found["p99_us"])
             row.per_s.append(found["per_s"])
             row.failures += found["failures"]
-            if bare is not None:
+            if bare is not None and not subject.shared:
                 found = processes.drive(load, bare, bare_request, "http", count, seconds)
                 row.bare_p50_us.append(found["p50_us"])
                 row.bare_per_s.append(found["per_s"])

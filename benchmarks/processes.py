@@ -28,8 +28,12 @@ def load_program(folder: Path) -> list[str]:
     return [str(program)]
 
 
-def drive(load: list[str], path: Path, request: Path, kind: str, clients: int, seconds: float) -> dict[str, Any]:
+def drive(
+    load: list[str], path: Path, request: Path, kind: str, clients: int, seconds: float, shared: Path | None = None
+) -> dict[str, Any]:
+    """`shared`: a file whose bytes every client shares as memory first."""
     command = [*load, "drive", str(path), str(request), kind, str(clients), str(seconds)]
+    command += [] if shared is None else [str(shared)]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=seconds + 60).stdout)
     found["per_s"] = found["answers"] / found["seconds"]
     return found

@@ -1,10 +1,12 @@
-"""A whole update beside predictions: fleet server, broker and a device as the demo runs them, four busy clients on the device.
+"""A whole update beside predictions: fleet server, broker and a device as the demo runs them, busy clients on the device.
 
 Each repeat rolls out the next release of a model with ballast, so that there is something to download, hash and try. Reported are the
-p99 before and in the windows that the update touches, and what failed. The fleet server and its broker, which would be elsewhere, let
-everything else go first.
+p99 before and in the windows that the update touches, and what failed. The device's processes have the weights of their systemd units
+where control groups can be made; the fleet server and its broker, which would be elsewhere, let everything else go first.
 """
 
+import os
+import re
 import statistics
 import sys
 import tempfile
@@ -24,10 +26,14 @@ from processes import processes, wait_for
 
 from benchmarks import models
 from benchmarks import processes as programs
+from benchmarks.weights import weights
 
 DIGITS = Path(__file__).parents[1] / "examples/digits"
 BALLAST_BYTES = 50_000_000
-CLIENTS = 4
+CLIENTS = (1, 4)
+WEIGHT = re.search(
+    r"^CPUWeight=(\d+)$", (Path(__file__).parents[1] / "systemd/edge-agent-sync.service").read_text(), re.MULTILINE
+)
 WINDOW_S = 0.5
 LIMIT_S = 120
 
@@ -35,36 +41,46 @@ LIMIT_S = 120
 def measure(folder: Path, load: list[str], repeats: int) -> dict[str, Any]:
     """p99 in microseconds of quiet windows and of those during an update, a number per repeat; failures; seconds per update."""
     environment = {"EDGE_FLEET_PROFILE": str(folder / "profile.yaml"), "PYTHONUNBUFFERED": "1"}
-    found: dict[str, Any] = {"p99_before_us": [], "p99_during_us": [], "update_s": [], "failures": 0, "bytes": BALLAST_BYTES}
-    with processes(folder / "logs", environment) as running:
+    found: dict[str, Any] = {
+        "p99_before_us": {count: [] for count in CLIENTS}, "p99_during_us": {count: [] for count in CLIENTS}, "update_s": [],
+        "failures": 0, "bytes": BALLAST_BYTES,
+    }  # fmt: skip
+    with weights() as weighed, processes(folder / "logs", environment) as running:
         fleet, device = Fleet(folder, running, lambda _: None, lambda: None), Device("press-1", folder, running)
         fleet.init()
         fleet.serve()
         for process in (server := psutil.Process(running.pid("fleet")), *server.children()):
             process.nice(19)
+            weighed.put("fleet", process.pid, idle=True)
         device.prepare()
         device.enrol(fleet.run("token", "create", "--device", device.name, quiet=True).strip())
         device.start()
+        found["weighed"] = weighed.work
+        assert WEIGHT is not None
+        weighed.put("sync", running.pid(f"{device.name}-sync"), int(WEIGHT[1]))
+        weighed.put("serve", running.pid(f"{device.name}-serve"))
+        weighed.put("app", os.getpid())
         request = folder / "digits.request"
         request.write_bytes(models.request("digits", np.zeros((8, 1, 8, 8), np.float32), name="image"))
         update(fleet, device, folder, 1)
-        for version in range(2, repeats + 2):
+        for version in range(2, repeats * len(CLIENTS) + 2):
+            count = CLIENTS[version % len(CLIENTS)]
             publish(fleet, folder, version)
-            quiet = [programs.drive(load, device.socket, request, "http", CLIENTS, WINDOW_S) for _ in range(4)]
+            quiet = [programs.drive(load, device.socket, request, "http", count, WINDOW_S) for _ in range(4)]
             done = threading.Event()
             windows: list[dict[str, Any]] = []
 
-            def ask(done: threading.Event = done, windows: list[dict[str, Any]] = windows) -> None:
+            def ask(done: threading.Event = done, windows: list[dict[str, Any]] = windows, count: int = count) -> None:
                 while not done.is_set():
-                    windows.append(programs.drive(load, device.socket, request, "http", CLIENTS, WINDOW_S))
+                    windows.append(programs.drive(load, device.socket, request, "http", count, WINDOW_S))
 
             thread = threading.Thread(target=ask)
             thread.start()
             found["update_s"].append(roll_out(fleet, device, version))
             done.set()
             thread.join()
-            found["p99_before_us"].append(statistics.median(window["p99_us"] for window in quiet))
-            found["p99_during_us"].append(statistics.median(window["p99_us"] for window in windows))
+            found["p99_before_us"][count].append(statistics.median(window["p99_us"] for window in quiet))
+            found["p99_during_us"][count].append(statistics.median(window["p99_us"] for window in windows))
             found["failures"] += sum(window["failures"] for window in (*quiet, *windows))
     return found
 
@@ -126,9 +142,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="edge-update-") as name:
         folder = Path(name)
         found = measure(folder, programs.load_program(folder), 5)
+    for count in CLIENTS:
+        before, during = found["p99_before_us"][count], found["p99_during_us"][count]
+        ratio = spread([d / b for b, d in zip(before, during, strict=True)], 2)
+        print(f"{count} clients, p99: {spread(before, 0)} µs before, {spread(during, 0)} µs while a release comes: {ratio} ×")
+    weighed = "with the weights of their units" if found["weighed"] else "all processes of one weight: no control groups here"
     print(
-        f"p99 with {CLIENTS} clients: {spread(found['p99_before_us'], 0)} µs before, {spread(found['p99_during_us'], 0)} µs while a release of "
-        f"{found['bytes'] / 1e6:.0f} MB is downloaded, tried and switched to; {spread(found['update_s'], 1)} s per update, {found['failures']} failed"
+        f"a release of {found['bytes'] / 1e6:.0f} MB is downloaded, tried and switched to in {spread(found['update_s'], 1)} s, "
+        f"{found['failures']} requests failed; {weighed}"
     )
 
 

@@ -19,7 +19,7 @@ def test_the_quick_benchmark_fails_no_request(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert {(row["model"], row["clients"]) for row in numbers["latency"]} == {
-        (m, c) for m in ("tiny", "image") for c in (1, 4, 8)
+        (m, c) for m in ("tiny", "image", "image, shared") for c in (1, 4, 8)
     }
     for row in numbers["latency"]:
         assert row["failures"] == 0
