@@ -15,8 +15,8 @@ from agent.cli.common import default_run_socket, fail
 from agent.host import logs
 
 if TYPE_CHECKING:
-    from agent.serving.host import ModelHost
-    from agent.serving.loading import Source
+    from agent.serving.models.host import ModelHost
+    from agent.serving.models.loading import Source
 
 
 @click.command()
@@ -35,7 +35,7 @@ def serve(config: Path | None, *, verbose: bool) -> None:
     _prepare(verbose=verbose)
     from agent.config import ConfigError, load
     from agent.serving.app import serve_store
-    from agent.serving.sockets import SocketError
+    from agent.serving.transport.sockets import SocketError
     from agent.store import StoreError
 
     try:
@@ -92,7 +92,7 @@ def run(
     _prepare(verbose=verbose)
     from agent.config import ConfigError, ServeSettings
     from agent.serving.app import serve_files
-    from agent.serving.sockets import SocketError
+    from agent.serving.transport.sockets import SocketError
 
     path = (socket_path or default_run_socket()).absolute()
     settings = ServeSettings(
@@ -133,7 +133,7 @@ def _sources(files: tuple[str, ...], isolated: tuple[str, ...]) -> list[Source]:
     """What to load. Ends with status 2 when names clash, cannot be model names, or name no model."""
     from agent.contract.manifest import Serving
     from agent.contract.names import check_model
-    from agent.serving.loading import Source
+    from agent.serving.models.loading import Source
     from agent.store import hash_file
 
     found: dict[str, Path] = {}

@@ -19,29 +19,31 @@ from agent.config import AgentConfig, ConfigError, ServeSettings
 from agent.host import notify, peer
 from agent.host.signals import Ending
 from agent.host.throttle import Throttle
-from agent.serving import loading, memoryroutes, selfcheck
+from agent.serving import selfcheck
 from agent.serving.access import AccessTable
-from agent.serving.control import Control
+from agent.serving.api import memoryroutes
+from agent.serving.api.control import Control
+from agent.serving.api.extensions import Extensions, Repository
+from agent.serving.api.pictures import Pictures
+from agent.serving.api.protocol import Protocol
+from agent.serving.api.tfserving import TensorFlowServing
+from agent.serving.candidates.shadowing import Shadows
 from agent.serving.dataplane import Dataplane
-from agent.serving.extensions import Extensions, Repository
-from agent.serving.host import ModelHost, Version
-from agent.serving.loading import Source
-from agent.serving.loop import Loop
-from agent.serving.memory import ClientMemory, MemoryBudget
-from agent.serving.metrics import Metrics
-from agent.serving.observing import ObservedService, Observer
-from agent.serving.pictures import Pictures
-from agent.serving.protocol import Protocol
-from agent.serving.residency import Residency, file_bytes
+from agent.serving.models import loading
+from agent.serving.models.host import ModelHost, Version
+from agent.serving.models.loading import Source
+from agent.serving.models.residency import Residency, file_bytes
+from agent.serving.models.swapping import Swapper
 from agent.serving.routes import Route, Router
 from agent.serving.scheduling.scheduler import Scheduler, busy_threads
 from agent.serving.service import Service
 from agent.serving.settings import LogSettings, TraceSettings
-from agent.serving.shadowing import Shadows
-from agent.serving.sockets import Listeners, open_listeners
-from agent.serving.swapping import Swapper
-from agent.serving.systemmemory import SystemMemory
-from agent.serving.tfserving import TensorFlowServing
+from agent.serving.shared.memory import ClientMemory, MemoryBudget
+from agent.serving.shared.systemmemory import SystemMemory
+from agent.serving.telemetry.metrics import Metrics
+from agent.serving.telemetry.observing import ObservedService, Observer
+from agent.serving.transport.loop import Loop
+from agent.serving.transport.sockets import Listeners, open_listeners
 from agent.store import Choice, Selection, Store, StoreError
 from runtimes.contract import RuntimeFailure
 
@@ -130,12 +132,12 @@ def observers_of(settings: ServeSettings) -> list[Observer]:
     """Who is told of every request. Their modules are loaded only when they are wanted.  Raises: ConfigError."""
     found: list[Observer] = []
     if settings.access_log:
-        from agent.serving.accesslog import AccessLog
+        from agent.serving.telemetry.accesslog import AccessLog
 
         found.append(AccessLog(settings.access_log))
     if settings.traces:
         try:
-            from agent.serving.tracing import Tracing
+            from agent.serving.telemetry.tracing import Tracing
         except ImportError as error:
             raise ConfigError(
                 f"traces need a package that is not installed ({error}): pip install 'edge-inference-agent[tracing]'"

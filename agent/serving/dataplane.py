@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from agent.serving import oip
 from agent.serving.answers import Answer, FilledTemplate, Refusal
-from agent.serving.host import ModelHost, Version
+from agent.serving.api import oip
 from agent.serving.inference import Demand, Result, SequenceDemand
+from agent.serving.models.host import ModelHost, Version
 from agent.serving.routes import Match, Pace, Request
 from agent.serving.running import Runner, demands
 from agent.serving.scheduling import batching
@@ -212,15 +212,15 @@ class Dataplane:
                 self._settle(task, wanted)
             job = Job(task.version.lane, caller, task, task.arrived_s)
             demands(job, task)
-            return job, self._put(job, may_run=pace is Pace.RUN)
+            return job, self._put(job, may_run=pace is Pace.RUN, polls=pace is Pace.PARK)
         except Exception as error:
             refused = refusal(task.version, error)
             task.version.leave()
             raise refused from error
 
-    def _put(self, job: Job, *, may_run: bool) -> list[Job]:
+    def _put(self, job: Job, *, may_run: bool, polls: bool = False) -> list[Job]:
         try:
-            work = self.scheduler.admit(job, may_run=may_run)
+            work = self.scheduler.admit(job, may_run=may_run, polls=polls)
         except LaneClosed:
             return self._again(job, may_run=may_run)
         if job.lane.held:

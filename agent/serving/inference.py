@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from runtimes.contract import Array
 
 if TYPE_CHECKING:
-    from agent.serving.host import Version
+    from agent.serving.models.host import Version
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from urllib.parse import unquote_to_bytes
 
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal
-from agent.serving.compression import Coding
-from agent.serving.regions import Regions
 from agent.serving.scheduling.jobs import Caller
+from agent.serving.shared.regions import Regions
+from agent.serving.transport.compression import Coding
 
 MAX_CACHED_URLS = 1024
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::(.+))?\}(:\w+)?")

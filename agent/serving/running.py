@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from agent.serving.host import Version
+from agent.serving.models.host import Version
 from agent.serving.scheduling import batching
 from agent.serving.scheduling.jobs import Job
 from agent.serving.scheduling.scheduler import Scheduler
@@ -40,8 +40,10 @@ class Runner:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
 
-    def run(self, work: list[Job], *, mine: Job | None = None) -> None:
-        """Runs the jobs and answers their callers, but not that of `mine`: `conclude` it.  Never raises."""
+    def run(self, work: list[Job], *, mine: Job | None = None, goes_on: bool = False) -> None:
+        """Runs the jobs and answers their callers, but not that of `mine`: `conclude` it. `goes_on`: this thread asks the scheduler for
+        more when it is through.  Never raises.
+        """
         try:
             now = time.perf_counter()
             batch = [job for job in work if job.deadline_s >= now]
@@ -50,7 +52,7 @@ class Runner:
                 if not together or job.deadline_s < now:
                     self._alone(job)
         finally:
-            self._scheduler.finished(work)
+            self._scheduler.finished(work, goes_on=goes_on)
         for job in work:
             if job is not mine:
                 job.caller.deliver(self.conclude(job))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from agent.serving import compression
 from agent.serving.access import Grant
 from agent.serving.answers import Answer, Refusal, refusal_answer
 from agent.serving.dataplane import Dataplane
 from agent.serving.routes import Kind, Request
 from agent.serving.scheduling.jobs import Job
+from agent.serving.transport import compression
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class Service:
         return self._dataplane.keeps_order(request.match)
 
     def run(self, work: list[Job]) -> None:
-        """Runs predictions that waited.  Never raises."""
-        self._dataplane.runner.run(work)
+        """Runs predictions that waited, for a thread that then asks the scheduler for more.  Never raises."""
+        self._dataplane.runner.run(work, goes_on=True)
 
     def expire(self) -> None:
         """Answers those that have waited until their deadline."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from agent.serving.answers import Answer, Refusal, refusal_answer
-from agent.serving.host import Version
 from agent.serving.inference import Demand, SequenceDemand
+from agent.serving.models.host import Version
 from agent.serving.routes import Request
 from runtimes.check import check_feeds
 from runtimes.contract import Array, InputInvalid, RunFailed

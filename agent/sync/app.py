@@ -15,14 +15,9 @@ matters, so ending never waits for them.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
-import os
-import random
 import ssl
 import threading
-from collections.abc import Callable, Iterator
 
 from agent.config import AgentConfig
 from agent.contract.codec import ContractError
@@ -32,34 +27,36 @@ from agent.host import files, hardware, notify
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.host.signals import Ending
 from agent.store import Store, StoreError
-from agent.sync import enrol, identity, link
-from agent.sync.approvals import Approvals
-from agent.sync.counters import Counter
-from agent.sync.delivery import Deliveries
-from agent.sync.desired import Desired
+from agent.sync.exclusive import exclusive
 from agent.sync.fetching import configured
+from agent.sync.fetching.imports import Imports
 from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers, sized
-from agent.sync.holds import Holds
-from agent.sync.http import NO_CHECK_TIME, FleetHttp
-from agent.sync.identity import Identity, IdentityError
-from agent.sync.imports import Imports
-from agent.sync.journal import Journal
-from agent.sync.leases import Leases
-from agent.sync.metadata import Documents
-from agent.sync.model import Surroundings
-from agent.sync.outbox import Outbox
+from agent.sync.fetching.sharing import Sharing
+from agent.sync.fetching.spool import NoNetwork
+from agent.sync.fleet import enrol, identity, link
+from agent.sync.fleet.counters import Counter
+from agent.sync.fleet.delivery import Deliveries
+from agent.sync.fleet.http import NO_CHECK_TIME, FleetHttp
+from agent.sync.fleet.identity import Identity, IdentityError
+from agent.sync.fleet.outbox import Outbox
+from agent.sync.fleet.reports import Reporter, Signer, model_state
 from agent.sync.ports import Clock
-from agent.sync.problems import Problem, Stopped
-from agent.sync.quarantine import Quarantine
-from agent.sync.reports import Reporter, Signer, model_state
-from agent.sync.retention import Housekeeping
+from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway, ServeClient, ServeRefused, ServeStatus
-from agent.sync.sharing import Sharing
-from agent.sync.spool import NoNetwork
-from agent.sync.states import States
-from agent.sync.trial import TrialProcesses
-from agent.sync.trust import Trust
-from agent.sync.updater import ModelUpdater
+from agent.sync.trials.trial import TrialProcesses
+from agent.sync.trust.client import Trust
+from agent.sync.trust.follower import Follower
+from agent.sync.trust.leases import Leases
+from agent.sync.trust.metadata import Documents
+from agent.sync.updating.approvals import Approvals
+from agent.sync.updating.holds import Holds
+from agent.sync.updating.journal import Journal
+from agent.sync.updating.model import Surroundings
+from agent.sync.updating.quarantine import Quarantine
+from agent.sync.updating.retention import Housekeeping
+from agent.sync.updating.states import States
+from agent.sync.updating.updater import ModelUpdater
+from agent.sync.updating.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -70,157 +67,6 @@ REPORT_PAUSE_S = 0.2
 """Changes that come this close together share a report."""
 
 LOOKS_PER_LEASE = 4
-
-FIRST_RETRY_S = 5.0
-AFTER_CRASH_S = 5.0
-
-
-class StoreBusy(StoreError):
-    """Another process is working on the store."""
-
-
-@contextlib.contextmanager
-def exclusive(store: Store) -> Iterator[None]:
-    """Holds the store for this process, without what killed ones left half written.
-
-    Raises: StoreBusy naming the one that has it; OSError.
-    """
-    path = store.private / "lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise StoreBusy(f"another edge-agent sync holds the store {store.root} (process {holder}): stop it first") from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        files.sweep(store.root)
-        yield
-    finally:
-        os.close(fd)
-
-
-class Follower:
-    """Knows what the fleet wants. `current` is the last verified word, also of an earlier process; `problem` why there is no newer."""
-
-    def __init__(
-        self,
-        trust: Trust,
-        interval_s: float,
-        changed: Callable[[], None],
-        looked: Callable[[], None] = lambda: None,
-        jitter: Callable[[], float] = random.random,
-        at_most_s: Callable[[], float] = lambda: float("inf"),
-        taken: Callable[[], Desired | None] = lambda: None,
-        networked: bool = True,
-    ) -> None:
-        """`taken`: what a bundle that came meanwhile says, if it was accepted. Without `networked` nobody else is asked."""
-        self._taken = taken
-        self._networked = networked
-        self._at_most_s = at_most_s
-        self._trust = trust
-        self._interval_s = interval_s
-        self._changed = changed
-        self._looked = looked
-        self._jitter = jitter
-        self._poked = threading.Event()
-        self._stop = threading.Event()
-        self._failures = 0
-        self.current = trust.remembered()
-        self.problem: Problem | None = None
-
-    def poke(self) -> None:
-        """Look again, now."""
-        self._poked.set()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._poked.set()
-
-    def run(self) -> None:
-        while not self._stop.is_set():
-            self._poked.clear()
-            self.look()
-            try:
-                self._looked()
-            except Exception:
-                log.exception("what follows a look at the fleet failed in a way that was not foreseen")
-            self._poked.wait(self.pause_s())
-
-    def look(self) -> None:
-        """One round. Never raises: whatever is wrong is in `problem`, and what was known stays."""
-        if (taken := self._taken()) is not None:
-            self.current = taken
-            self._changed()
-        if not self._networked:
-            return
-        try:
-            current = self._refresh()
-        except Problem as problem:
-            self._failures += 1
-            news = self.problem is None or self.problem.reason is not problem.reason
-            self.problem = problem
-        else:
-            self._failures = 0
-            news = self.problem is not None or self.current is None or self.current.assignment != current.assignment
-            self.current, self.problem = current, None
-        if news:
-            self._changed()
-
-    def _refresh(self) -> Desired:
-        try:
-            return self._trust.refresh()
-        except Problem:
-            raise
-        except Exception as error:
-            # A bug of ours, or a document that a library did not foresee: this thread must live, or the device would never update again.
-            log.exception("asking the fleet failed in a way that was not foreseen")
-            raise Problem(
-                Reason.BAD_SIGNATURE, f"the fleet's documents cannot be read: {type(error).__name__}: {error}"
-            ) from error
-
-    def pause_s(self) -> float:
-        """Until the next round: the interval, spread so that a fleet does not ask in step; sooner after a failure."""
-        pause_s = min(self._interval_s, self._at_most_s())
-        if self._failures:
-            pause_s = min(pause_s, FIRST_RETRY_S * 2.0 ** min(self._failures - 1, 16))
-        return pause_s * (0.75 + 0.5 * self._jitter())
-
-
-class Worker:
-    """The thread that steps one model's updater."""
-
-    def __init__(self, updater: ModelUpdater) -> None:
-        self.updater = updater
-        self._wake = threading.Event()
-        self._stop = threading.Event()
-        self.thread = threading.Thread(target=self._run, name=f"update-{updater.model}", daemon=True)
-
-    def wake(self) -> None:
-        self._wake.set()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._wake.set()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self._wake.clear()
-            try:
-                delay_s = self.updater.step(self._stop.is_set)
-            except Stopped:
-                break
-            except Exception:
-                # A bug of ours in one model must not end the others, and trying again at once would fill the disk with logs.
-                log.exception("the update of model %r failed in a way that was not foreseen", self.updater.model)
-                delay_s = AFTER_CRASH_S
-            if delay_s > 0:
-                self._wake.wait(delay_s)
-        try:
-            self.updater.leave()
-        except OSError as error:
-            log.warning("the state of model %r could not be written at the end: %s", self.updater.model, error)
 
 
 class SyncApp:

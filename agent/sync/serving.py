@@ -13,9 +13,9 @@ from agent.contract import names
 from agent.contract.codec import ContractError, decode
 from agent.contract.manifest import ShadowRules
 from agent.host import unix
+from agent.sync.gates.shadow import ShadowCounts
+from agent.sync.gates.watch import Stats
 from agent.sync.problems import MESSAGE_KEPT
-from agent.sync.shadow import ShadowCounts
-from agent.sync.watch import Stats
 
 STATUS_TIMEOUT_S = 5.0
 CHANGE_TIMEOUT_S = 300.0

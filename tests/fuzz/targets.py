@@ -20,13 +20,14 @@ with atheris.instrument_imports(include=["agent.serving", "agent.contract"], ena
     from agent.contract.codec import ContractError, decode
     from agent.contract.manifest import parse_manifest
     from agent.contract.reports import StateReport
-    from agent.serving import compression, oip, tfserving
     from agent.serving.access import Access, Grant
     from agent.serving.answers import Answer, Refusal
-    from agent.serving.buffers import BufferPool
-    from agent.serving.connection import NOTHING, Connection
-    from agent.serving.host import Version
+    from agent.serving.api import oip, tfserving
+    from agent.serving.models.host import Version
     from agent.serving.routes import Route, Router
+    from agent.serving.transport import compression
+    from agent.serving.transport.buffers import BufferPool
+    from agent.serving.transport.connection import NOTHING, Connection
     from runtimes.contract import TensorSpec
 
 INPUTS = (

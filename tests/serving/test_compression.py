@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.serving import compression
 from agent.serving.access import WebRules
 from agent.serving.answers import Refusal
-from agent.serving.http import HeadReader, encode
 from agent.serving.routes import Router
+from agent.serving.transport import compression
+from agent.serving.transport.http import HeadReader, encode
 from tests.serving.stand import request
 
 INFER = "/v2/models/scale/infer"

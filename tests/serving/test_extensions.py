@@ -86,7 +86,7 @@ def test_log_lines_are_chosen_while_it_runs(serve_files, tmp_path):
     assert ask(server, "POST", "/v2/logging", {"log_info": True})[1]["log_info"] is True
     onnx_models.scale(tmp_path / "scale.onnx", 3.0)
     assert ask(server, "POST", "/v2/repository/models/scale/load", {})[0] == 200
-    assert "INFO agent.serving.loading: loaded model 'scale'" in server.output()
+    assert "INFO agent.serving.models.loading: loaded model 'scale'" in server.output()
 
 
 def test_log_settings_change_all_or_nothing():

@@ -176,3 +176,26 @@ def test_a_manifest_that_cannot_be_read_is_not_an_internal_error(device):
     with server.client() as client:
         status, _, body = client.request("POST", "/control/v1/models/scale/load", {"version": 7, "variant": "cpu"})
     assert (status, json.loads(body)["code"]) == (409, "not_in_store")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/control/v1/models/scale/activate", '{"version": 1, "version": 2}'),
+        ("/v2/repository/index", '{"ready": false, "ready": true}'),
+        ("/v2/logging", '{"log_verbose_level": 0, "log_verbose_level": 1}'),
+        ("/v2/edge/memory/frames/register", '{"byte_size": 8, "byte_size": 4096}'),
+        ("/v2/models/scale/infer", '{"inputs": [], "inputs": []}'),
+        ("/v1/models/scale:predict", '{"instances": [[1, 1, 1, 1]], "instances": [[2, 2, 2, 2]]}'),
+        (
+            "/v1/models/scale:predict",
+            '{"signature_name": "", "instances": [[1, 1, 1, 1]], "signature_name": "serving_default"}',
+        ),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_everywhere(scale_server, path, body):
+    with scale_server.connect() as sock:
+        sock.sendall(request("POST", path, body.encode()))
+        status, _, answer = read_answer(sock)
+    assert status == 400
+    assert "stands twice" in json.loads(answer)["error"]

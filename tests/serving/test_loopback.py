@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from agent.config import ServeSettings
-from agent.serving import sockets
 from agent.serving.access import WebRules
+from agent.serving.transport import sockets
 from tests.serving import onnx_models
 from tests.serving.stand import Server, read_answer, request
 

@@ -445,7 +445,7 @@ def test_a_link_is_not_followed(server, tmp_path):
 def test_what_belongs_to_somebody_else_cannot_be_registered(shm):
     """The server may be able to open it; the peer need not be."""
     from agent.serving.answers import Refusal
-    from agent.serving.systemmemory import SystemMemory
+    from agent.serving.shared.systemmemory import SystemMemory
 
     memory = SystemMemory("owner", 1 << 20)
     with pytest.raises(Refusal, match="belong to the user"):

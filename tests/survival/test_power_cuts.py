@@ -22,7 +22,7 @@ import pytest
 from processes import command
 
 from agent.store import Selection, Store, hash_file
-from agent.sync.states import States
+from agent.sync.updating.states import States
 from tests.e2e.world import GOOD, MODEL, TREACHEROUS, WEAK, World
 from tests.survival.card import Card
 

@@ -14,18 +14,10 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, Phase
 from agent.store import Store
-from agent.sync.approvals import Approvals
-from agent.sync.delivery import Deliveries
-from agent.sync.desired import Desired
 from agent.sync.fetching.downloader import Downloader
-from agent.sync.holds import Holds
-from agent.sync.journal import Journal
-from agent.sync.leases import Leases
-from agent.sync.model import Surroundings
+from agent.sync.fleet.delivery import Deliveries
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem
-from agent.sync.quarantine import Quarantine
-from agent.sync.retention import Housekeeping
 from agent.sync.serving import (
     CanaryStatus,
     Failed,
@@ -38,8 +30,16 @@ from agent.sync.serving import (
     VersionStats,
     VersionStatus,
 )
-from agent.sync.states import States
-from agent.sync.updater import ModelUpdater
+from agent.sync.trust.desired import Desired
+from agent.sync.trust.leases import Leases
+from agent.sync.updating.approvals import Approvals
+from agent.sync.updating.holds import Holds
+from agent.sync.updating.journal import Journal
+from agent.sync.updating.model import Surroundings
+from agent.sync.updating.quarantine import Quarantine
+from agent.sync.updating.retention import Housekeeping
+from agent.sync.updating.states import States
+from agent.sync.updating.updater import ModelUpdater
 from tests.sync.blobs import MemoryBlobs
 from tests.sync.conftest import FakeClock
 from tests.sync.fleet import DAY, DEVICE, FLEET, script_release, sha

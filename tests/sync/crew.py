@@ -9,8 +9,8 @@ from pathlib import Path
 from agent.contract.assignment import Assignment, ModelAssignment
 from agent.contract.reports import Phase
 from agent.store import Selection, Store
-from agent.sync.states import States
-from agent.sync.updater import ModelUpdater
+from agent.sync.updating.states import States
+from agent.sync.updating.updater import ModelUpdater
 from tests.sync.bench import Bench
 from tests.sync.fleet import FLEET
 

@@ -60,7 +60,7 @@ from agent.contract.manifest import (
     Variant,
     WatchRules,
 )
-from agent.sync import identity as identities
+from agent.sync.fleet import identity as identities
 
 UTC = dt.timezone.utc
 FLEET, DEVICE = "harbour", "crane-7"
@@ -463,7 +463,9 @@ def onnx_release(
         acceptance=Acceptance(
             golden=(GoldenCase(name="truth", inputs="in.npz", expected="out.npz", compare={"y": Close(rtol=1e-5)}),),
             watch=changes.pop(
-                "watch", WatchRules(duration_s=1.0, max_duration_s=20.0, min_requests=20, min_requests_to_judge=10)
+                "watch",
+                # How fast it is says nothing of it here: the tests share the processor with whatever else runs.
+                WatchRules(duration_s=1.0, max_duration_s=20.0, min_requests=20, min_requests_to_judge=10, max_p95_ratio=1e6),
             ),
             **changes,
         ),

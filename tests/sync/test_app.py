@@ -18,10 +18,11 @@ from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware
 from agent.store import Store
 from agent.sync import app
-from agent.sync.app import FIRST_RETRY_S, Follower, StoreBusy, exclusive
-from agent.sync.link import Broker, Link
-from agent.sync.outbox import Outbox
+from agent.sync.exclusive import StoreBusy, exclusive
+from agent.sync.fleet.link import Broker, Link
+from agent.sync.fleet.outbox import Outbox
 from agent.sync.problems import Problem
+from agent.sync.trust.follower import FIRST_RETRY_S, Follower
 from tests.sync.bench import Bench
 from tests.sync.conftest import eventually
 from tests.sync.test_process import ROOT, Device

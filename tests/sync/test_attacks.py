@@ -21,11 +21,11 @@ from agent.contract.manifest import File
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.store import Store
-from agent.sync.app import Follower
 from agent.sync.fetching.https import HttpBlobs
-from agent.sync.http import FleetHttp
-from agent.sync.identity import Identity
+from agent.sync.fleet.http import FleetHttp
+from agent.sync.fleet.identity import Identity
 from agent.sync.problems import Problem
+from agent.sync.trust.follower import Follower
 from tests.sync.blobs import downloader
 from tests.sync.conftest import FakeClock, eventually
 from tests.sync.fleet import Authority, Repository, Server, script_release, sha

@@ -11,12 +11,13 @@ from agent.contract.assignment import Rollout
 from agent.contract.manifest import CanaryRules, Close, ShadowRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
-from agent.sync import canary, shadow, update, watch
-from agent.sync.canary import Canaried
+from agent.sync.fleet.stages import stage_of
+from agent.sync.gates import canary, shadow, watch
+from agent.sync.gates.canary import Canaried
+from agent.sync.gates.shadow import ShadowCounts, Shadowed
+from agent.sync.gates.watch import Commit, Keep, RollBack, Watched
 from agent.sync.serving import OutputNumbers, PairedTimes, ServeAway, ServeRefused
-from agent.sync.shadow import ShadowCounts, Shadowed
-from agent.sync.stages import stage_of
-from agent.sync.watch import Commit, Keep, RollBack, Watched
+from agent.sync.updating import update
 from tests.sync.bench import MODEL, Bench, numbers
 
 P = Phase

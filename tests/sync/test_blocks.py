@@ -26,7 +26,7 @@ from agent.sync.fetching.https import GATHER_BYTES, HttpBlobs
 from agent.sync.fetching.layout import Piece, pieces, runs
 from agent.sync.fetching.sources import NotHere, Sources, verdict
 from agent.sync.fetching.staged import BLOCKS_SUFFIX
-from agent.sync.http import FleetHttp
+from agent.sync.fleet.http import FleetHttp
 from agent.sync.problems import Problem, Stopped
 from fleet_server.releases import chunks
 from tests.sync.blobs import MemoryBlobs, blocked, downloader, fetch
@@ -389,10 +389,10 @@ from agent.contract.codec import decode
 from agent.contract.manifest import File
 from agent.host.clock import SystemClock
 from agent.store import Store
-from agent.sync import identity
+from agent.sync.fleet import identity
 from agent.sync.fetching.downloader import Downloader
 from agent.sync.fetching.https import HttpBlobs
-from agent.sync.http import FleetHttp
+from agent.sync.fleet.http import FleetHttp
 
 who = identity.load(Path(sys.argv[1]))
 clock = SystemClock()
@@ -479,7 +479,7 @@ def test_stretches_of_one_blob_come_over_one_connection(store: Store, identity, 
 
 
 def test_the_note_of_a_download_that_was_given_up_is_collected(store: Store):
-    from agent.sync.retention import collect
+    from agent.sync.updating.retention import collect
 
     with pytest.raises(Stopped):
         downloader(store, MemoryBlobs(DATA)).fetch(FILE, lambda _: None, lambda: True)

@@ -18,7 +18,7 @@ from agent.contract.codec import encode
 from agent.contract.manifest import WatchRules
 from agent.contract.reports import Phase
 from agent.store import StoreError
-from agent.sync import byhand, overview
+from agent.sync.operator import byhand, overview
 from agent.sync.problems import Problem
 from tests.sync.bench import MODEL, Bench
 from tests.sync.test_updater import no

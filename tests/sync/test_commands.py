@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from agent.cli import cli
 from agent.contract.reports import Answer, Outcome, Phase
 from agent.store import Choice, Selection, Store
-from agent.sync.quarantine import Quarantine
-from agent.sync.states import States
-from agent.sync.update import UpdateState
+from agent.sync.updating.quarantine import Quarantine
+from agent.sync.updating.states import States
+from agent.sync.updating.update import UpdateState
 from tests.sync.fake_serve import FakeServe
 from tests.sync.test_enrol import Office
 from tests.sync.test_parts import fill

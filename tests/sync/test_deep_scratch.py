@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from agent.host.clock import SystemClock
-from agent.sync.keeping import Keeper, remove_tree
-from agent.sync.trial import TrialProcesses
+from agent.sync.trials.keeping import Keeper, remove_tree
+from agent.sync.trials.trial import TrialProcesses
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from agent.contract import bundle
 from agent.contract.codec import encode
 from agent.contract.manifest import WatchRules
-from agent.sync.spool import Spool
+from agent.sync.fetching.spool import Spool
 from tests.sync.conftest import eventually
 from tests.sync.fleet import DEVICE, FLEET, Repository, sha
 from tests.sync.test_process import ROOT, Device, device

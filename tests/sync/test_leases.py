@@ -9,9 +9,9 @@ import pytest
 from agent.contract.manifest import Acceptance, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
-from agent.sync import reports
-from agent.sync.leases import Leases
+from agent.sync.fleet import reports
 from agent.sync.serving import ModelStatus
+from agent.sync.trust.leases import Leases
 from tests.sync.bench import MODEL, Bench
 from tests.sync.conftest import FakeClock
 from tests.sync.fleet import DAY

@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from agent.contract import topics
-from agent.sync.link import Broker, Link, delay_s, tls_context
-from agent.sync.outbox import Outbox
+from agent.sync.fleet.link import Broker, Link, delay_s, tls_context
+from agent.sync.fleet.outbox import Outbox
 from tests.sync.conftest import eventually
 from tests.sync.fleet import DEVICE, Authority, pem_key
 

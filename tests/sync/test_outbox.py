@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.sync.outbox import Outbox
+from agent.sync.fleet.outbox import Outbox
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_database_of_a_newer_version_is_put_aside(tmp_path: Path):
 
 def test_killed_while_writing_nothing_that_was_put_is_lost(tmp_path: Path):
     code = (
-        "import sys; from pathlib import Path; from agent.sync.outbox import Outbox\n"
+        "import sys; from pathlib import Path; from agent.sync.fleet.outbox import Outbox\n"
         "box = Outbox(Path(sys.argv[1])); n = 0\n"
         "while True:\n    box.put('events', str(n).encode()); print(n, flush=True); n += 1\n"
     )

@@ -21,16 +21,16 @@ from agent.contract.reports import MAX_REPORT_BYTES, STATE_PAYLOAD_TYPE, Answer,
 from agent.host import hardware
 from agent.host.clock import LastKnownGood
 from agent.store import Store
-from agent.sync.counters import Counter
+from agent.sync.fleet.counters import Counter
+from agent.sync.fleet.reports import Reporter, Signer, model_state
+from agent.sync.gates.variants import choose, needed_files, satisfies
+from agent.sync.gates.windows import is_open
 from agent.sync.problems import Problem
-from agent.sync.quarantine import Quarantine
-from agent.sync.reports import Reporter, Signer, model_state
-from agent.sync.retention import Housekeeping, collect, surplus
 from agent.sync.serving import ModelStatus, ServeAway, ServeClient, ServeRefused, ServeStatus, VersionStatus
-from agent.sync.states import States
-from agent.sync.update import UpdateState
-from agent.sync.variants import choose, needed_files, satisfies
-from agent.sync.windows import is_open
+from agent.sync.updating.quarantine import Quarantine
+from agent.sync.updating.retention import Housekeeping, collect, surplus
+from agent.sync.updating.states import States
+from agent.sync.updating.update import UpdateState
 from tests.sync.conftest import FakeClock
 from tests.sync.fake_serve import FakeServe, stats
 from tests.sync.fleet import script_release

@@ -95,7 +95,10 @@ class Device:
         eventually(lambda: self.settled_on(version), f"release {version}", 30)
 
     def settled_on(self, version: int) -> bool:
-        return self.active == version and self.phase() == "steady"
+        state = self.state()
+        refused = state["phase"] == "quarantined" and state["target"] == version
+        assert not refused, f"release {version} is refused: {state['answers'][-1]}"
+        return self.active == version and state["phase"] == "steady"
 
     def check_store(self) -> None:
         """Whatever happened: what is selected is whole, and every blob is what its name says."""

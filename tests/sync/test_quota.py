@@ -17,7 +17,7 @@ from agent.contract.reasons import Reason
 from agent.store import Store
 from agent.sync.fetching.downloader import used_bytes
 from agent.sync.problems import Problem
-from agent.sync.retention import Housekeeping
+from agent.sync.updating.retention import Housekeeping
 from tests.sync.blobs import MemoryBlobs, blocked, downloader, fetch
 from tests.sync.fleet import sha
 

@@ -17,13 +17,12 @@ from agent.contract.codec import encode
 from agent.contract.reasons import Reason
 from agent.host.clock import SystemClock
 from agent.store import Store
-from agent.sync import sharing
-from agent.sync.fetching import configured, folders
+from agent.sync.fetching import configured, folders, sharing
 from agent.sync.fetching.budget import Budget, hours
 from agent.sync.fetching.folders import FolderBlobs
-from agent.sync.http import FleetHttp
+from agent.sync.fetching.sharing import Sharing
+from agent.sync.fleet.http import FleetHttp
 from agent.sync.problems import Problem, Stopped
-from agent.sync.sharing import Sharing
 from tests.sync.blobs import MemoryBlobs, blocked, downloader, fetch
 from tests.sync.conftest import FakeClock, eventually
 from tests.sync.fleet import Authority, Repository, Server, enrolled, sha

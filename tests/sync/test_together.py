@@ -14,11 +14,11 @@ from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
 from agent.host import files
 from agent.store import Choice, Selection, Store
-from agent.sync import overview
+from agent.sync.operator import overview
 from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway, ServeRefused
-from agent.sync.states import States
-from agent.sync.update import UpdateState
+from agent.sync.updating.states import States
+from agent.sync.updating.update import UpdateState
 from tests.sync.bench import Killed, numbers
 from tests.sync.crew import Crew
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from agent.contract.reports import Answer, Outcome, Phase
 from agent.store import Choice, Selection, Store
-from agent.sync.states import States
-from agent.sync.update import UpdateState
+from agent.sync.updating.states import States
+from agent.sync.updating.update import UpdateState
 
 
 def test_a_damaged_record_of_several_selections_does_not_stop_the_device(tmp_path: Path):

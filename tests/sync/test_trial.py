@@ -21,10 +21,10 @@ import pytest
 from agent.contract.manifest import Close, Picture, Serving, Tensor, Top1
 from agent.contract.reasons import Reason
 from agent.host.clock import SystemClock
-from agent.sync import containment
 from agent.sync.problems import Problem, Stopped
-from agent.sync.trial import TrialProcesses
-from agent.sync.trial_protocol import Case, Limits, Request
+from agent.sync.trials import containment
+from agent.sync.trials.protocol import Case, Limits, Request
+from agent.sync.trials.trial import TrialProcesses
 from tests.serving import onnx_models
 from tests.sync.conftest import eventually
 from tests.sync.fleet import npz
@@ -485,7 +485,7 @@ def test_over_a_socket_as_systemd_starts_it(tmp_path):
         channel, _ = listener.accept()
         with channel:
             subprocess.run(
-                [sys.executable, "-m", "agent.sync.trial_child"],
+                [sys.executable, "-m", "agent.sync.trials.child"],
                 stdin=channel,
                 stdout=channel,
                 stderr=subprocess.DEVNULL,
@@ -533,7 +533,7 @@ def test_garbage_instead_of_a_verdict(tmp_path):
 
 def test_what_the_trial_must_not_load():
     """It is handed unknown models: there should be no client for anything in its reach, and little memory spent before them."""
-    code = "import sys, agent.sync.trial_child, runtimes.registry; print(' '.join(sys.modules))"
+    code = "import sys, agent.sync.trials.child, runtimes.registry; print(' '.join(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
     assert not {"tuf", "paho", "requests", "urllib3", "cryptography", "securesystemslib", "click"} & {

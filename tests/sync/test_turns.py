@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from agent.sync.problems import Stopped
-from agent.sync.turns import Turns
+from agent.sync.trials.turns import Turns
 from tests.sync.conftest import eventually
 
 

@@ -22,10 +22,10 @@ from agent.contract.manifest import CanaryRules, ShadowRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
 from agent.store import StoreError
-from agent.sync import update
 from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway
-from agent.sync.update import RESUME, TRANSITIONS, Event, IllegalTransition, UpdateState
+from agent.sync.updating import update
+from agent.sync.updating.update import RESUME, TRANSITIONS, Event, IllegalTransition, UpdateState
 from tests.sync.bench import MODEL, Bench, Killed, numbers
 
 GOOD, BAD_TRIAL, BAD_SERVING = (1, 2, 5), 3, 4
@@ -163,7 +163,7 @@ def run(bench: Bench, actions: list, patch: pytest.MonkeyPatch) -> None:
         bench.release(version, watch=watch, **asks.get(version, {}))
     bench.serve.numbers = {version: numbers(100) for version in GOOD} | {BAD_SERVING: numbers(50, run=50)}
     trouble = Trouble(bench)
-    patch.setattr("agent.sync.states.States.save", trouble.counting)
+    patch.setattr("agent.sync.updating.states.States.save", trouble.counting)
     withdrawn: set[int] = set()
     for action, value in actions:
         perform(bench, trouble, action, value, withdrawn)

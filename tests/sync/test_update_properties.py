@@ -31,10 +31,10 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
 from agent.store import Selection, Store, StoreError
-from agent.sync import byhand
+from agent.sync.operator import byhand
 from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway
-from agent.sync.states import States
+from agent.sync.updating.states import States
 from tests.sync.bench import Killed, numbers
 from tests.sync.crew import Crew
 from tests.sync.test_together import Death

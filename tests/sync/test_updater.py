@@ -17,11 +17,12 @@ from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, Outcome, Phase
 from agent.store import Choice, Selection, StoreError
-from agent.sync import byhand, update
+from agent.sync.operator import byhand
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem, Stopped
 from agent.sync.serving import ServeAway, ServeRefused
-from agent.sync.updater import ModelUpdater
+from agent.sync.updating import update
+from agent.sync.updating.updater import ModelUpdater
 from tests.sync.bench import MODEL, Bench, Killed, numbers
 from tests.sync.fleet import DAY, script_release, sha
 

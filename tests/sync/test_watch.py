@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
-from agent.sync.watch import SERVE_GONE_S, Commit, Keep, RollBack, Sample, Stats, Watched, judge, observe, p95_ms, percentile
+from agent.sync.gates.watch import (
+    SERVE_GONE_S,
+    Commit,
+    Keep,
+    RollBack,
+    Sample,
+    Stats,
+    Watched,
+    judge,
+    observe,
+    p95_ms,
+    percentile,
+)
 
 RULES = WatchRules(duration_s=100.0, max_duration_s=1000.0, min_requests=10, min_requests_to_judge=20)
 BOUNDS = (1.0, 10.0, 100.0)

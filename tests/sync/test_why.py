@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from click.testing import CliRunner
 from agent.cli import cli
 from agent.contract.assignment import Rollout
 from agent.contract.reports import Phase
-from agent.sync.journal import ENTRIES_KEPT, Entry, Journal
+from agent.sync.trust.metadata import stored
+from agent.sync.updating.journal import ENTRIES_KEPT, Entry, Journal
 from tests.sync.bench import MODEL, Bench
 from tests.sync.conftest import eventually
 from tests.sync.test_process import Device
@@ -27,7 +29,7 @@ def device(tmp_path: Path, identity, repository, server):
 
 
 def why(device: Device, *options: str):
-    return CliRunner().invoke(cli, ["why", MODEL, *options, "--config", str(device.config)])
+    return CliRunner().invoke(cli, ["why", MODEL, *options, "--config", str(device.config)], catch_exceptions=False)
 
 
 def test_the_whole_chain(device: Device):
@@ -64,6 +66,29 @@ def test_the_whole_chain(device: Device):
         "refused here",
     ):
         assert words in page, page
+
+
+def test_metadata_that_is_gone_is_told_of_as_unknown(device: Device):
+    device.install(1)
+    device.kill()
+    (device.store.private / "trust/metadata/root.json").unlink()
+
+    found = json.loads(why(device, "--json").output)
+
+    assert found["serving"]["equal"] is True
+    assert [role["role"] for role in found["assignment"]["signed_by"]] == ["assignments"]
+
+
+def test_a_root_that_is_just_replaced_is_waited_for(device: Device):
+    device.install(1)
+    root = device.store.private / "trust/metadata/root.json"
+    known = root.readlink()
+    root.unlink()
+    there = threading.Timer(0.02, root.symlink_to, [known])
+    there.start()
+
+    assert stored(root.parent, "root").signed.type == "root"
+    there.join()
 
 
 def test_bytes_that_are_not_what_was_signed_are_told(device: Device):

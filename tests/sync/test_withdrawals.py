@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agent.contract.assignment import Assignment, ModelAssignment
 from agent.contract.names import ReleaseRef
-from agent.sync import withdrawals
+from agent.sync.trust import withdrawals
 from tests.sync.fleet import DAY, script_release
 from tests.sync.test_trust import make_trust, trust
 

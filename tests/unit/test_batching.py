@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from agent.contract.manifest import Serving
 from agent.serving.answers import Refusal
 from agent.serving.dataplane import Dataplane
-from agent.serving.host import ModelHost, Version
 from agent.serving.inference import Demand, SequenceDemand
+from agent.serving.models.host import ModelHost, Version
 from agent.variants import check_batches
 from runtimes.contract import ModelInvalid, Placement, RunFailed, TensorSpec
 

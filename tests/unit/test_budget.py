@@ -2,7 +2,7 @@
 
 import pytest
 
-from agent.serving.budget import Resident, choose, soonest_s
+from agent.serving.models.budget import Resident, choose, soonest_s
 
 NOW = 100.0
 

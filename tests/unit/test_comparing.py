@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agent.host.throttle import Throttle
-from agent.serving.comparing import RATIO_BOUNDS, Comparison, Tolerance
+from agent.serving.candidates.comparing import RATIO_BOUNDS, Comparison, Tolerance
 from runtimes.contract import Quantization, TensorSpec
 
 Y = TensorSpec("y", "FP32", (-1, 3))

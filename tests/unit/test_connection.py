@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from agent.serving.access import Access, Grant
 from agent.serving.answers import Answer
-from agent.serving.buffers import ALIGNMENT, BufferPool
-from agent.serving.chunked import ChunkedBody
-from agent.serving.connection import BUFFER_BYTES, NOTHING, Connection
-from agent.serving.http import MAX_HEAD_BYTES, BadRequest
 from agent.serving.routes import Route, Router
+from agent.serving.transport.buffers import ALIGNMENT, BufferPool
+from agent.serving.transport.chunked import ChunkedBody
+from agent.serving.transport.connection import BUFFER_BYTES, NOTHING, Connection
+from agent.serving.transport.http import MAX_HEAD_BYTES, BadRequest
 
 LIMIT = 200_000
 
@@ -114,7 +114,7 @@ def test_a_large_body_is_received_where_its_tensors_are_aligned():
 def test_a_request_behind_another_one_arrives_when_its_bytes_do(monkeypatch):
     """A client that always has half a request under way must not look slower and slower."""
     now = [100.0]
-    monkeypatch.setattr("agent.serving.connection.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("agent.serving.transport.connection.time.perf_counter", lambda: now[0])
     with Pipe() as pipe:
         pipe.peer.sendall(GET[:5])
         pipe.connection.receive()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from agent.serving.answers import Refusal
-from agent.serving.host import ModelHost, Version
+from agent.serving.models.host import ModelHost, Version
 from runtimes.contract import Placement, TensorSpec
 
 

@@ -10,15 +10,15 @@ import pytest
 
 from agent.serving.access import Access, Grant
 from agent.serving.answers import Answer
-from agent.serving.buffers import BufferPool
-from agent.serving.connection import Connection
 from agent.serving.dataplane import Dataplane
-from agent.serving.doors import Doors
-from agent.serving.host import ModelHost, Version
-from agent.serving.observing import ObservedService
+from agent.serving.models.host import ModelHost, Version
 from agent.serving.routes import Kind, Match, Pace, Request, Route, Router
 from agent.serving.scheduling.scheduler import Scheduler
 from agent.serving.service import Service
+from agent.serving.telemetry.observing import ObservedService
+from agent.serving.transport.buffers import BufferPool
+from agent.serving.transport.connection import Connection
+from agent.serving.transport.doors import Doors
 from runtimes.contract import Placement, RunFailed, TensorSpec
 from tests.unit.test_connection import Pipe
 

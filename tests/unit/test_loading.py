@@ -6,8 +6,8 @@ from onnx import TensorProto, helper
 
 from agent.contract.codec import ContractError, encode
 from agent.contract.manifest import Serving, parse_manifest
-from agent.serving import loading
-from agent.serving.loading import Source
+from agent.serving.models import loading
+from agent.serving.models.loading import Source
 from tests.serving import onnx_models
 
 

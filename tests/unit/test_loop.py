@@ -8,8 +8,9 @@ import pytest
 
 from agent.serving.access import Access, Grant
 from agent.serving.answers import Answer
-from agent.serving.loop import Loop
 from agent.serving.routes import Kind, Route, Router
+from agent.serving.transport import loop as loops
+from agent.serving.transport.loop import Loop
 
 GET = b"GET /long HTTP/1.1\r\n\r\n"
 
@@ -110,3 +111,140 @@ def test_the_thread_that_polls_waits_for_a_connection_that_is_just_put_back(tmp_
         finally:
             assert loop.stop(10)
     assert not epoll.many.is_set()
+
+
+class Prompt:
+    """Answers at once, in the thread that polls."""
+
+    def kind(self, _request, _grant):
+        return Kind.QUICK
+
+    def answer(self, _request, _grant):
+        return Answer()
+
+
+def ask_anew(path, begun, end):
+    """A client that makes a connection for every request, until nobody listens any more."""
+    while not end.is_set():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(10)
+            try:
+                client.connect(path)
+                client.sendall(GET)
+                answer = client.recv(100)
+            except OSError:
+                return
+            begun.set()
+            assert not answer or answer.startswith(b"HTTP/1.1 200")
+
+
+def trickle(path, begun, end):
+    """A client that never comes to the end of its request."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(path)
+        client.sendall(GET[:-2] + b"x: ")
+        while not end.wait(0.05):
+            try:
+                client.sendall(b"a")
+            except OSError:
+                return
+            begun.set()
+
+
+def flood(path, begun, end):
+    """A client that goes on sending and reads nothing."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(10)
+        client.connect(path)
+        while not end.is_set():
+            try:
+                client.sendall(GET)
+            except OSError:
+                return
+            begun.set()
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("behave", [ask_anew, flood, trickle])
+def test_no_client_can_keep_it_from_ending(tmp_path, behave, monkeypatch):
+    monkeypatch.setattr(loops, "STOP_LONGEST_S", 0.5)
+    router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
+    begun, end = threading.Event(), threading.Event()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(8)
+        grant = Grant(Access.CONTROL, "test")
+        loop = Loop([listener], Prompt(), router, lambda _: grant, threads=3, max_body_bytes=1024, max_connections=8)
+        loop.start()
+        clients = [threading.Thread(target=behave, args=(str(tmp_path / "s"), begun, end)) for _ in range(3)]
+        try:
+            for client in clients:
+                client.start()
+            assert begun.wait(10)
+            assert loop.stop(12)
+            listener.close()
+        finally:
+            end.set()
+            for client in clients:
+                client.join(10)
+
+
+@pytest.mark.timeout(30)
+def test_who_has_just_connected_is_answered_before_it_ends(tmp_path):
+    router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(8)
+        grant = Grant(Access.CONTROL, "test")
+        came_in = threading.Event()
+
+        def grant_of(_sock):
+            came_in.set()
+            return grant
+
+        loop = Loop([listener], Prompt(), router, grant_of, threads=3, max_body_bytes=1024, max_connections=8)
+        loop.start()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(10)
+            client.connect(str(tmp_path / "s"))
+            assert came_in.wait(10)
+            ending = threading.Thread(target=loop.stop, args=(10,))
+            ending.start()
+            assert not loop._drained.wait(0.2)
+            client.sendall(GET)
+            answer = client.recv(1000)
+        ending.join(15)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in answer.lower()
+
+
+LARGE = b"a" * (8 << 20)
+
+
+class Generous(Prompt):
+    def answer(self, _request, _grant):
+        return Answer((LARGE,))
+
+
+@pytest.mark.timeout(30)
+def test_who_reads_a_long_answer_slowly_gets_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(loops, "STOP_LONGEST_S", 0.2)
+    router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(8)
+        grant = Grant(Access.CONTROL, "test")
+        loop = Loop([listener], Generous(), router, lambda _: grant, threads=3, max_body_bytes=1024, max_connections=8)
+        loop.start()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(10)
+            client.connect(str(tmp_path / "s"))
+            client.sendall(GET)
+            got = len(client.recv(1000))
+            ending = threading.Thread(target=loop.stop, args=(20,))
+            ending.start()
+            while piece := client.recv(256 << 10):
+                got += len(piece)
+                loop._drained.wait(0.03)
+        ending.join(25)
+    assert got > len(LARGE)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.serving import oip, tensors
 from agent.serving.answers import Answer, FilledTemplate, Refusal
-from agent.serving.buffers import ALIGNMENT
+from agent.serving.api import oip, tensors
 from agent.serving.inference import SequenceDemand
-from agent.serving.regions import check_fits, check_range, not_found
+from agent.serving.shared.regions import check_fits, check_range, not_found
+from agent.serving.transport.buffers import ALIGNMENT
 from runtimes.contract import DATATYPES, DTYPES, TensorSpec
 
 X = TensorSpec("x", "FP32", (-1, 2))

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from agent.contract.manifest import Picture
-from agent.serving import pixels
 from agent.serving.answers import Refusal
+from agent.serving.api import pixels
 from agent.variants import check_picture
 from runtimes.contract import ModelInvalid, Quantization, TensorSpec
 

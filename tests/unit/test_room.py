@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from agent.serving.dataplane import Dataplane
-from agent.serving.host import ModelHost, Version
 from agent.serving.inference import Demand, SequenceDemand
-from agent.serving.loading import Source
-from agent.serving.residency import NoRoom, Residency
+from agent.serving.models.host import ModelHost, Version
+from agent.serving.models.loading import Source
+from agent.serving.models.residency import NoRoom, Residency
 from runtimes.contract import Placement, TensorSpec
 
 FEEDS = {"x": np.zeros(1, np.float32)}

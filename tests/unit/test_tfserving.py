@@ -7,9 +7,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.serving import tensors, tfserving
 from agent.serving.answers import Refusal
-from agent.serving.host import Version
+from agent.serving.api import tensors, tfserving
+from agent.serving.models.host import Version
 from runtimes.contract import DTYPES, TensorSpec
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just({"b64": "aGk="})

@@ -8,15 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from agent.serving import classification, tensors
 from agent.serving.answers import Refusal
-from agent.serving.buffers import aligned
-from agent.serving.checks import check_input, check_size, refuse_input, refuse_missing, refuse_output
-from agent.serving.dataplane import Dataplane
-from agent.serving.grpc.messages import ModelInferResponse
-from agent.serving.host import ModelHost, Version
-from agent.serving.inference import Demand
-from agent.serving.parameters import (
+from agent.serving.api import classification, tensors
+from agent.serving.api.checks import check_input, check_size, refuse_input, refuse_missing, refuse_output
+from agent.serving.api.parameters import (
     OutputRule,
     Place,
     check_reserved,
@@ -26,8 +21,13 @@ from agent.serving.parameters import (
     sequence_of,
     timeout_of,
 )
-from agent.serving.protocol import VERSION
-from agent.serving.regions import Regions
+from agent.serving.api.protocol import VERSION
+from agent.serving.dataplane import Dataplane
+from agent.serving.grpc.messages import ModelInferResponse
+from agent.serving.inference import Demand
+from agent.serving.models.host import ModelHost, Version
+from agent.serving.shared.regions import Regions
+from agent.serving.transport.buffers import aligned
 from runtimes.contract import Array, TensorSpec
 
 EMPTY_FINAL = "triton_enable_empty_final_response"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from agent.serving.answers import Buffer
-from agent.serving.regions import not_found
-from agent.serving.systemmemory import SystemMemory, SystemRegion
+from agent.serving.shared.regions import not_found
+from agent.serving.shared.systemmemory import SystemMemory, SystemRegion
 
 
 class SocketRegions:

@@ -16,16 +16,16 @@ import grpc  # type: ignore[import-untyped]
 from agent.config import ServeSettings
 from agent.serving.access import Access
 from agent.serving.answers import Refusal
+from agent.serving.api.extensions import Repository
 from agent.serving.dataplane import Dataplane
-from agent.serving.extensions import Repository
 from agent.serving.grpc.inference import Inference
 from agent.serving.grpc.messages import HEALTH, INFERENCE, classes_of
 from agent.serving.grpc.regions import SocketRegions
 from agent.serving.grpc.services import Health, Services
-from agent.serving.host import ModelHost
+from agent.serving.models.host import ModelHost
 from agent.serving.settings import LogSettings, TraceSettings
-from agent.serving.sockets import MAX_PATH_BYTES, SocketError, make_way
-from agent.serving.systemmemory import SystemMemory
+from agent.serving.shared.systemmemory import SystemMemory
+from agent.serving.transport.sockets import MAX_PATH_BYTES, SocketError, make_way
 
 log = logging.getLogger(__name__)
 

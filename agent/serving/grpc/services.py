@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from agent.serving import documents
 from agent.serving.access import Access, Grant
 from agent.serving.answers import Refusal
-from agent.serving.extensions import NO_CUDA, NO_REPOSITORY, Repository
+from agent.serving.api import documents
+from agent.serving.api.extensions import NO_CUDA, NO_REPOSITORY, Repository
 from agent.serving.grpc.inference import Inference, version_of
 from agent.serving.grpc.messages import HealthCheckResponse, ModelStreamInferResponse
 from agent.serving.grpc.regions import SocketRegions
-from agent.serving.host import ModelHost
+from agent.serving.models.host import ModelHost
 from agent.serving.settings import LogSettings, TraceSettings
 
 NO_SHARED_MEMORY = "Client shared memory is disabled on this socket: it needs serve.shared_memory and serve.grpc_access control"

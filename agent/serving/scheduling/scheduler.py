@@ -65,9 +65,11 @@ class Scheduler:
 
     # -- by who brings a job ---------------------------------------------------------------------------------------------------
 
-    def admit(self, job: Job, *, may_run: bool) -> list[Job]:
+    def admit(self, job: Job, *, may_run: bool, polls: bool = False) -> list[Job]:
         """The jobs to run now in this thread, which then calls `finished`; empty when they wait. The job itself may be among them,
-        or wait behind them.  Raises: Refusal (400 unknown sequence, 503 the queue is full), LaneClosed.
+        or wait behind them. `polls`: this is the polling thread, which looks again by itself.
+
+        Raises: Refusal (400 unknown sequence, 503 the queue is full), LaneClosed.
         """
         with self._lock:
             now, lane = self._clock(), job.lane
@@ -93,7 +95,7 @@ class Scheduler:
                     self._bounded[job.number] = job
                     heapq.heappush(self._deadlines, (job.deadline_s, job.number))
             self._take(work)
-            if not work:
+            if not work and not polls:
                 self._tell(min(job.due_s if turn else NEVER, job.deadline_s))
             return work
 
@@ -164,8 +166,8 @@ class Scheduler:
 
     # -- by who runs jobs ------------------------------------------------------------------------------------------------------
 
-    def finished(self, work: list[Job]) -> None:
-        """The run of these jobs has ended. Callers with threads are granted what can run now."""
+    def finished(self, work: list[Job], *, goes_on: bool = False) -> None:
+        """The run of these jobs has ended. Callers with threads are granted what can run now. `goes_on`: this thread asks for more."""
         with self._lock:
             now, lane = self._clock(), work[0].lane
             lane.running -= 1
@@ -174,7 +176,7 @@ class Scheduler:
                 self._release(job, now)
             if lane.waiting:
                 self._grant(lane, now)
-                if lane.ready(now):
+                if lane.ready(now) and (self._free or not goes_on):
                     self._tell(now)
 
     def next_for_thread(self) -> list[Job] | Any | None:

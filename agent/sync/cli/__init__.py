@@ -18,7 +18,7 @@ from agent.sync.cli.importing import import_
 from agent.sync.cli.operator import approve, hold, quarantine, rollback, unhold, updates, why
 
 if TYPE_CHECKING:
-    from agent.sync.doctor import Finding
+    from agent.sync.operator.doctor import Finding
 
 _MARKS = {"ok": "✓", "warning": "!", "failed": "✗", "skipped": "-"}
 
@@ -32,7 +32,7 @@ def sync(config_path: Path | None, *, verbose: bool) -> None:
     logs.set_up(logging.DEBUG if verbose else logging.INFO)
     from agent.store import StoreError
     from agent.sync import app
-    from agent.sync.identity import IdentityError
+    from agent.sync.fleet.identity import IdentityError
     from agent.sync.problems import Problem
 
     try:
@@ -61,8 +61,8 @@ def enroll(string: str, device: str | None, config_path: Path | None, *, force: 
     config = load(config_path)
     from agent.host import hardware
     from agent.host.clock import SystemClock
-    from agent.sync import enrol
-    from agent.sync.identity import IdentityError
+    from agent.sync.fleet import enrol
+    from agent.sync.fleet.identity import IdentityError
 
     try:
         who = enrol.enrol(string, config.sync.identity, SystemClock(), device=device, hardware=hardware.probe(), force=force)
@@ -77,9 +77,9 @@ def enroll(string: str, device: str | None, config_path: Path | None, *, force: 
 @click.command(hidden=True)
 def trial() -> None:
     """Try one release: a request on stdin, a verdict on stdout. Started by sync, or by systemd with a socket."""
-    from agent.sync import trial_child
+    from agent.sync.trials import child
 
-    sys.exit(trial_child.main())
+    sys.exit(child.main())
 
 
 @click.command()
@@ -87,7 +87,7 @@ def trial() -> None:
 @json_option
 def doctor(config_path: Path | None, *, as_json: bool) -> None:
     """Check everything an update needs. Exit status 1 when something is missing."""
-    from agent.sync.doctor import examine
+    from agent.sync.operator.doctor import examine
 
     findings = list(examine(config_path))
     if as_json:
@@ -135,7 +135,7 @@ def tuf(ctx: click.Context, /, **_options: object) -> None:
 @click.pass_obj
 def tuf_init(options: dict[str, Any], trusted_root: Path) -> None:
     """Trust the root in a file. Asks nobody."""
-    from agent.sync import tuf as repository
+    from agent.sync.operator import tuf as repository
 
     with _told():
         repository.init(options["metadata_dir"], trusted_root)
@@ -145,7 +145,7 @@ def tuf_init(options: dict[str, Any], trusted_root: Path) -> None:
 @click.pass_obj
 def tuf_refresh(options: dict[str, Any]) -> None:
     """Bring the metadata up to date."""
-    from agent.sync import tuf as repository
+    from agent.sync.operator import tuf as repository
 
     _demand(options, "metadata_url")
     with _told():
@@ -156,7 +156,7 @@ def tuf_refresh(options: dict[str, Any]) -> None:
 @click.pass_obj
 def tuf_download(options: dict[str, Any]) -> None:
     """Bring the metadata up to date, then fetch the named targets. One that is there already is not fetched again."""
-    from agent.sync import tuf as repository
+    from agent.sync.operator import tuf as repository
 
     _demand(options, "metadata_url", "target_names", "target_dir", "target_base_url")
     with _told():

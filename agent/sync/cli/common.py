@@ -38,7 +38,7 @@ def complete_model(ctx: click.Context, _parameter: click.Parameter, begun: str) 
     """The models that were ever updated on this device; none when they cannot be read."""
     from agent import config
     from agent.store import Store
-    from agent.sync.states import States
+    from agent.sync.updating.states import States
 
     try:
         store = Store(config.load(ctx.params.get("config_path")).store)

@@ -23,8 +23,8 @@ from agent.sync.cli.common import config_option, fail, json_option, load
 if TYPE_CHECKING:
     from agent.config import AgentConfig
     from agent.store import Store
-    from agent.sync.identity import Identity
-    from agent.sync.spool import Told
+    from agent.sync.fetching.spool import Told
+    from agent.sync.fleet.identity import Identity
 
 FAILED, REFUSED, NOT_WHOLE, RELEASE_REFUSED, NOT_DONE, NO_SPACE = 1, 3, 4, 5, 6, 7
 LOOK_S = 0.2
@@ -49,9 +49,9 @@ def import_(file: Path, config_path: Path | None, timeout_s: float, *, no_wait: 
     """
     from agent.contract.bundle import BundleError
     from agent.store import Store, StoreError
-    from agent.sync import identity
     from agent.sync.fetching.folders import open_regular
-    from agent.sync.identity import IdentityError
+    from agent.sync.fleet import identity
+    from agent.sync.fleet.identity import IdentityError
     from agent.sync.problems import Problem
 
     config = load(config_path)
@@ -88,7 +88,7 @@ def _unpack(file: IO[bytes], store: Store, who: Identity, config: AgentConfig, *
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from agent.sync.spool import Spool
+    from agent.sync.fetching.spool import Spool
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bars:
@@ -107,14 +107,14 @@ class _Import:
         self._shown: dict[str, str] = {}
 
     def run(self, timeout_s: float | None) -> NoReturn:
-        from agent.sync import app
+        from agent.sync.exclusive import StoreBusy, exclusive
 
         try:
-            with app.exclusive(self._store):
+            with exclusive(self._store):
                 self._say("edge-agent sync is not running: this process does the update")
                 with self._working():
                     code, message = self._follow(timeout_s or TOLD_WITHIN_S, alone=True)
-        except app.StoreBusy:
+        except StoreBusy:
             code, message = self._follow(timeout_s, alone=False)
         _end(code, message, as_json=self._as_json, models=self._shown)
 
@@ -130,7 +130,7 @@ class _Import:
             app.stop()
 
     def _follow(self, timeout_s: float | None, *, alone: bool) -> tuple[int, str]:
-        from agent.sync.spool import Spool
+        from agent.sync.fetching.spool import Spool
 
         spool, began = Spool(self._store), time.monotonic()
         while (told := spool.told(self._id)) is None:
@@ -165,8 +165,8 @@ class _Import:
         """The exit code and a sentence once there is nothing more to wait for here."""
         from agent.contract.reports import Phase
         from agent.store import StoreError
-        from agent.sync.holds import Holds
-        from agent.sync.states import States
+        from agent.sync.updating.holds import Holds
+        from agent.sync.updating.states import States
 
         state = States(self._store.private / "updates").read(model)
         if (held := Holds(self._store.private / "holds").pinned(model)) is not None and held != version:

@@ -27,7 +27,7 @@ def updates(config_path: Path | None, forget: str | None, *, as_json: bool) -> N
     """
     config = load(config_path)
     from agent.contract.names import ReleaseRef
-    from agent.sync import byhand, overview
+    from agent.sync.operator import byhand, overview
 
     store = Store(config.store)
     try:
@@ -58,8 +58,8 @@ def why(model: str, config_path: Path | None, *, as_json: bool) -> None:
       edge-agent why digits --json | jq '.gates[-1]'
     """
     config = load(config_path)
-    from agent.sync import why as explanation
-    from agent.sync import why_text
+    from agent.sync.operator import why as explanation
+    from agent.sync.operator import why_text
 
     with _told():
         found = explanation.explain(config, model)
@@ -81,7 +81,7 @@ def approve(model: str, release: int | None, config_path: Path | None, *, as_jso
       edge-agent approve digits
       edge-agent approve digits 5
     """
-    from agent.sync import byhand
+    from agent.sync.operator import byhand
 
     with _told(), _store(config_path) as store:
         version = byhand.approve(store, model, release)
@@ -106,7 +106,7 @@ def hold(model: str, release: int | None, config_path: Path | None, *, lift: boo
       edge-agent hold digits
       edge-agent hold digits 3
     """
-    from agent.sync import byhand
+    from agent.sync.operator import byhand
 
     if lift:
         _lift(model, config_path, as_json=as_json)
@@ -133,7 +133,7 @@ def unhold(model: str, config_path: Path | None, *, as_json: bool) -> None:
 
 
 def _lift(model: str, config_path: Path | None, *, as_json: bool) -> None:
-    from agent.sync.holds import Holds
+    from agent.sync.updating.holds import Holds
 
     with _told(), _store(config_path) as store:
         done = Holds(store.private / "holds").lift(model)
@@ -153,7 +153,7 @@ def rollback(model: str, version: int | None, config_path: Path | None, *, as_js
       edge-agent rollback digits
       edge-agent rollback digits --to 2
     """
-    from agent.sync import byhand
+    from agent.sync.operator import byhand
 
     with _told(), _store(config_path) as store:
         version = byhand.go_back(store, model, version)
@@ -180,7 +180,7 @@ def quarantine_list(model: str | None, config_path: Path | None, *, as_json: boo
     """
     import msgspec
 
-    from agent.sync import byhand, overview
+    from agent.sync.operator import byhand, overview
 
     with _told(), _store(config_path) as store:
         found = byhand.quarantined(store, model)
@@ -207,7 +207,7 @@ def quarantine_clear(model: str, release: int | None, config_path: Path | None, 
       edge-agent quarantine clear digits 4
       edge-agent quarantine clear digits
     """
-    from agent.sync import byhand
+    from agent.sync.operator import byhand
 
     with _told(), _store(config_path) as store:
         cleared = byhand.clear(store, model, release)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from agent.contract.assignment import Window
-from agent.sync import windows
+from agent.sync.gates import windows
 from agent.sync.ports import Clock, Stop
 from agent.sync.problems import Stopped
 

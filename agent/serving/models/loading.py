@@ -1,0 +1,199 @@
+"""From a file to a warm model version, and what it cost."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent.contract.manifest import Picture, Serving
+from agent.host import memory
+from agent.serving.models.host import IsolatedVersion, Version
+from agent.store import Release
+from agent.variants import prepared
+from runtimes import registry
+from runtimes.check import zeros
+from runtimes.contract import Array, InputInvalid, LoadOptions, Model, ModelInvalid, RunFailed, Runtime, Scalar
+
+log = logging.getLogger(__name__)
+
+LOADS_BETWEEN_COLLECTIONS = 16
+MAX_LABELS_CHARACTERS = 16 * 1024 * 1024
+
+
+_loads = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file to load as one version of a model. An empty `runtime` is found by the file's suffix."""
+
+    name: str
+    version: int
+    path: Path
+    sha256: str
+    runtime: str = ""
+    variant: str = ""
+    options: Mapping[str, Scalar] = field(default_factory=dict)
+    serving: Serving = field(default_factory=Serving)
+    state: Mapping[str, str] = field(default_factory=dict)
+    picture: Picture | None = None
+    filename: str = ""  # as people know it; empty: that of `path`
+    labels: Mapping[str, Path] = field(default_factory=dict)  # of some outputs: a text file, a class per line
+    warm_up: Path | None = None  # an .npz of inputs; None: zeros
+
+
+def source_of(release: Release) -> Source:
+    variant, files = release.variant, release.manifest.files
+    blobs = release.path.parent
+    warm_up = [files[g.inputs].sha256 for g in release.manifest.acceptance.golden if g.name == variant.serving.warm_up]
+    return Source(
+        name=release.manifest.model,
+        version=release.manifest.version,
+        path=release.path,
+        sha256=files[variant.file].sha256,
+        runtime=variant.runtime,
+        variant=variant.name,
+        options=variant.options,
+        serving=variant.serving,
+        state=variant.state,
+        picture=variant.picture,
+        filename=variant.file,
+        warm_up=blobs / warm_up[0] if warm_up else None,
+        labels={t.name: blobs / files[t.labels].sha256 for t in release.manifest.outputs if t.labels},
+    )
+
+
+def load(source: Source, *, threads: int) -> Version:
+    """The version, READY and warm. May take seconds and may kill the process: a release was tried in another one before.
+
+    Raises: ModelInvalid, RuntimeUnavailable, MemoryError.
+    """
+    started = time.perf_counter()
+    runtime = registry.find(source.runtime) if source.runtime else registry.for_file(source.path)
+    if source.serving.isolation == "process":
+        return _load_isolated(source, runtime, threads, started)
+    runtime.version()  # which imports the engine: what that takes is not this model's
+    before = memory.resident_bytes()
+    version = _finished(source, runtime, runtime.load(source.path, _options(source, threads)))
+    version.load_s = time.perf_counter() - started
+    memory.give_back()  # engines read the file into memory that they do not need afterwards
+    version.memory_bytes = max(0, memory.resident_bytes() - before)
+    _keep_from_the_collector()
+    _log_loaded(version)
+    return version
+
+
+def _keep_from_the_collector() -> None:
+    """What was loaded lives long, and is not to be walked again and again. What was unloaded lies among it: now and then all is looked
+    through, which takes some milliseconds.
+    """
+    if next(_loads) % LOADS_BETWEEN_COLLECTIONS == 0:
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+def _load_isolated(source: Source, runtime: Runtime, threads: int, started: float) -> Version:
+    """The same in a process of its own; the engine is not even imported here."""
+    from runtimes import isolated
+
+    raw = isolated.load(runtime.name, source.path, _options(source, threads), slots=source.serving.instances)
+    version = _finished(source, runtime, raw, IsolatedVersion)
+    if not raw.is_alive:
+        raw.close()
+        raise ModelInvalid(f"its process ended in its first run ({raw.ending})")
+    version.process = raw
+    version.load_s = time.perf_counter() - started
+    version.memory_bytes = raw.memory_bytes
+    _log_loaded(version)
+    return version
+
+
+def _options(source: Source, threads: int) -> LoadOptions:
+    return LoadOptions(threads=int(source.options.get("threads", threads)), extra=source.options)
+
+
+def _finished(source: Source, runtime: Runtime, raw: Model, kind: type[Version] = Version) -> Version:
+    """The version with this model, as it is declared, warm.  Raises: ModelInvalid, RuntimeUnavailable, and `raw` is closed."""
+    model = prepared(raw, state=source.state, serving=source.serving, picture=source.picture)
+    version = kind(source.name, source.version, source.variant or runtime.name, source.sha256, runtime.name)
+    version.source = source
+    version.serving = source.serving
+    version.picture = source.picture
+    version.filename = source.filename or source.path.name
+    version.labels = {output: _read_labels(version, output, path) for output, path in source.labels.items()}
+    try:
+        _warm_up(version, model, source.warm_up)
+    except BaseException:
+        model.close()
+        raise
+    version.ready(model)
+    return version
+
+
+def _read_arrays(version: Version, path: Path) -> dict[str, Array] | None:
+    """None when the file cannot be used: a model answers without having been warm, too."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: np.ascontiguousarray(archive[name]) for name in archive.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        log.warning("model %r version %d: its inputs to warm up with cannot be read: %s", version.name, version.number, error)
+        return None
+
+
+def _read_labels(version: Version, output: str, path: Path) -> tuple[str, ...]:
+    """None of them when the file cannot be used: a model answers without names for its classes too."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return tuple(file.read(MAX_LABELS_CHARACTERS).splitlines())
+    except (OSError, ValueError) as error:
+        log.warning(
+            "model %r version %d: the labels of output %r cannot be read: %s", version.name, version.number, output, error
+        )
+        return ()
+
+
+def failed(source: Source, reason: str) -> Version:
+    """A version that could not be loaded, to be listed with its reason."""
+    version = Version(source.name, source.version, source.variant, source.sha256, source.runtime)
+    version.source = source
+    version.failed(reason)
+    return version
+
+
+def _warm_up(version: Version, model: Model, inputs: Path | None) -> None:
+    """One run, on zeros where its release names no `inputs`, fills the engine's caches; a second one tells what a run costs.
+
+    A model may fail on them and be good: zero means nothing as a size, a position, a factor to resize by.
+    """
+    feeds = (_read_arrays(version, inputs) if inputs is not None else None) or zeros(model.inputs)
+    if feeds is None:
+        return
+    try:
+        for _ in range(2):
+            started = time.perf_counter()
+            model.run(feeds)
+            version.cost_s = time.perf_counter() - started
+        version.is_warm = True
+    except (InputInvalid, RunFailed) as error:
+        what = "its inputs" if inputs is not None else "inputs of zeros"
+        log.info("model %r version %d was not warmed up, it fails on %s: %s", version.name, version.number, what, error)
+
+
+def _log_loaded(version: Version) -> None:
+    placement = version.placement
+    log.info(
+        "loaded model %r version %d (%s on %s) in %.1f ms, %.1f MB",
+        version.name, version.number, version.runtime, placement.actual, version.load_s * 1e3, version.memory_bytes / 1e6,
+    )  # fmt: skip
+    if placement.fallback:
+        log.warning("model %r version %d: %s", version.name, version.number, placement.fallback)

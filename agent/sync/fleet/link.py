@@ -1,0 +1,293 @@
+"""The MQTT link: pokes come in, what is in the outbox goes out, presence says that this device is there.
+
+It owns one thread. A broker that is away, slow or refuses delays reports and nothing else. paho keeps its session in memory only,
+so the outbox stays the truth: a message leaves it when the broker has acknowledged it, and not before.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from agent.contract import topics
+from agent.contract.codec import encode
+from agent.contract.reports import Presence
+from agent.sync.fleet.outbox import Item
+
+log = logging.getLogger(__name__)
+
+KEEPALIVE_S = 60
+CONNECT_TIMEOUT_S = 10.0
+LOOP_S = 0.5
+"""How long the loop sleeps when nothing arrives; also the longest a new message waits. Two wake-ups a second cost nothing measurable."""
+
+BUSY_LOOP_S = 0.02
+"""The same while a transfer is under way, which asks for its next parts."""
+
+CONNACK_TIMEOUT_S = 15.0
+FIRST_DELAY_S = 1.0
+LONGEST_DELAY_S = 120.0
+STEADY_AFTER_S = 10.0
+"""A connection that lasted this long ends an outage; one that is thrown out sooner belongs to it (two devices with one identity, say)."""
+
+IN_FLIGHT = 10
+"""Below the receive maximum that brokers offer (mosquitto: 20)."""
+
+SESSION_EXPIRY_S = 0
+"""No session at the broker: pokes are hints, and everything else is in our outbox."""
+
+
+class Drain(Protocol):
+    """Where outgoing messages come from."""
+
+    def first(self, count: int, after: int = 0) -> list[Item]: ...
+
+    def delivered(self, item: int) -> None: ...
+
+
+class Broker(msgspec.Struct, frozen=True):
+    """Where the broker is, and what proves who we are."""
+
+    host: str
+    port: int
+    tls: Callable[[], ssl.SSLContext]
+    """Made anew for each connection, so that a renewed certificate is used."""
+
+
+class Link:
+    """Keeps connected for as long as it runs."""
+
+    def __init__(
+        self,
+        device: str,
+        broker: Broker,
+        outbox: Drain,
+        next_session: Callable[[], int],
+        on_poke: Callable[[], None],
+        on_change: Callable[[bool], None] = lambda _: None,
+        jitter: Callable[[], float] = random.random,
+        on_delivered: Callable[[int], None] = lambda _: None,
+        on_blocks: Callable[[str, bytes], None] = lambda _id, _payload: None,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`on_blocks` gets the parts of transfers by their id; `busy` says whether one is under way."""
+        self.on_delivered = on_delivered
+        self.on_blocks = on_blocks
+        self.busy = busy
+        self.asks: collections.deque[bytes] = collections.deque()
+        self.device = device
+        self.broker = broker
+        self.outbox = outbox
+        self._next_session = next_session
+        self.on_poke = on_poke
+        self._on_change = on_change
+        self._jitter = jitter
+        self.stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._protocol = MQTTProtocolVersion.MQTTv5
+        self.session = 0
+        self.connected = False
+        self.problem: str | None = None
+
+    def ask(self, payload: bytes) -> bool:
+        """Asks for parts of something (agent.contract.transfers), at most once. False without a connection. Any thread may."""
+        if not self.connected:
+            return False
+        self.asks.append(payload)
+        return True
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="mqtt-link", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Says goodbye if connected, and ends. A connection attempt under way is abandoned."""
+        self.stopping.set()
+        if self._thread:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        lost_at = time.monotonic()
+        while not self.stopping.is_set():
+            lasted_s = self._connect_once()
+            if lasted_s >= STEADY_AFTER_S:
+                lost_at = time.monotonic()
+            self.stopping.wait(delay_s(time.monotonic() - lost_at, self._jitter()))
+
+    def _connect_once(self) -> float:
+        """One connection from beginning to end. Gives how long it lasted, in seconds."""
+        try:
+            self.session = self._next_session()
+            conversation = _Conversation(self, self._protocol)
+            return conversation.run()
+        except OSError as error:  # includes every TLS error
+            self.problem = f"broker {self.broker.host}:{self.broker.port} cannot be reached: {error}"
+            return 0.0
+        except Exception as error:
+            # Something that is no broker can make the MQTT library raise anything; this thread must live.
+            log.exception("the connection to the broker failed in a way that was not foreseen")
+            self.problem = f"broker {self.broker.host}:{self.broker.port}: {type(error).__name__}: {error}"
+            return 0.0
+        finally:
+            self.set_connected(connected=False)
+
+    def set_connected(self, *, connected: bool) -> None:
+        if connected != self.connected:
+            self.connected = connected
+            if connected:
+                self.problem = None
+            log.info("%s the broker %s:%d", "connected to" if connected else "lost", self.broker.host, self.broker.port)
+            self._on_change(connected)
+
+    def try_other_protocol(self) -> None:
+        """After a refusal that may be about the protocol: brokers of MQTT 3.1.1 answer a CONNECT of MQTT 5 in many ways."""
+        five, three = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
+        self._protocol = three if self._protocol == five else five
+
+
+class _Conversation:
+    """One connection. Everything runs in the link's thread, callbacks of paho included."""
+
+    def __init__(self, link: Link, protocol: MQTTProtocolVersion) -> None:
+        self._link = link
+        self._protocol = protocol
+        self._sent: dict[int, int] = {}  # paho's message id → outbox id
+        self._after = 0
+        self._accepted = False
+        self._refused: str | None = None
+        self._clean_stop = False
+        self._client = self._make_client()
+
+    def run(self) -> float:
+        """Raises: OSError when the connection cannot be made."""
+        link = self._link
+        started = time.monotonic()
+        self._client.connect(link.broker.host, link.broker.port, KEEPALIVE_S, **self._connect_options())
+        accepted_at = 0.0
+        while not link.stopping.is_set():
+            if self._client.loop(BUSY_LOOP_S if link.busy() else LOOP_S) != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                break
+            if self._accepted:
+                accepted_at = accepted_at or time.monotonic()
+                self._drain()
+                while link.asks:
+                    self._client.publish(topics.up(link.device, "blocks"), link.asks.popleft(), qos=0)
+            elif self._refused or time.monotonic() - started > CONNACK_TIMEOUT_S:
+                break
+        self._end()
+        if not self._accepted:
+            link.problem = (
+                f"broker {link.broker.host}:{link.broker.port} refused the connection: {self._refused or 'no answer'}"
+            )
+            link.try_other_protocol()
+            return 0.0
+        return time.monotonic() - accepted_at
+
+    def _make_client(self) -> mqtt.Client:
+        link = self._link
+        options: dict[str, Any] = {} if self._protocol == MQTTProtocolVersion.MQTTv5 else {"clean_session": True}
+        client = mqtt.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=link.device,
+            protocol=self._protocol,
+            reconnect_on_failure=False,
+            **options,
+        )
+        client.connect_timeout = CONNECT_TIMEOUT_S
+        client.tls_set_context(link.broker.tls())
+        client.max_inflight_messages_set(IN_FLIGHT)
+        client.will_set(topics.up(link.device, "presence"), self._presence(online=False), qos=1, retain=True)
+        client.on_connect = self._on_connect
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        return client
+
+    def _connect_options(self) -> dict[str, Any]:
+        if self._protocol != MQTTProtocolVersion.MQTTv5:
+            return {}
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = SESSION_EXPIRY_S
+        return {"clean_start": True, "properties": properties}
+
+    def _presence(self, *, online: bool) -> bytes:
+        return encode(Presence(device=self._link.device, session=self._link.session, online=online))
+
+    def _on_connect(self, client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        if reason.is_failure:
+            self._refused = str(reason)
+            return
+        self._accepted = True
+        device = self._link.device
+        self._link.asks.clear()
+        client.subscribe([(topics.down_poke(device), 1), (topics.POKE_ALL, 1), (topics.down_blocks(device, "+"), 0)])
+        client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1, retain=True)
+        self._link.set_connected(connected=True)
+
+    def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        before, _, transfer = message.topic.rpartition("/")
+        if f"{before}/" == topics.down_blocks(self._link.device, ""):
+            self._link.on_blocks(transfer, bytes(message.payload))
+            return
+        # The other subscriptions are pokes, and what a poke says is not trusted: only that one came matters.
+        self._link.on_poke()
+
+    def _on_publish(self, _client: mqtt.Client, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
+        item = self._sent.pop(mid, None)
+        if item is None:
+            return
+        if reason.is_failure:
+            # It will be refused again in the same words; keeping it would block everything behind it.
+            log.warning("the broker refused a message (%s): see the broker's access list", reason)
+        else:
+            self._link.on_delivered(item)
+        self._link.outbox.delivered(item)
+
+    def _drain(self) -> None:
+        free = IN_FLIGHT - len(self._sent)
+        if free <= 0:
+            return
+        link = self._link
+        for item in link.outbox.first(free, self._after):
+            info = self._client.publish(topics.up(link.device, item.kind), item.payload, qos=1)
+            self._sent[info.mid] = item.id
+            self._after = item.id
+
+    def _end(self) -> None:
+        """An orderly goodbye replaces the last will, which a broker only sends for a connection that broke."""
+        if self._accepted and self._link.stopping.is_set():
+            self._client.publish(topics.up(self._link.device, "presence"), self._presence(online=False), qos=1, retain=True)
+            for _ in range(4):
+                if self._client.loop(LOOP_S / 2) != MQTTErrorCode.MQTT_ERR_SUCCESS or not self._client.want_write():
+                    break
+        self._client.disconnect()
+        self._client.loop(0.05)
+
+
+def delay_s(outage_s: float, jitter: float) -> float:
+    """How long to wait before the next attempt: up to as long as the outage has lasted, with full jitter (`jitter` from 0 to 1).
+
+    It grows like any exponential backoff, a fleet that lost its broker does not come back in step, and a device is back at the latest
+    after twice the time that the broker was away.
+    """
+    return max(0.05, min(LONGEST_DELAY_S, max(FIRST_DELAY_S, outage_s)) * jitter)
+
+
+def tls_context(ca: str, certificate: str, key: str) -> ssl.SSLContext:
+    """TLS to the fleet's own CA with this device's certificate.  Raises: OSError when a file cannot be used."""
+    context = ssl.create_default_context(cafile=ca)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    return context

@@ -1,0 +1,8 @@
+"""What an operator sees and does on the device itself, whether `sync` runs or not.
+
+overview         `edge-agent updates`
+why, why_text    `edge-agent why`: every gate, with its numbers
+byhand           holding, going back, approving, refusing by hand
+doctor           what an update needs and is not there
+tuf              this device's verification against any TUF repository
+"""

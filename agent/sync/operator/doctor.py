@@ -1,0 +1,170 @@
+"""`edge-agent doctor`: what an update needs, checked one by one, each with what to do when it is not there."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from agent import config as configs
+from agent.config import AgentConfig, ConfigError
+from agent.contract import enrolment
+from agent.host import clock as clocks
+from agent.host.clock import LastKnownGood, SignedClock, SystemClock
+from agent.store import Store, StoreError
+from agent.sync.fleet import identity, link
+from agent.sync.fleet.http import NO_CHECK_TIME, FleetHttp
+from agent.sync.fleet.identity import Identity, IdentityError
+from agent.sync.ports import Clock
+from agent.sync.problems import Problem
+from agent.sync.serving import ServeAway, ServeClient, ServeRefused
+
+DEADLINE_S = 15.0
+WARN_CERTIFICATE_DAYS = 30
+AHEAD_WARN_S = 8 * 86400.0
+"""A fleet server signs the time at least every half day, and nothing online is good for longer than a week."""
+
+Level = Literal["ok", "warning", "failed", "skipped"]
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One check. `advice` says what to do about it; empty when all is well."""
+
+    name: str
+    level: Level
+    message: str
+    advice: str = ""
+
+
+def examine(config_path: Path | None, clock: Clock | None = None) -> Iterator[Finding]:
+    """Every check in order; what depends on a failed one is skipped. Changes nothing."""
+    clock = clock or SystemClock()
+    try:
+        config = configs.load(config_path)
+    except ConfigError as error:
+        yield Finding("configuration", "failed", str(error), "correct the file; every other check needs it")
+        return
+    yield Finding("configuration", "ok", str(config_path or configs.DEFAULT_PATH))
+    yield _store(config)
+    yield _disk(config)
+    yield _serve(config)
+    try:
+        who = identity.load(config.sync.identity)
+    except IdentityError as error:
+        yield Finding("identity", "failed", str(error), "ask the operator of the fleet for an enrolment string")
+        for name in ("certificate", "clock", "fleet server", "broker"):
+            yield Finding(name, "skipped", "needs an identity")
+        return
+    yield Finding("identity", "ok", f"device {who.device!r} of fleet {who.address.fleet!r}")
+    signed = SignedClock(clock, LastKnownGood(config.store / "sync" / "trust" / "clock.json", floor=who.not_before))
+    yield certificate(who, signed)
+    yield machine_clock(clock, signed)
+    yield _guarded("fleet server", lambda: _fleet(who, signed, clock))
+    yield _guarded("broker", lambda: _broker(who, signed))
+
+
+def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except (Problem, OSError) as error:
+        return Finding(name, "failed", str(error), "check the network, the firewall, and that the fleet server runs")
+
+
+def _store(config: AgentConfig) -> Finding:
+    try:
+        Store(config.store).check_format()
+        names = sorted(Store(config.store).selections())
+    except (StoreError, OSError) as error:
+        return Finding("store", "failed", str(error), "start `edge-agent sync` once; check the owner of the folder")
+    return Finding("store", "ok", f"{config.store}: {len(names)} models selected")
+
+
+def _disk(config: AgentConfig) -> Finding:
+    folder = next((path for path in (config.store, *config.store.parents) if path.exists()), Path("/"))
+    free, reserve = shutil.disk_usage(folder).free, config.sync.disk_reserve_bytes
+    message = f"{free // 2**20} MiB free on the disk of {folder}, {reserve // 2**20} MiB are kept in reserve"
+    if free <= reserve:
+        return Finding("disk", "failed", message, "free some space, or lower sync.disk_reserve_bytes")
+    return Finding("disk", "ok", message)
+
+
+def _serve(config: AgentConfig) -> Finding:
+    try:
+        status = ServeClient(config.serve.socket).status()
+    except ServeAway as error:
+        return Finding("serve", "failed", str(error), "start `edge-agent serve` (systemctl start edge-agent-serve)")
+    except ServeRefused as error:
+        return Finding("serve", "failed", str(error), "the user of sync needs the access class `control` in serve.access")
+    serving = [f"{name}:{model.active}" for name, model in sorted(status.models.items()) if model.serving]
+    silent = sorted(name for name, model in status.models.items() if not model.serving)
+    if silent:
+        return Finding("serve", "warning", f"not served: {', '.join(silent)}", "see `edge-agent status` for the reason")
+    return Finding("serve", "ok", f"serves {', '.join(serving) or 'no model yet'}")
+
+
+def certificate(who: Identity, clock: Clock) -> Finding:
+    """How long the device's certificate is still good for."""
+    days = (who.not_after - clock.wall()) / 86400
+    message = f"valid until {clocks.text(who.not_after)} ({days:.0f} days)"
+    if days <= 0:
+        return Finding("certificate", "failed", f"it ended at {clocks.text(who.not_after)}", "enrol again with --force")
+    if days < WARN_CERTIFICATE_DAYS:
+        return Finding("certificate", "warning", message, "it is renewed by itself when the fleet server can be reached")
+    return Finding("certificate", "ok", message)
+
+
+def machine_clock(machine: Clock, signed: SignedClock) -> Finding:
+    """Whether the machine's clock can be right, by what was signed."""
+    now = machine.wall()
+    if signed.unset():
+        return Finding(
+            "clock",
+            "warning",
+            f"it says {clocks.text(now)}, but it was {clocks.text(signed.known)} already; updates go by the signed time",
+            "set it (NTP, timedatectl): maintenance windows and certificates need the right time",
+        )
+    if now - signed.known > AHEAD_WARN_S:
+        return Finding(
+            "clock",
+            "warning",
+            f"it says {clocks.text(now)}, and the last signed time is {clocks.text(signed.known)}: either this device was away for that "
+            "long, or the clock is ahead and everything that is signed looks expired",
+            "compare it with a watch; if it is ahead, set it (NTP, timedatectl)",
+        )
+    return Finding("clock", "ok", clocks.text(now))
+
+
+def _fleet(who: Identity, signed: SignedClock, machine: Clock) -> Finding:
+    http = FleetHttp(
+        who.address.device_url, signed, ca=who.ca_file, certificate=who.certificate_file, key=who.key_file, unset=signed.unset
+    )
+    try:
+        http.get(http.url(enrolment.RECORD_PATH), limit_bytes=1 << 20, deadline_s=DEADLINE_S)
+    finally:
+        http.close()
+    server = http.server_time
+    if server is not None and abs(machine.wall() - server) > clocks.STEP_BACK_S:
+        return Finding(
+            "fleet server",
+            "warning",
+            f"{who.address.device_url} knows this device; its clock says {clocks.text(server)}, this one {clocks.text(machine.wall())}",
+            "set the clock that is wrong (NTP, timedatectl)",
+        )
+    return Finding("fleet server", "ok", f"{who.address.device_url} knows this device")
+
+
+def _broker(who: Identity, signed: SignedClock) -> Finding:
+    address = (who.address.broker_host, who.address.broker_port)
+    context = link.tls_context(str(who.ca_file), str(who.certificate_file), str(who.key_file))
+    if signed.unset():
+        context.verify_flags |= NO_CHECK_TIME
+    with (
+        socket.create_connection(address, timeout=DEADLINE_S) as plain,
+        context.wrap_socket(plain, server_hostname=address[0]) as secured,
+    ):
+        version = secured.version() or "TLS"
+    return Finding("broker", "ok", f"{address[0]}:{address[1]} ({version})")

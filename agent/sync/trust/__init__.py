@@ -1,0 +1,10 @@
+"""From bytes to what may be believed.
+
+metadata    signed metadata over HTTPS, verified
+seen        the highest versions ever verified
+client      the fleet's documents, verified: what else trusts bytes asks here
+follower    asks the fleet, at intervals and when poked
+desired     what this device should run. Pure
+withdrawals what nobody may run any more, remembered
+leases      how old the fleet's last signed word is
+"""

@@ -1,0 +1,69 @@
+"""How old the fleet's last signed word is, for releases that may not serve without a recent one.
+
+Rules:
+ 1. a word counts once, from when it was first verified here: the same word again renews nothing;
+ 2. its age is the larger of what the (signed) clock says and how long this device ran since: a clock that is set back, or a board without
+    one that is switched off and on, makes nothing younger;
+ 3. a newer word ends it, whatever the clock says.
+Asked only for releases that have a lease; a device without such releases writes nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from agent.contract.codec import ContractError, Document, decode, encode
+from agent.host import files
+from agent.sync.ports import Clock
+from agent.sync.trust.desired import Desired
+
+SAVE_EVERY_S = 60.0
+"""What a power cut may take from the running time. Each save is a write to flash."""
+
+
+class _Ran(Document, frozen=True, kw_only=True):
+    """For how long this device ran since the word that was signed at `issued`."""
+
+    issued: float = -1.0
+    ran_s: float = 0.0
+
+
+class Leases:
+    """The age of the fleet's word. Thread-safe."""
+
+    def __init__(self, path: Path, clock: Clock, desired: Callable[[], Desired | None]) -> None:
+        self._path = path
+        self._clock = clock
+        self._desired = desired
+        self._lock = threading.Lock()
+        self._saved = _read(path)
+        self._issued, self._ran_s = self._saved.issued, self._saved.ran_s
+        self._looked = clock.monotonic()
+
+    def age_s(self) -> float:
+        """Seconds since a newer word of the fleet was verified; infinite before the first.  Raises: OSError."""
+        with self._lock:
+            desired, now = self._desired(), self._clock.monotonic()
+            if desired is None:
+                return float("inf")
+            if desired.issued == self._issued:
+                self._ran_s += now - self._looked
+            else:
+                self._issued, self._ran_s = desired.issued, 0.0
+            self._looked = now
+            if self._issued != self._saved.issued or self._ran_s - self._saved.ran_s >= SAVE_EVERY_S:
+                self._save()
+            return max(self._clock.wall() - desired.heard_at, self._ran_s)
+
+    def _save(self) -> None:
+        self._saved = _Ran(issued=self._issued, ran_s=self._ran_s)
+        files.write(self._path, encode(self._saved), mode=0o600)
+
+
+def _read(path: Path) -> _Ran:
+    try:
+        return decode(path.read_bytes(), _Ran, limit_bytes=1024)
+    except (FileNotFoundError, ContractError):
+        return _Ran()
