@@ -70,10 +70,14 @@ class RolloutSettings(Settings, frozen=True, kw_only=True):
     """How many devices of a wave must serve the release before the wave passes."""
     class_stop: int = 3
     """How many devices of one hardware class must have quarantined a release for it to be stopped for the class. 0: never."""
+    class_stop_share: float = 0.02
+    """And which part of the class's devices that run or quarantined the release: a few that are broken do not speak for a thousand."""
 
     def __post_init__(self) -> None:
         if self.tick_s <= 0 or self.silence_s <= 0 or self.min_devices < 1 or self.class_stop < 0:
             raise ValueError("tick_s and silence_s must be above 0, min_devices at least 1, class_stop not negative")
+        if not 0 <= self.class_stop_share <= 1:
+            raise ValueError(f"class_stop_share is {self.class_stop_share}; it must be from 0 to 1")
 
 
 class FleetConfig(Settings, frozen=True, kw_only=True):

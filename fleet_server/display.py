@@ -205,6 +205,8 @@ def rollout(r: dict[str, Any]) -> None:
     console.print(
         f"[bold]{safe(r['id'])}[/bold]  {safe(r['model'])}:{r['release']} after {safe(before)}  [bold]{r['state']}[/bold] {safe(r['reason'])}"
     )
+    if r["mode"] == "shadow":
+        console.print("  only looked at, on copies of live requests: nothing is installed")
     if r["together"]:
         console.print(_together(r))
     if r["window"]:

@@ -258,6 +258,7 @@ class Api:
         return self._fleet.rollouts.start(
             _actor(request), _ref(body.release), groups=body.groups, permille=permille, hold=body.hold,
             max_failures=body.max_failures, together=[_ref(text) for text in body.together], window=body.window,
+            mode=body.mode,
         )  # fmt: skip
 
     def stopped_classes(self, model: str | None = None) -> list[dict[str, Any]]:

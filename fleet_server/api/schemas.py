@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -72,7 +72,8 @@ class SignedChange(Body):
 
 class NewRollout(Body):
     """Neither `groups` nor `percent`: every device at once. `hold`: wait for promote between waves. `together`: releases of other models
-    that switch with it on each device, all or none. `window`: when devices may switch, in their local time.
+    that switch with it on each device, all or none. `window`: when devices may switch, in their local time. `mode` shadow: devices run it
+    on copies of live requests and install nothing.
     """
 
     release: Annotated[str, Field(max_length=100, examples=["digits:4"])]
@@ -80,6 +81,7 @@ class NewRollout(Body):
     window: Annotated[str, Field(max_length=64, examples=["mon-fri 22:00-05:00"])] | None = None
     groups: Annotated[list[Name], Field(max_length=64)] = []
     percent: Annotated[float, Field(gt=0, le=100)] | None = None
+    mode: Literal["install", "shadow"] = "install"
     hold: bool = False
     max_failures: Annotated[int, Field(ge=0, le=1_000_000)] = 0
 

@@ -33,6 +33,9 @@ def rollout() -> None:
 @click.option("--window", help="When devices may switch, in their local time, such as 'mon-fri 22:00-05:00'.")
 @click.option("--group", "groups", multiple=True, help="First wave: devices in this group. Repeatable.")
 @click.option("--percent", type=click.FloatRange(0, 100, min_open=True), help="First wave: this share of the devices.")
+@click.option(
+    "--shadow", is_flag=True, help="Only look: devices run it on copies of live requests, say how it did, and install nothing."
+)
 @click.option("--hold", is_flag=True, help="Wait for `rollout promote` between waves.")
 @click.option(
     "--max-failures", type=click.IntRange(0), default=0, show_default=True, help="Devices that may refuse it or roll back."
@@ -48,6 +51,7 @@ def rollout_start(
     window: str | None,
     *,
     together: bool,
+    shadow: bool,
     hold: bool,
     max_failures: int,
     as_json: bool,
@@ -56,6 +60,7 @@ def rollout_start(
 
     edge-fleet rollout start digits:4 --group canary --hold
     edge-fleet rollout start digits:4 --percent 10 --max-failures 1
+    edge-fleet rollout start digits:4 --shadow --group canary
     edge-fleet rollout start detector:7 classifier:3 --together --window 'sat,sun 02:00-05:00'
     """
     if together != (len(releases) > 1):
@@ -63,7 +68,7 @@ def rollout_start(
     first, *others = releases
     body = {
         "release": first, "together": others, "groups": list(groups), "percent": percent, "window": window, "hold": hold,
-        "max_failures": max_failures,
+        "max_failures": max_failures, "mode": "shadow" if shadow else "install",
     }  # fmt: skip
     with connected(ctx) as client:
         show(client.post("/rollouts", body), as_json, display.rollout)

@@ -1,7 +1,9 @@
 """Releases that are stopped for one hardware class, because devices of it refuse them while others may be well.
 
-Three devices (`rollouts.class_stop`) of one class that quarantine a release stop it for the class: the assignment then leaves the class
-out, its devices go back to the release before, and the rollout goes on for the others. An operator may lift it, once and for all.
+Three devices (`rollouts.class_stop`) of one class that quarantine a release stop it for the class, if they are no small part of those that
+had to do with it (`rollouts.class_stop_share`): a few devices that are broken, or lie, must not take it from a thousand that run it well.
+The assignment then leaves the class out, its devices go back to the release before, and the rollout goes on for the others. An operator
+may lift it, once and for all.
 """
 
 from __future__ import annotations
@@ -10,16 +12,16 @@ import collections
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from agent.contract.assignment import Exclusion
 from agent.contract.reasons import RETRYABLE, Reason
-from agent.contract.reports import Outcome
+from agent.contract.reports import Hardware, Outcome, hardware_class
 from fleet_server.devices.inventory import class_of
 from fleet_server.errors import Conflict, NotFound
 from fleet_server.rollouts.gates import Fact
-from fleet_server.storage.models import Device, ExclusionRow, RolloutRow
+from fleet_server.storage.models import Device, DeviceModel, ExclusionRow, RolloutRow
 
 NOT_QUARANTINED = frozenset({reason.value for reason in RETRYABLE} | {Reason.OPERATOR.value, Reason.WITHDRAWN.value})
 """For these a device goes back and does not remember the release as bad."""
@@ -32,14 +34,20 @@ def quarantined(fact: Fact) -> bool:
     return fact.outcome in (Outcome.REFUSED, Outcome.ROLLED_BACK) and fact.reason not in NOT_QUARANTINED
 
 
-def to_stop(facts: Iterable[Fact], classes: Mapping[str, str | None], least: int) -> dict[str, list[Fact]]:
-    """Class → the devices whose refusals stop the release for it. Pure."""
+def to_stop(
+    facts: Iterable[Fact], classes: Mapping[str, str | None], serving: Mapping[str, int], least: int, share: float
+) -> dict[str, list[Fact]]:
+    """Class → the devices whose refusals stop the release for it. `serving`: how many of each class run it. Pure."""
     found: dict[str, list[Fact]] = collections.defaultdict(list)
     for fact in facts:
         kind = classes.get(fact.device)
         if kind is not None and quarantined(fact):
             found[kind].append(fact)
-    return {kind: refused for kind, refused in found.items() if least and len(refused) >= least}
+    return {
+        kind: refused
+        for kind, refused in found.items()
+        if least and len(refused) >= least and len(refused) >= share * (len(refused) + serving.get(kind, 0))
+    }
 
 
 def stop(session: Session, row: RolloutRow, hardware: str, refused: list[Fact], now: float, because: str) -> ExclusionRow:
@@ -84,6 +92,23 @@ def classes_of(session: Session, devices: Iterable[str]) -> dict[str, str | None
     """Device → its hardware class."""
     rows = session.execute(select(Device.id, Device.hardware).where(Device.id.in_(list(devices))))
     return {device: class_of(hardware) for device, hardware in rows}
+
+
+def serving(session: Session, model: str, release: int) -> dict[str, int]:
+    """Class → how many devices of it say that they serve the release."""
+    arch, machine, accelerator = (Device.hardware[name].as_string() for name in ("arch", "machine", "accelerator"))
+    query = (
+        select(arch, machine, accelerator, func.count())
+        .join(DeviceModel, DeviceModel.device == Device.id)
+        .where(
+            DeviceModel.model == model, DeviceModel.serving == release, Device.revoked.is_(False), Device.hardware.is_not(None)
+        )
+        .group_by(arch, machine, accelerator)
+    )
+    found: dict[str, int] = collections.Counter()
+    for of_arch, of_machine, of_accelerator, count in session.execute(query):
+        found[hardware_class(Hardware(arch=of_arch or "", machine=of_machine or "", accelerator=of_accelerator))] += count
+    return found
 
 
 def view(row: ExclusionRow) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Standing(str, Enum):
     """How one device stands to the release of a rollout."""
 
     COMMITTED = "committed"
+    SHADOWED = "shadowed"
     REFUSED = "refused"
     FAILED = "failed"
     ROLLED_BACK = "rolled_back"
@@ -48,6 +49,7 @@ class Fact(msgspec.Struct, frozen=True):
 
 class Counts(msgspec.Struct, frozen=True):
     committed: int = 0
+    shadowed: int = 0
     refused: int = 0
     failed: int = 0
     rolled_back: int = 0
@@ -56,7 +58,7 @@ class Counts(msgspec.Struct, frozen=True):
 
     @property
     def total(self) -> int:
-        return self.committed + self.refused + self.failed + self.rolled_back + self.pending + self.offline
+        return self.committed + self.shadowed + self.refused + self.failed + self.rolled_back + self.pending + self.offline
 
     @property
     def failures(self) -> int:
@@ -80,14 +82,18 @@ class Verdict(msgspec.Struct, frozen=True):
     evidence: tuple[Witness, ...] = ()
 
 
-def standing(fact: Fact) -> Standing:
-    """A bad answer counts whether the device is still there or not; a good one only with the right bytes being served."""
+def standing(fact: Fact, *, only_looks: bool = False) -> Standing:
+    """A bad answer counts whether the device is still there or not; a good one only with the right bytes being served. `only_looks`: in
+    a rollout of mode shadow, which asks for no more than a good look beside what serves.
+    """
     if fact.outcome is Outcome.REFUSED:
         return Standing.REFUSED
     if fact.outcome is Outcome.ROLLED_BACK:
         return Standing.ROLLED_BACK
     if fact.serving_it and (fact.outcome is Outcome.COMMITTED or fact.phase is Phase.STEADY):
         return Standing.COMMITTED
+    if only_looks and fact.outcome is Outcome.SHADOWED:
+        return Standing.SHADOWED
     if not fact.online:
         return Standing.OFFLINE
     if fact.outcome is Outcome.FAILED:
@@ -95,31 +101,34 @@ def standing(fact: Fact) -> Standing:
     return Standing.PENDING
 
 
-def judge(facts: Iterable[Fact], *, max_failures: int, min_devices: int = 1) -> Verdict:
-    """The verdict on a wave: FAIL above `max_failures`; PASS when `min_devices` committed and no online device is still to answer."""
+def judge(facts: Iterable[Fact], *, max_failures: int, min_devices: int = 1, only_looks: bool = False) -> Verdict:
+    """The verdict on a wave: FAIL above `max_failures`; PASS when `min_devices` committed and no online device is still to answer.
+    `only_looks`: as for `standing`.
+    """
     found = dict.fromkeys(Standing, 0)
     witnesses = []
     for fact in facts:
-        where = standing(fact)
+        where = standing(fact, only_looks=only_looks)
         found[where] += 1
         witnesses.append(Witness(fact.device, where, fact.reason, fact.message))
     counts = Counts(**{where.value: number for where, number in found.items()})
     # Bad answers first: they are what a reader of the verdict looks for.
     witnesses.sort(key=lambda w: (w.standing not in {Standing.REFUSED, Standing.ROLLED_BACK}, w.standing.value, w.device))
-    ruling, why = _rule(counts, max_failures, min_devices)
+    ruling, why = _rule(counts, max_failures, min_devices, "shadowed" if only_looks else "committed")
     return Verdict(ruling, why, counts, tuple(witnesses[:EVIDENCE_KEPT]))
 
 
-def _rule(counts: Counts, max_failures: int, min_devices: int) -> tuple[Ruling, str]:
+def _rule(counts: Counts, max_failures: int, min_devices: int, wish: str) -> tuple[Ruling, str]:
     if counts.failures > max_failures:
         bad = _say((counts.refused, "refused it"), (counts.rolled_back, "rolled back"))
         return Ruling.FAIL, f"{bad}; {max_failures or 'none'} allowed"
     if counts.pending or counts.failed:
         return Ruling.WAIT, _say((counts.pending, "still to answer"), (counts.failed, "could not fetch it"))
-    if counts.committed < min_devices:
-        return Ruling.WAIT, f"{counts.committed} committed; at least {min_devices} needed"
+    good = _say((counts.committed, "committed"), (counts.shadowed, "shadowed")) or f"0 {wish}"
+    if counts.committed + counts.shadowed < min_devices:
+        return Ruling.WAIT, f"{good}; at least {min_devices} needed"
     left = f"; {counts.offline} offline" if counts.offline else ""
-    return Ruling.PASS, f"{counts.committed} committed{left}"
+    return Ruling.PASS, f"{good}{left}"
 
 
 def _say(*parts: tuple[int, str]) -> str:

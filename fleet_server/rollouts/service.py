@@ -10,17 +10,15 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
-from sqlalchemy import Text, cast, func, or_, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from agent.contract.assignment import MAX_ASSIGNMENT_BYTES, Assignment, ModelAssignment, Rollout, parse_window, reaches
-from agent.contract.codec import convert, decode, encode
-from agent.contract.manifest import ReleaseManifest
+from agent.contract.assignment import MAX_ASSIGNMENT_BYTES, Assignment, ModelAssignment, parse_window
+from agent.contract.codec import decode, encode
 from agent.contract.names import ReleaseRef
-from agent.contract.reports import Outcome, Phase
 from fleet_server.access import SERVER, Actor
 from fleet_server.config import FleetConfig
 from fleet_server.devices.inventory import Inventory
@@ -28,20 +26,22 @@ from fleet_server.errors import Conflict, Invalid, NotFound
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases import catalogue
 from fleet_server.releases.repository import Repository
-from fleet_server.rollouts import classes, gates, machine, teams
+from fleet_server.rollouts import classes, gates, heard, machine, reading, teams
 from fleet_server.rollouts.gates import Ruling, Verdict
-from fleet_server.rollouts.machine import Event, IllegalTransition, Plan, State, Wave
+from fleet_server.rollouts.machine import Event, IllegalTransition, State, Wave
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import Device, DeviceModel, ExclusionRow, ModelRow, ReleaseRow, RolloutRow, Setting, VerdictRow
+from fleet_server.storage.models import ExclusionRow, ModelRow, ReleaseRow, RolloutRow, Setting, VerdictRow
 
 _log = logging.getLogger(__name__)
 
-VERSION_SETTING = "assignment_version"
 CLASSES_LOOKED_AT_S = 60.0
 """Between two looks at the refusals of what every device runs already: devices report as often, and nobody waits for it."""
 
 STOPPED_SHOWN = 200
 ACTIVE = [state.value for state in machine.ACTIVE]
+
+
+Mode = Literal["install", "shadow"]
 
 
 class Poker(Protocol):
@@ -72,7 +72,7 @@ class Rollouts:
         with self._lock:
             signed = decode(self._repository.assignment_bytes(), Assignment, limit_bytes=MAX_ASSIGNMENT_BYTES)
             with self._database.reading() as session:
-                wanted = _version(session)
+                wanted = reading.assignment_version(session)
                 document = self._document(session, wanted)
             if wanted <= signed.version:
                 return
@@ -88,7 +88,7 @@ class Rollouts:
         """
         with self._lock, self._database.session() as session:
             signed = decode(self._repository.assignment_bytes(), Assignment, limit_bytes=MAX_ASSIGNMENT_BYTES)
-            if signed.version <= _version(session):
+            if signed.version <= reading.assignment_version(session):
                 return False
             for model, said in signed.models.items():
                 self._adopt(session, model, said)
@@ -133,7 +133,7 @@ class Rollouts:
             models={
                 model: ModelAssignment(
                     release=models[model].release if model in models else None,
-                    rollout=_contract_rollout(active[model]) if model in active else None,
+                    rollout=reading.as_devices_read_it(active[model]) if model in active else None,
                     withdrawn=tuple(sorted(withdrawn.get(model, []))),
                     excluded=excluded.get(model, ()),
                 )
@@ -145,15 +145,18 @@ class Rollouts:
 
     def start(
         self, actor: Actor, ref: ReleaseRef, *, groups: Iterable[str] = (), permille: int | None = None, hold: bool = False,
-        max_failures: int = 0, together: Iterable[ReleaseRef] = (), window: str | None = None,
+        max_failures: int = 0, together: Iterable[ReleaseRef] = (), window: str | None = None, mode: Mode = "install",
     ) -> dict[str, Any]:  # fmt: skip
-        """Begins a rollout; with `together`, of releases of other models that switch with it on each device, all or none.
+        """Begins a rollout; with `together`, of releases of other models that switch with it on each device, all or none. In mode shadow
+        devices run it on copies of live requests and install nothing.
 
         Raises: NotFound, Conflict (another one is under way, withdrawn, not signed any more, already what everyone runs), Invalid.
         """
         if max_failures < 0:
             raise Invalid("max_failures must not be negative")
         refs = [ref, *together]
+        if mode == "shadow" and len(refs) > 1:
+            raise Invalid("releases that switch together cannot be rolled out in mode shadow, in which nothing switches")
         if len({one.model for one in refs}) < len(refs):
             raise Invalid("releases that switch together are of different models")
         try:
@@ -164,19 +167,32 @@ class Rollouts:
             raise Invalid(str(error)) from error
         with self._lock:
             with self._database.session() as session:
-                rows = [self._create(session, actor, one, waves, hold=hold, max_failures=max_failures) for one in refs]
+                rows = [
+                    self._create(session, actor, one, waves, hold=hold, max_failures=max_failures, mode=mode) for one in refs
+                ]
                 for row in rows:
                     row.together, row.window = rows[0].id if len(rows) > 1 else None, window
-                    row.state = machine.step(_plan(row), Event.START).state.value
+                    row.state = machine.step(reading.plan_of(row), Event.START).state.value
                 self._next_version(session)
-                reached = _describe(waves[0])
-                events = [self._note(session, rows[0], "rollout_started", f"{rows[0].id}: {_named(rows)} goes to {reached}")]
+                reached = reading.reach(waves[0])
+                goes = "runs beside what serves on" if mode == "shadow" else "goes to"
+                events = [
+                    self._note(session, rows[0], "rollout_started", f"{rows[0].id}: {reading.named(rows)} {goes} {reached}")
+                ]
             self._after(events)
             self._evaluate(rows[0].id)
             return self.get(rows[0].id)
 
     def _create(
-        self, session: Session, actor: Actor, ref: ReleaseRef, waves: tuple[Wave, ...], *, hold: bool, max_failures: int
+        self,
+        session: Session,
+        actor: Actor,
+        ref: ReleaseRef,
+        waves: tuple[Wave, ...],
+        *,
+        hold: bool,
+        max_failures: int,
+        mode: Mode,
     ) -> RolloutRow:
         if catalogue.find(session, ref).withdrawn:
             raise Conflict(f"release {ref} was withdrawn; publish a new version", code="withdrawn")
@@ -192,6 +208,11 @@ class Rollouts:
         if model is None:
             model = ModelRow(model=ref.model, release=None, previous=None)
             session.add(model)
+        if model.release is None and mode == "shadow":
+            raise Conflict(
+                f"no release of {ref.model} serves yet, so there are no requests to look at {ref} with; roll it out without --shadow",
+                code="nothing_serves",
+            )
         if model.release == ref.version:
             raise Conflict(f"every device is assigned {ref} already", code="already_assigned")
         number = (session.scalar(select(func.max(RolloutRow.number))) or 0) + 1
@@ -199,12 +220,20 @@ class Rollouts:
         row = RolloutRow(
             id=f"r{number}-{secrets.token_hex(2)}", number=number, model=ref.model, release=ref.version, previous=model.release,
             waves=[msgspec.to_builtins(wave) for wave in waves], wave=0, state=State.CREATED.value, hold=hold,
-            max_failures=max_failures, mode="install", created=now, created_by=actor.name, updated=now, reason="",
+            max_failures=max_failures, mode=mode, created=now, created_by=actor.name, updated=now, reason="",
         )  # fmt: skip
         session.add(row)
         session.flush()
         self._journal.audit(
-            session, actor, "rollout.start", row.id, release=str(ref), waves=row.waves, hold=hold, max_failures=max_failures
+            session,
+            actor,
+            "rollout.start",
+            row.id,
+            release=str(ref),
+            waves=row.waves,
+            hold=hold,
+            max_failures=max_failures,
+            mode=mode,
         )
         return row
 
@@ -238,12 +267,12 @@ class Rollouts:
     def _ask(self, actor: Actor, rollout_id: str, event: Event, name: str, text: str) -> dict[str, Any]:
         with self._lock:
             with self._database.session() as session:
-                rows = teams.of(session, _rollout(session, rollout_id))
+                rows = teams.of(session, reading.find(session, rollout_id))
                 row = rows[0]
                 self._apply_all(session, rows, event, reason=f"by {actor.name}" if event is Event.ABORT else "")
                 self._journal.audit(session, actor, f"rollout.{event.value}", row.id)
-                wave = _describe(_plan(row).waves[row.wave])
-                message = f"{row.id} ({_named(rows)}) {text.format(wave=wave, previous=_previous(rows))}"
+                wave = reading.reach(reading.plan_of(row).waves[row.wave])
+                message = f"{row.id} ({reading.named(rows)}) {text.format(wave=wave, previous=reading.previous(rows))}"
                 events = [self._note(session, row, name, message)]
             self._after(events)
             self._evaluate(rollout_id)
@@ -258,7 +287,7 @@ class Rollouts:
                     raise NotFound(f"nothing of model {model!r} was ever rolled out")
                 active = session.scalar(select(RolloutRow).where(RolloutRow.model == model, RolloutRow.state.in_(ACTIVE)))
                 target = to if to is not None else (row.release if active else row.previous)
-                _refuse_forward(session, row, to)
+                reading.refuse_forward(session, row, to)
                 if target is None:
                     raise Conflict(
                         f"there is no earlier release of {model!r} to go back to; name one with --to", code="no_previous"
@@ -272,7 +301,7 @@ class Rollouts:
                     self._apply_all(session, teams.of(session, active), Event.ABORT, reason=f"rolled back by {actor.name}")
                 left = active.release if active is not None else row.release
                 if target != row.release:
-                    row.release, row.previous = target, _before(session, model, target)
+                    row.release, row.previous = target, reading.before(session, model, target)
                 self._next_version(session)
                 self._journal.audit(session, actor, "model.rollback", model, to=target, left=left)
                 message = f"{model} goes back to version {target} everywhere"
@@ -332,7 +361,7 @@ class Rollouts:
             model.previous = None
         if model.release == ref.version:
             model.release = model.previous
-            model.previous = _before(session, ref.model, model.release) if model.release is not None else None
+            model.previous = reading.before(session, ref.model, model.release) if model.release is not None else None
 
     # -- gates -------------------------------------------------------------------------------------------------------------
 
@@ -358,29 +387,21 @@ class Rollouts:
         with self._database.session() as session:
             events: list[dict[str, Any]] = []
             for model in session.scalars(select(ModelRow).where(ModelRow.release.is_not(None))):
-                row = _came_to_all(session, model.model, model.release or 0)
+                row = reading.came_to_all(session, model.model, model.release or 0)
                 if row is not None:
                     rows = teams.of(session, row)
-                    events += self._stop_classes(session, [(one, self._refusals(session, one)) for one in rows]) or []
+                    events += self._stop_classes(session, [(one, heard.refusals(session, one)) for one in rows]) or []
         if events:
             self._after(events)
-
-    def _refusals(self, session: Session, row: RolloutRow) -> list[gates.Fact]:
-        """What devices say that answered the release badly, whether it is what they run now or not."""
-        answered = cast(DeviceModel.answers, Text)
-        bad = or_(answered.contains(Outcome.REFUSED.value), answered.contains(Outcome.ROLLED_BACK.value))
-        query = select(DeviceModel).join(Device, Device.id == DeviceModel.device)
-        said = session.scalars(query.where(DeviceModel.model == row.model, Device.revoked.is_(False), bad))
-        return [fact_of(one.device, True, one, row.release, {}) for one in said]
 
     def _evaluate(self, rollout_id: str) -> None:
         """Goes on as long as gates pass: a wave whose devices all serve the release already takes no time."""
         while True:
             with self._database.session() as session:
-                rows = teams.of(session, _rollout(session, rollout_id))
+                rows = teams.of(session, reading.find(session, rollout_id))
                 if State(rows[0].state) in machine.TERMINAL:
                     return
-                facts = [(row, self._facts(session, row)) for row in rows]
+                facts = [(row, heard.of_wave(session, row, self._inventory, self._clock())) for row in rows]
                 verdict = teams.joint([(row, self._judge(session, row, found)) for row, found in facts])
                 # What is bad for too many ends for everybody; only what may go on is stopped for a class.
                 events = self._stop_classes(session, facts) if verdict.ruling is not Ruling.FAIL else None
@@ -396,14 +417,16 @@ class Rollouts:
 
     def _stop_classes(self, session: Session, facts: list[tuple[RolloutRow, list[gates.Fact]]]) -> list[dict[str, Any]] | None:
         """Leaves out the hardware classes of which enough devices refuse a release; the events of it, None when there is none."""
-        least, events = self._config.rollouts.class_stop, []
+        least, share = self._config.rollouts.class_stop, self._config.rollouts.class_stop_share
+        events = []
         for row, found in facts:
             refused = [fact for fact in found if classes.quarantined(fact)]
             if not least or len(refused) < least or row.state == State.CREATED.value:
                 continue
             kinds = classes.classes_of(session, [fact.device for fact in refused])
             decided = classes.known(session, row.model, row.release)
-            for kind, devices in classes.to_stop(refused, kinds, least).items():
+            serving = classes.serving(session, row.model, row.release)
+            for kind, devices in classes.to_stop(refused, kinds, serving, least, share).items():
                 if kind in decided:
                     continue
                 because = (
@@ -459,25 +482,9 @@ class Rollouts:
     def _judge(self, session: Session, row: RolloutRow, facts: list[gates.Fact]) -> Verdict:
         if not facts and any(one.lifted is None for one in classes.known(session, row.model, row.release).values()):
             return Verdict(Ruling.FAIL, "it is stopped for every kind of hardware in the wave", gates.Counts())
-        return gates.judge(facts, max_failures=row.max_failures, min_devices=self._config.rollouts.min_devices)
-
-    def _facts(self, session: Session, row: RolloutRow) -> list[gates.Fact]:
-        wave = _contract_rollout(row)
-        hashes = _hashes(catalogue.manifest_of(catalogue.find(session, ReleaseRef(row.model, row.release))))
-        said = {d.device: d for d in session.scalars(select(DeviceModel).where(DeviceModel.model == row.model))}
-        now = self._clock()
-        # Columns, not whole rows: the states of ten thousand devices are not needed to count them.
-        columns = select(Device.id, Device.groups, Device.present, Device.last_seen).where(Device.revoked.is_(False))
-        facts = [
-            fact_of(device, self._inventory.is_online(present, last_seen, now), said.get(device), row.release, hashes)
-            for device, groups, present, last_seen in session.execute(columns)
-            if reaches(wave, device, groups)
-        ]
-        stopped = {kind for kind, one in classes.known(session, row.model, row.release).items() if one.lifted is None}
-        if not stopped:
-            return facts
-        kinds = classes.classes_of(session, [fact.device for fact in facts])
-        return [fact for fact in facts if kinds.get(fact.device) not in stopped]
+        return gates.judge(
+            facts, max_failures=row.max_failures, min_devices=self._config.rollouts.min_devices, only_looks=row.mode == "shadow"
+        )
 
     def _keep_verdict(self, session: Session, row: RolloutRow, verdict: Verdict) -> bool:
         """Stores the verdict unless it says what the last one of this wave said. Whether it did."""
@@ -495,24 +502,27 @@ class Rollouts:
 
     def _follow(self, session: Session, rows: list[RolloutRow], verdict: Verdict) -> list[dict[str, Any]] | None:
         """Does what the verdict asks for; the events of it, or None when nothing changed."""
-        row, ref = rows[0], _named(rows)
+        row, ref = rows[0], reading.named(rows)
         if row.state == State.CREATED.value:
             return None
         if verdict.ruling is Ruling.FAIL:
             self._apply_all(session, rows, Event.GATE_FAILED, reason=verdict.why)
-            message = f"{row.id} ({ref}) was aborted: {verdict.why}; back to {_previous(rows)}"
+            message = f"{row.id} ({ref}) was aborted: {verdict.why}; back to {reading.previous(rows)}"
             return [self._note(session, row, "rollout_aborted", message, reason="gate_failed")]
-        event = machine.on_pass(_plan(row)) if verdict.ruling is Ruling.PASS else None
+        event = machine.on_pass(reading.plan_of(row)) if verdict.ruling is Ruling.PASS else None
         if event is None:
             return None
         self._apply_all(session, rows, event)
+        if event is Event.LAST_WAVE_PASSED and row.mode == "shadow":
+            said = f"{ref} kept its rules beside what serves ({verdict.why}); nothing was installed"
+            return [self._note(session, row, "rollout_completed", f"{row.id}: {said}")]
         if event is Event.LAST_WAVE_PASSED:
             return [self._note(session, row, "rollout_completed", f"{row.id}: every device is assigned {ref} ({verdict.why})")]
         if event is Event.HOLD:
             return [
                 self._note(session, row, "rollout_holding", f"{row.id} ({ref}): wave {row.wave + 1} passed; waits for promote")
             ]
-        wave = _describe(_plan(row).waves[row.wave])
+        wave = reading.reach(reading.plan_of(row).waves[row.wave])
         return [self._note(session, row, "rollout_wave", f"{row.id} ({ref}): wave {row.wave} passed; goes on to {wave}")]
 
     # -- pieces ------------------------------------------------------------------------------------------------------------
@@ -524,12 +534,12 @@ class Rollouts:
     def _apply(self, session: Session, row: RolloutRow, event: Event, *, reason: str = "") -> None:
         """One step of the machine, written down with what it makes of the model and the assignment.  Raises: Conflict."""
         try:
-            plan = machine.step(_plan(row), event)
+            plan = machine.step(reading.plan_of(row), event)
         except IllegalTransition as error:
             raise Conflict(f"rollout {row.id}: {error}", code="illegal_transition") from error
         row.state, row.wave, row.updated = plan.state.value, plan.wave, self._clock()
         row.reason = reason or row.reason
-        if plan.state is State.COMPLETED:
+        if plan.state is State.COMPLETED and row.mode == "install":
             model = session.get(ModelRow, row.model)
             assert model is not None
             model.release, model.previous = row.release, model.release
@@ -537,9 +547,11 @@ class Rollouts:
             self._next_version(session)
 
     def _next_version(self, session: Session, *, at_least: int = 2) -> None:
-        setting = session.get(Setting, VERSION_SETTING)
+        setting = session.get(Setting, reading.VERSION_SETTING)
         if setting is None:
-            session.add(Setting(name=VERSION_SETTING, value=str(at_least)))  # 1 is the empty assignment that `init` signed
+            session.add(
+                Setting(name=reading.VERSION_SETTING, value=str(at_least))
+            )  # 1 is the empty assignment that `init` signed
         else:
             setting.value = str(max(int(setting.value) + 1, at_least))
         session.flush()
@@ -561,134 +573,17 @@ class Rollouts:
         if model is not None:
             query = query.where(RolloutRow.model == model)
         with self._database.reading() as session:
-            return [self._view(session, row) for row in session.scalars(query)]
+            return [reading.view(session, row) for row in session.scalars(query)]
 
     def get(self, rollout_id: str) -> dict[str, Any]:
         """Everything about a rollout, with every verdict.  Raises: NotFound."""
         with self._database.reading() as session:
-            row = _rollout(session, rollout_id)
+            row = reading.find(session, rollout_id)
             rows = session.scalars(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq))
-            return {**self._view(session, row), "verdicts": [_verdict_view(verdict) for verdict in rows]}
+            return {**reading.view(session, row), "verdicts": [reading.verdict_view(verdict) for verdict in rows]}
 
     def models(self) -> list[dict[str, Any]]:
         """What the fleet runs of each model."""
         with self._database.reading() as session:
             rows = session.scalars(select(ModelRow).order_by(ModelRow.model))
             return [{"model": row.model, "release": row.release, "previous": row.previous} for row in rows]
-
-    def _view(self, session: Session, row: RolloutRow) -> dict[str, Any]:
-        last = session.scalar(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq.desc()).limit(1))
-        stopped = [one for one in classes.known(session, row.model, row.release).values() if one.rollout == row.id]
-        together = [one for one in teams.of(session, row) if one.id != row.id]
-        return {
-            "id": row.id, "model": row.model, "release": row.release, "previous": row.previous, "state": row.state,
-            "wave": row.wave, "waves": row.waves, "hold": row.hold, "max_failures": row.max_failures, "created": row.created,
-            "created_by": row.created_by, "updated": row.updated, "reason": row.reason,
-            "verdict": _verdict_view(last) if last is not None else None, "window": row.window,
-            "together": [{"id": one.id, "model": one.model, "release": one.release} for one in together],
-            "stopped": [classes.view(one) for one in stopped],
-        }  # fmt: skip
-
-
-def fact_of(device: str, online: bool, said: DeviceModel | None, release: int, hashes: dict[str, str]) -> gates.Fact:
-    """What a device's last signed report says about the release. `hashes`: the sha256 of each variant's file."""
-    if said is None:
-        return gates.Fact(device, online, serving_it=False)
-    serving = said.serving == release and said.sha256 is not None and hashes.get(said.variant or "") == said.sha256
-    answers = [answer for answer in said.answers if answer["release"] == release]
-    last = max(answers, key=lambda answer: float(answer["at"]), default=None)
-    phase = Phase(said.phase) if said.phase in {p.value for p in Phase} else None
-    if last is None:
-        return gates.Fact(device, online, serving_it=serving, phase=phase)
-    return gates.Fact(
-        device, online, serving_it=serving, phase=phase, outcome=Outcome(last["outcome"]), reason=last["reason"],
-        message=last["message"],
-    )  # fmt: skip
-
-
-def _hashes(manifest: ReleaseManifest) -> dict[str, str]:
-    return {variant.name: manifest.files[variant.file].sha256 for variant in manifest.variants}
-
-
-def _plan(row: RolloutRow) -> Plan:
-    waves = tuple(convert(wave, Wave) for wave in row.waves)
-    return Plan(State(row.state), waves, row.wave, row.hold)
-
-
-def _contract_rollout(row: RolloutRow) -> Rollout:
-    """The rollout as devices read it: the current wave and all before it."""
-    reached = _plan(row).waves[: row.wave + 1]
-    groups = dict.fromkeys(group for wave in reached for group in wave.groups)
-    permille = max(wave.permille for wave in reached)
-    return Rollout(
-        id=row.id, release=row.release, previous=row.previous, groups=tuple(groups), permille=permille,
-        mode="shadow" if row.mode == "shadow" else "install", window=parse_window(row.window) if row.window else None,
-        together=row.together,
-    )  # fmt: skip
-
-
-def _named(rows: list[RolloutRow]) -> str:
-    return " with ".join(f"{row.model}:{row.release}" for row in rows)
-
-
-def _previous(rows: list[RolloutRow]) -> str:
-    return ", ".join(f"{row.model}:{row.previous}" if row.previous else "no release" for row in rows)
-
-
-def _describe(wave: Wave) -> str:
-    if wave.everyone:
-        return "every device"
-    parts = [f"group {group}" for group in wave.groups]
-    if wave.permille:
-        parts.append(f"{wave.permille / 10:g} % of the devices")
-    return ", ".join(parts)
-
-
-def _rollout(session: Session, rollout_id: str) -> RolloutRow:
-    row = session.get(RolloutRow, rollout_id)
-    if row is None:
-        raise NotFound(f"there is no rollout {rollout_id!r}; `edge-fleet rollout list` shows them")
-    return row
-
-
-def _before(session: Session, model: str, release: int) -> int | None:
-    """What every device ran before `release` came to all of them; None when that was nothing or may not be run.
-
-    Never what was left by going back to `release`: a second roll back would lead to the bad one again.
-    """
-    row = _came_to_all(session, model, release)
-    previous = row.previous if row is not None else None
-    if previous is None or previous >= release or catalogue.find(session, ReleaseRef(model, previous)).withdrawn:
-        return None
-    return previous
-
-
-def _came_to_all(session: Session, model: str, release: int) -> RolloutRow | None:
-    """The last rollout that brought the release to every device, with every gate passed."""
-    query = select(RolloutRow).where(
-        RolloutRow.model == model, RolloutRow.release == release, RolloutRow.state == State.COMPLETED.value
-    )
-    return session.scalar(query.order_by(RolloutRow.number.desc()).limit(1))
-
-
-def _refuse_forward(session: Session, row: ModelRow, to: int | None) -> None:
-    """Raises: Conflict when `to` is newer than what everybody runs and never passed every gate."""
-    if to is None or (row.release is not None and to <= row.release):
-        return
-    catalogue.find(session, ReleaseRef(row.model, to))
-    if _came_to_all(session, row.model, to) is None:
-        raise Conflict(
-            f"{row.model}:{to} is no earlier release; bring it out with `edge-fleet rollout start {row.model}:{to}`",
-            code="not_earlier",
-        )
-
-
-def _version(session: Session) -> int:
-    setting = session.get(Setting, VERSION_SETTING)
-    return int(setting.value) if setting is not None else 1
-
-
-def _verdict_view(row: VerdictRow) -> dict[str, Any]:
-    return {
-        "wave": row.wave, "at": row.at, "verdict": row.verdict, "why": row.why, "counts": row.counts, "evidence": row.evidence,
-    }  # fmt: skip

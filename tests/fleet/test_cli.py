@@ -199,7 +199,7 @@ def test_nothing_is_folded_in_a_pipe(capsys):
     witness = {"device": "dev-1", "standing": "rolled_back", "reason": "error_ratio", "message": MESSAGE}
     verdict = {"verdict": "fail", "why": "1 rolled back; none allowed", "counts": {"rolled_back": 1}, "evidence": [witness]}
     rollout = {
-        "together": [], "window": None, "stopped": [],
+        "together": [], "window": None, "mode": "install", "stopped": [],
         "id": "r1-0000", "model": "digits", "release": 4, "previous": 3, "state": "aborted", "reason": "", "wave": 0, "verdict": verdict,
         "waves": [{"groups": [], "permille": 1000}],
     }  # fmt: skip

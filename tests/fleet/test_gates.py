@@ -42,6 +42,16 @@ def test_what_a_device_counts_as(name, online, serving, phase, outcome, expected
     assert standing(Fact("d", online, serving, phase, outcome)) is expected
 
 
+def test_in_a_rollout_that_only_looks_a_good_look_is_enough():
+    looked = Fact("d", True, False, P.SHADOWING, O.SHADOWED)
+    assert standing(looked, only_looks=True) is S.SHADOWED
+    assert standing(Fact("d", True, False, P.SHADOWING, None), only_looks=True) is S.PENDING
+    assert standing(Fact("d", True, False, P.QUARANTINED, O.REFUSED), only_looks=True) is S.REFUSED
+    verdict = judge([looked], max_failures=0, only_looks=True)
+    assert (verdict.ruling, verdict.why) == (Ruling.PASS, "1 shadowed")
+    assert judge([looked], max_failures=0).ruling is Ruling.WAIT
+
+
 def devices(**counts):
     made = {
         "committed": (True, True, P.STEADY, O.COMMITTED), "refused": (True, False, P.QUARANTINED, O.REFUSED),

@@ -128,6 +128,14 @@ def test_the_page(server, browser, connect):
     browser.wait(says("completed", "document.getElementById('rollouts')"), "promoted by the page")
     assert server.get("/models")[0]["release"] == 1
 
+    browser.run("document.querySelector('[data-key=\"roll-digits:2\"]').click()")
+    browser.wait("document.getElementById('dialog').open", "what to start")
+    browser.run("document.getElementById('start-shadow').click(); document.getElementById('dialog-form').requestSubmit()")
+    browser.wait(says("Only looked at", "document.getElementById('rollouts')"), "it says what it is")
+    look = server.get("/rollouts")[0]
+    assert (look["mode"], look["state"]) == ("shadow", "running")
+    server.post(f"/rollouts/{look['id']}/abort")
+
     bad = answer(second, Outcome.REFUSED, reason=HOSTILE[:60], message=HOSTILE)
     device.report({"digits": model_state(first, answers=(bad,), variant=HOSTILE[:100])}, problem=HOSTILE)
     device.send("events", Event(id="1", device="camera-1", at=0, name=HOSTILE, message=HOSTILE, reason=HOSTILE))

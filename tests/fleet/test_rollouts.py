@@ -95,6 +95,45 @@ def completed(story, version):
     return rollout
 
 
+def test_a_rollout_in_mode_shadow_looks_and_installs_nothing(story):
+    completed(story, 1)
+    rollout = story.start(2, mode="shadow", groups=["canary"])
+    assert story.assignment.models["digits"].rollout.mode == "shadow"
+    story.say("canary-1", 1, Outcome.SHADOWED, phase=Phase.SHADOWING, answered=2)
+    assert story.fleet.rollouts.get(rollout)["wave"] == 1, "the first wave passed"
+    for name in ("plain-1", "plain-2"):
+        story.say(name, 1, Outcome.SHADOWED, phase=Phase.SHADOWING, answered=2)
+
+    assert story.state(rollout) == "completed"
+    assert {story.wanted(name) for name in story.devices} == {1}
+    assert story.fleet.rollouts.models() == [{"model": "digits", "release": 1, "previous": None}]
+    with pytest.raises(Conflict, match="no earlier release"):
+        story.fleet.rollouts.roll_back(SERVER, "digits", 2)
+
+    installed = story.start(2)
+    assert story.state(installed) == "running", "a good look is not an installation"
+    story.commits("canary-1", "plain-1", "plain-2", version=2)
+    assert story.state(installed) == "completed"
+
+
+def test_there_is_nothing_to_look_at_a_first_release_with(story):
+    with pytest.raises(Conflict, match="no release of digits serves yet"):
+        story.start(1, mode="shadow")
+
+
+def test_one_bad_look_ends_a_rollout_in_mode_shadow(story):
+    completed(story, 1)
+    rollout = story.start(2, mode="shadow")
+    story.say("plain-1", 1, Outcome.REFUSED, reason="shadow_disagrees", answered=2)
+    assert story.state(rollout) == "aborted"
+    assert {story.wanted(name) for name in story.devices} == {1}
+
+
+def test_releases_that_switch_together_cannot_only_be_looked_at(story):
+    with pytest.raises(Invalid, match="mode shadow"):
+        story.start(2, mode="shadow", together=[ReleaseRef("other", 1)])
+
+
 def test_the_first_rollout_goes_to_everyone_and_completes(story):
     rollout = story.start(1)
     assert story.state(rollout) == "running"

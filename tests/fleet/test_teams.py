@@ -284,6 +284,25 @@ def test_devices_that_were_away_stop_it_for_their_class_after_its_end(pair):
     assert pair.wants("pi-1", "arm") == 2
 
 
+def test_a_few_devices_do_not_speak_for_a_class_that_runs_it_well(pair):
+    rules = pair.fleet.rollouts._config
+    pair.fleet.rollouts._config = msgspec.structs.replace(
+        rules, rollouts=msgspec.structs.replace(rules.rollouts, class_stop_share=0.5)
+    )
+    well = ["jetson-5", "jetson-6", "jetson-7", "jetson-8"]
+    pair.join(*well)
+    for name in well:
+        pair.say(name, "arm", 1)
+    pair.start("arm", 2, max_failures=5)
+    for name in well:
+        pair.say(name, "arm", 2)
+    refuse(pair, "jetson-1", "jetson-2", "jetson-3")
+    assert pair.assignment.models["arm"].excluded == (), "3 of 7 are less than half"
+
+    refuse(pair, "jetson-4")
+    assert [one.hardware for one in pair.assignment.models["arm"].excluded] == [JETSONS], "4 of 8 are not"
+
+
 def test_a_later_release_is_another_matter(pair):
     pair.start("arm", 2, max_failures=5)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")

@@ -5,7 +5,7 @@ const API = "/api/v1";
 const SHOWN_DEVICES = 200;
 const SHOWN_EVENTS = 200;
 const RANKS = ["viewer", "publisher", "operator", "admin"];
-const KINDS = ["committed", "pending", "failed", "refused", "rolled_back", "offline"];
+const KINDS = ["committed", "shadowed", "pending", "failed", "refused", "rolled_back", "offline"];
 const OVER = ["completed", "aborted"];
 const STATE_LOOK = { running: "busy", holding: "warn", paused: "warn", completed: "good", aborted: "bad", created: "busy" };
 const OUTCOME_LOOK = { committed: "good", refused: "bad", rolled_back: "bad", failed: "warn", shadowed: "good" };
@@ -232,6 +232,7 @@ function rolloutCard(rollout) {
     h("div", { class: "rollout-head" }, h("h3", null, title), pill(rollout.state === "holding" ? "waits for promote" : rollout.state, STATE_LOOK[rollout.state]),
       h("span", { class: "muted small" }, `${before} · ${rollout.id} · by ${rollout.created_by} · ${ago(rollout.created)}`), rolloutActions(rollout)),
     rollout.together.length ? h("p", { class: "muted small" }, `Switches together with ${rollout.together.map((one) => `${one.model}:${one.release}`).join(", ")}: all of them on a device, or none.`) : null,
+    rollout.mode === "shadow" ? h("p", { class: "muted small" }, "Only looked at, on copies of live requests: nothing is installed.") : null,
     rollout.window ? h("p", { class: "muted small" }, `Devices switch in ${rollout.window}, their local time.`) : null,
     h("ol", { class: "waves" }, rollout.waves.map((wave, number) => waveStep(rollout, wave, number))),
     rollout.stopped.map((one) => stoppedClass(one)),
@@ -271,7 +272,7 @@ function rolloutActions(rollout) {
     rollout.state === "holding" && next ? button("promote", "Promote", "primary", `Go on to ${reach(next)}?`) : null,
     ["running", "holding"].includes(rollout.state) ? button("pause", "Pause", "", "Begin no further wave? Devices already reached go on.") : null,
     rollout.state === "paused" ? button("resume", "Resume", "primary", "Let the rollout go on?") : null,
-    button("abort", "Abort", "danger", rollout.previous === null ? "Abort? Devices stop serving the model: there is no release before." : `Abort? Every device goes back to ${rollout.model}:${rollout.previous}.`));
+    button("abort", "Abort", "danger", rollout.mode === "shadow" ? "Abort? Devices stop looking at it; what serves is not touched." : rollout.previous === null ? "Abort? Devices stop serving the model: there is no release before." : `Abort? Every device goes back to ${rollout.model}:${rollout.previous}.`));
 }
 
 function matches(device, text) {
@@ -408,15 +409,17 @@ function startDialog(release) {
   const percent = h("input", { id: "start-percent", type: "number", min: "0.1", max: "100", step: "0.1" });
   const failures = h("input", { id: "start-failures", type: "number", min: "0", value: "0" });
   const hold = h("input", { id: "start-hold", type: "checkbox" });
+  const shadow = h("input", { id: "start-shadow", type: "checkbox" });
   openDialog(`Roll out ${release.release}`, [
     h("p", { class: "muted" }, "The first wave is what you name here, then everyone. Naming nothing means everyone at once."),
     h("label", { for: "start-groups" }, "First wave: groups"), groups,
     h("label", { for: "start-percent" }, "First wave: percent of the devices"), percent,
     h("label", { for: "start-failures" }, "Devices that may refuse it or roll back"), failures,
     h("label", { class: "check" }, hold, "wait for promote between waves"),
+    h("label", { class: "check" }, shadow, "only look: run it on copies of live requests, install nothing"),
   ], "Start", () => call("POST", "/rollouts", {
     release: release.release, groups: groups.value.split(/[\s,]+/).filter(Boolean), percent: percent.value ? Number(percent.value) : null,
-    hold: hold.checked, max_failures: Number(failures.value || 0),
+    hold: hold.checked, mode: shadow.checked ? "shadow" : "install", max_failures: Number(failures.value || 0),
   }));
 }
 

@@ -1,0 +1,64 @@
+"""What devices say of a release, from their last signed reports."""
+
+from __future__ import annotations
+
+from sqlalchemy import Text, cast, or_, select
+from sqlalchemy.orm import Session
+
+from agent.contract.assignment import reaches
+from agent.contract.manifest import ReleaseManifest
+from agent.contract.names import ReleaseRef
+from agent.contract.reports import Outcome, Phase
+from fleet_server.devices.inventory import Inventory
+from fleet_server.releases import catalogue
+from fleet_server.rollouts import classes, reading
+from fleet_server.rollouts.gates import Fact
+from fleet_server.storage.models import Device, DeviceModel, RolloutRow
+
+
+def of_wave(session: Session, row: RolloutRow, inventory: Inventory, now: float) -> list[Fact]:
+    """A fact for each device that the rollout reaches by now, but for those of hardware classes for which the release is stopped."""
+    wave = reading.as_devices_read_it(row)
+    hashes = _hashes(catalogue.manifest_of(catalogue.find(session, ReleaseRef(row.model, row.release))))
+    said = {d.device: d for d in session.scalars(select(DeviceModel).where(DeviceModel.model == row.model))}
+    # Columns, not whole rows: the states of ten thousand devices are not needed to count them.
+    columns = select(Device.id, Device.groups, Device.present, Device.last_seen).where(Device.revoked.is_(False))
+    facts = [
+        fact_of(device, inventory.is_online(present, last_seen, now), said.get(device), row.release, hashes)
+        for device, groups, present, last_seen in session.execute(columns)
+        if reaches(wave, device, groups)
+    ]
+    stopped = {kind for kind, one in classes.known(session, row.model, row.release).items() if one.lifted is None}
+    if not stopped:
+        return facts
+    kinds = classes.classes_of(session, [fact.device for fact in facts])
+    return [fact for fact in facts if kinds.get(fact.device) not in stopped]
+
+
+def refusals(session: Session, row: RolloutRow) -> list[Fact]:
+    """What devices say that answered the release badly, whether it is what they run now or not."""
+    answered = cast(DeviceModel.answers, Text)
+    bad = or_(answered.contains(Outcome.REFUSED.value), answered.contains(Outcome.ROLLED_BACK.value))
+    query = select(DeviceModel).join(Device, Device.id == DeviceModel.device)
+    said = session.scalars(query.where(DeviceModel.model == row.model, Device.revoked.is_(False), bad))
+    return [fact_of(one.device, True, one, row.release, {}) for one in said]
+
+
+def fact_of(device: str, online: bool, said: DeviceModel | None, release: int, hashes: dict[str, str]) -> Fact:
+    """What a device's last signed report says about the release. `hashes`: the sha256 of each variant's file."""
+    if said is None:
+        return Fact(device, online, serving_it=False)
+    serving = said.serving == release and said.sha256 is not None and hashes.get(said.variant or "") == said.sha256
+    answers = [answer for answer in said.answers if answer["release"] == release]
+    last = max(answers, key=lambda answer: float(answer["at"]), default=None)
+    phase = Phase(said.phase) if said.phase in {p.value for p in Phase} else None
+    if last is None:
+        return Fact(device, online, serving_it=serving, phase=phase)
+    return Fact(
+        device, online, serving_it=serving, phase=phase, outcome=Outcome(last["outcome"]), reason=last["reason"],
+        message=last["message"],
+    )  # fmt: skip
+
+
+def _hashes(manifest: ReleaseManifest) -> dict[str, str]:
+    return {variant.name: manifest.files[variant.file].sha256 for variant in manifest.variants}
