@@ -156,9 +156,9 @@ def reasons() -> str:
 
 
 def update_machine() -> str:
-    from agent.sync.update import mermaid
+    from agent.sync.updating.update import mermaid
 
-    return f"# The update machine\n\n{NOTE}Generated from the table `TRANSITIONS` in `agent/sync/update.py`.\n\n```mermaid\n{mermaid()}\n```\n"
+    return f"# The update machine\n\n{NOTE}Generated from the table `TRANSITIONS` in `agent/sync/updating/update.py`.\n\n```mermaid\n{mermaid()}\n```\n"
 
 
 def rollout_machine() -> str:
