@@ -98,8 +98,16 @@ class Card:
         deadline = time.monotonic() + GONE_LIMIT_S
         while _read(loop) == str(self._image):
             if time.monotonic() > deadline:
-                raise CardError(f"{self.path} is still in use {GONE_LIMIT_S:.0f} s after it was unmounted")
+                raise CardError(
+                    f"{self.path} is still in use {GONE_LIMIT_S:.0f} s after it was unmounted, by {_holders(self.path)}"
+                )
             time.sleep(0.005)
+
+
+def _holders(path: Path) -> list[str]:
+    """The processes in whose mount namespaces it is still mounted."""
+    tables = Path("/proc").glob("[0-9]*/mounts")
+    return [_read(table.with_name("comm")) + f" ({table.parent.name})" for table in tables if f" {path} " in _read(table)]
 
 
 def _read(path: Path) -> str:

@@ -158,11 +158,15 @@ class Blackouts:
         assert world.traffic.wrong == []
 
     def _start_sync(self) -> None:
-        """In what it takes for a new boot: a crash of `serve` alone would count against the release. Nothing it started outlives it."""
+        """In what it takes for a new boot: a crash of `serve` alone would count against the release. Nothing it started outlives it.
+
+        Its mount namespace begins with the cards of the other worlds, which could not be unmounted before it ends, so it lets go of them.
+        """
         boot = self._folder / "boot_id"
         boot.write_text(f"{uuid.UUID(int=self._dice.getrandbits(128))}\n")
         line = command("edge-agent", "sync", "--config", self._world.device.config)
-        shell = f'mount --bind {boot} /proc/sys/kernel/random/boot_id && exec "$@"'
+        others = [str(card) for card in self._folder.parent.glob("*/card") if card.parent != self._folder]
+        shell = f'umount {" ".join(others)} 2>/dev/null; mount --bind {boot} /proc/sys/kernel/random/boot_id && exec "$@"'
         self._world.processes.start("device-sync", [*NEW_BOOT, "sh", "-c", shell, "sh", *line])
 
     def _power_off(self) -> None:
