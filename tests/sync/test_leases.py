@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from agent.contract.manifest import Acceptance, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
+from agent.host import files
 from agent.sync.fleet import reports
 from agent.sync.serving import ModelStatus
 from agent.sync.trust.leases import Leases
@@ -47,7 +50,7 @@ def test_it_stops_when_the_lease_ends_and_comes_back_with_a_fresh_word(leased: B
     assert leased.serving is None
     assert leased.store.selection(MODEL) is None
     said = reports.model_state(leased.updater, ModelStatus(), (), None)
-    assert "older than the lease" in (said.stopped or "")
+    assert "older than its lease" in (said.stopped or "")
     assert leased.news[-1] == "stopped"
     renew(leased)
     steps(leased)
@@ -166,3 +169,99 @@ def test_the_same_word_again_renews_nothing(leased: Bench):
 def test_a_lease_too_short_to_be_renewed_is_refused():
     with pytest.raises(ValueError, match="at least 60"):
         Acceptance(lease_s=5.0)
+
+
+# -- a disk that is full -------------------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Refuses what is written below `full`; counts how often."""
+
+    def __init__(self, write) -> None:
+        self._write = write
+        self.full: Path | None = None
+        self.refused = 0
+
+    def __call__(self, path: Path, data: bytes, *, mode: int = 0o644) -> None:
+        if self.full is not None and (path == self.full or self.full in path.parents):
+            self.refused += 1
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        self._write(path, data, mode=mode)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk(files.write)
+    monkeypatch.setattr(files, "write", disk)
+    return disk
+
+
+def test_a_lease_that_cannot_be_written_down_keeps_nothing_else_from_going_on(leased: Bench, disk: Disk):
+    leased.release(2)
+    disk.full = leased.store.private / "lease.json"
+    leased.clock.pass_(120)
+    leased.want(2)
+    leased.step()
+    assert disk.refused == 1
+    assert leased.phase is P.FETCHING
+    leased.until(P.STEADY)
+    assert leased.serving == 2
+
+
+def test_what_could_not_be_written_down_is_tried_again_at_the_next_look(leased: Bench, disk: Disk):
+    """Not a minute later: until then a power cut would take all of it from the count."""
+    disk.full = leased.store.private / "lease.json"
+    leased.clock.pass_(120)
+    leased.step()
+    leased.step()
+    assert disk.refused >= 2
+    disk.full = None
+    leased.step()
+    later = Leases(leased.store.private / "lease.json", leased.clock, leased.desired)
+    assert later.age_s() >= 120
+
+
+def test_it_stops_when_the_lease_ends_while_nothing_can_be_written(leased: Bench, disk: Disk):
+    disk.full = leased.store.root
+    leased.clock.pass_(LEASE + 60)
+    steps(leased)
+
+    assert leased.serving is None
+    assert "older than its lease" in (leased.updater.stopped or "")
+    leased.serve.start()  # it loads what is selected, which could not be changed
+    steps(leased, 2)
+    assert leased.serving is None
+    disk.full = None
+    steps(leased)
+    assert leased.store.selection(MODEL) is None
+    renew(leased)
+    steps(leased)
+    assert leased.serving == 1
+
+
+def test_a_lease_that_is_renewed_while_nothing_can_be_written_serves_again(leased: Bench, disk: Disk):
+    disk.full = leased.store.root
+    leased.clock.pass_(LEASE + 60)
+    steps(leased)
+    assert leased.serving is None
+    renew(leased)
+    steps(leased)
+
+    assert leased.serving == 1
+
+
+def test_running_time_that_cannot_be_written_down_ends_the_lease_before_it_is_lost(leased: Bench, disk: Disk):
+    """Else a board without a clock could be switched off and on for ever, each time for a whole lease."""
+    disk.full = leased.store.private / "lease.json"
+    leased.clock.pass_(LEASE / 20)
+    leased.step()
+    assert leased.serving == 1
+    leased.clock.pass_(LEASE / 10)
+    steps(leased)
+    assert leased.serving is None
+    assert "cannot be counted" in (leased.updater.stopped or "")
+    disk.full = None
+    steps(leased)
+
+    assert leased.serving == 1
+    assert leased.updater.stopped is None

@@ -4,12 +4,15 @@ Rules:
  1. a word counts once, from when it was first verified here: the same word again renews nothing;
  2. its age is the larger of what the (signed) clock says and how long this device ran since: a clock that is set back, or a board without
     one that is switched off and on, makes nothing younger;
- 3. a newer word ends it, whatever the clock says.
+ 3. a newer word ends it, whatever the clock says;
+ 4. running time that cannot be written down (a full disk) counts all the same. More of it than a power cut may take ends the lease, until it
+    is written: else a board without a clock could be switched off and on for ever, each time for a whole lease.
 Asked only for releases that have a lease; a device without such releases writes nothing.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +22,13 @@ from agent.host import files
 from agent.sync.ports import Clock
 from agent.sync.trust.desired import Desired
 
+log = logging.getLogger(__name__)
+
 SAVE_EVERY_S = 60.0
 """What a power cut may take from the running time. Each save is a write to flash."""
+
+UNSAVED_SHARE = 0.1
+"""And what it may take, of a lease, while the disk refuses the save. A full disk is found and freed within a part of a lease of days."""
 
 
 class _Ran(Document, frozen=True, kw_only=True):
@@ -41,25 +49,50 @@ class Leases:
         self._saved = _read(path)
         self._issued, self._ran_s = self._saved.issued, self._saved.ran_s
         self._looked = clock.monotonic()
+        self._trouble: str | None = None
+
+    def over(self, lease_s: float) -> str | None:
+        """Why a release with this lease may not serve now; None when it may."""
+        with self._lock:
+            if self._age_s() > lease_s:
+                return f"the fleet's last signed word is older than its lease of {lease_s:g} s"
+            if self._unsaved_s <= max(2 * SAVE_EVERY_S, UNSAVED_SHARE * lease_s):
+                return None
+            return f"its lease of {lease_s:g} s cannot be counted: {self._trouble}"
 
     def age_s(self) -> float:
-        """Seconds since a newer word of the fleet was verified; infinite before the first.  Raises: OSError."""
+        """Seconds since a newer word of the fleet was verified; infinite before the first."""
         with self._lock:
-            desired, now = self._desired(), self._clock.monotonic()
-            if desired is None:
-                return float("inf")
-            if desired.issued == self._issued:
-                self._ran_s += now - self._looked
-            else:
-                self._issued, self._ran_s = desired.issued, 0.0
-            self._looked = now
-            if self._issued != self._saved.issued or self._ran_s - self._saved.ran_s >= SAVE_EVERY_S:
-                self._save()
-            return max(self._clock.wall() - desired.heard_at, self._ran_s)
+            return self._age_s()
+
+    def _age_s(self) -> float:
+        desired, now = self._desired(), self._clock.monotonic()
+        if desired is None:
+            return float("inf")
+        if desired.issued == self._issued:
+            self._ran_s += now - self._looked
+        else:
+            self._issued, self._ran_s = desired.issued, 0.0
+        self._looked = now
+        if self._issued != self._saved.issued or self._unsaved_s >= SAVE_EVERY_S:
+            self._save()
+        return max(self._clock.wall() - desired.heard_at, self._ran_s)
+
+    @property
+    def _unsaved_s(self) -> float:
+        return self._ran_s - (self._saved.ran_s if self._issued == self._saved.issued else 0.0)
 
     def _save(self) -> None:
-        self._saved = _Ran(issued=self._issued, ran_s=self._ran_s)
-        files.write(self._path, encode(self._saved), mode=0o600)
+        """What the disk refuses is tried again at the next look."""
+        ran = _Ran(issued=self._issued, ran_s=self._ran_s)
+        try:
+            files.write(self._path, encode(ran), mode=0o600)
+        except OSError as error:
+            if self._trouble is None:
+                log.warning("how long this device ran cannot be written down: %s", error)
+            self._trouble = str(error)
+        else:
+            self._saved, self._trouble = ran, None
 
 
 def _read(path: Path) -> _Ran:

@@ -170,10 +170,8 @@ class ModelWork:
         except StoreError:
             return None
         self.lease_s = lease_s
-        if lease_s is None or self._s.leases.age_s() <= lease_s:
-            return None
-        message = f"the fleet's last signed word is older than the lease of release {version} ({lease_s:g} s)"
-        return Failure(reason=Reason.LEASE_ENDED, message=message)
+        why_not = self._s.leases.over(lease_s) if lease_s is not None else None
+        return Failure(reason=Reason.LEASE_ENDED, message=f"release {version}: {why_not}") if why_not else None
 
     def _should_stop(self) -> bool:
         return self._ending() or self._overtaken()

@@ -17,7 +17,7 @@ from agent.sync.updating.canarying import Canarying
 from agent.sync.updating.model import REST_S, Surroundings, versions
 from agent.sync.updating.shadowing import Shadowing
 from agent.sync.updating.switching import Switching
-from agent.sync.updating.update import Event
+from agent.sync.updating.update import Event, Failure
 
 DISK_AGAIN_S = 30.0
 
@@ -32,6 +32,8 @@ class ModelUpdater(Shadowing, Canarying, Switching):
 
     def __init__(self, model: str, surroundings: Surroundings) -> None:
         super().__init__(model, surroundings)
+        self._told_to_stop = False
+        """Because its lease ended, in this life of the process."""
         if self.state.phase is Phase.FETCHING or self.state.waiting_for == "retry":
             surroundings.housekeeping.fetching(model, None)
         self._steps: dict[Phase, Callable[[], float]] = {
@@ -87,29 +89,47 @@ class ModelUpdater(Shadowing, Canarying, Switching):
             return False  # mended at rest
         over = self._lease_over(selection.active.version) if selection else None
         self.stopped = over.message if over else None
-        if selection is None or (over is None and stopped is None):
+        if selection is None:
+            self._told_to_stop = False
             return False
-        if over is None:
-            with self._s.joint:
-                if self.state.phase in SWITCHING:
-                    return False
+        if over is not None:
+            return self._stop_for_lease(selection, over)
+        if stopped is not None or self._told_to_stop:
+            self._resume_after_lease(selection)
+        return False
+
+    def _resume_after_lease(self, selection: Selection) -> None:
+        with self._s.joint:
+            if self.state.phase in SWITCHING:
+                return
+            if self.state.stopped is not None:
                 self._s.store.select(selection)
                 self._save(self.state.but(stopped=None))
-                self.busy = True
-            self._note("lease", "resumed", "the fleet was heard again", release=selection.active.version)
-            self._say("resumed", f"release {selection.active.version} may serve again", release=selection.active.version)
-            try:
-                self._ask(lambda: self._serve_again(selection.active))
-            finally:
-                self.busy = False
-            return False
+            self._told_to_stop = False
+            self.busy = True
+        self._note("lease", "resumed", "the fleet was heard again", release=selection.active.version)
+        self._say("resumed", f"release {selection.active.version} may serve again", release=selection.active.version)
+        try:
+            self._ask(lambda: self._serve_again(selection.active))
+        finally:
+            self.busy = False
+
+    def _stop_for_lease(self, selection: Selection, over: Failure) -> bool:
+        """Whether it stopped. A disk that refuses the word of it must not keep the model alive: `serve` unloads it all the same, as often as
+        it comes back, until what is on disk can follow.
+        """
         with self._s.joint:
             if self.state.phase in SWITCHING:
                 return False
-            if stopped is None:
-                self._save(self.state.but(stopped=selection))
-            self._s.store.deselect(self.model)
-        if stopped is None:
+            first = self.state.stopped is None and not self._told_to_stop
+            self._told_to_stop = True
+            try:
+                if self.state.stopped is None:
+                    self._save(self.state.but(stopped=selection))
+                self._s.store.deselect(self.model)
+            except OSError as error:
+                self.problem = store_problem(error, f"stopping model {self.model!r}").message
+        if first:
             self._note("lease", "stopped", over.message, reason=over.reason, release=selection.active.version)
             self._say("stopped", over.message, release=selection.active.version, reason=over.reason.value)
         status = self._status()
