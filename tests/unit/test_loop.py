@@ -248,3 +248,104 @@ def test_who_reads_a_long_answer_slowly_gets_all_of_it(tmp_path, monkeypatch):
                 loop._drained.wait(0.03)
         ending.join(25)
     assert got > len(LARGE)
+
+
+class Counting:
+    """An epoll that counts how often a connection is put there."""
+
+    def __init__(self, epoll):
+        self._epoll = epoll
+        self.registered = 0
+
+    def register(self, fd, events):
+        self.registered += 1
+        self._epoll.register(fd, events)
+
+    def __getattr__(self, name):
+        return getattr(self._epoll, name)
+
+
+@pytest.fixture
+def prompt_loop(tmp_path, monkeypatch):
+    """A loop with one thread for long work, to which every client is prompt; and its address."""
+    monkeypatch.setattr(loops, "PROMPT_S", 1000.0)
+    service = Service()
+    service.going_on.set()
+    router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(8)
+        grant = Grant(Access.CONTROL, "test")
+        loop = Loop([listener], service, router, lambda _: grant, threads=2, max_body_bytes=1024, max_connections=8)
+        loop._epoll = loop._doors._epoll = Counting(loop._epoll)
+        loop.start()
+        yield loop, str(tmp_path / "s")
+        assert loop.stop(10)
+
+
+def ask(client):
+    client.sendall(GET)
+    assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def connected(path):
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client.settimeout(10)
+    client.connect(path)
+    return client
+
+
+@pytest.mark.timeout(60)
+def test_a_thread_stays_with_a_client_that_asks_again_at_once(prompt_loop, monkeypatch):
+    loop, path = prompt_loop
+    monkeypatch.setattr(loops, "STAY_MS", 10_000)
+    with connected(path) as client:
+        ask(client)
+        ask(client)
+        before = loop._epoll.registered
+        for _ in range(20):
+            ask(client)
+        assert loop._epoll.registered == before
+
+
+@pytest.mark.timeout(60)
+def test_it_waits_for_its_client_no_longer_than_a_moment(prompt_loop):
+    _, path = prompt_loop
+    with connected(path) as first, connected(path) as second:
+        for _ in range(20):
+            ask(first)
+            ask(first)
+            ask(second)
+
+
+@pytest.mark.timeout(60)
+def test_it_does_not_wait_for_its_client_while_others_do(prompt_loop, monkeypatch):
+    loop, path = prompt_loop
+    with connected(path) as first, connected(path) as second:
+        ask(first)
+        monkeypatch.setattr(loops, "STAY_MS", 60_000)
+        loop._service.going_on.clear()
+        first.sendall(GET)
+        while loop._scheduler._free:
+            time.sleep(0.001)
+        second.sendall(GET)
+        while not loop._scheduler.crowded:
+            time.sleep(0.001)
+        loop._service.going_on.set()
+        assert second.recv(1000).startswith(b"HTTP/1.1 200")
+        second.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_client_that_goes_while_a_thread_stays_with_it_is_let_go(prompt_loop, monkeypatch):
+    loop, path = prompt_loop
+    monkeypatch.setattr(loops, "STAY_MS", 60_000)
+    with connected(path) as client:
+        ask(client)
+        ask(client)
+    with connected(path) as other:
+        ask(other)
+    deadline = time.monotonic() + 10
+    while loop._connections:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -54,6 +54,7 @@ class Connection:
         self.request: Request | None = None  # complete and waiting for its thread
         self.seat: Caller | None = None  # the loop's: where its predictions that wait are answered
         self.parked: Job | None = None  # such a prediction: no thread works for it, and the epoll tells only when the peer goes
+        self.answered_s = 0.0  # when a thread other than the leader last answered it
         self.closing = False  # no further request is read; only what was asked is answered
         self.draining = False  # the answer is sent: what still comes is thrown away so that the peer can read it
         self._router = router

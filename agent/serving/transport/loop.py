@@ -7,6 +7,8 @@ run in parallel because engines release the interpreter's lock, and nobody waits
 The rules that keep it correct:
 - Whoever holds `_lead` leads; only the leader polls, accepts, and touches connections that are registered at the epoll.
 - A connection that is handed over leaves the epoll first and comes back last, so exactly one thread owns it at any time.
+- A thread that has answered long work waits a moment for the next of the same client, if that one asks again at once and nobody else
+  waits: then neither another thread nor another processor's cold cache has a part in it.
 - All threads but one may be at long work. What comes beyond that waits, and the next thread that is through takes the best of it
   (`scheduling` has the rules); the leader goes on leading, so a prediction that takes long never delays one that does not.
 - The connection of a prediction that waits is parked: it is at the epoll only so that the leader hears when its peer has gone.
@@ -42,6 +44,8 @@ from agent.serving.transport.doors import Doors
 log = logging.getLogger(__name__)
 
 HAND_OVER_BYTES = 16 * 1024  # a body of which this much came in one read goes on coming: let another thread lead meanwhile
+PROMPT_S = 500e-6  # a client that asks again sooner than that after its answer is waited for
+STAY_MS = 1  # so long, by the thread that answered it
 PATIENCE_MS = 2  # how long a thread waits for more of such a body before it gives the connection back to the epoll
 MIN_PROGRESS_BYTES = 4096  # and how much each such wait must bring: a trickling client must not hold a thread
 REQUESTS_IN_A_ROW = 32  # pipelined requests of one connection before others have their turn
@@ -347,17 +351,24 @@ class Loop:
     def _finish(self, connection: Connection, *, control: bool = False) -> None:
         """Serves a connection that is not in the epoll, and puts it back."""
         request, connection.request = connection.request, None
+        prompt = False
         while not connection.sending:
             if request is None:
                 request = connection.next_request()
             if request is None:
                 if connection.missing_bytes and self._receive_more(connection):
                     continue
+                if prompt and self._stays(connection):
+                    prompt = False
+                    continue
                 break
-            if not control and self._service.kind(request, connection.grant) is Kind.CONTROL:
-                connection.request = request
-                self._chores.put(connection)
-                return
+            if not control:
+                kind = self._service.kind(request, connection.grant)
+                if kind is Kind.CONTROL:
+                    connection.request = request
+                    self._chores.put(connection)
+                    return
+                prompt = kind is not _QUICK and connection.arrived_s - connection.answered_s < PROMPT_S
             request.seat = connection.seat
             if self._scheduler.waiting and not control and self._service.parks(request):
                 request.pace = Pace.READ
@@ -366,6 +377,7 @@ class Loop:
                 return
             if not self._send(connection, answer) and not connection.sending:
                 break
+            connection.answered_s = time.perf_counter()
             request = None
             if connection.buffered and self._scheduler.crowded and not control:
                 break
@@ -403,6 +415,14 @@ class Loop:
         if buffered:  # the epoll does not know of what was received already
             self._ready.append((connection.fd, 0))
             self._wake_up()
+
+    def _stays(self, connection: Connection) -> bool:
+        """Waits a moment for the next request of a prompt client. False when it does not come, others wait, or the client has gone."""
+        if self._scheduler.crowded or self._stopping:
+            return False
+        waiting = select.poll()
+        waiting.register(connection.fd, select.POLLIN)
+        return bool(waiting.poll(STAY_MS)) and not self._scheduler.crowded and connection.receive() > 0
 
     def _receive_more(self, connection: Connection) -> bool:
         """Waits a little for more of a large body. False when it does not come, or the connection was closed."""
