@@ -309,6 +309,10 @@ def test_without_a_fault(scenario: str, in_memory: Path) -> None:
     assert " ".join(without_a_fault(in_memory, scenario).chain) == CLEAN[scenario]
 
 
+REASONS = {"refused": "golden_mismatch", "stopped_as_canary": "error_ratio", "rolled_back": "error_ratio"}
+"""Why, also when the disk takes that down late."""
+
+
 def expected(scenario: str, before: list[str], fault: str) -> set[str]:
     """What may come after a fault, given the phases before it, of which the last is where it came."""
     clean = CLEAN[scenario].split()
@@ -340,6 +344,8 @@ def test_at_every_place(scenario: str, fault: str, in_memory: Path) -> None:
         case.run()
         cut = case.chain.index("✕")
         assert case.after() in expected(scenario, case.chain[:cut], fault), (places[at - 1], " ".join(case.chain))
+        if fault in DISK:
+            assert case.bench.answer.reason == REASONS.get(scenario), places[at - 1]
         seen[f"{fault} in {case.chain[cut - 1]}: {case.after()}"] += 1
     for chain, times in seen.items():
         print(f"{times:4} × {chain}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import msgspec
@@ -338,6 +340,27 @@ def test_one_that_does_worse_than_the_other_goes_at_once(candidate, reason, benc
     assert (bench.answer.outcome, bench.answer.reason) == (Outcome.ROLLED_BACK, reason.value)
     assert (bench.serving, set(bench.serve.loaded[MODEL])) == (1, {1})
     assert bench.surroundings.quarantine.names_version(MODEL, 2)
+
+
+def test_one_that_does_worse_while_the_disk_is_full_goes_too_and_is_remembered_for_that(bench, monkeypatch):
+    canarying(offered(bench, canary=CANARY))
+    bench.serve.numbers[2] = numbers(10, run=40)
+    bench.serve.calls.clear()
+
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("agent.host.files.replacing", full)
+        for _ in range(5):
+            bench.step()
+        assert bench.phase is P.CANARYING
+        assert bench.serve.canaries == {}
+        assert ("load", 2) not in bench.serve.calls, "nobody asks it again"
+    bench.until(P.QUARANTINED)
+
+    assert bench.answer.reason == Reason.ERROR_RATIO.value
+    assert bench.surroundings.quarantine.entries(MODEL)[-1].answer.reason == Reason.ERROR_RATIO.value
 
 
 def test_what_fails_on_both_is_not_its_fault(bench):

@@ -899,6 +899,7 @@ def test_a_disk_that_is_full_for_a_while(phase, on_one: Bench, monkeypatch: pyte
         on_one.until(P.STEADY)
 
     assert on_one.serving == (1 if phase is P.ROLLING_BACK else 2)
+    assert on_one.answer.reason == ("error_ratio" if phase is P.ROLLING_BACK else None)
 
 
 def test_a_rollback_that_cannot_be_selected_on_disk_still_protects_callers(on_one: Bench, monkeypatch: pytest.MonkeyPatch):

@@ -22,6 +22,8 @@ class Canarying(ModelWork):
     """One model. `serve` may restart between any two steps, and so may we."""
 
     def _canary(self) -> float:
+        if self._condemned is not None:
+            return self._condemn_canary(self._condemned)
         if self._overtaken():
             return self._bad(Event.OVERTAKEN, self._overtaken_by())
         if not self.state.activated and (expired := self._expired()) is not None:
@@ -113,7 +115,8 @@ class Canarying(ModelWork):
         return sample, before.stats.for_watch() if before else None, in_place
 
     def _condemn_canary(self, failure: Failure) -> float:
-        """BAD; and its share is 0 at once, before anything else is put in order."""
+        """BAD; and its share is 0 at once, before anything else is put in order and whether or not this can be written."""
+        self._condemned = failure
         try:
             return self._bad(Event.BAD, failure)
         finally:

@@ -111,6 +111,8 @@ class ModelWork:
         self._ending: Stop = lambda: False
         self._watch_saved_s = 0.0
         self._looked: float | None = None
+        self._condemned: Failure | None = None
+        """Why the target must not stay, while that cannot be written: what is seen meanwhile, of a target that was stopped, changes nothing."""
         if update.RESUME[self.state.phase].counts:
             surroundings.states.save(self.state)
 
@@ -259,6 +261,7 @@ class ModelWork:
         self.progress = None
         self._watch_saved_s = 0.0
         self._save(state)
+        self._condemned = None
 
     def _apply_all(self, changes: Sequence[tuple[ModelWork, UpdateState]], *, quietly: bool = False) -> None:
         """`_apply` for several models: all of them or none, on disk as in memory."""
@@ -268,7 +271,7 @@ class ModelWork:
             for one, state in changes:
                 if len(changes) == 1:
                     self._s.states.save(state)
-                one.progress, one._watch_saved_s, one.state = None, 0.0, state  # noqa: SLF001 - of our own class
+                one.progress, one._watch_saved_s, one._condemned, one.state = None, 0.0, None, state  # noqa: SLF001 - of our own class
         if not quietly:
             self._s.teller.changed()
 

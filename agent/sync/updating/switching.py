@@ -231,6 +231,8 @@ class Switching(ModelWork):
         team = self._team()
         if team is None:
             return self._s.settings.watch_poll_s
+        if condemned := {one.model: one._condemned for one in team if one._condemned is not None}:
+            return self._condemn_all(team, condemned)
         if gone := {one.model: one._overtaken_by() for one in team if one._overtaken()}:
             return self._leave_watch(team, gone)
         status = self._status()
@@ -283,10 +285,6 @@ class Switching(ModelWork):
         except OSError as error:
             self.problem = store_problem(error, f"watching model {self.model!r}").message
 
-    def _condemn(self, failure: Failure) -> float:
-        """`_condemn_all` for this model alone."""
-        return self._condemn_all([self], {self.model: failure})
-
     def _condemn_all(self, team: list[Switching], failures: Mapping[str, Failure]) -> float:
         """BAD, persisted. When nothing can be persisted the callers come first: `serve` goes back all the same, and what is
         selected on disk follows as soon as it can be written.
@@ -294,6 +292,8 @@ class Switching(ModelWork):
         try:
             return self._leave(team, Event.BAD, failures)
         except OSError:
+            for one in team:
+                one._condemned = failures.get(one.model)
             self._protect_callers(team)
             raise
 
