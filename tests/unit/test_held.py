@@ -48,6 +48,20 @@ def test_who_has_no_timeout_waits_for_a_bounded_time_and_only_while_it_is_held(b
     assert bench.scheduler.expired() == [patient]
 
 
+def test_who_waits_behind_another_of_its_sequence_has_no_limit_either_once_it_is_back(bench):
+    lane = Lane(Serving(), Sequences("m", 1, limit=4, idle_s=60.0))
+    lane.hold()
+    jobs = [bench.park(lane, n, sequence=SequenceDemand(7, start=n == 0)) for n in range(3)]
+    assert [job.deadline_s for job in jobs] == [130.0] * 3
+    bench.scheduler.resume(lane)
+    assert [job.deadline_s for job in jobs] == [NEVER] * 3
+    assert bench.scheduler.look()[0] == jobs[:1]
+    bench.clock.now = 1000.0
+    assert bench.scheduler.expired() == []
+    bench.scheduler.finished(jobs[:1])
+    assert bench.scheduler.look()[0] == jobs[1:2]
+
+
 def test_what_waits_is_taken_out_in_order_of_arrival(bench):
     lane = held()
     jobs = [bench.park(lane, n, priority=5 - n) for n in range(4)]

@@ -53,7 +53,8 @@ class Lane:
 
     def resume(self) -> None:
         self.held, self.gated = False, self._bounded
-        for job in self._queue:
+        behind = self.sequences.queued() if self.sequences is not None else ()
+        for job in (*self._queue, *behind):
             job.unlimited()
 
     def first(self) -> Job | None:
