@@ -25,6 +25,13 @@ class Refusal(Exception):
         self.code = code
         self.headers = tuple(headers)
 
+    def forget(self) -> Refusal:
+        """Itself, without what led to it: that refers to bodies, tensors and clients' memory, and may to itself. So they go now, and not
+        with the next collection.
+        """
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
+
 
 class Template:
     """The JSON part of an answer that is the same whenever its tensors have the same shapes. `wire` belongs to the transport."""

@@ -165,6 +165,15 @@ class Dataplane:
         `wanted` is a version's number or label (None: the active one). `alive` is asked while the prediction waits for its turn:
         once it says no, the prediction is dropped.  Raises: Refusal.
         """
+        try:
+            return self._predict(model, wanted, feeds, demand, alive)
+        except Refusal as refused:
+            refused.forget()
+            raise
+
+    def _predict(
+        self, model: str, wanted: str | None, feeds: Mapping[str, Array], demand: Demand, alive: Callable[[], bool] | None
+    ) -> Result:
         waiter = Waiter()
         version = self._host.enter(model, wanted)
         if version.canary is not None and wanted is None:

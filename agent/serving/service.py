@@ -68,9 +68,7 @@ class Service:
                 request.strays = True
             return route.handler(request)
         except Refusal as refusal:
-            # Its trace refers to the body and to the client's memory, and may to itself: they must go now, not with the next collection.
-            refusal.__traceback__ = refusal.__cause__ = refusal.__context__ = None
-            return refusal_answer(refusal)
+            return refusal_answer(refusal.forget())
         except Exception:
             log.exception("a request failed in an unforeseen way")
             return refusal_answer(Refusal(500, "internal error; the server's log says more"))

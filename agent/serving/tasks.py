@@ -76,6 +76,10 @@ class Task:
         """What its caller is given, once it ran or failed.  Never raises."""
         raise NotImplementedError
 
+    def _forget(self, error: Exception) -> None:
+        """What led to it refers to this task, which refers to it: see `Refusal.forget`."""
+        self.error = error.__traceback__ = error.__cause__ = error.__context__ = None
+
     def succeeded(self, ended_s: float, now_s: float) -> None:
         """Its answer is ready; what came behind the run is output."""
         version = self.version
@@ -117,9 +121,7 @@ class Call(Task):
             return answer
         except Exception as error:  # noqa: BLE001 - it is said to the caller
             answer = refusal_answer(refusal(self.version, error))
-            self.error = error.__traceback__ = error.__cause__ = error.__context__ = (
-                None  # they refer to this task: see `Service`
-            )
+            self._forget(error)
             return answer
 
 
@@ -141,8 +143,10 @@ class Direct(Task):
 
     def answer(self) -> None:
         """None: the task itself has the arrays, or why it was refused."""
-        if self.error is not None:
-            self.refused = refusal(self.version, self.error)
+        error = self.error
+        if error is not None:
+            self.refused = refusal(self.version, error)
+            self._forget(error)
             return
         now = time.perf_counter()
         self.succeeded(now, now)

@@ -8,12 +8,16 @@ import weakref
 import numpy as np
 import pytest
 
+from agent.contract.manifest import Serving
 from agent.serving.access import Access, Grant
-from agent.serving.answers import Answer
+from agent.serving.answers import Answer, Refusal
 from agent.serving.dataplane import Dataplane
+from agent.serving.inference import Demand, SequenceDemand
 from agent.serving.models.host import ModelHost, Version
 from agent.serving.routes import Kind, Match, Pace, Request, Route, Router
+from agent.serving.scheduling.lanes import Lane
 from agent.serving.scheduling.scheduler import Scheduler
+from agent.serving.scheduling.sequences import Sequences
 from agent.serving.service import Service
 from agent.serving.telemetry.observing import ObservedService
 from agent.serving.transport.buffers import BufferPool
@@ -102,6 +106,35 @@ def test_the_body_goes_with_its_request(dataplane, no_collection, observers, pac
     service = ObservedService(dataplane, 1024, observers) if observers else Service(dataplane, 1024)
     found, body = ask(dataplane, service, value, pace)
     assert (found, body()) == (status, None)
+
+
+class Tensor(np.ndarray):
+    """One that can be referred to weakly."""
+
+
+REFUSED = {
+    "its run fails": ([-1, 1], {}, "it is negative"),
+    "its input is no input": ([[1, 1]], {}, "shape"),
+    "its time is over": ([1, 1], {"timeout_s": 1e-9}, "expired"),
+    "its sequence is unknown": ([1, 1], {"sequence": SequenceDemand(7)}, "not under way"),
+}
+
+
+@pytest.mark.parametrize(("value", "changes", "words"), REFUSED.values(), ids=REFUSED)
+def test_the_tensors_of_a_refused_caller_go_with_its_refusal(dataplane, no_collection, value, changes, words):
+    """Of one that has arrays and wants arrays: a picture of a camera for each request that is refused."""
+    if "sequence" in changes:
+        dataplane._host.get("m").active.lane = Lane(Serving(), Sequences("m", 1, limit=4, idle_s=60.0))
+    x = np.array(value, np.float32).view(Tensor)
+    gone = weakref.ref(x)
+    said = ""
+    try:
+        dataplane.predict("m", None, {"x": x}, Demand(**changes))
+    except Refusal as refusal:
+        said = str(refusal)
+    del x
+    assert words in said
+    assert gone() is None
 
 
 def test_a_closed_connection_goes(no_collection):
