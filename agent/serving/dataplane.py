@@ -110,6 +110,7 @@ class Dataplane:
         lane = version.lane
         if lane.gated or call.pace is not _RUN:
             return self._infer_in_turn(version, call, form)
+        keeper: Version | None = None
         try:
             begun = time.perf_counter()
             if call.known is not None and call.known[0] is version:
@@ -139,6 +140,8 @@ class Dataplane:
             if tap is not None:
                 tap.take(plan, feeds, arrays, ended - started)
         except Exception as error:
+            if keeper is not None:
+                raise  # it was counted there
             raise refusal(version, error) from error
         finally:
             version.leave()
