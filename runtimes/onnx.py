@@ -22,7 +22,7 @@ from runtimes.contract import (
     RuntimeUnavailable,
     TensorSpec,
 )
-from runtimes.onnx_graph import read_quantization
+from runtimes.onnx_graph import has_wide_weights, read_quantization
 
 INSTALL = "install it with: pip install 'edge-inference-agent[onnx]'"
 
@@ -65,6 +65,9 @@ class OnnxRuntime:
         requested = str(options.extra.get("provider", "auto"))
         wanted, missing = _choose(requested, ort)
         settings = _settings(ort, options)
+        if has_wide_weights(path):
+            # Kernels for x86 without VNNI add two int8 products in 16 bits, which overflow with such weights: the engine is to use others there.
+            settings.add_session_config_entry("session.x64quantprecision", "1")
         if head[4:8] == ORT_FORMAT_MAGIC:
             settings.add_session_config_entry("session.load_model_format", "ORT")
         try:

@@ -31,6 +31,10 @@ ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_TENSOR = 1, 3, 5
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_FLOATS, TENSOR_INTS, TENSOR_NAME, TENSOR_RAW = 1, 2, 4, 5, 8, 9
 VALUE_NAME = 1
 
+INT8_TYPE = 3
+MATRIX = 2  # so many dimensions has what is multiplied; zero points have fewer
+SEVEN_BITS = 64  # `reduce_range` of ONNX Runtime's quantizer keeps weights between -64 and 64
+
 MAX_CONSTANT_BYTES = 1 << 20  # a scale per channel of the widest layer is far below; weights are far above
 ELEMENT_TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64, 10: np.float16}
 
@@ -93,6 +97,32 @@ def read_quantization(path: Path) -> dict[str, Quantization]:
         return _quantization(memoryview(mapped))
     except (_Malformed, OSError, ValueError, IndexError, OverflowError, struct.error):
         return {}
+
+
+def has_wide_weights(path: Path) -> bool:
+    """Whether int8 weights take more than 7 bits, as far as the file is understood. Those kept outside of it are taken to."""
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        graphs = [_message(graph) for number, graph in _fields(memoryview(mapped)) if number == MODEL_GRAPH]
+        return any(
+            _is_wide(_message(part)) for graph in graphs for number, part in _fields(graph) if number == GRAPH_INITIALIZER
+        )
+    except (_Malformed, OSError, ValueError, IndexError, struct.error):
+        return False
+
+
+def _is_wide(tensor: memoryview) -> bool:
+    fields = list(_fields(tensor))
+    sizes = [value for number, value in fields if number == TENSOR_DIMS]
+    dimensions = sum(1 if isinstance(value, int) else sum(1 for _ in _packed(value)) for value in sizes)
+    if dict(fields).get(TENSOR_TYPE) != INT8_TYPE or dimensions < MATRIX:
+        return False
+    raw = dict(fields).get(TENSOR_RAW)
+    if raw is None:
+        return True
+    values = np.frombuffer(_message(raw), np.int8)
+    return bool(values.size) and bool(values.max() > SEVEN_BITS or values.min() < -SEVEN_BITS)
 
 
 @dataclass(slots=True)

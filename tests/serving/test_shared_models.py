@@ -22,6 +22,7 @@ TOLERANCES = {
 }  # fmt: skip
 FLOAT_TOLERANCE = 2.4e-7
 QDQ_TOLERANCE = 0.00393
+BATCH_TOLERANCE = 2e-6  # of whole test sets: vectors of another width are added in another order
 
 # Recorded one after the other on one interpreter: the recurrent state of the first samples is in the answers to the last two.
 # Without a sequence these two agree with a fresh interpreter to the bit instead; within one, with what was recorded.
@@ -151,7 +152,7 @@ def test_a_whole_test_set_in_one_batch(server, shared_models, entry):
             feed = np.round(feed / quantization["scale"]) + quantization["zero_point"]
             feed = np.clip(feed, -128, 127).astype(np.int8)
         got = client.infer(metadata["name"], feed)[metadata["outputs"][0]["name"]]
-    assert np.abs(got.astype(np.float64) - expected.astype(np.float64)).max() <= max(tolerance(entry), 1e-6)
+    assert np.abs(got.astype(np.float64) - expected.astype(np.float64)).max() <= max(tolerance(entry), BATCH_TOLERANCE)
     assert int((got.argmax(axis=1) == labels).sum()) == testset["correct"]
 
 

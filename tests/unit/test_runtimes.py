@@ -1,13 +1,16 @@
 """The runtimes through their contract, on models made here."""
 
+from pathlib import Path
+
 import numpy as np
+import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, external_data_helper, helper, load_model, numpy_helper, save_model
 
 from runtimes import onnx as onnx_runtime
 from runtimes import registry
 from runtimes.contract import InputInvalid, LoadOptions, ModelInvalid, Quantization, RuntimeUnavailable
-from runtimes.onnx_graph import read_quantization
+from runtimes.onnx_graph import has_wide_weights, read_quantization
 from tests.serving import onnx_models
 from tests.serving.onnx_models import _save, value
 
@@ -222,3 +225,71 @@ def test_a_recurrent_model_does_not_remember_the_caller_before(shared_models):
     alone = model.run({name: second})[0]
     model.run({name: first})
     assert np.array_equal(model.run({name: second})[0], alone)
+
+
+DIGITS = Path(__file__).resolve().parents[2] / "examples/digits"
+
+
+def with_weights(folder, top):
+    """The digits classifier with int8 weights up to `top`."""
+    model = load_model(DIGITS / "models/digits-v2-int8-qdq.onnx")
+    for weights in model.graph.initializer:
+        if weights.data_type == TensorProto.INT8 and len(weights.dims) > 1:
+            values = np.clip(numpy_helper.to_array(weights), -top, top).astype(np.int8)
+            weights.CopyFrom(numpy_helper.from_array(values, weights.name))
+    path = folder / f"{top}.onnx"
+    save_model(model, path)
+    return path
+
+
+def precision(model):
+    try:
+        return model._session.get_session_options().get_session_config_entry("session.x64quantprecision")
+    except RuntimeError:  # it was not set
+        return None
+
+
+def test_the_engine_is_told_of_weights_whose_products_may_overflow(tmp_path):
+    assert precision(load(with_weights(tmp_path, 65))) == "1"
+    assert precision(load(with_weights(tmp_path, 64))) is None
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v3bad"])
+def test_int8_sums_are_exact_on_every_processor(version):
+    """Against the same steps in floats. Without VNNI the engine's default kernels are wrong by up to 0.83 here."""
+    with np.load(DIGITS / "data/digits-test.npz") as found:
+        images = (found["image_u8"] * found["scale"]).astype(np.float32)[:, None]
+    path = DIGITS / f"models/digits-{version}-int8-qdq.onnx"
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    floats = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, {"image": images})[0]
+    (integers,) = load(path).run({"image": images})
+    step = load(path).outputs[0].quantization.scales[0]
+    assert np.abs(integers - floats).max() < 1.5 * step
+
+
+def test_weights_outside_of_the_file_are_taken_to_be_wide(tmp_path):
+    path = with_weights(tmp_path, 10)
+    assert not has_wide_weights(path)
+    model = load_model(path)
+    external_data_helper.convert_model_to_external_data(model, location="weights", size_threshold=0)
+    save_model(model, tmp_path / "split.onnx")
+    assert has_wide_weights(tmp_path / "split.onnx")
+
+
+@pytest.mark.parametrize("dims", [b"\x08\x02\x08\x02", b"\x0a\x02\x02\x02"], ids=["plain", "packed"])
+@pytest.mark.parametrize(("value", "wide"), [(-65, True), (65, True), (-64, False)])
+def test_however_a_shape_is_written(dims, value, wide, tmp_path):
+    data = np.full((2, 2), value, np.int8).tobytes()
+    tensor = dims + b"\x10\x03" + b"\x4a" + bytes([len(data)]) + data
+    graph = b"\x2a" + bytes([len(tensor)]) + tensor
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"\x3a" + bytes([len(graph)]) + graph)
+    assert has_wide_weights(path) is wide
+
+
+@pytest.mark.parametrize("data", [b"\x3a\xff", b"\x3a\x04\x2a\x02\x4a\x05", b"text"])
+def test_what_is_no_model_has_no_wide_weights(data, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(data)
+    assert not has_wide_weights(path)
