@@ -207,6 +207,8 @@ class Bench:
         self.signed: dict[ReleaseRef, Signed] = {}
         self.manifest_problem: Problem | None = None
         self.trial: Callable[..., dict] = lambda *_: {}
+        self.queue: Callable[..., None] = lambda _stop: None
+        """Where a trial waits for its turn."""
         self.tried: list[str] = []
         self.news: list[str] = []
         self.reports = 0
@@ -298,7 +300,9 @@ class Bench:
         self.source.on_chunk()
         yield start, iter([self.blobs[sha256][start:end]])
 
-    def run(self, request, timeout_s, stop):
+    def run(self, request, timeout_s, stop, begins):
+        self.queue(stop)
+        begins()
         self.tried.append(request.release)
         return self.trial(request, timeout_s, stop)
 

@@ -25,6 +25,7 @@ from agent.sync.problems import Problem, Stopped
 from agent.sync.trials import containment
 from agent.sync.trials.protocol import Case, Limits, Request
 from agent.sync.trials.trial import TrialProcesses
+from agent.sync.trials.turns import Turns
 from tests.serving import onnx_models
 from tests.sync.conftest import eventually
 from tests.sync.fleet import npz
@@ -539,6 +540,37 @@ def test_what_the_trial_must_not_load():
     assert not {"tuf", "paho", "requests", "urllib3", "cryptography", "securesystemslib", "click"} & {
         m.split(".")[0] for m in loaded
     }
+
+
+def test_a_trial_begins_when_its_turn_has_come_and_not_before(tmp_path):
+    turns, marks, order = Turns(cores=1), tmp_path / "scratch", []
+    trials = TrialProcesses(SystemClock(), tmp_path / "no-such.sock", turns, scratch=marks)
+
+    def begins() -> None:
+        order.append("begins")
+        assert not marks.exists(), "nothing of it ran yet"
+
+    thread = threading.Thread(
+        target=lambda: trials.run(request(tmp_path, "scale 2"), 30.0, lambda: order.append("asked") is not None, begins)
+    )
+    with turns.take(0, 0, 1, lambda: False):
+        thread.start()
+        eventually(lambda: len(order) > 1, "it to wait")
+        assert "begins" not in order
+    thread.join(30)
+
+    assert order.count("begins") == 1
+    assert marks.exists()
+
+
+def test_a_trial_whose_beginning_cannot_be_written_down_does_not_run(trials, tmp_path):
+    def begins() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        trials.run(request(tmp_path, "load mark 60"), 60.0, lambda: False, begins)
+
+    assert under_way(tmp_path) == []
 
 
 def test_two_trials_take_turns(trials, tmp_path):

@@ -7,6 +7,7 @@
 5. A release that failed its trial or was rolled back as bad does not serve afterwards.
 6. When the trouble ends, the device ends up with what is wanted, unless it refuses that release.
 7. An illegal event changes nothing.
+8. A release whose trial never began is not refused for being interrupted.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class Trouble:
         self.cut_off: int | None = None
         self.passed: set[int] = set()
         bench.trial = self.trial
+        bench.queue = lambda _stop: self.moment()
         bench.serve.fault = self.serve_called
         save = bench.surroundings.states.__class__.save
 
@@ -212,6 +214,9 @@ def walk(bench: Bench, steps: int) -> None:
 def check(bench: Bench, trouble: Trouble) -> None:
     selection = bench.store.selection(MODEL)
     state = bench.updater.state
+    for entry in bench.surroundings.quarantine.entries(MODEL):
+        began = f"{MODEL}:{entry.answer.release}" in bench.tried
+        assert began or entry.answer.reason != Reason.INTERRUPTED_TOO_OFTEN.value, "rule 8"
     if selection is not None:
         try:
             bench.store.release(MODEL, selection.active)

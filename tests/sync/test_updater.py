@@ -1051,6 +1051,52 @@ def test_a_probe_that_found_no_engine_is_no_fault_of_the_release(on_one: Bench):
 # -- stopping ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_power_cuts_while_its_trial_waits_for_its_turn_are_not_counted_against_the_release(on_one: Bench):
+    def power_cut(_stop):
+        raise Killed
+
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.TRIALING)
+    on_one.tried.clear()
+    on_one.queue = power_cut
+    for _ in range(update.MAX_INTERRUPTIONS + 3):
+        with pytest.raises(Killed):
+            on_one.step()
+        on_one.again()
+    assert on_one.tried == []
+    on_one.queue = lambda _stop: None
+    on_one.until(P.STEADY, P.QUARANTINED)
+
+    assert on_one.serving == 2
+
+
+def test_an_orderly_end_while_its_trial_waits_leaves_what_was_counted(on_one: Bench):
+    def power_cut(*_):
+        raise Killed
+
+    def told_to_stop(_stop):
+        raise Stopped
+
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.TRIALING)
+    on_one.trial = power_cut
+    for times in range(1, 3):
+        with pytest.raises(Killed):
+            on_one.step()
+        on_one.again()
+        assert on_one.updater.state.interruptions == times
+    on_one.queue = told_to_stop
+    for _ in range(3):
+        with pytest.raises(Stopped):
+            on_one.updater.step(lambda: True)
+        on_one.updater.leave()
+        on_one.again()
+
+    assert on_one.updater.state.interruptions == 2
+
+
 def test_an_orderly_end_in_a_trial_is_not_counted_against_the_release(on_one: Bench):
     def told_to_stop(_request, _timeout_s, stop):
         assert stop()

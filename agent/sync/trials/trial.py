@@ -44,8 +44,11 @@ Evidence = dict[str, float | str]
 class Trials(Protocol):
     """Tries a release in a process that may die."""
 
-    def run(self, request: Request, timeout_s: float, stop: Stop) -> Evidence:
-        """The numbers of a release that passed.  Raises: Problem with the reason it did not; Stopped."""
+    def run(self, request: Request, timeout_s: float, stop: Stop, begins: Callable[[], None]) -> Evidence:
+        """The numbers of a release that passed. `begins` is called when its turn has come, before anything of it runs.
+
+        Raises: Problem with the reason it did not; Stopped; what `begins` raises, and then nothing of it ran.
+        """
 
 
 def make_request(
@@ -107,8 +110,9 @@ class TrialProcesses:
             remove_tree(scratch)  # of trials that a power cut ended
         self._turns = turns or Turns()
 
-    def run(self, request: Request, timeout_s: float, stop: Stop) -> Evidence:
+    def run(self, request: Request, timeout_s: float, stop: Stop, begins: Callable[[], None] = lambda: None) -> Evidence:
         with self._turns.take(request.priority, request.limits.memory_bytes, request.threads, stop):
+            begins()
             return self._run(request, timeout_s, stop)
 
     def _run(self, request: Request, timeout_s: float, stop: Stop) -> Evidence:

@@ -106,14 +106,15 @@ class ModelWork:
         self.lease_s: float | None = None
         self.busy = False
         """`serve` is being asked for something that a switch must not overtake. Changes under `joint` when a switch could begin."""
-        self.state = update.resumed(surroundings.states.load(model))
+        stored = surroundings.states.load(model)
+        self.state = update.resumed(stored)
         self._s = surroundings
         self._ending: Stop = lambda: False
         self._watch_saved_s = 0.0
         self._looked: float | None = None
         self._condemned: Failure | None = None
         """Why the target must not stay, while that cannot be written: what is seen meanwhile, of a target that was stopped, changes nothing."""
-        if update.RESUME[self.state.phase].counts:
+        if self.state != stored:
             surroundings.states.save(self.state)
 
     @property

@@ -145,7 +145,7 @@ class Preparing(Joining):
                 timeout_s=timeout_s,
                 threads=self._s.engine_threads,
             )
-            numbers = self._s.trials.run(request, timeout_s, self._should_stop)
+            numbers = self._s.trials.run(request, timeout_s, self._should_stop, self._trial_begins)
         except (StoreError, KeyError) as error:
             return self._put_off(Problem(Reason.STORE_FAILED, f"release {self._ref} has to be fetched again: {error}"))
         except OSError as error:
@@ -157,6 +157,10 @@ class Preparing(Joining):
         self._note("trial", "passed", _cases(len(request.cases)), evidence=numbers)
         self._passed()
         return 0.0
+
+    def _trial_begins(self) -> None:
+        """Its turn has come. On disk before it starts, because what it does to the machine is put down to it.  Raises: OSError."""
+        self._save(self.state.but(trial_began=True), quietly=True)
 
     def _passed(self) -> None:
         now = self._s.clock.wall()

@@ -138,7 +138,7 @@ class Resume(msgspec.Struct, frozen=True):
 RESUME: Mapping[Phase, Resume] = MappingProxyType({
     S.STEADY: Resume(S.STEADY, False, "nothing was under way"),
     S.FETCHING: Resume(S.FETCHING, False, "what is staged is hashed again and continued; power cuts during a long download are no fault of it"),
-    S.TRIALING: Resume(S.TRIALING, True, "a trial changes nothing here, so it is done again; it may be what took the machine down"),
+    S.TRIALING: Resume(S.TRIALING, True, "a trial changes nothing here, so it is done again; once begun, it may be what took the machine down"),
     S.SHADOWING: Resume(S.SHADOWING, False, "copies are taken again beside the stored numbers; crashes of `serve` are counted by the phase itself"),
     S.WAITING: Resume(S.WAITING, False, "its timer is a stored time of day"),
     S.CANARYING: Resume(S.CANARYING, False, "its share is set again beside the stored numbers; crashes of `serve` are counted as in a watch"),
@@ -177,6 +177,8 @@ class UpdateState(Document, frozen=True, kw_only=True):
     before: Choice | None = None
     """What serves while this update runs, and what a roll-back returns to."""
     interruptions: int = 0
+    trial_began: bool = False
+    """Whether its turn has come, while it is on trial: before that it only waits, and nothing that happens is its doing."""
     tries: int = 0
     unreported: int = 0
     """How often it went back because no report of it could be delivered."""
@@ -211,7 +213,7 @@ def after(state: UpdateState, event: Event, now: float, **changes: object) -> Up
     phase = TRANSITIONS.get((state.phase, event))
     if phase is None:
         raise IllegalTransition(f"model {state.model!r}: {event.name} cannot happen while {state.phase.value}")
-    return state.but(phase=phase, since=now, **changes)
+    return state.but(phase=phase, since=now, trial_began=False, **changes)
 
 
 def begin(
@@ -274,10 +276,15 @@ def keep_answers(known: tuple[Answer, ...], *new: Answer) -> tuple[Answer, ...]:
     return known[-ANSWERS_KEPT:]
 
 
+def counts(state: UpdateState) -> bool:
+    """Whether an interruption now is put down to the release."""
+    return RESUME[state.phase].counts and (state.phase is not Phase.TRIALING or state.trial_began)
+
+
 def resumed(state: UpdateState) -> UpdateState:
     """The state to go on with after the process died: RESUME, with the interruption counted where it counts."""
-    resume = RESUME[state.phase]
-    return state.but(phase=resume.phase, interruptions=state.interruptions + (1 if resume.counts else 0))
+    interruptions = state.interruptions + (1 if counts(state) else 0)
+    return state.but(phase=RESUME[state.phase].phase, trial_began=False, interruptions=interruptions)
 
 
 def interrupted_too_often(state: UpdateState) -> bool:

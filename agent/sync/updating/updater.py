@@ -71,7 +71,7 @@ class ModelUpdater(Shadowing, Canarying, Switching):
         taken back in advance.
         """
         with self._s.joint:
-            if update.RESUME[self.state.phase].counts:
+            if update.counts(self.state):
                 self._save(self.state.but(interruptions=self.state.interruptions - 1), quietly=True)
 
     # -- leases ------------------------------------------------------------------------------------------------------------
