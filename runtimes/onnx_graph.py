@@ -113,16 +113,17 @@ def has_wide_weights(path: Path) -> bool:
 
 
 def _is_wide(tensor: memoryview) -> bool:
-    fields = list(_fields(tensor))
-    sizes = [value for number, value in fields if number == TENSOR_DIMS]
-    dimensions = sum(1 if isinstance(value, int) else sum(1 for _ in _packed(value)) for value in sizes)
-    if dict(fields).get(TENSOR_TYPE) != INT8_TYPE or dimensions < MATRIX:
+    dimensions, values = 0, None
+    for number, value in _fields(tensor):
+        if number == TENSOR_TYPE and value != INT8_TYPE:
+            return False
+        if number == TENSOR_DIMS:
+            dimensions += 1 if isinstance(value, int) else sum(1 for _ in _packed(value))
+        elif number == TENSOR_RAW:
+            values = np.frombuffer(_message(value), np.int8)
+    if dimensions < MATRIX:
         return False
-    raw = dict(fields).get(TENSOR_RAW)
-    if raw is None:
-        return True
-    values = np.frombuffer(_message(raw), np.int8)
-    return bool(values.size) and bool(values.max() > SEVEN_BITS or values.min() < -SEVEN_BITS)
+    return values is None or bool(values.size and (values.max() > SEVEN_BITS or values.min() < -SEVEN_BITS))
 
 
 @dataclass(slots=True)
