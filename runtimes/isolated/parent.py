@@ -3,7 +3,8 @@
 The rules:
 - A thread starts the process and waits for it, for as long as it lives: the kernel ends a child with the thread that made it.
 - Each run has a slot of its own while it goes on; slots are made as they are needed, `slots` at most.
-- A process that ends by itself fails the runs in it, and those that come after; `on_death` is told once, with words.
+- A process that ends by itself fails the runs in it, and those that come after, whoever else has its ends of the connections (an engine's
+  own children, which stay behind); `on_death` is told once, with words.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Process:
         self.on_death: Died = lambda _: None
         self.pid = 0
         self._ended = threading.Event()
+        self._lines: weakref.WeakSet[socket.socket] = weakref.WeakSet([self._control])
+        self._lining = threading.Lock()
         self._is_ending = False
         self._code = 0
         self._troubles: list[OSError] = []
@@ -105,8 +108,18 @@ class Process:
         started.set()
         self._code = child.wait()
         self._ended.set()
+        with self._lining:
+            for line in self._lines:
+                _hang_up(line)
         if not self._is_ending:
             self.on_death(self.ending)
+
+    def listen_on(self, line: socket.socket) -> None:
+        """From now on who waits at `line` hears when the process ends."""
+        with self._lining:
+            self._lines.add(line)
+            if self._ended.is_set():
+                _hang_up(line)
 
     def load(self, order: wire.Load, limit_s: float) -> wire.Loaded:
         with contextlib.suppress(OSError):
@@ -192,6 +205,7 @@ class Slot:
         os.ftruncate(memory, wire.LEAST_BYTES)
         self._arena = wire.Arena(memory)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process.listen_on(self._channel)
         try:
             process.tell(wire.NewSlot(), [theirs.fileno(), memory])
         except RunFailed:
@@ -344,6 +358,11 @@ class IsolatedModel:
         with self._free:
             self._idle.append(slot)
             self._free.notify()
+
+
+def _hang_up(line: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def _give_back(model: weakref.ref[IsolatedModel], slot: Slot) -> None:

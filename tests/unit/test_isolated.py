@@ -13,6 +13,7 @@ import pytest
 
 from runtimes import isolated
 from runtimes.contract import LoadOptions, ModelInvalid, RunFailed
+from runtimes.isolated.parent import Process
 from tests.serving import onnx_models
 
 DEADLINE_S = 20.0
@@ -84,6 +85,41 @@ def test_all_who_wait_for_a_slot_hear_that_the_process_has_gone(path):
         assert len(ended) == 5
         del kept
     finally:
+        model.close()
+
+
+@pytest.mark.parametrize("slots_before", [1, 0], ids=["a slot of before", "a new slot"])
+def test_helpers_that_a_process_leaves_behind_keep_nobody(path, slots_before, monkeypatch):
+    """An engine's own child has what its parent had open: the connection does not end with the process."""
+    left, tell = [], Process.tell
+
+    def told(process, order, descriptors=()):
+        left.extend(os.dup(descriptor) for descriptor in descriptors)
+        tell(process, order, descriptors)
+
+    monkeypatch.setattr(Process, "tell", told)
+    model = load(path)
+    feeds, ended = inputs(model), []
+
+    def ask():
+        try:
+            model.run(feeds)
+        except RunFailed as error:
+            ended.append(str(error))
+
+    try:
+        for _ in range(slots_before):
+            model.run(feeds)
+        os.kill(model.pid, signal.SIGSTOP)
+        thread = in_thread(ask)
+        eventually(lambda: model._all and not model._idle)
+        os.kill(model.pid, signal.SIGKILL)
+        thread.join(DEADLINE_S)
+        assert len(ended) == 1
+        assert "SIGKILL" in ended[0]
+    finally:
+        for descriptor in left:
+            os.close(descriptor)
         model.close()
 
 
