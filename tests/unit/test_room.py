@@ -1,10 +1,12 @@
 """Room in memory: who may be put out, without engines."""
 
+import threading
 import time
 
 import numpy as np
 import pytest
 
+from agent.serving.answers import Refusal
 from agent.serving.dataplane import Dataplane
 from agent.serving.inference import Demand, SequenceDemand
 from agent.serving.models.host import ModelHost, Version
@@ -60,3 +62,96 @@ def test_who_has_sequences_under_way_is_no_room_to_wait_for(host, residency, tmp
     with pytest.raises(Exception, match="no runtime"):  # there is room, but it is no model
         residency.load(Source("new", 1, tmp_path / "new", ""))
     assert host.get("old").active.evictions == 1
+
+
+# -- what is left of a process that ended --------------------------------------------------------------------------------------
+
+
+class Ended:
+    """A process, gone."""
+
+    pid, memory_bytes = 7, 0
+
+    def on_death(self, died):
+        pass
+
+
+class Work:
+    """What the control thread was given, and when it is due."""
+
+    def __init__(self):
+        self.given = []
+
+    def __call__(self, do, delay_s):
+        self.given.append((do, delay_s))
+
+    def next(self):
+        do, delay_s = self.given.pop(0)
+        do()
+        return delay_s
+
+
+@pytest.fixture
+def ended(host, residency, monkeypatch):
+    """The version, whose process ended with a request in it that does not see it."""
+    monkeypatch.setattr("agent.serving.models.residency.CLEAR_S", 0.05)
+    version = host.get("old").active
+    version.process = process = Ended()
+    residency.begin(work := Work())
+    residency._restart = lambda version: setattr(version, "restarts", version.restarts + 1)
+    assert version.enter()
+    residency._died(version, process, "SIGSEGV")
+    return version, work
+
+
+def test_a_request_that_does_not_see_that_its_process_ended_keeps_nobody_else(host, residency, ended):
+    version, work = ended
+    refused = []
+
+    def ask():
+        try:
+            residency._dataplane.predict("old", None, FEEDS, Demand())
+        except Refusal as refusal:
+            refused.append(refusal)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not version.lane.waiting:
+        time.sleep(0.001)
+    work.next()
+    asking.join(20)
+
+    assert not residency.changing.locked()
+    assert (refused[0].status, refused[0].code) == (503, "evicted")
+    assert "has not ended" in str(refused[0])
+    assert dict(refused[0].headers)[b"retry-after"]
+    assert version.process is not None, "its memory stays while somebody is in it"
+    assert version.held
+
+
+def test_it_is_started_again_once_that_request_has_ended(residency, ended):
+    version, work = ended
+    assert work.next() == 0.0
+    assert len(work.given) == 1
+    begun = time.monotonic()
+    assert work.next() > 0
+    assert time.monotonic() - begun < 5.0
+    assert version.restarts == 0
+    version.leave()
+    work.next()
+    assert version.process is None
+    assert version.has_crashed
+    work.next()
+    assert version.restarts == 1
+    assert work.given == []
+
+
+def test_who_asks_meanwhile_is_told_at_once(residency, ended):
+    version, work = ended
+    work.next()
+    residency.summon(version)
+    work.given.insert(0, work.given.pop())
+    begun = time.monotonic()
+    work.next()
+    assert time.monotonic() - begun < 0.05
+    assert len(work.given) == 1, "one look is planned, however many ask"

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 BUSY_PATIENCE_S = 0.5  # how long a moment is waited for in which nobody is inside a model that is to go
 LOOK_S = 0.005
+CLEAR_S = 10.0  # those in a process that ended fail within twice the time that it may take to be waited for
 RETRY_S = 5.0  # after a load that failed; a model that cannot be loaded again must not keep the control thread busy
 
 FIRST_S = 0.5  # before a process that ended twice in a row is started again; doubled each time, up to
@@ -74,6 +75,7 @@ class Residency:
         self._min_residency_s = min_residency_s
         self._summoned: set[Version] = set()
         self._lock = threading.Lock()  # of `_summoned`
+        self._stuck: set[Version] = set()  # whose process ended, and a request in it did not
         self._ending = False
         self.budget_bytes = budget_bytes
         self.changing = threading.Lock()
@@ -234,8 +236,8 @@ class Residency:
         """Brings it back; else why not, and when to ask again."""
         if self._ending:
             return "the server is ending", 1.0
-        if version.held and version.process is not None:
-            self._clear(version)
+        if version.held and version.process is not None and not self._clear(version):
+            return version.reason, RETRY_S
         left_s = version.retry_s - time.perf_counter()
         if left_s > 0:
             return version.reason, left_s
@@ -296,19 +298,34 @@ class Residency:
 
     def _clean_up(self, version: Version, process: Process) -> None:
         with self.changing:
-            if version.held and version.process is process:
-                self._clear(version)
+            if not version.held or version.process is not process:
+                self._stuck.discard(version)
+            elif not self._clear(version):
+                self.turn_away(version, version.reason)
+                self.defer(lambda: self._clean_up(version, process), RETRY_S)
 
-    def _clear(self, version: Version) -> None:
-        """What is left of a process that ended; then it is started again, at once the first time, and later and later after that."""
+    def _clear(self, version: Version) -> bool:
+        """What is left of a process that ended; then it is started again, at once the first time, and later and later after that.
+
+        False while a request in it does not end, so that nothing of it can be closed: it is waited for once, and then looked for only.
+        """
+        deadline = time.perf_counter() + (0.0 if version in self._stuck else CLEAR_S)
         while not self._scheduler.is_drained(version.lane, lambda: version.inside):
+            if time.perf_counter() > deadline:
+                if version not in self._stuck:
+                    self._stuck.add(version)
+                    version.reason += "; a request that was in it has not ended"
+                    log.error("model %r version %d: %s", version.name, version.number, version.reason)
+                return False
             time.sleep(LOOK_S)  # they fail as soon as they see it
+        self._stuck.discard(version)
         self._scheduler.interrupt(version.lane)
         lasted_s = time.perf_counter() - version.loaded_s
         close(version)
         version.has_crashed = True
         version.crashes = 1 if lasted_s > CALM_S else version.crashes + 1
         self._restart_later(version)
+        return True
 
     def _restart_later(self, version: Version) -> None:
         delay_s = 0.0
