@@ -32,6 +32,7 @@ from fleet_server.config import FleetConfig, Folder, load
 from fleet_server.devices.enrolment import Enrolment
 from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.pki import Authority
+from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import Unavailable
 from fleet_server.ingest.courier import Courier
 from fleet_server.ingest.intake import Intake
@@ -184,7 +185,7 @@ class _Running:
         conf = broker_settings.write(fleet.folder, self._config.broker)
         self._broker = Supervisor(executable, conf, fleet.folder.root)
         host = "127.0.0.1" if _wildcard(self._config.broker.listen) else self._config.broker.listen
-        courier = Courier(fleet.blobs, fleet.repository, fleet.inventory)
+        courier = Courier(fleet.blobs, fleet.repository, fleet.inventory, Renewals(fleet.inventory, fleet.enrolment))
         self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.rollouts.evaluate, courier)
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -88,6 +88,30 @@ class RenewalRequest(Document, frozen=True, kw_only=True):
     format: int = FORMAT
 
 
+RENEWAL_PAYLOAD_TYPE = "application/vnd.edge-agent.renewal+json"
+"""The DSSE payload type of a SignedRenewal."""
+
+MAX_CERTIFICATE_BYTES = 16 * 1024
+
+
+class SignedRenewal(Document, frozen=True, kw_only=True):
+    """A RenewalRequest over the broker, where no connection says who asks: signed with the device's key, as its reports are.
+
+    `replaces` is the serial number (hex) of the certificate that the device has. Once that has ended, whoever kept the request
+    can do nothing with it.
+    """
+
+    device: str
+    replaces: str
+    csr_pem: str
+    kind: Literal["renewal"] = "renewal"
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        require_format(self.format, "renewal")
+        names.check(names.DEVICE_ID, self.device, "device id")
+
+
 class EnrolmentResponse(Document, frozen=True, kw_only=True):
     """What a device keeps beside its key. `tuf_root` is the trusted root, pinned here and updated only through TUF."""
 

@@ -1,4 +1,5 @@
-"""Documents and blobs over MQTT, for devices that reach only the broker's port. The device pulls, the server answers; nothing is trusted.
+"""Documents, blobs and new certificates over MQTT, for devices that reach only the broker's port. The device pulls, the server answers;
+nothing is trusted.
 
 The device publishes an Ask on `v1/d/<device>/up/blocks`: which parts of which thing it lacks, as a bitmap. The server publishes each part
 as a message of its own on `v1/d/<device>/down/blocks/<id>`: a fixed head, then bytes. Both at most once: what got lost is asked for again,
@@ -29,7 +30,7 @@ _ID = re.compile(r"[A-Za-z0-9]{1,32}")
 _BITMAP = re.compile(r"(?:[0-9a-f]{2}){1,8}")
 _HEAD = struct.Struct("!BBxxIQ")  # version, status, nothing, part, size of the whole thing
 
-Kind = Literal["metadata", "target", "record", "blob"]
+Kind = Literal["metadata", "target", "record", "blob", "renewal"]
 
 
 class Status(IntEnum):
@@ -48,6 +49,8 @@ class Ask(Document, frozen=True, kw_only=True):
     first: int
     wanted: str
     part_bytes: int = PART_BYTES
+    request: str = ""
+    """Of a renewal: the SignedRenewal in its envelope (agent.contract.enrolment). The thing is the certificate, PEM."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -60,6 +63,8 @@ class Ask(Document, frozen=True, kw_only=True):
             raise ValueError(f"part_bytes must be from {MIN_PART_BYTES} to {MAX_PART_BYTES}")
         if len(self.name) > 256:
             raise ValueError("name must have at most 256 characters")
+        if bool(self.request) is not (self.thing == "renewal"):
+            raise ValueError("a request goes with a renewal, and with nothing else")
 
     def parts(self) -> Iterator[int]:
         """The numbers of the parts that are wanted."""

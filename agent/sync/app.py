@@ -20,7 +20,7 @@ import ssl
 import threading
 
 from agent.config import AgentConfig
-from agent.contract.codec import ContractError
+from agent.contract.enrolment import MAX_CERTIFICATE_BYTES
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, ModelState, Phase
 from agent.host import files, hardware, notify
@@ -33,15 +33,15 @@ from agent.sync.fetching.imports import Imports
 from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers, sized
 from agent.sync.fetching.sharing import Sharing
 from agent.sync.fetching.spool import NoNetwork
-from agent.sync.fleet import enrol, identity, link
+from agent.sync.fleet import identity, link
 from agent.sync.fleet.counters import Counter
 from agent.sync.fleet.delivery import Deliveries
 from agent.sync.fleet.http import NO_CHECK_TIME, FleetHttp
-from agent.sync.fleet.identity import Identity, IdentityError
+from agent.sync.fleet.identity import Identity
 from agent.sync.fleet.outbox import Outbox
+from agent.sync.fleet.renewal import Renewal
 from agent.sync.fleet.reports import Reporter, Signer, model_state
 from agent.sync.ports import Clock
-from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway, ServeClient, ServeRefused, ServeStatus
 from agent.sync.trials.trial import TrialProcesses
 from agent.sync.trust.client import Trust
@@ -67,6 +67,9 @@ REPORT_PAUSE_S = 0.2
 """Changes that come this close together share a report."""
 
 LOOKS_PER_LEASE = 4
+
+RENEWED_WITHIN_S = 30.0
+"""How long a new certificate may take over the broker: a message or two, asked for again while nothing comes."""
 
 
 class SyncApp:
@@ -104,6 +107,7 @@ class SyncApp:
         self._transfers = Transfers(
             self._ask_broker, lambda: self.link.connected, **sized(settings.bandwidth_limit_bytes_per_s)
         )
+        self._renewal = Renewal(clock, self._http, self._renew_by_broker)
         sources = configured.sources(settings, self._http, clock, who.ca_file, clock.unset)
         if settings.mqtt_transfers:
             sources.append(MqttBlobs(self._transfers))
@@ -286,17 +290,17 @@ class SyncApp:
         self._sharing.start()
 
     def _renew_when_due(self) -> None:
-        problem = self.follower.problem
-        away = problem is not None and problem.reason is Reason.DOWNLOAD_FAILED
-        if away or not enrol.renewal_due(self._who, self._clock.wall()):
-            return
-        http = self._http()
-        try:
-            self._who = enrol.renew(self._who, http)
-        except (Problem, IdentityError, ContractError, OSError) as error:
-            log.warning("the certificate could not be renewed (tried again at the next look at the fleet): %s", error)
-        finally:
-            http.close()
+        self._who = self._renewal.looked_after(self._who)
+
+    def _renew_by_broker(self, request: str) -> bytes:
+        return self._transfers.whole(
+            "renewal",
+            "",
+            limit_bytes=MAX_CERTIFICATE_BYTES,
+            deadline_s=RENEWED_WITHIN_S,
+            what="a new certificate",
+            request=request,
+        )
 
     def _colleague(self, model: str) -> ModelUpdater | None:
         worker = self._workers.get(model)

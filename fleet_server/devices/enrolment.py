@@ -26,6 +26,8 @@ from fleet_server.storage.models import Certificate, Device, EnrolmentToken
 
 MAX_USES = 100_000
 MAX_TTL_S = 365 * 86400.0
+STILL_NEW = 2 / 3
+"""A certificate with this share of a life before it is given again instead of a further one. Devices ask when a third is left."""
 
 
 class Enrolment:
@@ -104,11 +106,29 @@ class Enrolment:
         return self._answer(device, certificate)
 
     def renew(self, device: str, request: RenewalRequest) -> EnrolmentResponse:
-        """A new certificate for a device that still has a valid one. The old one stays valid until it ends, so a lost answer harms nobody."""
+        """A new certificate for a device that still has a valid one, or the one that was issued for the same key lately: a lost answer
+        harms nobody, and who asks without end has no more than one. The old one stays valid until it ends.
+
+        Raises: Invalid (certificate request), Refused (the device was shut out meanwhile).
+        """
         csr = pki.read_csr(request.csr_pem)
         with self._lock, self._database.session() as session:
-            certificate = self._certify(session, device, csr)
+            row = session.get(Device, device, with_for_update=True)
+            if row is None or row.revoked:
+                raise Refused(f"device {device!r} was revoked", code="revoked")
+            certificate = self._still_new(session, device, csr) or self._certify(session, device, csr)
         return self._answer(device, certificate)
+
+    def _still_new(self, session: Session, device: str, csr: x509.CertificateSigningRequest) -> x509.Certificate | None:
+        """The device's certificate for this key of which no more than a third has passed of what a new one would have."""
+        until = self._clock() + STILL_NEW * self._config.expiry.device_certificate_s
+        good = select(Certificate.pem).where(
+            Certificate.device == device, Certificate.revoked.is_(None), Certificate.expires >= until
+        )
+        found = (
+            x509.load_pem_x509_certificate(pem.encode()) for pem in session.scalars(good.order_by(Certificate.expires.desc()))
+        )
+        return next((certificate for certificate in found if certificate.public_key() == csr.public_key()), None)
 
     def _token_is_good(self, token: str) -> bool:
         with self._database.reading() as session:

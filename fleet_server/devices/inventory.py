@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import msgspec
 from cryptography import x509
+from securesystemslib.signer import Key  # type: ignore[attr-defined]
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
@@ -18,6 +19,7 @@ from agent.contract.reports import Hardware, hardware_class
 from fleet_server.access import Actor
 from fleet_server.config import FleetConfig
 from fleet_server.devices import pki
+from fleet_server.devices.envelopes import key_of
 from fleet_server.errors import Invalid, NotFound, Refused
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases.repository import Repository
@@ -208,13 +210,19 @@ class Inventory:
             raise Refused(f"device {row.id!r} was revoked", code="revoked")
         return row.id
 
-    def public_keys(self, device: str) -> list[Any]:
-        """The public keys of the device's certificates that are still good."""
+    def issued(self, serial: str) -> x509.Certificate | None:
+        """The certificate with this serial number (hex), good or not."""
+        with self._database.reading() as session:
+            row = session.get(Certificate, serial)
+        return x509.load_pem_x509_certificate(row.pem.encode()) if row is not None else None
+
+    def signers(self, device: str) -> list[Key]:
+        """The keys of the device's certificates that are still good: who may sign for it."""
         with self._database.reading() as session:
             query = select(Certificate.pem).where(
                 Certificate.device == device, Certificate.revoked.is_(None), Certificate.expires > self._clock()
             )
-            return [x509.load_pem_x509_certificate(pem.encode()).public_key() for pem in session.scalars(query)]
+            return [key_of(pem) for pem in session.scalars(query)]
 
     def record(self, device: str) -> bytes:
         """The device's signed record, signed again when less than half of its time is left, or by a key that was replaced."""

@@ -164,8 +164,8 @@ def check_device_id(device: str) -> str:
         raise Invalid(str(error), code="bad_device_id") from error
 
 
-def common_name(certificate: x509.Certificate) -> str | None:
-    """The certificate's one CN."""
+def common_name(certificate: x509.Certificate | x509.CertificateSigningRequest) -> str | None:
+    """The one CN of a certificate, or of the request for one."""
     found = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(found[0].value) if len(found) == 1 else None
 

@@ -1,4 +1,4 @@
-"""Answers devices that ask for documents and blobs over MQTT: the same things the device listener serves, part by part.
+"""Answers devices that ask for documents, blobs and new certificates over MQTT: what the device listener serves, part by part.
 
 Devices wait in turn (a queue for each, one ask after the other), and what is published waits for the broker's socket: a device that asks for
 much waits behind itself, and never fills this process's memory. Which device asks is what the broker's access list vouches for.
@@ -20,6 +20,7 @@ from agent.contract import topics, transfers
 from agent.contract.codec import ContractError, decode
 from agent.contract.transfers import Ask, Part, Status
 from fleet_server.devices.inventory import Inventory
+from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import FleetError
 from fleet_server.ingest.fair import FairQueue, Room
 from fleet_server.releases.repository import Repository
@@ -49,8 +50,8 @@ class _Asked(msgspec.Struct):
 class Courier:
     """Runs one thread between `start` and `stop`. `ask` is for any thread and never blocks."""
 
-    def __init__(self, blobs: Blobs, repository: Repository, inventory: Inventory) -> None:
-        self._blobs, self._repository, self._inventory = blobs, repository, inventory
+    def __init__(self, blobs: Blobs, repository: Repository, inventory: Inventory, renewals: Renewals) -> None:
+        self._blobs, self._repository, self._inventory, self._renewals = blobs, repository, inventory, renewals
         self._waiting: FairQueue[_Asked] = FairQueue(share=WAITING, limit=WAITING, limit_bytes=WAITING_BYTES)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="courier", daemon=True)
@@ -121,6 +122,8 @@ class Courier:
         """What is asked for; None when there is none of that name.  Raises: FleetError."""
         if ask.thing == "record":
             return self._inventory.record(device)
+        if ask.thing == "renewal":
+            return self._renewals.certificate(device, ask.request)
         if ask.thing == "blob":
             path: Path | None = self._blobs.path(ask.name)
         elif ask.thing == "target":

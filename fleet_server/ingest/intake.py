@@ -10,16 +10,12 @@ A batch is read, judged and written as a whole (three queries, three statements)
 from __future__ import annotations
 
 import collections
-import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-from cryptography import x509
-from securesystemslib.dsse import Envelope
-from securesystemslib.exceptions import FormatError, VerificationError
 from securesystemslib.signer import Key  # type: ignore[attr-defined]
 from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
@@ -28,8 +24,9 @@ from sqlalchemy.orm import Session
 from agent.contract import topics
 from agent.contract.codec import ContractError, decode
 from agent.contract.reports import MAX_REPORT_BYTES, STATE_PAYLOAD_TYPE, Event, ModelState, Presence, StateReport
+from fleet_server.devices import envelopes
+from fleet_server.errors import Refused
 from fleet_server.journal import Journal
-from fleet_server.releases import keys
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, DeviceModel
 
@@ -160,7 +157,7 @@ class Intake:
             Certificate.device.in_(known), Certificate.revoked.is_(None), Certificate.expires > self._clock()
         )
         for device, pem in session.execute(good):
-            known[device].keys.append(_key_of(pem))
+            known[device].keys.append(envelopes.key_of(pem))
         for device, model in session.execute(
             select(DeviceModel.device, DeviceModel.model).where(DeviceModel.device.in_(known))
         ):
@@ -253,18 +250,10 @@ def _verified(device: Known, payload: bytes) -> StateReport:
     if len(payload) > MAX_ENVELOPE_BYTES:
         raise Dropped("too_large", f"state report of {len(payload)} bytes; at most {MAX_ENVELOPE_BYTES} are taken")
     try:
-        envelope = Envelope.from_dict(msgspec.json.decode(payload))
-    except (KeyError, TypeError, AttributeError, ValueError, FormatError, RecursionError) as error:
-        raise Dropped("bad_envelope", f"not a signed envelope: {error}") from error
-    if envelope.payload_type != STATE_PAYLOAD_TYPE:
-        raise Dropped("bad_envelope", f"payload type {envelope.payload_type!r} is not {STATE_PAYLOAD_TYPE!r}")
-    if not device.keys:
-        raise Dropped("bad_signature", f"{device.id!r} has no certificate that is still good")
-    try:
-        envelope.verify(device.keys, 1)
-    except (VerificationError, ValueError) as error:
-        raise Dropped("bad_signature", f"state report of {device.id!r} is not signed by its key: {error}") from error
-    report: StateReport = _decoded(envelope.payload, StateReport, MAX_REPORT_BYTES)
+        words = envelopes.opened(payload, STATE_PAYLOAD_TYPE, device.keys, f"a state report of {device.id!r}")
+    except Refused as error:
+        raise Dropped(error.code, str(error)) from error
+    report: StateReport = _decoded(words, StateReport, MAX_REPORT_BYTES)
     if report.device != device.id:
         raise Dropped("wrong_device", f"{device.id!r} sent a report of {report.device!r}")
     return report
@@ -289,8 +278,3 @@ def _decoded(payload: bytes, kind: type[Any], limit: int) -> Any:
         return decode(payload, kind, limit_bytes=limit)
     except ContractError as error:
         raise Dropped("bad_report", str(error)) from error
-
-
-@functools.lru_cache(maxsize=16384)
-def _key_of(pem: str) -> Key:
-    return keys.device_key(x509.load_pem_x509_certificate(pem.encode()).public_key())

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.contract.codec import encode
 from agent.contract.enrolment import EnrolmentResponse, EnrolmentString
-from agent.sync.fleet import enrol, identity
+from agent.sync.fleet import enrol, identity, renewal
 from agent.sync.fleet.enrol import EnrolmentFailed
 from agent.sync.fleet.http import FleetHttp
 from agent.sync.fleet.identity import IdentityError
@@ -238,10 +238,10 @@ def test_a_damaged_identity_says_which_file_and_what_to_do(name, data, words, au
 def test_a_certificate_is_renewed_for_the_same_key(office: Office, authority: Authority, tmp_path: Path):
     who = enrolled(tmp_path / "identity", authority, b"{}", url=office.server.url)
     http = FleetHttp(who.address.device_url, FakeClock(), ca=who.ca_file, certificate=who.certificate_file, key=who.key_file)
-    assert not enrol.renewal_due(who, time.time())
-    assert enrol.renewal_due(who, time.time() + 300 * DAY)
+    assert not renewal.due(who, time.time())
+    assert renewal.due(who, time.time() + 300 * DAY)
 
-    renewed = enrol.renew(who, http)
+    renewed = renewal.over_https(who, http)
     http.close()
 
     assert renewed.certificate.serial_number != who.certificate.serial_number
@@ -253,5 +253,5 @@ def test_a_renewed_certificate_for_another_key_is_not_kept(office: Office, autho
     stranger = ec.generate_private_key(ec.SECP256R1()).public_key()
 
     with pytest.raises(IdentityError, match="kept the old one"):
-        identity.replace_certificate(who, authority.issue(DEVICE, stranger))
+        identity.replace_certificate(who, authority.issue(DEVICE, stranger).encode())
     assert identity.load(who.folder).certificate == who.certificate

@@ -1,4 +1,4 @@
-"""Documents and blobs over the broker, where its port is the only one that is open.
+"""Documents, blobs and new certificates over the broker, where its port is the only one that is open.
 
 Parts are asked for in windows, the next one while the last is arriving; what does not come is asked for again. Slower than HTTPS and a burden
 to the broker, so it is asked last.
@@ -79,7 +79,21 @@ class Transfers:
             with contextlib.suppress(queue.Full):
                 waiting.put_nowait(part)
 
-    def parts(self, thing: Kind, name: str, first: int, end: int | None) -> Generator[tuple[int, bytes], None, None]:
+    def whole(self, thing: Kind, name: str, *, limit_bytes: int, deadline_s: float, what: str, request: str = "") -> bytes:
+        """All of a thing; `what` it is called in messages.  Raises: HttpStatus 404 when there is none of that name; Problem."""
+        end = time.monotonic() + deadline_s
+        body = bytearray()
+        for size, data in self.parts(thing, name, 0, None, request):
+            if size > limit_bytes:
+                raise TooLong(Reason.ENDLESS_DATA, f"{what}: {size} bytes, more than the {limit_bytes} allowed")
+            body += data
+            if time.monotonic() > end:
+                raise Problem(Reason.SLOW_RETRIEVAL, f"{what}: not finished after {deadline_s:.0f} s")
+        return bytes(body)
+
+    def parts(
+        self, thing: Kind, name: str, first: int, end: int | None, request: str = ""
+    ) -> Generator[tuple[int, bytes], None, None]:
         """The size of the thing and the bytes of its parts from `first` to before `end` (None: to its end), in order.
 
         Raises: HttpStatus 404 when there is none of that name; Problem.
@@ -88,13 +102,13 @@ class Transfers:
         with self._lock:
             self._open[id_] = waiting
         try:
-            yield from self._pull(id_, waiting, thing, name, first, end)
+            yield from self._pull(id_, waiting, thing, name, first, end, request)
         finally:
             with self._lock:
                 del self._open[id_]
 
     def _pull(
-        self, id_: str, waiting: queue.Queue[Part], thing: Kind, name: str, first: int, end: int | None
+        self, id_: str, waiting: queue.Queue[Part], thing: Kind, name: str, first: int, end: int | None, request: str
     ) -> Iterator[tuple[int, bytes]]:
         arrived: dict[int, Part] = {}
         at = asked = first
@@ -104,7 +118,7 @@ class Transfers:
                 min(end, at + self._window) if end is not None else at + 1
             )  # of an unknown size the first part tells how many there are
             if ahead > asked and (asked - at <= self._window // 2 or ahead == end):
-                self._ask(id_, thing, name, range(asked, ahead))
+                self._ask(id_, thing, name, range(asked, ahead), request)
                 asked = ahead
             try:
                 part = waiting.get(timeout=self._silence_s)
@@ -115,7 +129,7 @@ class Transfers:
                         Reason.DOWNLOAD_FAILED,
                         f"the broker brought nothing of {thing} {name} for {silences * self._silence_s:.0f} s",
                     ) from None
-                self._ask(id_, thing, name, [number for number in range(at, asked) if number not in arrived])
+                self._ask(id_, thing, name, [number for number in range(at, asked) if number not in arrived], request)
                 continue
             _raise_for(part, thing, name)
             if not at <= part.number < asked or part.number in arrived or not self._whole(part):
@@ -135,11 +149,12 @@ class Transfers:
         left = part.size_bytes - part.number * self._part_bytes
         return len(part.data) == max(0, min(self._part_bytes, left))
 
-    def _ask(self, id_: str, thing: Kind, name: str, numbers: Iterable[int]) -> None:
+    def _ask(self, id_: str, thing: Kind, name: str, numbers: Iterable[int], request: str) -> None:
         wanted = list(numbers)
         ask = Ask(
-            id=id_, thing=thing, name=name, first=wanted[0], wanted=bitmap(wanted[0], wanted), part_bytes=self._part_bytes
-        )
+            id=id_, thing=thing, name=name, first=wanted[0], wanted=bitmap(wanted[0], wanted), part_bytes=self._part_bytes,
+            request=request,
+        )  # fmt: skip
         if not self._send(encode(ask)):
             raise Problem(Reason.DOWNLOAD_FAILED, "the broker is not connected")
 
@@ -198,19 +213,11 @@ class MqttDocuments:
         return f"mqtt:{path}"
 
     def get(self, url: str, *, limit_bytes: int, deadline_s: float) -> bytes:
-        end = time.monotonic() + deadline_s
         path = url.removeprefix("mqtt:")
         thing, name = next(
             ((kind, path.removeprefix(prefix)) for prefix, kind in self._KINDS if path.startswith(prefix)), ("record", "")
         )
-        body = bytearray()
-        for size, data in self._transfers.parts(thing, name, 0, None):
-            if size > limit_bytes:
-                raise TooLong(Reason.ENDLESS_DATA, f"{url}: {size} bytes, more than the {limit_bytes} allowed")
-            body += data
-            if time.monotonic() > end:
-                raise Problem(Reason.SLOW_RETRIEVAL, f"{url}: not finished after {deadline_s:.0f} s")
-        return bytes(body)
+        return self._transfers.whole(thing, name, limit_bytes=limit_bytes, deadline_s=deadline_s, what=url)
 
     def close(self) -> None:
         return

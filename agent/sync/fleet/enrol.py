@@ -1,4 +1,4 @@
-"""Joining a fleet, and renewing the certificate. What is sent to whom, and when it is trusted: `agent/contract/enrolment.py`."""
+"""Joining a fleet. What is sent to whom, and when it is trusted: `agent/contract/enrolment.py`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from agent.contract.enrolment import (
     CA_PATH,
     ENROL_PATH,
     MAX_RESPONSE_BYTES,
-    RENEW_PATH,
     EnrolmentRequest,
     EnrolmentResponse,
     EnrolmentString,
-    RenewalRequest,
 )
 from agent.contract.reports import Hardware
 from agent.host import clock as clocks
@@ -32,9 +30,6 @@ from agent.sync.ports import Clock
 from agent.sync.problems import Problem
 
 TIMEOUT_S = 15.0
-RENEW_BEFORE = 1 / 3
-"""A certificate is renewed when less than this share of its life is left: months of being unreachable then do no harm."""
-
 _MAX_CA_BYTES = 64 * 1024
 
 
@@ -166,18 +161,3 @@ def _check(response: EnrolmentResponse, ca: str, key: ec.EllipticCurvePrivateKey
             f"the new certificate is valid from {clocks.text(begins)}, and this device's clock says {clocks.text(clock.wall())}: "
             "set the clock and enrol again (the token may be used up)"
         )
-
-
-def renewal_due(identity: Identity, now: float) -> bool:
-    """Whether the certificate should be renewed."""
-    life = identity.not_after - identity.not_before
-    return identity.not_after - now < life * RENEW_BEFORE
-
-
-def renew(identity: Identity, http: FleetHttp) -> Identity:
-    """A new certificate for the same key, written and loaded.  Raises: Problem, IdentityError, ContractError, OSError."""
-    request = RenewalRequest(csr_pem=make_csr(identity.key, identity.device))
-    answer = http.post(RENEW_PATH, encode(request), limit_bytes=MAX_RESPONSE_BYTES)
-    response = decode(answer, EnrolmentResponse, limit_bytes=MAX_RESPONSE_BYTES)
-    identities.replace_certificate(identity, response.certificate_pem)
-    return identities.load(identity.folder)

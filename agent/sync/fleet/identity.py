@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -126,12 +126,30 @@ def write(folder: Path, response: EnrolmentResponse, key: ec.EllipticCurvePrivat
         raise
 
 
-def replace_certificate(identity: Identity, pem: str) -> None:
-    """Keeps a renewed certificate.  Raises: IdentityError when it is not for this key and device; OSError."""
-    certificate = _parse_certificate(pem.encode(), "the renewed certificate")
-    if certificate.public_key() != identity.key.public_key() or common_name(certificate) != identity.device:
+def replace_certificate(identity: Identity, pem: bytes) -> Identity:
+    """Keeps a renewed certificate, which may come from anybody: what is kept is the certificate alone, whatever stood around it.
+
+    Raises: IdentityError when this device's CA did not issue it, it is not for this key and device, or it ends before the one there
+    is; OSError.
+    """
+    authority = _parse_certificate(_read(identity.folder, "ca.pem"), str(identity.ca_file))
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        certificate.verify_directly_issued_by(authority)
+        ours = certificate.public_key() == identity.key.public_key() and common_name(certificate) == identity.device
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+        raise IdentityError(
+            f"the renewed certificate is not one that this fleet's CA issued ({error or 'wrong signature'}): kept the old one"
+        ) from error
+    if not ours:
         raise IdentityError("the renewed certificate is not for this device's key and name: kept the old one")
-    files.write(identity.certificate_file, pem.encode())
+    if certificate.not_valid_after_utc < identity.certificate.not_valid_after_utc:
+        raise IdentityError(
+            f"the renewed certificate ends at {certificate.not_valid_after_utc}, before the one there is: kept the old one"
+        )
+    if certificate != identity.certificate:
+        files.write(identity.certificate_file, certificate.public_bytes(serialization.Encoding.PEM))
+    return load(identity.folder)
 
 
 def _fill(folder: Path, response: EnrolmentResponse, key: ec.EllipticCurvePrivateKey, enrolled: float) -> None:
