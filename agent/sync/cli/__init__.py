@@ -18,7 +18,7 @@ from agent.sync.cli.importing import import_
 from agent.sync.cli.operator import approve, hold, quarantine, rollback, unhold, updates, why
 
 if TYPE_CHECKING:
-    from agent.sync.operator.doctor import Finding
+    from agent.sync.operator.findings import Finding
 
 _MARKS = {"ok": "✓", "warning": "!", "failed": "✗", "skipped": "-"}
 

@@ -4,5 +4,7 @@ overview         `edge-agent updates`
 why, why_text    `edge-agent why`: every gate, with its numbers
 byhand           holding, going back, approving, refusing by hand
 doctor           what an update needs and is not there
+sources          its part about those who may have files
+findings         what one of its checks found
 tuf              this device's verification against any TUF repository
 """

@@ -6,9 +6,6 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
-
-import msgspec
 
 from agent import config as configs
 from agent.config import AgentConfig, ConfigError
@@ -19,6 +16,8 @@ from agent.store import Store, StoreError
 from agent.sync.fleet import identity, link
 from agent.sync.fleet.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.fleet.identity import Identity, IdentityError
+from agent.sync.operator import sources
+from agent.sync.operator.findings import Finding
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway, ServeClient, ServeRefused
@@ -27,17 +26,6 @@ DEADLINE_S = 15.0
 WARN_CERTIFICATE_DAYS = 30
 AHEAD_WARN_S = 8 * 86400.0
 """A fleet server signs the time at least every half day, and nothing online is good for longer than a week."""
-
-Level = Literal["ok", "warning", "failed", "skipped"]
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """One check. `advice` says what to do about it; empty when all is well."""
-
-    name: str
-    level: Level
-    message: str
-    advice: str = ""
 
 
 def examine(config_path: Path | None, clock: Clock | None = None) -> Iterator[Finding]:
@@ -58,13 +46,17 @@ def examine(config_path: Path | None, clock: Clock | None = None) -> Iterator[Fi
         yield Finding("identity", "failed", str(error), "ask the operator of the fleet for an enrolment string")
         for name in ("certificate", "clock", "fleet server", "broker"):
             yield Finding(name, "skipped", "needs an identity")
+        yield from sources.examine(config, None, clock, unset=lambda: False)
         return
     yield Finding("identity", "ok", f"device {who.device!r} of fleet {who.address.fleet!r}")
     signed = SignedClock(clock, LastKnownGood(config.store / "sync" / "trust" / "clock.json", floor=who.not_before))
     yield certificate(who, signed)
     yield machine_clock(clock, signed)
     yield _guarded("fleet server", lambda: _fleet(who, signed, clock))
-    yield _guarded("broker", lambda: _broker(who, signed))
+    broker = _guarded("broker", lambda: _broker(who, signed))
+    yield broker
+    yield from sources.examine(config, who, signed, unset=signed.unset)
+    yield sources.over_the_broker(config.sync, broker)
 
 
 def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
@@ -113,9 +105,7 @@ def certificate(who: Identity, clock: Clock) -> Finding:
     if days <= 0:
         return Finding("certificate", "failed", f"it ended at {clocks.text(who.not_after)}", "enrol again with --force")
     if days < WARN_CERTIFICATE_DAYS:
-        return Finding(
-            "certificate", "warning", message, "it is renewed by itself when the fleet server or its broker can be reached"
-        )
+        return Finding("certificate", "warning", message, "it is renewed by itself when the fleet server can be reached")
     return Finding("certificate", "ok", message)
 
 
