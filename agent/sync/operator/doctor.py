@@ -105,7 +105,9 @@ def certificate(who: Identity, clock: Clock) -> Finding:
     if days <= 0:
         return Finding("certificate", "failed", f"it ended at {clocks.text(who.not_after)}", "enrol again with --force")
     if days < WARN_CERTIFICATE_DAYS:
-        return Finding("certificate", "warning", message, "it is renewed by itself when the fleet server can be reached")
+        return Finding(
+            "certificate", "warning", message, "it is renewed by itself when the fleet server or its broker can be reached"
+        )
     return Finding("certificate", "ok", message)
 
 
