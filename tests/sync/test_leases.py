@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.contract.manifest import Acceptance, WatchRules
+from agent.contract.manifest import Acceptance, CanaryRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
 from agent.host import files
@@ -123,6 +123,28 @@ def test_it_goes_back_when_it_ends_during_a_watch(leased: Bench):
     leased.until(P.STEADY)
 
     assert leased.serving == 2
+    assert leased.answer.reason == Reason.LEASE_ENDED.value
+    assert leased.surroundings.quarantine.entries(MODEL) == ()
+
+
+@pytest.mark.parametrize("whose", ["what serves", "the candidate"])
+def test_it_ends_while_a_candidate_answers_a_share_of_the_requests(whose: str, leased: Bench):
+    """A share may be looked at for days: no release serves that long beyond its lease, neither of the two."""
+    canary = CanaryRules(duration_s=2 * LEASE, max_duration_s=3 * LEASE)
+    if whose == "the candidate":
+        leased.install(2)
+    leased.release(3, canary=canary, lease_s=LEASE if whose == "the candidate" else None)
+    leased.want(3)
+    leased.step()
+    leased.until(P.CANARYING)
+    leased.step()
+    assert leased.serve.canaries[MODEL].version == 3
+    assert leased.updater.lease_s == LEASE, "the fleet is asked often enough for it"
+    leased.clock.pass_(LEASE + 60)
+    steps(leased)
+
+    assert leased.serve.canaries == {}
+    assert leased.serving == (2 if whose == "the candidate" else None)
     assert leased.answer.reason == Reason.LEASE_ENDED.value
     assert leased.surroundings.quarantine.entries(MODEL) == ()
 

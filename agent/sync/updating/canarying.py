@@ -26,6 +26,8 @@ class Canarying(ModelWork):
             return self._condemn_canary(self._condemned)
         if self._overtaken():
             return self._bad(Event.OVERTAKEN, self._overtaken_by())
+        if (over := self._lease_of_either_over()) is not None:
+            return self._condemn_canary(over) if self.state.activated else self._put_off(Problem(over.reason, over.message))
         if not self.state.activated and (expired := self._expired()) is not None:
             return self._put_off(expired)
         try:
@@ -44,6 +46,15 @@ class Canarying(ModelWork):
             problem = Problem(Reason.STORE_FAILED, f"release {self._ref} has to be fetched again: {error}")
             return self._canary_failed(problem)
         return self._look_at_canary(status, rules) if self.state.canaried is not None else AGAIN_S
+
+    def _lease_of_either_over(self) -> Failure | None:
+        """Both answer requests, so both leases count, and the fleet is to be heard often enough for the shorter one."""
+        over, leases = [], []
+        for version in (self._choice_version, *([self.state.before.version] if self.state.before else [])):
+            over.append(self._lease_over(version))
+            leases.append(self.lease_s)
+        self.lease_s = min((lease_s for lease_s in leases if lease_s is not None), default=None)
+        return next((failure for failure in over if failure is not None), None)
 
     def _place(self, status: ServeStatus, rules: CanaryRules) -> str | None:
         """Makes sure that it answers its share. A text when there is nothing to do that beside, or no room.
