@@ -146,12 +146,13 @@ def test_it_is_started_again_once_that_request_has_ended(residency, ended):
     assert work.given == []
 
 
-def test_who_asks_meanwhile_is_told_at_once(residency, ended):
+def test_who_asks_meanwhile_is_told_at_once(residency, ended, monkeypatch):
     version, work = ended
     work.next()
+    monkeypatch.setattr("agent.serving.models.residency.CLEAR_S", 20.0)
     residency.summon(version)
     work.given.insert(0, work.given.pop())
     begun = time.monotonic()
     work.next()
-    assert time.monotonic() - begun < 0.05
+    assert time.monotonic() - begun < 10.0
     assert len(work.given) == 1, "one look is planned, however many ask"
