@@ -26,7 +26,7 @@ from fleet_server.app import Fleet
 from fleet_server.config import Folder, load
 from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import FleetError
-from fleet_server.ingest.courier import AHEAD, WAITING, Courier
+from fleet_server.ingest.courier import WAITING, Courier
 from fleet_server.storage.models import Certificate
 from tests.fleet.stand import DEADLINE_S, Server, environment, make_csr, wait_until
 from tests.fleet.test_courier import enrolled
@@ -118,7 +118,7 @@ REFUSED = {
     "a signed report": ("bad_envelope", lambda o: o.request(payload_type=STATE_PAYLOAD_TYPE)),
     "a signed report under the name of a request": ("invalid", lambda o: signed(encode(o.one.report(1)), o.one.key)),
     "unsigned": ("bad_signature", lambda o: msgspec.json.encode({**msgspec.json.decode(o.request()), "signatures": []}).decode()),
-    "changed": ("bad_signature", lambda o: o.request().replace('"payload":"', '"payload":"IC')),
+    "changed": ("bad_signature", lambda o: o.request().replace('"payload":"', '"payload":"ICAg')),
     "nothing": ("bad_envelope", lambda o: ""),
     "deep": ("bad_envelope", lambda o: "[" * 3000),
 }  # fmt: skip
@@ -223,7 +223,6 @@ def test_a_flood_of_requests_waits_behind_itself_and_makes_one_certificate(offic
     assert [topic for topic, _ in answers].index(mine) <= 2
     assert {part.status for _, part in answers} == {Status.OK}
     assert len(serials(fleet, "d1")) == 2
-    assert AHEAD < 3000
 
 
 def test_who_is_refused_is_told_why(office):
