@@ -1,7 +1,8 @@
 """What devices tell the fleet server.
 
 A state report is signed with the device's key (a DSSE envelope) and carries a counter that only grows and the digest that really
-serves; only such a report counts as success. Events are for people; presence comes from the broker's last will.
+serves; only such a report counts as success. Events are for people, and signed likewise: their words are the device's. Presence comes
+from the broker's last will, which nobody can sign.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from agent.contract.codec import FORMAT, Document, require_format
 STATE_PAYLOAD_TYPE = "application/vnd.edge-agent.state+json"
 """The DSSE payload type of a signed StateReport."""
 
+EVENT_PAYLOAD_TYPE = "application/vnd.edge-agent.event+json"
+"""The DSSE payload type of a signed Event."""
+
 MAX_REPORT_BYTES = 256 * 1024
+MAX_EVENT_BYTES = 64 * 1024
 
 
 class Phase(str, Enum):

@@ -1,8 +1,8 @@
 """Messages of devices → the database.
 
-A state report counts only when it is signed with the key of a certificate that was issued to the device of its topic, names that
-device, and its counter is above the last one's. Everything else that does not fit is counted by cause, logged once per cause, and
-dropped: no message of a device can stop the intake.
+A state report or an event counts only when it is signed with the key of a certificate that was issued to the device of its topic, and
+names that device; a report also only when its counter is above the last one's, an event only once. Everything else that does not fit
+is counted by cause, logged once per cause, and dropped: no message of a device can stop the intake.
 
 A batch is read, judged and written as a whole (three queries, three statements), because the database's cost is per statement.
 """
@@ -23,7 +23,16 @@ from sqlalchemy.orm import Session
 
 from agent.contract import topics
 from agent.contract.codec import ContractError, decode
-from agent.contract.reports import MAX_REPORT_BYTES, STATE_PAYLOAD_TYPE, Event, ModelState, Presence, StateReport
+from agent.contract.reports import (
+    EVENT_PAYLOAD_TYPE,
+    MAX_EVENT_BYTES,
+    MAX_REPORT_BYTES,
+    STATE_PAYLOAD_TYPE,
+    Event,
+    ModelState,
+    Presence,
+    StateReport,
+)
 from fleet_server.devices import envelopes
 from fleet_server.errors import Refused
 from fleet_server.journal import Journal
@@ -32,8 +41,6 @@ from fleet_server.storage.models import Certificate, Device, DeviceModel
 
 _log = logging.getLogger(__name__)
 
-MAX_ENVELOPE_BYTES = 2 * MAX_REPORT_BYTES  # base64 and the signature around a report
-MAX_EVENT_BYTES = 64 * 1024
 MAX_PRESENCE_BYTES = 4 * 1024
 MAX_MODELS = 256
 MAX_ANSWERS = 64
@@ -204,9 +211,7 @@ class Intake:
         changes.devices.add(name)
 
     def _take_event(self, session: Session, device: Known, payload: bytes, changes: Changes) -> None:
-        event = _decoded(payload, Event, MAX_EVENT_BYTES)
-        if event.device != device.id:
-            raise Dropped("wrong_device", f"{device.id!r} sent an event of {event.device!r}")
+        event = _verified(device, payload, EVENT_PAYLOAD_TYPE, Event, MAX_EVENT_BYTES)
         if event.release is not None and abs(event.release) > MAX_INTEGER:
             raise Dropped("bad_report", f"release {event.release} is out of range")
         stored = self._journal.record_from_device(session, event)
@@ -215,7 +220,7 @@ class Intake:
 
 
 def _take_state(device: Known, payload: bytes, changes: Changes) -> None:
-    report = _verified(device, payload)
+    report = _verified(device, payload, STATE_PAYLOAD_TYPE, StateReport, MAX_REPORT_BYTES)
     if not device.counter < report.counter <= MAX_INTEGER:
         raise Dropped("replayed", f"report {report.counter} of {device.id!r} is not newer than {device.counter}")
     if len(report.models) > MAX_MODELS:
@@ -246,17 +251,18 @@ def _take_presence(device: Known, payload: bytes) -> None:
     device.session, device.present = presence.session, presence.online
 
 
-def _verified(device: Known, payload: bytes) -> StateReport:
-    if len(payload) > MAX_ENVELOPE_BYTES:
-        raise Dropped("too_large", f"state report of {len(payload)} bytes; at most {MAX_ENVELOPE_BYTES} are taken")
+def _verified(device: Known, payload: bytes, payload_type: str, kind: type[Any], limit: int) -> Any:
+    """The document of type `kind` that the device signed."""
+    if len(payload) > 2 * limit:  # base64 and the signature around it
+        raise Dropped("too_large", f"{kind.__name__} of {len(payload)} bytes; at most {2 * limit} are taken")
     try:
-        words = envelopes.opened(payload, STATE_PAYLOAD_TYPE, device.keys, f"a state report of {device.id!r}")
+        words = envelopes.opened(payload, payload_type, device.keys, f"{kind.__name__} of {device.id!r}")
     except Refused as error:
         raise Dropped(error.code, str(error)) from error
-    report: StateReport = _decoded(words, StateReport, MAX_REPORT_BYTES)
-    if report.device != device.id:
-        raise Dropped("wrong_device", f"{device.id!r} sent a report of {report.device!r}")
-    return report
+    document = _decoded(words, kind, limit)
+    if document.device != device.id:
+        raise Dropped("wrong_device", f"{device.id!r} sent a {kind.__name__} of {document.device!r}")
+    return document
 
 
 def _row(device: str, model: str, state: ModelState) -> dict[str, Any]:

@@ -35,7 +35,16 @@ from agent.contract import topics
 from agent.contract.codec import encode
 from agent.contract.enrolment import EnrolmentString
 from agent.contract.manifest import File, ReleaseManifest, Variant
-from agent.contract.reports import STATE_PAYLOAD_TYPE, Answer, ModelState, Outcome, Phase, Presence, StateReport
+from agent.contract.reports import (
+    EVENT_PAYLOAD_TYPE,
+    STATE_PAYLOAD_TYPE,
+    Answer,
+    ModelState,
+    Outcome,
+    Phase,
+    Presence,
+    StateReport,
+)
 from fleet_server.releases import keys, publisher
 
 DEADLINE_S = 30.0
@@ -254,7 +263,16 @@ def pem(key):
 
 def signed_report(report, key):
     """The bytes of a state report in its envelope."""
-    envelope = Envelope(encode(report), STATE_PAYLOAD_TYPE, {})
+    return signed(report, STATE_PAYLOAD_TYPE, key)
+
+
+def signed_event(event, key):
+    return signed(event, EVENT_PAYLOAD_TYPE, key)
+
+
+def signed(document, payload_type, key):
+    """A document in an envelope, as devices send it."""
+    envelope = Envelope(encode(document), payload_type, {})
     envelope.sign(CryptoSigner(key, SSlibKey.from_crypto(key.public_key())))
     return msgspec.json.encode(envelope.to_dict())
 

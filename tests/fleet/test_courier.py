@@ -174,6 +174,10 @@ def test_an_update_by_the_brokers_port_alone(server, tmp_path):
             "the fleet knows",
             within=30,
         )
+        wait_until(
+            lambda: any(event["model"] == "crane" for event in server.get("/events?device=harbour-1")),
+            "what the device says happened, signed by it",
+        )
     finally:
         process.terminate()
         process.wait(15)

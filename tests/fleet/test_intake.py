@@ -1,5 +1,6 @@
 """What devices say: only signed, fresh reports of the device itself count, and no message can stop the intake."""
 
+import base64
 import json
 
 import msgspec
@@ -11,10 +12,20 @@ from hypothesis import strategies as st
 from agent.contract import topics
 from agent.contract.codec import encode
 from agent.contract.enrolment import EnrolmentRequest
-from agent.contract.reports import Event, ModelState, Phase, Presence, StateReport
+from agent.contract.reports import (
+    EVENT_PAYLOAD_TYPE,
+    MAX_EVENT_BYTES,
+    MAX_REPORT_BYTES,
+    STATE_PAYLOAD_TYPE,
+    Event,
+    ModelState,
+    Phase,
+    Presence,
+    StateReport,
+)
 from fleet_server.access import SERVER
-from fleet_server.ingest.intake import MAX_ENVELOPE_BYTES, Message
-from tests.fleet.stand import make_csr, signed_report
+from fleet_server.ingest.intake import Message
+from tests.fleet.stand import make_csr, signed, signed_event, signed_report
 
 
 class Known:
@@ -38,6 +49,9 @@ class Known:
 
     def state(self, report, *, key=None, as_device=None):
         return self.say("state", signed_report(report, key or self.key), as_device=as_device)
+
+    def event(self, event, *, key=None, as_device=None):
+        return self.say("events", signed_event(event, key or self.key), as_device=as_device)
 
     @property
     def view(self):
@@ -126,7 +140,7 @@ def test_a_model_that_is_gone_is_forgotten(fleet, device):
 
 BAD = {
     "empty": b"", "garbage": b"\xff\x00", "deep": b"[" * 200_000, "null": b"null", "number": b"1", "list": b"[]", "object": b"{}",
-    "too large": b" " * (MAX_ENVELOPE_BYTES + 1), "nul": b"\x00" * 100, "signatures wrong": b'{"payload":"","payloadType":"","signatures":1}',
+    "too large": b" " * (2 * MAX_REPORT_BYTES + 1), "nul": b"\x00" * 100, "signatures wrong": b'{"payload":"","payloadType":"","signatures":1}',
     "signature wrong": b'{"payload":"","payloadType":"","signatures":["x"]}', "payload wrong": b'{"payload":1,"payloadType":"","signatures":[]}',
     "surrogates": b'{"payload":"","payloadType":"\\ud800","signatures":[]}',
 }  # fmt: skip
@@ -155,8 +169,6 @@ def test_signed_but_impossible_reports_leave_nothing(fleet, device, make):
     report = make(device)
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import CryptoSigner, SSlibKey
-
-    from agent.contract.reports import STATE_PAYLOAD_TYPE
 
     envelope = Envelope(json.dumps(msgspec.to_builtins(report)).encode(), STATE_PAYLOAD_TYPE, {})
     envelope.sign(CryptoSigner(device.key, SSlibKey.from_crypto(device.key.public_key())))
@@ -221,22 +233,56 @@ def event(number, device="d1", **fields):
 
 def test_an_event_is_stored_once(fleet, device):
     for number in (1, 2, 1, 2, 2):
-        device.say("events", event(number))
+        device.event(event(number))
     found = [e for e in fleet.journal.events(device="d1") if e["name"] == "committed"]
     assert [e["id"] for e in found] == ["d1/e1", "d1/e2"]
 
 
 def test_devices_cannot_take_each_others_event_ids(fleet, device, other):
-    device.say("events", event(1))
-    other.say("events", event(1, device="d2"))
-    device.say("events", event(3, device="d2"))
+    device.event(event(1))
+    other.event(event(1, device="d2"))
+    device.event(event(3, device="d2"))
     assert len([e for e in fleet.journal.events() if e["name"] == "committed"]) == 2
     assert dropped(fleet) == {"wrong_device": 1}
 
 
+def told(fleet):
+    return [e["id"] for e in fleet.journal.events() if e["name"] == "committed"]
+
+
+def test_an_event_that_its_device_did_not_sign_is_not_stored(fleet, device, other):
+    """Whoever has the broker would otherwise put words into a device's mouth."""
+    rightful = msgspec.json.decode(signed_event(event(1), device.key))
+    changed = encode(msgspec.json.decode(encode(event(1))) | {"message": "it does not run"})
+    device.say("events", event(1))
+    device.event(event(1), key=other.key)
+    device.say("events", msgspec.json.encode({**rightful, "signatures": []}))
+    device.say("events", msgspec.json.encode({**rightful, "payload": base64.b64encode(changed).decode()}))
+    assert (told(fleet), dropped(fleet)) == ([], {"bad_envelope": 1, "bad_signature": 3})
+    device.event(event(1))
+    assert told(fleet) == ["d1/e1"]
+
+
+def test_what_is_signed_as_one_thing_is_no_other(fleet, device):
+    device.say("events", signed(event(1), STATE_PAYLOAD_TYPE, device.key))
+    device.say("state", signed(device.report(1), EVENT_PAYLOAD_TYPE, device.key))
+    assert (told(fleet), device.serving, dropped(fleet)) == ([], {}, {"bad_envelope": 2})
+
+
+def test_an_event_that_is_too_large_is_not_even_read(fleet, device):
+    device.event(Event(id="e1", device="d1", at=0, name="committed", message="x" * 2 * MAX_EVENT_BYTES))
+    assert (told(fleet), dropped(fleet)) == ([], {"too_large": 1})
+
+
+def test_a_revoked_device_tells_no_more(fleet, device):
+    fleet.inventory.revoke(SERVER, device.id)
+    device.event(event(1))
+    assert told(fleet) == []
+
+
 def test_event_texts_are_bounded(fleet, device):
-    device.say("events", event(1, reason="r" * 1000, model="m" * 1000))
-    device.say("events", Event(id="long", device="d1", at=0, name="n" * 500, message="x" * 20_000))
+    device.event(event(1, reason="r" * 1000, model="m" * 1000))
+    device.event(Event(id="long", device="d1", at=0, name="n" * 500, message="x" * 20_000))
     stored = fleet.journal.events(device="d1")[-1]
     assert len(stored["message"]) == 2000
 

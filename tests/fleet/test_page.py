@@ -11,7 +11,7 @@ import time
 import pytest
 
 from agent.contract.reports import Event, Outcome
-from tests.fleet.stand import DEADLINE_S, answer, model_state
+from tests.fleet.stand import DEADLINE_S, answer, model_state, signed_event
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -138,7 +138,8 @@ def test_the_page(server, browser, connect):
 
     bad = answer(second, Outcome.REFUSED, reason=HOSTILE[:60], message=HOSTILE)
     device.report({"digits": model_state(first, answers=(bad,), variant=HOSTILE[:100])}, problem=HOSTILE)
-    device.send("events", Event(id="1", device="camera-1", at=0, name=HOSTILE, message=HOSTILE, reason=HOSTILE))
+    event = Event(id="1", device="camera-1", at=0, name=HOSTILE, message=HOSTILE, reason=HOSTILE)
+    device.send("events", signed_event(event, device.key))
     browser.wait(says(HOSTILE, "document.getElementById('devices')"), "hostile text is shown as text")
     browser.wait(says(HOSTILE, "document.getElementById('events')"), "also in events")
     browser.run("document.querySelector('[data-key=\"device-camera-1\"]').click()")

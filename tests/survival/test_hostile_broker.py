@@ -22,7 +22,6 @@ class Besieged(World):
     """The device's way to its broker leads through `broker`."""
 
     broker: HostileBroker
-    forged = False
 
     def begin(self) -> None:
         super().begin()
@@ -104,7 +103,6 @@ def other_than_now(world: Besieged) -> str:
 
 
 def assert_agreed(world: Besieged, failed: int | None) -> None:
-    forged = world.forged = world.forged or world.broker.manner == "forging"
     world.broker.manner = "honest"
 
     def agreed() -> bool:
@@ -115,6 +113,5 @@ def assert_agreed(world: Besieged, failed: int | None) -> None:
     assert world.traffic.wrong == []
     if failed is not None:
         assert world.traffic.failed[failed:] == []
-    # Events are words for people and are not signed: who has the broker can change them, but not double them.
     told = [(event["at"], event["name"], event["message"]) for event in world.fleet.get("events?device=device&limit=500")]
-    assert forged or len(told) == len(set(told)), "a message that comes twice is one event"
+    assert len(told) == len(set(told)), "a message that comes twice, or changed, is one event"

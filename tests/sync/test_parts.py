@@ -17,7 +17,18 @@ from agent.contract.codec import decode, encode
 from agent.contract.manifest import ReleaseManifest, Requires, Variant
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
-from agent.contract.reports import MAX_REPORT_BYTES, STATE_PAYLOAD_TYPE, Answer, Event, Hardware, Outcome, Phase, StateReport
+from agent.contract.reports import (
+    EVENT_PAYLOAD_TYPE,
+    MAX_EVENT_BYTES,
+    MAX_REPORT_BYTES,
+    STATE_PAYLOAD_TYPE,
+    Answer,
+    Event,
+    Hardware,
+    Outcome,
+    Phase,
+    StateReport,
+)
 from agent.host import hardware
 from agent.host.clock import LastKnownGood
 from agent.store import Store
@@ -287,11 +298,15 @@ def test_a_report_of_very_many_models_fits(reporter):
     assert len(kept.items[0][1]) <= MAX_REPORT_BYTES
 
 
-def test_events_have_an_id_of_their_own(reporter):
+def test_events_are_signed_and_have_an_id_of_their_own(reporter, identity):
     reporting, kept = reporter
     for _ in range(2):
         reporting.event("refused", "no", model="crane", release=3, reason="too_slow")
-    events = [decode(payload, Event, limit_bytes=MAX_REPORT_BYTES) for _, payload in kept.items]
+    envelopes = [Envelope.from_dict(json.loads(payload)) for _, payload in kept.items]
+    for envelope in envelopes:
+        assert envelope.payload_type == EVENT_PAYLOAD_TYPE
+        envelope.verify([SSlibKey.from_crypto(identity.certificate.public_key())], 1)
+    events = [decode(envelope.payload, Event, limit_bytes=MAX_EVENT_BYTES) for envelope in envelopes]
 
     assert events[0].id != events[1].id
     assert (events[0].model, events[0].release, events[0].reason) == ("crane", 3, "too_slow")

@@ -13,7 +13,17 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[attr-defined]
 
 from agent.contract.codec import encode
-from agent.contract.reports import MAX_REPORT_BYTES, STATE_PAYLOAD_TYPE, Answer, Event, Hardware, ModelState, Phase, StateReport
+from agent.contract.reports import (
+    EVENT_PAYLOAD_TYPE,
+    MAX_REPORT_BYTES,
+    STATE_PAYLOAD_TYPE,
+    Answer,
+    Event,
+    Hardware,
+    ModelState,
+    Phase,
+    StateReport,
+)
 from agent.sync.fleet.counters import Counter
 from agent.sync.fleet.outbox import Kind
 from agent.sync.fleet.stages import stage_of
@@ -153,7 +163,7 @@ class Reporter:
     def event(
         self, name: str, message: str, *, model: str | None = None, release: int | None = None, reason: str | None = None
     ) -> None:
-        """Puts an event for people into the outbox.  Raises: OSError."""
+        """Puts a signed event for people into the outbox.  Raises: OSError."""
         event = Event(
             id=uuid.uuid4().hex,
             device=self._device,
@@ -164,7 +174,7 @@ class Reporter:
             release=release,
             reason=reason,
         )
-        self._queue.put("events", encode(event))
+        self._queue.put("events", self._signer.envelope(encode(event), EVENT_PAYLOAD_TYPE))
 
     def _notice(self, status: ServeStatus | None) -> None:
         if status is None or status.instance == self._instance:
