@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import errno
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from agent.contract.assignment import Window
 from agent.contract.manifest import Acceptance, CanaryRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
 from agent.host import files
+from agent.sync.fetching.budget import Budget
 from agent.sync.fleet import reports
+from agent.sync.problems import Stopped
 from agent.sync.serving import ModelStatus
 from agent.sync.trust.leases import Leases
 from tests.sync.bench import MODEL, Bench
@@ -149,6 +153,44 @@ def test_it_ends_while_a_candidate_answers_a_share_of_the_requests(whose: str, l
     assert leased.surroundings.quarantine.entries(MODEL) == ()
 
 
+def test_it_ends_while_a_download_waits_for_its_hour(leased: Bench):
+    """Or for a neighbour that trickles: one step may take hours."""
+    opens = dt.datetime.fromtimestamp(leased.clock.wall() + 2 * LEASE).astimezone()
+    minute = opens.hour * 60 + opens.minute
+    window = Window(start_minute=minute, end_minute=(minute + 60) % 1440)
+    leased.surroundings.downloader.budget = Budget(leased.clock, window=window, pause=leased.clock.pass_)
+    leased.release(2)
+    leased.want(2)
+    begun = leased.clock.wall()
+    leased.step()
+    assert leased.phase is P.FETCHING
+    steps(leased, 2)
+    assert leased.serving is None
+    assert leased.clock.wall() - begun < 1.1 * LEASE
+    renew(leased)
+    steps(leased, 1)
+    assert leased.serving == 1
+
+
+def test_it_ends_during_a_trial_which_is_no_interruption_of_it(leased: Bench):
+    def takes_long(_request, _timeout_s, stop):
+        leased.clock.pass_(LEASE + 60)
+        if stop():
+            raise Stopped
+        return {}
+
+    leased.release(2)
+    leased.want(2)
+    leased.step()
+    leased.until(P.TRIALING)
+    leased.trial = takes_long
+    steps(leased, 2)
+    assert leased.serving is None
+    assert leased.phase is P.TRIALING
+    leased.again()
+    assert leased.updater.state.interruptions == 0
+
+
 def test_it_is_not_installed_while_its_lease_is_over(leased: Bench):
     leased.install(2)
     leased.clock.pass_(2 * LEASE)
@@ -272,13 +314,17 @@ def test_a_lease_that_is_renewed_while_nothing_can_be_written_serves_again(lease
     assert leased.serving == 1
 
 
-def test_running_time_that_cannot_be_written_down_ends_the_lease_before_it_is_lost(leased: Bench, disk: Disk):
+@pytest.mark.parametrize(("reboot", "enough_s"), [(False, LEASE / 3), (True, 100.0)], ids=["before", "since its start"])
+def test_running_time_that_cannot_be_written_down_ends_the_lease(reboot: bool, enough_s: float, leased: Bench, disk: Disk):
     """Else a board without a clock could be switched off and on for ever, each time for a whole lease."""
+    leased.step()
     disk.full = leased.store.private / "lease.json"
-    leased.clock.pass_(LEASE / 20)
+    if reboot:
+        leased.again()
+    leased.clock.pass_(enough_s)
     leased.step()
     assert leased.serving == 1
-    leased.clock.pass_(LEASE / 10)
+    leased.clock.pass_(enough_s)
     steps(leased)
     assert leased.serving is None
     assert "cannot be counted" in (leased.updater.stopped or "")
@@ -287,3 +333,13 @@ def test_running_time_that_cannot_be_written_down_ends_the_lease_before_it_is_lo
 
     assert leased.serving == 1
     assert leased.updater.stopped is None
+
+
+def test_a_disk_that_refuses_is_not_asked_all_the_time(leased: Bench, disk: Disk):
+    """A download asks often whether the lease is over."""
+    disk.full = leased.store.private / "lease.json"
+    leased.clock.pass_(120)
+    for _ in range(100):
+        leased.surroundings.leases.over(LEASE)
+        leased.clock.pass_(0.05)
+    assert 1 < disk.refused < 5

@@ -5,8 +5,9 @@ Rules:
  2. its age is the larger of what the (signed) clock says and how long this device ran since: a clock that is set back, or a board without
     one that is switched off and on, makes nothing younger;
  3. a newer word ends it, whatever the clock says;
- 4. running time that cannot be written down (a full disk) counts all the same. More of it than a power cut may take ends the lease, until it
-    is written: else a board without a clock could be switched off and on for ever, each time for a whole lease.
+ 4. running time that cannot be written down (a full disk) counts all the same. But a power cut takes it away, so half a lease of it ends
+    the lease until it is written; and two minutes of it, in a process that could not write any. Else a board without a clock could be
+    switched off and on for ever, each time for a whole lease.
 Asked only for releases that have a lease; a device without such releases writes nothing.
 """
 
@@ -27,8 +28,14 @@ log = logging.getLogger(__name__)
 SAVE_EVERY_S = 60.0
 """What a power cut may take from the running time. Each save is a write to flash."""
 
-UNSAVED_SHARE = 0.1
-"""And what it may take, of a lease, while the disk refuses the save. A full disk is found and freed within a part of a lease of days."""
+UNSAVED_SHARE = 0.5
+UNSAVED_FROM_THE_START_S = 2 * SAVE_EVERY_S
+"""And what it may take while the disk refuses the save: of a lease, where this process could write before; a quarter of it may pass
+between two words of a fleet that is heard (LOOKS_PER_LEASE). Or altogether, where it never could.
+"""
+
+AGAIN_S = 2.0
+"""How soon a save that was refused is tried again. A download asks twenty times a second."""
 
 
 class _Ran(Document, frozen=True, kw_only=True):
@@ -49,6 +56,8 @@ class Leases:
         self._saved = _read(path)
         self._issued, self._ran_s = self._saved.issued, self._saved.ran_s
         self._looked = clock.monotonic()
+        self._tried = float("-inf")
+        self._could_save = False
         self._trouble: str | None = None
 
     def over(self, lease_s: float) -> str | None:
@@ -56,7 +65,8 @@ class Leases:
         with self._lock:
             if self._age_s() > lease_s:
                 return f"the fleet's last signed word is older than its lease of {lease_s:g} s"
-            if self._unsaved_s <= max(2 * SAVE_EVERY_S, UNSAVED_SHARE * lease_s):
+            may_be_lost_s = UNSAVED_SHARE * lease_s if self._could_save else 0.0
+            if self._unsaved_s <= max(UNSAVED_FROM_THE_START_S, may_be_lost_s):
                 return None
             return f"its lease of {lease_s:g} s cannot be counted: {self._trouble}"
 
@@ -74,25 +84,25 @@ class Leases:
         else:
             self._issued, self._ran_s = desired.issued, 0.0
         self._looked = now
-        if self._issued != self._saved.issued or self._unsaved_s >= SAVE_EVERY_S:
-            self._save()
+        if (self._issued != self._saved.issued or self._unsaved_s >= SAVE_EVERY_S) and now >= self._tried + AGAIN_S:
+            self._save(now)
         return max(self._clock.wall() - desired.heard_at, self._ran_s)
 
     @property
     def _unsaved_s(self) -> float:
         return self._ran_s - (self._saved.ran_s if self._issued == self._saved.issued else 0.0)
 
-    def _save(self) -> None:
-        """What the disk refuses is tried again at the next look."""
+    def _save(self, now: float) -> None:
+        """What the disk refuses is tried again at a later look."""
         ran = _Ran(issued=self._issued, ran_s=self._ran_s)
         try:
             files.write(self._path, encode(ran), mode=0o600)
         except OSError as error:
             if self._trouble is None:
                 log.warning("how long this device ran cannot be written down: %s", error)
-            self._trouble = str(error)
+            self._trouble, self._tried = str(error), now
         else:
-            self._saved, self._trouble = ran, None
+            self._saved, self._could_save, self._trouble = ran, True, None
 
 
 def _read(path: Path) -> _Ran:

@@ -104,6 +104,8 @@ class ModelWork:
         self.problem: str | None = None
         self.stopped: str | None = None
         self.lease_s: float | None = None
+        self._serving_lease_s: float | None = None
+        """Of what served when this step began."""
         self.busy = False
         """`serve` is being asked for something that a switch must not overtake. Changes under `joint` when a switch could begin."""
         stored = surroundings.states.load(model)
@@ -171,18 +173,25 @@ class ModelWork:
         try:
             lease_s = self._s.store.manifest(ReleaseRef(self.model, version)).acceptance.lease_s
         except StoreError:
+            self.lease_s = None
             return None
         self.lease_s = lease_s
         why_not = self._s.leases.over(lease_s) if lease_s is not None else None
         return Failure(reason=Reason.LEASE_ENDED, message=f"release {version}: {why_not}") if why_not else None
 
     def _should_stop(self) -> bool:
-        return self._ending() or self._overtaken()
+        return self._ending() or self._overtaken() or self._lease_ran_out()
+
+    def _lease_ran_out(self) -> bool:
+        """Of what serves, while one step takes long: a download waits for its hour, or trickles."""
+        return self._serving_lease_s is not None and self._s.leases.over(self._serving_lease_s) is not None
 
     def _stopped(self) -> float:
         if self._ending():
             raise Stopped
-        return 0.0  # overtaken: the next step sees it
+        if self.state.trial_began:  # it will wait for another turn
+            self._save(self.state.but(trial_began=False), quietly=True)
+        return 0.0  # overtaken, or what serves has to stop: the next step sees it
 
     def _put_off(self, problem: Problem) -> float:
         self._apply(self._put_off_state(problem))

@@ -89,6 +89,7 @@ class ModelUpdater(Shadowing, Canarying, Switching):
             return False  # mended at rest
         over = self._lease_over(selection.active.version) if selection else None
         self.stopped = over.message if over else None
+        self._serving_lease_s = self.lease_s if selection is not None else None
         if selection is None:
             self._told_to_stop = False
             return False
