@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import onnxruntime
 import psutil
 import yaml
 from device import Device
@@ -22,6 +21,8 @@ from fleet import MODEL, Fleet
 from processes import processes
 
 from agent.client import Client, ClientError
+from runtimes import registry
+from runtimes.contract import LoadOptions
 
 DIGITS = Path(__file__).parents[2] / "examples/digits"
 GOOD, WEAK, TREACHEROUS = "digits-v2-int8-qdq.onnx", "digits-v1-int8-qdq.onnx", "digits-v4-fixed-batch.onnx"
@@ -214,10 +215,12 @@ class Traffic:
             self.wrong.append(f"release {release} ({self._models[release]}) answered {found}")
 
     def _expected(self, model: str) -> list[float]:
-        """What the engine gives for the file of the release, asked here."""
+        """What the file of the release gives when it is asked here."""
         if model not in self._right:
-            session = onnxruntime.InferenceSession(DIGITS / "models" / model, providers=["CPUExecutionProvider"])
-            self._right[model] = session.run(None, {"image": IMAGES})[0].ravel().tolist()
+            path = DIGITS / "models" / model
+            loaded = registry.for_file(path).load(path, LoadOptions())
+            self._right[model] = loaded.run({"image": IMAGES})[0].ravel().tolist()
+            loaded.close()
         return self._right[model]
 
     def stop(self) -> None:

@@ -104,6 +104,7 @@ def seen() -> dict[str, object]:
     ).stderr  # fmt: skip
     facts["before the first request"] = show("edge-agent.service", "ActiveState")["ActiveState"]
     facts["first request, through the socket unit"] = predict()
+    until(lambda: show("edge-agent.service", "ActiveState")["ActiveState"] != "activating", "the service says READY")
     facts["then"] = show("edge-agent.service", "ActiveState", "StatusText", "NRestarts", "User")
 
     facts["interfaces"] = sorted(
