@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from agent.contract import topics
+from agent.sync.fleet import link
 from agent.sync.fleet.link import Broker, Link, delay_s, tls_context
 from agent.sync.fleet.outbox import Outbox
 from tests.sync.conftest import eventually
@@ -314,6 +315,27 @@ def test_a_message_leaves_the_outbox_only_when_the_broker_has_said_so(broker: Mo
         ours.link.broker = Broker("127.0.0.1", old.port, lambda: broker.context(DEVICE))
         eventually(lambda: outbox.waiting() == 0, "the second delivery")
         assert message in old.taken
+    finally:
+        ours.link.stop()
+        old.close()
+
+
+def test_a_broker_that_acknowledges_nothing_is_connected_to_anew(
+    broker: Mosquitto, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+):
+    """More messages than may be on the way at once are lost by a broker that stays: later ones must get through all the same."""
+    monkeypatch.setattr(link, "SILENCE_S", 0.5)
+    old = OldBroker(broker)
+    old.deaf = True
+    ours = Ours(broker, outbox)
+    ours.link.broker = Broker("127.0.0.1", old.port, lambda: broker.context(DEVICE))
+    for number in range(link.IN_FLIGHT + 1):
+        outbox.put("events", f"{number}".encode())
+    ours.link.start()
+    try:
+        eventually(lambda: old.taken.count((topics.up(DEVICE, "events"), b"0")) > 1, "the first message once more")
+        old.deaf = False
+        eventually(lambda: outbox.waiting() == 0, "all of them")
     finally:
         ours.link.stop()
         old.close()

@@ -46,6 +46,11 @@ STEADY_AFTER_S = 10.0
 IN_FLIGHT = 10
 """Below the receive maximum that brokers offer (mosquitto: 20)."""
 
+SILENCE_S = 30.0
+"""When nothing of what waits for the broker's word was acknowledged for so long, the connection is given up, and all of it sent again on the next
+one. Else a broker that lost IN_FLIGHT messages, and kept the connection, would hear nothing of this device any more.
+"""
+
 SESSION_EXPIRY_S = 0
 """No session at the broker: pokes are hints, and everything else is in our outbox."""
 
@@ -165,6 +170,7 @@ class _Conversation:
         self._link = link
         self._protocol = protocol
         self._sent: dict[int, int] = {}  # paho's message id → outbox id
+        self._moved = 0.0  # when one of them was acknowledged, or the first of them sent
         self._after = 0
         self._accepted = False
         self._refused: str | None = None
@@ -183,6 +189,9 @@ class _Conversation:
             if self._accepted:
                 accepted_at = accepted_at or time.monotonic()
                 self._drain()
+                if self._is_ignored():
+                    log.warning("the broker acknowledges nothing: connecting anew")
+                    break
                 while link.asks:
                     self._client.publish(topics.up(link.device, "blocks"), link.asks.popleft(), qos=0)
             elif self._refused or time.monotonic() - started > CONNACK_TIMEOUT_S:
@@ -248,6 +257,7 @@ class _Conversation:
         item = self._sent.pop(mid, None)
         if item is None:
             return
+        self._moved = time.monotonic()
         if reason.is_failure:
             # It will be refused again in the same words; keeping it would block everything behind it.
             log.warning("the broker refused a message (%s): see the broker's access list", reason)
@@ -262,8 +272,13 @@ class _Conversation:
         link = self._link
         for item in link.outbox.first(free, self._after):
             info = self._client.publish(topics.up(link.device, item.kind), item.payload, qos=1)
+            if not self._sent:
+                self._moved = time.monotonic()
             self._sent[info.mid] = item.id
             self._after = item.id
+
+    def _is_ignored(self) -> bool:
+        return bool(self._sent) and not self._client.want_write() and time.monotonic() - self._moved > SILENCE_S
 
     def _end(self) -> None:
         """An orderly goodbye replaces the last will, which a broker only sends for a connection that broke."""
