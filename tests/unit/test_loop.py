@@ -1,5 +1,6 @@
 """The loop's own view of how it is doing."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -32,38 +33,71 @@ class Service:
         return Answer()
 
 
-@pytest.mark.timeout(30)
-def test_it_is_stuck_while_somebody_waits_and_no_thread_comes_free(tmp_path):
-    service = Service()
-    router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(tmp_path / "s"))
+class Begun:
+    """A loop that listens at an address of its own."""
+
+    def __init__(self, listener, path, service, *, threads=3, grant_of=None, epoll=None):
+        self.listener = listener
+        listener.bind(path)
         listener.listen(8)
+        self.path = path
         grant = Grant(Access.CONTROL, "test")
-        loop = Loop([listener], service, router, lambda _: grant, threads=3, max_body_bytes=1024, max_connections=8)
-        loop.start()
-        clients = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(3)]
-        try:
-            for client in clients[:2]:
-                client.connect(str(tmp_path / "s"))
-                client.sendall(GET)
-            assert not loop.stuck(0.0), "nobody waits: both are being answered"
-            clients[2].connect(str(tmp_path / "s"))
-            clients[2].sendall(GET)
-            deadline = time.monotonic() + 10
-            while not loop.stuck(0.0):
-                assert time.monotonic() < deadline
-            assert not loop.stuck(60.0)
-            service.going_on.set()
-            for client in clients:
-                client.settimeout(10)
-                assert client.recv(100).startswith(b"HTTP/1.1 200")
-            assert not loop.stuck(0.0)
-        finally:
-            service.going_on.set()
-            assert loop.stop(10)
-            for client in clients:
-                client.close()
+        router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
+        self.loop = Loop(
+            [listener], service, router, grant_of or (lambda _: grant), threads=threads, max_body_bytes=1024, max_connections=8
+        )
+        if epoll is not None:
+            self.loop._epoll = self.loop._doors._epoll = epoll(self.loop._epoll)
+        self.loop.start()
+
+    def connect(self):
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client.settimeout(10)
+        client.connect(self.path)
+        return client
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """Starts a loop that ends with the test, if it did not before."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        begun = []
+
+        def begin(service, **how):
+            begun.append(Begun(listener, str(tmp_path / "s"), service, **how))
+            return begun[0]
+
+        yield begin
+        for one in begun:
+            if not one.loop._stopped:
+                assert one.loop.stop(10)
+
+
+def ask(client):
+    client.sendall(GET)
+    assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.timeout(30)
+def test_it_is_stuck_while_somebody_waits_and_no_thread_comes_free(begin):
+    service = Service()
+    begun = begin(service)
+    with contextlib.ExitStack() as clients:
+        clients.callback(service.going_on.set)
+        answered = [clients.enter_context(begun.connect()) for _ in range(2)]
+        for client in answered:
+            client.sendall(GET)
+        assert not begun.loop.stuck(0.0), "nobody waits: both are being answered"
+        waiting = clients.enter_context(begun.connect())
+        waiting.sendall(GET)
+        deadline = time.monotonic() + 10
+        while not begun.loop.stuck(0.0):
+            assert time.monotonic() < deadline
+        assert not begun.loop.stuck(60.0)
+        service.going_on.set()
+        for client in (*answered, waiting):
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+        assert not begun.loop.stuck(0.0)
 
 
 class Hesitant:
@@ -90,27 +124,15 @@ class Hesitant:
 
 
 @pytest.mark.timeout(30)
-def test_the_thread_that_polls_waits_for_a_connection_that_is_just_put_back(tmp_path):
+def test_the_thread_that_polls_waits_for_a_connection_that_is_just_put_back(begin):
     service = Service()
     service.going_on.set()
-    router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen(8)
-        grant = Grant(Access.CONTROL, "test")
-        loop = Loop([listener], service, router, lambda _: grant, threads=3, max_body_bytes=1024, max_connections=8)
-        epoll = loop._epoll = Hesitant(loop._epoll)
-        loop.start()
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-                client.settimeout(10)
-                client.connect(str(tmp_path / "s"))
-                for _ in range(2):
-                    client.sendall(GET)
-                    assert client.recv(100).startswith(b"HTTP/1.1 200")
-        finally:
-            assert loop.stop(10)
-    assert not epoll.many.is_set()
+    begun = begin(service, epoll=Hesitant)
+    with begun.connect() as client:
+        for _ in range(2):
+            ask(client)
+    assert begun.loop.stop(10)
+    assert not begun.loop._epoll.many.is_set()
 
 
 class Prompt:
@@ -166,54 +188,39 @@ def flood(path, begun, end):
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("behave", [ask_anew, flood, trickle])
-def test_no_client_can_keep_it_from_ending(tmp_path, behave, monkeypatch):
+def test_no_client_can_keep_it_from_ending(begin, behave, monkeypatch):
     monkeypatch.setattr(loops, "STOP_LONGEST_S", 0.5)
-    router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
-    begun, end = threading.Event(), threading.Event()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen(8)
-        grant = Grant(Access.CONTROL, "test")
-        loop = Loop([listener], Prompt(), router, lambda _: grant, threads=3, max_body_bytes=1024, max_connections=8)
-        loop.start()
-        clients = [threading.Thread(target=behave, args=(str(tmp_path / "s"), begun, end)) for _ in range(3)]
-        try:
-            for client in clients:
-                client.start()
-            assert begun.wait(10)
-            assert loop.stop(12)
-            listener.close()
-        finally:
-            end.set()
-            for client in clients:
-                client.join(10)
+    begun, acted, end = begin(Prompt()), threading.Event(), threading.Event()
+    clients = [threading.Thread(target=behave, args=(begun.path, acted, end)) for _ in range(3)]
+    try:
+        for client in clients:
+            client.start()
+        assert acted.wait(10)
+        assert begun.loop.stop(12)
+        begun.listener.close()
+    finally:
+        end.set()
+        for client in clients:
+            client.join(10)
 
 
 @pytest.mark.timeout(30)
-def test_who_has_just_connected_is_answered_before_it_ends(tmp_path):
-    router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen(8)
-        grant = Grant(Access.CONTROL, "test")
-        came_in = threading.Event()
+def test_who_has_just_connected_is_answered_before_it_ends(begin):
+    came_in = threading.Event()
 
-        def grant_of(_sock):
-            came_in.set()
-            return grant
+    def grant_of(_sock):
+        came_in.set()
+        return Grant(Access.CONTROL, "test")
 
-        loop = Loop([listener], Prompt(), router, grant_of, threads=3, max_body_bytes=1024, max_connections=8)
-        loop.start()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.settimeout(10)
-            client.connect(str(tmp_path / "s"))
-            assert came_in.wait(10)
-            ending = threading.Thread(target=loop.stop, args=(10,))
-            ending.start()
-            assert not loop._drained.wait(0.2)
-            client.sendall(GET)
-            answer = client.recv(1000)
-        ending.join(15)
+    begun = begin(Prompt(), grant_of=grant_of)
+    with begun.connect() as client:
+        assert came_in.wait(10)
+        ending = threading.Thread(target=begun.loop.stop, args=(10,))
+        ending.start()
+        assert not begun.loop._drained.wait(0.2)
+        client.sendall(GET)
+        answer = client.recv(1000)
+    ending.join(15)
     assert answer.startswith(b"HTTP/1.1 200")
     assert b"connection: close" in answer.lower()
 
@@ -227,26 +234,18 @@ class Generous(Prompt):
 
 
 @pytest.mark.timeout(30)
-def test_who_reads_a_long_answer_slowly_gets_all_of_it(tmp_path, monkeypatch):
+def test_who_reads_a_long_answer_slowly_gets_all_of_it(begin, monkeypatch):
     monkeypatch.setattr(loops, "STOP_LONGEST_S", 0.2)
-    router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen(8)
-        grant = Grant(Access.CONTROL, "test")
-        loop = Loop([listener], Generous(), router, lambda _: grant, threads=3, max_body_bytes=1024, max_connections=8)
-        loop.start()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.settimeout(10)
-            client.connect(str(tmp_path / "s"))
-            client.sendall(GET)
-            got = len(client.recv(1000))
-            ending = threading.Thread(target=loop.stop, args=(20,))
-            ending.start()
-            while piece := client.recv(256 << 10):
-                got += len(piece)
-                loop._drained.wait(0.03)
-        ending.join(25)
+    begun = begin(Generous())
+    with begun.connect() as client:
+        client.sendall(GET)
+        got = len(client.recv(1000))
+        ending = threading.Thread(target=begun.loop.stop, args=(20,))
+        ending.start()
+        while piece := client.recv(256 << 10):
+            got += len(piece)
+            begun.loop._drained.wait(0.03)
+    ending.join(25)
     assert got > len(LARGE)
 
 
@@ -266,52 +265,29 @@ class Counting:
 
 
 @pytest.fixture
-def prompt_loop(tmp_path, monkeypatch):
-    """A loop with one thread for long work, to which every client is prompt; and its address."""
+def prompt(begin, monkeypatch):
+    """A loop with one thread for long work, to which every client is prompt."""
     monkeypatch.setattr(loops, "PROMPT_S", 1000.0)
     service = Service()
     service.going_on.set()
-    router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen(8)
-        grant = Grant(Access.CONTROL, "test")
-        loop = Loop([listener], service, router, lambda _: grant, threads=2, max_body_bytes=1024, max_connections=8)
-        loop._epoll = loop._doors._epoll = Counting(loop._epoll)
-        loop.start()
-        yield loop, str(tmp_path / "s")
-        assert loop.stop(10)
-
-
-def ask(client):
-    client.sendall(GET)
-    assert client.recv(1000).startswith(b"HTTP/1.1 200")
-
-
-def connected(path):
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    client.settimeout(10)
-    client.connect(path)
-    return client
+    return begin(service, threads=2, epoll=Counting)
 
 
 @pytest.mark.timeout(60)
-def test_a_thread_stays_with_a_client_that_asks_again_at_once(prompt_loop, monkeypatch):
-    loop, path = prompt_loop
+def test_a_thread_stays_with_a_client_that_asks_again_at_once(prompt, monkeypatch):
     monkeypatch.setattr(loops, "STAY_MS", 10_000)
-    with connected(path) as client:
+    with prompt.connect() as client:
         ask(client)
         ask(client)
-        before = loop._epoll.registered
+        before = prompt.loop._epoll.registered
         for _ in range(20):
             ask(client)
-        assert loop._epoll.registered == before
+        assert prompt.loop._epoll.registered == before
 
 
 @pytest.mark.timeout(60)
-def test_it_waits_for_its_client_no_longer_than_a_moment(prompt_loop):
-    _, path = prompt_loop
-    with connected(path) as first, connected(path) as second:
+def test_it_waits_for_its_client_no_longer_than_a_moment(prompt):
+    with prompt.connect() as first, prompt.connect() as second:
         for _ in range(20):
             ask(first)
             ask(first)
@@ -319,33 +295,31 @@ def test_it_waits_for_its_client_no_longer_than_a_moment(prompt_loop):
 
 
 @pytest.mark.timeout(60)
-def test_it_does_not_wait_for_its_client_while_others_do(prompt_loop, monkeypatch):
-    loop, path = prompt_loop
-    with connected(path) as first, connected(path) as second:
+def test_it_does_not_wait_for_its_client_while_others_do(prompt, monkeypatch):
+    with prompt.connect() as first, prompt.connect() as second:
         ask(first)
         monkeypatch.setattr(loops, "STAY_MS", 60_000)
-        loop._service.going_on.clear()
+        prompt.loop._service.going_on.clear()
         first.sendall(GET)
-        while loop._scheduler._free:
+        while prompt.loop._scheduler._free:
             time.sleep(0.001)
         second.sendall(GET)
-        while not loop._scheduler.crowded:
+        while not prompt.loop._scheduler.crowded:
             time.sleep(0.001)
-        loop._service.going_on.set()
+        prompt.loop._service.going_on.set()
         assert second.recv(1000).startswith(b"HTTP/1.1 200")
         second.close()
 
 
 @pytest.mark.timeout(60)
-def test_a_client_that_goes_while_a_thread_stays_with_it_is_let_go(prompt_loop, monkeypatch):
-    loop, path = prompt_loop
+def test_a_client_that_goes_while_a_thread_stays_with_it_is_let_go(prompt, monkeypatch):
     monkeypatch.setattr(loops, "STAY_MS", 60_000)
-    with connected(path) as client:
+    with prompt.connect() as client:
         ask(client)
         ask(client)
-    with connected(path) as other:
+    with prompt.connect() as other:
         ask(other)
     deadline = time.monotonic() + 10
-    while loop._connections:
+    while prompt.loop._connections:
         assert time.monotonic() < deadline
         time.sleep(0.001)
