@@ -224,22 +224,23 @@ class Dataplane:
                 self._settle(task, wanted)
             job = Job(task.version.lane, caller, task, task.arrived_s)
             demands(job, task)
-            return job, self._put(job, may_run=pace is Pace.RUN, polls=pace is Pace.PARK)
+            return job, self._put(job, pace)
         except Exception as error:
             refused = refusal(task.version, error)
             task.version.leave()
             raise refused from error
 
-    def _put(self, job: Job, *, may_run: bool, polls: bool = False) -> list[Job]:
+    def _put(self, job: Job, pace: Pace | None) -> list[Job]:
+        """`pace` None: it waits, and this thread does nothing more for it."""
         try:
-            work = self.scheduler.admit(job, may_run=may_run, polls=polls)
+            work = self.scheduler.admit(job, may_run=pace is Pace.RUN, polls=pace is Pace.PARK, goes_on=pace is Pace.READ)
         except LaneClosed:
-            return self._again(job, may_run=may_run)
+            return self._again(job, pace)
         if job.lane.held:
             self.summon(job.task.version)
         return work
 
-    def _again(self, job: Job, *, may_run: bool) -> list[Job]:
+    def _again(self, job: Job, pace: Pace | None) -> list[Job]:
         """Puts a job whose version has gone to the one that answers now.  Raises: Refusal, with the task's version entered."""
         task: Task = job.task
         old = task.version
@@ -251,12 +252,12 @@ class Dataplane:
         self._settle(task, task.wanted)
         job.move(task.version.lane)
         demands(job, task)
-        return self._put(job, may_run=may_run)
+        return self._put(job, pace)
 
     def follow(self, job: Job) -> None:
         """Of a job that was taken out of the lane of a version which has gone: it waits for the one that answers now, or is refused."""
         try:
-            self._again(job, may_run=False)
+            self._again(job, None)
         except Exception as error:  # noqa: BLE001 - it is said to the caller
             self.refuse(job, error)
 

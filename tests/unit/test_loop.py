@@ -7,13 +7,18 @@ import time
 
 import pytest
 
+from agent.contract.manifest import Serving
 from agent.serving.access import Access, Grant
 from agent.serving.answers import Answer
-from agent.serving.routes import Kind, Route, Router
+from agent.serving.routes import Kind, Pace, Route, Router
+from agent.serving.scheduling.jobs import Job
+from agent.serving.scheduling.lanes import Lane
+from agent.serving.scheduling.scheduler import Scheduler
 from agent.serving.transport import loop as loops
 from agent.serving.transport.loop import Loop
 
 GET = b"GET /long HTTP/1.1\r\n\r\n"
+QUICK = b"GET /quick HTTP/1.1\r\n\r\n"
 
 
 class Service:
@@ -36,15 +41,22 @@ class Service:
 class Begun:
     """A loop that listens at an address of its own."""
 
-    def __init__(self, listener, path, service, *, threads=3, grant_of=None, epoll=None):
+    def __init__(self, listener, path, service, *, threads=3, grant_of=None, epoll=None, scheduler=None):
         self.listener = listener
         listener.bind(path)
         listener.listen(8)
         self.path = path
         grant = Grant(Access.CONTROL, "test")
-        router = Router([Route("GET", "/long", Access.NONE, lambda _: Answer())])
+        router = Router([Route("GET", path, Access.NONE, lambda _: Answer()) for path in ("/long", "/quick")])
         self.loop = Loop(
-            [listener], service, router, grant_of or (lambda _: grant), threads=threads, max_body_bytes=1024, max_connections=8
+            [listener],
+            service,
+            router,
+            grant_of or (lambda _: grant),
+            threads=threads,
+            max_body_bytes=1024,
+            max_connections=8,
+            scheduler=scheduler,
         )
         if epoll is not None:
             self.loop._epoll = self.loop._doors._epoll = epoll(self.loop._epoll)
@@ -250,15 +262,19 @@ def test_who_reads_a_long_answer_slowly_gets_all_of_it(begin, monkeypatch):
 
 
 class Counting:
-    """An epoll that counts how often a connection is put there."""
+    """An epoll that counts how often it is polled, and how often a connection is put there to be read from."""
 
     def __init__(self, epoll):
         self._epoll = epoll
-        self.registered = 0
+        self.registered = self.polled = 0
 
     def register(self, fd, events):
-        self.registered += 1
+        self.registered += bool(events)
         self._epoll.register(fd, events)
+
+    def poll(self, timeout_s):
+        self.polled += 1
+        return self._epoll.poll(timeout_s)
 
     def __getattr__(self, name):
         return getattr(self._epoll, name)
@@ -323,3 +339,148 @@ def test_a_client_that_goes_while_a_thread_stays_with_it_is_let_go(prompt, monke
     while prompt.loop._connections:
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+class Queued:
+    """Predictions of a model whose runs end when they are let, one by one; those for which no thread is free wait."""
+
+    def __init__(self, cost_s, together=1):
+        self.lane = Lane(Serving(max_batch_size=together))
+        self.lane.cost_s = cost_s
+        self.sizes = []  # of its runs
+        self.let = threading.Semaphore(0)
+        self.scheduler = Scheduler(1)
+
+    def kind(self, request, _grant):
+        return Kind.QUICK if request.match.route.pattern == "/quick" else Kind.PREDICT
+
+    def parks(self, request):
+        return request.match.route.pattern == "/long"
+
+    def keeps_order(self, _request):
+        return False
+
+    def expire(self): ...
+
+    def drop(self, job): ...
+
+    def answer(self, request, grant):
+        if self.kind(request, grant) is Kind.QUICK:
+            return Answer()
+        job, pace = Job(self.lane, request.seat, None, request.arrived_s), request.pace
+        job.key = self
+        work = self.scheduler.admit(job, may_run=pace is Pace.RUN, polls=pace is Pace.PARK, goes_on=pace is Pace.READ)
+        if not work:
+            return None
+        self.let.acquire()
+        self.scheduler.finished(work)
+        return Answer()
+
+    def run(self, work):
+        self.let.acquire()
+        self.sizes.append(len(work))
+        self.scheduler.finished(work, goes_on=True)
+        for job in work:
+            job.caller.deliver(Answer())
+
+    def one(self, asking):
+        """Lets the oldest run end, whose client asks again at once."""
+        self.let.release()
+        assert asking[0].recv(1000).startswith(b"HTTP/1.1 200")
+        asking[0].sendall(GET)
+        asking.append(asking.pop(0))
+
+    def wait_for(self, number):
+        """Until so many requests came to the scheduler."""
+        deadline = time.monotonic() + 10
+        while self.scheduler._number < number:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def crowd(begin, monkeypatch):
+    """Makes clients of a loop with one thread for long work. All have asked, and the thread takes one after the other."""
+    monkeypatch.setattr(loops, "KEEP_S", 1e12)
+    with contextlib.ExitStack() as clients:
+
+        def make(cost_s, *, count=3, together=1):
+            service = Queued(cost_s, together)
+            clients.callback(service.let.release, 1000)
+            begun = begin(service, threads=2, epoll=Counting, scheduler=service.scheduler)
+            asking = []
+            for number in range(1, count + 1):
+                asking.append(clients.enter_context(begun.connect()))
+                asking[-1].sendall(GET)
+                service.wait_for(number)
+            service.one(asking)  # which had not waited
+            service.wait_for(count + 1)
+            return begun.loop, service, asking
+
+        yield make
+
+
+@pytest.mark.timeout(60)
+def test_while_all_threads_are_at_work_clients_that_ask_again_wake_nobody(crowd):
+    loop, service, asking = crowd(1e-3)
+    registered, polled = loop._epoll.registered, loop._epoll.polled
+    for _ in range(20):
+        service.one(asking)
+    assert loop._epoll.registered == registered
+    assert loop._epoll.polled <= polled + 3, "it sweeps now and then"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("is_short", [True, False])
+def test_a_client_is_kept_waiting_for_a_short_run_and_not_for_a_long_one(crowd, is_short):
+    _, service, asking = crowd(1e-3 if is_short else float("inf"))
+    service.let.release()
+    assert asking[0].recv(1000).startswith(b"HTTP/1.1 200")
+    asking[0].sendall(QUICK)
+    if is_short:
+        asking[0].settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            asking[0].recv(1000)
+        asking[0].settimeout(10)
+        service.let.release()
+    assert asking[0].recv(1000).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.timeout(60)
+def test_clients_that_were_answered_together_are_answered_together_again(crowd):
+    _, service, asking = crowd(1e-3, count=4, together=2)
+    for again in (True, False, False):
+        service.let.release()
+        for _ in range(2):
+            client = asking.pop(0)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            if again:
+                client.sendall(GET)
+                asking.append(client)
+    assert service.sizes == [2, 2, 2]
+
+
+@pytest.mark.timeout(60)
+def test_a_client_that_goes_while_it_is_kept_is_let_go(crowd):
+    loop, service, asking = crowd(1e-3)
+    service.let.release()
+    assert asking[0].recv(1000).startswith(b"HTTP/1.1 200")
+    asking[0].close()
+    service.let.release()
+    deadline = time.monotonic() + 10
+    while len(loop._connections) > 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.timeout(60)
+def test_it_ends_while_clients_are_kept(crowd):
+    loop, service, asking = crowd(1e-3)
+    service.one(asking)
+    ending = threading.Thread(target=loop.stop, args=(10,))
+    ending.start()
+    service.let.release(1000)
+    ending.join(15)
+    assert loop._drained.is_set()
+    for client in asking:
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")

@@ -222,6 +222,16 @@ def test_who_polls_is_woken_when_it_would_look_too_late():
     assert bench.scheduler.look() == ([], False)
     bench.park(a, timeout_s=9.0)
     assert bench.woken == before + 2, "that it might run at once"
+    before = bench.woken
+    assert bench.scheduler.admit(bench.job(a), may_run=False, goes_on=True) == []
+    assert bench.woken == before, "who brings it asks for more when it is through"
+    a.cost_s = 20e-6
+    assert bench.scheduler.admit(bench.job(a), may_run=False, goes_on=True) == []
+    assert bench.woken == before + 1, "who polls does at once what is cheap"
+    bench, a = Bench(threads=2), lane()
+    bench.scheduler.begin()
+    assert bench.scheduler.admit(bench.job(a), may_run=False, goes_on=True) == []
+    assert bench.woken == 1, "a thread is free"
     assert busy_threads(1) == 1
     assert busy_threads(4) == 3
 

@@ -65,9 +65,10 @@ class Scheduler:
 
     # -- by who brings a job ---------------------------------------------------------------------------------------------------
 
-    def admit(self, job: Job, *, may_run: bool, polls: bool = False) -> list[Job]:
+    def admit(self, job: Job, *, may_run: bool, polls: bool = False, goes_on: bool = False) -> list[Job]:
         """The jobs to run now in this thread, which then calls `finished`; empty when they wait. The job itself may be among them,
-        or wait behind them. `polls`: this is the polling thread, which looks again by itself.
+        or wait behind them. `polls`: this is the polling thread, which looks again by itself. `goes_on`: this
+        thread asks for more when it is through.
 
         Raises: Refusal (400 unknown sequence, 503 the queue is full), LaneClosed.
         """
@@ -96,7 +97,9 @@ class Scheduler:
                     heapq.heappush(self._deadlines, (job.deadline_s, job.number))
             self._take(work)
             if not work and not polls:
-                self._tell(min(job.due_s if turn else NEVER, job.deadline_s))
+                # What no thread is free for, and is too long for the one that polls, is taken by whoever comes free, of which this is one.
+                taken = goes_on and not self._free and job.due_s <= now and lane.cost_s > INLINE_RUN_S
+                self._tell(min(job.due_s if turn and not taken else NEVER, job.deadline_s))
             return work
 
     def forget(self, lane: Lane, number: int | str) -> None:

@@ -9,6 +9,8 @@ The rules that keep it correct:
 - A connection that is handed over leaves the epoll first and comes back last, so exactly one thread owns it at any time.
 - A thread that has answered long work waits a moment for the next of the same client, if that one asks again at once and nobody else
   waits: then neither another thread nor another processor's cold cache has a part in it.
+- A thread that has answered a prediction which waited, and takes the next one, keeps that connection and looks at it when this run is
+  through: clients that ask again at once, while all threads are at work, wake nobody.
 - All threads but one may be at long work. What comes beyond that waits, and the next thread that is through takes the best of it
   (`scheduling` has the rules); the leader goes on leading, so a prediction that takes long never delays one that does not.
 - The connection of a prediction that waits is parked: it is at the epoll only so that the leader hears when its peer has gone.
@@ -19,6 +21,7 @@ The rules that keep it correct:
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import select
@@ -46,6 +49,7 @@ log = logging.getLogger(__name__)
 HAND_OVER_BYTES = 16 * 1024  # a body of which this much came in one read goes on coming: let another thread lead meanwhile
 PROMPT_S = 500e-6  # a client that asks again sooner than that after its answer is waited for
 STAY_MS = 1  # so long, by the thread that answered it
+KEEP_S = 5e-3  # a connection is kept during a run that takes no longer, if its client's last request came within two of these
 PATIENCE_MS = 2  # how long a thread waits for more of such a body before it gives the connection back to the epoll
 MIN_PROGRESS_BYTES = 4096  # and how much each such wait must bring: a trickling client must not hold a thread
 REQUESTS_IN_A_ROW = 32  # pipelined requests of one connection before others have their turn
@@ -98,6 +102,12 @@ class Seat:
         self._loop.deliver(self._connection, answer)
 
 
+class _Kept(threading.local):
+    """Of each thread: connections whose requests it answered in its last run. None while it leads, and of threads that are not the loop's."""
+
+    connections: list[Connection] | None = None
+
+
 class Loop:
     """Serves connections from `listeners` until `stop`. `grant_of` says what a new connection's peer may do, `memory_of` makes what
     holds the memory it shares.
@@ -128,10 +138,11 @@ class Loop:
         self._close = self._doors.close
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lead = threading.Lock()
+        self._kept = _Kept()
         self._ready: deque[tuple[int, int]] = deque()
         self._swept_s = time.perf_counter()
         self._scheduler = scheduler or Scheduler(busy_threads(threads))
-        self._chores = Chores(lambda connection: self._finish_safely(connection, control=True))
+        self._chores = Chores(functools.partial(self._safely, functools.partial(self._finish, control=True)))
         self.defer = self._chores.defer
         self._stopping_s = 0.0
         self._stopping = False
@@ -183,17 +194,34 @@ class Loop:
                 work = self._lead_until_long()
             if work is None:
                 return
-            while work is not None:
-                if isinstance(work, Connection):
-                    self._finish_safely(work)
-                else:
-                    self._service.run(work)
-                work = self._scheduler.next_for_thread()
+            self._work(work)
 
-    def _finish_safely(self, connection: Connection, *, control: bool = False) -> None:
+    def _work(self, work: Connection | list[Job] | None) -> None:
+        """Does long work, and then what waits, until nothing does."""
+        kept: list[Connection] = []
+        while work is not None:
+            if isinstance(work, Connection) or work[0].lane.cost_s > KEEP_S:
+                self._let_all_go(kept)
+                kept = []
+            self._kept.connections = []
+            if isinstance(work, Connection):
+                self._safely(self._finish, work)
+            else:
+                self._service.run(work)
+            for connection in kept:
+                self._safely(self._hear, connection)
+            kept, self._kept.connections = self._kept.connections, None
+            work = self._scheduler.next_for_thread()
+        self._let_all_go(kept)
+
+    def _let_all_go(self, kept: list[Connection]) -> None:
+        for connection in kept:
+            self._safely(self._put_back, connection)
+
+    def _safely(self, act: Callable[[Connection], None], connection: Connection) -> None:
         """A fault of ours, or memory that is not there, ends one connection and not the thread."""
         try:
-            self._finish(connection, control=control)
+            act(connection)
         except Exception:
             log.exception("a connection failed in an unforeseen way and is closed")
             if self._connections.get(connection.fd) is connection:
@@ -348,8 +376,8 @@ class Loop:
 
     # -- any thread ------------------------------------------------------------------------------------------------------------
 
-    def _finish(self, connection: Connection, *, control: bool = False) -> None:
-        """Serves a connection that is not in the epoll, and puts it back."""
+    def _finish(self, connection: Connection, *, control: bool = False, waits: bool = False) -> None:
+        """Serves a connection that is not in the epoll, and puts it back. `waits`: a prediction waits even if no other does."""
         request, connection.request = connection.request, None
         prompt = False
         while not connection.sending:
@@ -370,7 +398,7 @@ class Loop:
                     return
                 prompt = kind is not _QUICK and connection.arrived_s - connection.answered_s < PROMPT_S
             request.seat = connection.seat
-            if self._scheduler.waiting and not control and self._service.parks(request):
+            if (waits or self._scheduler.waiting) and not control and self._service.parks(request):
                 request.pace = Pace.READ
             answer = self._service.answer(request, connection.grant)
             if answer is None:
@@ -384,11 +412,24 @@ class Loop:
         if self._connections.get(connection.fd) is connection:  # not closed
             self._put_back(connection)
 
+    def _hear(self, connection: Connection) -> None:
+        """Of a connection that was kept: its next request, if it is there."""
+        if connection.receive() > 0:
+            self._finish(connection, waits=True)
+        else:
+            self._put_back(connection)  # whose leader will hear of an end, too
+
     def deliver(self, connection: Connection, answer: Answer) -> None:
         """The answer of a prediction that waited, by the thread that ran it."""
         try:
-            self._send(connection, answer)
-            if self._connections.get(connection.fd) is connection:
+            free = self._send(connection, answer)
+            prompt = connection.arrived_s - connection.answered_s < 2 * KEEP_S
+            connection.answered_s = time.perf_counter()
+            if self._connections.get(connection.fd) is not connection:  # closed
+                return
+            if prompt and free and self._kept.connections is not None and self._scheduler.waiting and not connection.buffered:
+                self._kept.connections.append(connection)
+            else:
                 self._put_back(connection)
         except Exception:
             log.exception("a connection failed in an unforeseen way and is closed")
