@@ -67,8 +67,8 @@ class Scheduler:
 
     def admit(self, job: Job, *, may_run: bool, polls: bool = False, goes_on: bool = False) -> list[Job]:
         """The jobs to run now in this thread, which then calls `finished`; empty when they wait. The job itself may be among them,
-        or wait behind them. `polls`: this is the polling thread, which looks again by itself. `goes_on`: this
-        thread asks for more when it is through.
+        or wait behind them. `polls`: this is the polling thread, which looks again by itself. `goes_on`: this thread asks for more
+        when it is through.
 
         Raises: Refusal (400 unknown sequence, 503 the queue is full), LaneClosed.
         """

@@ -10,7 +10,7 @@ The rules that keep it correct:
 - A thread that has answered long work waits a moment for the next of the same client, if that one asks again at once and nobody else
   waits: then neither another thread nor another processor's cold cache has a part in it.
 - A thread that has answered a prediction which waited, and takes the next one, keeps that connection and looks at it when this run is
-  through: clients that ask again at once, while all threads are at work, wake nobody.
+  through: clients that ask again at once, while all threads are at work, wake nobody. Should the run hang, the leader takes them back.
 - All threads but one may be at long work. What comes beyond that waits, and the next thread that is through takes the best of it
   (`scheduling` has the rules); the leader goes on leading, so a prediction that takes long never delays one that does not.
 - The connection of a prediction that waits is parked: it is at the epoll only so that the leader hears when its peer has gone.
@@ -102,12 +102,6 @@ class Seat:
         self._loop.deliver(self._connection, answer)
 
 
-class _Kept(threading.local):
-    """Of each thread: connections whose requests it answered in its last run. None while it leads, and of threads that are not the loop's."""
-
-    connections: list[Connection] | None = None
-
-
 class Loop:
     """Serves connections from `listeners` until `stop`. `grant_of` says what a new connection's peer may do, `memory_of` makes what
     holds the memory it shares.
@@ -138,7 +132,7 @@ class Loop:
         self._close = self._doors.close
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lead = threading.Lock()
-        self._kept = _Kept()
+        self._kept: dict[int, deque[Connection]] = {}  # by thread at long work; whoever takes one out owns it
         self._ready: deque[tuple[int, int]] = deque()
         self._swept_s = time.perf_counter()
         self._scheduler = scheduler or Scheduler(busy_threads(threads))
@@ -198,25 +192,26 @@ class Loop:
 
     def _work(self, work: Connection | list[Job] | None) -> None:
         """Does long work, and then what waits, until nothing does."""
-        kept: list[Connection] = []
+        kept = self._kept[threading.get_ident()] = deque()
         while work is not None:
             if isinstance(work, Connection) or work[0].lane.cost_s > KEEP_S:
                 self._let_all_go(kept)
-                kept = []
-            self._kept.connections = []
+            before = len(kept)
             if isinstance(work, Connection):
                 self._safely(self._finish, work)
             else:
                 self._service.run(work)
-            for connection in kept:
-                self._safely(self._hear, connection)
-            kept, self._kept.connections = self._kept.connections, None
+            with contextlib.suppress(IndexError):  # a run that took long: the leader let them go
+                for _ in range(before):
+                    self._safely(self._hear, kept.popleft())
             work = self._scheduler.next_for_thread()
+        del self._kept[threading.get_ident()]
         self._let_all_go(kept)
 
-    def _let_all_go(self, kept: list[Connection]) -> None:
-        for connection in kept:
-            self._safely(self._put_back, connection)
+    def _let_all_go(self, kept: deque[Connection]) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._safely(self._put_back, kept.popleft())
 
     def _safely(self, act: Callable[[Connection], None], connection: Connection) -> None:
         """A fault of ours, or memory that is not there, ends one connection and not the thread."""
@@ -427,8 +422,9 @@ class Loop:
             connection.answered_s = time.perf_counter()
             if self._connections.get(connection.fd) is not connection:  # closed
                 return
-            if prompt and free and self._kept.connections is not None and self._scheduler.waiting and not connection.buffered:
-                self._kept.connections.append(connection)
+            kept = self._kept.get(threading.get_ident())
+            if prompt and free and kept is not None and self._scheduler.waiting and not connection.buffered:
+                kept.append(connection)
             else:
                 self._put_back(connection)
         except Exception:
@@ -510,6 +506,8 @@ class Loop:
 
     def _sweep(self) -> None:
         self._swept_s = time.perf_counter()
+        for kept in list(self._kept.values()):  # by threads whose runs may hang
+            self._let_all_go(kept)
         self._scheduler.sweep()
         self._doors.sweep()
 
