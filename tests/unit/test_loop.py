@@ -15,6 +15,7 @@ from agent.serving.scheduling.jobs import Job
 from agent.serving.scheduling.lanes import Lane
 from agent.serving.scheduling.scheduler import Scheduler
 from agent.serving.transport import loop as loops
+from agent.serving.transport import spinning
 from agent.serving.transport.loop import Loop
 
 GET = b"GET /long HTTP/1.1\r\n\r\n"
@@ -498,3 +499,30 @@ def test_it_ends_while_clients_are_kept(crowd):
     assert loop._drained.is_set()
     for client in asking:
         assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.timeout(30)
+def test_it_stays_awake_for_a_client_that_asks_again_at_once_unless_another_thread_is_at_work(begin, monkeypatch):
+    monkeypatch.setattr(spinning, "SPIN_S", 5.0)
+    monkeypatch.setattr(spinning, "TAKEN_S", 5.0)
+    service = Queued(1.0)
+    begun = begin(service, epoll=Counting, scheduler=service.scheduler)
+
+    def polls(client):
+        """How often it polls while this client makes it wait, after it has asked again at once."""
+        for _ in range(10):
+            client.sendall(QUICK)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        before = begun.loop._epoll.polled
+        time.sleep(0.05)
+        return begun.loop._epoll.polled - before
+
+    with contextlib.ExitStack() as clients:
+        clients.callback(service.let.release, 1000)
+        prompt, long = clients.enter_context(begun.connect()), clients.enter_context(begun.connect())
+        assert polls(prompt) > 100
+        long.sendall(GET)
+        service.wait_for(1)
+        assert polls(prompt) <= 1
+        service.let.release()
+        assert long.recv(1000).startswith(b"HTTP/1.1 200")

@@ -6,6 +6,7 @@ run in parallel because engines release the interpreter's lock, and nobody waits
 
 The rules that keep it correct:
 - Whoever holds `_lead` leads; only the leader polls, accepts, and touches connections that are registered at the epoll.
+- Who leads sleeps while there is nothing to do, but for a client that asks again at once it stays awake a moment (`spinning`).
 - A connection that is handed over leaves the epoll first and comes back last, so exactly one thread owns it at any time.
 - A thread that has answered long work waits a moment for the next of the same client, if that one asks again at once and nobody else
   waits: then neither another thread nor another processor's cold cache has a part in it.
@@ -43,6 +44,7 @@ from agent.serving.transport.buffers import BufferPool
 from agent.serving.transport.chores import Chores
 from agent.serving.transport.connection import END, NOTHING, Connection
 from agent.serving.transport.doors import Doors
+from agent.serving.transport.spinning import Spinner
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +134,9 @@ class Loop:
         self._close = self._doors.close
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lead = threading.Lock()
-        self._kept: dict[int, deque[Connection]] = {}  # by thread at long work; whoever takes one out owns it
+        self._kept: dict[int, deque[Connection]] = {}  # of each thread at long work; whoever takes one out owns it
         self._ready: deque[tuple[int, int]] = deque()
+        self._spinner = Spinner()
         self._swept_s = time.perf_counter()
         self._scheduler = scheduler or Scheduler(busy_threads(threads))
         self._chores = Chores(functools.partial(self._safely, functools.partial(self._finish, control=True)))
@@ -255,8 +258,10 @@ class Loop:
             work = self._look(longest_s)
             if work:
                 return work
-        else:
+        elif self._kept:  # threads at long work, which want the processors
             self._ready.extend(self._epoll.poll(longest_s))
+        else:
+            self._ready.extend(self._spinner.poll(self._epoll.poll, longest_s))
         if self._stopping:
             self._drain()
         elif time.perf_counter() - self._swept_s > SWEEP_S:
