@@ -71,10 +71,10 @@ def test_among_several_clients_none_is_waited_for(epoll):
 
 def test_a_client_that_stops_asking_costs_one_moment(awake):
     looked = awake.looked
-    assert awake.ask(gap_s=60.0 / 100) == 1
+    assert awake.ask(gap_s=0.6) == 1
     assert (awake.looked - looked) * LOOK_S == pytest.approx(SPIN_S, rel=0.05)
     looked = awake.looked
-    assert awake.ask(gap_s=60.0 / 100, rounds=100) == 100
+    assert awake.ask(gap_s=0.6, rounds=100) == 100
     assert awake.looked == looked
 
 
