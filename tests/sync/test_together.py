@@ -17,6 +17,7 @@ from agent.store import Choice, Selection, Store
 from agent.sync.operator import overview
 from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway, ServeRefused
+from agent.sync.trust.desired import Desired
 from agent.sync.updating.states import States
 from agent.sync.updating.update import UpdateState
 from tests.sync.bench import Killed, numbers
@@ -79,12 +80,7 @@ def test_one_that_is_late_is_waited_for(crew: Crew):
 
 
 def test_one_that_fails_its_trial_keeps_all_where_they_are(crew: Crew):
-    def bad(request, *_):
-        if request.release.startswith("eye"):
-            raise Problem(Reason.GOLDEN_MISMATCH, "wrong")
-        return {}
-
-    crew.trial = bad
+    crew.trial = bad_for("eye")
     wanted(crew)
     crew.rounds(100)
 
@@ -94,12 +90,7 @@ def test_one_that_fails_its_trial_keeps_all_where_they_are(crew: Crew):
 
 
 def test_nobody_waits_for_a_refused_one_with_what_nobody_may_run(crew: Crew):
-    def bad(request, *_):
-        if request.release.startswith("eye"):
-            raise Problem(Reason.GOLDEN_MISMATCH, "wrong")
-        return {}
-
-    crew.trial = bad
+    crew.trial = bad_for("eye")
     wanted(crew)
     crew.rounds(100)
     crew.desire(NEW, together=("arm", "eye"), withdrawn={"arm": (1,)})
@@ -231,6 +222,51 @@ def test_a_team_that_cannot_be_reported_goes_back_as_one(crew: Crew):
     assert crew.runs == crew.on_disk() == OLD
     crew.all_in(P.STEADY, within=5000)
     assert crew.runs == NEW, "it was the network"
+
+
+class Turning(Crew):
+    """The fleet wants OLD again from the `turn`-th time on that somebody looks at what it wants."""
+
+    turn: int | None = None
+
+    def desired(self) -> Desired | None:
+        if self.turn is not None:
+            self.turn -= 1
+            if self.turn <= 0:
+                self.turn = None
+                self.desire(OLD)
+        return super().desired()
+
+
+@pytest.mark.parametrize("turn", range(1, 31))
+def test_one_is_not_switched_alone_when_the_team_is_dissolved_between_two_looks(turn: int, tmp_path: Path):
+    crew = Turning(tmp_path)
+    crew.begin()
+    for model, version in NEW.items():
+        crew.release(version, model=model, watch=WATCH)
+    crew.desire({"arm": 1, "eye": 4})
+    crew.trial = bad_for("eye")
+    crew.all_in(P.STEADY, P.QUARANTINED)
+    crew.serve.calls.clear()
+    wanted(crew)
+    crew.turn = turn
+    crew.rounds(40)
+
+    assert crew.turn is None
+    assert crew.runs == crew.on_disk() == OLD
+    assert [call for call in crew.serve.calls if call[0] in ("load", "activate", "rollback")] == []
+    assert [answer for answer in crew.updaters["arm"].state.answers if answer.release == 3] == []
+
+
+def bad_for(model: str) -> Callable:
+    """A trial that the releases of this model do not pass."""
+
+    def trial(request, *_):
+        if request.release.startswith(model):
+            raise Problem(Reason.GOLDEN_MISMATCH, "wrong")
+        return {}
+
+    return trial
 
 
 # -- any instruction ---------------------------------------------------------------------------------------------------------------

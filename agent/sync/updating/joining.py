@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from agent.contract.reports import Phase
 from agent.store import StoreError
+from agent.sync.trust.desired import Desired
 from agent.sync.updating import update
 from agent.sync.updating.model import AGAIN_S, REST_S, ModelWork
 from agent.sync.updating.update import Event
@@ -17,16 +18,15 @@ from agent.sync.updating.update import Event
 class Joining(ModelWork):
     """WAITING for the others."""
 
-    def _others(self) -> dict[str, int] | None:
+    def _others(self, desired: Desired | None) -> dict[str, int] | None:
         """Model → release of all that switch together with the target, itself among them; None when it switches alone."""
-        desired = self._s.desired()
         if desired is None or self.state.target is None or self.held:
             return None
         return desired.together(self.model, self.state.target)
 
     def _join(self) -> float:
         """Begins the switch of all when the last of them is ready. Called with `joint` held."""
-        members, team = self._others() or {}, []
+        members, team = self._others(self._s.desired()) or {}, []
         for model, release in sorted(members.items()):
             found = self if model == self.model else self._s.colleague(model)
             if self._serves_already(model, release):

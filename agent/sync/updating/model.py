@@ -137,7 +137,13 @@ class ModelWork:
 
     def _wanted(self) -> Wanted | None:
         """What the fleet wants, or what an operator on the device holds the model on; None before the fleet ever spoke."""
-        desired, pinned = self._s.desired(), self._s.holds.pinned(self.model)
+        return self._wanted_by(self._s.desired())
+
+    def _wanted_by(self, desired: Desired | None) -> Wanted | None:
+        """`_wanted`, by this word of the fleet. What is decided from several questions asks all of them of one word: another may come
+        between two.
+        """
+        pinned = self._s.holds.pinned(self.model)
         if pinned is not None and not (desired and desired.withdrawn(self.model, pinned)):
             return Wanted(pinned)
         if desired is None:

@@ -165,6 +165,8 @@ class Preparing(Joining):
     def _passed(self) -> None:
         now = self._s.clock.wall()
         why_not = self._may_serve()
+        if why_not == "overtaken":
+            return  # the next step sees it
         if why_not == "shadow" or self._shadows_first():
             self._apply(update.after(self.state, Event.PASSED_AS_SHADOW, now, interruptions=0))
         elif why_not is None:
@@ -179,13 +181,17 @@ class Preparing(Joining):
             message = "waits for `edge-agent approve`" if waits_for == "approval" else "waits"
             self._note(gates[waits_for], "waits", message)
 
-    def _may_serve(self, manifest: str | None = None) -> Literal["shadow"] | WaitsFor | None:
-        """None when the target may serve right now; else what it waits for. Windows and approvals of this device are about what is
-        new: going back, leaving what was withdrawn, and what is held by hand do not wait for them.
+    def _may_serve(self, manifest: str | None = None) -> Literal["shadow", "overtaken"] | WaitsFor | None:
+        """None when the target may serve right now; else what it waits for, or that something else is wanted since this step began.
+        Windows and approvals of this device are about what is new: going back, leaving what was withdrawn, and what is held by hand do not
+        wait for them.
         """
-        wanted = self._wanted()
+        desired = self._s.desired()
+        wanted = self._wanted_by(desired)
         if wanted is None:
             return None
+        if wanted.release != self.state.target:
+            return "overtaken"
         if wanted.mode == "shadow":
             return "shadow"
         manifest = manifest or self.state.manifest
@@ -195,7 +201,7 @@ class Preparing(Joining):
         local = dt.datetime.fromtimestamp(self._s.clock.wall()).astimezone()
         if not windows.is_open(wanted.window, local) or (new and not windows.any_open(self._s.settings.windows, local)):
             return "window"
-        return "others" if self._others() is not None else None
+        return "others" if self._others(desired) is not None else None
 
     def _asks_first(self) -> bool:
         if self._s.settings.approval == "always":
@@ -255,6 +261,8 @@ class Preparing(Joining):
             if self._expired() is None:
                 self._apply(update.after(self.state, self._to_serve(Event.WINDOW_OPEN), now, waiting_for=None, failure=None))
                 return 0.0
+        elif why_not == "overtaken":
+            return 0.0
         elif why_not not in {"shadow", self.state.waiting_for}:
             self._note_waiting(why_not)
             self._save(self.state.but(waiting_for=why_not))

@@ -42,6 +42,8 @@ class Shadowing(Preparing):
             if pause_s is not None:
                 return pause_s
         why_not = self._may_serve()
+        if why_not == "overtaken":
+            return 0.0
         running = self.state.shadowed is None or self.state.shadowed.verdict == "running"
         pause_s = self._s.settings.watch_poll_s if running else REST_S
         if why_not == "shadow" or (running and rules.required) or self._expired() is not None:

@@ -216,9 +216,10 @@ class ModelUpdater(Shadowing, Canarying, Switching):
 
     def _wait(self) -> float:
         """While it waits for another that is refused here, so perhaps for ever, nothing serves that nobody may run."""
-        others = {model: release for model, release in (self._others() or {}).items() if model != self.model}
+        desired = self._s.desired()
+        others = {model: release for model, release in (self._others(desired) or {}).items() if model != self.model}
         if any(self._s.quarantine.names_version(model, release) for model, release in others.items()):
-            desired, status = self._s.desired(), self._status()
+            status = self._status()
             selection = self._selection(status)
             if selection and desired and desired.withdrawn(self.model, selection.active.version):
                 self._serve_nothing(selection, status)
