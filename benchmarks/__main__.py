@@ -1,4 +1,5 @@
-"""The server beside what it cannot beat, all in one run: an echo on a Unix socket, and the engine in the process that asks.
+"""The server beside what it cannot beat, all in one run: an echo on a Unix socket, and the engine in the process that asks; and beside
+a server in C that has the engine and nothing else.
 
 Every figure is the median of the repeats, with the smallest and the largest: machines are noisy, compare within one run only.
 """
@@ -21,7 +22,8 @@ from rich.table import Table
 from benchmarks import measure, models, processes, sharing, under_load
 
 CLIENTS = (1, 4, 8)
-WIDTH = 190
+WIDTH = 230
+TITLE = "median (min-max) of the repeats; times in µs; bare: the threading model alone; C: the engine behind a socket, and nothing else"
 PROTOTYPE = Path(__file__).parents[2] / "shared/prototypes/leader_followers.py"
 
 
@@ -101,22 +103,28 @@ def _table(rows: Sequence[measure.Row]) -> Table:
         "engine/s",
         "failed",
     ]
-    bare = bool(rows[0].bare_p50_us)
-    if bare:
-        columns += ["p50 × bare", "requests/s × bare"]
-    table = Table(*columns, title="median (min-max) of the repeats; times in µs; bare: the threading model alone")
+    others = [("bare", "bare_p50_us", "bare_per_s"), ("C", "c_p50_us", "c_per_s")]
+    others = [other for other in others if getattr(rows[0], other[1])]
+    for name, _, _ in others:
+        columns += [f"p50 × {name}", f"requests/s × {name}"]
+    table = Table(*columns, title=TITLE)
     for row in rows:
         cells = [
-            row.model, str(row.clients), spread(row.echo_p50_us), spread(row.engine_p50_us), spread(row.p50_us), spread(row.p99_us),
+            row.model, str(row.clients), _us(row.echo_p50_us), _us(row.engine_p50_us), _us(row.p50_us), _us(row.p99_us),
             spread(row.ratios, 2) if row.clients == 1 else "-", spread(row.per_s, 0), spread(row.engine_per_s, 0), str(row.failures),
         ]  # fmt: skip
-        if row.bare_p50_us:
-            cells += [
-                spread([p / b for p, b in zip(row.p50_us, row.bare_p50_us, strict=True)], 2),
-                spread([p / b for p, b in zip(row.per_s, row.bare_per_s, strict=True)], 2),
-            ]
+        for _, p50_us, per_s in others:
+            cells += [_ratios(row.p50_us, getattr(row, p50_us)), _ratios(row.per_s, getattr(row, per_s))]
         table.add_row(*cells)
     return table
+
+
+def _us(values: Sequence[float]) -> str:
+    return spread(values, 1 if max(values) < 1000 else 0)
+
+
+def _ratios(values: Sequence[float], others: Sequence[float]) -> str:
+    return spread([a / b for a, b in zip(values, others, strict=True)], 2) if others else "-"
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

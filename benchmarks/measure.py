@@ -33,6 +33,8 @@ class Row:
     engine_per_s: list[float] = field(default_factory=list)
     bare_p50_us: list[float] = field(default_factory=list)
     bare_per_s: list[float] = field(default_factory=list)
+    c_p50_us: list[float] = field(default_factory=list)
+    c_per_s: list[float] = field(default_factory=list)
     failures: int = 0
 
     @property
@@ -83,10 +85,11 @@ def latency(
     with (
         processes.running(processes.agent("run", *{s.path for s in subjects}, "--socket", server), server),
         _bare(folder, subjects, prototype) as bare,
+        _c_servers(folder, subjects) as in_c,
     ):
         for _ in range(repeats):
             for subject in subjects:
-                _measure(rows, folder, load, subject, clients, seconds, server, bare)
+                _measure(rows, folder, load, subject, clients, seconds, server, bare, in_c.get(subject.name))
     return list(rows.values())
 
 
@@ -104,6 +107,19 @@ def _bare(folder: Path, subjects: Sequence[Subject], prototype: Path | None) -> 
         yield server
 
 
+@contextlib.contextmanager
+def _c_servers(folder: Path, subjects: Sequence[Subject]) -> Iterator[dict[str, Path]]:
+    """The socket of each subject's server in C; none where it cannot be built."""
+    with contextlib.ExitStack() as stack:
+        sockets = {}
+        for number, subject in enumerate(subjects):
+            path = folder / f"c{number}.sock"
+            if (command := processes.c_server(folder, subject, path)) is not None:
+                stack.enter_context(processes.running(command, path))
+                sockets[subject.name] = path
+        yield sockets
+
+
 def _measure(
     rows: dict[tuple[str, int], Row],
     folder: Path,
@@ -113,6 +129,7 @@ def _measure(
     seconds: float,
     server: Path,
     bare: Path | None,
+    in_c: Path | None,
 ) -> None:
     bare_request, request, shared = folder / "bare.request", folder / "request", None
     request.write_bytes(subject.request)
@@ -139,6 +156,11 @@ def _measure(
                 found = processes.drive(load, bare, bare_request, "http", count, seconds)
                 row.bare_p50_us.append(found["p50_us"])
                 row.bare_per_s.append(found["per_s"])
+            if in_c is not None:
+                found = processes.drive(load, in_c, request, "http", count, seconds, shared)
+                row.c_p50_us.append(found["p50_us"])
+                row.c_per_s.append(found["per_s"])
+                row.failures += found["failures"]
 
 
 def start(folder: Path, subject: Subject, repeats: int) -> dict[str, list[float]]:

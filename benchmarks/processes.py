@@ -12,20 +12,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 from agent.client import Client, ClientError
+from benchmarks.models import Subject
 
 HERE = Path(__file__).parent
 START_TIMEOUT_S = 20.0
+MAX_NAMING_BYTES = 4096  # a request that names memory is shorter
 
 
 def load_program(folder: Path) -> list[str]:
     """The command of the load generator: compiled where there is a C compiler, else Python's."""
-    compiler = shutil.which("cc")
+    program = _compiled(folder, "load")
+    return [sys.executable, str(HERE / "load.py")] if program is None else [str(program)]
+
+
+def c_server(folder: Path, subject: Subject, path: Path) -> list[str] | None:
+    """The command of the least server in C for this subject, at the socket `path`. None without a compiler or the engine's library."""
+    program = _compiled(folder, "server")
+    library = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*"), None)
+    if program is None or library is None:
+        return None
+    size = MAX_NAMING_BYTES if subject.shared else len(subject.request)
+    return [str(word) for word in (program, library, subject.path, path, size, *subject.array.shape)]
+
+
+def _compiled(folder: Path, name: str) -> Path | None:
+    compiler, program = shutil.which("cc"), folder / name
     if compiler is None:
-        return [sys.executable, str(HERE / "load.py")]
-    program = folder / "load"
-    subprocess.run([compiler, "-O2", "-Wall", "-pthread", "-o", str(program), str(HERE / "load.c")], check=True)
-    return [str(program)]
+        return None
+    if not program.exists():
+        subprocess.run([compiler, "-O2", "-Wall", "-pthread", "-o", str(program), str(HERE / f"{name}.c")], check=True)
+    return program
 
 
 def drive(

@@ -24,6 +24,7 @@ def test_the_quick_benchmark_fails_no_request(tmp_path: Path) -> None:
     for row in numbers["latency"]:
         assert row["failures"] == 0
         assert min(row["p50_us"]) > 0
+        assert min(row["c_p50_us"]) > 0
     assert "0 failed" in done.stdout
     assert numbers["swap"]["failures"] == 0
     assert set(numbers["mixed"]) == {"busy", "long", "dawdlers"}
