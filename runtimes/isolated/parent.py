@@ -75,6 +75,7 @@ class Process:
         self.on_death: Died = lambda _: None
         self.pid = 0
         self._ended = threading.Event()
+        self._told = threading.Event()  # whoever wanted to know of that knows
         self._lines: weakref.WeakSet[socket.socket] = weakref.WeakSet([self._control])
         self._lining = threading.Lock()
         self._is_ending = False
@@ -111,8 +112,11 @@ class Process:
         with self._lining:
             for line in self._lines:
                 _hang_up(line)
-        if not self._is_ending:
-            self.on_death(self.ending)
+        try:
+            if not self._is_ending:
+                self.on_death(self.ending)
+        finally:
+            self._told.set()
 
     def listen_on(self, line: socket.socket) -> None:
         """From now on who waits at `line` hears when the process ends."""
@@ -183,7 +187,8 @@ class Process:
         return not self._ended.is_set()
 
     def gone(self) -> RunFailed:
-        self._ended.wait(END_S)  # its sockets close a moment before it can be waited for
+        """Once whoever listens knows, so that nobody who hears of it and asks again meets the process that ended."""
+        self._told.wait(END_S)  # its sockets close a moment before it can be waited for
         return RunFailed(f"the model's process has ended ({self.ending})")
 
     def end(self, patience_s: float = END_S) -> None:

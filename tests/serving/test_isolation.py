@@ -175,7 +175,9 @@ def test_one_that_crashes_again_and_again_is_started_less_and_less_often(pair):
 
 
 def test_killed_under_load(pair):
-    """kill -9 of the child, as the kernel does when memory runs out: the other model fails nobody."""
+    """kill -9 of the child, as the kernel does when memory runs out: the other model fails nobody, and each client of this one at most what
+    it had asked by then.
+    """
     server, client = pair
     end, wrong, failures, done = threading.Event(), [], [], [0, 0]
 
@@ -207,7 +209,7 @@ def test_killed_under_load(pair):
             thread.join(DEADLINE_S)
     assert wrong == []
     assert {name for name, _ in failures} <= {"frail"}
-    assert len(failures) <= 4
+    assert len(failures) <= 2
     assert all("SIGKILL" in text for _, text in failures)
 
 

@@ -1,5 +1,6 @@
 """The parent's side of an isolated model, with a process that does not do its part."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -85,6 +86,37 @@ def test_all_who_wait_for_a_slot_hear_that_the_process_has_gone(path):
         assert len(ended) == 5
         del kept
     finally:
+        model.close()
+
+
+def test_a_run_fails_once_whoever_listens_knows(path):
+    """Who asks again at once must not meet the process that has ended."""
+    model = load(path)
+    told, go, known, ended = threading.Event(), threading.Event(), [], []
+
+    def died(how):
+        told.set()
+        go.wait(DEADLINE_S)
+        known.append(how)
+
+    def ask():
+        with contextlib.suppress(RunFailed):
+            while True:
+                model.run(feeds)
+        ended.append(list(known))
+
+    try:
+        feeds = inputs(model)
+        model.on_death(died)
+        asking = in_thread(ask)
+        os.kill(model.pid, signal.SIGKILL)
+        assert told.wait(DEADLINE_S)
+        asking.join(0.2)
+        go.set()
+        asking.join(DEADLINE_S)
+        assert ended == [["SIGKILL"]]
+    finally:
+        go.set()
         model.close()
 
 
