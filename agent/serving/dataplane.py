@@ -39,6 +39,16 @@ class OipForm:
     """The Open Inference Protocol."""
 
     def read(self, version: Version, call: Request) -> oip.Plan:
+        if call.plan is not None and call.plan[0] is version:
+            known: oip.Plan = call.plan[1]
+            return known
+        plan = self._read(version, call)
+        if plan.reusable:
+            call.plan = (version, plan)
+        return plan
+
+    @staticmethod
+    def _read(version: Version, call: Request) -> oip.Plan:
         body, length = call.body, call.header_length
         if length is not None and length > len(body):
             raise Refusal(400, f"inference header size should be in range (0, {len(body)}), got: {length}")
@@ -63,7 +73,7 @@ class OipForm:
 
 
 OIP = OipForm()
-_RUN = Pace.RUN
+_RUN, _READ, _PARK = Pace.RUN, Pace.READ, Pace.PARK
 
 
 class Dataplane:
@@ -219,7 +229,7 @@ class Dataplane:
         """Its job, and the jobs to run now in this thread.  Raises: Refusal, and the task's version is left."""
         task.wanted = wanted
         try:
-            if pace is not Pace.PARK or task.version.lane.sequences is not None or task.is_short(LEADER_JSON_BYTES):
+            if pace is not _PARK or task.version.lane.sequences is not None or task.is_short(LEADER_JSON_BYTES):
                 task.understand()
                 self._settle(task, wanted)
             job = Job(task.version.lane, caller, task, task.arrived_s)
@@ -233,7 +243,7 @@ class Dataplane:
     def _put(self, job: Job, pace: Pace | None) -> list[Job]:
         """`pace` None: it waits, and this thread does nothing more for it."""
         try:
-            work = self.scheduler.admit(job, may_run=pace is Pace.RUN, polls=pace is Pace.PARK, goes_on=pace is Pace.READ)
+            work = self.scheduler.admit(job, may_run=pace is _RUN, polls=pace is _PARK, goes_on=pace is _READ)
         except LaneClosed:
             return self._again(job, pace)
         if job.lane.held:

@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal
 from agent.serving.scheduling.jobs import Caller
-from agent.serving.shared.regions import Regions
+from agent.serving.shared.regions import ConnectionRegions
 from agent.serving.transport.compression import Coding
 
 MAX_CACHED_URLS = 1024
@@ -44,7 +44,9 @@ _RUN = Pace.RUN  # looking a member up at its class takes as long as all else th
 class Request:
     """A complete request. `body` is valid until its answer is sent; `arrived_s` is a perf_counter."""
 
-    __slots__ = ("arrived_s", "body", "coding", "header_length", "known", "match", "pace", "regions", "seat", "strays", "trace")
+    __slots__ = (
+        "arrived_s", "body", "coding", "header_length", "known", "match", "pace", "plan", "regions", "seat", "strays", "trace",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -52,7 +54,7 @@ class Request:
         body: memoryview,
         header_length: int | None,
         arrived_s: float,
-        regions: Regions | None = None,
+        regions: ConnectionRegions | None = None,
         coding: Coding | None = None,
     ) -> None:
         self.match = match
@@ -66,6 +68,7 @@ class Request:
         self.strays = False  # the tensors in the body do not begin where vector instructions like it
         # What whoever answers made of all but the tensors, if it holds for any tensors in this place: see `renew`.
         self.known: Any = None
+        self.plan: Any = None  # the same of its JSON alone, which holds wherever the tensors are
         self.seat: Caller | None = None  # who is given the answer of a prediction that waits; None: the thread waits for it
 
     def renew(self, arrived_s: float) -> None:

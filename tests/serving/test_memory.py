@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import mmap
 import os
 import re
@@ -101,6 +102,63 @@ def test_a_prediction_from_memory_that_came_with_the_connection(server, fd):
         assert (status, answer["outputs"][0]["data"]) == (200, (ROWS * 3).ravel().tolist())
         os.pwrite(fd, (ROWS + 1).tobytes(), 64)
         assert infer(sock, "mine", offset=64)[1]["outputs"][0]["data"] == ((ROWS + 1) * 3).ravel().tolist()
+
+
+def repeat(sock, region, model="scale", datatype="FP32", shape=(2, 4)):
+    """The status of the answer, and its values: of a request whose every byte is that of the one before, as clients in a loop send it."""
+    size = math.prod(shape) * (4 if datatype == "FP32" else 1)
+    parameters = {"shared_memory_region": region, "shared_memory_byte_size": size}
+    given = {"name": "x", "datatype": datatype, "shape": list(shape), "parameters": parameters}
+    document = json.dumps({"inputs": [given], "parameters": {"binary_data_output": True}}).encode()
+    sock.sendall(request("POST", f"/v2/models/{model}/infer", document, Inference_Header_Content_Length=len(document)))
+    status, headers, body = read_answer(sock)
+    if status != 200:
+        return status, body.decode()
+    return status, np.frombuffer(
+        body, "<f4" if datatype == "FP32" else "?", offset=int(headers["inference-header-content-length"])
+    ).tolist()
+
+
+def test_the_same_request_again_reads_what_is_there_then(server, fd):
+    with server.connect() as sock:
+        register(sock, "mine", 4096, fd)
+        for n in range(5):
+            os.pwrite(fd, (ROWS + n).tobytes(), 0)
+            assert repeat(sock, "mine") == (200, ((ROWS + n) * 3).ravel().tolist())
+
+
+def test_the_same_request_again_after_its_region_became_another_one(server, fd):
+    other = sealed(4096)
+    os.pwrite(other, (ROWS + 100).tobytes(), 0)
+    with server.connect() as sock:
+        register(sock, "stays", 4096, fd)  # so that descriptors are looked for
+        for made, rows in ((fd, ROWS), (other, ROWS + 100)):
+            assert register(sock, "mine", 4096, made)[0] == 200
+            assert [repeat(sock, "mine") for _ in range(3)] == [(200, (rows * 3).ravel().tolist())] * 3
+            sock.sendall(request("POST", "/v2/edge/memory/mine/unregister"))
+            assert read_answer(sock)[0] == 200
+            assert repeat(sock, "mine")[0] == 404
+    os.close(other)
+
+
+def test_memory_that_was_asked_for_again_and_again_goes_when_it_is_unregistered(server, fd):
+    before = descriptors(server)
+    with server.connect() as sock:
+        register(sock, "mine", 4096, fd)
+        for _ in range(3):
+            repeat(sock, "mine")
+        sock.sendall(request("POST", "/v2/edge/memory/mine/unregister"))
+        read_answer(sock)
+        until(lambda: descriptors(server) <= before + 1)  # the connection's own
+
+
+def test_flags_are_checked_each_time(server, fd):
+    with server.connect() as sock:
+        register(sock, "mine", 4096, fd)
+        for value in (1, 2, 0, 255):
+            os.pwrite(fd, bytes([1, 0, value, 1]), 0)
+            status, said = repeat(sock, "mine", "flags", "BOOL", (4,))
+            assert (status, said) == (200, [True, False, value == 1, True]) if value < 2 else status == 400
 
 
 def test_an_output_goes_there_too(server, fd):
@@ -402,6 +460,14 @@ def test_a_named_region_is_used_from_any_connection_of_its_owner(server, shm):
     assert post(server, REGION + "/unregister")[0] == 200
     assert server.raw(request("GET", REGION + "/status"))[0] == 404
     assert Path("/dev/shm", shm.name).exists(), "it belongs to the client"
+
+
+def test_the_same_request_again_after_others_took_a_named_region_away(server, shm):
+    assert post(server, REGION + "/register", {"key": shm.name, "byte_size": 4096})[0] == 200
+    with server.connect() as sock:
+        assert [repeat(sock, "sys")[0] for _ in range(3)] == [200] * 3
+        assert post(server, REGION + "/unregister")[0] == 200
+        assert repeat(sock, "sys")[0] == 404
 
 
 def test_an_owner_that_shrinks_it_breaks_only_its_own_request(server, shm):

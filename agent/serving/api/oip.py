@@ -34,7 +34,7 @@ from agent.serving.api.parameters import (
 )
 from agent.serving.api.strict import check_keys
 from agent.serving.inference import SequenceDemand
-from agent.serving.shared.regions import Regions
+from agent.serving.shared.regions import ConnectionRegions, Regions
 from agent.serving.transport.buffers import ALIGNMENT, aligned
 from runtimes.check import shape_text
 from runtimes.contract import Array, TensorSpec
@@ -102,12 +102,22 @@ class Plan:
         plain = all(dtype.kind not in "Ob" and not alone for _, dtype, _, _, _, alone in self.views)
         return plain and not (self.values or self.shared or self.rules)
 
-    def feeds(self, body: memoryview, regions: Regions | None = None, *, strays: bool = False) -> dict[str, Array]:
+    @property
+    def _only_views(self) -> bool:
+        """Whether its feeds are views of the client's memory, and nothing else is looked up."""
+        views = all(tensors.is_view(spec, place.offset) for spec, _, place in self.shared)
+        return views and not (self.views or self.values or self.rules)
+
+    def feeds(self, body: memoryview, regions: ConnectionRegions | None = None, *, strays: bool = False) -> dict[str, Array]:
         """The inputs as arrays. They are views into `body` and `regions`, valid as long as these are. `strays` says that the tensors in
         `body` do not begin at a multiple of ALIGNMENT: then they are copied to where they do, as is each one that strays by itself.
 
         Raises: Refusal (400; 404 for a region that is not there; also for one that an output is to go to).
         """
+        if self.shared and regions is not None:
+            known: dict[str, Array] | None = regions.recall(self)
+            if known is not None:
+                return known
         feeds: dict[str, Array] = self.values.copy()
         for name, dtype, shape, offset, size, alone in self.views:
             if dtype.kind == "O":
@@ -123,9 +133,11 @@ class Plan:
             self._look_up(feeds, regions)
         return feeds
 
-    def _look_up(self, feeds: dict[str, Array], regions: Regions | None) -> None:
+    def _look_up(self, feeds: dict[str, Array], regions: ConnectionRegions | None) -> None:
         for spec, shape, place in self.shared:
             feeds[spec.name] = tensors.from_memory(spec, shape, _offered(regions).view(place.region, place.offset, place.size))
+        if regions is not None and self._only_views:
+            regions.keep(self, feeds, [place.region for _, _, place in self.shared])
         for rule in self.rules:
             if rule is not None and rule.place is not None:
                 _offered(regions).check(rule.place.region, rule.place.offset, rule.place.size)

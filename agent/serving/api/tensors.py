@@ -224,6 +224,11 @@ def from_memory(spec: TensorSpec, shape: tuple[int, ...], memory: memoryview) ->
     return array
 
 
+def is_view(spec: TensorSpec, offset: int) -> bool:
+    """Whether `from_memory` gives a view of memory that lies at `offset` of a page, and no copy."""
+    return spec.datatype not in {"BYTES", "BOOL"} and offset % spec.dtype.itemsize == 0
+
+
 def write_bytes(array: Array) -> bytes:
     """BYTES elements in row-major order, each after its length."""
     return b"".join(piece for element in array.flat for piece in (_LENGTH.pack(len(element)), element))

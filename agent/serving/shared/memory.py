@@ -21,6 +21,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from agent.serving.answers import Buffer, Refusal
 from agent.serving.shared.regions import check_fits, check_range, not_found
@@ -33,6 +34,7 @@ CONNECTION_SHARE = 4  # a connection may map this part of what all may
 MAX_NAME_CHARS = 256
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 ANCILLARY_BYTES = socket.CMSG_SPACE(2 * array.array("i").itemsize)  # one is taken; a second shows that there were several
+CLOSE_ON_EXEC, CUT = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)  # each `&` of the enumeration makes a member anew
 NONE_CAME = (
     "no descriptor came with this request: send one memfd as SCM_RIGHTS with its bytes. "
     "From now on this connection looks for descriptors again, so send it once more"
@@ -122,7 +124,7 @@ class ClientMemory:
     `attentive`: descriptors may come, or something is to be forgotten when the request ends.
     """
 
-    __slots__ = ("_budget", "_held", "_largest", "_regions", "_system", "_touched", "_uid", "_waiting", "attentive")
+    __slots__ = ("_budget", "_held", "_kept", "_largest", "_regions", "_system", "_touched", "_uid", "_waiting", "attentive")
 
     def __init__(self, budget: MemoryBudget, system: SystemMemory, uid: int) -> None:
         self.attentive = True
@@ -136,14 +138,15 @@ class ClientMemory:
         self._waiting: list[int | str] = []  # descriptors that came, or why one that came was dropped
         self._touched = False
         self._largest = 0
+        self._kept: tuple[object, Any] | None = None  # replaced as a whole: whoever runs the request reads it, too
 
     # -- descriptors ---------------------------------------------------------------------------------------------------------
 
     def receive(self, sock: socket.socket, room: memoryview) -> int:
         """As recv_into.  Raises: OSError."""
-        count, ancillary, flags, _ = sock.recvmsg_into((room,), ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
-        if ancillary or flags & socket.MSG_CTRUNC:
-            self._take(ancillary, cut=bool(flags & socket.MSG_CTRUNC))
+        count, ancillary, flags, _ = sock.recvmsg_into((room,), ANCILLARY_BYTES, CLOSE_ON_EXEC)
+        if ancillary or flags & CUT:
+            self._take(ancillary, cut=bool(flags & CUT))
         return count
 
     def _take(self, ancillary: Iterable[tuple[int, int, bytes]], *, cut: bool) -> None:
@@ -176,6 +179,7 @@ class ClientMemory:
 
     def close(self) -> None:
         self._drop_waiting()
+        self._kept = None
         self._regions.clear()
         self._held.clear()
 
@@ -183,6 +187,7 @@ class ClientMemory:
 
     def register(self, name: str, size: int) -> None:
         """Maps the memfd that came with this request.  Raises: Refusal."""
+        self._kept = None
         self._touched = self.attentive = True
         waiting = self._waiting.pop(0) if self._waiting else None
         if not isinstance(waiting, int):
@@ -216,6 +221,7 @@ class ClientMemory:
     def unregister(self, name: str | None) -> None:
         """One region or all. A name that is not there is as good as gone; what is in use stays until it is not."""
         self._touched = self.attentive = True
+        self._kept = None
         if name is None:
             self._regions.clear()
         else:
@@ -256,6 +262,14 @@ class ClientMemory:
 
     def store(self, name: str, offset: int, size: int, data: Buffer) -> None:
         (self._held.get(name) or self._find(name)).store(name, offset, size, data)
+
+    def keep(self, key: object, made: Any, names: Iterable[str]) -> None:
+        if all(name in self._regions for name in names):  # a system region may go at any time by what others do
+            self._kept = (key, made)
+
+    def recall(self, key: object) -> Any:
+        kept = self._kept
+        return kept[1] if kept is not None and kept[0] is key else None
 
     def _find(self, name: str) -> _Region | SystemRegion:
         region = self._regions.get(name) or self._system.find(self._uid, name)

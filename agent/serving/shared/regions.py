@@ -6,7 +6,8 @@ registered. A connection's own are looked for first.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from agent.serving.answers import Buffer, Refusal
 
@@ -38,6 +39,18 @@ class Regions(Protocol):
 
         Raises: Refusal (400 when they do not fit, and as `view`).
         """
+        ...
+
+
+class ConnectionRegions(Regions, Protocol):
+    """Those that the requests of one connection can name, of which nobody else changes the connection's own."""
+
+    def keep(self, key: object, made: Any, names: Iterable[str]) -> None:
+        """Keeps what was made of views of the regions with these names until one of them may be another one; or does not."""
+        ...
+
+    def recall(self, key: object) -> Any:
+        """What was last kept, if it was for the very same `key` and still holds; else None."""
         ...
 
 
