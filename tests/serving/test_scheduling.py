@@ -183,7 +183,7 @@ def test_a_bounded_model_leaves_threads_to_others(device):
 
 def test_a_tiny_model_is_answered_while_all_threads_are_at_long_work(slow):
     server = slow()
-    busy = [Sent(server, long(1.0)) for _ in range(4)]
+    busy = [Sent(server, long(1.0)) for _ in range(16)]
     with server.client() as client:
         for _ in range(20):
             assert np.array_equal(client.infer("scale", np.ones((1, 4), np.float32))["y"], np.ones((1, 4), np.float32))
