@@ -17,7 +17,7 @@ from agent.serving.scheduling import batching
 from agent.serving.scheduling.jobs import Job
 from agent.serving.scheduling.scheduler import Scheduler
 from agent.serving.tasks import Task, expired
-from runtimes.contract import Array, InputInvalid, Model
+from runtimes.contract import Array, InputInvalid
 
 
 def demands(job: Job, task: Task) -> None:
@@ -25,7 +25,8 @@ def demands(job: Job, task: Task) -> None:
     plan, lane = task.plan, job.lane
     if plan is None:
         return
-    job.wants(plan.priority, plan.timeout_s, plan.sequence)
+    if plan.priority or plan.timeout_s is not None or plan.sequence is not None:
+        job.wants(plan.priority, plan.timeout_s, plan.sequence)
     if lane.batches:
         if task.feeds is None:
             task.unpack()
@@ -45,12 +46,10 @@ class Runner:
         more when it is through.  Never raises.
         """
         try:
-            now = time.perf_counter()
-            batch = [job for job in work if job.deadline_s >= now]
-            together = len(batch) > 1 and self._together(batch)
-            for job in work:
-                if not together or job.deadline_s < now:
-                    self._alone(job)
+            if len(work) == 1:
+                self._alone(work[0])
+            else:
+                self._batch(work)
         finally:
             self._scheduler.finished(work, goes_on=goes_on)
         for job in work:
@@ -77,6 +76,14 @@ class Runner:
         """Of a job that was cancelled: nobody waits for an answer."""
         job.task.version.stats.cancelled += 1
         job.task.version.leave()
+
+    def _batch(self, work: list[Job]) -> None:
+        now = time.perf_counter()
+        timely = [job for job in work if job.deadline_s >= now]
+        together = len(timely) > 1 and self._together(timely)
+        for job in work:
+            if not together or job.deadline_s < now:
+                self._alone(job)
 
     def _together(self, work: list[Job]) -> bool:
         """One run for all of them. False when it failed."""
@@ -113,25 +120,23 @@ class Runner:
             started = time.perf_counter()
             if started > job.deadline_s:
                 raise expired()  # noqa: TRY301
-            task.arrays = self._run(job, version.model)
+            assert version.model is not None
+            assert task.feeds is not None
+            outputs = task.plan.outputs if task.plan is not None else None
+            if job.sequence is None:
+                task.arrays = version.model.run(task.feeds, outputs)
+            else:
+                task.arrays = _in_sequence(job, version.model, outputs)
             task.run_s = time.perf_counter() - started
         except Exception as error:  # noqa: BLE001 - it is said to the caller
             task.error = error
             return
         version.measured(task.run_s)
-        version.stats.executed(job.rows)
+        stats = version.stats
+        stats.executions += 1
+        stats.inferences += job.rows
         if job.lane.batches:
-            version.stats.batched(job.rows, task.input_s, task.run_s, 0.0)
-
-    @staticmethod
-    def _run(job: Job, model: Model | None) -> list[Array]:
-        assert model is not None
-        task: Task = job.task
-        assert task.feeds is not None
-        outputs: Sequence[str] | None = task.plan.outputs if task.plan else None
-        if job.sequence is None:
-            return model.run(task.feeds, outputs)
-        return _in_sequence(job, model, outputs)
+            stats.batched(job.rows, task.input_s, task.run_s, 0.0)
 
 
 def _in_sequence(job: Job, model: Any, outputs: Sequence[str] | None) -> list[Array]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 
 from agent.serving.access import Grant
 from agent.serving.answers import Answer, Refusal, refusal_answer
@@ -22,6 +24,8 @@ class Service:
     def __init__(self, dataplane: Dataplane, max_body_bytes: int) -> None:
         self._dataplane = dataplane
         self._max_body = max_body_bytes
+        # Runs predictions that waited, for a thread that then asks the scheduler for more.  Never raises.
+        self.run: Callable[[list[Job]], None] = functools.partial(dataplane.runner.run, goes_on=True)
 
     def kind(self, request: Request, grant: Grant) -> Kind:
         """QUICK when the answer is there at once, whatever it will be; PREDICT when it takes long; CONTROL for the control thread."""
@@ -42,10 +46,6 @@ class Service:
     def keeps_order(self, request: Request) -> bool:
         """Whether such a request is to be admitted by the thread that polls, so that it stays in the order of arrival."""
         return self._dataplane.keeps_order(request.match)
-
-    def run(self, work: list[Job]) -> None:
-        """Runs predictions that waited, for a thread that then asks the scheduler for more.  Never raises."""
-        self._dataplane.runner.run(work, goes_on=True)
 
     def expire(self) -> None:
         """Answers those that have waited until their deadline."""

@@ -49,6 +49,8 @@ class Form(Protocol):
 class Task:
     """One prediction. Times are perf_counters; `input_s` is what reading it and joining it with others took so far."""
 
+    __slots__ = ("arrays", "arrived_s", "error", "feeds", "input_s", "plan", "run_s", "version", "wanted")
+
     def __init__(self, version: Version, arrived_s: float) -> None:
         self.version = version
         self.wanted: str | None = None  # the number or label that was asked for
@@ -92,6 +94,8 @@ class Task:
 class Call(Task):
     """A prediction that came as an HTTP request."""
 
+    __slots__ = ("form", "request")
+
     def __init__(self, version: Version, request: Request, form: Form) -> None:
         super().__init__(version, request.arrived_s)
         self.request = request
@@ -127,6 +131,8 @@ class Call(Task):
 
 class Direct(Task):
     """A prediction of a caller that has arrays and wants arrays."""
+
+    __slots__ = ("_given", "refused")
 
     def __init__(self, version: Version, feeds: Mapping[str, Array], demand: Demand) -> None:
         super().__init__(version, demand.arrived_s)

@@ -489,6 +489,43 @@ def test_a_client_that_goes_while_it_is_kept_is_let_go(crowd):
 
 
 @pytest.mark.timeout(60)
+def test_a_client_that_goes_during_a_wait_that_was_to_be_short_is_let_go_after_a_while(crowd, monkeypatch):
+    loop, service, asking = crowd(1e-3)
+    service.one(asking)
+    service.one(asking)
+    service.wait_for(5)  # the one before the last waits again, and the run that it waits for hangs
+    gone = asking.pop(-2)
+    registered = loop._epoll.registered
+    gone.close()
+    assert loop._epoll.registered == registered
+    monkeypatch.setattr(loops, "SWEEP_S", 0.1)
+    loop._wake_up()
+    deadline = time.monotonic() + 10
+    while len(loop._connections) > 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    service.let.release(1000)
+    for client in asking:
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("held", [False, True])
+def test_a_client_that_goes_during_a_wait_that_may_be_long_is_let_go_at_once(crowd, held):
+    loop, service, asking = crowd(1e-3 if held else 1.0)
+    service.one(asking)
+    service.lane.held = held
+    service.one(asking)
+    service.wait_for(5)
+    asking.pop(-2).close()
+    deadline = time.monotonic() + 10
+    while len(loop._connections) > 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    service.lane.held = False
+
+
+@pytest.mark.timeout(60)
 def test_it_ends_while_clients_are_kept(crowd):
     loop, service, asking = crowd(1e-3)
     service.one(asking)

@@ -95,6 +95,17 @@ def lane(sequences=None, **rules):
     return made
 
 
+def test_what_is_done_while_a_job_waits_is_done_before_any_thread_takes_it_or_not_at_all():
+    bench = Bench()
+    job = bench.park(Lane(Serving()))
+    done = []
+    bench.scheduler.while_it_waits(job, lambda: done.append(job.caller.is_parked))
+    assert bench.scheduler.begin()
+    assert bench.scheduler.next_for_thread() == [job]
+    bench.scheduler.while_it_waits(job, lambda: done.append("taken"))
+    assert done == [True]
+
+
 def test_priority_then_arrival_over_all_models():
     bench, a, b = Bench(), lane(), lane(default_priority=2)
     for where, name, priority in ((a, "a5", 0), (a, "a7", 7), (b, "b2", 0), (a, "a1", 1), (a, "a5 too", 5), (b, "b10", 99)):

@@ -24,6 +24,9 @@ class Place(Enum):
     GONE = "gone"
 
 
+NEW, WAITING, TAKEN, GONE = Place  # looking a member up at its class takes longer than all else that is done with it
+
+
 class Caller(Protocol):
     """Whom a job is for. The scheduler calls `parked`, `taken` and `granted` while it holds its lock: they do little, and ask it
     nothing.
@@ -67,13 +70,13 @@ class Job:
         """Begins anew on another lane; what its caller demands is to be told again."""
         self.lane = lane
         self.level = lane.rules.default_priority
-        self.deadline_s = lane.deadline_s(self.arrived_s, None)
+        self.deadline_s = NEVER if lane.timeout_s is None else lane.deadline_s(self.arrived_s, None)
         self.is_limited = False  # whether the deadline is only for the time that the lane is held
         self.demand: SequenceDemand | None = None
         self.sequence: Sequence | None = None
         self.key: Hashable = None  # jobs of equal keys may run together; None: alone
         self.rows = 1
-        self.place = Place.NEW
+        self.place = NEW
 
     def limit(self, deadline_s: float) -> None:
         """Of a job that would wait for ever: how long for a model that comes back."""

@@ -36,6 +36,7 @@ class Lane:
         self.cost_s = NEVER
         self.running = 0
         self.waiting = 0  # those in the queue, and those of sequences whose turn has not come
+        self.with_threads = 0  # of them, those whose callers can do the work themselves
         self._queue: list[Job] = []
         self._rows: dict[Hashable, int] = {}  # of those in the queue that have a key
         self._due_s = NEVER
@@ -67,10 +68,14 @@ class Lane:
 
     def put(self, job: Job, now_s: float) -> None:
         job.due_s = now_s
+        queue = self._queue
         if job.key is not None and self.delay_s:
             spare_s = (job.deadline_s - self.cost_s - now_s) / 2  # the other half is for threads that come late
             job.due_s = now_s + max(0.0, min(self.delay_s, spare_s))
-        insort(self._queue, job)
+        if not queue or (queue[-1].level <= job.level and queue[-1].number < job.number):  # as nearly always
+            queue.append(job)
+        else:
+            insort(queue, job)
         if job.key is not None:
             self._rows[job.key] = self._rows.get(job.key, 0) + job.rows
         self._due_s = min(self._due_s, job.due_s)
@@ -79,11 +84,16 @@ class Lane:
         """Of a job that is in the queue; one of a sequence whose turn has not come is not."""
         if job in self._queue:
             self._queue.remove(job)
-            self._forget([job])
+            if self.batches:
+                self._forget([job])
 
     def ready(self, now_s: float, *, only_with_thread: bool = False) -> list[Job]:
         """What is to run next, empty while nothing is. `only_with_thread` looks at jobs whose callers can do it themselves."""
-        if not self._queue or not self.room or (now_s < self._due_s and not self._any_full()):
+        if not self._queue or not self.room:
+            return []
+        if not self.batches and not only_with_thread:  # then nobody waits for others
+            return [self._queue[0]]
+        if now_s < self._due_s and not self._any_full():
             return []
         seen: set[Hashable] = set()
         for job in self._queue:
@@ -103,7 +113,8 @@ class Lane:
         """Begins a run of them."""
         for job in jobs:
             self._queue.remove(job)
-        self._forget(jobs)
+        if self.batches:
+            self._forget(jobs)
         self.running += 1
 
     def _any_full(self) -> bool:
@@ -127,6 +138,7 @@ class Lane:
         return jobs, rows == self.rules.max_batch_size or rows in self.rules.preferred_batch_sizes
 
     def _forget(self, jobs: list[Job]) -> None:
+        """What was gathered from them. Where nothing is gathered, whatever waits is due."""
         for job in jobs:
             if job.key is None:
                 continue

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agent.serving.answers import Refusal
-from agent.serving.scheduling.jobs import NEVER, Job, Place
+from agent.serving.scheduling.jobs import GONE, NEVER, TAKEN, WAITING, Job
 from agent.serving.scheduling.lanes import INLINE_RUN_S, Lane
 
 RETRY = ((b"retry-after", b"1"),)
@@ -84,22 +84,26 @@ class Scheduler:
             if turn:
                 lane.put(job, now)
             work = lane.ready(now) if turn and may_run else []
-            if job not in work and not self._has_room(lane):
+            if job not in work and (lane.waiting >= lane.rules.max_queue_size or self.waiting >= self._limit):
                 lane.remove(job)
-                self._release(job, now, ran=False)
+                if job.sequence is not None:
+                    self._release(job, now, ran=False)
                 raise Refusal(503, "Exceeds maximum queue size", headers=RETRY)
             self._count(job)
             if job not in work:
-                job.place = Place.WAITING
+                job.place = WAITING
                 job.caller.parked(job)
                 if job.deadline_s != NEVER:
                     self._bounded[job.number] = job
                     heapq.heappush(self._deadlines, (job.deadline_s, job.number))
-            self._take(work)
-            if not work and not polls:
+            if work:
+                self._take(work)
+            elif not polls:
                 # What no thread is free for, and is too long for the one that polls, is taken by whoever comes free, of which this is one.
                 taken = goes_on and not self._free and job.due_s <= now and lane.cost_s > INLINE_RUN_S
-                self._tell(min(job.due_s if turn and not taken else NEVER, job.deadline_s))
+                at_s = job.deadline_s if taken or not turn else min(job.due_s, job.deadline_s)
+                if at_s < self._next_s:
+                    self.wake()
             return work
 
     def forget(self, lane: Lane, number: int | str) -> None:
@@ -111,10 +115,16 @@ class Scheduler:
     def cancel(self, job: Job) -> bool:
         """Its caller has gone. False when it does not wait (any more)."""
         with self._lock:
-            if job.place is not Place.WAITING:
+            if job.place is not WAITING:
                 return False
             self._drop(job, self._clock())
             return True
+
+    def while_it_waits(self, job: Job, act: Callable[[], None]) -> None:
+        """`act` if the job waits, and before any thread takes it."""
+        with self._lock:
+            if job.place is WAITING:
+                act()
 
     # -- by who takes models out of memory and brings them back ------------------------------------------------------------------
 
@@ -175,12 +185,13 @@ class Scheduler:
             now, lane = self._clock(), work[0].lane
             lane.running -= 1
             for job in work:
-                job.place = Place.GONE
-                self._release(job, now)
-            if lane.waiting:
+                job.place = GONE
+                if job.sequence is not None:
+                    self._release(job, now)
+            if lane.with_threads:
                 self._grant(lane, now)
-                if lane.ready(now) and (self._free or not goes_on):
-                    self._tell(now)
+            if (self._free or not goes_on) and lane.ready(now):
+                self._tell(now)
 
     def next_for_thread(self) -> list[Job] | Any | None:
         """What a thread of the loop does next: jobs, or a chore. None: nothing, and it is free from now on."""
@@ -293,47 +304,50 @@ class Scheduler:
         self._remembering[job.lane] = None
         return turn
 
-    def _has_room(self, lane: Lane) -> bool:
-        return lane.waiting < lane.rules.max_queue_size and self.waiting < self._limit
-
     def _count(self, job: Job) -> None:
+        lane = job.lane
         self.waiting += 1
-        job.lane.waiting += 1
-        self._lanes[job.lane] = None
+        lane.waiting += 1
+        lane.with_threads += job.caller.has_thread
+        self._lanes[lane] = None
 
     def _uncount(self, job: Job) -> None:
+        lane = job.lane
         self.waiting -= 1
-        job.lane.waiting -= 1
-        if not job.lane.waiting:
-            del self._lanes[job.lane]
+        lane.waiting -= 1
+        lane.with_threads -= job.caller.has_thread
+        if not lane.waiting:
+            del self._lanes[lane]
+        if self._bounded:
+            self._unbound(job)
+
+    def _unbound(self, job: Job) -> None:
         self._bounded.pop(job.number, None)
         if len(self._deadlines) > SPARE_DEADLINES + 2 * self.waiting:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._bounded]
             heapq.heapify(self._deadlines)
 
     def _take(self, work: list[Job]) -> None:
-        if not work:
-            return
         work[0].lane.take(work)
         for job in work:
             self._uncount(job)
-            parked = job.place is Place.WAITING
-            job.place = Place.TAKEN
+            parked = job.place is WAITING
+            job.place = TAKEN
             if parked:
                 job.caller.taken(job)
 
     def _drop(self, job: Job, now: float) -> None:
         """Out of the queue without a run."""
         self._uncount(job)
-        job.place = Place.GONE
+        job.place = GONE
         job.lane.remove(job)
         job.caller.taken(job)
-        self._release(job, now, ran=False)
+        if job.sequence is not None:
+            self._release(job, now, ran=False)
 
     def _release(self, job: Job, now: float, *, ran: bool = True) -> None:
         """Gives the turn in its sequence on."""
-        if job.sequence is None:
-            return
+        assert job.sequence is not None
         assert job.lane.sequences is not None
         following = job.lane.sequences.release(job, now, ran=ran)
         if following is not None:
@@ -353,7 +367,7 @@ class Scheduler:
 
     def _grant(self, lane: Lane, now: float) -> None:
         """Runs that callers can do in threads of their own: those that are next, and others while no thread of the loop is free."""
-        while work := lane.ready(now):
+        while lane.with_threads and (work := lane.ready(now)):
             if not any(job.caller.has_thread for job in work):
                 work = [] if self._free else lane.ready(now, only_with_thread=True)
             if not work:

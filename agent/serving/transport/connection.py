@@ -53,7 +53,8 @@ class Connection:
         self.busy = False  # a thread other than the leader works for it
         self.request: Request | None = None  # complete and waiting for its thread
         self.seat: Caller | None = None  # the loop's: where its predictions that wait are answered
-        self.parked: Job | None = None  # such a prediction: no thread works for it, and the epoll tells only when the peer goes
+        self.parked: Job | None = None  # such a prediction: no thread works for it
+        self.watched = False  # and the epoll tells when the peer goes
         self.answered_s = 0.0  # when a thread other than the leader last answered it
         self.closing = False  # no further request is read; only what was asked is answered
         self.draining = False  # the answer is sent: what still comes is thrown away so that the peer can read it

@@ -14,8 +14,8 @@ The rules that keep it correct:
   through: clients that ask again at once, while all threads are at work, wake nobody. Should the run hang, the leader takes them back.
 - All threads but one may be at long work. What comes beyond that waits, and the next thread that is through takes the best of it
   (`scheduling` has the rules); the leader goes on leading, so a prediction that takes long never delays one that does not.
-- The connection of a prediction that waits is parked: it is at the epoll only so that the leader hears when its peer has gone.
-  Whoever takes the prediction takes the connection out of the epoll in the same step.
+- The connection of a prediction that waits is parked: it is at the epoll only so that the leader hears when its peer has gone, and
+  not even that while the wait is to be short. Whoever takes the prediction takes the connection out of the epoll in the same step.
 - Control work has a thread of its own: loading a model takes no thread from predictions. Others may give it work with `defer`.
 """
 
@@ -52,6 +52,9 @@ HAND_OVER_BYTES = 16 * 1024  # a body of which this much came in one read goes o
 PROMPT_S = 500e-6  # a client that asks again sooner than that after its answer is waited for
 STAY_MS = 1  # so long, by the thread that answered it
 KEEP_S = 5e-3  # a connection is kept during a run that takes no longer, if its client's last request came within two of these
+SHORT_WAIT_S = (
+    50e-3  # nobody listens for the end of a peer whose turn is to come sooner: that is two system calls for each prediction
+)
 PATIENCE_MS = 2  # how long a thread waits for more of such a body before it gives the connection back to the epoll
 MIN_PROGRESS_BYTES = 4096  # and how much each such wait must bring: a trickling client must not hold a thread
 REQUESTS_IN_A_ROW = 32  # pipelined requests of one connection before others have their turn
@@ -60,7 +63,7 @@ STOPPING_POLL_S = 0.05
 FINE_POLL_S = 2e-3
 STOP_PATIENCE_S = 1.0  # on the way out: how long a half-sent request, or an answer that is not read, may rest
 STOP_LONGEST_S = 5.0  # and how long a request may go on coming; an answer may be read for as long as the end is waited for
-_QUICK = Kind.QUICK
+_QUICK, _CONTROL, _READ = Kind.QUICK, Kind.CONTROL, Pace.READ
 LARGE_BODIES_AT_ONCE = 4  # of max_body_bytes: bounds what hostile clients can make the server hold
 
 
@@ -88,20 +91,12 @@ class Seat:
     has_thread = False
 
     def __init__(self, loop: Loop, connection: Connection) -> None:
-        self._loop = loop
-        self._connection = connection
-
-    def parked(self, job: Job) -> None:
-        self._loop.park(self._connection, job)
-
-    def taken(self, job: Job) -> None:  # noqa: ARG002
-        self._loop.unpark(self._connection)
+        self.parked: Callable[[Job], None] = functools.partial(loop.park, connection)
+        self.taken: Callable[[Job], None] = functools.partial(loop.unpark, connection)
+        self.deliver: Callable[[Answer], None] = functools.partial(loop.deliver, connection)
 
     def granted(self, work: list[Job]) -> None:  # noqa: ARG002
         raise AssertionError("a connection has no thread")
-
-    def deliver(self, answer: Answer) -> None:
-        self._loop.deliver(self._connection, answer)
 
 
 class Loop:
@@ -204,9 +199,11 @@ class Loop:
                 self._safely(self._finish, work)
             else:
                 self._service.run(work)
-            with contextlib.suppress(IndexError):  # a run that took long: the leader let them go
+            try:
                 for _ in range(before):
                     self._safely(self._hear, kept.popleft())
+            except IndexError:  # a run that took long: the leader let them go
+                pass
             work = self._scheduler.next_for_thread()
         del self._kept[threading.get_ident()]
         self._let_all_go(kept)
@@ -390,16 +387,18 @@ class Loop:
                     prompt = False
                     continue
                 break
-            if not control:
+            request.seat = connection.seat
+            if control:
+                pass
+            elif (waits or self._scheduler.waiting) and self._service.parks(request):
+                request.pace = _READ
+            else:
                 kind = self._service.kind(request, connection.grant)
-                if kind is Kind.CONTROL:
+                if kind is _CONTROL:
                     connection.request = request
                     self._chores.put(connection)
                     return
                 prompt = kind is not _QUICK and connection.arrived_s - connection.answered_s < PROMPT_S
-            request.seat = connection.seat
-            if (waits or self._scheduler.waiting) and not control and self._service.parks(request):
-                request.pace = Pace.READ
             answer = self._service.answer(request, connection.grant)
             if answer is None:
                 return
@@ -437,16 +436,24 @@ class Loop:
             self._close(connection)
 
     def park(self, connection: Connection, job: Job) -> None:
-        if connection.busy:
-            self._epoll.register(connection.fd, 0)
-        else:
+        """With the scheduler's lock held, as the next two."""
+        if not connection.busy:
             self._epoll.modify(connection.fd, 0)
-            connection.busy = True
+            connection.busy = connection.watched = True
+        elif job.lane.held or job.lane.cost_s * self._scheduler.waiting > SHORT_WAIT_S:
+            self._watch(connection)
         connection.parked = job
 
-    def unpark(self, connection: Connection) -> None:
+    def unpark(self, connection: Connection, job: Job) -> None:  # noqa: ARG002
         connection.parked = None
-        self._epoll.unregister(connection.fd)
+        if connection.watched:
+            connection.watched = False
+            self._epoll.unregister(connection.fd)
+
+    def _watch(self, connection: Connection) -> None:
+        if not connection.watched:
+            connection.watched = True
+            self._epoll.register(connection.fd, 0)
 
     def _put_back(self, connection: Connection) -> None:
         connection.seen_s = time.perf_counter()
@@ -513,6 +520,10 @@ class Loop:
         self._swept_s = time.perf_counter()
         for kept in list(self._kept.values()):  # by threads whose runs may hang
             self._let_all_go(kept)
+        for connection in list(self._connections.values()):  # whose wait was not as short as it was to be
+            job = connection.parked
+            if job is not None:
+                self._scheduler.while_it_waits(job, functools.partial(self._watch, connection))
         self._scheduler.sweep()
         self._doors.sweep()
 
