@@ -46,6 +46,7 @@ from agent.contract.reports import (
     StateReport,
 )
 from fleet_server.releases import keys, publisher
+from tests.ports import free_ports
 
 DEADLINE_S = 30.0
 API = "/api/v1"
@@ -60,17 +61,6 @@ def wait_until(condition, what, *, within=DEADLINE_S):
         assert time.monotonic() < deadline, f"not within {within} s: {what}"
         tick.wait(0.02)
     return value
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()
 
 
 def environment(**extra):

@@ -18,6 +18,7 @@ from agent.contract import topics
 from agent.sync.fleet import link
 from agent.sync.fleet.link import Broker, Link, delay_s, tls_context
 from agent.sync.fleet.outbox import Outbox
+from tests.ports import free_ports
 from tests.sync.conftest import eventually
 from tests.sync.fleet import DEVICE, Authority, pem_key
 
@@ -31,8 +32,7 @@ class Mosquitto:
     def __init__(self, folder: Path, authority: Authority) -> None:
         folder.mkdir()
         self.folder, self.authority = folder, authority
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.credentials("localhost", server=True)
         self.credentials("fleet-server")
         self.credentials(DEVICE)
