@@ -1,7 +1,7 @@
 """The server's HTTP, spoken byte by byte by a client that may say anything. After every misuse the server still answers."""
 
 import json
-import os
+import random
 import shutil
 import subprocess
 import threading
@@ -163,7 +163,8 @@ def test_a_body_that_is_too_large_is_refused_while_it_is_still_being_sent(scale_
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"\x16\x03\x01\x02\x00\x01", b"\r\n\r\n\r\nhello", os.urandom(64), b"GET / HTTP/1.1\r\n:\r\n\r\n"]
+    "garbage",
+    [b"\x16\x03\x01\x02\x00\x01", b"\r\n\r\n\r\nhello", random.Random(8).randbytes(64), b"GET / HTTP/1.1\r\n:\r\n\r\n"],
 )
 def test_garbage_is_answered_with_400_and_the_end(scale_server, garbage):
     with scale_server.connect() as sock:
