@@ -432,8 +432,8 @@ def test_one_process_per_trust_folder(trust, make_trust, repository, server):
     assert seen == [Reason.STORE_FAILED]
 
 
-def test_a_server_that_says_nothing_is_given_up(trust, server: Server, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("agent.sync.fleet.http.READ_TIMEOUT_S", 0.3)
+def test_a_server_that_says_nothing_is_given_up(make_trust, server: Server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("agent.sync.fleet.http.READ_TIMEOUT_S", 0.3)  # read when the client is made
 
     def hang(handler) -> bool:
         handler.server_double.released.wait(20)
@@ -442,7 +442,7 @@ def test_a_server_that_says_nothing_is_given_up(trust, server: Server, monkeypat
     server.faults["metadata/timestamp.json"] = hang
 
     with pytest.raises(Problem, match="no answer within"):
-        trust.refresh()
+        make_trust().refresh()
 
 
 def test_a_server_that_trickles_is_given_up(make_trust, server: Server):
