@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.mosquitto, pytest.mark.timeout(180)]
+# Every part of a fleet at once, and releases that are judged while they serve.
+pytestmark = [pytest.mark.mosquitto, pytest.mark.alone, pytest.mark.timeout(180)]
 
 
 def test_the_whole_story_goes_as_told(tmp_path: Path) -> None:

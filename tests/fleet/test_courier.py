@@ -241,6 +241,7 @@ def test_a_broker_that_sends_nothing_is_given_up():
     assert not silent.active
 
 
+@pytest.mark.alone  # silence of 10 ms is noticed
 def test_parts_that_nobody_asked_for_are_forgotten():
     sent = threading.Event()
     eager = Transfers(lambda _: bool(sent.set()) or True, lambda: True, silence_s=0.01, part_bytes=1024)

@@ -102,6 +102,7 @@ facts = st.builds(
 )  # fmt: skip
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.lists(facts, max_size=30), st.integers(0, 5), st.integers(1, 3))
 def test_no_wave_passes_on_anything_but_right_bytes(found, max_failures, min_devices):
     """PASS needs devices that serve the release; an online device that still has to answer, or a failure too many, prevents it."""
@@ -115,6 +116,7 @@ def test_no_wave_passes_on_anything_but_right_bytes(found, max_failures, min_dev
         assert all(standing(f) in {S.COMMITTED, S.REFUSED, S.ROLLED_BACK} for f in found if f.online)
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.lists(facts, min_size=1, max_size=20), st.integers(0, 3))
 def test_the_order_of_devices_does_not_matter(found, max_failures):
     assert judge(found, max_failures=max_failures).ruling is judge(found[::-1], max_failures=max_failures).ruling

@@ -112,6 +112,7 @@ def test_what_a_passed_gate_means(plan, expected):
     assert on_pass(plan) is expected
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.lists(st.sampled_from(list(Event)), max_size=40), st.booleans(), st.integers(1, 5))
 def test_no_order_of_events_breaks_it(events, hold, count):
     """Waves only go up and by one, an end is an end, completing happens in the last wave only."""

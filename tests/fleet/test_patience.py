@@ -18,6 +18,7 @@ from fleet_server.api import operator as operator_api
 from fleet_server.app import _listener
 from tests.fleet.stand import sha256, wait_until
 
+pytestmark = pytest.mark.alone  # who is slower than a fraction of a second is let go, here also a good client
 LET_GO_WITHIN_S = 10.0  # what the tests shorten to a fraction of a second
 
 

@@ -275,6 +275,7 @@ def synced(config: Path, log) -> subprocess.Popen:
     )
 
 
+@pytest.mark.alone  # the first certificate lasts a minute
 def test_by_the_brokers_port_alone(own_server, tmp_path):
     """HTTPS closed, the certificate nearly over: `edge-agent sync` has a new one, and comes back when only that one opens the broker."""
     server = own_server

@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests.serving import onnx_models
+
+pytestmark = pytest.mark.alone  # it measures
 
 
 def bench(socket, *words):

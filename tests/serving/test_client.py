@@ -143,6 +143,7 @@ def test_a_restart_is_not_noticed(serve_files, tmp_path):
         assert len(json.loads(regions(client))) == 0
 
 
+@pytest.mark.alone  # it measures
 def test_a_deadline_reaches_the_server(serve_files, tmp_path):
     server = serve_files(onnx_models.slow(tmp_path / "slow.onnx"))
     with server.client() as client:
@@ -212,6 +213,7 @@ def test_many_tasks_share_few_connections(scale_server):
     asyncio.run(main())
 
 
+@pytest.mark.alone  # the run must not end before the task is cancelled
 def test_a_cancelled_task_closes_its_connection(serve_files, tmp_path):
     server = serve_files(onnx_models.slow(tmp_path / "slow.onnx", rounds=3))
 

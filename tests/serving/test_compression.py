@@ -113,6 +113,7 @@ def test_bombs_for_every_thread_do_not_stop_others(scale_server):
     assert found == [400] * 4
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.binary(max_size=2000), st.sampled_from([b"gzip", b"deflate"]))
 def test_what_is_deflated_inflates_to_itself(data, coding):
     packed = compression.deflate([data[:100], memoryview(data)[100:]], coding)
@@ -122,6 +123,7 @@ def test_what_is_deflated_inflates_to_itself(data, coding):
             compression.inflate(packed, coding, len(data) - 1)
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.binary(max_size=300))
 def test_no_bytes_break_the_reader_of_weights(value):
     assert compression.answer_coding(value) in {None, b"gzip", b"deflate"}

@@ -260,6 +260,7 @@ def test_state_is_kept_within_a_sequence(device, tmp_path):
         refused("INVALID_ARGUMENT", "sequence", add, 1, 5)
 
 
+@pytest.mark.alone  # the runs must not end before it is seen that calls wait
 def test_a_call_whose_caller_leaves_while_it_waits_is_counted_as_cancelled(device, tmp_path):
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -327,6 +328,7 @@ def test_tensors_in_system_shared_memory(device, tmp_path):
             shm.destroy_shared_memory_region(memory)
 
 
+@pytest.mark.alone  # it measures
 def test_the_end_answers_what_was_asked_and_waits_for_no_silent_stream(serve_files, tmp_path):
     slow = onnx_models.slow(tmp_path / "slow.onnx", rounds=4)
     server = serve_files(slow, options=("--grpc-socket", tmp_path / "g.sock"))

@@ -89,6 +89,7 @@ def test_a_long_text_among_numbers_costs_no_memory(serve_files, tmp_path):
     assert peak_bytes(server) - before < 50_000_000
 
 
+@pytest.mark.alone  # each refusal is waited for for 0.2 s
 def test_chunked_bodies_share_the_bound_of_large_bodies(serve_files, tmp_path):
     server = serve_files(onnx_models.scale(tmp_path / "scale.onnx", 3.0))
     before = resident_bytes(server)

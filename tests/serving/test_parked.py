@@ -11,7 +11,7 @@ from tests.serving import onnx_models
 from tests.serving.stand import read_answer
 from tests.serving.test_scheduling import DEADLINE_S, Sent, body, infer, output, version_of, wait_until
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(60)]  # the server must be seen at work before it has done it
 READY = b"GET /v2/health/ready HTTP/1.1\r\n\r\n"
 
 

@@ -49,6 +49,7 @@ def infer(server, model, array):
         return client.infer(model, array)
 
 
+@pytest.mark.alone  # the run must not end before the signal
 def test_sigterm_answers_what_was_asked_and_removes_the_socket(serve_files, slow):
     server = serve_files(slow)
     answers = []
@@ -146,6 +147,7 @@ def test_a_socket_that_systemd_passes_is_served_and_left(tmp_path, scale):
     early.close()
 
 
+@pytest.mark.alone  # it measures
 def test_slow_clients_delay_nobody(serve_files, scale):
     """Half-sent heads, half-sent large bodies and an answer that nobody reads: the others are answered as if they were alone."""
     server = serve_files(scale)
@@ -176,6 +178,7 @@ def test_slow_clients_delay_nobody(serve_files, scale):
         sock.close()
 
 
+@pytest.mark.alone  # it measures
 def test_long_runs_do_not_delay_short_ones(serve_files, scale, slow):
     server = serve_files(scale, slow)
     started = time.perf_counter()

@@ -11,7 +11,7 @@ from tests.serving import onnx_models
 from tests.serving.stand import read_answer, request
 
 DEADLINE_S = 20.0
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(60)]  # who comes first is told by how long runs take
 
 
 def body(name, datatype, values, shape=None, **parameters):

@@ -72,6 +72,7 @@ def test_small_gaps_are_bridged_as_long_as_little_is_wasted():
     assert len(runs(huge)) == 2
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.lists(st.tuples(st.integers(0, 90_000), st.integers(1, 90_000)), max_size=40))
 def test_runs_cover_what_is_missing_and_little_else(steps):
     missing, at = [], 0

@@ -146,6 +146,7 @@ def silent() -> Iterator[socket.socket]:
         yield listening
 
 
+@pytest.mark.alone  # it measures
 def test_who_says_nothing_is_not_waited_for_and_holds_nobody_else_up(store, silent, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PATIENCE_S", 0.5)
     address = f"127.0.0.1:{silent.getsockname()[1]}"

@@ -242,6 +242,7 @@ class Hostile:
         self.client.loop_stop()
 
 
+@pytest.mark.alone  # silence of 0.2 s is noticed
 @pytest.mark.mosquitto
 @pytest.mark.timeout(60)
 def test_through_a_broker_in_the_wrong_hands(who: Identity, authority: Authority, tmp_path: Path):

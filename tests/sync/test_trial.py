@@ -30,7 +30,8 @@ from tests.serving import onnx_models
 from tests.sync.conftest import eventually
 from tests.sync.fleet import npz
 
-pytestmark = pytest.mark.usefixtures("script_runtime")
+# Trials give way to all else on the machine, and here have a second or two; some measure time, and one makes every processor busy.
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("script_runtime")]
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "digits"
 MEMORY = 1 << 30

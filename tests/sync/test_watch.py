@@ -138,6 +138,7 @@ def test_somebody_else_being_active_is_counted_while_it_lasts():
     assert see(seen, sample()).elsewhere_s == 0.0
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.lists(st.integers(0, 50), min_size=4, max_size=4), st.floats(0.01, 1.0))
 def test_a_percentile_lies_inside_the_bounds(counts, share):
     value = percentile(BOUNDS, counts, share)

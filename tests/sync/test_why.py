@@ -80,6 +80,7 @@ def test_metadata_that_is_gone_is_told_of_as_unknown(device: Device):
     assert [role["role"] for role in found["assignment"]["signed_by"]] == ["assignments"]
 
 
+@pytest.mark.alone  # for a tenth of a second
 def test_a_root_that_is_just_replaced_is_waited_for(device: Device):
     device.install(1)
     root = device.store.private / "trust/metadata/root.json"

@@ -63,6 +63,7 @@ def test_rules(steps, expected):
     assert withdrawals.refused(known).get("crane", ()) == expected
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 1)), max_size=12))
 def test_only_the_publisher_lifts(history):
     """Whatever the server says and in whatever order: a withdrawn release is free only after a reinstatement that followed it."""

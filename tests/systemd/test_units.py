@@ -21,6 +21,7 @@ MODEL = CHECKOUT / "examples/digits/models/digits-v2-int8-qdq.onnx"
 
 pytestmark = [
     pytest.mark.systemd,
+    pytest.mark.alone,  # a watchdog of 2 s, in a machine that boots beside everything else
     pytest.mark.timeout(150),
     pytest.mark.skipif(os.geteuid() != 0, reason="booting a container needs root"),
 ]

@@ -276,6 +276,7 @@ def test_an_answer_that_the_peer_does_not_read_waits():
         assert got == len(big)
 
 
+@pytest.mark.alone  # each example has a deadline
 @settings(max_examples=200)
 @given(st.binary(max_size=300), st.integers(1, 50))
 def test_no_bytes_break_the_connection(data, step):
@@ -284,6 +285,7 @@ def test_no_bytes_break_the_connection(data, step):
         pipe.feed(data, step)
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.lists(st.binary(min_size=1, max_size=50), max_size=6), st.integers(1, 40), st.binary(max_size=30))
 def test_chunks_add_up_and_what_follows_is_left(chunks, step, rest):
     wire = b"".join(b"%x\r\n%s\r\n" % (len(c), c) for c in chunks) + b"0\r\n\r\n"

@@ -285,6 +285,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.alone  # it measures
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_json_is_refused_soon(name):
     text, said = HOSTILE[name]
@@ -319,6 +320,7 @@ def test_priority_sequence_and_what_is_not_ours_pass():
         assert read([tensor(data=[1, 2])], parameters={"sequence_id": nothing})[0].sequence is None
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.sampled_from(sorted(set(DTYPES) - {"BYTES"})), st.lists(st.integers(0, 3), max_size=3), st.integers(0, 2**32))
 def test_any_tensor_goes_through_binary_unchanged(datatype, shape, seed):
     dtype = DTYPES[datatype]
@@ -338,6 +340,7 @@ def test_any_tensor_goes_through_binary_unchanged(datatype, shape, seed):
     assert json.loads(head)["outputs"] == [{"name": "x", "datatype": datatype, "shape": list(shape), "parameters": parameters}]
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.lists(st.binary(max_size=20), max_size=5))
 def test_byte_elements_go_through_binary_unchanged(elements):
     spec = TensorSpec("s", "BYTES", (-1,))
@@ -429,6 +432,7 @@ def test_a_raw_body_that_does_not_fit(specs, size, text):
         oip.read_request(memoryview(bytes(size)), 0, "m", specs, (Y,))
 
 
+@pytest.mark.alone  # each example has a deadline
 @given(st.binary(max_size=200), st.integers(0, 220))
 def test_no_bytes_break_the_reader(data, length):
     """Whatever the body is, it is read or refused; nothing else is raised."""

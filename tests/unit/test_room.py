@@ -50,6 +50,7 @@ def residency(host, tmp_path):
     return made
 
 
+@pytest.mark.alone  # it measures
 def test_who_has_sequences_under_way_is_no_room_to_wait_for(host, residency, tmp_path):
     """Nobody is inside between two requests of one, and yet the model may not go."""
     (tmp_path / "new").write_bytes(b"x" * 50)
@@ -129,6 +130,7 @@ def test_a_request_that_does_not_see_that_its_process_ended_keeps_nobody_else(ho
     assert version.held
 
 
+@pytest.mark.alone  # it measures
 def test_it_is_started_again_once_that_request_has_ended(residency, ended):
     version, work = ended
     assert work.next() == 0.0
@@ -146,6 +148,7 @@ def test_it_is_started_again_once_that_request_has_ended(residency, ended):
     assert work.given == []
 
 
+@pytest.mark.alone  # it measures
 def test_who_asks_meanwhile_is_told_at_once(residency, ended, monkeypatch):
     version, work = ended
     work.next()

@@ -4,6 +4,7 @@ import contextlib
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from agent.serving.api import tensors, tfserving
 from agent.serving.models.host import Version
 from runtimes.contract import DTYPES, TensorSpec
 
+pytestmark = pytest.mark.alone  # each example has a deadline
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just({"b64": "aGk="})
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("xyb"), inner, max_size=3)
