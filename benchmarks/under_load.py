@@ -15,6 +15,7 @@ from benchmarks import models, processes
 from benchmarks.stores import control, release
 
 LONG_CLIENTS = 4
+LONG_RUNS = 2  # of these at a time, by the three threads of the server
 DAWDLERS = 50
 SWAP_PAUSE_S = 0.1  # far more often than any device updates
 LOADS = (10, 100)
@@ -42,14 +43,13 @@ def mixed(folder: Path, load: list[str], repeats: int, seconds: float) -> dict[s
     """p99 of one client of the tiny model in three situations, in turns.
 
     `busy`: another process keeps the cores as busy with a 50 ms model as the server would. `long`: four clients ask the server for
-    that model. `dawdlers`: as `busy`, and many connections send a byte now and then.
+    that model. `dawdlers`: as `long`, and many connections send a byte now and then.
     """
     tiny, slow, server = folder / "tiny.onnx", folder / "slow.onnx", folder / "mixed.sock"
     models.tiny(tiny)
     models.slow(slow)
     request, long_request = _request(folder), folder / "slow.request"
     long_request.write_bytes(models.request("slow", models.slow_input()))
-    burn = [sys.executable, "-m", "benchmarks.burn", str(slow), "2"]
     found: dict[str, list[float]] = {"busy": [], "long": [], "dawdlers": []}
 
     def ask() -> float:
@@ -59,12 +59,12 @@ def mixed(folder: Path, load: list[str], repeats: int, seconds: float) -> dict[s
     with processes.running(processes.agent("run", tiny, slow, "--socket", server), server):
         ask()  # the socket is there before the models are
         for _ in range(repeats):
-            with _process(burn):
+            with _burning(slow):
                 found["busy"].append(ask())
+            with _process([*load, "drive", str(server), str(long_request), "http", str(LONG_CLIENTS), str(2 * seconds + 2)]):
+                found["long"].append(ask())
                 with _dawdlers(server):
                     found["dawdlers"].append(ask())
-            with _process([*load, "drive", str(server), str(long_request), "http", str(LONG_CLIENTS), str(seconds + 2)]):
-                found["long"].append(ask())
     return found
 
 
@@ -127,6 +127,19 @@ def _meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
     finally:
         end.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def _burning(model: Path) -> Iterator[None]:
+    command = [sys.executable, "-m", "benchmarks.burn", str(model), str(LONG_RUNS)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()  # it is at work, which takes it a second or more
+        yield
+    finally:
+        process.terminate()
+        process.communicate()
 
 
 @contextlib.contextmanager

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 NICE = 10
+STEP_BACK = 5  # of a processor that another thread wants too it then gets a quarter
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def lower() -> None:
@@ -32,6 +38,41 @@ def waited_s() -> float:
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     except (OSError, ValueError, IndexError):
         return 0.0
+
+
+def giving_way(act: Callable[P, T]) -> Callable[P, T]:
+    """`act`, during which the calling thread, and each thread and process that it starts, gives way to the other threads of this process.
+    As it is where the thread could not come back from that.
+    """
+    return functools.partial(_give_way, act) if can_come_back() else act
+
+
+def _give_way(act: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    thread = threading.get_native_id()
+    own = os.getpriority(os.PRIO_PROCESS, thread)
+    os.setpriority(os.PRIO_PROCESS, thread, own + STEP_BACK)
+    try:
+        return act(*args, **named)
+    finally:
+        with contextlib.suppress(PermissionError):  # somebody has lowered the limit meanwhile
+            os.setpriority(os.PRIO_PROCESS, thread, own)
+
+
+@functools.cache
+def can_come_back() -> bool:
+    """Whether a thread that lowered its priority may raise it again: the limit `nice` says so, or the process is privileged."""
+    found = []
+
+    def try_it() -> None:  # in a thread that ends: it may have to stay where it is
+        with contextlib.suppress(PermissionError):
+            _give_way(lambda: None)
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    thread = threading.Thread(target=try_it, name="priority")
+    thread.start()
+    thread.join()
+    return found == [own]
 
 
 def in_background(work: Callable[[], None]) -> None:

@@ -141,8 +141,7 @@ class Dataplane:
             timeout_s = plan.timeout_s or lane.timeout_s
             if timeout_s is not None and started - call.arrived_s > timeout_s:
                 raise expired()  # noqa: TRY301
-            assert version.model is not None
-            arrays = version.model.run(feeds, plan.outputs)
+            arrays = version.run(feeds, plan.outputs)
             ended = time.perf_counter()
             answer = form.write(version, plan, call, arrays)
             done = ended if type(answer) is FilledTemplate else time.perf_counter()  # filling one in takes nothing

@@ -89,13 +89,12 @@ class Runner:
         """One run for all of them. False when it failed."""
         version: Version = work[0].task.version
         tasks: list[Task] = [job.task for job in work]
-        assert version.model is not None
         rows = [job.rows for job in work]
         begun = time.perf_counter()
         try:
             feeds = batching.join([task.feeds for task in tasks if task.feeds is not None])
             started = time.perf_counter()
-            arrays = version.model.run(feeds, tasks[0].plan.outputs if tasks[0].plan else None)
+            arrays = version.run(feeds, tasks[0].plan.outputs if tasks[0].plan else None)
             ended = time.perf_counter()
             parts = batching.split(arrays, rows)
         except Exception:  # noqa: BLE001 - whatever it is, each hears about its own alone
@@ -120,13 +119,12 @@ class Runner:
             started = time.perf_counter()
             if started > job.deadline_s:
                 raise expired()  # noqa: TRY301
-            assert version.model is not None
             assert task.feeds is not None
             outputs = task.plan.outputs if task.plan is not None else None
             if job.sequence is None:
-                task.arrays = version.model.run(task.feeds, outputs)
+                task.arrays = version.run(task.feeds, outputs)
             else:
-                task.arrays = _in_sequence(job, version.model, outputs)
+                task.arrays = _in_sequence(job, version, outputs)
             task.run_s = time.perf_counter() - started
         except Exception as error:  # noqa: BLE001 - it is said to the caller
             task.error = error
@@ -139,20 +137,21 @@ class Runner:
             stats.batched(job.rows, task.input_s, task.run_s, 0.0)
 
 
-def _in_sequence(job: Job, model: Any, outputs: Sequence[str] | None) -> list[Array]:
+def _in_sequence(job: Job, version: Version, outputs: Sequence[str] | None) -> list[Array]:
     """One step of a sequence, whose turn it is.  Raises: as the model, and Refusal (400) when the sequence is not under way."""
     sequence, demand = job.sequence, job.demand
     assert sequence is not None
     assert demand is not None
     if demand.start:
         sequence.end()
+        model: Any = version.model
         sequence.state = model.sequence()
     elif sequence.state is None or not sequence.started:
         assert job.lane.sequences is not None
         raise job.lane.sequences.unknown(sequence.id)
     assert sequence.state is not None
     try:
-        arrays: list[Array] = sequence.state.run(job.task.feeds, outputs)
+        arrays: list[Array] = version.way(sequence.state.run)(job.task.feeds, outputs)
     except InputInvalid:
         raise
     except BaseException:

@@ -1,12 +1,15 @@
 """What waits, over real sockets: priorities, limits, deadlines, callers that go, batches, sequences."""
 
 import json
+import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from agent.host.priority import STEP_BACK
 from tests.serving import onnx_models
 from tests.serving.stand import read_answer, request
 
@@ -190,6 +193,30 @@ def test_a_tiny_model_is_answered_while_all_threads_are_at_long_work(slow):
     assert not all(b.answer for b in busy)
     for one in busy:
         output(one.done())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a thread that gives way needs a privilege to come back")
+@pytest.mark.parametrize("way", ["at once", "in turn", "in sequences"])
+def test_long_runs_give_way_to_the_thread_that_polls(way, slow, totals):
+    if way == "in sequences":
+        server = totals(lambda path: onnx_models.slow_total(path, 900, 6), threads=3)
+        asked = [add(1.0, sequence_id=n, sequence_start=True) for n in range(1, 7)]
+    else:
+        server = slow({"instances": 2} if way == "in turn" else {}, threads=3)
+        asked = [long(1.0)] * 6 if way == "in turn" else [long(1.0)] * 2
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+
+    def below():
+        """How far each thread of the server lies below this one, sorted."""
+        threads = Path(f"/proc/{server.process.pid}/task").iterdir()
+        return sorted(os.getpriority(os.PRIO_PROCESS, int(thread.name)) - own for thread in threads)
+
+    assert set(below()) == {0}, "loading came back"
+    busy = [Sent(server, one) for one in asked]
+    wait_until(lambda: below()[-3:] == [0, STEP_BACK, STEP_BACK])
+    for one in busy:
+        output(one.done())
+    wait_until(lambda: set(below()) == {0})
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.contract.manifest import Serving
+from agent.host import priority
 from agent.serving.answers import Refusal
 from agent.serving.dataplane import Dataplane
 from agent.serving.inference import Demand, SequenceDemand
@@ -159,8 +160,11 @@ def test_no_step_of_a_sequence_is_lost_whoever_brings_it(steps):
     assert len(version.lane.sequences) == 0
 
 
-def test_many_callers_make_few_runs():
-    model = Doubling()
+def test_many_callers_make_few_runs(monkeypatch):
+    model, long = Doubling(), []
+    monkeypatch.setattr(
+        priority, "giving_way", lambda run: lambda feeds, names: long.append(len(feeds["x"])) or run(feeds, names)
+    )
     plane, version = dataplane_of(model, max_batch_size=8, max_delay_us=10_000_000)
     threads = [threading.Thread(target=plane.predict, args=("m", None, {"x": np.full((2, 1), n)}, Demand())) for n in range(4)]
     for thread in threads:
@@ -168,6 +172,7 @@ def test_many_callers_make_few_runs():
     for thread in threads:
         thread.join(DEADLINE_S)
     assert model.sizes == [8], "four requests of two rows are one full batch; nobody waits for the delay"
+    assert long == model.sizes, "what nobody knows the length of gives way"
     stats = version.stats
     assert (stats.ok, stats.executions, stats.inferences) == (4, 1, 8)
     (batch,) = stats.batches

@@ -6,8 +6,10 @@ import time
 import numpy as np
 import pytest
 
+from agent.host import priority
 from agent.serving.answers import Refusal
 from agent.serving.models.host import ModelHost, Version
+from agent.serving.scheduling.lanes import LONG_RUN_S
 from runtimes.contract import Placement, TensorSpec
 
 
@@ -128,6 +130,24 @@ def test_a_request_that_never_ends_keeps_its_model_open(host):
     model = version.model
     version.retire(timeout_s=0.01)
     assert not model.closed
+
+
+def test_only_a_long_run_gives_way(monkeypatch):
+    monkeypatch.setattr(priority, "giving_way", lambda run: lambda *given: ["gave way", *run(*given)])
+    version = loaded(5)
+    assert version.run({}, None) == ["gave way", 5.0], "nobody knows yet how long it is"
+    for _ in range(100):
+        version.measured(LONG_RUN_S / 2)
+    assert version.run({}, None) == [5.0]
+    for _ in range(100):
+        version.measured(LONG_RUN_S * 2)
+    assert version.run({}, None) == ["gave way", 5.0]
+    assert version.way(lambda *_: [6])({}, None) == ["gave way", 6]
+    version.hold("it rests")
+    version.take_model()
+    version.measured(0.0)
+    with pytest.raises(AssertionError, match="not in memory"):
+        version.run({}, None)
 
 
 def test_requests_and_swaps_at_once(host):

@@ -1,13 +1,17 @@
 """From a file to a warm version: what it is warmed up with."""
 
+import os
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
 from agent.contract.codec import ContractError, encode
 from agent.contract.manifest import Serving, parse_manifest
+from agent.host.priority import STEP_BACK
 from agent.serving.models import loading
 from agent.serving.models.loading import Source
+from runtimes.onnx import OnnxRuntime
 from tests.serving import onnx_models
 
 
@@ -37,6 +41,33 @@ def test_what_a_model_is_warmed_up_with(content, warm, picky, tmp_path):
     assert version.state == "READY"
     assert version.is_warm is warm
     version.retire()
+
+
+@pytest.mark.parametrize("isolation", ["in-process", "process"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="a thread that gives way needs a privilege to come back")
+def test_what_takes_the_engine_long_gives_way(isolation, tmp_path, monkeypatch):
+    def nice(pid=0):
+        return os.getpriority(os.PRIO_PROCESS, pid) - own
+
+    def telling(name, act):
+        def tell(*given):
+            steps.append((name, nice()))
+            return act(*given)
+
+        return tell
+
+    own, steps = os.getpriority(os.PRIO_PROCESS, 0), []
+    monkeypatch.setattr(OnnxRuntime, "load", telling("load", OnnxRuntime.load))
+    monkeypatch.setattr(loading, "_warm_up", telling("warm up", loading._warm_up))
+    path = onnx_models.scale(tmp_path / "scale.onnx", 2.0)
+    version = loading.load(Source("scale", 1, path, "", serving=Serving(isolation=isolation)), threads=1)
+    try:
+        assert steps == [("load", STEP_BACK), ("warm up", STEP_BACK)][isolation == "process" :]
+        assert nice() == 0
+        if version.process is not None:
+            assert nice(version.process.pid) == STEP_BACK
+    finally:
+        version.retire()
 
 
 def test_a_golden_case_must_be_there():

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from agent.contract.manifest import Picture, Serving
+from agent.host import priority
 from agent.serving.answers import Refusal
 from agent.serving.candidates.canary import Canary
-from agent.serving.scheduling.lanes import INLINE_RUN_S, Lane
+from agent.serving.scheduling.lanes import INLINE_RUN_S, LONG_RUN_S, Lane
 from agent.serving.scheduling.sequences import Sequences
 from agent.serving.telemetry.stats import Stats
 from runtimes.contract import Array, Model, Placement, TensorSpec
@@ -53,6 +54,12 @@ DRAIN_TIMEOUT_S = 60.0  # a run that takes longer keeps its model in memory inst
 BEYOND_INLINE_S = 2 * INLINE_RUN_S
 FIRST_COST_S = 1.0  # until it was measured a run counts as long
 
+Run = Callable[[Mapping[str, Array], Sequence[str] | None], list[Array]]
+
+
+def _away(feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:  # noqa: ARG001
+    raise AssertionError("the model is not in memory, and somebody is inside")
+
 
 class Version:
     """One version of a model in memory, or the reason why it is not."""
@@ -67,6 +74,8 @@ class Version:
         self.state: State = "LOADING"
         self.reason = ""
         self.model: Model | None = None
+        self.run: Run = _away  # the model's
+        self.is_long = False  # a run of it gives way to whatever is shorter
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
         self.picture: Picture | None = None  # how a JPEG or PNG becomes its input
@@ -100,8 +109,14 @@ class Version:
     def ready(self, model: Model) -> None:
         self.model = model
         self.inputs, self.outputs, self.placement = model.inputs, model.outputs, model.placement
+        self.is_long = self.cost_s > LONG_RUN_S
+        self.run = self.way(model.run)
         self.loaded_s = time.perf_counter()
         self.state, self.reason = "READY", ""
+
+    def way(self, run: Run) -> Run:
+        """How `run`, of its model, is to be called."""
+        return priority.giving_way(run) if self.is_long else run
 
     def arrange(self, *, max_sequences: int, sequence_idle_s: float) -> None:
         """How requests wait for it. Before the first one."""
@@ -163,8 +178,7 @@ class Version:
 
     def take_model(self) -> Model | None:
         """Of a held version in which nobody runs."""
-        model, self.model = self.model, None
-        self.process = None
+        model, self.model, self.process, self.run = self.model, None, None, _away
         self.plans.clear()
         return model
 
@@ -194,7 +208,7 @@ class Version:
         with self._lock:
             self.state, self.reason, self.held = "UNAVAILABLE", "unloaded", False
             drained = self._empty.wait_for(lambda: not self._guests, timeout_s)
-            model, self.model, self.process = self.model, None, None
+            model, self.model, self.process, self.run = self.model, None, None, _away
         self.plans.clear()
         if self.lane.sequences is not None and drained:
             self.lane.sequences.close()
@@ -212,7 +226,15 @@ class Version:
         cost_s = self.cost_s
         if run_s > 4 * cost_s:  # noqa: PLR1730 - calling min takes as long as all the rest
             run_s = 4 * cost_s
-        self.cost_s = self.lane.cost_s = cost_s + 0.1 * (run_s - cost_s)
+        self.cost_s = self.lane.cost_s = cost_s = cost_s + 0.1 * (run_s - cost_s)
+        if (cost_s > LONG_RUN_S) is not self.is_long:
+            self._change_way(is_long=cost_s > LONG_RUN_S)
+
+    def _change_way(self, *, is_long: bool) -> None:
+        with self._lock:
+            self.is_long = is_long
+            if self.model is not None:
+                self.run = self.way(self.model.run)
 
     def document(self) -> dict[str, Any]:
         placement = self.placement

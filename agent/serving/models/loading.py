@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.contract.manifest import Picture, Serving
-from agent.host import memory
+from agent.host import memory, priority
 from agent.serving.models.host import IsolatedVersion, Version
 from agent.store import Release
 from agent.variants import prepared
@@ -79,7 +79,7 @@ def load(source: Source, *, threads: int) -> Version:
         return _load_isolated(source, runtime, threads, started)
     runtime.version()  # which imports the engine: what that takes is not this model's
     before = memory.resident_bytes()
-    version = _finished(source, runtime, runtime.load(source.path, _options(source, threads)))
+    version = _finished(source, runtime, priority.giving_way(runtime.load)(source.path, _options(source, threads)))
     version.load_s = time.perf_counter() - started
     memory.give_back()  # engines read the file into memory that they do not need afterwards
     version.memory_bytes = max(0, memory.resident_bytes() - before)
@@ -102,7 +102,9 @@ def _load_isolated(source: Source, runtime: Runtime, threads: int, started: floa
     """The same in a process of its own; the engine is not even imported here."""
     from runtimes import isolated
 
-    raw = isolated.load(runtime.name, source.path, _options(source, threads), slots=source.serving.instances)
+    raw = priority.giving_way(isolated.load)(
+        runtime.name, source.path, _options(source, threads), slots=source.serving.instances
+    )
     version = _finished(source, runtime, raw, IsolatedVersion)
     if not raw.is_alive:
         raw.close()
@@ -128,7 +130,7 @@ def _finished(source: Source, runtime: Runtime, raw: Model, kind: type[Version] 
     version.filename = source.filename or source.path.name
     version.labels = {output: _read_labels(version, output, path) for output, path in source.labels.items()}
     try:
-        _warm_up(version, model, source.warm_up)
+        priority.giving_way(_warm_up)(version, model, source.warm_up)
     except BaseException:
         model.close()
         raise

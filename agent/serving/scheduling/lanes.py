@@ -17,6 +17,7 @@ from agent.contract.manifest import Serving
 from agent.serving.scheduling.jobs import NEVER, Job
 from agent.serving.scheduling.sequences import Sequences
 
+LONG_RUN_S = 5e-3  # during a longer run the processors are divided several times: it gives way to all that is shorter
 INLINE_RUN_S = 100e-6  # a run up to this long costs the next caller less than a switch of threads
 
 
