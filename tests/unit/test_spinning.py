@@ -2,7 +2,7 @@
 
 import pytest
 
-from agent.serving.transport.spinning import PROMPT_ROUNDS, SPIN_S, TAKEN_S, Spinner
+from agent.serving.transport.spinning import PROMPT_ROUNDS, SPIN_S, TAKEN_S, USUAL_SPARE_S, USUAL_TIMES, Spinner
 
 LOOK_S = 2e-6
 LONGEST_S = 5.0
@@ -76,6 +76,26 @@ def test_a_client_that_stops_asking_costs_one_moment(awake):
     looked = awake.looked
     assert awake.ask(gap_s=0.6, rounds=100) == 100
     assert awake.looked == looked
+
+
+def test_a_quicker_client_costs_a_shorter_moment(awake):
+    """As when it cannot ask because this thread has the processor that it needs."""
+    assert awake.ask(gap_s=10e-6, rounds=100) == 0
+    looked = awake.looked
+    assert awake.ask(gap_s=0.6) == 1
+    assert (awake.looked - looked) * LOOK_S == pytest.approx(USUAL_TIMES * 10e-6 + USUAL_SPARE_S, rel=0.1)
+
+
+def test_a_client_that_becomes_slower_is_waited_for_longer(awake):
+    awake.ask(gap_s=10e-6, rounds=100)
+    assert 1 <= awake.ask(gap_s=200e-6, rounds=100) < 100
+    assert awake.ask(gap_s=200e-6, rounds=100) == 0
+
+
+def test_another_client_is_known_before_it_is_waited_for(awake):
+    awake.ask(gap_s=10e-6, rounds=100)
+    assert awake.ask(gap_s=200e-6, fds=(OTHER,), rounds=PROMPT_ROUNDS + 1) == PROMPT_ROUNDS + 1
+    assert awake.ask(gap_s=200e-6, fds=(OTHER,), rounds=100) == 0
 
 
 def test_nothing_comes_for_as_long_as_asked(awake):

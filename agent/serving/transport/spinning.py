@@ -2,8 +2,9 @@
 
 A client that is alone and asks again at once has the thread fall asleep and be woken for each request, on a processor that goes to
 sleep with it. For a small model that takes longer than the answer. So after some such requests in a row the thread looks again and
-again for a moment before it sleeps. It pays only while the client has a processor of its own: where another took this one from the
-thread meanwhile, or nothing came, the thread sleeps through ever more requests before it tries again.
+again for a moment before it sleeps, some times as long as this client usually takes. It pays only while the client has a processor of
+its own: where another took this one from the thread meanwhile, or nothing came (as when the client waits for this very processor), the
+thread sleeps through ever more requests before it tries again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Callable
 
 SPIN_S = 250e-6  # a client that asks again sooner than that is prompt
 PROMPT_ROUNDS = 4  # so many in a row by the same client, before it is waited for awake
+USUAL_TIMES = 3  # so many times as long as the client usually takes is it waited for awake,
+USUAL_SPARE_S = 50e-6  # and this much longer
+USUAL_SHARE = 1 / 8  # of the newest wait in what is usual: another client is known before it is waited for awake
 TAKEN_S = 20e-6  # one look takes 1 to 3 µs; between two that lie so far apart somebody else had the processor
 MOST_FAILURES = 6  # in a row that count: then 4 to the power of 5 rounds asleep
 
@@ -25,6 +29,7 @@ class Spinner:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._last = -1  # the descriptor that had something last
+        self._usual_s = SPIN_S  # the wait for a prompt client
         self._rounds = 0  # prompt ones in a row; below 0: still to be slept through
         self._failures = 0
 
@@ -34,7 +39,7 @@ class Spinner:
         began = now = clock()
         found: Events = []
         if self._rounds >= PROMPT_ROUNDS:
-            alone, until = True, began + SPIN_S
+            alone, until = True, began + min(SPIN_S, USUAL_TIMES * self._usual_s + USUAL_SPARE_S)
             while not found and now < until:
                 looked, found = now, poll(0)
                 now = clock()
@@ -49,6 +54,7 @@ class Spinner:
             now = clock()
         if len(found) == 1 and found[0][0] == self._last and now - began < SPIN_S:
             self._rounds += 1
+            self._usual_s += USUAL_SHARE * (now - began - self._usual_s)
         else:
             self._rounds = min(self._rounds, 0)
             self._last = found[0][0] if found else -1
