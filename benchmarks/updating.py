@@ -36,6 +36,7 @@ WEIGHT = re.search(
 )
 WINDOW_S = 0.5
 LIMIT_S = 120
+REPEATS = 11
 
 
 def measure(folder: Path, load: list[str], repeats: int) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="edge-update-") as name:
         folder = Path(name)
-        found = measure(folder, programs.load_program(folder), 5)
+        found = measure(folder, programs.load_program(folder), REPEATS)
     for count in CLIENTS:
         before, during = found["p99_before_us"][count], found["p99_during_us"][count]
         ratio = spread([d / b for b, d in zip(before, during, strict=True)], 2)

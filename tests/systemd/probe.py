@@ -14,6 +14,7 @@ from pathlib import Path
 
 SOCKET = "/run/edge-agent/agent.sock"
 LIMIT_S = 20.0
+CAP_SYS_RESOURCE = 24
 
 
 def show(unit: str, *properties: str) -> dict[str, str]:
@@ -66,6 +67,19 @@ def main_pid() -> int:
     return int(show("edge-agent.service", "MainPID")["MainPID"])
 
 
+def priorities(pid: int) -> dict[str, object]:
+    """How far up the service may set its threads, as asked for and as given, and whether systemd is allowed to give it here."""
+    limits = Path(f"/proc/{pid}/limits").read_text()
+    capabilities = int(
+        next(line for line in Path("/proc/1/status").read_text().splitlines() if line.startswith("CapEff")).split()[1], 16
+    )
+    return {
+        **show("edge-agent.service", "LimitNICE", "CPUWeight"),
+        "given": next(line for line in limits.splitlines() if line.startswith("Max nice")).split()[3],
+        "can be given": bool(capabilities >> CAP_SYS_RESOURCE & 1),
+    }
+
+
 def reachable_from(prefix: list[str], port: int) -> str:
     """What a process started with `prefix` sees when it connects to the machine's loopback."""
     code = f"import socket; socket.create_connection(('127.0.0.1', {port}), 3); print('reached')"
@@ -107,6 +121,7 @@ def seen() -> dict[str, object]:
     until(lambda: show("edge-agent.service", "ActiveState")["ActiveState"] != "activating", "the service says READY")
     facts["then"] = show("edge-agent.service", "ActiveState", "StatusText", "NRestarts", "User")
 
+    facts["priorities"] = priorities(main_pid())
     facts["interfaces"] = sorted(
         line.split(":")[0].strip() for line in Path(f"/proc/{main_pid()}/net/dev").read_text().splitlines()[2:]
     )  # fmt: skip

@@ -102,6 +102,14 @@ def test_the_first_request_starts_the_service_and_is_answered(seen: dict[str, An
     assert seen["then"]["User"] == "edge-agent"
 
 
+def test_long_runs_may_give_way_and_come_back(seen: dict[str, Any]) -> None:
+    found = seen["priorities"]
+    assert (found["LimitNICE"], found["CPUWeight"]) == ("20", "100")
+    assert found["given"] == ("20" if found["can be given"] else "0"), (
+        "a container may not be allowed to: the service runs all the same"
+    )
+
+
 def test_the_service_reaches_no_network(seen: dict[str, Any]) -> None:
     assert seen["interfaces"] == ["lo"]
     assert seen["loopback from outside"] == "reached", "the probe itself must be able to reach the listener"
