@@ -349,7 +349,8 @@ class Queued:
     def __init__(self, cost_s, together=1):
         self.lane = Lane(Serving(max_batch_size=together))
         self.lane.cost_s = cost_s
-        self.sizes = []  # of its runs
+        self.begun = 0  # runs
+        self.sizes = []  # of those that were waited for
         self.let = threading.Semaphore(0)
         self.scheduler = Scheduler(1)
 
@@ -374,11 +375,13 @@ class Queued:
         work = self.scheduler.admit(job, may_run=pace is Pace.RUN, polls=pace is Pace.PARK, goes_on=pace is Pace.READ)
         if not work:
             return None
+        self.begun += 1
         self.let.acquire()
         self.scheduler.finished(work)
         return Answer()
 
     def run(self, work):
+        self.begun += 1
         self.let.acquire()
         self.sizes.append(len(work))
         self.scheduler.finished(work, goes_on=True)
@@ -396,6 +399,12 @@ class Queued:
         """Until so many requests came to the scheduler."""
         deadline = time.monotonic() + 10
         while self.scheduler._number < number:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def wait_for_run(self, number):
+        deadline = time.monotonic() + 10
+        while self.begun < number:
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
@@ -515,6 +524,7 @@ def test_a_client_that_goes_during_a_wait_that_was_to_be_short_is_let_go_after_a
 def test_a_client_that_goes_during_a_wait_that_may_be_long_is_let_go_at_once(crowd, held):
     loop, service, asking = crowd(1e-3 if held else 1.0)
     service.one(asking)
+    service.wait_for_run(3)  # a held lane lets none begin
     service.lane.held = held
     service.one(asking)
     service.wait_for(5)
