@@ -20,7 +20,6 @@ from agent.serving.routes import Match, Pace, Request
 from agent.serving.running import Runner, demands
 from agent.serving.scheduling import batching
 from agent.serving.scheduling.jobs import Caller, Job
-from agent.serving.scheduling.lanes import INLINE_RUN_S
 from agent.serving.scheduling.scheduler import LaneClosed, Scheduler
 from agent.serving.tasks import Call, Direct, Form, Task, expired, refusal
 from runtimes.contract import Array
@@ -95,9 +94,9 @@ class Dataplane:
         if version is None:
             return True
         canary = version.canary
-        if canary is not None and canary.candidate.cost_s > INLINE_RUN_S:
+        if canary is not None and not canary.candidate.is_cheap:
             return False
-        return version.cost_s <= INLINE_RUN_S and (call.known is not None or _tensor_bytes(call) <= INLINE_BODY_BYTES)
+        return version.is_cheap and (call.known is not None or _tensor_bytes(call) <= INLINE_BODY_BYTES)
 
     def keeps_order(self, match: Match) -> bool:
         """Whether requests must be admitted in the order in which they come: they may belong to sequences."""

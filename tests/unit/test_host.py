@@ -8,8 +8,8 @@ import pytest
 
 from agent.host import priority
 from agent.serving.answers import Refusal
-from agent.serving.models.host import ModelHost, Version
-from agent.serving.scheduling.lanes import LONG_RUN_S
+from agent.serving.models.host import IsolatedVersion, ModelHost, Version
+from agent.serving.scheduling.lanes import INLINE_RUN_S, LONG_RUN_S
 from runtimes.contract import Placement, TensorSpec
 
 
@@ -130,6 +130,27 @@ def test_a_request_that_never_ends_keeps_its_model_open(host):
     model = version.model
     version.retire(timeout_s=0.01)
     assert not model.closed
+
+
+def test_what_was_cheap_stays_so_through_a_bad_moment():
+    version = Version("m", 1, "cpu", "0" * 64, "fake")
+    version.cost_s = INLINE_RUN_S / 10
+    version.ready(Constant(1))
+    for run_s, is_cheap in ((4, True), (9, False), (2, False), (0.5, True)):
+        for _ in range(100):
+            version.measured(run_s * INLINE_RUN_S - 1e-6)
+        assert version.is_cheap is is_cheap, run_s
+
+
+def test_an_isolated_model_is_never_cheap():
+    version = IsolatedVersion("m", 1, "cpu", "0" * 64, "fake")
+    version.cost_s = INLINE_RUN_S / 10
+    version.ready(Constant(1))
+    version.arrange(max_sequences=1, sequence_idle_s=1.0)
+    assert not version.is_cheap
+    for _ in range(100):
+        version.measured(INLINE_RUN_S / 10)
+    assert not version.is_cheap
 
 
 def test_only_a_long_run_gives_way(monkeypatch):

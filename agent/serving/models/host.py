@@ -52,6 +52,9 @@ State = Literal["LOADING", "READY", "UNAVAILABLE"]
 LABELS = ("stable", "candidate", "previous")
 DRAIN_TIMEOUT_S = 60.0  # a run that takes longer keeps its model in memory instead of having it closed under it
 BEYOND_INLINE_S = 2 * INLINE_RUN_S
+STAYS_CHEAP_S = (
+    4 * INLINE_RUN_S
+)  # what was cheap is so up to here: among long runs it would meet cold caches and look dear for ever
 FIRST_COST_S = 1.0  # until it was measured a run counts as long
 
 Run = Callable[[Mapping[str, Array], Sequence[str] | None], list[Array]]
@@ -75,6 +78,7 @@ class Version:
         self.reason = ""
         self.model: Model | None = None
         self.run: Run = _away  # the model's
+        self.is_cheap = False  # a run of it costs the next caller less than a switch of threads
         self.is_long = False  # a run of it gives way to whatever is shorter
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
@@ -109,6 +113,7 @@ class Version:
     def ready(self, model: Model) -> None:
         self.model = model
         self.inputs, self.outputs, self.placement = model.inputs, model.outputs, model.placement
+        self.is_cheap = self.cost_s <= INLINE_RUN_S
         self.is_long = self.cost_s > LONG_RUN_S
         self.run = self.way(model.run)
         self.loaded_s = time.perf_counter()
@@ -227,6 +232,7 @@ class Version:
         if run_s > 4 * cost_s:  # noqa: PLR1730 - calling min takes as long as all the rest
             run_s = 4 * cost_s
         self.cost_s = self.lane.cost_s = cost_s = cost_s + 0.1 * (run_s - cost_s)
+        self.is_cheap = cost_s <= (STAYS_CHEAP_S if self.is_cheap else INLINE_RUN_S)
         if (cost_s > LONG_RUN_S) is not self.is_long:
             self._change_way(is_long=cost_s > LONG_RUN_S)
 
@@ -258,7 +264,7 @@ class IsolatedVersion(Version):
     """Never cheap enough for the thread that polls: what happens to its process must not keep that thread."""
 
     def arrange(self, *, max_sequences: int, sequence_idle_s: float) -> None:
-        self.cost_s = max(self.cost_s, BEYOND_INLINE_S)
+        self.cost_s, self.is_cheap = max(self.cost_s, BEYOND_INLINE_S), False
         super().arrange(max_sequences=max_sequences, sequence_idle_s=sequence_idle_s)
 
     def measured(self, run_s: float) -> None:
