@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import measure, models, processes, sharing, under_load
+from benchmarks.calm import PATIENCE_S, Calm
 
 CLIENTS = (1, 4, 8)
 WIDTH = 230
@@ -39,21 +40,23 @@ def main() -> None:
     options = parser.parse_args()
     repeats, seconds = (2, 0.3) if options.quick else (options.repeats, options.seconds)
     prototype = options.prototype if options.prototype.is_file() else None
+    calm = Calm(0 if options.quick else PATIENCE_S)
     with tempfile.TemporaryDirectory(prefix="edge-bench-") as name:
         folder = Path(name)
         load = processes.load_program(folder)
         subjects = models.make(folder)
         subjects.append(models.sharing(subjects[-1]))
-        shared = sharing.measure(folder, repeats, max(20, int(seconds * sharing.ROUNDS)))  # first: it forks
-        started = measure.start(folder, subjects[0], repeats)
-        rows = measure.latency(folder, load, subjects, CLIENTS, repeats, seconds, prototype)
+        shared = sharing.measure(folder, calm, repeats, max(20, int(seconds * sharing.ROUNDS)))  # first: it forks
+        started = measure.start(folder, subjects[0], repeats, calm)
+        rows = measure.latency(folder, load, subjects, CLIENTS, repeats, seconds, prototype, calm)
         more = {
             "sharing": shared,
-            "swap": under_load.swaps(folder, load, repeats, seconds),
-            "mixed": under_load.mixed(folder, load, 2 * repeats + 1, 2 * seconds),  # the scheduler makes it one of two things
+            "swap": under_load.swaps(folder, load, repeats, seconds, calm),
+            "mixed": under_load.mixed(folder, load, 2 * repeats + 1, 2 * seconds, calm),  # it varies most
             "loads": under_load.loads(folder),
         }
     show(rows, started, more, compiled=len(load) == 1)
+    print(calm)
     if options.json:
         options.json.write_text(json.dumps(measure.document(rows, started, more), indent=1) + "\n")
 

@@ -13,6 +13,7 @@ from typing import Any
 import onnxruntime
 
 from benchmarks import models, processes
+from benchmarks.calm import Calm
 from benchmarks.models import Subject
 
 BARE_NAMES = {"tiny": "T", "image": "I"}
@@ -78,6 +79,7 @@ def latency(
     repeats: int,
     seconds: float,
     prototype: Path | None,
+    calm: Calm,
 ) -> list[Row]:
     """`prototype` is the bare threading model without anything a product needs: leader_followers.py, when it is at hand."""
     rows = {(s.name, c): Row(s.name, c) for s in subjects for c in clients}
@@ -89,7 +91,7 @@ def latency(
     ):
         for _ in range(repeats):
             for subject in subjects:
-                _measure(rows, folder, load, subject, clients, seconds, server, bare, in_c.get(subject.name))
+                _measure(rows, folder, load, subject, clients, seconds, server, bare, in_c.get(subject.name), calm)
     return list(rows.values())
 
 
@@ -130,6 +132,7 @@ def _measure(
     server: Path,
     bare: Path | None,
     in_c: Path | None,
+    calm: Calm,
 ) -> None:
     bare_request, request, shared = folder / "bare.request", folder / "request", None
     request.write_bytes(subject.request)
@@ -138,33 +141,44 @@ def _measure(
         shared.write_bytes(subject.array.tobytes())
     else:
         bare_request.write_bytes(models.request(BARE_NAMES[subject.name], subject.array))
+
+    def drive(at: Path, request: Path, kind: str, count: int, shared: Path | None = None) -> dict[str, Any]:
+        def once() -> dict[str, Any]:
+            found = processes.drive(load, at, request, kind, count, seconds, shared)
+            rows[subject.name, count].failures += found["failures"]
+            return found
+
+        return calm(once)
+
     echo = folder / "echo.sock"
     echo.unlink(missing_ok=True)
     with processes.running([*load, "echo", str(echo), str(len(subject.request)), str(REPLY_BYTES)], echo):
         for count in clients:
             row = rows[subject.name, count]
-            row.echo_p50_us.append(processes.drive(load, echo, request, str(REPLY_BYTES), count, seconds)["p50_us"])
-            p50, per_s = engine(subject, count, seconds)
+            row.echo_p50_us.append(drive(echo, request, str(REPLY_BYTES), count)["p50_us"])
+            p50, per_s = calm(lambda count=count: engine(subject, count, seconds))  # type: ignore[misc]
             row.engine_p50_us.append(p50)
             row.engine_per_s.append(per_s)
-            found = processes.drive(load, server, request, "http", count, seconds, shared)
+            found = drive(server, request, "http", count, shared)
             row.p50_us.append(found["p50_us"])
             row.p99_us.append(found["p99_us"])
             row.per_s.append(found["per_s"])
-            row.failures += found["failures"]
             if bare is not None and not subject.shared:
-                found = processes.drive(load, bare, bare_request, "http", count, seconds)
+                found = drive(bare, bare_request, "http", count)
                 row.bare_p50_us.append(found["p50_us"])
                 row.bare_per_s.append(found["per_s"])
             if in_c is not None:
-                found = processes.drive(load, in_c, request, "http", count, seconds, shared)
+                found = drive(in_c, request, "http", count, shared)
                 row.c_p50_us.append(found["p50_us"])
                 row.c_per_s.append(found["per_s"])
-                row.failures += found["failures"]
 
 
-def start(folder: Path, subject: Subject, repeats: int) -> dict[str, list[float]]:
-    found = [processes.first_prediction_s(subject.path, folder / "start.sock", subject.array) for _ in range(repeats)]
+def start(folder: Path, subject: Subject, repeats: int, calm: Calm) -> dict[str, list[float]]:
+    def once() -> tuple[float, float]:
+        return processes.first_prediction_s(subject.path, folder / "start.sock", subject.array)
+
+    once()  # an installed package has its bytecode
+    found = [calm(once) for _ in range(repeats)]
     return {"first_prediction_s": [s for s, _ in found], "idle_pss_mb": [mb for _, mb in found]}
 
 

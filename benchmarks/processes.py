@@ -65,7 +65,7 @@ def running(
     """`command`, in `folder`, while the block runs, from the moment that something listens at `path`."""
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if quiet else None, cwd=folder,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        env=environment(),
     )  # fmt: skip
     try:
         _wait_for(path, process)
@@ -73,6 +73,14 @@ def running(
     finally:
         process.terminate()
         process.wait()
+
+
+def environment() -> dict[str, str]:
+    """Whose servers keep their bytecode as an installed package does, whatever this shell says: else each start would compile the source."""
+    return {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
+        "OPENBLAS_NUM_THREADS": "1",
+    }
 
 
 def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:

@@ -19,6 +19,7 @@ import onnxruntime
 
 from agent.client import Client
 from benchmarks import models, processes
+from benchmarks.calm import Calm
 
 REPEATS = 5
 ROUNDS = 200  # of each way in one repeat
@@ -66,7 +67,7 @@ def bare_process(path: Path, picture: np.ndarray) -> Iterator[Callable[[], objec
         os.waitpid(child, 0)
 
 
-def measure(folder: Path, repeats: int = REPEATS, rounds: int = ROUNDS) -> dict[str, list[float]]:
+def measure(folder: Path, calm: Calm, repeats: int = REPEATS, rounds: int = ROUNDS) -> dict[str, list[float]]:
     """For each way the p50 in microseconds of every repeat; the ways take turns."""
     path, picture, address = folder / "image.onnx", models.image_input(), folder / "sharing.sock"
     models.image(path)
@@ -91,19 +92,20 @@ def measure(folder: Path, repeats: int = REPEATS, rounds: int = ROUNDS) -> dict[
             p50_us(call, 50)
         for _ in range(repeats):
             for name, call in ways.items():
-                found.setdefault(name, []).append(p50_us(call, rounds))
+                found.setdefault(name, []).append(calm(lambda call=call: p50_us(call, rounds)))  # type: ignore[misc]
     return found
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder))
+        found = measure(Path(folder), calm := Calm())
     engine = found["engine in this process"]
     print(f"{'':24}{'p50 µs':>10}{'× engine':>10}   median of {REPEATS}, range")
     for name, times in found.items():
         ratios = [one / base for one, base in zip(times, engine, strict=True)]
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(f"{name:24}{statistics.median(times):10.0f}{statistics.median(ratios):10.3f}   {spread}")
+    print(calm)
 
 
 if __name__ == "__main__":

@@ -12,34 +12,41 @@ from typing import Any
 from agent.client import Client
 from agent.store import Choice, Selection, Store
 from benchmarks import models, processes
+from benchmarks.calm import Calm
 from benchmarks.stores import control, release
 
 LONG_CLIENTS = 4
+LONG_S = 300  # unless ended before
 LONG_RUNS = 2  # of these at a time, by the three threads of the server
 DAWDLERS = 50
 SWAP_PAUSE_S = 0.1  # far more often than any device updates
 LOADS = (10, 100)
 
 
-def swaps(folder: Path, load: list[str], repeats: int, seconds: float, clients: int = 4) -> dict[str, Any]:
+def swaps(folder: Path, load: list[str], repeats: int, seconds: float, calm: Calm, clients: int = 4) -> dict[str, Any]:
     """p99 with `clients` busy clients, before and while versions are loaded, activated and committed one after the other."""
     config, server = _store(folder)
     request = _request(folder)
     before, during, failures, count = [], [], 0, 0
+
+    def ask() -> float:
+        nonlocal failures
+        found = processes.drive(load, server, request, "http", clients, seconds)
+        failures += found["failures"]
+        p99: float = found["p99_us"]
+        return p99
+
     with processes.running(processes.agent("serve", "--config", config), server, quiet=True), Client(server) as client:
         for _ in range(repeats):
-            quiet = processes.drive(load, server, request, "http", clients, seconds)
+            before.append(calm(ask))
             swapped = [0]
-            with _meanwhile(lambda end, swapped=swapped: _swap(client, end, swapped)):  # type: ignore[misc]
-                busy = processes.drive(load, server, request, "http", clients, seconds)
-            before.append(quiet["p99_us"])
-            during.append(busy["p99_us"])
-            failures += quiet["failures"] + busy["failures"]
+            with meanwhile(lambda end, swapped=swapped: _swap(client, end, swapped)):  # type: ignore[misc]
+                during.append(calm(ask))
             count += swapped[0]
     return {"clients": clients, "p99_before_us": before, "p99_during_us": during, "swaps": count, "failures": failures}
 
 
-def mixed(folder: Path, load: list[str], repeats: int, seconds: float) -> dict[str, list[float]]:
+def mixed(folder: Path, load: list[str], repeats: int, seconds: float, calm: Calm) -> dict[str, list[float]]:
     """p99 of one client of the tiny model in three situations, in turns.
 
     `busy`: another process keeps the cores as busy with a 50 ms model as the server would. `long`: four clients ask the server for
@@ -53,7 +60,7 @@ def mixed(folder: Path, load: list[str], repeats: int, seconds: float) -> dict[s
     found: dict[str, list[float]] = {"busy": [], "long": [], "dawdlers": []}
 
     def ask() -> float:
-        p99: float = processes.drive(load, server, request, "http", 1, seconds)["p99_us"]
+        p99: float = calm(lambda: processes.drive(load, server, request, "http", 1, seconds))["p99_us"]
         return p99
 
     with processes.running(processes.agent("run", tiny, slow, "--socket", server), server):
@@ -61,7 +68,7 @@ def mixed(folder: Path, load: list[str], repeats: int, seconds: float) -> dict[s
         for _ in range(repeats):
             with _burning(slow):
                 found["busy"].append(ask())
-            with _process([*load, "drive", str(server), str(long_request), "http", str(LONG_CLIENTS), str(2 * seconds + 2)]):
+            with _process([*load, "drive", str(server), str(long_request), "http", str(LONG_CLIENTS), str(LONG_S)]):
                 found["long"].append(ask())
                 with _dawdlers(server):
                     found["dawdlers"].append(ask())
@@ -118,7 +125,8 @@ def _swap(client: Client, end: threading.Event, swapped: list[int]) -> None:
 
 
 @contextlib.contextmanager
-def _meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
+def meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """`work` in a thread while the block runs; the event tells it to end."""
     end = threading.Event()
     thread = threading.Thread(target=work, args=(end,))
     thread.start()
@@ -171,5 +179,5 @@ def _dawdlers(server: Path) -> Iterator[None]:
                 if end.wait(0.05):
                     return
 
-        with _meanwhile(dribble):
+        with meanwhile(dribble):
             yield

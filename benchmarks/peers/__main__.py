@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -26,6 +27,7 @@ from rich.table import Table
 
 from benchmarks import models, processes
 from benchmarks.__main__ import spread
+from benchmarks.calm import Calm
 from benchmarks.models import Subject
 from benchmarks.peers.catalogue import PEERS, Peer, Place
 
@@ -59,8 +61,10 @@ def main() -> None:
     chosen = [peer for peer in PEERS if not options.only or peer.name in options.only]
     for peer in chosen:
         peer.install()
-    results = measure(chosen, options.repeats, options.seconds)
+    calm = Calm()
+    results = measure(chosen, options.repeats, options.seconds, calm)
     show(results)
+    print(calm)
     if options.json:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     if options.plot:
@@ -69,7 +73,7 @@ def main() -> None:
         draw(results, options.plot)
 
 
-def measure(peers: Sequence[Peer], repeats: int, seconds: float) -> list[Result]:
+def measure(peers: Sequence[Peer], repeats: int, seconds: float, calm: Calm) -> list[Result]:
     results = [Result(peer.name, peer.speaks) for peer in peers]
     with (
         tempfile.TemporaryDirectory(prefix="edge-peers-") as name,
@@ -83,29 +87,36 @@ def measure(peers: Sequence[Peer], repeats: int, seconds: float) -> list[Result]
         for repeat in range(repeats):
             for peer, result in zip(peers, results, strict=True):
                 bar.update(row, description=peer.name)
-                once(peer, result, folder / f"{peer.name.replace(' ', '-')}-{repeat}", load, subjects, seconds)
+                once(peer, result, folder / f"{peer.name.replace(' ', '-')}-{repeat}", load, subjects, seconds, calm)
                 bar.advance(row)
     return results
 
 
-def once(peer: Peer, result: Result, folder: Path, load: list[str], subjects: Sequence[Subject], seconds: float) -> None:
+def once(
+    peer: Peer, result: Result, folder: Path, load: list[str], subjects: Sequence[Subject], seconds: float, calm: Calm
+) -> None:
     """Starts the server, measures, ends it."""
     place = peer.place(folder, subjects[0].path.parent)
     requests = {}
     for subject in subjects:
         requests[subject.name] = folder / f"{subject.name}.request"
         requests[subject.name].write_bytes(peer.request(subject))
+
+    def drive(request: Path, clients: int) -> dict[str, Any]:
+        found = processes.drive(load, Path(place.address), request, "http", clients, seconds)
+        result.failures += found["failures"]
+        return found
+
     with running(peer, place) as (process, began):
         first_answer(place, requests["tiny"].read_bytes(), process)
         result.start_s.append(time.perf_counter() - began)
         result.pss_mb.append(pss_mb(process.pid))
         for subject in subjects:
             for clients in CLIENTS:
-                found = processes.drive(load, Path(place.address), requests[subject.name], "http", clients, seconds)
+                found = calm(lambda name=subject.name, clients=clients: drive(requests[name], clients))  # type: ignore[misc]
                 key = f"{subject.name} {clients}"
                 for numbers, name in ((result.p50_us, "p50_us"), (result.p99_us, "p99_us"), (result.per_s, "per_s")):
                     numbers.setdefault(key, []).append(found[name])
-                result.failures += found["failures"]
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -70,10 +69,9 @@ class Peer:
 
     def environ(self, place: Place) -> dict[str, str]:
         return {
-            **os.environ,
+            **processes.environment(),
             "ORT_DISABLE_TELEMETRY": "1",
             "ORT_TELEMETRY_DISABLED": "1",
-            "OPENBLAS_NUM_THREADS": "1",
             "PEER_MODELS": str(place.models),
             "PYTHONPATH": str(SERVERS),
             "HOME": str(place.folder),
