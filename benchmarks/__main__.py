@@ -37,6 +37,10 @@ def main() -> None:
     parser.add_argument(
         "--prototype", type=Path, metavar="FILE", default=PROTOTYPE, help="the bare threading model to compare with"
     )
+    parser.add_argument(
+        "--only", nargs="+", choices=models.NAMES, metavar="MODEL", help="the table alone, of these: " + "; ".join(models.NAMES)
+    )
+    parser.add_argument("--clients", nargs="+", type=int, metavar="COUNT", default=CLIENTS, help="in the table")
     options = parser.parse_args()
     repeats, seconds = (2, 0.3) if options.quick else (options.repeats, options.seconds)
     prototype = options.prototype if options.prototype.is_file() else None
@@ -46,24 +50,28 @@ def main() -> None:
         load = processes.load_program(folder)
         subjects = models.make(folder)
         subjects.append(models.sharing(subjects[-1]))
-        shared = sharing.measure(folder, calm, repeats, max(20, int(seconds * sharing.ROUNDS)))  # first: it forks
-        started = measure.start(folder, subjects[0], repeats, calm)
-        rows = measure.latency(folder, load, subjects, CLIENTS, repeats, seconds, prototype, calm)
-        more = {
-            "sharing": shared,
-            "swap": under_load.swaps(folder, load, repeats, seconds, calm),
-            "mixed": under_load.mixed(folder, load, 2 * repeats + 1, 2 * seconds, calm),  # it varies most
-            "loads": under_load.loads(folder),
-        }
-    show(rows, started, more, compiled=len(load) == 1)
+        if options.only:
+            rows = measure.latency(folder, load, subjects, options.only, options.clients, repeats, seconds, prototype, calm)
+            started, more = {}, {}
+            _console().print(_table(rows))
+        else:
+            shared = sharing.measure(folder, calm, repeats, max(20, int(seconds * sharing.ROUNDS)))  # first: it forks
+            started = measure.start(folder, subjects[0], repeats, calm)
+            rows = measure.latency(folder, load, subjects, models.NAMES, options.clients, repeats, seconds, prototype, calm)
+            more = {
+                "sharing": shared,
+                "swap": under_load.swaps(folder, load, repeats, seconds, calm),
+                "mixed": under_load.mixed(folder, load, 2 * repeats + 1, 2 * seconds, calm),  # it varies most
+                "loads": under_load.loads(folder),
+            }
+            show(rows, started, more, compiled=len(load) == 1)
     print(calm)
     if options.json:
         options.json.write_text(json.dumps(measure.document(rows, started, more), indent=1) + "\n")
 
 
 def show(rows: Sequence[measure.Row], started: dict[str, list[float]], more: dict[str, Any], *, compiled: bool) -> None:
-    console = Console(highlight=False)
-    console.width = max(console.width, WIDTH)  # a number that is cut off is no number
+    console = _console()
     console.print(_table(rows))
     console.print(
         f"start to first prediction {spread(started['first_prediction_s'], 2)} s, idle PSS {spread(started['idle_pss_mb'])} MB"
@@ -85,6 +93,12 @@ def show(rows: Sequence[measure.Row], started: dict[str, list[float]], more: dic
     console.print(f"memory after loading and unloading different models: {loads}")
     if not compiled:
         console.print("there is no C compiler: echo and load generator are Python's, and slow")
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    console.width = max(console.width, WIDTH)  # a number that is cut off is no number
+    return console
 
 
 def _sharing(found: dict[str, list[float]]) -> str:

@@ -75,14 +75,18 @@ def latency(
     folder: Path,
     load: list[str],
     subjects: Sequence[Subject],
+    only: Sequence[str],
     clients: Sequence[int],
     repeats: int,
     seconds: float,
     prototype: Path | None,
     calm: Calm,
 ) -> list[Row]:
-    """`prototype` is the bare threading model without anything a product needs: leader_followers.py, when it is at hand."""
-    rows = {(s.name, c): Row(s.name, c) for s in subjects for c in clients}
+    """A row for each number of clients of each subject in `only`; the servers have all subjects. `prototype` is the bare threading
+    model without anything a product needs: leader_followers.py, when it is at hand.
+    """
+    measured = [subject for subject in subjects if subject.name in only]
+    rows = {(s.name, c): Row(s.name, c) for s in measured for c in clients}
     server = folder / "bench.sock"
     with (
         processes.running(processes.agent("run", *{s.path for s in subjects}, "--socket", server), server),
@@ -90,7 +94,7 @@ def latency(
         _c_servers(folder, subjects) as in_c,
     ):
         for _ in range(repeats):
-            for subject in subjects:
+            for subject in measured:
                 _measure(rows, folder, load, subject, clients, seconds, server, bare, in_c.get(subject.name), calm)
     return list(rows.values())
 

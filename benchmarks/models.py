@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 SEED = 20260
 REGION = "bench"  # what the load generator calls the memory that it shares
+NAMES = ("tiny", "image", "image, shared")  # of the subjects
 
 
 @dataclass(frozen=True)
