@@ -97,29 +97,23 @@ def test_every_change_is_audited(server, tokens):
 # -- the browser's session -----------------------------------------------------------------------------------------------------
 
 
-def signed_in(server, token):
-    browser = requests.Session()
-    browser.trust_env = False
-    browser.verify = str(server.ca)
-    answer = browser.post(f"{server.url}{API}/session", json={"token": token}, timeout=20)
-    assert answer.status_code == 200
-    return browser, answer.headers["Set-Cookie"]
-
-
 def test_a_session(server, tokens):
-    browser, cookie = signed_in(server, tokens["operator"])
-    for word in ("HttpOnly", "SameSite=strict", "Secure", "Path=/"):
-        assert word.lower() in cookie.lower()
-    assert tokens["operator"] not in cookie
-    assert browser.get(f"{server.url}{API}/me", timeout=20).json() == {"name": "a operator", "role": "operator"}
-    refused = browser.post(f"{server.url}{API}/enrolment-tokens", json={}, timeout=20)
-    assert (refused.status_code, refused.json()["code"]) == (403, "no_proof")
-    assert (
-        browser.post(f"{server.url}{API}/enrolment-tokens", json={}, headers={"X-Edge-Fleet": "1"}, timeout=20).status_code
-        == 200
-    )
-    kept = dict(browser.cookies)
-    browser.delete(f"{server.url}{API}/session", timeout=20)
+    with requests.Session() as browser:
+        browser.trust_env = False
+        browser.verify = str(server.ca)
+        answer = browser.post(f"{server.url}{API}/session", json={"token": tokens["operator"]}, timeout=20)
+        assert answer.status_code == 200
+        cookie = answer.headers["Set-Cookie"]
+        for word in ("HttpOnly", "SameSite=strict", "Secure", "Path=/"):
+            assert word.lower() in cookie.lower()
+        assert tokens["operator"] not in cookie
+        assert browser.get(f"{server.url}{API}/me", timeout=20).json() == {"name": "a operator", "role": "operator"}
+        new_token = f"{server.url}{API}/enrolment-tokens"
+        refused = browser.post(new_token, json={}, timeout=20)
+        assert (refused.status_code, refused.json()["code"]) == (403, "no_proof")
+        assert browser.post(new_token, json={}, headers={"X-Edge-Fleet": "1"}, timeout=20).status_code == 200
+        kept = dict(browser.cookies)
+        browser.delete(f"{server.url}{API}/session", timeout=20)
     again = requests.get(f"{server.url}{API}/me", cookies=kept, verify=str(server.ca), timeout=20)
     assert again.status_code == 401
 
