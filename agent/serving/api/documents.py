@@ -5,6 +5,7 @@ Names and nesting are the Open Inference Protocol's and its extensions'. Nothing
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -37,6 +38,7 @@ NO_TRACE = {
 }
 
 
+@functools.cache  # it is looked for among the files of all that is installed
 def agent_version() -> str:
     try:
         return version("edge-inference-agent")
