@@ -25,6 +25,9 @@ from agent.contract import names
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
 from agent.contract.manifest import MAX_MANIFEST_BYTES, ReleaseManifest, Variant, parse_manifest
 from agent.host import files
+from agent.host.priority import rest
+
+HASH_BYTES = 64 * 1024
 
 
 class StoreError(Exception):
@@ -295,8 +298,9 @@ def hash_file(path: Path) -> str:
     try:
         with path.open("rb") as file:
             digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
+            while chunk := file.read(HASH_BYTES):
                 digest.update(chunk)
+                rest()
     except FileNotFoundError:
         raise StoreError(f"{path} is missing") from None
     return digest.hexdigest()

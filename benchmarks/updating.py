@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ WINDOW_S = 0.5
 QUIET_WINDOWS = 6
 ENOUGH_WINDOWS = 2
 LIMIT_S = 120
+BETWEEN_LOOKS_S = 0.2  # predictions wait behind each look, and there are none in the quiet windows
 REPEATS = 11
 AT_MOST = 4  # times as many updates, on a machine whose host disturbs it
 
@@ -141,7 +143,7 @@ def roll_out(fleet: Fleet, device: Device, version: int) -> float:
         f"release {version} on the device",
         lambda: _active(device) == version and fleet.devices()[device.name]["models"],
         limit_s=LIMIT_S,
-        tick=lambda: None,
+        tick=lambda: time.sleep(BETWEEN_LOOKS_S),
     )
 
 

@@ -6,15 +6,20 @@ import contextlib
 import functools
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 NICE = 10
 STEP_BACK = 5  # of a processor that another thread wants too it then gets a quarter
+STRETCH_S = 100e-6  # of work between two rests: what a request may have to wait
+REST_S = 50e-6  # the kernel makes some 100 µs of it
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_rested = threading.local()  # at_s: how long the thread had worked when it last rested
 
 
 def lower() -> None:
@@ -30,6 +35,18 @@ def lower_process(pid: int) -> None:
     """
     with contextlib.suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, pid, max(NICE, os.getpriority(os.PRIO_PROCESS, pid)))
+
+
+def rest() -> None:
+    """To be called between the steps of long work that can wait: sleeps a moment after each STRETCH_S for which the calling thread has worked.
+
+    However small its weight: while a thread has some of its share left, the kernel lets it have its whole turn of 1 to 4 ms, and who wakes up on that
+    processor waits for it, be it a client whose answer is there. A thread that sleeps gives up the rest of its turn.
+    """
+    worked_s = time.thread_time()
+    if worked_s - getattr(_rested, "at_s", 0.0) >= STRETCH_S:
+        time.sleep(REST_S)
+        _rested.at_s = worked_s
 
 
 def waited_s() -> float:

@@ -13,6 +13,8 @@ import pytest
 from agent.contract.manifest import File
 from agent.contract.reasons import Reason
 from agent.store import Store
+from agent.sync.fetching import downloader as downloading
+from agent.sync.fetching import staged as staging
 from agent.sync.fetching.https import HttpBlobs
 from agent.sync.fetching.sources import TRIES_ON_WRONG_BYTES
 from agent.sync.fleet.http import FleetHttp
@@ -38,6 +40,23 @@ def test_a_blob_arrives(store: Store):
     assert seen == sorted(seen)
     assert seen[-1] == len(DATA)
     assert list(store.staging.iterdir()) == []
+
+
+def test_the_processor_is_given_away_again_and_again(store: Store, monkeypatch):
+    """After each chunk, and while the whole file is hashed a second time: others wait for it."""
+    rested = {downloading: 0, staging: 0}
+    for module in rested:
+
+        def rest(module=module):
+            rested[module] += 1
+
+        monkeypatch.setattr(module, "rest", rest)
+    source = MemoryBlobs(DATA)
+
+    fetch(downloader(store, source), FILE)
+
+    assert rested[downloading] >= len(DATA) // source.chunk - 1  # not after the last
+    assert rested[staging] >= len(DATA) // staging.READ_BYTES
 
 
 def test_a_blob_that_is_there_is_not_asked_for(store: Store):

@@ -1,13 +1,16 @@
 """Threads that give way for a while, and come back."""
 
 import os
+import resource
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from agent.host import priority
+from agent.store import hash_file
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="coming back needs a privilege")
 
@@ -74,3 +77,36 @@ def test_who_could_not_come_back_stays():
     assert given_way_as_nobody(nice, before=priority.can_come_back) == own + priority.STEP_BACK, (
         "the privilege went later: nothing fails"
     )
+
+
+def rests_during(act):
+    """How often the thread gave the processor away by itself."""
+
+    def count():
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        act()
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
+
+    return in_thread(count)
+
+
+def test_who_rests_between_steps_sleeps_after_every_stretch_of_work():
+    def work():
+        while time.thread_time() < 50 * priority.STRETCH_S:
+            priority.rest()
+
+    assert 25 <= rests_during(work) <= 50
+
+
+def test_who_has_hardly_worked_does_not_sleep():
+    def wait():
+        for _ in range(20):
+            priority.rest()
+
+    assert rests_during(wait) <= 1
+
+
+def test_a_large_file_is_hashed_with_rests(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(32 << 20))
+    assert rests_during(lambda: hash_file(path)) >= 10  # some 20 ms of work, on the quickest machines

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from agent.contract.manifest import File
 from agent.contract.reasons import Reason
-from agent.host.priority import in_background
+from agent.host.priority import in_background, rest
 from agent.store import Store
 from agent.sync.fetching import layout, local
 from agent.sync.fetching.budget import Budget
@@ -261,6 +261,7 @@ class _Fetch:
                 if not budget.open():
                     raise _HoursOver
             yield chunk
+            rest()
 
     def _ask_to_stop(self, count: int) -> None:
         at, passed = self._asked

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from agent.contract.manifest import File
+from agent.host.priority import rest
 from agent.store import Store, StoreError
 from agent.sync.fetching.layout import pieces
 from agent.sync.fetching.staged import BLOCKS_SUFFIX, Staged, noted
@@ -35,6 +36,7 @@ def copy(store: Store, staged: Staged, stop: Stop) -> None:
             place = where.get(piece.digest)
             if place is not None:
                 staged.add(piece, _read(*place, piece.size_bytes, open_files, opened))
+                rest()
 
 
 def _files(store: Store, besides: str) -> Iterator[File]:

@@ -17,7 +17,7 @@ from typing import IO
 
 from agent.contract.enrolment import BLOBS_PATH
 from agent.contract.names import SHA256
-from agent.host.priority import lower
+from agent.host.priority import lower, rest
 from agent.store import Store
 from agent.sync.fetching.budget import Budget
 from agent.sync.fetching.folders import open_regular
@@ -136,6 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
                 sharing.budget.take(len(data), 0, sharing.ending.is_set)
                 self.wfile.write(data)
                 start += len(data)
+                rest()
             return
         self.close_connection = True
 

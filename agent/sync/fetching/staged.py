@@ -20,10 +20,14 @@ from pathlib import Path
 from agent.contract.codec import ContractError, decode, encode
 from agent.contract.manifest import MAX_MANIFEST_BYTES, File
 from agent.host import files
+from agent.host.priority import rest
 from agent.sync.fetching.layout import Piece, pieces
 
 BLOCKS_SUFFIX = ".blocks"
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 16
+LAG_BYTES = 1 << 20
+"""How much more there must be for the second hash to go on."""
+
 WRITE_BACK_BYTES = 8 << 20
 """How often the disk is told to begin: otherwise a large file goes to it all at once, when the download waits for nothing else."""
 
@@ -62,6 +66,7 @@ class Staged:
                 there.pop(0)
             if there and there[0][0] <= piece.start:
                 self._add(piece, os.pread(self._fd, piece.size_bytes, piece.start), write=False)
+                rest()
 
     def add(self, piece: Piece, data: bytes | bytearray | memoryview) -> bool:
         """Writes the piece if these are its bytes; whether they were.  Raises: OSError."""
@@ -134,7 +139,7 @@ class _Whole:
 
     def may_read_up_to(self, end: int) -> None:
         """The file has its bytes before `end`."""
-        if end - self._end < READ_BYTES:
+        if end - self._end < LAG_BYTES:
             return
         with self._changed:
             self._end = end
@@ -175,6 +180,7 @@ class _Whole:
         data = os.pread(self._fd, min(READ_BYTES, end - self._at), self._at)
         self._digest.update(data)
         self._at += len(data)
+        rest()
         if self._at - self._written_back >= WRITE_BACK_BYTES:
             begin_write_back(self._fd, self._written_back, self._at - self._written_back)
             self._written_back = self._at
