@@ -64,7 +64,7 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     grpc_access: AccessClass = "observe"
     """What everyone on the gRPC socket may do."""
     threads: int = 3
-    """Threads that take turns at the socket. More help when many slow models run at once. A run of more than 5 ms gives way to shorter ones, where the limit `nice` allows it (`ulimit -e 20`; the unit sets it)."""
+    """Threads that take turns at the socket: one listens, the others run what is long. 1 is taken as 2. More help when many slow models run at once. A run of more than 5 ms gives way to shorter ones, where the limit `nice` allows it (`ulimit -e 20`; the unit sets it)."""
     engine_threads: int = 1
     """Threads that one run of a model may use. 0: the engine chooses."""
     max_body_bytes: int = 64 * 1024 * 1024

@@ -64,8 +64,8 @@ class Lane:
 
     @property
     def due_s(self) -> float:
-        """When to look at it again because of the time that passed; NEVER while a run must end first."""
-        return self._due_s if self._queue and self.room else NEVER
+        """When the first of its jobs waits for others no longer, with room for a run or without; NEVER while none is in the queue."""
+        return self._due_s if self._queue else NEVER
 
     def put(self, job: Job, now_s: float) -> None:
         job.due_s = now_s

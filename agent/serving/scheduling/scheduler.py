@@ -9,6 +9,9 @@ The rules:
 - A lane is held while its model comes back into memory or is replaced: jobs wait in it as ever, and none runs. A closed one takes no
   more jobs: what waits in it is taken out with `evacuate`, to be admitted elsewhere or refused.
 - `next_s` is when the polling thread has to look again; `wake` gets it out of its poll when that becomes earlier.
+- What waits needs three things: time (its due), room (an instance) and a thread. Whoever brings the last of them looks: the polling
+  thread for time, `finished` for room, `next_for_thread` for a thread. So each looks at what it brings alone, whatever else is missing,
+  and time is compared with the one reading of the clock that the decision before it was made with.
 """
 
 from __future__ import annotations
@@ -36,9 +39,16 @@ class LaneClosed(Exception):
     """The version is gone for good; the model may have another one."""
 
 
+def loop_threads(threads: int) -> int:
+    """How many threads a loop has that was allowed so many: one polls at any time, so that a run keeps no other request, timeout or
+    health check waiting, and at least one other runs.
+    """
+    return max(2, threads)
+
+
 def busy_threads(threads: int) -> int:
-    """How many of a loop's threads may be at long work: all but the one that polls. One thread does both in turns."""
-    return max(1, threads - 1)
+    """How many of them may be at long work: all but the one that polls."""
+    return loop_threads(threads) - 1
 
 
 class Scheduler:
@@ -90,20 +100,19 @@ class Scheduler:
                     self._release(job, now, ran=False)
                 raise Refusal(503, "Exceeds maximum queue size", headers=RETRY)
             self._count(job)
-            if job not in work:
+            waits = job not in work
+            if waits:
                 job.place = WAITING
                 job.caller.parked(job)
                 if job.deadline_s != NEVER:
                     self._bounded[job.number] = job
                     heapq.heappush(self._deadlines, (job.deadline_s, job.number))
             if work:
-                self._take(work)
-            elif not polls:
+                self._take(work, now)
+            if waits and not polls:
                 # What no thread is free for, and is too long for the one that polls, is taken by whoever comes free, of which this is one.
                 taken = goes_on and not self._free and job.due_s <= now and lane.cost_s > INLINE_RUN_S
-                at_s = job.deadline_s if taken or not turn else min(job.due_s, job.deadline_s)
-                if at_s < self._next_s:
-                    self.wake()
+                self._tell(job.deadline_s if taken or not turn else min(job.due_s, job.deadline_s))
             return work
 
     def forget(self, lane: Lane, number: int | str) -> None:
@@ -203,7 +212,7 @@ class Scheduler:
             if not work:
                 self._free += 1
                 return None
-            self._take(work)
+            self._take(work, now)
             return work
 
     # -- by the polling thread -------------------------------------------------------------------------------------------------
@@ -236,9 +245,9 @@ class Scheduler:
                 self._grant(lane, now)
             work = self._best(now, NEVER if self._free else INLINE_RUN_S)
             if not work:
-                self._next_s = self._when()
+                self._next_s = self._when(now)
                 return [], False
-            self._take(work)
+            self._take(work, NEVER)
             if work[0].lane.cost_s <= INLINE_RUN_S:
                 return work, False
             self._free -= 1
@@ -262,7 +271,8 @@ class Scheduler:
 
     def patience_s(self, job: Job) -> float:
         """How long until time alone may change something for this job; for a caller that waits in a thread of its own."""
-        return min(job.lane.due_s, job.deadline_s) - self._clock()
+        now, due_s = self._clock(), job.lane.due_s
+        return min(due_s if due_s > now else NEVER, job.deadline_s) - now
 
     def expired(self) -> list[Job]:
         """Takes out what has waited until its deadline."""
@@ -327,14 +337,18 @@ class Scheduler:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._bounded]
             heapq.heapify(self._deadlines)
 
-    def _take(self, work: list[Job]) -> None:
-        work[0].lane.take(work)
+    def _take(self, work: list[Job], now: float) -> None:
+        """`now` is NEVER for the polling thread, which looks at what is left by itself."""
+        lane = work[0].lane
+        lane.take(work)
         for job in work:
             self._uncount(job)
             parked = job.place is WAITING
             job.place = TAKEN
             if parked:
                 job.caller.taken(job)
+        if now < lane.due_s < NEVER:  # of what is left; whoever polls may know only of an earlier one, and that has passed
+            self._tell(lane.due_s)
 
     def _drop(self, job: Job, now: float) -> None:
         """Out of the queue without a run."""
@@ -344,6 +358,10 @@ class Scheduler:
         job.caller.taken(job)
         if job.sequence is not None:
             self._release(job, now, ran=False)
+        if (
+            job.key is not None and self._free and job.lane.ready(now)
+        ):  # without it the others may have a size that waits for nobody
+            self._tell(now)
 
     def _release(self, job: Job, now: float, *, ran: bool = True) -> None:
         """Gives the turn in its sequence on."""
@@ -372,12 +390,13 @@ class Scheduler:
                 work = [] if self._free else lane.ready(now, only_with_thread=True)
             if not work:
                 return
-            self._take(work)
+            self._take(work, now)
             next(job.caller for job in work if job.caller.has_thread).granted(work)
 
-    def _when(self) -> float:
-        """When time alone changes what can be done. What only waits for a thread is looked at by the thread that comes free."""
-        now = self._clock()
+    def _when(self, now: float) -> float:
+        """When time alone changes what can be done, of what could not be done at `now`, the reading that was decided with. What only
+        waits for a thread, or for a run to end, is looked at by whoever brings that.
+        """
         dues = [lane.due_s for lane in self._lanes]
         soonest = min((due for due in dues if due > now), default=NEVER)
         return min(soonest, self._deadlines[0][0] if self._deadlines else NEVER)

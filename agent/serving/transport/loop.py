@@ -37,7 +37,7 @@ from agent.serving.access import Grant
 from agent.serving.answers import Answer
 from agent.serving.routes import Kind, Pace, Request, Router
 from agent.serving.scheduling.jobs import Job
-from agent.serving.scheduling.scheduler import Scheduler, busy_threads
+from agent.serving.scheduling.scheduler import Scheduler, busy_threads, loop_threads
 from agent.serving.shared.memory import ClientMemory
 from agent.serving.transport import http
 from agent.serving.transport.buffers import BufferPool
@@ -140,7 +140,7 @@ class Loop:
         self._stopping = False
         self._stopped = False
         self._drained = threading.Event()
-        self._threads = [threading.Thread(target=self._serve, name=f"serve-{n}") for n in range(threads)]
+        self._threads = [threading.Thread(target=self._serve, name=f"serve-{n}") for n in range(loop_threads(threads))]
         self._threads.append(threading.Thread(target=self._chores.work, name="control"))
 
     def start(self) -> None:
