@@ -52,7 +52,7 @@ def test_health_control_and_small_predictions_are_answered_at_once(busy):
 
 
 def test_a_timeout_is_answered_when_it_passes(busy):
-    server, sent = busy
+    server, _ = busy
     begun = time.monotonic()
     status, headers, body = Sent(server, long(1.0, timeout=100_000)).done()
     assert 0.1 <= time.monotonic() - begun < 0.1 + AT_ONCE_S
