@@ -196,10 +196,17 @@ class AgentConfig(Settings, frozen=True, kw_only=True):
 
     store: Path = Path("/var/lib/edge-agent/store")
     """Blobs, releases and what is selected. `sync` writes it, `serve` reads it."""
+    diary: Path | None = None
+    """The folder where `serve` notes that it began and that it ended in order, for `sync` to tell a restart from a crash. Not set: `serve`
+    beside the store."""
     serve: ServeSettings = ServeSettings()
     """The prediction server."""
     sync: SyncSettings = SyncSettings()
     """The link to the fleet and the updates."""
+
+    @property
+    def diary_folder(self) -> Path:
+        return self.diary or self.store.parent / "serve"
 
 
 def load(path: Path | None = None) -> AgentConfig:

@@ -66,14 +66,6 @@ def probe_runtimes(timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, str]:
     return found
 
 
-def boot_id() -> str:
-    """A word that changes with every boot of the machine; empty where the kernel has none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
 def _cpus() -> int:
     try:
         return len(os.sched_getaffinity(0))

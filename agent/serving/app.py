@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agent.config import AgentConfig, ConfigError, ServeSettings
+from agent.diary import Diary
 from agent.host import notify, peer
 from agent.host.signals import Ending
 from agent.host.throttle import Throttle
@@ -154,7 +155,16 @@ def serve_store(config: AgentConfig) -> int:
     store = Store(config.store)
     store.check_format(may_be_missing=True)  # at first boot `serve` may be earlier than `sync`
     parts = assemble(store, config.serve)
-    return _serve(parts, config.serve, lambda: load_selections(parts, store, config.serve.engine_threads))
+    diary, instance = Diary(config.diary_folder), parts.control.instance
+
+    def load() -> None:
+        diary.begin(instance)  # only now: a second server has failed at the socket
+        load_selections(parts, store, config.serve.engine_threads)
+
+    status = _serve(parts, config.serve, load)
+    if status == 0:
+        diary.end(instance)  # what an engine does to the process while it is closed has been done
+    return status
 
 
 def serve_files(sources: Iterable[Source], settings: ServeSettings, announce: Callable[[ModelHost, list[str]], None]) -> int:

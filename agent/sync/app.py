@@ -23,7 +23,9 @@ from agent.config import AgentConfig
 from agent.contract.enrolment import MAX_CERTIFICATE_BYTES
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, ModelState, Phase
+from agent.diary import Diary
 from agent.host import files, hardware, notify
+from agent.host.boot import boot_id
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.host.signals import Ending
 from agent.store import Store, StoreError
@@ -142,7 +144,8 @@ class SyncApp:
             hardware=self._probe_once,
             desired=lambda: self.follower.current,
             teller=self,
-            boot=hardware.boot_id(),
+            boot=boot_id(),
+            lives=Diary(config.diary_folder).read,
             holds=holds,
             journal=Journal(private / "journal"),
             approvals=Approvals(private / "approvals"),

@@ -78,6 +78,13 @@ class Processes:
         process.kill()
         process.wait()
 
+    def terminate(self, *names: str) -> list[int]:
+        """SIGTERM to all of them at once; how each ended."""
+        ending = [self._running.pop(name) for name in names]
+        for process in ending:
+            process.terminate()
+        return [process.wait(30) for process in ending]
+
     def check(self) -> None:
         """Raises: StepFailed when a part ended by itself."""
         for name, process in self._running.items():

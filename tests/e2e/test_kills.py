@@ -1,4 +1,4 @@
-"""kill -9 of each part in the middle of an update, with the real fleet server, broker, `serve` and `sync`.
+"""kill -9 and orderly restarts of each part in the middle of an update, with the real fleet server, broker, `serve` and `sync`.
 
 After each: nothing wrong serves, no request that reached a `serve` failed, and the update ends as it should.
 """
@@ -62,6 +62,49 @@ def test_killed_serve_in_watching_rolls_back(world: World) -> None:
     world.reaches("watching", release)
     world.kill("serve")
     world.restart("serve")
+    world.until("a roll-back", lambda: world.answer(release) and world.serving() == before)
+    assert (world.answer(release)["outcome"], world.answer(release)["reason"]) == ("rolled_back", "serve_crashed")
+
+
+RESTARTED = [
+    (("serve",), "fetching"),
+    (("serve",), "trialing"),
+    (("sync",), "trialing"),
+    (("serve", "sync"), "trialing"),
+    (("serve",), "watching"),
+    (("sync",), "watching"),
+    (("serve", "sync"), "watching"),
+]
+
+
+@pytest.mark.parametrize(("parts", "phase"), RESTARTED, ids=[f"{'_and_'.join(p)}_in_{w}" for p, w in RESTARTED])
+def test_an_orderly_restart_is_no_crash(world: World, parts: tuple[str, ...], phase: str) -> None:
+    """`systemctl restart` (SIGTERM, exit 0) in the middle of an update: the release stays, and so does the rollout."""
+    failed = len(world.traffic.failed)
+    release = world.update(ballast=phase == "fetching", duration_s=4)
+    world.reaches(phase, release)
+    world.end(*parts)
+    for part in parts:
+        world.restart(part)
+    world.until(f"release {release} is committed", lambda: world.settled(release))
+    assert world.answer(release)["evidence"]["crashes"] == 0
+    world.until("the rollout is complete", lambda: world.fleet.get("rollouts")[0]["state"] == "completed")
+    assert world.traffic.failed[failed:] == []
+
+
+def test_a_crash_after_an_orderly_restart_is_one(world: World) -> None:
+    """Whatever ends without saying so counts, however orderly the end before it was: here both lie between two looks of `sync`."""
+    before = world.serving()
+    release = world.update(duration_s=10)
+    world.reaches("watching", release)
+    world.kill("sync")
+    world.end("serve")
+    world.restart("serve")
+    world.until("serve answers", lambda: world.serving() == release)
+    world.kill("serve")
+    world.restart("serve")
+    world.until("serve answers", lambda: world.serving() == release)
+    world.restart("sync")
     world.until("a roll-back", lambda: world.answer(release) and world.serving() == before)
     assert (world.answer(release)["outcome"], world.answer(release)["reason"]) == ("rolled_back", "serve_crashed")
 

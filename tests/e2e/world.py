@@ -118,6 +118,10 @@ class World:
         else:
             self.processes.kill(f"device-{part}")
 
+    def end(self, *parts: str) -> None:
+        """SIGTERM, as `systemctl restart` sends it, to all of them at once; returns when they have ended."""
+        self.processes.terminate(*(f"device-{part}" for part in parts))
+
     def trial_processes(self) -> list[psutil.Process]:
         return psutil.Process(self.processes.pid("device-sync")).children(recursive=True)
 

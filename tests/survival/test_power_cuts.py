@@ -150,24 +150,25 @@ class Blackouts:
         self._power_off()
         self._card.power_up()
         self.cuts[self._check_disk()] += 1
-        world.restart("serve")
-        self._start_sync()
+        self._new_boot()
         world.until("serve has a model", lambda: world.serving() is not None)
         answered = world.traffic.answered
         world.until("apps get predictions", lambda: world.traffic.answered > answered)
         assert world.traffic.wrong == []
 
-    def _start_sync(self) -> None:
-        """In what it takes for a new boot: a crash of `serve` alone would count against the release. Nothing it started outlives it.
+    def _new_boot(self) -> None:
+        """Both parts in what they take for a new boot: a crash of `serve` alone would count against the release. Nothing they started
+        outlives them.
 
         Its mount namespace begins with the cards of the other worlds, which could not be unmounted before it ends, so it lets go of them.
         """
         boot = self._folder / "boot_id"
         boot.write_text(f"{uuid.UUID(int=self._dice.getrandbits(128))}\n")
-        line = command("edge-agent", "sync", "--config", self._world.device.config)
         others = [str(card) for card in self._folder.parent.glob("*/card") if card.parent != self._folder]
         shell = f'umount {" ".join(others)} 2>/dev/null; mount --bind {boot} /proc/sys/kernel/random/boot_id && exec "$@"'
-        self._world.processes.start("device-sync", [*NEW_BOOT, "sh", "-c", shell, "sh", *line])
+        for part in ("serve", "sync"):
+            line = command("edge-agent", part, "--config", self._world.device.config)
+            self._world.processes.start(f"device-{part}", [*NEW_BOOT, "sh", "-c", shell, "sh", *line])
 
     def _power_off(self) -> None:
         """The disk first: what a process does in its last moments must not reach it."""

@@ -13,6 +13,7 @@ from agent.contract.manifest import ReleaseManifest, ShadowRules
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, Phase
+from agent.lives import Life
 from agent.store import Store
 from agent.sync.fetching.downloader import Downloader
 from agent.sync.fleet.delivery import Deliveries
@@ -59,10 +60,14 @@ class MemoryServe:
         self.numbers: dict[int, VersionStats] = {}
         self.lives = 0
         self.agent_version = "0.1.0"
+        self.boot = "boot-1"
+        self.diary: list[Life] = []
         self.start()
 
     def start(self) -> None:
+        """Begins (anew); the life before, if it did not `end`, was a crash or went with its machine."""
         self.lives += 1
+        self.diary.append(Life(instance=f"life-{self.lives}", boot=self.boot))
         self.active: dict[str, int | None] = {}
         self.previous: dict[str, int | None] = {}
         self.loaded: dict[str, dict[int, str]] = {}
@@ -71,6 +76,16 @@ class MemoryServe:
         for model, selection in self.store.selections().items():
             self._load(model, selection.active.version, selection.active.variant)  # type: ignore[union-attr]
             self.active[model] = selection.active.version  # type: ignore[union-attr]
+
+    def end(self) -> None:
+        """Ends in order."""
+        self.diary[-1] = Life(instance=f"life-{self.lives}", boot=self.boot, ended=True)
+        self.away = True
+
+    def restart(self) -> None:
+        self.end()
+        self.away = False
+        self.start()
 
     def _call(self, action: str, version: int | None) -> None:
         if self.away:
@@ -212,7 +227,6 @@ class Bench:
         self.tried: list[str] = []
         self.news: list[str] = []
         self.reports = 0
-        self.boot = "boot-1"
         self.groups: tuple[str, ...] = ()
         self.assignment = Assignment(fleet=FLEET, version=0, models={})
         self.valid_s = 7 * DAY
@@ -221,6 +235,14 @@ class Bench:
         self.link_up = False
         self.settings = SyncSettings(disk_reserve_bytes=0, keep_releases=2)
         self.again()
+
+    @property
+    def boot(self) -> str:
+        return self.serve.boot
+
+    @boot.setter
+    def boot(self, boot: str) -> None:
+        self.serve.boot = boot
 
     def again(self) -> None:
         """The process starts (again)."""
@@ -239,6 +261,7 @@ class Bench:
             desired=self.desired,
             teller=self,
             boot=self.boot,
+            lives=lambda: tuple(self.serve.diary),
             holds=Holds(self.store.private / "holds"),
             journal=Journal(self.store.private / "journal"),
             approvals=Approvals(self.store.private / "approvals"),

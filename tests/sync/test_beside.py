@@ -165,6 +165,29 @@ def test_less_often_than_allowed_it_begins_anew_and_its_numbers_add_up(bench):
     assert bench.answer.evidence["crashes"] == 1
 
 
+@pytest.mark.parametrize("how", ["shadow", "canary"])
+def test_orderly_restarts_beside_the_active_release_are_nobodys_fault(how, bench):
+    if how == "shadow":
+        shadowing(offered(bench, shadow=SHADOW), 15)
+    else:
+        canarying(offered(bench, canary=CANARY))
+    for number in range(update.MAX_INTERRUPTIONS + 2):
+        bench.step()
+        bench.serve.end()
+        if number % 2:
+            bench.boot += "'"
+        bench.serve.away = False
+        bench.serve.start()
+        bench.again()
+        bench.step()
+    if how == "shadow":
+        compared(bench, 30)
+    bench.serve.numbers = {1: numbers(200), 2: numbers(20)}
+    bench.until(P.STEADY)
+
+    assert (bench.serving, bench.answer.outcome) == (2, Outcome.COMMITTED)
+
+
 @pytest.mark.parametrize("reboot", [False, True], ids=["sync restarts", "the machine restarts"])
 def test_restarts_go_on_where_they_were(reboot, bench):
     shadowing(offered(bench, shadow=SHADOW), 15)

@@ -273,6 +273,35 @@ def test_killed_from_outside_in_the_middle(trials, tmp_path):
     assert "SIGKILL while loading" in found[0].message
 
 
+@pytest.mark.parametrize("told_too", [True, False])
+def test_ended_in_order_from_outside(told_too, trials, tmp_path):
+    """systemd ends a whole service at once: the trial may hear it before `sync` does. Alone, it is what its release did."""
+    stop, ends = threading.Event(), []
+
+    def run() -> None:
+        try:
+            trials.run(request(tmp_path, "load mark 60"), 60.0, stop.is_set)
+        except (Stopped, Problem) as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    eventually(lambda: under_way(tmp_path), "the trial to be under way")
+    (pid,) = under_way(tmp_path)
+    os.kill(pid, signal.SIGTERM)
+    eventually(lambda: not Path(f"/proc/{pid}").exists(), "the trial to be gone")
+    if told_too:
+        stop.set()
+    thread.join(10)
+
+    (end,) = ends
+    if told_too:
+        assert isinstance(end, Stopped)
+    else:
+        assert isinstance(end, Problem)
+        assert end.reason is Reason.TRIAL_CRASHED
+
+
 def test_a_trial_can_be_given_up(trials, tmp_path):
     stop = threading.Event()
     before = set(_children_of(os.getpid()))  # of other tests, such as multiprocessing's resource tracker

@@ -141,7 +141,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("steps"), st.integers(1, 12)),
     st.tuples(st.just("kill"), st.integers(1, 12)),
     st.tuples(st.just("cut off"), st.integers(1, 4)),
-    st.tuples(st.just("serve"), st.sampled_from(["crashes", "goes away", "comes back"])),
+    st.tuples(st.just("serve"), st.sampled_from(["crashes", "restarts", "goes away", "comes back"])),
     st.tuples(st.just("reboot"), st.just(0)),
     st.tuples(st.just("no network"), st.booleans()),
 )
@@ -195,6 +195,8 @@ def perform(bench: Bench, trouble: Trouble, action: str, value, withdrawn: set[i
         bench.boot += "'"
         bench.serve.start()
         bench.again()
+    elif value == "restarts":
+        bench.serve.restart()
     elif value == "crashes":
         bench.serve.start()
     else:

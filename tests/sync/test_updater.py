@@ -196,6 +196,96 @@ def test_a_crash_of_serve_in_the_watch_is_the_releases_fault(on_one: Bench):
     assert on_one.serving == 1
 
 
+def restart_serve(bench: Bench) -> None:
+    bench.serve.restart()
+
+
+def restart_sync(bench: Bench) -> None:
+    bench.updater.leave()
+    bench.again()
+
+
+def restart_both(bench: Bench) -> None:
+    bench.serve.restart()
+    restart_sync(bench)
+
+
+def reboot(bench: Bench) -> None:
+    bench.serve.end()
+    bench.updater.leave()
+    bench.boot += "'"
+    bench.serve.away = False
+    bench.serve.start()
+    bench.again()
+
+
+@pytest.mark.parametrize("phase", [P.FETCHING, P.TRIALING, P.ACTIVATING, P.WATCHING])
+@pytest.mark.parametrize("restart", [restart_serve, restart_sync, restart_both, reboot])
+def test_orderly_restarts_are_nobodys_fault_however_many(restart, phase, on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(phase)
+    for _ in range(update.MAX_INTERRUPTIONS + 2):
+        restart(on_one)
+        on_one.serve.numbers = {2: numbers(ok=5)}
+        if phase is P.WATCHING:
+            on_one.step()
+    on_one.until(P.STEADY)
+
+    assert (on_one.serving, on_one.answer.outcome) == (2, Outcome.COMMITTED)
+    if phase is P.WATCHING and restart is not restart_sync:
+        assert on_one.answer.evidence["requests"] == 5 * (update.MAX_INTERRUPTIONS + 2)
+
+
+@pytest.mark.parametrize("action", ["load", "activate"])
+def test_restarts_of_serve_in_the_middle_of_a_switch_are_nobodys_fault(action, on_one: Bench):
+    left = update.MAX_INTERRUPTIONS + 2
+
+    def end(asked: str, version: int | None) -> None:
+        nonlocal left
+        if (asked, version) == (action, 2) and left:
+            left -= 1
+            on_one.serve.restart()
+            raise ServeAway("connection reset", sent=True)
+
+    on_one.serve.fault = end
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.STEADY)
+
+    assert (left, on_one.serving, on_one.answer.outcome) == (0, 2, Outcome.COMMITTED)
+
+
+def test_a_crash_among_orderly_restarts_is_found(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.step()
+    on_one.serve.restart()
+    on_one.serve.start()
+    on_one.serve.restart()
+
+    on_one.until(P.QUARANTINED)
+    assert on_one.answer.reason == Reason.SERVE_CRASHED.value
+
+
+def test_serve_stopped_for_hours_in_the_watch_is_waited_for(on_one: Bench):
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WATCHING)
+    on_one.step()
+    on_one.serve.end()
+    on_one.clock.pass_(3 * 3600)
+    for _ in range(200):
+        on_one.step()
+    assert on_one.phase is P.WATCHING
+    on_one.serve.away = False
+    on_one.serve.start()
+
+    on_one.until(P.STEADY)
+    assert (on_one.serving, on_one.answer.outcome) == (2, Outcome.COMMITTED)
+
+
 def test_serve_gone_for_long_is_a_crash_and_rolling_back_waits_for_it(on_one: Bench):
     on_one.want(2)
     on_one.step()
@@ -565,8 +655,8 @@ def test_killed_while_one_makes_room_for_the_other(on_one: Bench):
         on_one.until(P.STEADY)
     assert selections == [2], "persist, then act"
     on_one.serve.fault = lambda *_: None
-    on_one.serve.start()
     on_one.boot = "boot-2"
+    on_one.serve.start()
     on_one.again()
     on_one.until(P.STEADY)
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
+from agent.lives import Life, ended_with_its_boot
 from agent.sync.gates.watch import (
     SERVE_GONE_S,
     Commit,
@@ -100,10 +101,16 @@ def sample(instance: str = "a", now: Stats = QUIET, *, version: str = "1", activ
     return Sample(instance, version, active, now)
 
 
-def see(seen: Watched, *samples: Sample | None, seconds: float = 1.0, boot: str = "b") -> Watched:
+def see(seen: Watched, *samples: Sample | None, seconds: float = 1.0, boot: str = "b", lives: str = "") -> Watched:
     for one in samples:
-        seen = observe(seen, 2, one, seconds, boot)
+        seen = observe(seen, 2, one, seconds, boot, told(lives))
     return seen
+
+
+def told(lives: str) -> tuple[Life, ...]:
+    """`a. b c` in boot "b", `c:` in boot "c" behind it: a full stop is an orderly end."""
+    boots = [(boot, word) for boot, words in zip("bc", lives.split("|"), strict=False) for word in words.split()]
+    return tuple(Life(instance=word.rstrip("."), boot=boot, ended=word.endswith(".")) for boot, word in boots)
 
 
 def test_a_new_instance_is_a_crash_and_its_counts_go_on():
@@ -129,6 +136,53 @@ def test_a_reboot_and_an_upgrade_explain_a_new_instance():
     assert (rebooted.crashes, rebooted.total.ok) == (0, 8)
     assert upgraded.crashes == 0
     assert see(upgraded, sample("c", version="2")).crashes == 1
+
+
+LIVES = [
+    # what serve noted, whether it was seen to be gone for long, the version that answers as "c", crashes
+    ("a restart", "a. c", False, "1", 0),
+    ("two restarts between two looks", "a. b. c", False, "1", 0),
+    ("a crash", "a c", False, "1", 1),
+    ("a crash after a restart", "a. b c", False, "1", 1),
+    ("a loop of crashes between two looks", "a b c", False, "1", 2),
+    ("what came before the watch", "z y a. c", False, "1", 0),
+    ("a crash that was counted while it was away", "a c", True, "1", 0),
+    ("one more than was counted while it was away", "a b c", True, "1", 1),
+    ("an upgrade that ends it as it likes", "a c", False, "2", 0),
+    ("an upgrade that crashes", "a. b c", False, "2", 1),
+    ("a power cut", "a | c", False, "1", 0),
+    ("a reboot on purpose", "a. | c", False, "1", 0),
+    ("a crash after a reboot", "a. | b c", False, "1", 1),
+    ("a crash before a reboot", "a b. | c", False, "1", 1),
+    ("nothing was noted", "", False, "1", 1),
+    ("one that cannot note anything", "a. b", False, "1", 1),
+    ("one of which nothing is remembered", "b. c", False, "1", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "lives", "gone", "version", "crashes"), LIVES, ids=[row[0] for row in LIVES])
+def test_which_lives_crashed(name, lives, gone, version, crashes):
+    before = watched(stats(30), gone=gone)
+    boot = "c" if "|" in lives else "b"
+    seen = see(before, None, sample("c", stats(12), version=version), boot=boot, lives=lives)
+
+    assert seen.crashes == crashes
+    assert seen.total.ok == 42, "what was answered before goes on to count"
+
+
+def test_stopped_in_order_it_is_not_watched_and_no_time_passes():
+    seen = see(watched(QUIET), *[None] * 500, lives="a.")
+    assert (seen.crashes, seen.away_s, seen.elapsed_s) == (0, 0.0, 50.0)
+
+    assert see(seen, sample("c"), lives="a. c").crashes == 0
+    assert see(seen, *[None] * 500, lives="a. c").crashes == 1, "the next one began and never answered"
+
+
+@pytest.mark.parametrize(
+    ("lives", "in_order"), [("a.", True), ("a", False), ("a. b", False), ("a b.", True), ("a. | c", True), ("a b | c.", False)]
+)
+def test_whether_a_machine_went_down_in_order(lives, in_order):
+    assert ended_with_its_boot(told(lives), "a") is in_order
 
 
 def test_somebody_else_being_active_is_counted_while_it_lasts():

@@ -110,6 +110,22 @@ def try_a_release_as_sync_does() -> dict[str, object]:
     return {"said": done.stdout or done.stderr[-600:], "services": started.stdout.count("Started edge-agent-trial@")}
 
 
+LIVES = """
+import json
+from pathlib import Path
+from agent.config import AgentConfig
+from agent.diary import Diary
+print(json.dumps([life.ended for life in Diary(AgentConfig().diary_folder).read()]))
+"""
+
+
+def lives() -> list[bool]:
+    """Which of the processes that served ended in order, as the user that `sync` runs as reads it."""
+    line = ["runuser", "-u", "edge-agent-sync", "--", "/usr/bin/edge-python", "-c", LIVES]
+    found: list[bool] = json.loads(subprocess.run(line, capture_output=True, text=True, timeout=60, check=True).stdout)
+    return found
+
+
 def seen() -> dict[str, object]:
     facts: dict[str, object] = {}
     facts["verify"] = subprocess.run(
@@ -147,6 +163,7 @@ def seen() -> dict[str, object]:
     os.kill(frozen, signal.SIGSTOP)
     until(lambda: main_pid() not in {0, frozen}, "the watchdog did not act")
     facts["after the watchdog"] = predict()
+    facts["lives before the restart"] = lives()
 
     answers: list[int] = []
     stop = threading.Event()
@@ -164,6 +181,7 @@ def seen() -> dict[str, object]:
     stop.set()
     thread.join()
     facts["answers across systemctl restart"] = sorted(set(answers))
+    facts["lives after the restart"] = lives()
     subprocess.run(["systemctl", "stop", "edge-agent.service"], check=True)
     facts["stopped"] = show("edge-agent.service", "Result", "ExecMainStatus")
     return facts

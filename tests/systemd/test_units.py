@@ -148,6 +148,11 @@ def test_a_restart_fails_no_request(seen: dict[str, Any]) -> None:
     assert seen["stopped"] == {"Result": "success", "ExecMainStatus": "0"}
 
 
+def test_sync_can_tell_a_restart_from_a_crash(seen: dict[str, Any]) -> None:
+    assert seen["lives before the restart"] == [False, False, False], "kill -9, the watchdog, and the one that serves"
+    assert seen["lives after the restart"] == [False, False, True, False]
+
+
 def test_every_unit_is_shipped_with_what_it_names() -> None:
     units = {path.name for path in (CHECKOUT / "systemd").glob("*.*")}
     for unit in Path(CHECKOUT / "systemd").glob("*.service"):

@@ -5,11 +5,14 @@ The rules are those of a watch (`watch.judge`); what differs is the baseline, wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from agent.contract.codec import Document
 from agent.contract.manifest import CanaryRules, WatchRules
 from agent.contract.reasons import Reason
+from agent.lives import Life
 from agent.sync.gates import watch
 from agent.sync.gates.watch import RollBack, Sample, Stats, Verdict, Watched
 
@@ -49,10 +52,16 @@ def less(stats: Stats, begun: Stats) -> Stats:
 
 
 def observe(
-    canaried: Canaried, release: int, sample: Sample | None, active: Stats | None, passed_s: float, boot: str
+    canaried: Canaried,
+    release: int,
+    sample: Sample | None,
+    active: Stats | None,
+    passed_s: float,
+    boot: str,
+    lives: Sequence[Life] = (),
 ) -> Canaried:
     """`sample` is of the candidate, `active` what the active version has counted; both None when `serve` did not answer."""
-    watched = watch.observe(canaried.watched, release, sample, passed_s, boot)
+    watched = watch.observe(canaried.watched, release, sample, passed_s, boot, lives)
     if active is None:
         return msgspec.structs.replace(canaried, watched=watched)
     if watched.instance != canaried.watched.instance:

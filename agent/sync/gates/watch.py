@@ -1,8 +1,10 @@
 """The watch that follows an activation. Pure: samples of what `serve` says go in, one verdict comes out.
 
 Rules, in the order they are judged:
- 1. Crashes of `serve` count against the release: another instance in the same boot, or no answer for SERVE_GONE_S. A reboot of the
-    machine or another version of the agent explains a new instance and is not a crash.
+ 1. Crashes of `serve` count against the release: a life that did not end in order (see `agent.lives`), or no answer for SERVE_GONE_S.
+    A reboot of the machine or another version of the agent explains a new instance and is not a crash; nor is one whose forerunner
+    noted its end. While `serve` is stopped in order nothing is watched, and no time passes. Where nothing is known of its lives, another
+    instance in the same boot is a crash.
  2. The share of failed requests may exceed the device's own baseline by `max_error_ratio_increase`, once enough were answered.
     Requests refused as invalid count, because a release that narrows what it accepts breaks its callers; without a baseline to
     compare with (a first release) they do not, because nobody knows then how callers behave.
@@ -21,6 +23,7 @@ import msgspec
 from agent.contract.codec import Document
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
+from agent.lives import Life, crashed, ended_with_its_boot, stopped
 
 MOST = 0.5
 """Above this share of failures a release goes when its longest watch ends, even with too few requests to judge by its own rules."""
@@ -125,12 +128,17 @@ class RollBack(msgspec.Struct, frozen=True):
 Verdict = Keep | Commit | RollBack
 
 
-def observe(watched: Watched, release: int, sample: Sample | None, passed_s: float, boot: str) -> Watched:
+def observe(
+    watched: Watched, release: int, sample: Sample | None, passed_s: float, boot: str, lives: Sequence[Life] = ()
+) -> Watched:
     """The watch of `release` after `passed_s` more seconds and `sample` (None: `serve` did not answer)."""
-    watched = msgspec.structs.replace(watched, elapsed_s=watched.elapsed_s + passed_s)
     if boot != watched.boot:
         # The machine was restarted: whatever `serve` was before is gone without its fault.
-        watched = _new_life(msgspec.structs.replace(watched, boot=boot, away_s=0.0, gone=False), instance="")
+        known = watched.instance if any(life.instance == watched.instance for life in lives) else ""
+        watched = _new_life(msgspec.structs.replace(watched, boot=boot, away_s=0.0, gone=False), instance=known)
+    if sample is None and stopped(lives, watched.instance):
+        return watched
+    watched = msgspec.structs.replace(watched, elapsed_s=watched.elapsed_s + passed_s)
     if sample is None:
         away_s = watched.away_s + passed_s
         crashed = away_s >= SERVE_GONE_S and not watched.gone
@@ -138,15 +146,28 @@ def observe(watched: Watched, release: int, sample: Sample | None, passed_s: flo
             watched, away_s=away_s, gone=watched.gone or crashed, crashes=watched.crashes + (1 if crashed else 0)
         )
     if sample.instance != watched.instance:
-        explained = not watched.instance or watched.gone or sample.agent_version != watched.agent_version
+        crashes = watched.crashes + _crashes_before(sample, watched, lives)
         watched = _new_life(watched, sample.instance)
-        watched = msgspec.structs.replace(
-            watched, agent_version=sample.agent_version, crashes=watched.crashes + (0 if explained else 1)
-        )
+        watched = msgspec.structs.replace(watched, agent_version=sample.agent_version, crashes=crashes)
     elsewhere_s = 0.0 if sample.active == release else watched.elsewhere_s + passed_s
     return msgspec.structs.replace(
         watched, away_s=0.0, gone=False, elsewhere_s=elsewhere_s, current=sample.stats or watched.current
     )
+
+
+def _crashes_before(sample: Sample, watched: Watched, lives: Sequence[Life]) -> int:
+    """How many crashes lie between the instance that was watched and the one that answers now, those counted already left out."""
+    found = crashed(lives, watched.instance, sample.instance)
+    if found is None:
+        found = (watched.instance,) if watched.instance else ()
+    if sample.agent_version != watched.agent_version:
+        found = tuple(instance for instance in found if instance != watched.instance)
+    return max(0, len(found) - watched.gone)
+
+
+def torn_away(watched: Watched, boot: str, lives: Sequence[Life]) -> bool:
+    """Whether the machine went down since the last look without ending `serve` in order: the supply, a kernel, or what the release did."""
+    return boot != watched.boot and not ended_with_its_boot(lives, watched.instance)
 
 
 def _new_life(watched: Watched, instance: str) -> Watched:

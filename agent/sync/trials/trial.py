@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
 import signal
 import socket
@@ -31,6 +32,10 @@ from agent.sync.trials.turns import Turns
 
 TICK_S = 0.2
 """How often a running trial looks whether it should stop."""
+
+ENDINGS = frozenset({-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP})
+ENDING_S = 1.0
+"""Who ends us in order may end our children at the same moment (systemd a whole service, a shutdown everybody), and they hear it first."""
 
 SCRATCH_BYTES = 1 << 30
 """Room for an engine's cache."""
@@ -274,7 +279,16 @@ class _Conversation:
             raise Problem(
                 Reason.TRIAL_TIMED_OUT, f"the trial was still {self.step} after {self._timeout_s:g} s, the time it may take"
             )
+        if returncode in ENDINGS:
+            self._look_whether_we_end()
         raise self._death(hint, returncode)
+
+    def _look_whether_we_end(self) -> None:
+        """Raises: Stopped when we are to stop too: then the trial was ended with us, and nothing is known about the release."""
+        for _ in range(int(ENDING_S / TICK_S)):
+            if self._stop():
+                raise Stopped
+            select.select([], [], [], TICK_S)
 
     def _death(self, hint: str, returncode: int | None) -> Problem:
         where = f"while {self.step}"

@@ -91,10 +91,11 @@ class Canarying(ModelWork):
     def _look_at_canary(self, status: ServeStatus | None, rules: CanaryRules) -> float:
         canaried, target = self.state.canaried, self._choice_version
         assert canaried is not None
-        rebooted = canaried.watched.boot != self._s.boot
+        rebooted, lives = canaried.watched.boot != self._s.boot, self._s.lives()
+        torn_away = watching.torn_away(canaried.watched, self._s.boot, lives)
         sample, active, in_place = self._canary_sample(status)
-        canaried = canary.observe(canaried, target, sample, active, self._passed_s(), self._s.boot)
-        self.state = self.state.but(canaried=canaried, interruptions=self.state.interruptions + (1 if rebooted else 0))
+        canaried = canary.observe(canaried, target, sample, active, self._passed_s(), self._s.boot, lives)
+        self.state = self.state.but(canaried=canaried, interruptions=self.state.interruptions + torn_away)
         if update.interrupted_too_often(self.state):
             message = f"the machine was restarted {self.state.interruptions} times while it answered a share of the requests"
             return self._condemn_canary(Failure(reason=Reason.INTERRUPTED_TOO_OFTEN, message=message))

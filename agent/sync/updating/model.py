@@ -16,6 +16,7 @@ from agent.contract.manifest import Acceptance
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Answer, Hardware, Outcome, Phase, hardware_class
+from agent.lives import Life
 from agent.store import Choice, Selection, Store, StoreError
 from agent.sync.fetching.downloader import Downloader
 from agent.sync.ports import Clock, Releases, Stop
@@ -82,6 +83,8 @@ class Surroundings:
     desired: Callable[[], Desired | None]
     teller: Teller
     boot: str
+    lives: Callable[[], Sequence[Life]]
+    """The processes that served here, oldest first, as `serve` noted them."""
     holds: Holds
     journal: Journal
     approvals: Approvals

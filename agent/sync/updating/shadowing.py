@@ -73,9 +73,9 @@ class Shadowing(Preparing):
             return self._put_off(Problem(Reason.STORE_FAILED, f"release {self._ref} has to be fetched again: {error}"))
         if self.state.shadowed is None or self.state.shadowed.verdict != "running":
             return AGAIN_S if self.state.shadowed is None else None
-        rebooted = self.state.shadowed.watched.boot != self._s.boot
+        torn_away = watching.torn_away(self.state.shadowed.watched, self._s.boot, self._s.lives())
         self._observe(status, numbers)
-        if rebooted:
+        if torn_away:
             self._save(self.state.but(interruptions=self.state.interruptions + 1))
             if update.interrupted_too_often(self.state):
                 message = f"the machine was restarted {self.state.interruptions} times while it ran beside the active release"
@@ -112,7 +112,7 @@ class Shadowing(Preparing):
         assert shadowed is not None
         target = self._choice_version
         sample = watching.Sample(status.instance, status.agent_version, target, None) if status else None
-        watched = watching.observe(shadowed.watched, target, sample, self._passed_s(), self._s.boot)
+        watched = watching.observe(shadowed.watched, target, sample, self._passed_s(), self._s.boot, self._s.lives())
         shadowed = msgspec.structs.replace(shadowed, watched=watched)
         if numbers is not None:
             shadowed = msgspec.structs.replace(shadowed, current=numbers.counts(), throttled=numbers.throttled)

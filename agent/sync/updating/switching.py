@@ -11,6 +11,7 @@ import msgspec
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import RETRYABLE, Reason
 from agent.contract.reports import Answer, Outcome
+from agent.lives import crashed
 from agent.store import Choice, Selection, StoreError
 from agent.sync.gates import watch as watching
 from agent.sync.problems import Problem, store_problem
@@ -50,6 +51,10 @@ class Switching(ModelWork):
         self._rollback_refusals = 0
         self._asked: float | None = None
         self._at: Switching | None = None
+        self._asked_of = ""
+        """The instance of `serve` that was asked to switch."""
+        self._lost: str | None = None
+        """The one that went away in the middle of it, and was counted as an interruption."""
 
     # -- the team ----------------------------------------------------------------------------------------------------------
 
@@ -106,7 +111,7 @@ class Switching(ModelWork):
             return self._switch(team)
         except ServeAway as away:
             if away.sent:
-                self._apply_all([(one, one.state.but(interruptions=one.state.interruptions + 1)) for one in team])
+                self._count_interruption(team)
             elif not self.state.activated and self._s.clock.wall() - self.state.since > SERVE_PATIENCE_S:
                 return self._put_off_all(team, Problem(Reason.ACTIVATION_FAILED, str(away)))
             return AGAIN_S
@@ -130,6 +135,8 @@ class Switching(ModelWork):
     def _switch(self, team: list[Switching]) -> float:
         """Loads, remembers the baseline, selects, switches: each may be repeated. Without room for both, what serves goes first."""
         status = self._s.serving.status()
+        self._forgive_restart(team, status.instance)
+        self._asked_of = status.instance
         loaded: list[VersionStatus | None] = []
         for self._at in team:
             loaded.append(self._at._load_beside(self._at._choice, alone=len(team) == 1))
@@ -151,6 +158,16 @@ class Switching(ModelWork):
         now = self._s.clock.wall()
         self._apply_all([(one, update.after(one.state, Event.ACTIVATED, now, interruptions=0)) for one in team])
         return 0.0
+
+    def _count_interruption(self, team: list[Switching]) -> None:
+        self._lost = self._asked_of
+        self._apply_all([(one, one.state.but(interruptions=one.state.interruptions + 1)) for one in team])
+
+    def _forgive_restart(self, team: list[Switching], instance: str) -> None:
+        """A `serve` that went away in the middle is counted at once, and taken back when it turns out that it was told to end."""
+        lost, self._lost = self._lost, None
+        if lost is not None and crashed(self._s.lives(), lost, instance) == ():
+            self._apply_all([(one, one.state.but(interruptions=max(0, one.state.interruptions - 1))) for one in team])
 
     def _with_watch(self, status: ServeStatus) -> UpdateState:
         if self.state.watched is not None:
@@ -209,7 +226,7 @@ class Switching(ModelWork):
 
     def _activation_refused(self, team: list[Switching], refused: ServeRefused) -> float:
         if refused.code == "not_loaded":  # serve was restarted between load and activate
-            self._apply_all([(one, one.state.but(interruptions=one.state.interruptions + 1)) for one in team])
+            self._count_interruption(team)
             return AGAIN_S
         together = len(team) > 1 and self._at is None
         if refused.code in ("no_memory", "busy") or together:
@@ -255,9 +272,10 @@ class Switching(ModelWork):
         state = self.state
         assert state.watched is not None
         assert state.target is not None
-        rebooted = state.watched.boot != self._s.boot
-        watched = watching.observe(state.watched, state.target, self._sample(status), self._passed_s(), self._s.boot)
-        self.state = state = state.but(watched=watched, interruptions=state.interruptions + (1 if rebooted else 0))
+        rebooted, lives = state.watched.boot != self._s.boot, self._s.lives()
+        torn_away = watching.torn_away(state.watched, self._s.boot, lives)
+        watched = watching.observe(state.watched, state.target, self._sample(status), self._passed_s(), self._s.boot, lives)
+        self.state = state = state.but(watched=watched, interruptions=state.interruptions + torn_away)
         if update.interrupted_too_often(state):
             message = f"the machine was restarted {state.interruptions} times during its watch"
             return watching.RollBack(Reason.INTERRUPTED_TOO_OFTEN, message, {})

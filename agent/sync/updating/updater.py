@@ -24,6 +24,9 @@ DISK_AGAIN_S = 30.0
 SWITCHING = frozenset({Phase.CANARYING, Phase.ACTIVATING, Phase.WATCHING, Phase.ROLLING_BACK})
 """While these go on, whether what serves may serve is their own affair."""
 
+OBSERVING = frozenset({Phase.SHADOWING, Phase.CANARYING, Phase.WATCHING})
+"""These count what `serve` says, in memory for a few seconds before it is saved."""
+
 
 class ModelUpdater(Shadowing, Canarying, Switching):
     """All phases of one model: those of rest here, those before it may serve in `preparing` and `shadowing`, those that change `serve` in
@@ -68,11 +71,13 @@ class ModelUpdater(Shadowing, Canarying, Switching):
 
     def leave(self) -> None:
         """The process ends in order, between two steps or after Stopped: what the next start will count against the release is
-        taken back in advance.
+        taken back in advance, and what was counted since the last save is kept, because `serve` may be restarted too.
         """
         with self._s.joint:
             if update.counts(self.state):
                 self._save(self.state.but(interruptions=self.state.interruptions - 1), quietly=True)
+            elif self.state.phase in OBSERVING:
+                self._save(self.state, quietly=True)
 
     # -- leases ------------------------------------------------------------------------------------------------------------
 

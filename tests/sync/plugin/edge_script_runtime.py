@@ -3,6 +3,7 @@
 scale 2            y = 2 x
 load VERB ARGS     does VERB while loading
 run VERB ARGS      does VERB at each run
+close VERB ARGS    does VERB while it is closed
 """
 
 import contextlib
@@ -109,7 +110,8 @@ class ScriptModel:
         return [feeds["x"] * np.float32(factor)]
 
     def close(self):
-        pass
+        if self.words[0] == "close":
+            behave(*self.words[1:])
 
 
 class ScriptRuntime:
