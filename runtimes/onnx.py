@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from runtimes import sums
 from runtimes.check import check_feeds
 from runtimes.contract import (
     CONTRACT_VERSION,
@@ -22,7 +23,8 @@ from runtimes.contract import (
     RuntimeUnavailable,
     TensorSpec,
 )
-from runtimes.onnx_graph import has_wide_weights, read_quantization
+from runtimes.onnx_graph import read_quantization
+from runtimes.onnx_weights import has_wide_weights
 
 INSTALL = "install it with: pip install 'edge-inference-agent[onnx]'"
 
@@ -36,6 +38,11 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 FALLBACKS = {"cpu": (), "cuda": ("cpu",), "tensorrt": ("cuda", "cpu")}
 BFLOAT16 = 16  # its number among ONNX's element types
 ORT_FORMAT_MAGIC = b"ORTM"  # flatbuffer identifier at byte 4; blobs have no suffix that would tell
+PRECISION = "session.x64quantprecision"
+INEXACT = (
+    "int8 sums of this model may overflow on this processor, and the engine cannot load it with its exact kernels; "
+    "quantize its weights with reduce_range"
+)
 
 
 def _engine() -> Any:
@@ -64,23 +71,35 @@ class OnnxRuntime:
         head = _head(path)
         requested = str(options.extra.get("provider", "auto"))
         wanted, missing = _choose(requested, ort)
-        settings = _settings(ort, options)
-        if has_wide_weights(path):
-            # Kernels for x86 without VNNI add two int8 products in 16 bits, which overflow with such weights: the engine is to use others there.
-            settings.add_session_config_entry("session.x64quantprecision", "1")
-        if head[4:8] == ORT_FORMAT_MAGIC:
-            settings.add_session_config_entry("session.load_model_format", "ORT")
-        try:
-            session = ort.InferenceSession(path, settings, providers=[PROVIDERS[p] for p in wanted])
-        except MemoryError:
-            raise
-        except Exception as error:
-            if "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
-                raise MemoryError(f"not enough memory to load {path.name}") from error
-            raise ModelInvalid(
-                f"{path.name} is not a model that onnxruntime {ort.__version__} can load: {_plain(error)}"
-            ) from error
-        return OnnxModel(session, read_quantization(path), _placement(requested, wanted, missing, session))
+        session, inexact = _exact_session(ort, path, _settings(ort, options, head), [PROVIDERS[p] for p in wanted])
+        return OnnxModel(session, read_quantization(path), _placement(requested, wanted, missing, session, inexact))
+
+
+def _exact_session(ort: Any, path: Path, settings: Any, providers: Sequence[str]) -> tuple[Any, str | None]:
+    """The session, and in words why its int8 sums may be wrong; None when they are not."""
+    if not (has_wide_weights(path) and sums.overflow(ort)):
+        return _session(ort, path, settings, providers), None
+    # Two products of such weights are more than the kernels for this processor hold: the engine is to use others.
+    settings.add_session_config_entry(PRECISION, "1")
+    try:
+        return _session(ort, path, settings, providers), None
+    except ModelInvalid:
+        # It cannot change every model so; then it says something else about a file that may be good.
+        settings.add_session_config_entry(PRECISION, "0")
+        return _session(ort, path, settings, providers), INEXACT
+
+
+def _session(ort: Any, path: Path, settings: Any, providers: Sequence[str]) -> Any:
+    try:
+        return ort.InferenceSession(path, settings, providers=providers)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
+            raise MemoryError(f"not enough memory to load {path.name}") from error
+        raise ModelInvalid(
+            f"{path.name} is not a model that onnxruntime {ort.__version__} can load: {_plain(error)}"
+        ) from error
 
 
 def _head(path: Path) -> bytes:
@@ -107,22 +126,26 @@ def _choose(requested: str, ort: Any) -> tuple[list[str], str | None]:
     return wanted, f"this onnxruntime {ort.__version__} has no {PROVIDERS[requested]} (it has: {', '.join(present)})"
 
 
-def _settings(ort: Any, options: LoadOptions) -> Any:
+def _settings(ort: Any, options: LoadOptions, head: bytes) -> Any:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # its messages come back as exceptions
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning takes the cores from other models
+    if head[4:8] == ORT_FORMAT_MAGIC:
+        settings.add_session_config_entry("session.load_model_format", "ORT")
     return settings
 
 
-def _placement(requested: str, wanted: Sequence[str], missing: str | None, session: Any) -> Placement:
+def _placement(requested: str, wanted: Sequence[str], missing: str | None, session: Any, inexact: str | None) -> Placement:
+    """`inexact` is about what runs on the CPU."""
     actual = next((name for name, provider in PROVIDERS.items() if provider == session.get_providers()[0]), "cpu")
     if missing is None and requested not in ("auto", actual):
         missing = f"{PROVIDERS[requested]} did not start (drivers or libraries missing); the engine uses {actual}"
     elif missing is None and actual != wanted[0]:
         missing = f"{PROVIDERS[wanted[0]]} did not start (drivers or libraries missing); the engine uses {actual}"
-    return Placement(requested, actual, missing)
+    reasons = [reason for reason in (missing, inexact) if reason is not None]
+    return Placement(requested, actual, "; ".join(reasons) or None)
 
 
 def _plain(error: Exception) -> str:

@@ -9,9 +9,8 @@ Field numbers are those of onnx.proto (ModelProto, GraphProto, NodeProto, Attrib
 
 from __future__ import annotations
 
-import mmap
+import contextlib
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.contract import Quantization
-
-Wire = bytes | memoryview
+from runtimes.protobuf import UNREADABLE, Malformed, Wire, fields, mapped, message, packed, signed, text, text_of
 
 MODEL_PRODUCER, MODEL_PRODUCER_VERSION, MODEL_GRAPH, MODEL_OPSET = 2, 3, 7, 8
 OPSET_DOMAIN, OPSET_VERSION = 1, 2
@@ -30,10 +28,6 @@ NODE_INPUT, NODE_OUTPUT, NODE_OP, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 4, 5, 7
 ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_TENSOR = 1, 3, 5
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_FLOATS, TENSOR_INTS, TENSOR_NAME, TENSOR_RAW = 1, 2, 4, 5, 8, 9
 VALUE_NAME = 1
-
-INT8_TYPE = 3
-MATRIX = 2  # so many dimensions has what is multiplied; zero points have fewer
-SEVEN_BITS = 64  # `reduce_range` of ONNX Runtime's quantizer keeps weights between -64 and 64
 
 MAX_CONSTANT_BYTES = 1 << 20  # a scale per channel of the widest layer is far below; weights are far above
 ELEMENT_TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64, 10: np.float16}
@@ -67,10 +61,6 @@ MOVES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Tr
 AXIS_DEFAULT = 1
 
 
-class _Malformed(Exception):
-    """The bytes are not the protobuf that is expected."""
-
-
 @dataclass(slots=True)
 class _Node:
     op: str = ""
@@ -91,39 +81,9 @@ class _Graph:
 def read_quantization(path: Path) -> dict[str, Quantization]:
     """Graph input or output name → its quantization parameters; only those that are constants in the file."""
     try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # Not closed by hand: that fails as long as a view of it lives, and an error's traceback keeps views alive.
-        return _quantization(memoryview(mapped))
-    except (_Malformed, OSError, ValueError, IndexError, OverflowError, struct.error):
+        return _quantization(mapped(path))
+    except UNREADABLE:
         return {}
-
-
-def has_wide_weights(path: Path) -> bool:
-    """Whether int8 weights take more than 7 bits, as far as the file is understood. Those kept outside of it are taken to."""
-    try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        graphs = [_message(graph) for number, graph in _fields(memoryview(mapped)) if number == MODEL_GRAPH]
-        return any(
-            _is_wide(_message(part)) for graph in graphs for number, part in _fields(graph) if number == GRAPH_INITIALIZER
-        )
-    except (_Malformed, OSError, ValueError, IndexError, struct.error):
-        return False
-
-
-def _is_wide(tensor: memoryview) -> bool:
-    dimensions, values = 0, None
-    for number, value in _fields(tensor):
-        if number == TENSOR_TYPE and value != INT8_TYPE:
-            return False
-        if number == TENSOR_DIMS:
-            dimensions += 1 if isinstance(value, int) else sum(1 for _ in _packed(value))
-        elif number == TENSOR_RAW:
-            values = np.frombuffer(_message(value), np.int8)
-    if dimensions < MATRIX:
-        return False
-    return values is None or bool(values.size and (values.max() > SEVEN_BITS or values.min() < -SEVEN_BITS))
 
 
 @dataclass(slots=True)
@@ -139,42 +99,38 @@ class Outline:
 def read_outline(path: Path) -> Outline:
     """As far as the file is understood."""
     outline = Outline()
-    try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        _outline(outline, memoryview(mapped))
-    except (_Malformed, OSError, ValueError, IndexError, struct.error):
-        pass
+    with contextlib.suppress(*UNREADABLE):
+        _outline(outline, mapped(path))
     return outline
 
 
 def _outline(outline: Outline, data: memoryview) -> None:
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == MODEL_PRODUCER:
-            outline.producer = _text(value)
+            outline.producer = text(value)
         elif number == MODEL_PRODUCER_VERSION:
-            outline.producer = f"{outline.producer} {_text(value)}".strip()
+            outline.producer = f"{outline.producer} {text(value)}".strip()
         elif number == MODEL_OPSET:
-            fields = dict(_fields(_message(value)))
-            version = fields.get(OPSET_VERSION)
+            opset = dict(fields(message(value)))
+            version = opset.get(OPSET_VERSION)
             if isinstance(version, int):
-                outline.opsets[_text(fields.get(OPSET_DOMAIN, b""))] = version
+                outline.opsets[text(opset.get(OPSET_DOMAIN, b""))] = version
         elif number == MODEL_GRAPH:
-            for part, content in _fields(_message(value)):
+            for part, content in fields(message(value)):
                 if part == GRAPH_NODE:
-                    node = dict(_fields(_message(content)))
-                    domain, name = _text(node.get(NODE_DOMAIN, b"")), _text(node.get(NODE_OP, b""))
+                    node = dict(fields(message(content)))
+                    domain, name = text(node.get(NODE_DOMAIN, b"")), text(node.get(NODE_OP, b""))
                     name = f"{domain}:{name}" if domain not in ("", "ai.onnx") else name
                     outline.operators[name] = outline.operators.get(name, 0) + 1
                 elif part == GRAPH_INITIALIZER:
-                    outline.weights_bytes += len(_message(content))
+                    outline.weights_bytes += len(message(content))
 
 
 def _quantization(data: memoryview) -> dict[str, Quantization]:
     graph = _Graph()
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == MODEL_GRAPH:
-            _read_graph(graph, _message(value))
+            _read_graph(graph, message(value))
     found = {name: q for name in graph.inputs if (q := _of_input(graph, name)) is not None}
     found.update({name: q for name in graph.outputs if (q := _of_output(graph, name)) is not None})
     return found
@@ -234,45 +190,45 @@ def _parameters(graph: _Graph, node: _Node, scale: int, zero: int) -> Quantizati
 
 
 def _read_graph(graph: _Graph, data: memoryview) -> None:
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == GRAPH_NODE:
-            node = _read_node(_message(value))
+            node = _read_node(message(value))
             graph.nodes.append(node)
             if node.op == "Constant" and node.outputs and node.value is not None:
                 graph.constants[node.outputs[0]] = node.value
         elif number == GRAPH_INITIALIZER:
-            message = _message(value)
-            if len(message) <= MAX_CONSTANT_BYTES:
-                graph.constants[_name(message, TENSOR_NAME)] = message
+            tensor = message(value)
+            if len(tensor) <= MAX_CONSTANT_BYTES:
+                graph.constants[text_of(tensor, TENSOR_NAME)] = tensor
         elif number == GRAPH_INPUT:
-            graph.inputs.append(_name(_message(value), VALUE_NAME))
+            graph.inputs.append(text_of(message(value), VALUE_NAME))
         elif number == GRAPH_OUTPUT:
-            graph.outputs.append(_name(_message(value), VALUE_NAME))
+            graph.outputs.append(text_of(message(value), VALUE_NAME))
 
 
 def _read_node(data: memoryview) -> _Node:
     node = _Node()
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == NODE_INPUT:
-            node.inputs.append(_text(value))
+            node.inputs.append(text(value))
         elif number == NODE_OUTPUT:
-            node.outputs.append(_text(value))
+            node.outputs.append(text(value))
         elif number == NODE_OP:
-            node.op = _text(value)
+            node.op = text(value)
         elif number == NODE_ATTRIBUTE:
-            _read_attribute(node, _message(value))
+            _read_attribute(node, message(value))
     return node
 
 
 def _read_attribute(node: _Node, data: memoryview) -> None:
     name, number_value, tensor = "", None, None
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == ATTRIBUTE_NAME:
-            name = _text(value)
+            name = text(value)
         elif number == ATTRIBUTE_INT and isinstance(value, int):
-            number_value = value - (1 << 64) if value >= 1 << 63 else value
+            number_value = signed(value)
         elif number == ATTRIBUTE_TENSOR:
-            tensor = _message(value)
+            tensor = message(value)
     if name == "axis" and number_value is not None:
         node.axis = number_value
     elif name == "value" and tensor is not None and len(tensor) <= MAX_CONSTANT_BYTES:
@@ -281,11 +237,11 @@ def _read_attribute(node: _Node, data: memoryview) -> None:
 
 def _tensor(data: Wire) -> NDArray[Any]:
     kind, raw, floats, ints = 0, b"", [], []
-    for number, value in _fields(memoryview(data)):
+    for number, value in fields(memoryview(data)):
         if number == TENSOR_TYPE and isinstance(value, int):
             kind = value
         elif number == TENSOR_RAW:
-            raw = bytes(_message(value))
+            raw = bytes(message(value))
         elif number == TENSOR_FLOATS:
             floats.append(value)
         elif number == TENSOR_INTS:
@@ -295,65 +251,9 @@ def _tensor(data: Wire) -> NDArray[Any]:
         return np.zeros(0)
     if raw:
         if len(raw) % np.dtype(dtype).itemsize:
-            raise _Malformed
+            raise Malformed
         return np.frombuffer(raw, dtype)
     if floats:
         return np.frombuffer(b"".join(struct.pack("<I", f) if isinstance(f, int) else bytes(f) for f in floats), np.float32)
-    numbers = [n for value in ints for n in ([value] if isinstance(value, int) else _packed(value))]
-    return np.array([n - (1 << 64) if n >= 1 << 63 else n for n in numbers], dtype=np.int64)
-
-
-def _packed(data: Wire) -> Iterator[int]:
-    at = 0
-    while at < len(data):
-        number, at = _varint(data, at)
-        yield number
-
-
-def _fields(data: Wire) -> Iterator[tuple[int, int | memoryview]]:
-    """Every (field number, value) of a message; a nested message is a view, nothing is copied.  Raises: _Malformed."""
-    view, at, end = memoryview(data), 0, len(data)
-    while at < end:
-        key, at = _varint(view, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _varint(view, at)
-            yield key >> 3, value
-            continue
-        if kind == 2:
-            size, at = _varint(view, at)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise _Malformed
-        if size > end - at:
-            raise _Malformed
-        yield key >> 3, (view[at : at + size] if kind == 2 else int.from_bytes(view[at : at + size], "little"))
-        at += size
-
-
-def _varint(data: Wire, at: int) -> tuple[int, int]:
-    result = shift = 0
-    while True:
-        if at >= len(data) or shift > 63:
-            raise _Malformed
-        byte = data[at]
-        at += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, at
-        shift += 7
-
-
-def _message(value: int | Wire) -> memoryview:
-    if isinstance(value, int):
-        raise _Malformed
-    return memoryview(value)
-
-
-def _text(value: int | Wire) -> str:
-    return bytes(_message(value)).decode()
-
-
-def _name(message: memoryview, number: int) -> str:
-    return next((_text(value) for n, value in _fields(message) if n == number), "")
+    numbers = [n for value in ints for n in ([value] if isinstance(value, int) else packed(value))]
+    return np.array([signed(n) for n in numbers], dtype=np.int64)
