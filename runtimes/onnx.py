@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 FALLBACKS = {"cpu": (), "cuda": ("cpu",), "tensorrt": ("cuda", "cpu")}
 BFLOAT16 = 16  # its number among ONNX's element types
 ORT_FORMAT_MAGIC = b"ORTM"  # flatbuffer identifier at byte 4; blobs have no suffix that would tell
-PRECISION = "session.x64quantprecision"
 INEXACT = (
     "int8 sums of this model may overflow on this processor, and the engine cannot load it with its exact kernels; "
     "quantize its weights with reduce_range"
@@ -71,22 +70,20 @@ class OnnxRuntime:
         head = _head(path)
         requested = str(options.extra.get("provider", "auto"))
         wanted, missing = _choose(requested, ort)
-        session, inexact = _exact_session(ort, path, _settings(ort, options, head), [PROVIDERS[p] for p in wanted])
+        session, inexact = _exact_session(ort, path, lambda: _settings(ort, options, head), [PROVIDERS[p] for p in wanted])
         return OnnxModel(session, read_quantization(path), _placement(requested, wanted, missing, session, inexact))
 
 
-def _exact_session(ort: Any, path: Path, settings: Any, providers: Sequence[str]) -> tuple[Any, str | None]:
+def _exact_session(ort: Any, path: Path, settings: Callable[[], Any], providers: Sequence[str]) -> tuple[Any, str | None]:
     """The session, and in words why its int8 sums may be wrong; None when they are not."""
     if not (has_wide_weights(path) and sums.overflow(ort)):
-        return _session(ort, path, settings, providers), None
-    # Two products of such weights are more than the kernels for this processor hold: the engine is to use others.
-    settings.add_session_config_entry(PRECISION, "1")
+        return _session(ort, path, settings(), providers), None
+    exact = settings()
+    exact.add_session_config_entry("session.x64quantprecision", "1")  # kernels that hold two products of such weights
     try:
-        return _session(ort, path, settings, providers), None
-    except ModelInvalid:
-        # It cannot change every model so; then it says something else about a file that may be good.
-        settings.add_session_config_entry(PRECISION, "0")
-        return _session(ort, path, settings, providers), INEXACT
+        return _session(ort, path, exact, providers), None
+    except ModelInvalid:  # the engine cannot change every model so; without, it says what else may be wrong with the file
+        return _session(ort, path, settings(), providers), INEXACT
 
 
 def _session(ort: Any, path: Path, settings: Any, providers: Sequence[str]) -> Any:
