@@ -67,6 +67,11 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     """Threads that take turns at the socket: one listens, the others run what is long. 1 is taken as 2. More help when many slow models run at once. A run of more than 5 ms gives way to shorter ones, where the limit `nice` allows it (`ulimit -e 20`; the unit sets it)."""
     engine_threads: int = 1
     """Threads that one run of a model may use. 0: the engine chooses."""
+    load_timeout_s: float = 120.0
+    """How long loading a model and its first run may take. What takes longer at a start is not served, and the others are; later the
+    watchdog ends the process, and the next one tries that model apart."""
+    run_timeout_s: float = 60.0
+    """How long one run of a model with a process of its own may take; then that process is ended and started again."""
     max_body_bytes: int = 64 * 1024 * 1024
     """A request larger than this is refused with 413."""
     max_connections: int = 1024
@@ -108,6 +113,8 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("shadow_max_load and shadow_max_celsius must not be negative")
         if self.threads < 1:
             raise ValueError("threads must be at least 1")
+        if self.load_timeout_s <= 0 or self.run_timeout_s <= 0:
+            raise ValueError("load_timeout_s and run_timeout_s must be above 0")
         if self.max_queue_size < 1 or self.max_sequences < 1 or self.sequence_idle_s <= 0:
             raise ValueError("max_queue_size and max_sequences must be at least 1, sequence_idle_s above 0")
         if not 0 <= self.trace_ratio <= 1:

@@ -66,6 +66,21 @@ def serve(config: Path | None, *, verbose: bool) -> None:
     metavar="NAME",
     help="Run this model's engine in a process of its own; may be repeated.",
 )
+@click.option(
+    "--in-process",
+    "accepted",
+    multiple=True,
+    metavar="NAME",
+    help="Run it in this process although a request could end or hang its engine; * is every model; may be repeated.",
+)
+@click.option(
+    "--load-timeout",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="How long loading a file and its first run may take.",
+)
 @click.option("--verbose", is_flag=True, help="Log what is loaded.")
 def run(
     files: tuple[str, ...],
@@ -76,6 +91,8 @@ def run(
     engine_threads: int,
     budget: str | None,
     isolated: tuple[str, ...],
+    accepted: tuple[str, ...],
+    load_timeout: float,
     *,
     verbose: bool,
 ) -> None:
@@ -105,8 +122,9 @@ def run(
         threads=threads,
         engine_threads=engine_threads,
         memory_budget_bytes=_bytes(budget or "0"),
+        load_timeout_s=load_timeout,
     )
-    sources = _sources(files, isolated)
+    sources = _sources(files, isolated, accepted)
     try:
         sys.exit(serve_files(sources, settings, lambda host, http: _announce(host, path, http)))
     except (ConfigError, SocketError) as error:
@@ -129,7 +147,7 @@ def _prepare(*, verbose: bool) -> None:
     logs.set_up(logging.INFO if verbose else logging.WARNING)
 
 
-def _sources(files: tuple[str, ...], isolated: tuple[str, ...]) -> list[Source]:
+def _sources(files: tuple[str, ...], isolated: tuple[str, ...], accepted: tuple[str, ...]) -> list[Source]:
     """What to load. Ends with status 2 when names clash, cannot be model names, or name no model."""
     from agent.contract.manifest import Serving
     from agent.contract.names import check_model
@@ -145,10 +163,16 @@ def _sources(files: tuple[str, ...], isolated: tuple[str, ...]) -> list[Source]:
         except ValueError as error:
             raise click.UsageError(f"{path}: {error}; name it, such as model={path}") from error
         found[name] = path
-    for name in isolated:
-        if name not in found:
-            raise click.UsageError(f"--isolate {name}: no such model; there are {', '.join(found)}")
-    serving = {name: Serving(isolation="process") for name in isolated}
+    for option, names in (("--isolate", isolated), ("--in-process", accepted)):
+        for name in names:
+            if name not in found and (option, name) != ("--in-process", "*"):
+                raise click.UsageError(f"{option} {name}: no such model; there are {', '.join(found)}")
+    for name in set(isolated).intersection(accepted):
+        raise click.UsageError(
+            f"{name!r} cannot have a process of its own and be in this one: leave out --isolate or --in-process"
+        )
+    serving = {name: Serving(isolation="in-process") for name in (found if "*" in accepted else accepted)}
+    serving |= {name: Serving(isolation="process") for name in isolated}
     return [Source(name, 1, path, hash_file(path), serving=serving.get(name, Serving())) for name, path in found.items()]
 
 
@@ -186,6 +210,9 @@ def _announce(host: ModelHost, path: Path, http: list[str]) -> None:
     click.echo("".join([f"Serving on {path}\n", *(f"Serving on http://{address}\n" for address in http)]))
     for served in host:
         for version in served.versions.values():
+            if version.state == "LOADING":
+                click.echo(f"  {served.name}  is still being loaded")
+                continue
             if not version.answers:
                 click.echo(f"  {served.name}  NOT SERVED: {version.reason}")
                 continue

@@ -79,9 +79,10 @@ class Serving(Document, frozen=True, kw_only=True):
     """For requests that name none."""
     warm_up: str = ""
     """The golden case whose inputs the model is run on when it is loaded. Empty: zeros."""
-    isolation: Literal["in-process", "process"] = "in-process"
-    """process: the engine runs in a process of its own. A run takes some 50 µs longer; a crash costs this model and no other, and memory
-    goes back to the machine when it is unloaded."""
+    isolation: Literal["auto", "process", "in-process"] = "auto"
+    """process: the engine runs in a process of its own. A run takes some 50 µs longer; a crash, or a run that does not end, costs this model
+    and no other, and memory goes back to the machine when it is unloaded. auto: where the file has operators with which a request could end
+    or hang the process. in-process: never, and that risk is accepted."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_batch_size", 1), ("max_queue_size", 1), ("priority_levels", 1)):

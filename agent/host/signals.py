@@ -37,16 +37,19 @@ class Ending:
     def is_set(self) -> bool:
         return self._is_set
 
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Until it is set or the time has passed; whether it is set."""
+    def wait(self, timeout_s: float | None = None, *, or_readable: int | None = None) -> bool:
+        """Until it is set, the time has passed, or that descriptor can be read; whether it is set."""
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while not self._is_set:
             left_s = None if end is None else end - time.monotonic()
             if left_s is not None and left_s <= 0:
                 break
-            select.select([self._told], [], [], left_s)
+            others = [] if or_readable is None else [or_readable]
+            ready, _, _ = select.select([self._told, *others], [], [], left_s)
             with contextlib.suppress(BlockingIOError):
                 os.read(self._told, 4096)  # other signals are told here too
+            if or_readable in ready:
+                break
         return self._is_set
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:

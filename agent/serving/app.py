@@ -1,18 +1,20 @@
 """The serving process, wired together. The only place that knows all parts.
 
 The order of a start: bind the socket (so that a second server fails at once, and clients wait instead of being refused), load
-the models, let the threads run, ask the socket once as a client would, tell systemd READY. The order of the end: tell systemd
+the models (`starting`), let the threads run, ask the socket once as a client would, tell systemd READY. The order of the end: tell systemd
 STOPPING, answer what was asked, close the models, remove the socket.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import resource
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.config import AgentConfig, ConfigError, ServeSettings
@@ -30,23 +32,23 @@ from agent.serving.api.protocol import Protocol
 from agent.serving.api.tfserving import TensorFlowServing
 from agent.serving.candidates.shadowing import Shadows
 from agent.serving.dataplane import Dataplane
-from agent.serving.models import loading
-from agent.serving.models.host import ModelHost, Version
-from agent.serving.models.loading import Source
-from agent.serving.models.residency import Residency, file_bytes
+from agent.serving.models.host import ModelHost
+from agent.serving.models.loading import Limits, Source
+from agent.serving.models.residency import Residency
 from agent.serving.models.swapping import Swapper
+from agent.serving.models.unfinished import Unfinished
 from agent.serving.routes import Route, Router
 from agent.serving.scheduling.scheduler import Scheduler, busy_threads
 from agent.serving.service import Service
 from agent.serving.settings import LogSettings, TraceSettings
 from agent.serving.shared.memory import ClientMemory, MemoryBudget
 from agent.serving.shared.systemmemory import SystemMemory
+from agent.serving.starting import FilesStart, Start, StoreStart
 from agent.serving.telemetry.metrics import Metrics
 from agent.serving.telemetry.observing import ObservedService, Observer
 from agent.serving.transport.loop import Loop
 from agent.serving.transport.sockets import Listeners, open_listeners
-from agent.store import Choice, Selection, Store, StoreError
-from runtimes.contract import RuntimeFailure
+from agent.store import Store
 
 if TYPE_CHECKING:
     from agent.serving.grpc.server import GrpcServer
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 15.0  # systemd kills after 90 s; clients have given up before
+END_LIMIT_S = 10.0  # besides; then the process ends with the traces of its threads, which may hang in engines
 STUCK_S = (
     300.0  # runs may take minutes; that long without a thread coming free while others wait is a hang that only a restart ends
 )
@@ -85,7 +88,8 @@ class Parts:
         return self.router.routes
 
 
-def assemble(store: Store | None, settings: ServeSettings) -> Parts:
+def assemble(store: Store | None, settings: ServeSettings, notes: Path | None = None) -> Parts:
+    """`notes` is the folder where it stands which model is being loaded."""
     host = ModelHost(max_sequences=settings.max_sequences, sequence_idle_s=settings.sequence_idle_s)
     scheduler = Scheduler(busy_threads(settings.threads), limit=settings.max_queue_size, held_s=settings.reload_timeout_s)
     dataplane = Dataplane(host, scheduler)
@@ -96,6 +100,8 @@ def assemble(store: Store | None, settings: ServeSettings) -> Parts:
         budget_bytes=settings.memory_budget_bytes,
         pinned=settings.pinned,
         min_residency_s=settings.min_residency_s,
+        limits=limits_of(settings),
+        unfinished=Unfinished(notes),
     )
     protocol = Protocol(host, dataplane, shared_memory=settings.shared_memory != "off")
     shadows = Shadows(host, scheduler, Throttle(settings.shadow_max_load, settings.shadow_max_celsius))
@@ -154,17 +160,18 @@ def serve_store(config: AgentConfig) -> int:
     """
     store = Store(config.store)
     store.check_format(may_be_missing=True)  # at first boot `serve` may be earlier than `sync`
-    parts = assemble(store, config.serve)
+    parts = assemble(store, config.serve, config.diary_folder)
     diary, instance = Diary(config.diary_folder), parts.control.instance
-
-    def load() -> None:
-        diary.begin(instance)  # only now: a second server has failed at the socket
-        load_selections(parts, store, config.serve.engine_threads)
-
-    status = _serve(parts, config.serve, load)
-    if status == 0:
-        diary.end(instance)  # what an engine does to the process while it is closed has been done
-    return status
+    start = StoreStart(
+        parts.host,
+        parts.residency,
+        store,
+        parts.residency.unfinished,
+        threads=config.serve.engine_threads,
+        limits=limits_of(config.serve),
+        before=lambda: diary.begin(instance),  # a second server has failed at the socket
+    )
+    return _serve(parts, config.serve, start, ended=lambda: diary.end(instance))
 
 
 def serve_files(sources: Iterable[Source], settings: ServeSettings, announce: Callable[[ModelHost, list[str]], None]) -> int:
@@ -172,35 +179,54 @@ def serve_files(sources: Iterable[Source], settings: ServeSettings, announce: Ca
     predictions can be asked for.
     """
     parts = assemble(None, settings)
-    return _serve(
-        parts,
-        settings,
-        lambda: load_sources(parts, sources, settings.engine_threads),
-        lambda http: announce(parts.host, http),
-    )
+    start = FilesStart(parts.host, parts.residency, sources, threads=settings.engine_threads, limits=limits_of(settings))
+    return _serve(parts, settings, start, lambda http: announce(parts.host, http))
 
 
-def _serve(parts: Parts, settings: ServeSettings, load: Callable[[], None], announce: Announce | None = None) -> int:
+def limits_of(settings: ServeSettings) -> Limits:
+    return Limits(load_s=settings.load_timeout_s, run_s=settings.run_timeout_s)
+
+
+def _serve(
+    parts: Parts,
+    settings: ServeSettings,
+    start: Start,
+    announce: Announce | None = None,
+    ended: Callable[[], None] = lambda: None,
+) -> int:
+    """`ended` is called last, and only when all ended in order."""
     table = AccessTable(settings, os.geteuid())
     _allow_files(settings.max_connections + FILES_BESIDES_CONNECTIONS)
+    idle = True
     with Ending() as end:
         listeners = open_listeners(settings.socket, settings.socket_mode, settings.http_listen)
         rpc = None
         try:
+            start.begin(
+                [listener.fileno() for listener in listeners.sockets]
+            )  # before there are threads: it makes copies of this process
             rpc = _grpc(parts, settings)
-            load()
-            if end.is_set():
-                return 0
-            if announce is not None and not any(served.active for served in parts.host):
-                return 1  # started by hand on files of which none can be served; each was logged with its reason
-            return _run(parts, settings, table, listeners, rpc, end, announce)
+            status = (
+                _run(parts, settings, table, listeners, rpc, end, announce)
+                if start.wait(end) and not end.is_set()
+                else int(not end.is_set())
+            )
         finally:
+            faulthandler.dump_traceback_later(END_LIMIT_S, exit=True)  # whatever an engine does now, and whatever lock it holds
+            idle = start.end()
             if rpc is not None:
                 rpc.stop(0.0)
             parts.host.close()
             listeners.close()
             for observer in parts.observers:
                 observer.close()
+            faulthandler.cancel_dump_traceback_later()
+    if status == 0:
+        ended()  # what an engine does to the process while it is closed has been done
+    if not idle:
+        log.warning("a model was still being loaded; that is cut off")
+        os._exit(status)  # a thread inside an engine cannot be ended in any other way
+    return status
 
 
 def _run(
@@ -228,7 +254,9 @@ def _run(
     )
     parts.residency.begin(loop.defer)
     loop.start()
-    watchdog = selfcheck.Watchdog(lambda: not loop.stuck(STUCK_S) and selfcheck.answers(address))
+    watchdog = selfcheck.Watchdog(
+        lambda: not loop.stuck(STUCK_S) and not parts.residency.is_overdue() and selfcheck.answers(address)
+    )
     try:
         parts.protocol.is_ready = True
         if not selfcheck.answers(address):
@@ -245,6 +273,7 @@ def _run(
         end.wait()
         return 0
     finally:
+        faulthandler.dump_traceback_later(STOP_GRACE_S + END_LIMIT_S, exit=True)
         notify.notify("STOPPING=1")
         parts.protocol.is_ready = False
         watchdog.stop()
@@ -268,74 +297,6 @@ def _grpc(parts: Parts, settings: ServeSettings) -> GrpcServer | None:
             f"gRPC needs a package that is not installed ({error}): pip install 'edge-inference-agent[grpc]'"
         ) from error
     return build(parts, settings)
-
-
-def load_selections(parts: Parts, store: Store, threads: int) -> None:
-    """Loads the active release of every selected model, or its previous one when that fails. Nothing here stops the process.
-    What is over the memory budget is put out again, known from then on.
-    """
-    host = parts.host
-    for name, selection in store.selections().items():
-        if isinstance(selection, StoreError):
-            log.error("model %r is not served: %s", name, selection)
-            host.add(loading.failed(Source(name, 0, store.root, ""), str(selection)))
-            continue
-        _load_selection(parts, store, selection, threads)
-        parts.residency.settle()
-
-
-def _load_selection(parts: Parts, store: Store, selection: Selection, threads: int) -> None:
-    reason = ""
-    for choice in (selection.active, selection.previous):
-        if choice is None:
-            continue
-        error = _load_choice(parts, store, selection.model, choice, threads)
-        if error is None:
-            served = parts.host.activate(selection.model, choice.version)
-            if reason and served.active is not None:
-                served.active.reason = f"serves in place of the active release: {reason}"
-            return
-        reason = reason or error
-
-
-def _load_choice(parts: Parts, store: Store, model: str, choice: Choice, threads: int) -> str | None:
-    """Why it could not be loaded; None when it is."""
-    source = Source(model, choice.version, store.root, "", variant=choice.variant)
-    try:
-        source = loading.source_of(store.release(model, choice))
-        parts.host.add(_first(parts, source, threads))
-    except (StoreError, RuntimeFailure, MemoryError, OSError, ValueError) as error:
-        text = f"cannot load model {model!r} version {choice.version}: {error}"
-        log.error("%s", text)  # noqa: TRY400 - an expected failure with its reason; a trace would hide it
-    except Exception as error:
-        text = f"cannot load model {model!r} version {choice.version}: {type(error).__name__}: {error}"
-        log.exception("%s: the runtime broke its contract", text)
-    else:
-        return None
-    parts.host.add(loading.failed(source, text))
-    return text
-
-
-def load_sources(parts: Parts, sources: Iterable[Source], threads: int) -> None:
-    """Loads named files and makes each active; one that cannot be loaded is listed with its reason."""
-    host = parts.host
-    for source in sources:
-        parts.residency.settle(file_bytes(source))
-        try:
-            host.add(_first(parts, source, threads))
-        except (RuntimeFailure, MemoryError, OSError) as error:
-            log.error("cannot load model %r: %s", source.name, error)  # noqa: TRY400 - as above
-            host.add(loading.failed(source, str(error)))
-            continue
-        host.activate(source.name, source.version)
-        parts.residency.settle()
-
-
-def _first(parts: Parts, source: Source, threads: int) -> Version:
-    """Loaded without regard to the budget, which is settled when it is active.  Raises: as `loading.load`."""
-    version = loading.load(source, threads=threads)
-    parts.residency.watch(version)
-    return version
 
 
 def _allow_files(count: int) -> None:

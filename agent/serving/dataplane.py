@@ -15,18 +15,18 @@ from typing import Any
 from agent.serving.answers import Answer, FilledTemplate, Refusal
 from agent.serving.api import oip
 from agent.serving.inference import Demand, Result, SequenceDemand
-from agent.serving.models.host import ModelHost, Version
+from agent.serving.models.host import INLINE_BODY_BYTES, ModelHost, Version
 from agent.serving.routes import Match, Pace, Request
 from agent.serving.running import Runner, demands
 from agent.serving.scheduling import batching
 from agent.serving.scheduling.jobs import Caller, Job
+from agent.serving.scheduling.lanes import INLINE_RUN_S
 from agent.serving.scheduling.scheduler import LaneClosed, Scheduler
 from agent.serving.tasks import Call, Direct, Form, Task, expired, refusal
 from runtimes.contract import Array
 
 MAX_PLAN_KEY_BYTES = 2048  # JSON parts without data are far smaller
 MAX_PLANS = 64  # per version; callers use a few shapes
-INLINE_BODY_BYTES = 64 * 1024
 LEADER_JSON_BYTES = 16 * 1024  # what the polling thread reads of a request that no thread is free for, to know what it demands
 ALIVE_S = 0.1  # how often a caller that waits in a thread of its own is asked whether it is still there
 SHORTEST_S = 100e-6
@@ -96,7 +96,7 @@ class Dataplane:
         canary = version.canary
         if canary is not None and not canary.candidate.is_cheap:
             return False
-        return version.is_cheap and (call.known is not None or _tensor_bytes(call) <= INLINE_BODY_BYTES)
+        return version.is_cheap and (call.known is not None or _tensor_bytes(call) <= version.inline_bytes)
 
     def keeps_order(self, match: Match) -> bool:
         """Whether requests must be admitted in the order in which they come: they may belong to sequences."""
@@ -155,6 +155,8 @@ class Dataplane:
             version.leave()
         run_s = ended - started
         version.measured(run_s)
+        if run_s <= INLINE_RUN_S and version.inline_bytes < INLINE_BODY_BYTES:
+            version.learn(_tensor_bytes(call))
         stats = version.stats
         stats.executions += 1
         stats.inferences += rows

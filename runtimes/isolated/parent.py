@@ -39,6 +39,7 @@ from runtimes.isolated import wire
 MAX_SLOTS = 16
 COPY_BYTES = 32 * 1024  # outputs up to this size are copied out of the slot, which is then free at once
 END_S = 5.0  # how long a process that is told to end may take
+RUN_LIMIT_S = 60.0
 LOAD_LIMIT_S = 600.0  # engines that optimise for the hardware take minutes; whoever waits for one that hangs waits no longer
 NOT_ITS_OWN = (
     "NOTIFY_SOCKET",
@@ -80,6 +81,7 @@ class Process:
         self._lining = threading.Lock()
         self._is_ending = False
         self._code = 0
+        self._why = ""
         self._troubles: list[OSError] = []
         self._sending = threading.Lock()
         self._ends: deque[int] = deque()  # of sequences, which it has not been told
@@ -175,6 +177,8 @@ class Process:
     @property
     def ending(self) -> str:
         """How it ended, in words."""
+        if self._why:
+            return self._why
         if self._code >= 0:
             return f"exit status {self._code}"
         try:
@@ -191,12 +195,20 @@ class Process:
         self._told.wait(END_S)  # its sockets close a moment before it can be waited for
         return RunFailed(f"the model's process has ended ({self.ending})")
 
+    def kill(self, why: str = "") -> None:
+        """Ends it at once, and as a crash would: whoever listens is told. `why` is said as its ending."""
+        if self._ended.is_set():
+            return
+        self._why = why
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self._ended.wait(END_S)
+
     def end(self, patience_s: float = END_S) -> None:
         self._is_ending = True
         self._control.close()
         if not self._ended.wait(patience_s):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+            self.kill()
         if threading.current_thread() is not self._watcher:
             self._watcher.join()
 
@@ -219,14 +231,20 @@ class Slot:
         finally:
             theirs.close()
 
-    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None, sequence: int) -> list[wire.Tensor]:
-        """Where the outputs lie.  Raises: InputInvalid, RunFailed."""
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None, sequence: int, limit_s: float
+    ) -> list[wire.Tensor]:
+        """Where the outputs lie.  Raises: InputInvalid, RunFailed; after `limit_s`, and the process is ended."""
         arena = self._arena
         tensors = arena.put(feeds.items(), 0)
         order = wire.Run(arena.size_bytes, tensors, None if outputs is None else list(outputs), sequence)
         try:
+            self._channel.settimeout(limit_s)
             self._channel.send(wire.encode(order))
             data = self._channel.recv(wire.MAX_MESSAGE_BYTES)
+        except TimeoutError:
+            self._process.kill(f"a run did not end within {limit_s:g} s")
+            raise self._process.gone() from None
         except OSError as error:
             raise self._process.gone() from error
         if not data:
@@ -267,6 +285,8 @@ class IsolatedModel:
         self._most = slots
         self._free = threading.Condition()
         self._numbers = itertools.count(1)
+        self.run_limit_s = RUN_LIMIT_S
+        """How long a run may take; then it fails, and with it its process and whatever else runs there."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -317,7 +337,7 @@ class IsolatedModel:
     def run_in(self, sequence: int, feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
         slot, spare = self._take()
         try:
-            tensors = slot.run(feeds, outputs, sequence)
+            tensors = slot.run(feeds, outputs, sequence, self.run_limit_s)
             if spare and sum(tensor.size for tensor in tensors) > COPY_BYTES:
                 kept, slot_of_views = slot, weakref.ref(self)
                 slot = None  # type: ignore[assignment]

@@ -91,3 +91,47 @@ def lookup(path, rows=10):
         [value("y", TensorProto.INT64, ["n"])],
         [("t", np.arange(100, 100 + rows))],
     )
+
+
+def divides(path):
+    """y = x / z, int32 [n]: the least number by -1 has no result, and x86 processors end the process."""
+    return _save(
+        path,
+        [helper.make_node("Div", ["x", "z"], ["y"])],
+        [value("x", TensorProto.INT32, ["n"]), value("z", TensorProto.INT32, ["n"])],
+        [value("y", TensorProto.INT32, ["n"])],
+    )
+
+
+def kills_at_load(path):
+    """The same of two constants: the engine computes it when it loads the file."""
+    return _save(
+        path,
+        [helper.make_node("Div", ["a", "b"], ["q"]), helper.make_node("Add", ["x", "q"], ["y"])],
+        [value("x", TensorProto.INT32, [1])],
+        [value("y", TensorProto.INT32, [1])],
+        [("a", np.int32([-(2**31)])), ("b", np.int32([-1]))],
+    )
+
+
+def loops(path, goes_on="asked"):
+    """y = x + the number of rounds, float32 [1]; the body's condition is x > 0 (`asked`), x <= 0 (`zeros`), or true for ever (`endless`)."""
+    test = {
+        "asked": [helper.make_node("Greater", ["x", "zero"], ["go"])],
+        "zeros": [helper.make_node("LessOrEqual", ["x", "zero"], ["go"])],
+        "endless": [helper.make_node("Identity", ["c"], ["go"])],
+    }[goes_on]
+    shape = [] if goes_on == "endless" else [1]
+    body = helper.make_graph(
+        [helper.make_node("Add", ["v", "one"], ["next"]), *test],
+        "body",
+        [value("i", TensorProto.INT64, []), value("c", TensorProto.BOOL, []), value("v", TensorProto.FLOAT, [1])],
+        [value("go", TensorProto.BOOL, shape), value("next", TensorProto.FLOAT, [1])],
+    )
+    return _save(
+        path,
+        [helper.make_node("Loop", ["", "yes", "x"], ["y"], body=body)],
+        [value("x", TensorProto.FLOAT, [1])],
+        [value("y", TensorProto.FLOAT, [1])],
+        [("one", np.float32([1])), ("zero", np.float32(0)), ("yes", np.bool_(True))],
+    )

@@ -27,11 +27,11 @@ class Server:
         self.process = None
         self.messages = []
 
-    def start(self, *, wait=True):
+    def start(self, *, wait=True, deadline_s=DEADLINE_S):
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = self.folder / f"notify-{time.monotonic_ns()}"
         self._notify.bind(str(address))
-        self._notify.settimeout(DEADLINE_S)
+        self._notify.settimeout(deadline_s)
         self.log = (self.folder / "log.txt").open("ab")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "agent.cli", *self.arguments],

@@ -8,7 +8,7 @@ import pytest
 
 from agent.host import priority
 from agent.serving.answers import Refusal
-from agent.serving.models.host import IsolatedVersion, ModelHost, Version
+from agent.serving.models.host import INLINE_BODY_BYTES, UNKNOWN_BODY_BYTES, ModelHost, NeverInlineVersion, Version
 from agent.serving.scheduling.lanes import INLINE_RUN_S, LONG_RUN_S
 from runtimes.contract import Placement, TensorSpec
 
@@ -143,7 +143,7 @@ def test_what_was_cheap_stays_so_through_a_bad_moment():
 
 
 def test_an_isolated_model_is_never_cheap():
-    version = IsolatedVersion("m", 1, "cpu", "0" * 64, "fake")
+    version = NeverInlineVersion("m", 1, "cpu", "0" * 64, "fake")
     version.cost_s = INLINE_RUN_S / 10
     version.ready(Constant(1))
     version.arrange(max_sequences=1, sequence_idle_s=1.0)
@@ -151,6 +151,17 @@ def test_an_isolated_model_is_never_cheap():
     for _ in range(100):
         version.measured(INLINE_RUN_S / 10)
     assert not version.is_cheap
+
+
+@pytest.mark.parametrize(("shape", "begins"), [((1, 4), INLINE_BODY_BYTES), ((-1, 4), UNKNOWN_BODY_BYTES)])
+def test_how_large_a_request_is_cheap_is_learnt_where_a_model_takes_any_size(shape, begins):
+    version, model = Version("m", 1, "cpu", "0" * 64, "fake"), Constant(1)
+    model.inputs = (TensorSpec("x", "FP32", shape),)
+    version.ready(model)
+    assert version.inline_bytes == begins
+    for size, known in ((5000, max(begins, 5000)), (300, max(begins, 5000)), (1 << 30, INLINE_BODY_BYTES)):
+        version.learn(size)
+        assert version.inline_bytes == known
 
 
 def test_only_a_long_run_gives_way(monkeypatch):

@@ -52,6 +52,8 @@ State = Literal["LOADING", "READY", "UNAVAILABLE"]
 LABELS = ("stable", "candidate", "previous")
 DRAIN_TIMEOUT_S = 60.0  # a run that takes longer keeps its model in memory instead of having it closed under it
 BEYOND_INLINE_S = 2 * INLINE_RUN_S
+INLINE_BODY_BYTES = 64 * 1024  # reading more takes long by itself
+UNKNOWN_BODY_BYTES = 1024  # of a model whose inputs have any size: what a run takes is known for zeros of size 1, and grows with some power of it
 STAYS_CHEAP_S = (
     4 * INLINE_RUN_S
 )  # what was cheap is so up to here: among long runs it would meet cold caches and look dear for ever
@@ -79,6 +81,7 @@ class Version:
         self.model: Model | None = None
         self.run: Run = _away  # the model's
         self.is_cheap = False  # a run of it costs the next caller less than a switch of threads
+        self.inline_bytes = INLINE_BODY_BYTES  # up to which size of a request that is so
         self.is_long = False  # a run of it gives way to whatever is shorter
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
@@ -114,6 +117,8 @@ class Version:
         self.model = model
         self.inputs, self.outputs, self.placement = model.inputs, model.outputs, model.placement
         self.is_cheap = self.cost_s <= INLINE_RUN_S
+        if any(-1 in spec.shape for spec in model.inputs):
+            self.inline_bytes = UNKNOWN_BODY_BYTES
         self.is_long = self.cost_s > LONG_RUN_S
         self.run = self.way(model.run)
         self.loaded_s = time.perf_counter()
@@ -236,6 +241,10 @@ class Version:
         if (cost_s > LONG_RUN_S) is not self.is_long:
             self._change_way(is_long=cost_s > LONG_RUN_S)
 
+    def learn(self, size_bytes: int) -> None:
+        """A request of that size was cheap: smaller ones will be."""
+        self.inline_bytes = max(self.inline_bytes, min(size_bytes, INLINE_BODY_BYTES))
+
     def _change_way(self, *, is_long: bool) -> None:
         with self._lock:
             self.is_long = is_long
@@ -260,8 +269,8 @@ class Version:
         }
 
 
-class IsolatedVersion(Version):
-    """Never cheap enough for the thread that polls: what happens to its process must not keep that thread."""
+class NeverInlineVersion(Version):
+    """Never run by the thread that polls: what happens to its process, or in its engine, must not keep that thread."""
 
     def arrange(self, *, max_sequences: int, sequence_idle_s: float) -> None:
         self.cost_s, self.is_cheap = max(self.cost_s, BEYOND_INLINE_S), False

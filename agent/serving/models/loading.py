@@ -6,16 +6,17 @@ import gc
 import itertools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.contract.manifest import Picture, Serving
 from agent.host import memory, priority
-from agent.serving.models.host import IsolatedVersion, Version
+from agent.serving.models.host import NeverInlineVersion, Version
 from agent.store import Release
 from agent.variants import prepared
-from runtimes import registry
+from runtimes import hazards, registry
 from runtimes.check import zeros
 from runtimes.contract import Array, InputInvalid, LoadOptions, Model, ModelInvalid, RunFailed, Runtime, Scalar
 
@@ -26,6 +27,17 @@ MAX_LABELS_CHARACTERS = 16 * 1024 * 1024
 
 
 _loads = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds. `load_s`: loading a model and running it for the first time. `run_s`: one run of a model with a process of its own."""
+
+    load_s: float = 120.0
+    run_s: float = 60.0
+
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +80,30 @@ def source_of(release: Release) -> Source:
     )
 
 
-def load(source: Source, *, threads: int) -> Version:
-    """The version, READY and warm. May take seconds and may kill the process: a release was tried in another one before.
+Guard = Callable[[Source], AbstractContextManager[None]]
+
+
+def unguarded(_source: Source) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def load(source: Source, *, threads: int, limits: Limits = DEFAULT_LIMITS, guard: Guard = unguarded) -> Version:
+    """The version, READY and warm. May take seconds, hang, or kill the process: a release was tried in another one before, a file is
+    rehearsed in a copy. Only what is isolated is held to the limits; whatever else is loaded, is within `guard`.
 
     Raises: ModelInvalid, RuntimeUnavailable, MemoryError.
     """
     started = time.perf_counter()
     runtime = registry.find(source.runtime) if source.runtime else registry.for_file(source.path)
-    if source.serving.isolation == "process":
-        return _load_isolated(source, runtime, threads, started)
+    dangers = hazards.find(runtime.name, source.path)
+    if _needs_a_process(source, dangers):
+        return _load_isolated(source, runtime, threads, limits, started, dangers)
+    log.info("loading model %r version %d from %s", source.name, source.version, source.filename or source.path.name)
     runtime.version()  # which imports the engine: what that takes is not this model's
     before = memory.resident_bytes()
-    version = _finished(source, runtime, priority.giving_way(runtime.load)(source.path, _options(source, threads)))
+    with guard(source):
+        raw = priority.giving_way(runtime.load)(source.path, _options(source, threads))
+        version = _finished(source, runtime, raw, NeverInlineVersion if dangers else Version)
     version.load_s = time.perf_counter() - started
     memory.give_back()  # engines read the file into memory that they do not need afterwards
     version.memory_bytes = max(0, memory.resident_bytes() - before)
@@ -98,17 +122,37 @@ def _keep_from_the_collector() -> None:
     gc.freeze()
 
 
-def _load_isolated(source: Source, runtime: Runtime, threads: int, started: float) -> Version:
+def is_isolated(source: Source) -> bool:
+    """Whether it is loaded into a process of its own.  Raises: ModelInvalid, RuntimeUnavailable when no runtime takes it."""
+    runtime = registry.find(source.runtime) if source.runtime else registry.for_file(source.path)
+    return _needs_a_process(source, hazards.find(runtime.name, source.path))
+
+
+def _needs_a_process(source: Source, dangers: Sequence[str]) -> bool:
+    isolation = source.serving.isolation
+    return isolation == "process" or (isolation == "auto" and bool(dangers))
+
+
+def _load_isolated(
+    source: Source, runtime: Runtime, threads: int, limits: Limits, started: float, dangers: Sequence[str]
+) -> Version:
     """The same in a process of its own; the engine is not even imported here."""
     from runtimes import isolated
 
     raw = priority.giving_way(isolated.load)(
-        runtime.name, source.path, _options(source, threads), slots=source.serving.instances
+        runtime.name, source.path, _options(source, threads), slots=source.serving.instances, limit_s=limits.load_s
     )
-    version = _finished(source, runtime, raw, IsolatedVersion)
+    raw.run_limit_s = limits.load_s  # its first run may optimise
+    version = _finished(source, runtime, raw, NeverInlineVersion)
     if not raw.is_alive:
         raw.close()
         raise ModelInvalid(f"its process ended in its first run ({raw.ending})")
+    raw.run_limit_s = limits.run_s
+    if dangers:
+        log.info(
+            "model %r version %d has a process of its own (serving: {isolation: in-process} accepts the risk): %s",
+            source.name, source.version, "; ".join(dangers),
+        )  # fmt: skip
     version.process = raw
     version.load_s = time.perf_counter() - started
     version.memory_bytes = raw.memory_bytes

@@ -24,7 +24,8 @@ from agent.serving.dataplane import Dataplane
 from agent.serving.models import budget, loading
 from agent.serving.models.budget import Resident
 from agent.serving.models.host import ModelHost, Process, Served, Version
-from agent.serving.models.loading import Source
+from agent.serving.models.loading import DEFAULT_LIMITS, Limits, Source
+from agent.serving.models.unfinished import Unfinished
 from agent.store import hash_file
 from runtimes.contract import ModelInvalid
 
@@ -66,6 +67,8 @@ class Residency:
         budget_bytes: int = 0,
         pinned: Sequence[str] = (),
         min_residency_s: float = 10.0,
+        limits: Limits = DEFAULT_LIMITS,
+        unfinished: Unfinished | None = None,
     ) -> None:
         self._host = host
         self._dataplane = dataplane
@@ -73,6 +76,8 @@ class Residency:
         self._engine_threads = engine_threads
         self._pinned = frozenset(pinned)
         self._min_residency_s = min_residency_s
+        self._limits = limits
+        self.unfinished = unfinished or Unfinished()
         self._summoned: set[Version] = set()
         self._lock = threading.Lock()  # of `_summoned`
         self._stuck: set[Version] = set()  # whose process ended, and a request in it did not
@@ -99,7 +104,7 @@ class Residency:
     def load(self, source: Source) -> Version:
         """The version, READY, in no list yet, within the budget.  Raises: as `loading.load`; NoRoom."""
         self._make_room(file_bytes(source), source.name, source.version)
-        version = loading.load(source, threads=self._engine_threads)
+        version = self._load(source)
         try:
             self._make_room(size_of(version), source.name, source.version)
         except NoRoom:
@@ -107,6 +112,16 @@ class Residency:
             raise
         self.watch(version)
         return version
+
+    def _load(self, source: Source) -> Version:
+        return loading.load(source, threads=self._engine_threads, limits=self._limits, guard=self.unfinished.during)
+
+    def is_overdue(self) -> bool:
+        """Whether loading a model takes longer than it may, so that nothing else can be loaded: only a restart ends that."""
+        what = self.unfinished.overdue(self._limits.load_s)
+        if what is not None:
+            log.error("loading %s has taken more than %g s", what, self._limits.load_s)
+        return what is not None
 
     def settle(self, needed_bytes: int = 0) -> None:
         """Puts out what is over the budget, however new: for a start, when nobody has asked for anything yet."""
@@ -260,7 +275,7 @@ class Residency:
             source: Source = version.source
             if hash_file(source.path) != source.sha256:
                 raise ModelInvalid(f"{source.path} has changed since it was loaded; load the model by name")  # noqa: TRY301
-            fresh = loading.load(source, threads=self._engine_threads)
+            fresh = self._load(source)
         except Exception as error:
             version.state, version.reason = "UNAVAILABLE", f"{version.reason.split(';')[0]}; it cannot be loaded again: {error}"
             version.retry_s = time.perf_counter() + RETRY_S

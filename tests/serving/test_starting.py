@@ -1,0 +1,182 @@
+"""A model that hangs or kills costs itself: when it is loaded, when it is run for the first time, and when a request asks for it."""
+
+import json
+import platform
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from agent.client import ClientError
+from tests.serving import onnx_models
+from tests.serving.stand import DEADLINE_S, Device, Server
+
+pytestmark = pytest.mark.timeout(90)
+LEAST, X = np.int32([-(2**31)]), np.ones((1, 4), np.float32)
+x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 ends a process that divides so")
+
+
+def why(server, model):
+    with server.client() as client:
+        status, _, content = client.request("GET", f"/control/v1/models/{model}")
+    assert status == 200, content
+    return json.loads(content)["versions"]["1"]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """`edge-agent run` on models of which one is good, and two that a request can harm."""
+    folder = tmp_path_factory.mktemp("files")
+    onnx_models.scale(folder / "good.onnx", 2.0)
+    onnx_models.divides(folder / "divides.onnx")
+    onnx_models.kills_at_load(folder / "kills.onnx")
+    onnx_models.loops(folder / "endless.onnx", "endless")
+    onnx_models.loops(folder / "zeros.onnx", "zeros")
+    server = Server(folder, "run", folder, "--socket", folder / "s.sock", "--load-timeout", "7", "--verbose").start()
+    yield server
+    assert server.stop() == 0
+
+
+def test_the_others_are_served_while_one_hangs(files):
+    """It is ready after a few seconds, and not when the last one has been given up."""
+    assert why(files, "endless")["state"] == "LOADING"
+    with files.client() as client:
+        assert client.infer("good", {"x": X})["y"][0, 0] == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        pytest.param("kills", "ends the process (SIGFPE)", marks=x86),
+        ("endless", "were not done in 7 s"),
+        ("zeros", "a run did not end within 7 s"),
+    ],
+)
+def test_what_hangs_or_kills_is_refused_by_name(files, model, reason):
+    wait_until(lambda: why(files, model)["state"] == "UNAVAILABLE")
+    assert reason in why(files, model)["reason"]
+    assert f"cannot load model '{model}'" in files.output()
+    with files.client() as client, pytest.raises(ClientError, match="no version at ready state"):
+        client.infer(model, {"x": np.zeros(1, np.float32)})
+
+
+@x86
+def test_a_request_that_kills_its_engine_fails_alone(files):
+    """Its process comes back, and nobody else hears of it."""
+    assert why(files, "divides")["pid"] != files.process.pid
+    with files.client() as client:
+        with pytest.raises(ClientError, match="SIGFPE"):
+            client.infer("divides", {"x": LEAST, "z": np.int32([-1])})
+        assert client.infer("good", {"x": X})["y"][0, 0] == 2
+        assert client.infer("divides", {"x": np.int32([9]), "z": np.int32([3])})["y"][0] == 3
+
+
+def test_it_is_said_why_a_model_has_a_process_of_its_own(files):
+    assert "Div of INT32 can be asked for the least number divided by -1" in files.output()
+
+
+def test_a_signal_ends_a_start_that_hangs(tmp_path):
+    onnx_models.loops(tmp_path / "endless.onnx", "endless")
+    server = Server(tmp_path, "run", tmp_path / "endless.onnx", "--socket", tmp_path / "s.sock", "--verbose").start(wait=False)
+    wait_until((tmp_path / "s.sock").exists)
+    begun = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - begun < 5
+
+
+def test_files_of_which_none_can_be_served_end_it(tmp_path):
+    onnx_models.loops(tmp_path / "endless.onnx", "endless")
+    server = Server(tmp_path, "run", tmp_path / "endless.onnx", "--socket", tmp_path / "s.sock", "--load-timeout", "1").start(
+        wait=False
+    )
+    assert server.process.wait(DEADLINE_S) == 1
+    assert "were not done in 1 s" in server.output()
+    server.stop()
+
+
+# -- releases ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_release(tmp_path):
+    """Starts `edge-agent serve` on a release `bad` 1, with `scale` beside it."""
+    device = Device(tmp_path)
+    device.release("scale", 1, onnx_models.scale(tmp_path / "scale.onnx", 2.0))
+    device.select("scale", 1)
+    servers = []
+
+    def start(make, serving=None, **settings):
+        if not servers:
+            device.release("bad", 1, make(tmp_path / "bad.onnx"), serving=serving or {})
+            device.select("bad", 1)
+        servers.append(device.server(**settings).start(wait=False))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def test_a_release_that_kills_or_hangs_does_it_once(bad_release):
+    """It was tried before it was selected, so it is loaded at once; the start after the one that it ended tries it apart."""
+    server = bad_release(lambda path: onnx_models.loops(path, "endless"), load_timeout_s=2.0)
+    assert server.process.wait(DEADLINE_S) == 1
+    assert "loading model 'bad' version 1 has taken more than 2 s" in server.output()
+    server = bad_release(None, load_timeout_s=2.0)
+    server.wait_for("READY=1")
+    assert "were not done in 2 s" in why(server, "bad")["reason"]
+    with server.client() as client:
+        assert client.infer("scale", {"x": X})["y"][0, 0] == 2
+
+
+@x86
+def test_a_release_that_kills_names_itself_to_the_next_start(bad_release):
+    server = bad_release(onnx_models.kills_at_load)
+    assert server.process.wait(DEADLINE_S) == -signal.SIGFPE
+    server = bad_release(None)
+    server.wait_for("READY=1")
+    assert "SIGFPE" in why(server, "bad")["reason"]
+    assert server.stop() == 0
+    server = bad_release(None)
+    server.wait_for("READY=1")  # and to all that come after it
+    assert "SIGFPE" in why(server, "bad")["reason"]
+
+
+def test_a_run_that_does_not_end_costs_its_own_process(bad_release):
+    server = bad_release(onnx_models.loops, run_timeout_s=1.0)
+    server.wait_for("READY=1")
+    with server.client() as client:
+        before = why(server, "bad")["pid"]
+        with pytest.raises(ClientError, match="did not end within 1 s"):
+            client.infer("bad", {"x": np.ones(1, np.float32)})
+        assert client.infer("bad", {"x": np.zeros(1, np.float32)})["y"][0] == 1
+        assert why(server, "bad")["pid"] not in {before, None}
+
+
+def test_a_release_may_accept_the_risk(bad_release):
+    server = bad_release(onnx_models.divides, {"isolation": "in-process"})
+    server.wait_for("READY=1")
+    assert why(server, "bad")["pid"] is None
+
+
+@pytest.mark.long
+def test_a_signal_ends_a_process_whose_engine_hangs(bad_release):
+    """The request's thread never comes back from the engine: after the time that requests are given, the process ends without it."""
+    server = bad_release(onnx_models.loops, {"isolation": "in-process"})
+    server.wait_for("READY=1")
+    with server.connect() as sock:
+        content = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}]})
+        sock.sendall(
+            f"POST /v2/models/bad/infer HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n{content}".encode()
+        )
+        with server.client() as client:
+            assert client.infer("scale", {"x": X})["y"][0, 0] == 2
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(40) == 1

@@ -1,0 +1,153 @@
+"""With which operators a request could end or hang the process of a model, and that it is so with this engine."""
+
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from runtimes import hazards
+
+F, I32, I64, B = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
+x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 ends a process that divides so")
+
+
+def value(name, kind, shape=("n",)):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def node(op, inputs, output, **attributes):
+    return helper.make_node(op, inputs.split(" ") if inputs else [], [output], **attributes)
+
+
+def model(path, nodes, inputs, output, constants=(), functions=(), **settings):
+    graph = helper.make_graph(nodes, "g", inputs, [output], [numpy_helper.from_array(np.asarray(a), n) for n, a in constants])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=functions, **settings), path)
+    return path
+
+
+def find(path):
+    return " ".join(text.split()[0] for text in hazards.find("onnx", path))
+
+
+X, Z = value("x", I32), value("z", I32)
+FLOATS = value("x", F)
+CONSTANTS = [("minus", np.int32([-1])), ("two", np.int32([2])), ("big", np.int64([2**40])), ("few", np.int64(3))]
+
+ROWS = {
+    "a division by an input": ([node("Div", "x z", "y")], [X, Z], "Div"),
+    "a remainder": ([node("Mod", "x z", "y")], [X, Z], "Mod"),
+    "a division by what an input becomes": ([node("Add", "z two", "a"), node("Neg", "a", "b"), node("Div", "x b", "y")], [X, Z], "Div"),
+    "by a constant that is minus one": ([node("Div", "x minus", "y")], [X], "Div"),
+    "by another constant": ([node("Div", "x two", "y")], [X], ""),
+    "of a constant": ([node("Div", "two x", "y")], [X], ""),
+    "of numbers that have no trap": ([node("Div", "x z", "y")], [FLOATS, value("z", F)], ""),
+    "of eight bits": ([node("Div", "x z", "y")], [value("x", TensorProto.INT8), value("z", TensorProto.INT8)], ""),
+    "of a cast": ([node("Cast", "x", "i", to=I64), node("Cast", "z", "j", to=I64), node("Div", "i j", "y")], [FLOATS, value("z", F)], "Div"),
+    "of shapes": ([node("Shape", "x", "s"), node("Shape", "z", "t"), node("Div", "s t", "y")], [X, Z], ""),
+    "a size that an input says": ([node("Expand", "x s", "y")], [FLOATS, value("s", I64)], "Expand"),
+    "a size that a shape says": ([node("Shape", "x", "s"), node("Expand", "z s", "y")], [X, Z], ""),
+    "filled": ([node("ConstantOfShape", "s", "y")], [value("s", I64)], "ConstantOfShape"),
+    "what is filled holds nothing of it": (
+        [node("ConstantOfShape", "s", "c"), node("Cast", "c", "d", to=I64), node("Expand", "x d", "y")], [FLOATS, value("s", I64)], "ConstantOfShape",
+    ),
+    "a size of a constant": ([node("Constant", "", "s", value_ints=[3]), node("Expand", "x s", "y")], [FLOATS], ""),
+    "resized by an input": ([node("Resize", "x  s", "y")], [value("x", F), value("s", F)], "Resize"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_is_found(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    nodes, inputs, found = ROWS[name]
+    assert find(model(tmp_path / "m.onnx", nodes, inputs, value("y", I32), CONSTANTS)) == (
+        found if x86.args[0] is False else ""
+    )
+
+
+def body(nodes, *, carried=F, goes_on=B):
+    return helper.make_graph(
+        nodes,
+        "body",
+        [value("i", I64, []), value("c", B, []), value("v", carried)],
+        [value("go", goes_on, None), value("w", carried)],
+    )
+
+
+KEEP, ON = node("Identity", "v", "w"), node("Identity", "c", "go")
+BELOW = node("Less", "x v", "go")
+INNER = helper.make_graph([node("Less", "x v", "deep")], "inner", [], [value("deep", B, None)])
+LOOPS = {
+    "for as long as an input says": ("n t x", [KEEP, ON], "Loop"),
+    "while an input is above": (" t x", [KEEP, BELOW], "Loop"),
+    "while what it carries is": (" t x", [KEEP, node("Less", "v two", "go")], "Loop"),
+    "while what another value becomes is": (" t two", [node("Add", "v x", "w"), node("Less", "v two", "go")], "Loop"),
+    "while a body of its body says": (" t two", [KEEP, node("If", "c", "go", then_branch=INNER, else_branch=INNER)], "Loop"),
+    "a number of times": ("few t x", [KEEP, ON], ""),
+    "at most a number of times": ("few t x", [KEEP, BELOW], ""),
+    "at most so often that it does not matter": ("big t x", [KEEP, BELOW], "Loop"),
+    "as its own counter says": (" t x", [KEEP, node("Less", "i few", "go")], ""),
+    "as often as an input is long": ("size t x", [KEEP, ON], ""),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops(tmp_path, name):
+    inputs, nodes, found = LOOPS[name]
+    loop = helper.make_node("Loop", inputs.split(" "), ["y"], body=body(nodes))
+    path = model(
+        tmp_path / "m.onnx",
+        [node("Size", "x", "size"), loop],
+        [FLOATS, value("n", I64, [])],
+        value("y", F),
+        [("t", np.bool_(True)), ("two", np.float32([2])), ("few", np.int64(3)), ("big", np.int64(2**40))],
+    )
+    assert find(path) == found
+
+
+def test_what_is_inside_of_bodies_and_functions_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    divided = helper.make_graph([node("Div", "x z", "d")], "then", [], [value("d", I32)])
+    path = model(
+        tmp_path / "if.onnx",
+        [node("If", "t", "y", then_branch=divided, else_branch=divided)],
+        [X, Z, value("t", B, [])],
+        value("y", I32),
+    )
+    function = helper.make_function("own", "Ratio", ["a", "b"], ["r"], [node("Div", "a b", "r")], [helper.make_opsetid("", 17)])
+    called = model(
+        tmp_path / "f.onnx", [node("Ratio", "x z", "y", domain="own")], [X, Z], value("y", I32), functions=[function]
+    )
+    assert [find(path), find(called)] == ["Div", "Div"]
+
+
+def test_only_x86_traps(tmp_path, monkeypatch):
+    path = model(tmp_path / "m.onnx", [node("Div", "x z", "y")], [X, Z], value("y", I32))
+    for machine, found in (("x86_64", "Div"), ("aarch64", "")):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert find(path) == found
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00", b"\xff" * 100, b"TFL3" * 30, b"\x3a\xff\xff\xff\xff\x0f"])
+def test_nothing_is_found_in_what_is_not_understood(tmp_path, content):
+    path = tmp_path / "m"
+    path.write_bytes(content)
+    assert hazards.find("onnx", path) == hazards.find("tflite", path) == hazards.find("other", path) == ()
+
+
+@x86
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+@pytest.mark.parametrize("op", ["Div", "Mod"])
+def test_the_engine_has_this_fault(tmp_path, op, kind):
+    """Once it has not any more, its models need no processes of their own."""
+    which = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    path = model(tmp_path / "m.onnx", [node(op, "x z", "y")], [value("x", which), value("z", which)], value("y", which))
+    script = (
+        "import sys, numpy, onnxruntime as o; k = getattr(numpy, sys.argv[2]);"
+        "o.InferenceSession(sys.argv[1]).run(None, {'x': k([numpy.iinfo(k).min]), 'z': k([-1])})"
+    )
+    assert subprocess.run([sys.executable, "-c", script, path, kind.__name__], check=False, timeout=60).returncode == -8
