@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from agent.contract.manifest import Picture, Serving
 from runtimes.contract import Model, ModelInvalid, RuntimeUnavailable, TensorSpec
+from runtimes.naming import Interfaces
 from runtimes.state import DeclaredState
 
 INSTALL = "install it with: pip install 'edge-inference-agent[images]'"
@@ -37,7 +38,7 @@ def check_batches(model: Model, max_batch_size: int) -> None:
         return
     for role, specs in (("input", model.inputs), ("output", model.outputs)):
         for spec in specs:
-            if not spec.shape or spec.shape[0] != -1:
+            if not spec.optional and (not spec.shape or spec.shape[0] != -1):
                 raise ModelInvalid(
                     f"max_batch_size {max_batch_size} needs a first dimension of any size in all inputs and outputs, "
                     f"but {role} {spec.name!r} has shape {list(spec.shape)}; export the model so, or leave max_batch_size out"
@@ -55,7 +56,8 @@ def check_picture(model: Model, picture: Picture) -> None:
         import PIL.Image  # noqa: F401 - loaded now, so that the first request does not wait for it
     except ImportError as error:
         raise RuntimeUnavailable(f"pictures need Pillow, which cannot be imported ({error}); {INSTALL}") from error
-    spec = named(picture.input, model.inputs, "input")
+    interface = Interfaces.of(model).plain
+    spec = named(picture.input, interface.inputs, interface.required, "input")
     if spec.datatype in ("BOOL", "BYTES", "BF16") or len(spec.shape) != 4:
         raise ModelInvalid(
             f"input {spec.name!r} is {spec.datatype} of {len(spec.shape)} dimensions: a picture needs 4, of numbers"
@@ -65,20 +67,21 @@ def check_picture(model: Model, picture: Picture) -> None:
         raise ModelInvalid(
             f"pictures are declared to become {list(wanted)}, but input {spec.name!r} has shape {list(spec.shape)}"
         )
-    if len(model.inputs) != 1:
-        raise ModelInvalid(f"pictures are for models with one input; this one has {len(model.inputs)}")
-    output = named(picture.output, model.outputs, "output")
+    if len(interface.required) != 1:
+        raise ModelInvalid(f"pictures are for models with one input; this one has {len(interface.required)}")
+    output = named(picture.output, interface.outputs, interface.said_outputs, "output")
     if output.datatype in ("BOOL", "BYTES"):
         raise ModelInvalid(f"output {output.name!r} is {output.datatype}: labels need numbers")
 
 
-def named(name: str, specs: Sequence[TensorSpec], role: str) -> TensorSpec:
-    """The tensor called `name`; the only one when it is empty.  Raises: ModelInvalid."""
-    found = [spec for spec in specs if spec.name == name or (not name and len(specs) == 1)]
-    if not found:
-        known = ", ".join(repr(spec.name) for spec in specs)
-        raise ModelInvalid(f"pictures name {role} {name!r}, the model has {known}")
-    return found[0]
+def named(name: str, tensors: Mapping[str, TensorSpec], said: Sequence[TensorSpec], role: str) -> TensorSpec:
+    """The one of `tensors` called `name`; when that is empty, the only one of `said`.  Raises: ModelInvalid."""
+    if name in tensors:
+        return tensors[name]
+    if not name and len(said) == 1:
+        return said[0]
+    known = ", ".join(repr(spec.name) for spec in said)
+    raise ModelInvalid(f"pictures name {role} {name!r}, the model has {known}")
 
 
 def _shape(picture: Picture) -> tuple[int, int, int, int]:

@@ -110,7 +110,7 @@ class Bench:
             "not repeated: the JSON looked up among the plans": best_ns(lambda: OIP.read(version, request)),
             "not repeated: arrays over the body": best_ns(lambda: OIP.feeds(plan, request)),
             "never seen: the JSON read and checked": best_ns(
-                lambda: read_request(body, size, "tiny", version.inputs, version.outputs)
+                lambda: read_request(body, size, "tiny", version.inputs, version.outputs, version.interfaces)
             ),
         }
 

@@ -16,10 +16,6 @@ def shape_text(shape: Sequence[int]) -> str:
     return "[" + ",".join(str(size) for size in shape) + "]"
 
 
-def shape_fits(actual: Sequence[int], declared: Sequence[int]) -> bool:
-    return len(actual) == len(declared) and all(d in (-1, a) for a, d in zip(actual, declared, strict=True))
-
-
 def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> None:
     """Raises: InputInvalid naming the first input that is missing, unknown, or of the wrong datatype or shape."""
     expected = {spec.name for spec in specs}
@@ -29,16 +25,19 @@ def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> None
     for spec in specs:
         array = feeds.get(spec.name)
         if array is None:
+            if spec.optional:
+                continue
             raise InputInvalid(f"input {spec.name!r} is missing")
         if array.dtype != spec.dtype:
             datatype = DATATYPES.get(np.dtype(array.dtype), str(array.dtype))
             raise InputInvalid(f"input {spec.name!r} has datatype {datatype}, expected {spec.datatype}")
-        if not shape_fits(array.shape, spec.shape):
+        if not spec.fits(array.shape):
             raise InputInvalid(f"input {spec.name!r} has shape {shape_text(array.shape)}, expected {shape_text(spec.shape)}")
 
 
 def zeros(specs: Sequence[TensorSpec]) -> dict[str, Array] | None:
-    """An array of zeros per input, free sizes being 1. None when zeros would mean nothing, or take much memory."""
+    """An array of zeros per input that is not optional, free sizes being 1. None when zeros would mean nothing, or take much memory."""
+    specs = [spec for spec in specs if not spec.optional]
     if any(spec.datatype == "BYTES" for spec in specs):
         return None
     shapes = [tuple(1 if size == -1 else size for size in spec.shape) for spec in specs]

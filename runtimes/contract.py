@@ -53,16 +53,35 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An input or output of a loaded model. `shape` has -1 where any size goes."""
+    """An input or output of a loaded model. `shape` has -1 where any size goes; it is (-1,) where any number of dimensions does, too."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     quantization: Quantization | None = None
+    optional: bool = False  # an input that the model has a value for
+    any_rank: bool = False
 
     @property
     def dtype(self) -> np.dtype[Any]:
         return DTYPES[self.datatype]
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether an array of this shape may be it."""
+        return self.any_rank or (
+            len(shape) == len(self.shape) and all(d in (-1, a) for a, d in zip(shape, self.shape, strict=True))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A way to ask a model that its file has a name for. `inputs` and `outputs`: its names for tensors, in order, and the tensors, whose
+    own names are those that `Model.run` takes.
+    """
+
+    name: str
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +134,7 @@ class Model(Protocol):
     def placement(self) -> Placement: ...
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
-        """The named `outputs` (all of them, in the model's order, when None). `feeds` holds every input, C-contiguous.
+        """The named `outputs` (all of them, in the model's order, when None). `feeds` holds every input but optional ones, C-contiguous.
 
         The returned arrays belong to the caller. Raises: InputInvalid, RunFailed.
         """
@@ -135,6 +154,15 @@ class ModelSequence(Protocol):
 
     def close(self) -> None:
         """Gives its memory back. May be called after the model's own `close`."""
+
+
+@runtime_checkable
+class Signed(Protocol):
+    """What a Model has in addition when its file names ways to ask it. The inputs and outputs of the Model are those of one of them."""
+
+    @property
+    def signatures(self) -> tuple[Signature, ...]:
+        """The first is the default one, of the Model's own `inputs` and `outputs`. Whoever runs another one names its outputs."""
 
 
 @runtime_checkable

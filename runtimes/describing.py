@@ -15,6 +15,7 @@ from typing import Any, cast
 from runtimes import onnx_graph
 from runtimes.contract import Runtime
 from runtimes.onnx import PROVIDERS
+from runtimes.tflite_model import allocate
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def _tflite(path: Path) -> Description:
     plain = Interpreter(model_path=str(path), experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
     operators = _operators(plain)
     delegated = Interpreter(model_path=str(path))
-    delegated.allocate_tensors()
+    allocate(delegated)
     steps = _operators(delegated)
     left = sum(count for name, count in steps.items() if name != "DELEGATE" and name in operators)
     providers = {"XNNPACK": max(0, sum(operators.values()) - left) if "DELEGATE" in steps else 0, "CPU": left}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from runtimes.contract import (
     LoadOptions,
     ModelInvalid,
     Placement,
+    Quantization,
     RunFailed,
     RuntimeUnavailable,
     TensorSpec,
 )
-from runtimes.onnx_graph import read_quantization
+from runtimes.onnx_graph import read_quantization, read_rankless
 from runtimes.onnx_weights import has_wide_weights
 
 INSTALL = "install it with: pip install 'edge-inference-agent[onnx]'"
@@ -71,7 +74,8 @@ class OnnxRuntime:
         requested = str(options.extra.get("provider", "auto"))
         wanted, missing = _choose(requested, ort)
         session, inexact = _exact_session(ort, path, lambda: _settings(ort, options, head), [PROVIDERS[p] for p in wanted])
-        return OnnxModel(session, read_quantization(path), _placement(requested, wanted, missing, session, inexact))
+        placement = _placement(requested, wanted, missing, session, inexact)
+        return OnnxModel(session, read_quantization(path), read_rankless(path), placement)
 
 
 def _exact_session(ort: Any, path: Path, settings: Callable[[], Any], providers: Sequence[str]) -> tuple[Any, str | None]:
@@ -154,11 +158,17 @@ def _plain(error: Exception) -> str:
 class OnnxModel:
     """A loaded session; ONNX Runtime allows parallel runs on one."""
 
-    def __init__(self, session: Any, quantization: Mapping[str, Any], placement: Placement) -> None:
+    def __init__(
+        self, session: Any, quantization: Mapping[str, Quantization], rankless: Collection[str], placement: Placement
+    ) -> None:
         self._session = session
-        self._symbols = {i.name: i.shape for i in session.get_inputs()}
-        self._inputs = tuple(_spec(i, "input", quantization) for i in session.get_inputs())
-        self._outputs = tuple(_spec(o, "output", quantization) for o in session.get_outputs())
+        spec = partial(_spec, quantization=quantization, rankless=rankless)
+        inputs = {i.name: spec(i, "input") for i in session.get_inputs()}
+        optional = [i for i in session.get_overridable_initializers() if i.type in ELEMENT_TYPES]
+        inputs.update({i.name: replace(spec(i, "input"), optional=True) for i in optional})
+        self._symbols = {i.name: i.shape for i in (*session.get_inputs(), *optional) if not inputs[i.name].any_rank}
+        self._inputs = tuple(inputs.values())
+        self._outputs = tuple({o.name: spec(o, "output") for o in session.get_outputs()}.values())  # one may be listed twice
         self._placement = placement
         datatypes = {t.datatype for t in (*self._inputs, *self._outputs)}
         self._has_text, self._has_bf16 = "BYTES" in datatypes, "BF16" in datatypes
@@ -210,6 +220,7 @@ class OnnxModel:
             if spec.datatype == "BF16"
             else new.ortvalue_from_numpy(feeds[spec.name])
             for spec in self._inputs
+            if spec.name in feeds
         }
         return [_array(value) for value in self._session.run_with_ort_values(names, values, options)]
 
@@ -227,6 +238,8 @@ class OnnxModel:
         """Dimensions of the same name must have the same size: `batch` of one input and `batch` of another."""
         seen: dict[str, tuple[str, int]] = {}
         for name, shape in self._symbols.items():
+            if name not in feeds:
+                continue
             for symbol, size in zip(shape, feeds[name].shape, strict=True):
                 if not isinstance(symbol, str):
                     continue
@@ -245,14 +258,15 @@ def _run_of(session: Any) -> Any:
     return getattr(session, "_sess", session).run
 
 
-def _spec(node: Any, role: str, quantization: Mapping[str, Any]) -> TensorSpec:
+def _spec(node: Any, role: str, *, quantization: Mapping[str, Quantization], rankless: Collection[str]) -> TensorSpec:
     datatype = ELEMENT_TYPES.get(node.type)
     if datatype is None:
         raise ModelInvalid(
             f"{role} {node.name!r} has type {node.type}, which cannot cross the socket; export the model with plain tensors"
         )
-    shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
-    return TensorSpec(node.name, datatype, shape, quantization.get(node.name))
+    any_rank = not node.shape and node.name in rankless  # the engine says no dimensions of both
+    shape = (-1,) if any_rank else tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
+    return TensorSpec(node.name, datatype, shape, quantization.get(node.name), any_rank=any_rank)
 
 
 def _array(value: Any) -> Array:

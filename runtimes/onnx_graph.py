@@ -27,7 +27,8 @@ GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
 NODE_INPUT, NODE_OUTPUT, NODE_OP, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 4, 5, 7
 ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_TENSOR = 1, 3, 5
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_FLOATS, TENSOR_INTS, TENSOR_NAME, TENSOR_RAW = 1, 2, 4, 5, 8, 9
-VALUE_NAME = 1
+VALUE_NAME, VALUE_TYPE = 1, 2
+TYPE_TENSOR, TENSOR_TYPE_SHAPE = 1, 2
 
 MAX_CONSTANT_BYTES = 1 << 20  # a scale per channel of the widest layer is far below; weights are far above
 ELEMENT_TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64, 10: np.float16}
@@ -84,6 +85,31 @@ def read_quantization(path: Path) -> dict[str, Quantization]:
         return _quantization(mapped(path))
     except UNREADABLE:
         return {}
+
+
+def read_rankless(path: Path) -> frozenset[str]:
+    """Graph inputs and outputs that may have any number of dimensions: the file says no shape for them."""
+    try:
+        return frozenset(
+            text_of(message(value), VALUE_NAME)
+            for number, graph in fields(mapped(path))
+            if number == MODEL_GRAPH
+            for part, value in fields(message(graph))
+            if part in (GRAPH_INPUT, GRAPH_OUTPUT) and not _has_shape(message(value))
+        )
+    except UNREADABLE:
+        return frozenset()
+
+
+def _has_shape(value: memoryview) -> bool:
+    return any(
+        part == TENSOR_TYPE_SHAPE
+        for number, kind in fields(value)
+        if number == VALUE_TYPE
+        for tensor, content in fields(message(kind))
+        if tensor == TYPE_TENSOR
+        for part, _ in fields(message(content))
+    )
 
 
 @dataclass(slots=True)

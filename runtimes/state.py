@@ -6,11 +6,13 @@ The inputs named vanish from what callers see. They begin as zeros, a free size 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from runtimes.check import shape_text
-from runtimes.contract import Array, Model, ModelInvalid, Placement, TensorSpec
+from runtimes.contract import Array, Model, ModelInvalid, Placement, Signature, TensorSpec
+from runtimes.naming import Interfaces
 
 
 class DeclaredState:
@@ -21,10 +23,23 @@ class DeclaredState:
     def __init__(self, model: Model, state: Mapping[str, str]) -> None:
         """Raises: ModelInvalid when the pairs do not fit the model."""
         self._model = model
-        self.pairs = dict(state)
-        self.initial = _initial(model, state)
-        self.inputs = tuple(spec for spec in model.inputs if spec.name not in state)
+        interfaces = Interfaces.of(model)
+        own = {**interfaces.default.inputs, **interfaces.plain.inputs}
+        given = {**interfaces.default.outputs, **interfaces.plain.outputs}
+        self.pairs = {_own_name(name, own): _own_name(output, given) for name, output in state.items()}
+        self.initial = _initial(model, self.pairs)
+        self.inputs = tuple(spec for spec in model.inputs if spec.name not in self.pairs)
         self.all_outputs = [spec.name for spec in model.outputs]
+        self.signatures = tuple(self._without_state(signature) for signature in getattr(model, "signatures", ()))
+        self._own_outputs = frozenset(self.all_outputs)
+
+    def _without_state(self, signature: Signature) -> Signature:
+        inputs = {name: spec for name, spec in signature.inputs.items() if spec.name not in self.pairs}
+        return replace(signature, inputs=inputs)
+
+    def keeps_state(self, outputs: Sequence[str] | None) -> bool:
+        """Whether a run for these is one of the default signature, whose inputs the state is among."""
+        return not outputs or outputs[0] in self._own_outputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -35,6 +50,8 @@ class DeclaredState:
         return self._model.placement
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+        if not self.keeps_state(outputs):
+            return self._model.run(feeds, outputs)
         return self._model.run({**feeds, **self.initial}, outputs)
 
     def sequence(self) -> DeclaredSequence:
@@ -46,10 +63,12 @@ class DeclaredState:
 
 class DeclaredSequence:
     def __init__(self, declared: DeclaredState, model: Model) -> None:
-        self._pairs, self._all, self._model = declared.pairs, declared.all_outputs, model
+        self._declared, self._pairs, self._all, self._model = declared, declared.pairs, declared.all_outputs, model
         self._values: Mapping[str, Array] = declared.initial
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+        if not self._declared.keeps_state(outputs):
+            return self._model.run(feeds, outputs)
         wanted = list(outputs or self._all)
         names = wanted + [name for name in self._pairs.values() if name not in wanted]
         found = dict(zip(names, self._model.run({**feeds, **self._values}, names), strict=True))
@@ -63,6 +82,11 @@ class DeclaredSequence:
 def _own(array: Array) -> Array:
     """The caller gets the array too, and may write into it."""
     return array.copy(order="C")
+
+
+def _own_name(name: str, tensors: Mapping[str, TensorSpec]) -> str:
+    """A release may call a tensor as the default signature does."""
+    return tensors[name].name if name in tensors else name
 
 
 def _initial(model: Model, state: Mapping[str, str]) -> dict[str, Array]:

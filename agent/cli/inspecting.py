@@ -82,6 +82,7 @@ def _answer(file: Path, threads: int) -> None:
             "engine": engine,
             "inputs": [_tensor(spec) for spec in model.inputs],
             "outputs": [_tensor(spec) for spec in model.outputs],
+            "signatures": _signatures(model),
             "load_ms": round(load_s * 1e3, 3),
             "run_on_zeros_ms": None if run_s is None else round(run_s * 1e3, 3),
             "memory_bytes": memory.peak_bytes() - before,
@@ -119,8 +120,22 @@ def _run_s(model: Any) -> float | None:
     return took
 
 
+def _signatures(model: Any) -> dict[str, Any]:
+    """Under their names for the tensors, the default one first."""
+    from runtimes.naming import Interfaces
+
+    return {
+        name: {"inputs": [_tensor(s) for s in found.said_inputs], "outputs": [_tensor(s) for s in found.said_outputs]}
+        for name, found in Interfaces.of(model).signatures.items()
+    }
+
+
 def _tensor(spec: TensorSpec) -> dict[str, Any]:
     document: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
+    if spec.optional:
+        document["optional"] = True
+    if spec.any_rank:
+        document["unknown_rank"] = True
     if spec.quantization is not None:
         quantization = spec.quantization
         document["quantization"] = {
@@ -146,9 +161,14 @@ def _show(document: dict[str, Any]) -> None:
         tensors.add_column(heading, overflow="fold")
     for role in ("inputs", "outputs"):
         for tensor in document[role]:
-            shape = " × ".join("any" if size < 0 else str(size) for size in tensor["shape"]) or "scalar"
-            tensors.add_row(role[:-1], tensor["name"], tensor["datatype"], shape, _quantization(tensor.get("quantization")))
+            kind = "optional input" if tensor.get("optional") else role[:-1]
+            tensors.add_row(kind, tensor["name"], tensor["datatype"], _shape(tensor), _quantization(tensor.get("quantization")))
     console.print(tensors)
+    for number, (name, signature) in enumerate(document["signatures"].items()):
+        takes, gives = (
+            ", ".join(f"{t['name']} {t['datatype']} {_shape(t)}" for t in signature[r]) for r in ("inputs", "outputs")
+        )
+        console.print(f"  signature  {name}{' (default)' if number == 0 else ''}: {takes or 'nothing'} → {gives}")
     operators = document["operators"]
     if operators:
         listed = ", ".join(f"{name} {count}" if count > 1 else name for name, count in operators.items())
@@ -163,6 +183,12 @@ def _show(document: dict[str, Any]) -> None:
         f"  one run    {f'{run:.3f} ms on zeros' if run is not None else 'not possible on zeros: ask it with real inputs'}"
     )
     console.print(f"  memory     {_size(document['memory_bytes'])} at most, for loading and one run")
+
+
+def _shape(tensor: dict[str, Any]) -> str:
+    if tensor.get("unknown_rank"):
+        return "any shape"
+    return " × ".join("any" if size < 0 else str(size) for size in tensor["shape"]) or "scalar"
 
 
 def _quantization(quantization: dict[str, Any] | None) -> str:

@@ -223,9 +223,12 @@ def _announce(host: ModelHost, path: Path, http: list[str]) -> None:
             )
             for role, specs in (("in ", version.inputs), ("out", version.outputs)):
                 for spec in specs:
-                    click.echo(f"      {role} {spec.name}  {spec.datatype} {list(spec.shape)}")
+                    shape = "of any shape" if spec.any_rank else list(spec.shape)
+                    click.echo(f"      {role} {spec.name}  {spec.datatype} {shape}{'  (optional)' if spec.optional else ''}")
+            for name in version.interfaces.signatures:
+                click.echo(f"      signature {name}")
     if example is not None:
-        click.echo("\nTry it:\n" + _example(example.name, example.inputs, path))
+        click.echo("\nTry it:\n" + _example(example.name, [spec for spec in example.inputs if not spec.optional], path))
     click.echo("\nCtrl-C ends it.")
 
 

@@ -74,10 +74,11 @@ class AsyncClient:
         timeout_s: float | None = None,
         priority: int = 0,
         request_id: str = "",
+        signature: str = "",
     ) -> dict[str, Array]:
         """As Client.infer. `timeout_s` includes the wait for a connection."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        said = calls.options(version, outputs, into, timeout_s, priority, request_id, None)
+        said = calls.options(version, outputs, into, timeout_s, priority, request_id, None, signature)
         return await self._infer(model, inputs, said, timeout_s)
 
     async def infer_real(

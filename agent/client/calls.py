@@ -11,7 +11,7 @@ import numpy as np
 
 from agent.client import quantization, wire
 from agent.client.errors import InputRejected, document
-from agent.client.inference import Inference, Link, Models, Options, Steps, get, model_path
+from agent.client.inference import Inference, Link, Models, Options, Steps, get, model_path, tensors_of
 from agent.client.memory import Arrays
 from agent.client.tensors import Array
 from agent.client.wire import Answer, Message
@@ -29,9 +29,10 @@ def options(
     priority: int,
     request_id: str,
     sequence: tuple[int | str, bool, bool] | None,
+    signature: str = "",
 ) -> Options:
     """`sequence` is its id, and whether this is its first and its last request."""
-    if not (outputs or into or request_id or sequence):
+    if not (outputs or into or request_id or sequence or signature):
         return _plain_options(version, outputs is None, timeout_s, priority)
     parameters: list[tuple[str, Any]] = [("timeout", max(1, round(timeout_s * 1e6)))]  # the server need not answer later
     if priority:
@@ -39,7 +40,10 @@ def options(
     if sequence is not None:
         names = ("sequence_id", "sequence_start", "sequence_end")
         parameters.extend(zip(names, sequence, strict=True))
-    return Options(label(version), None if outputs is None else tuple(outputs), into or {}, tuple(parameters), request_id)
+    if signature:
+        parameters.append(("signature_name", signature))
+    names_of = None if outputs is None else tuple(outputs)
+    return Options(label(version), names_of, into or {}, tuple(parameters), request_id, signature)
 
 
 @lru_cache(64)
@@ -82,20 +86,21 @@ class RealInference:
             self._models.latest[key] = asked.served_by
             served = yield from self._metadata(asked.served_by)
             if served["inputs"] == metadata["inputs"]:
-                specs = {spec["name"]: spec for spec in served["outputs"]}
+                specs = _by_name(served, "outputs")
                 return {name: quantization.dequantize(array, specs[name]) for name, array in found.items()}
             metadata = served
         raise InputRejected(f"model {self._model!r} changes faster than it can be asked")
 
     def _quantized(self, metadata: Mapping[str, Any]) -> dict[str, Array]:
-        specs = {spec["name"]: spec for spec in metadata["inputs"]}
+        specs = _by_name(metadata, "inputs")
         inputs = self._inputs
         if not isinstance(inputs, Mapping):
-            if len(specs) != 1:
+            names = [spec["name"] for spec in metadata["inputs"] if not spec.get("parameters", {}).get("optional")]
+            if len(names) != 1:
                 raise InputRejected(
-                    f"model {self._model!r} has the inputs {', '.join(map(repr, specs))}: give each by its name"
+                    f"model {self._model!r} has the inputs {', '.join(map(repr, names))}: give each by its name"
                 )
-            inputs = {next(iter(specs)): inputs}
+            inputs = {names[0]: inputs}
         return {
             name: quantization.quantize(np.asarray(value), specs[name]) if name in specs else value
             for name, value in inputs.items()
@@ -110,6 +115,12 @@ class RealInference:
             if version is not None and version.isdigit():
                 self._models.versions[key] = found
         return found
+
+
+def _by_name(metadata: Mapping[str, Any], role: str) -> dict[str, dict[str, Any]]:
+    """Tensors by the model's own names and by those of its default signature."""
+    default = metadata.get("parameters", {}).get("default_signature", "")
+    return {spec["name"]: spec for spec in (*tensors_of(metadata, role, default), *tensors_of(metadata, role))}
 
 
 def models(_link: Link) -> Steps[list[dict[str, Any]]]:

@@ -32,7 +32,7 @@ MAX_KNOWN = 32  # heads of requests remembered per connection
 class Models:
     """What a client has learned of the models: the name of the only input, and the metadata of numbered versions, which never change."""
 
-    only_inputs: dict[tuple[str, str | None], str] = field(default_factory=dict)
+    only_inputs: dict[tuple[str, str | None, str], str] = field(default_factory=dict)
     versions: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     latest: dict[tuple[str, str | None], str] = field(default_factory=dict)
 
@@ -91,6 +91,18 @@ class Options:
     into: Mapping[str, Array] = field(default_factory=dict)
     parameters: tuple[tuple[str, Any], ...] = ()
     request_id: str = ""
+    signature: str = ""
+
+
+def tensors_of(metadata: Mapping[str, Any], role: str, signature: str = "") -> list[dict[str, Any]]:
+    """The model's inputs or outputs, or those of a signature.  Raises: InputRejected when it has no such signature."""
+    if not signature:
+        return list(metadata[role])
+    signatures = metadata.get("parameters", {}).get("signatures", {})
+    if signature not in signatures:
+        known = ", ".join(map(repr, signatures)) or "none"
+        raise InputRejected(f"signature {signature!r} is not one of model {metadata['name']!r}; it has {known}")
+    return list(signatures[signature][role])
 
 
 def model_path(model: str, version: str | None) -> str:
@@ -127,7 +139,7 @@ class Inference:
         """Raises: ClientError."""
         if isinstance(self._inputs, Mapping):
             return (yield from self._ask(link, self._inputs))
-        key = (self._model, self._options.version)
+        key = (self._model, self._options.version, self._options.signature)
         known = key in self._models.only_inputs
         name = yield from self._only_input(key)
         if self._rejected is not None and self._rejected[0] == name:
@@ -141,10 +153,11 @@ class Inference:
         self._models.only_inputs.pop(key, None)  # another release may serve by now, whose input has another name
         return (yield from self.steps(link))
 
-    def _only_input(self, key: tuple[str, str | None]) -> Steps[str]:
+    def _only_input(self, key: tuple[str, str | None, str]) -> Steps[str]:
         name = self._models.only_inputs.get(key)
         if name is None:
-            names = [tensor["name"] for tensor in (yield from get(model_path(*key)))["inputs"]]
+            specs = tensors_of((yield from get(model_path(*key[:2]))), "inputs", key[2])
+            names = [spec["name"] for spec in specs if not spec.get("parameters", {}).get("optional")]
             if len(names) != 1:
                 given = ", ".join(map(repr, names))
                 raise InputRejected(f"model {key[0]!r} has the inputs {given}: give each by its name")

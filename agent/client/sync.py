@@ -73,6 +73,7 @@ class Client:
         timeout_s: float | None = None,
         priority: int = 0,
         request_id: str = "",
+        signature: str = "",
     ) -> dict[str, Array]:
         """Output name → array, for the named `outputs` or all of them. `inputs` may be one array when the model has one input.
 
@@ -81,11 +82,12 @@ class Client:
         for them; without `outputs`, only these are asked for. Made with `array`, they are written by the server itself.
         `version` is a number, or stable, candidate or previous. `timeout_s` is for all of the call, connecting included, and is
         told to the server, which drops what it could only answer later. `priority` 1 is the highest, 0 the model's default.
+        `signature` is one of the model's file, whose names inputs and outputs then have.
 
         Raises: ModelNotFound, InputRejected, Forbidden, Unavailable, TimedOut, ServerFailed.
         """
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        said = calls.options(version, outputs, into, timeout_s, priority, request_id, None)
+        said = calls.options(version, outputs, into, timeout_s, priority, request_id, None, signature)
         return self._infer(model, inputs, said, timeout_s)
 
     def infer_real(

@@ -206,6 +206,8 @@ class GoldenCase(Document, frozen=True, kw_only=True):
     inputs: str
     expected: str
     compare: dict[str, Close | Top1]
+    signature: str = ""
+    """Whose names these are, and which is run. Empty: the default one, and the tensors' own names are understood too."""
 
     def __post_init__(self) -> None:
         if not self.compare:

@@ -57,7 +57,7 @@ class OipForm:
             plan: oip.Plan | None = version.plans.get(key)
             if plan is not None and plan.size_bytes == len(body):
                 return plan
-        plan = oip.read_request(body, length, version.name, version.inputs, version.outputs)
+        plan = oip.read_request(body, length, version.name, version.inputs, version.outputs, version.interfaces)
         if key and plan.reusable:
             if len(version.plans) >= MAX_PLANS:
                 version.plans.clear()

@@ -144,7 +144,7 @@ class Direct(Task):
         pass
 
     def unpack(self) -> None:
-        check_feeds(self.version.inputs, self._given)
+        check_feeds(self.version.interfaces.inputs_for(self._given), self._given)
         self.feeds = self._given
 
     def answer(self) -> None:

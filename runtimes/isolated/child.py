@@ -80,14 +80,18 @@ class Child:
         try:
             runtime = registry.find(order.runtime)
             model = self._model = runtime.load(Path(order.path), LoadOptions(order.threads, order.extra))
-            return wire.Loaded(
+            found = wire.Loaded(
                 tuple(wire.Spec.of(spec) for spec in model.inputs),
                 tuple(wire.Spec.of(spec) for spec in model.outputs),
                 model.placement.requested,
                 model.placement.actual,
                 model.placement.fallback,
                 bool(getattr(model, "stateful", False)),
+                tuple(wire.Signed.of(signature) for signature in getattr(model, "signatures", ())),
             )
+            if len(wire.encode(found)) > wire.MAX_MESSAGE_BYTES:  # of thousands of weights that may be given as inputs
+                found.inputs = tuple(spec for spec in found.inputs if not spec.optional)
+            return found
         except Exception as error:  # noqa: BLE001 - the parent raises it
             return _failed(error)
 

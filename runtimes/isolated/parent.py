@@ -32,6 +32,7 @@ from runtimes.contract import (
     Placement,
     RunFailed,
     RuntimeUnavailable,
+    Signature,
     TensorSpec,
 )
 from runtimes.isolated import wire
@@ -280,6 +281,7 @@ class IsolatedModel:
         self._outputs = tuple(spec.spec() for spec in loaded.outputs)
         self._placement = Placement(loaded.requested, loaded.actual, loaded.fallback)
         self._stateful = loaded.stateful
+        self._signatures = tuple(signed.signature() for signed in loaded.signatures)
         self._idle: list[Slot] = []
         self._all: list[Slot] = []
         self._most = slots
@@ -303,6 +305,10 @@ class IsolatedModel:
     @property
     def stateful(self) -> bool:
         return self._stateful
+
+    @property
+    def signatures(self) -> tuple[Signature, ...]:
+        return self._signatures
 
     @property
     def pid(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from runtimes.contract import Array, Quantization, Scalar, TensorSpec
+from runtimes.contract import Array, Quantization, Scalar, Signature, TensorSpec
 
 MAX_MESSAGE_BYTES = 128 * 1024  # names and shapes only; more does not fit into a socket's buffer
 ALIGNMENT = 64
@@ -30,24 +30,43 @@ class Load(msgspec.Struct, tag=True):
     extra: dict[str, Scalar]
 
 
-class Spec(msgspec.Struct):
+class Spec(msgspec.Struct, omit_defaults=True):
     name: str
     datatype: str
     shape: tuple[int, ...]
     scales: tuple[float, ...] = ()
     zero_points: tuple[int, ...] = ()
     axis: int | None = None
+    optional: bool = False
+    any_rank: bool = False
 
     @classmethod
     def of(cls, spec: TensorSpec) -> Spec:
-        q = spec.quantization
-        if q is None:
-            return cls(spec.name, spec.datatype, spec.shape)
-        return cls(spec.name, spec.datatype, spec.shape, q.scales, q.zero_points, q.axis)
+        q = spec.quantization or Quantization((), ())
+        return cls(
+            spec.name, spec.datatype, spec.shape, q.scales, q.zero_points, q.axis, spec.optional, spec.any_rank
+        )  # fmt: skip
 
     def spec(self) -> TensorSpec:
         quantization = Quantization(self.scales, self.zero_points, self.axis) if self.scales else None
-        return TensorSpec(self.name, self.datatype, self.shape, quantization)
+        return TensorSpec(self.name, self.datatype, self.shape, quantization, self.optional, self.any_rank)
+
+
+class Signed(msgspec.Struct, omit_defaults=True):
+    """A signature."""
+
+    name: str
+    inputs: dict[str, Spec]
+    outputs: dict[str, Spec]
+
+    @classmethod
+    def of(cls, signature: Signature) -> Signed:
+        inputs, outputs = ({name: Spec.of(spec) for name, spec in s.items()} for s in (signature.inputs, signature.outputs))
+        return cls(signature.name, inputs, outputs)
+
+    def signature(self) -> Signature:
+        inputs, outputs = ({name: spec.spec() for name, spec in s.items()} for s in (self.inputs, self.outputs))
+        return Signature(self.name, inputs, outputs)
 
 
 class Loaded(msgspec.Struct, tag=True):
@@ -57,6 +76,7 @@ class Loaded(msgspec.Struct, tag=True):
     actual: str
     fallback: str | None
     stateful: bool
+    signatures: tuple[Signed, ...] = ()
 
 
 class NewSlot(msgspec.Struct, tag=True):

@@ -29,6 +29,7 @@ with atheris.instrument_imports(include=["agent.serving", "agent.contract"], ena
     from agent.serving.transport.buffers import BufferPool
     from agent.serving.transport.connection import NOTHING, Connection
     from runtimes.contract import TensorSpec
+    from runtimes.naming import Interfaces
 
 INPUTS = (
     TensorSpec("x", "FP32", (-1, 4)),
@@ -108,6 +109,7 @@ def columns(data):
     choose = atheris.FuzzedDataProvider(data)
     version = Version("m", 1, "v", "", "onnx")
     version.inputs, version.outputs = INPUTS[: choose.ConsumeIntInRange(1, len(INPUTS))], OUTPUTS[:1]
+    version.interfaces = Interfaces(version.inputs, version.outputs)
     read = (tfserving._read_predict, tfserving._read_classify, tfserving._read_regress)[choose.ConsumeIntInRange(0, 2)]
     try:
         plan = read(version, choose.ConsumeBytes(LIMIT))

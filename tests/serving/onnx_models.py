@@ -27,6 +27,17 @@ def scale(path, factor, width=4):
     )
 
 
+def scale_by_default(path, factor, ir_version=8):
+    """y = k * x, float32 [n]; `k`, float32 [1], is `factor` unless the caller gives it."""
+    inputs = [value("x", TensorProto.FLOAT, ["n"]), value("k", TensorProto.FLOAT, [1])]
+    weights = [numpy_helper.from_array(np.float32([factor]), "k")]
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "k"], ["y"])], "g", inputs, [value("y", TensorProto.FLOAT, ["n"])], weights
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=ir_version), path)
+    return path
+
+
 def pair(path):
     """total = a + b, difference = a - b, int64 [n]; both inputs have the same n."""
     return _save(

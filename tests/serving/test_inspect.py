@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from onnx import TensorProto
+
+from tests.serving import onnx_models, tflite_models
 
 DIGITS = Path(__file__).resolve().parents[2] / "examples/digits/models"
 
@@ -45,6 +48,23 @@ def test_a_model_is_described(suffix):
 def test_quantization_is_told():
     found = document(quantized(".tflite"))
     assert len(found["inputs"][0]["quantization"]["scales"]) == 1
+
+
+def test_signatures_and_what_is_left_open_are_told(tmp_path):
+    path = tflite_models.coder(tmp_path / "coder.tflite")
+    found = document(path)
+    assert {name: [t["name"] for t in s["inputs"]] for name, s in found["signatures"].items()} == {
+        "encode": ["x"],
+        "decode": ["b", "a"],
+    }
+    shown = " ".join(inspect(path).stdout.split())
+    assert "signature encode (default): x FP32 any × 2 → y FP32 any × 2" in shown
+    assert "decode: b FP32 3, a FP32 3 → sum FP32 3, difference FP32 3" in shown
+    optional = onnx_models.scale_by_default(tmp_path / "optional.onnx", 2.0)
+    assert [tensor.get("optional", False) for tensor in document(optional)["inputs"]] == [False, True]
+    assert "optional input" in inspect(optional).stdout
+    assert "any shape" in inspect(onnx_models.identity(tmp_path / "any.onnx", TensorProto.FLOAT, None)).stdout
+    assert document(tflite_models.windows(tmp_path / "windows.tflite"))["inputs"][0]["shape"] == [-1, -1]
 
 
 def test_people_get_a_table():

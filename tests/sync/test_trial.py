@@ -26,7 +26,7 @@ from agent.sync.trials import containment
 from agent.sync.trials.protocol import Case, Limits, Request
 from agent.sync.trials.trial import TrialProcesses
 from agent.sync.trials.turns import Turns
-from tests.serving import onnx_models
+from tests.serving import onnx_models, tflite_models
 from tests.sync.conftest import eventually
 from tests.sync.fleet import npz
 
@@ -482,6 +482,57 @@ def test_a_model_of_one_size_cannot_be_batched(trials, tmp_path):
 
     assert found.reason is Reason.WRONG_INTERFACE
     assert "max_batch_size 4 needs a first dimension of any size" in found.message
+
+
+def signed(tmp_path: Path, signature: str, given: dict, expected: dict, **declared) -> Request:
+    npz(tmp_path, "in.npz", **given)
+    npz(tmp_path, "out.npz", **expected)
+    truth = Case(
+        name="truth",
+        inputs=str(tmp_path / "in.npz"),
+        expected=str(tmp_path / "out.npz"),
+        compare=dict.fromkeys(expected, Close(atol=1e-6)),
+        signature=signature,
+    )
+    path = tflite_models.coder(tmp_path / "coder.tflite")
+    limits = Limits(memory_bytes=2 << 30, cpu_s=60)
+    return Request(release="coder:1", runtime="tflite", model=str(path), limits=limits, cases=(truth,), **declared)
+
+
+ONES = np.ones((1, 2), np.float32)
+A, B = np.float32([5, 5, 5]), np.float32([1, 2, 3])
+SIGNED = [
+    ("", {"encode_x:0": ONES}, {"Call:0": ONES * 2}, None),
+    ("", {"x": ONES}, {"y": ONES * 2}, None),
+    ("encode", {"x": ONES}, {"y": ONES * 2}, None),
+    ("decode", {"a": A, "b": B}, {"difference": A - B}, None),
+    ("decode", {"a": A, "b": B}, {"difference": A + B}, "3 of 3 elements of 'difference' differ by up to 6"),
+    ("decode", {"a": A}, {"difference": A - B}, "'decode/b' is not among the inputs"),
+    ("train", {"x": ONES}, {"y": ONES}, "is for signature 'train', which the model has not (it has: 'encode', 'decode')"),
+]
+
+
+@pytest.mark.parametrize(("signature", "given", "expected", "words"), SIGNED, ids=lambda v: str(v)[:30])
+def test_golden_cases_may_be_for_any_signature(signature, given, expected, words, trials, tmp_path):
+    declared = {
+        "inputs": (Tensor(name="x", datatype="FP32", shape=(-1, 2)),),
+        "outputs": (Tensor(name="Call:0", datatype="FP32", shape=(-1, 2)),),
+    }
+    tried = signed(tmp_path, signature, given, expected, **declared)
+    if words is None:
+        assert trials.run(tried, 30.0, lambda: False)["p95_ms"] < 1000
+    else:
+        found = refused(trials, tried)
+        assert (found.reason, words in found.message) == (Reason.GOLDEN_MISMATCH, True), found.message
+
+
+@pytest.mark.parametrize("listed", [("x",), ("x", "k")], ids=str)
+def test_a_manifest_need_not_list_optional_inputs(listed, trials, tmp_path):
+    shapes = {"x": (-1,), "k": (1,)}
+    inputs = tuple(Tensor(name=name, datatype="FP32", shape=shapes[name]) for name in listed)
+    tried = onnx(onnx_models.scale_by_default(tmp_path / "m.onnx", 2.0), inputs=inputs)
+
+    assert trials.run(tried, 30.0, lambda: False)
 
 
 @pytest.mark.parametrize("listed", [("x",), ("x", "before")], ids=str)

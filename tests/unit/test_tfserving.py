@@ -12,6 +12,7 @@ from agent.serving.answers import Refusal
 from agent.serving.api import tensors, tfserving
 from agent.serving.models.host import Version
 from runtimes.contract import DTYPES, TensorSpec
+from runtimes.naming import Interfaces
 
 pytestmark = pytest.mark.alone  # each example has a deadline
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just({"b64": "aGk="})
@@ -25,6 +26,7 @@ def version(datatype):
     made = Version("m", 1, "cpu", "", "onnx")
     made.inputs = (TensorSpec("x", datatype, (-1, 2)), TensorSpec("y", "FP32", (-1,)))
     made.outputs = (TensorSpec("scores", "FP32", (-1, 3)), TensorSpec("value", "FP32", (-1,)))
+    made.interfaces = Interfaces(made.inputs, made.outputs)
     return made
 
 

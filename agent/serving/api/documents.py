@@ -6,12 +6,16 @@ Names and nesting are the Open Inference Protocol's and its extensions'. Nothing
 from __future__ import annotations
 
 import functools
+from collections.abc import Container
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import msgspec
+
 from agent.serving.models.host import ModelHost, Served, Version
 from agent.serving.scheduling.sequences import Sequences
-from runtimes.contract import TensorSpec
+from runtimes.contract import Quantization, TensorSpec
+from runtimes.naming import Interfaces
 
 Document = dict[str, Any]
 
@@ -63,26 +67,55 @@ def find_ready(host: ModelHost, name: str, wanted: str | None) -> tuple[Served, 
 def metadata(host: ModelHost, name: str, wanted: str | None) -> Document:
     """Raises: Refusal."""
     served, found = find_ready(host, name, wanted)
-    return {
+    document: Document = {
         "name": found.name,
         "versions": [str(n) for n, v in sorted(served.versions.items()) if v.answers],
         "platform": found.runtime,
         "inputs": [_tensor(spec) for spec in found.inputs],
         "outputs": [_tensor(spec) for spec in found.outputs],
     }
+    if found.interfaces.signatures:
+        document["parameters"] = {
+            "default_signature": found.interfaces.default_name,
+            "signatures": signatures(found.interfaces),
+        }
+    return document
+
+
+def signatures(interfaces: Interfaces) -> Document:
+    """What each signature that the file names takes and gives, under its names. `tensor` is the model's own name of one."""
+    own = {spec.name for spec in (*interfaces.plain.said_inputs, *interfaces.plain.said_outputs)}
+    return {
+        name: {
+            role: [_signed(spec, names[spec.name].name, own) for spec in specs]
+            for role, specs, names in (
+                ("inputs", found.said_inputs, found.inputs),
+                ("outputs", found.said_outputs, found.outputs),
+            )
+        }
+        for name, found in interfaces.signatures.items()
+    }
+
+
+def _signed(spec: TensorSpec, tensor: str, own: Container[str]) -> Document:
+    document = _tensor(spec)
+    return {**document, "tensor": tensor} if tensor in own else document
 
 
 def _tensor(spec: TensorSpec) -> Document:
     document: Document = {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
-    quantization = spec.quantization
-    if quantization is None:
-        return document
+    parameters: Document = {} if spec.quantization is None else {"quantization": _quantization(spec.quantization)}
+    if spec.optional:
+        parameters["optional"] = True
+    if spec.any_rank:
+        parameters["unknown_rank"] = True
+    return {**document, "parameters": parameters} if parameters else document
+
+
+def _quantization(quantization: Quantization) -> Document:
     if quantization.axis is None and len(quantization.scales) == 1:
-        values: Document = {"scale": quantization.scales[0], "zero_point": quantization.zero_points[0]}
-    else:
-        values = {"scale": quantization.scales, "zero_point": quantization.zero_points, "axis": quantization.axis}
-    document["parameters"] = {"quantization": values}
-    return document
+        return {"scale": quantization.scales[0], "zero_point": quantization.zero_points[0]}
+    return {"scale": quantization.scales, "zero_point": quantization.zero_points, "axis": quantization.axis}
 
 
 def index(host: ModelHost, *, only_ready: bool) -> list[dict[str, str]]:
@@ -116,7 +149,7 @@ def config(host: ModelHost, name: str, wanted: str | None) -> Document:
                 "dims": _dims(spec, batched=batched),
                 "is_shape_tensor": False,
                 "allow_ragged_batch": False,
-                "optional": False,
+                "optional": spec.optional,
                 "is_non_linear_format_io": False,
             }
             for spec in found.inputs
@@ -179,6 +212,9 @@ def _parameters(found: Version) -> dict[str, str]:
         "placement_actual": placement.actual,
         "placement_fallback": placement.fallback or "",
     }
+    if found.interfaces.signatures:
+        said["default_signature"] = found.interfaces.default_name
+        said["signatures"] = msgspec.json.encode(signatures(found.interfaces)).decode()
     return {key: value for key, value in said.items() if value}
 
 

@@ -18,13 +18,14 @@ import numpy as np
 
 from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal, Template
 from agent.serving.api import classification, tensors
-from agent.serving.api.checks import check_input, check_size, refuse_input, refuse_missing, refuse_output
+from agent.serving.api.checks import Inputs, as_asked, check_input, check_size, refuse_output
 from agent.serving.api.parameters import (
     OutputRule,
     Place,
     Value,
     check_reserved,
     flag,
+    interface_of,
     output_rule,
     place_of,
     priority_of,
@@ -38,6 +39,7 @@ from agent.serving.shared.regions import ConnectionRegions, Regions
 from agent.serving.transport.buffers import ALIGNMENT, aligned
 from runtimes.check import shape_text
 from runtimes.contract import Array, TensorSpec
+from runtimes.naming import Interface, Interfaces
 
 ONE_SOURCE = (
     "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
@@ -150,9 +152,15 @@ def _offered(regions: Regions | None) -> Regions:
 
 
 def read_request(
-    body: memoryview, header_length: int | None, model: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    body: memoryview,
+    header_length: int | None,
+    model: str,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    interfaces: Interfaces | None = None,
 ) -> Plan:
-    """The plan of the request in `body`, whose JSON part has `header_length` bytes (all of it when None).
+    """The plan of the request in `body`, whose JSON part has `header_length` bytes (all of it when None). `interfaces` are those of the
+    model; without, there are the names in `inputs` and `outputs` alone.
 
     Raises: Refusal (400, 501) that says what is wrong with it.
     """
@@ -165,12 +173,13 @@ def read_request(
         raise Refusal(400, f"the body is not an inference request: {error}") from error
     _check_keys(document, body[:size])
     plan = Plan(document.id, [], {}, None, (), (), len(body))
-    end = _place_inputs(plan, document, size, body, model, inputs)
+    interface = interface_of(document.parameters, interfaces or Interfaces(inputs, outputs), model)
+    end = _place_inputs(plan, document, size, body, model, interface)
     if end != len(body):
         raise Refusal(
             400, f"unexpected additional input data for model '{model}': {len(body) - end} bytes after the last tensor"
         )
-    _place_outputs(plan, document, model, outputs)
+    _place_outputs(plan, document, model, interface)
     if document.parameters:
         check_reserved(document.parameters)
         plan.priority = priority_of(document.parameters)
@@ -191,23 +200,19 @@ def _check_keys(document: RequestDocument, text: memoryview) -> None:
         check_keys(raw, [given.data for given in document.inputs if given.data is not msgspec.UNSET])
 
 
-def _place_inputs(
-    plan: Plan, document: RequestDocument, at: int, body: memoryview, model: str, inputs: Sequence[TensorSpec]
-) -> int:
+def _place_inputs(plan: Plan, document: RequestDocument, at: int, body: memoryview, model: str, interface: Interface) -> int:
     """Fills in where each input lies and gives the end of the last one."""
     begin = at
-    specs = {spec.name: spec for spec in inputs}
+    waiting = Inputs(interface, model)
     shared = []
     for given in document.inputs:
-        spec = specs.pop(given.name, None)
-        if spec is None:
-            refuse_input(given.name, model, inputs)
+        spec = waiting.take(given.name)
         check_input(given.name, given.datatype, given.shape, spec, model)
         shape = tuple(given.shape)
         source = _source(given)
         if source is None:
             assert given.data is not msgspec.UNSET
-            plan.values[given.name] = tensors.from_json(given.name, given.data, spec.datatype, shape)
+            plan.values[spec.name] = tensors.from_json(given.name, given.data, spec.datatype, shape)
             continue
         if isinstance(source, Place):
             check_size(given.name, source.size, shape, spec, model)
@@ -219,10 +224,9 @@ def _place_inputs(
             raise Refusal(
                 400, f"input '{given.name}' should have {source} bytes after the JSON, but only {left} bytes are left"
             )
-        plan.views.append((given.name, spec.dtype, shape, at, source, bool((at - begin) % ALIGNMENT)))
+        plan.views.append((spec.name, spec.dtype, shape, at, source, bool((at - begin) % ALIGNMENT)))
         at += source
-    if specs:
-        refuse_missing(specs, len(document.inputs), model, inputs)
+    waiting.check()
     plan.shared = tuple(shared)
     return at
 
@@ -243,25 +247,28 @@ def _source(given: InputDocument) -> int | Place | None:
     return whole(given.parameters, "binary_data_size", given.name) if binary else None
 
 
-def _place_outputs(plan: Plan, document: RequestDocument, model: str, outputs: Sequence[TensorSpec]) -> None:
+def _place_outputs(plan: Plan, document: RequestDocument, model: str, interface: Interface) -> None:
     default = flag(document.parameters, "binary_data_output")
     if not document.outputs:
-        plan.specs = tuple(outputs)
+        plan.outputs, plan.specs = interface.asked, interface.said_outputs
         plan.binary = (default,) * len(plan.specs)
         return
-    specs = {spec.name: spec for spec in outputs}
+    specs = dict(interface.outputs)
     chosen, binary, rules = [], [], []
+    names = []
     for wanted in document.outputs:
-        spec = specs.pop(wanted.name, None)
-        if spec is None:
-            refuse_output(wanted.name, model, outputs)
+        found = specs.pop(wanted.name, None)
+        if found is None:
+            refuse_output(wanted.name, model, interface)
+        names.append(found.name)
+        spec = as_asked(found, wanted.name)
         rule = output_rule(wanted.parameters, wanted.name)
         if rule is not None and rule.classes:
             classification.check(spec)
         rules.append(rule)
         chosen.append(spec)
         binary.append(flag(wanted.parameters, "binary_data", default=default))
-    plan.outputs = [spec.name for spec in chosen]
+    plan.outputs = names
     plan.specs, plan.binary = tuple(chosen), tuple(binary)
     if any(rule is not None for rule in rules):
         plan.rules = tuple(rules)
@@ -269,9 +276,10 @@ def _place_outputs(plan: Plan, document: RequestDocument, model: str, outputs: S
 
 def _raw_plan(body: memoryview, model: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Plan:
     """Header length 0: the whole body is the model's only input, every output comes back as bytes."""
-    if len(inputs) != 1:
-        raise Refusal(400, f"a raw body is for models with one input; model '{model}' has {len(inputs)}")
-    spec = inputs[0]
+    required = [spec for spec in inputs if not spec.optional]
+    if len(required) != 1:
+        raise Refusal(400, f"a raw body is for models with one input; model '{model}' has {len(required)}")
+    spec = required[0]
     shape = list(spec.shape)
     if spec.datatype == "BYTES":
         if any(size not in (-1, 1) for size in shape):

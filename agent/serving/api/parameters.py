@@ -8,6 +8,7 @@ from typing import Any
 
 from agent.serving.answers import Refusal
 from agent.serving.inference import SequenceDemand
+from runtimes.naming import SERVING_DEFAULT, Interface, Interfaces
 
 MAX_PRIORITY = 2**32 - 1
 MAX_SEQUENCE_ID = 2**64 - 1
@@ -75,6 +76,18 @@ def sequence_of(parameters: Parameters) -> SequenceDemand | None:
     if number:
         return SequenceDemand(number, start, end)
     return None
+
+
+def interface_of(parameters: Parameters, interfaces: Interfaces, model: str) -> Interface:
+    """What the names of a request are to mean.  Raises: Refusal (400) when it names a signature that is not there."""
+    name = parameters.get("signature_name", "")
+    if not isinstance(name, str):
+        raise Refusal(400, f"parameter 'signature_name' is {shown(name)}; expected a string")
+    try:
+        return interfaces.find(name)
+    except KeyError:
+        known = ", ".join(f"'{signature}'" for signature in interfaces.signatures) or f"'{SERVING_DEFAULT}'"
+        raise Refusal(400, f"signature {shown(name)} is not one of model '{model}'; it has {known}") from None
 
 
 def place_of(parameters: Parameters, tensor: str) -> Place | None:

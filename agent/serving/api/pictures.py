@@ -50,8 +50,10 @@ class PictureForm:
         picture = version.picture
         if picture is None:
             raise Refusal(400, f"model '{version.name}' takes no pictures: its release declares none. Send it tensors")
-        output = named(picture.output, version.outputs, "output")
-        return Plan(picture, version.inputs[0], output, _top(call.match.query, picture.top), [output.name])
+        interface = version.interfaces.plain
+        source = named(picture.input, interface.inputs, interface.required, "input")
+        output = named(picture.output, interface.outputs, interface.said_outputs, "output")
+        return Plan(picture, source, output, _top(call.match.query, picture.top), [output.name])
 
     def feeds(self, plan: Plan, call: Request) -> Mapping[str, Array]:
         return {plan.input.name: pixels.read(call.body, plan.picture, plan.input)}

@@ -1,7 +1,8 @@
 """TensorFlow Serving's REST API for the same models: predict, classify, regress, status and metadata, under /v1/models.
 
 A request says its tensors in rows (`instances`, a value or an object per row) or in columns (`inputs`, a whole tensor each); the
-answer takes the same form. A model here has one signature, called serving_default.
+answer takes the same form. A request names a signature of the model's file, or is for its default one; a model whose file has none has
+one called serving_default.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from agent.serving.api.parameters import shown
 from agent.serving.inference import SequenceDemand
 from agent.serving.models.host import LABELS, ModelHost, Version
 from agent.serving.routes import Kind, Request, Route
-from runtimes.check import shape_fits, shape_text
+from runtimes.check import shape_text
 from runtimes.contract import Array, TensorSpec
+from runtimes.naming import Interface, Interfaces
 
-SIGNATURE = "serving_default"
 STATES = {"LOADING": "LOADING", "READY": "AVAILABLE", "UNAVAILABLE": "END"}
 TYPES = {
     "BOOL": "DT_BOOL", "UINT8": "DT_UINT8", "UINT16": "DT_UINT16", "UINT32": "DT_UINT32", "UINT64": "DT_UINT64",
@@ -136,21 +137,27 @@ class TensorFlowServing:
 
     def metadata(self, call: Request) -> Answer:
         _, found = documents.find_ready(self._host, call.params["model"], call.params.get("version"))
-        signature = {
-            "inputs": {spec.name: _described(spec) for spec in found.inputs},
-            "outputs": {spec.name: _described(spec) for spec in found.outputs},
-            "method_name": "tensorflow/serving/predict",
-            "defaults": {},
-        }
         return json_answer({
             "model_spec": {"name": found.name, "signature_name": "", "version": str(found.number)},
-            "metadata": {"signature_def": {"signature_def": {SIGNATURE: signature}}},
+            "metadata": {"signature_def": {"signature_def": _signatures(found.interfaces)}},
         })  # fmt: skip
 
 
-def _described(spec: TensorSpec) -> dict[str, Any]:
-    dims = [{"size": str(size), "name": ""} for size in spec.shape]
-    return {"dtype": TYPES[spec.datatype], "tensor_shape": {"dim": dims, "unknown_rank": False}, "name": spec.name}
+def _signatures(interfaces: Interfaces) -> dict[str, Any]:
+    return {
+        name: {
+            "inputs": {spec.name: _described(spec, found.inputs[spec.name].name) for spec in found.said_inputs},
+            "outputs": {spec.name: _described(spec, found.outputs[spec.name].name) for spec in found.said_outputs},
+            "method_name": "tensorflow/serving/predict",
+            "defaults": {},
+        }
+        for name, found in (interfaces.signatures or {interfaces.default_name: interfaces.plain}).items()
+    }
+
+
+def _described(spec: TensorSpec, tensor: str) -> dict[str, Any]:
+    dims = [] if spec.any_rank else [{"size": str(size), "name": ""} for size in spec.shape]
+    return {"dtype": TYPES[spec.datatype], "tensor_shape": {"dim": dims, "unknown_rank": spec.any_rank}, "name": tensor}
 
 
 # -- predict ---------------------------------------------------------------------------------------------------------------------
@@ -158,28 +165,31 @@ def _described(spec: TensorSpec) -> dict[str, Any]:
 
 def _read_predict(version: Version, body: bytes) -> Plan:
     request = _document(body, PredictRequest)
-    _check_signature(request.signature_name)
+    interface = _interface(version, request.signature_name)
+    model, outputs, asked = version.name, interface.said_outputs, interface.asked
     rows = request.instances
     if (rows is msgspec.UNSET) == (request.inputs is msgspec.UNSET):
         raise Refusal(400, "Missing 'inputs' or 'instances' key: a request has one of the two")
     if rows is msgspec.UNSET:
         assert request.inputs is not msgspec.UNSET
-        return Plan(_feeds(version, _columns(version, bytes(request.inputs))), version.outputs)
+        feeds = _feeds(model, interface, _columns(model, interface, bytes(request.inputs)))
+        return Plan(feeds, outputs, outputs=asked)
     if not rows:
         raise Refusal(400, "'instances' is empty: a prediction needs one or more")
-    return Plan(_feeds(version, _stacked(version, [bytes(row) for row in rows])), version.outputs, len(rows))
+    feeds = _feeds(model, interface, _stacked(model, interface, [bytes(row) for row in rows]))
+    return Plan(feeds, outputs, len(rows), asked)
 
 
-def _columns(version: Version, text: bytes) -> dict[str, bytes]:
+def _columns(model: str, interface: Interface, text: bytes) -> dict[str, bytes]:
     """The JSON of each input's whole tensor."""
     if text.lstrip()[:1] == b"{":
         found = {name: bytes(value) for name, value in _decoded(text, dict[str, msgspec.Raw]).items()}
         if set(found) != {"b64"}:
             return found
-    return {_only(version).name: text}
+    return {_only(model, interface): text}
 
 
-def _stacked(version: Version, rows: Sequence[bytes]) -> dict[str, bytes]:
+def _stacked(model: str, interface: Interface, rows: Sequence[bytes]) -> dict[str, bytes]:
     """The same of rows: each a value of the only input, or an object with one for every input."""
     found: dict[str, list[bytes]] = {}
     for at, row in enumerate(rows):
@@ -187,7 +197,7 @@ def _stacked(version: Version, rows: Sequence[bytes]) -> dict[str, bytes]:
             {name: bytes(v) for name, v in _decoded(row, dict[str, msgspec.Raw]).items()} if row.lstrip()[:1] == b"{" else None
         )
         if values is None or set(values) == {"b64"}:
-            values = {_only(version).name: row}
+            values = {_only(model, interface): row}
         if found and set(values) != set(found):
             raise Refusal(
                 400, f"instance {at} has other inputs than the ones before it: expected {', '.join(map(repr, found))}"
@@ -197,31 +207,32 @@ def _stacked(version: Version, rows: Sequence[bytes]) -> dict[str, bytes]:
     return {name: b"[" + b",".join(values) + b"]" for name, values in found.items()}
 
 
-def _only(version: Version) -> TensorSpec:
-    if len(version.inputs) != 1:
-        names = ", ".join(f"'{spec.name}'" for spec in version.inputs)
-        raise Refusal(400, f"model '{version.name}' has {len(version.inputs)} inputs: give each by its name ({names})")
-    return version.inputs[0]
+def _only(model: str, interface: Interface) -> str:
+    required = interface.required
+    if len(required) != 1:
+        names = ", ".join(f"'{spec.name}'" for spec in required)
+        raise Refusal(400, f"model '{model}' has {len(required)} inputs: give each by its name ({names})")
+    return required[0].name
 
 
-def _feeds(version: Version, texts: Mapping[str, bytes]) -> dict[str, Array]:
+def _feeds(model: str, interface: Interface, texts: Mapping[str, bytes]) -> dict[str, Array]:
     feeds: dict[str, Array] = {}
-    for name in texts:
-        if not any(spec.name == name for spec in version.inputs):
-            known = ", ".join(f"'{spec.name}'" for spec in version.inputs)
-            raise Refusal(400, f"input {shown(name)} is not one of model '{version.name}'; it takes {known}")
-    for spec in version.inputs:
-        text = texts.get(spec.name)
-        if text is None:
-            raise Refusal(400, f"input '{spec.name}' of model '{version.name}' is missing")
-        array = tensors.from_values(spec.name, text, spec.datatype)
-        if not shape_fits(array.shape, spec.shape):
+    for name, text in texts.items():
+        spec = interface.inputs.get(name)
+        if spec is None:
+            known = ", ".join(f"'{spec.name}'" for spec in interface.said_inputs)
+            raise Refusal(400, f"input {shown(name)} is not one of model '{model}'; it takes {known}")
+        array = tensors.from_values(name, text, spec.datatype)
+        if not spec.fits(array.shape):
             raise Refusal(
                 400,
-                f"unexpected shape for input '{spec.name}' for model '{version.name}'. "
+                f"unexpected shape for input '{name}' for model '{model}'. "
                 f"Expected {shape_text(spec.shape)}, got {shape_text(array.shape)}",
             )
         feeds[spec.name] = array
+    for spec in interface.required:
+        if interface.inputs[spec.name].name not in feeds:
+            raise Refusal(400, f"input '{spec.name}' of model '{model}' is missing")
     return feeds
 
 
@@ -250,9 +261,10 @@ def _values(spec: TensorSpec, array: Array) -> Any:
 # -- classify and regress --------------------------------------------------------------------------------------------------------
 
 
-def _read_examples(version: Version, body: bytes, output: TensorSpec) -> Plan:
+def _read_examples(version: Version, body: bytes, choose: Callable[[str, Interface], TensorSpec]) -> Plan:
     request = _document(body, ExamplesRequest)
-    _check_signature(request.signature_name)
+    interface = _interface(version, request.signature_name)
+    output = choose(version.name, interface)
     if not request.examples:
         raise Refusal(400, "'examples' is empty: one or more are needed")
     rows: dict[str, list[bytes]] = {}
@@ -264,9 +276,10 @@ def _read_examples(version: Version, body: bytes, output: TensorSpec) -> Plan:
             )
         for name, value in features.items():
             rows.setdefault(name, []).append(bytes(value))
-    ranks = {spec.name: len(spec.shape) for spec in version.inputs}
+    ranks = {name: len(spec.shape) for name, spec in interface.inputs.items()}
     texts = {name: _joined(values, rank=ranks.get(name, 1)) for name, values in rows.items()}
-    return Plan(_feeds(version, texts), (output,), len(request.examples), [output.name])
+    feeds = _feeds(version.name, interface, texts)
+    return Plan(feeds, (output,), len(request.examples), [interface.run_name(output.name)])
 
 
 def _joined(values: Sequence[bytes], *, rank: int) -> bytes:
@@ -276,22 +289,30 @@ def _joined(values: Sequence[bytes], *, rank: int) -> bytes:
 
 
 def _read_classify(version: Version, body: bytes) -> Plan:
-    fitting = [spec for spec in version.outputs if len(spec.shape) == 2 and spec.datatype not in ("BYTES", "BOOL")]
-    return _read_examples(version, body, _one_output(version, fitting, "a score per class and example"))
+    return _read_examples(version, body, _scores)
+
+
+def _scores(model: str, interface: Interface) -> TensorSpec:
+    fitting = [s for s in interface.said_outputs if len(s.shape) == 2 and s.datatype not in ("BYTES", "BOOL")]
+    return _one_output(model, fitting, "a score per class and example")
 
 
 def _read_regress(version: Version, body: bytes) -> Plan:
+    return _read_examples(version, body, _numbers)
+
+
+def _numbers(model: str, interface: Interface) -> TensorSpec:
     fitting = [
         spec
-        for spec in version.outputs
+        for spec in interface.said_outputs
         if spec.shape[1:] in ((), (1,)) and spec.shape and spec.datatype not in ("BYTES", "BOOL")
     ]
-    return _read_examples(version, body, _one_output(version, fitting, "one number per example"))
+    return _one_output(model, fitting, "one number per example")
 
 
-def _one_output(version: Version, fitting: Sequence[TensorSpec], what: str) -> TensorSpec:
+def _one_output(model: str, fitting: Sequence[TensorSpec], what: str) -> TensorSpec:
     if len(fitting) != 1:
-        raise Refusal(400, f"model '{version.name}' has {len(fitting) or 'no'} outputs that are {what}: use :predict")
+        raise Refusal(400, f"model '{model}' has {len(fitting) or 'no'} outputs that are {what}: use :predict")
     return fitting[0]
 
 
@@ -316,9 +337,14 @@ def _check_rows(version: Version, plan: Plan, rows: Sequence[object]) -> None:
 # -- JSON ------------------------------------------------------------------------------------------------------------------------
 
 
-def _check_signature(name: str) -> None:
-    if name not in ("", SIGNATURE):
-        raise Refusal(400, f"Serving signature name: {shown(name)} not found in signature def; there is '{SIGNATURE}'")
+def _interface(version: Version, signature: str) -> Interface:
+    """Of the signature that a request names, or of the default one.  Raises: Refusal (400)."""
+    interfaces = version.interfaces
+    try:
+        return interfaces.find(signature) if signature else interfaces.default
+    except KeyError:
+        known = ", ".join(f"'{name}'" for name in interfaces.signatures or (interfaces.default_name,))
+        raise Refusal(400, f"Serving signature name: {shown(signature)} not found in signature def; there is {known}") from None
 
 
 def _document(text: bytes, kind: type[_Document]) -> _Document:

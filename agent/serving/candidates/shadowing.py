@@ -85,7 +85,7 @@ class Shadow:
         self.throttled: str | None = None
         self.ended: str | None = None
         self.failed = False  # whether that it ended is the candidate's fault
-        self.comparison = Comparison(active.outputs, tolerances)
+        self.comparison = Comparison(active.interfaces.every_output, tolerances)
         self.begun_s = time.monotonic()
         self._restarts = candidate.restarts
         self._names = [spec.name for spec in active.outputs]
@@ -250,7 +250,7 @@ class Shadow:
             if candidate.model is None:
                 return  # its process ended, which is noticed next
             self._running_since = time.monotonic()
-            check_feeds(candidate.inputs, sample.feeds)
+            check_feeds(candidate.interfaces.inputs_for(sample.feeds), sample.feeds)
             arrays, run_s = self._run(candidate.model, sample)
             self.comparison.add(sample.names, sample.arrays, arrays, sample.run_s, run_s)
             self._in_a_row = 0

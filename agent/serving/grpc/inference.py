@@ -10,11 +10,12 @@ import numpy as np
 
 from agent.serving.answers import Refusal
 from agent.serving.api import classification, tensors
-from agent.serving.api.checks import check_input, check_size, refuse_input, refuse_missing, refuse_output
+from agent.serving.api.checks import Inputs, as_asked, check_input, check_size, refuse_output
 from agent.serving.api.parameters import (
     OutputRule,
     Place,
     check_reserved,
+    interface_of,
     output_rule,
     place_of,
     priority_of,
@@ -25,10 +26,11 @@ from agent.serving.api.protocol import VERSION
 from agent.serving.dataplane import Dataplane
 from agent.serving.grpc.messages import ModelInferResponse
 from agent.serving.inference import Demand
-from agent.serving.models.host import ModelHost, Version
+from agent.serving.models.host import ModelHost
 from agent.serving.shared.regions import Regions
 from agent.serving.transport.buffers import aligned
 from runtimes.contract import Array, TensorSpec
+from runtimes.naming import Interface
 
 EMPTY_FINAL = "triton_enable_empty_final_response"
 NO_SHARED_MEMORY = "Client shared memory is disabled: send the tensor's bytes instead"
@@ -75,14 +77,15 @@ class Inference:
         parameters = parameters_of(request.parameters)
         parameters.pop(EMPTY_FINAL, None)
         check_reserved(parameters)
-        feeds = self._feeds(request, version)
-        specs, rules = _outputs(request, version)
+        interface = interface_of(parameters, version.interfaces, version.name)
+        feeds = self._feeds(request, version.name, interface)
+        names, specs, rules = _outputs(request, version.name, interface)
         self._check_places(rules)
         timeout = timeout_of(parameters)
         if deadline_s is not None:
             timeout = deadline_s if timeout is None else min(timeout, deadline_s)
         demand = Demand(
-            [spec.name for spec in specs] if request.outputs else None,
+            names,
             priority_of(parameters),
             timeout,
             sequence_of(parameters),
@@ -90,38 +93,34 @@ class Inference:
         )
         result = self._dataplane.predict(request.model_name, wanted, feeds, demand, alive)
         if result.version is not version:  # another one answered, whose outputs may be others
-            specs, rules = _outputs(request, result.version)
+            interface = interface_of(parameters, result.version.interfaces, version.name)
+            _, specs, rules = _outputs(request, version.name, interface)
         answer = ModelInferResponse(model_name=version.name, model_version=str(result.version.number), id=request.id)
         for spec, rule, array in zip(specs, rules, result.arrays, strict=True):
             self._put(answer, spec, rule, array, result.version.labels)
         return answer
 
-    def _feeds(self, request: Any, version: Version) -> dict[str, Array]:
-        specs = {spec.name: spec for spec in version.inputs}
+    def _feeds(self, request: Any, model: str, interface: Interface) -> dict[str, Array]:
+        waiting = Inputs(interface, model)
         feeds: dict[str, Array] = {}
         raw = iter(request.raw_input_contents)
         for given in request.inputs:
-            spec = specs.pop(given.name, None)
-            if spec is None:
-                refuse_input(given.name, version.name, version.inputs)
+            spec = waiting.take(given.name)
             shape = tuple(given.shape)
-            check_input(given.name, given.datatype, shape, spec, version.name)
+            check_input(given.name, given.datatype, shape, spec, model)
             place = place_of(parameters_of(given.parameters), given.name)
             if place is not None:
-                check_size(given.name, place.size, shape, spec, version.name)
-                feeds[given.name] = tensors.from_memory(spec, shape, self._view(place))
+                check_size(given.name, place.size, shape, spec, model)
+                feeds[spec.name] = tensors.from_memory(as_asked(spec, given.name), shape, self._view(place))
             elif request.raw_input_contents:
                 if given.HasField("contents"):
                     raise Refusal(400, f"contents field must not be specified when using raw_input_contents for '{given.name}'")
-                feeds[given.name] = _from_raw(next(raw, None), shape, spec, version.name)
+                feeds[spec.name] = _from_raw(next(raw, None), shape, as_asked(spec, given.name), model)
             else:
-                feeds[given.name] = _from_contents(given, shape, spec)
-        if specs:
-            refuse_missing(specs, len(request.inputs), version.name, version.inputs)
+                feeds[spec.name] = _from_contents(given, shape, as_asked(spec, given.name))
+        waiting.check()
         if next(raw, None) is not None:
-            raise Refusal(
-                400, f"raw_input_contents has more entries than model '{version.name}' has inputs outside shared memory"
-            )
+            raise Refusal(400, f"raw_input_contents has more entries than model '{model}' has inputs outside shared memory")
         return feeds
 
     def _view(self, place: Place) -> memoryview:
@@ -153,21 +152,26 @@ class Inference:
         answer.raw_output_contents.append(data)
 
 
-def _outputs(request: Any, version: Version) -> tuple[Sequence[TensorSpec], Sequence[OutputRule | None]]:
+def _outputs(
+    request: Any, model: str, interface: Interface
+) -> tuple[list[str] | None, Sequence[TensorSpec], Sequence[OutputRule | None]]:
+    """What to ask the runtime for, and each output as its caller calls it and wants it."""
     if not request.outputs:
-        return version.outputs, (None,) * len(version.outputs)
-    specs = {spec.name: spec for spec in version.outputs}
-    chosen, rules = [], []
+        return interface.asked, interface.said_outputs, (None,) * len(interface.said_outputs)
+    specs = dict(interface.outputs)
+    names, chosen, rules = [], [], []
     for wanted in request.outputs:
-        spec = specs.pop(wanted.name, None)
-        if spec is None:
-            refuse_output(wanted.name, version.name, version.outputs)
+        found = specs.pop(wanted.name, None)
+        if found is None:
+            refuse_output(wanted.name, model, interface)
+        names.append(found.name)
+        spec = as_asked(found, wanted.name)
         rule = output_rule(parameters_of(wanted.parameters), wanted.name)
         if rule is not None and rule.classes:
             classification.check(spec)
         chosen.append(spec)
         rules.append(rule)
-    return chosen, rules
+    return names, chosen, rules
 
 
 def _from_raw(data: bytes | None, shape: tuple[int, ...], spec: TensorSpec, model: str) -> Array:

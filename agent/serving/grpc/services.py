@@ -75,7 +75,8 @@ class Services:
     def ModelMetadata(self, request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
         found = documents.metadata(self._host, request.name, version_of(request.version))
         for tensor in (*found["inputs"], *found["outputs"]):
-            tensor.pop("parameters", None)  # quantization has no place in this message
+            tensor.pop("parameters", None)  # they have no place in this message; the configuration has them
+        found.pop("parameters", None)
         return answer(**found)
 
     def ModelConfig(self, request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802

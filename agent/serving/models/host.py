@@ -25,6 +25,7 @@ from agent.serving.scheduling.lanes import INLINE_RUN_S, LONG_RUN_S, Lane
 from agent.serving.scheduling.sequences import Sequences
 from agent.serving.telemetry.stats import Stats
 from runtimes.contract import Array, Model, Placement, TensorSpec
+from runtimes.naming import Interfaces
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class Version:
         self.is_long = False  # a run of it gives way to whatever is shorter
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
+        self.interfaces = Interfaces((), ())  # the names that requests may use
         self.picture: Picture | None = None  # how a JPEG or PNG becomes its input
         self.labels: Mapping[str, Sequence[str]] = {}  # of the classes of some outputs
         self.serving = Serving()  # as the release wants it
@@ -116,6 +118,8 @@ class Version:
     def ready(self, model: Model) -> None:
         self.model = model
         self.inputs, self.outputs, self.placement = model.inputs, model.outputs, model.placement
+        self.interfaces = Interfaces.of(model)
+        self.labels = self.interfaces.by_every_name(self.labels)
         self.is_cheap = self.cost_s <= INLINE_RUN_S
         if any(-1 in spec.shape for spec in model.inputs):
             self.inline_bytes = UNKNOWN_BODY_BYTES

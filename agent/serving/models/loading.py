@@ -19,6 +19,7 @@ from agent.variants import prepared
 from runtimes import hazards, registry
 from runtimes.check import zeros
 from runtimes.contract import Array, InputInvalid, LoadOptions, Model, ModelInvalid, RunFailed, Runtime, Scalar
+from runtimes.naming import Interfaces
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +58,13 @@ class Source:
     filename: str = ""  # as people know it; empty: that of `path`
     labels: Mapping[str, Path] = field(default_factory=dict)  # of some outputs: a text file, a class per line
     warm_up: Path | None = None  # an .npz of inputs; None: zeros
+    warm_up_signature: str = ""  # which they are for
 
 
 def source_of(release: Release) -> Source:
     variant, files = release.variant, release.manifest.files
     blobs = release.path.parent
-    warm_up = [files[g.inputs].sha256 for g in release.manifest.acceptance.golden if g.name == variant.serving.warm_up]
+    warm_up = [golden for golden in release.manifest.acceptance.golden if golden.name == variant.serving.warm_up]
     return Source(
         name=release.manifest.model,
         version=release.manifest.version,
@@ -75,7 +77,8 @@ def source_of(release: Release) -> Source:
         state=variant.state,
         picture=variant.picture,
         filename=variant.file,
-        warm_up=blobs / warm_up[0] if warm_up else None,
+        warm_up=blobs / files[warm_up[0].inputs].sha256 if warm_up else None,
+        warm_up_signature=warm_up[0].signature if warm_up else "",
         labels={t.name: blobs / files[t.labels].sha256 for t in release.manifest.outputs if t.labels},
     )
 
@@ -174,7 +177,7 @@ def _finished(source: Source, runtime: Runtime, raw: Model, kind: type[Version] 
     version.filename = source.filename or source.path.name
     version.labels = {output: _read_labels(version, output, path) for output, path in source.labels.items()}
     try:
-        priority.giving_way(_warm_up)(version, model, source.warm_up)
+        priority.giving_way(_warm_up)(version, model, source)
     except BaseException:
         model.close()
         raise
@@ -216,18 +219,27 @@ def failed(source: Source, reason: str) -> Version:
     return version
 
 
-def _warm_up(version: Version, model: Model, inputs: Path | None) -> None:
+def _warm_up(version: Version, model: Model, source: Source) -> None:
     """One run, on zeros where its release names no `inputs`, fills the engine's caches; a second one tells what a run costs.
 
     A model may fail on them and be good: zero means nothing as a size, a position, a factor to resize by.
     """
-    feeds = (_read_arrays(version, inputs) if inputs is not None else None) or zeros(model.inputs)
+    inputs, outputs = source.warm_up, None
+    feeds = _read_arrays(version, inputs) if inputs is not None else None
+    if feeds is None:
+        feeds = zeros(model.inputs)
+    else:
+        try:
+            interface = Interfaces.of(model).find(source.warm_up_signature)
+        except KeyError:
+            raise ModelInvalid(f"it is to be warmed up with signature {source.warm_up_signature!r}, which it has not") from None
+        feeds, outputs = interface.own_names(feeds), interface.asked
     if feeds is None:
         return
     try:
         for _ in range(2):
             started = time.perf_counter()
-            model.run(feeds)
+            model.run(feeds, outputs)
             version.cost_s = time.perf_counter() - started
         version.is_warm = True
     except (InputInvalid, RunFailed) as error:

@@ -13,8 +13,13 @@ Feeds = Mapping[str, Array]
 
 
 def rows_of(model: str, specs: Sequence[TensorSpec], feeds: Feeds, max_batch_size: int) -> int:
-    """How many rows a request has.  Raises: Refusal (400) when its inputs disagree or when they are too many for one run."""
-    sizes = {spec.name: feeds[spec.name].shape[0] for spec in specs}
+    """How many rows a request has; 1 for one that runs alone. `specs` are the model's own inputs.
+
+    Raises: Refusal (400) when its inputs disagree or when they are too many for one run.
+    """
+    if not _may_join(specs, feeds):
+        return 1
+    sizes = {name: array.shape[0] for name, array in feeds.items()}
     rows = max(sizes.values(), default=1)
     if len(set(sizes.values())) > 1:
         raise Refusal(400, f"the inputs of a request for model '{model}' must have one batch size, got {sizes}")
@@ -24,8 +29,19 @@ def rows_of(model: str, specs: Sequence[TensorSpec], feeds: Feeds, max_batch_siz
 
 
 def key_of(specs: Sequence[TensorSpec], feeds: Feeds, outputs: Sequence[str] | None) -> Hashable:
-    """Requests of equal keys may go together."""
-    return (tuple([feeds[spec.name].shape[1:] for spec in specs]), None if outputs is None else tuple(outputs))
+    """Requests of equal keys may go together; None: it runs alone."""
+    if not _may_join(specs, feeds):
+        return None
+    return (
+        tuple([feeds[spec.name].shape[1:] for spec in specs if not spec.optional]),
+        None if outputs is None else tuple(outputs),
+    )
+
+
+def _may_join(specs: Sequence[TensorSpec], feeds: Feeds) -> bool:
+    """Not when it gives an optional input, which may have no rows, or asks for another signature than the default one."""
+    required = [spec.name for spec in specs if not spec.optional]
+    return len(feeds) == len(required) and all(name in feeds and feeds[name].ndim for name in required)
 
 
 def join(requests: Sequence[Feeds]) -> dict[str, Array]:

@@ -23,6 +23,7 @@ from agent.sync.trials.protocol import MAX_REQUEST_BYTES, Case, Limits, Progress
 
 if TYPE_CHECKING:
     from runtimes.contract import Array, Model, TensorSpec
+    from runtimes.naming import Interface
 
 Arrays = dict[str, Any]
 
@@ -110,6 +111,7 @@ def try_release(request: Request, say: Any) -> dict[str, float | str]:
     from agent.variants import prepared
     from runtimes import registry
     from runtimes.contract import ModelInvalid, RuntimeFailure
+    from runtimes.naming import Interfaces
 
     say("starting the runtime")
     try:
@@ -120,7 +122,7 @@ def try_release(request: Request, say: Any) -> dict[str, float | str]:
         model, evidence["load_ms"] = _load(runtime, request)
     except RuntimeFailure as error:
         raise _refusal(request, Reason.LOAD_FAILED, f"{request.runtime} cannot load it: {error}") from error
-    raw = model.inputs
+    raw = Interfaces.of(model)
     try:
         model = prepared(model, state=request.state, serving=request.serving, picture=request.picture)
     except ModelInvalid as error:
@@ -129,8 +131,10 @@ def try_release(request: Request, say: Any) -> dict[str, float | str]:
         raise Refused(Reason.LOAD_FAILED, f"it cannot be served here as its manifest says: {error}") from error
     try:
         evidence["placement"] = model.placement.actual
-        check_interface(request.inputs, [spec for spec in raw if _is_seen(spec.name, request)], "input")
-        check_interface(request.outputs, model.outputs, "output")
+        interface = raw.plain
+        seen = {name: spec for name, spec in interface.inputs.items() if _is_seen(spec.name, interface, request)}
+        check_interface(request.inputs, seen, "input")
+        check_interface(request.outputs, interface.outputs, "output")
         say("running golden cases")
         for case in request.cases:
             run_case(model, case)
@@ -158,27 +162,30 @@ def _load(runtime: Any, request: Request) -> tuple[Model, float]:
     return model, round((time.perf_counter() - started) * 1000, 3)
 
 
-def check_interface(declared: Sequence[Tensor], actual: Sequence[TensorSpec], what: str) -> None:
-    """What the manifest says about tensors must be what the file has. A manifest that declares none promises nothing.
+def check_interface(declared: Sequence[Tensor], actual: Mapping[str, TensorSpec], what: str) -> None:
+    """What the manifest says about tensors must be what the file has; `actual` is by every name that requests may use. A manifest that
+    declares none promises nothing, and it need not list optional inputs.
 
     Raises: Refused WRONG_INTERFACE.
     """
-    by_name = {spec.name: spec for spec in actual}
+    named = set()
     for tensor in declared:
-        spec = by_name.get(tensor.name)
+        spec = actual.get(tensor.name)
         if spec is None:
-            known = ", ".join(repr(name) for name in by_name)
+            known = ", ".join(repr(name) for name in actual)
             raise Refused(Reason.WRONG_INTERFACE, f"{what} {tensor.name!r} is in the manifest, but the model has {known}")
         if spec.datatype != tensor.datatype:
             raise Refused(
                 Reason.WRONG_INTERFACE, f"{what} {tensor.name!r} is {spec.datatype}, the manifest says {tensor.datatype}"
             )
-        if not _shapes_agree(spec.shape, tensor.shape):
+        named.add(spec.name)
+        if not (spec.any_rank or _shapes_agree(spec.shape, tensor.shape)):
             raise Refused(
                 Reason.WRONG_INTERFACE,
                 f"{what} {tensor.name!r} has shape {list(spec.shape)}, the manifest says {list(tensor.shape)}",
             )
-    if declared and (extra := sorted(set(by_name) - {tensor.name for tensor in declared})):
+    needed = {spec.name for spec in actual.values() if not spec.optional}
+    if declared and (extra := sorted(needed - named)):
         raise Refused(Reason.WRONG_INTERFACE, f"{what} {extra[0]!r} of the model is not in the manifest")
 
 
@@ -187,9 +194,10 @@ def _shapes_agree(actual: Sequence[int], declared: Sequence[int]) -> bool:
     return len(actual) == len(declared) and all(a in (-1, d) for a, d in zip(actual, declared, strict=True))
 
 
-def _is_seen(name: str, request: Request) -> bool:
+def _is_seen(name: str, interface: Interface, request: Request) -> bool:
     """Callers do not see inputs that carry state; a manifest may list them among its inputs all the same."""
-    return name not in request.state or any(tensor.name == name for tensor in request.inputs)
+    carried = interface.own_names(request.state)
+    return name not in carried or name in interface.own_names({tensor.name: tensor for tensor in request.inputs})
 
 
 def run_sequence(model: Any, cases: Sequence[Case]) -> None:
@@ -200,13 +208,13 @@ def run_sequence(model: Any, cases: Sequence[Case]) -> None:
     from runtimes.check import zeros
     from runtimes.contract import RuntimeFailure
 
-    feeds = _arrays(cases[0], cases[0].inputs) if cases else zeros(model.inputs)
+    feeds, outputs = _given(model, cases[0]) if cases else (zeros(model.inputs), None)
     if feeds is None:
         return
     sequence = model.sequence()
     try:
         for _ in range(2):
-            sequence.run(feeds)
+            sequence.run(feeds, outputs)
     except RuntimeFailure:
         if cases:
             raise
@@ -216,13 +224,15 @@ def run_sequence(model: Any, cases: Sequence[Case]) -> None:
 
 def run_case(model: Model, case: Case) -> None:
     """Cases are independent: one of a model with state begins a sequence of its own.  Raises: Refused GOLDEN_MISMATCH; RuntimeFailure."""
-    feeds = _arrays(case, case.inputs)
+    interface = _interface(model, case)
+    feeds = interface.own_names(_arrays(case, case.inputs))
     expected = _arrays(case, case.expected)
-    _require(case, [spec.name for spec in model.inputs], feeds, "inputs")
+    _require(case, [interface.inputs[spec.name].name for spec in interface.required], feeds, "inputs")
     _require(case, list(case.compare), expected, "expected outputs")
-    _require(case, list(case.compare), {spec.name: None for spec in model.outputs}, "outputs of the model")
+    _require(case, list(case.compare), interface.outputs, "outputs of the model")
     wanted = list(case.compare)
-    for name, got in zip(wanted, model.run(feeds, wanted), strict=True):
+    arrays = model.run(feeds, [interface.outputs[name].name for name in wanted])
+    for name, got in zip(wanted, arrays, strict=True):
         rule = case.compare[name]
         if isinstance(rule, Close):
             compare_close(case.name, name, got, expected[name], rule)
@@ -295,17 +305,17 @@ def _measure(model: Model, cases: Sequence[Case]) -> dict[str, float | str]:
     from runtimes.check import zeros
     from runtimes.contract import RuntimeFailure
 
-    feeds = _arrays(cases[0], cases[0].inputs) if cases else zeros(model.inputs)
+    feeds, outputs = _given(model, cases[0]) if cases else (zeros(model.inputs), None)
     if feeds is None:
         return {}
     took: list[float] = []
     waits_s = 0.0
     end = time.perf_counter() + MEASURE_S
     try:
-        model.run(feeds)
+        model.run(feeds, outputs)
         while len(took) < MEASURED_RUNS and (len(took) < 5 or time.perf_counter() < end):
             waited_s, started = priority.waited_s(), time.perf_counter()
-            model.run(feeds)
+            model.run(feeds, outputs)
             ended = time.perf_counter()
             waited_s = priority.waited_s() - waited_s
             waits_s += waited_s
@@ -320,6 +330,27 @@ def _measure(model: Model, cases: Sequence[Case]) -> dict[str, float | str]:
         "p95_ms": round(took[min(len(took) - 1, int(len(took) * 0.95))], 4),
         "gave_way_ms": round(waits_s * 1000, 3),
     }
+
+
+def _interface(model: Model, case: Case) -> Interface:
+    """The names that a golden case uses.  Raises: Refused."""
+    from runtimes.naming import Interfaces
+
+    interfaces = Interfaces.of(model)
+    try:
+        return interfaces.find(case.signature)
+    except KeyError:
+        known = ", ".join(map(repr, interfaces.signatures)) or "none"
+        raise Refused(
+            Reason.GOLDEN_MISMATCH,
+            f"golden case {case.name!r} is for signature {case.signature!r}, which the model has not (it has: {known})",
+        ) from None
+
+
+def _given(model: Model, case: Case) -> tuple[Arrays, list[str] | None]:
+    """What to run for a golden case.  Raises: Refused."""
+    interface = _interface(model, case)
+    return interface.own_names(_arrays(case, case.inputs)), interface.asked
 
 
 def _arrays(case: Case, path: str) -> Arrays:

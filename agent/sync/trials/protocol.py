@@ -22,6 +22,7 @@ class Case(Document, frozen=True, kw_only=True):
     inputs: str
     expected: str
     compare: dict[str, Close | Top1]
+    signature: str = ""
 
 
 class Limits(Document, frozen=True, kw_only=True):

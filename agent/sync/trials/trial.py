@@ -79,6 +79,7 @@ def make_request(
                 inputs=str(store.file(manifest, golden.inputs).absolute()),
                 expected=str(store.file(manifest, golden.expected).absolute()),
                 compare=golden.compare,
+                signature=golden.signature,
             )
             for golden in acceptance.golden
         ),
