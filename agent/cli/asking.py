@@ -46,6 +46,7 @@ def client_at(socket_path: Path | None) -> Client:
     help="A .npy file, or a .npz with one array per input.",
 )
 @click.option("--version", "version", help="A version or label (stable, candidate, previous)  [default: the active one]")
+@click.option("--signature", default="", help="One of the model's file; names are then that one's  [default: none]")
 @click.option("--top", type=click.IntRange(1), metavar="K", help="Show only the K largest values of each row.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the results to this .npz file.")
 @click.option("--timeout", default=30.0, show_default=True, metavar="SECONDS")
@@ -55,6 +56,7 @@ def predict(
     model: str,
     inputs: tuple[str, ...],
     version: str | None,
+    signature: str,
     top: int | None,
     output: Path | None,
     timeout: float,
@@ -77,7 +79,8 @@ def predict(
     with client_at(socket_path) as client:
         try:
             feeds = read_feeds(inputs)
-            results = client.infer(model, feeds.pop("") if set(feeds) == {""} else feeds, version=version, timeout_s=timeout)
+            given = feeds.pop("") if set(feeds) == {""} else feeds
+            results = client.infer(model, given, version=version, timeout_s=timeout, signature=signature)
         except ClientError as error:
             fail(error)
     if output is not None:

@@ -1,6 +1,8 @@
 """What a model's file names and leaves open, over real sockets: signatures, optional inputs, any rank, state. In the server and isolated."""
 
 import json
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -106,6 +108,16 @@ def test_the_same_in_bytes(server, client):
     assert client.infer("coder", {"x": ROWS}, outputs=["y"])["y"].tolist() == (ROWS * 2).tolist()
     with pytest.raises(InputRejected, match="signature 'train' is not one of model 'coder'; it has 'encode', 'decode'"):
         client.infer("coder", ROWS, signature="train")
+
+
+def test_the_command_line_chooses_a_signature_too(server, tmp_path):
+    np.save(tmp_path / "x.npy", ROWS)
+    np.savez(tmp_path / "ab.npz", a=A, b=B)
+    for signature, file, output in (("encode", "x.npy", {"y": (ROWS * 2).tolist()}), ("decode", "ab.npz", DECODED)):
+        words = ["predict", "coder", "--input", tmp_path / file, "--signature", signature, "--json", "--socket", server.socket]
+        command = [sys.executable, "-m", "agent.cli", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+        assert (done.returncode, json.loads(done.stdout or "null")) == (0, output), done.stderr
 
 
 def test_tensorflow_servings_requests_choose_a_signature_too(client):
