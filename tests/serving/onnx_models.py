@@ -38,6 +38,18 @@ def scale_by_default(path, factor, ir_version=8):
     return path
 
 
+def many_by_default(path, count):
+    """y = x + count ones, float32 [n], each of which the caller may give."""
+    names = [f"a-weight-with-a-name-as-exporters-make-them-{number}" for number in range(count)]
+    inputs = [value("x", TensorProto.FLOAT, ["n"]), *(value(name, TensorProto.FLOAT, [1]) for name in names)]
+    graph = helper.make_graph(
+        [helper.make_node("Sum", ["x", *names], ["y"])], "g", inputs, [value("y", TensorProto.FLOAT, ["n"])],
+        [numpy_helper.from_array(np.float32([1]), name) for name in names],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
 def pair(path):
     """total = a + b, difference = a - b, int64 [n]; both inputs have the same n."""
     return _save(

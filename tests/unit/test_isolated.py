@@ -185,3 +185,18 @@ def test_a_closed_model_keeps_nobody_who_listened(path):
         assert listening() is None
     finally:
         gc.enable()
+
+
+def test_weights_that_may_be_given_are_left_out_where_they_are_too_many_to_tell(tmp_path):
+    """What a process says of its model is one message, which has an end."""
+    model = load(onnx_models.many_by_default(tmp_path / "many.onnx", 3000))
+    try:
+        assert [spec.name for spec in model.inputs] == ["x"]
+        assert model.run({"x": np.float32([1, 2])})[0].tolist() == [3001, 3002]
+    finally:
+        model.close()
+    few = load(onnx_models.many_by_default(tmp_path / "few.onnx", 3))
+    try:
+        assert [spec.optional for spec in few.inputs] == [False, True, True, True]
+    finally:
+        few.close()
