@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agent.client import ClientError
-from tests.serving import onnx_models
+from tests.serving import onnx_models, tflite_models
 from tests.serving.stand import DEADLINE_S, Device, Server
 
 pytestmark = pytest.mark.timeout(90)
@@ -39,6 +39,7 @@ def files(tmp_path_factory):
     onnx_models.kills_at_load(folder / "kills.onnx")
     onnx_models.loops(folder / "endless.onnx", "endless")
     onnx_models.loops(folder / "zeros.onnx", "zeros")
+    tflite_models.counts(folder / "counts.tflite", "same")
     server = Server(folder, "run", folder, "--socket", folder / "s.sock", "--load-timeout", "7", "--verbose").start()
     yield server
     assert server.stop() == 0
@@ -56,6 +57,7 @@ def test_the_others_are_served_while_one_hangs(files):
     [
         pytest.param("kills", "ends the process (SIGFPE)", marks=x86),
         ("endless", "were not done in 7 s"),
+        ("counts", "were not done in 7 s"),
         ("zeros", "a run did not end within 7 s"),
     ],
 )

@@ -212,3 +212,43 @@ def unwritten(path, kind=FLOAT):
     """y = x + x, and an output that nothing writes."""
     tensors = [tensor("x", shape=[2]), tensor("y", shape=[2]), tensor("nothing", kind, shape=[2])]
     return save(path, [graph(tensors, [add(0, 0, 1)], [0], [1, 2])])
+
+
+def remainder(path, kind=INT32, divisor=None):
+    """y = x mod z; `divisor` makes z a constant."""
+    tensors = [tensor("x", kind, (1,)), tensor("z", kind, (1,), content=divisor), tensor("y", kind, (1,))]
+    take = operator(OP.FLOOR_MOD, [0, 1], [2], OPTIONS.FloorModOptions)
+    return save(path, [graph(tensors, [take], [0, 1] if divisor is None else [0], [2])])
+
+
+def filled(path, says="values"):
+    """y is filled with `v`, as often as the values of `x` say, or as its shape does."""
+    tensors = [tensor("x", INT32, (1,)), tensor("v", FLOAT), tensor("y", FLOAT, (1,), free=(-1,)), tensor("s", INT32, (1,))]
+    nodes = [operator(OP.FILL, [0 if says == "values" else 3, 1], [2], OPTIONS.FillOptions)]
+    if says == "shape":
+        nodes.insert(0, operator(OP.SHAPE, [0], [3], OPTIONS.ShapeOptions, outType=INT32))
+    return save(path, [graph(tensors, nodes, [0, 1], [2])])
+
+
+def counts(path, until="input"):
+    """y, int32 [1], is counted up from 0 while it is below the input x, below a constant, or for ever (`same`: by 0 steps)."""
+    three, one = np.int32([3]), np.int32([0 if until == "same" else 1])
+    zero = tensor("zero", INT32, (1,), content=np.int32([0]))
+    main = [tensor("x", INT32, (1,)), zero, tensor("y", INT32, (1,)), tensor("most", INT32, (1,))]
+    loop = operator(OP.WHILE, [1, 0], [2, 3], OPTIONS.WhileOptions, condSubgraphIndex=1, bodySubgraphIndex=2)
+    test = [
+        tensor("v", INT32, (1,)),
+        tensor("m", INT32, (1,)),
+        tensor("go", KIND.BOOL, (1,)),
+        tensor("three", INT32, (1,), content=three),
+    ]
+    below = operator(OP.LESS, [0, 1 if until == "input" else 3], [2], OPTIONS.LessOptions)
+    body = [
+        tensor("v", INT32, (1,)),
+        tensor("m", INT32, (1,)),
+        tensor("w", INT32, (1,)),
+        tensor("one", INT32, (1,), content=one),
+    ]
+    return save(
+        path, [graph(main, [loop], [0], [2]), graph(test, [below], [0, 1], [2]), graph(body, [add(0, 3, 2)], [0, 1], [2, 1])]
+    )

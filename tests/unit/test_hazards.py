@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from runtimes import hazards
+from tests.serving import tflite_models
 
 F, I32, I64, B = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 ends a process that divides so")
@@ -30,8 +31,8 @@ def model(path, nodes, inputs, output, constants=(), functions=(), **settings):
     return path
 
 
-def find(path):
-    return " ".join(text.split()[0] for text in hazards.find("onnx", path))
+def find(path, runtime="onnx"):
+    return " ".join(text.split()[0] for text in hazards.find(runtime, path))
 
 
 X, Z = value("x", I32), value("z", I32)
@@ -125,6 +126,25 @@ def test_what_is_inside_of_bodies_and_functions_is_found(tmp_path, monkeypatch):
     assert [find(path), find(called)] == ["Div", "Div"]
 
 
+TFLITE = {
+    "a remainder": (tflite_models.remainder, {}, "FLOOR_MOD"),
+    "of eight bits": (tflite_models.remainder, {"kind": tflite_models.KIND.INT8}, ""),
+    "by a constant": (tflite_models.remainder, {"divisor": np.int32([7])}, ""),
+    "by a constant that is minus one": (tflite_models.remainder, {"divisor": np.int32([-1])}, "FLOOR_MOD"),
+    "a size that an input says": (tflite_models.filled, {}, "FILL"),
+    "a size that a shape says": (tflite_models.filled, {"says": "shape"}, ""),
+    "for as long as an input says": (tflite_models.counts, {}, "WHILE"),
+    "a number of times": (tflite_models.counts, {"until": "constant"}, ""),
+}
+
+
+@pytest.mark.parametrize("name", TFLITE)
+def test_what_is_found_in_tflite_files(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    make, how, found = TFLITE[name]
+    assert find(make(tmp_path / "m.tflite", **how), "tflite") == found
+
+
 def test_only_x86_traps(tmp_path, monkeypatch):
     path = model(tmp_path / "m.onnx", [node("Div", "x z", "y")], [X, Z], value("y", I32))
     for machine, found in (("x86_64", "Div"), ("aarch64", "")):
@@ -149,5 +169,18 @@ def test_the_engine_has_this_fault(tmp_path, op, kind):
     script = (
         "import sys, numpy, onnxruntime as o; k = getattr(numpy, sys.argv[2]);"
         "o.InferenceSession(sys.argv[1]).run(None, {'x': k([numpy.iinfo(k).min]), 'z': k([-1])})"
+    )
+    assert subprocess.run([sys.executable, "-c", script, path, kind.__name__], check=False, timeout=60).returncode == -8
+
+
+@x86
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_the_tflite_engine_has_it_too(tmp_path, kind):
+    which = tflite_models.INT32 if kind is np.int32 else tflite_models.KIND.INT64
+    path = tflite_models.remainder(tmp_path / "m.tflite", which)
+    script = (
+        "import sys, numpy; from ai_edge_litert.interpreter import Interpreter; k = getattr(numpy, sys.argv[2]);"
+        "i = Interpreter(sys.argv[1]); i.allocate_tensors(); a, b = i.get_input_details();"
+        "i.set_tensor(a['index'], k([numpy.iinfo(k).min])); i.set_tensor(b['index'], k([-1])); i.invoke()"
     )
     assert subprocess.run([sys.executable, "-c", script, path, kind.__name__], check=False, timeout=60).returncode == -8
