@@ -177,6 +177,15 @@ class Stateful(Protocol):
         """A new sequence, at its beginning.  Raises: RunFailed."""
 
 
+@runtime_checkable
+class Growing(Protocol):
+    """What a Model has in addition when its engine keeps memory of large runs for the next ones."""
+
+    @property
+    def grown_bytes(self) -> int:
+        """What runs have left with it, beyond what loading took."""
+
+
 class Runtime(Protocol):
     """Loads models of one format."""
 

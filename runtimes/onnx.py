@@ -28,6 +28,7 @@ from runtimes.contract import (
 )
 from runtimes.onnx_graph import read_quantization, read_rankless
 from runtimes.onnx_weights import has_wide_weights
+from runtimes.usual import Usual, resident_bytes
 
 INSTALL = "install it with: pip install 'edge-inference-agent[onnx]'"
 
@@ -179,6 +180,9 @@ class OnnxModel:
         self._is_plain = not (self._has_text or self._has_bf16)
         self._names = [o.name for o in self._outputs]
         self._options = _engine().RunOptions()  # the defaults: making them for every run takes most of a microsecond
+        self._giving_back = _engine().RunOptions()
+        self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._usual = Usual() if any(-1 in spec.shape for spec in self._inputs) else None
         self._run = _run_of(session)
 
     @property
@@ -197,9 +201,29 @@ class OnnxModel:
         if not self._is_plain:
             return self._run_converted(feeds, outputs)
         try:
+            if self._usual is not None:
+                return self._run_of_any_size(self._usual, outputs, feeds)
             result: list[Array] = self._run(outputs or self._names, feeds, self._options)
         except Exception as error:
             raise self._explain(error, feeds) from error
+        return result
+
+    @property
+    def grown_bytes(self) -> int:
+        """What runs have left with the engine, beyond what loading took."""
+        return 0 if self._usual is None else self._usual.grown_bytes
+
+    def _run_of_any_size(self, usual: Usual, outputs: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
+        """A run of a model whose inputs have any size; after an unusual one the engine gives back what it keeps."""
+        size_bytes = 0
+        for array in feeds.values():
+            size_bytes += array.nbytes
+        grows = usual.grows(size_bytes)
+        options = self._options if usual.keeps(size_bytes) else self._giving_back
+        before = resident_bytes() if grows else 0
+        result: list[Array] = self._run(outputs or self._names, feeds, options)
+        if grows and options is self._options:
+            usual.grown_bytes += max(0, resident_bytes() - before)
         return result
 
     def _run_converted(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from runtimes.check import shape_text
-from runtimes.contract import Array, Model, ModelInvalid, Placement, Signature, TensorSpec
+from runtimes.contract import Array, Growing, Model, ModelInvalid, Placement, Signature, TensorSpec
 from runtimes.naming import Interfaces
 
 
@@ -53,6 +53,10 @@ class DeclaredState:
         if not self.keeps_state(outputs):
             return self._model.run(feeds, outputs)
         return self._model.run({**feeds, **self.initial}, outputs)
+
+    @property
+    def grown_bytes(self) -> int:
+        return self._model.grown_bytes if isinstance(self._model, Growing) else 0
 
     def sequence(self) -> DeclaredSequence:
         return DeclaredSequence(self, self._model)

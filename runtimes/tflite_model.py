@@ -19,6 +19,7 @@ from runtimes.check import check_feeds
 from runtimes.contract import Array, InputInvalid, ModelInvalid, Placement, RunFailed, Signature, TensorSpec
 from runtimes.tflite_graph import Facts
 from runtimes.tflite_interface import Method
+from runtimes.usual import Usual, resident_bytes
 
 MAX_INTERPRETERS = 8  # kept per signature; each has its own arena, so more would cost memory for callers that come rarely
 SIZES = tuple(1 << n for n in range(1, 17))  # tried for free dimensions where 1, which the file has for them, is too small
@@ -115,6 +116,8 @@ class TfliteModel:
         if self._default.key is not None:
             first.last = None
         self._default.idle.append(first)
+        free = any(-1 in spec.shape for method in methods for spec in method.inputs)
+        self._usual = Usual() if free else None
         self._signatures = tuple(method.signature for method in methods if method.signature is not None)
         self._placement = placement
 
@@ -144,6 +147,9 @@ class TfliteModel:
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
         pool = self.pool(outputs) if self._others else self._default
         shapes = shapes_of(pool, feeds)
+        before = 0
+        if self._usual is not None and self._usual.grows(sum([array.nbytes for array in feeds.values()])):
+            before = resident_bytes()
         interpreter = pool.take(shapes)
         try:
             if interpreter.last != shapes:
@@ -158,8 +164,27 @@ class TfliteModel:
             raise RunFailed(f"the TFLite engine failed: {plain(error)}") from error
         # An interpreter that failed is not kept: what state it is in is unknown.
         interpreter.last = shapes
-        pool.give_back(interpreter)
+        self._end_run(pool, interpreter, sum([array.nbytes for array in feeds.values()]) if self._usual else 0, before)
         return results
+
+    @property
+    def grown_bytes(self) -> int:
+        """What runs have left with the engine, beyond what loading took."""
+        return 0 if self._usual is None else self._usual.grown_bytes
+
+    def _end_run(self, pool: _Pool, interpreter: Interpreter, size_bytes: int, before: int) -> None:
+        """Keeps the interpreter, but not after an unusual run: then all give their memory back."""
+        usual = self._usual
+        if usual is None:
+            pool.give_back(interpreter)
+            return
+        grows = usual.grows(size_bytes)
+        if not usual.keeps(size_bytes):
+            pool.clear()
+            return
+        if grows:
+            usual.grown_bytes += max(0, resident_bytes() - before)
+        pool.give_back(interpreter)
 
     def pool(self, outputs: Sequence[str] | None) -> _Pool:
         """Of the method that has these outputs."""

@@ -158,3 +158,17 @@ def loops(path, goes_on="asked"):
         [value("y", TensorProto.FLOAT, [1])],
         [("one", np.float32([1])), ("zero", np.float32(0)), ("yes", np.bool_(True))],
     )
+
+
+def chain(path):
+    """y = the sum of 5 x, x float32 [n], with tensors between them that the engine keeps the memory of."""
+    nodes = [helper.make_node("Mul", ["x", "one"], ["h0"])]
+    nodes += [helper.make_node("Add", [f"h{i}", "x"], [f"h{i + 1}"]) for i in range(4)]
+    nodes += [helper.make_node("ReduceSum", ["h4"], ["y"], keepdims=1)]
+    return _save(
+        path,
+        nodes,
+        [value("x", TensorProto.FLOAT, ["n"])],
+        [value("y", TensorProto.FLOAT, [1])],
+        [("one", np.float32([1]))],
+    )

@@ -252,3 +252,11 @@ def counts(path, until="input"):
     return save(
         path, [graph(main, [loop], [0], [2]), graph(test, [below], [0, 1], [2]), graph(body, [add(0, 3, 2)], [0, 1], [2, 1])]
     )
+
+
+def chain(path):
+    """y = the sum of 4 x, float32 [n], with tensors between that the engine keeps the memory of."""
+    tensors = [tensor(name, FLOAT, (1,), free=(-1,)) for name in ("x", "a", "b")]
+    tensors += [tensor("y", FLOAT, (1,)), tensor("axis", INT32, (1,), content=np.int32([0]))]
+    total = operator(OP.SUM, [2, 4], [3], OPTIONS.ReducerOptions, keepDims=True)
+    return save(path, [graph(tensors, [add(0, 0, 1), add(1, 1, 2), total], [0], [3])])

@@ -291,7 +291,7 @@ def _statistics(item: Version) -> Document:
             }
             for batch in stats.batches
         ],
-        "memory_usage": [{"type": "CPU", "id": 0, "byte_size": item.memory_bytes}],
+        "memory_usage": [{"type": "CPU", "id": 0, "byte_size": item.now_bytes}],
     }
 
 

@@ -24,7 +24,7 @@ from agent.serving.candidates.canary import Canary
 from agent.serving.scheduling.lanes import INLINE_RUN_S, LONG_RUN_S, Lane
 from agent.serving.scheduling.sequences import Sequences
 from agent.serving.telemetry.stats import Stats
-from runtimes.contract import Array, Model, Placement, TensorSpec
+from runtimes.contract import Array, Growing, Model, Placement, TensorSpec
 from runtimes.naming import Interfaces
 
 log = logging.getLogger(__name__)
@@ -235,6 +235,14 @@ class Version:
             return
         model.close()
 
+    @property
+    def now_bytes(self) -> int:
+        """What its model takes: when it was loaded, and what runs have left with its engine since; or its process, as it is now."""
+        if self.process is not None:
+            return self.process.memory_bytes or self.memory_bytes
+        model = self.model
+        return self.memory_bytes + (model.grown_bytes if isinstance(model, Growing) else 0)
+
     def measured(self, run_s: float) -> None:
         """A moving mean; one run that the scheduler interrupted does not make a cheap model dear."""
         cost_s = self.cost_s
@@ -266,7 +274,7 @@ class Version:
             "sha256": self.sha256,
             "placement": {"requested": placement.requested, "actual": placement.actual, "fallback": placement.fallback},
             "load_ms": round(self.load_s * 1e3, 3),
-            "memory_bytes": self.memory_bytes,
+            "memory_bytes": self.now_bytes,
             "pid": self.process.pid if self.process is not None else None,
             "waiting": self.lane.waiting,
             "stats": self.stats.document(),
@@ -279,6 +287,14 @@ class NeverInlineVersion(Version):
     def arrange(self, *, max_sequences: int, sequence_idle_s: float) -> None:
         self.cost_s, self.is_cheap = max(self.cost_s, BEYOND_INLINE_S), False
         super().arrange(max_sequences=max_sequences, sequence_idle_s=sequence_idle_s)
+
+    @property
+    def now_bytes(self) -> int:
+        """What its model takes: when it was loaded, and what runs have left with its engine since; or its process, as it is now."""
+        if self.process is not None:
+            return self.process.memory_bytes or self.memory_bytes
+        model = self.model
+        return self.memory_bytes + (model.grown_bytes if isinstance(model, Growing) else 0)
 
     def measured(self, run_s: float) -> None:
         super().measured(run_s)

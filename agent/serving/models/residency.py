@@ -379,8 +379,8 @@ class Residency:
 
 def size_of(version: Version) -> int:
     if version.process is not None:
-        return version.process.memory_bytes or version.memory_bytes
-    return max(version.memory_bytes, file_bytes(version.source) if version.source is not None else 0)
+        return version.now_bytes
+    return max(version.now_bytes, file_bytes(version.source) if version.source is not None else 0)
 
 
 def file_bytes(source: Source) -> int:

@@ -42,7 +42,7 @@ GAUGES: tuple[Row, ...] = (
     (
         "edge_model_memory_bytes",
         "Resident memory that loading the model took",
-        lambda v: v.memory_bytes if v.process is None else v.process.memory_bytes,
+        lambda v: v.now_bytes,
     ),
     ("edge_model_ready", "1 for a version that can answer", lambda v: int(v.state == "READY")),
 )
