@@ -63,6 +63,12 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     """Who may connect for gRPC: it hides which user that is, so all of them have `grpc_access`. YAML reads 0o660."""
     grpc_access: AccessClass = "observe"
     """What everyone on the gRPC socket may do."""
+    grpc_streams: int = 64
+    """Streams (ModelStreamInfer) open at once on the gRPC socket; one more is refused. Each keeps a thread of the server, and while it is read
+    a request of it takes up to `max_body_bytes`."""
+    grpc_ping_interval_s: float = 0.5
+    """How often a gRPC client may ping (its `keepalive_time_ms`), with or without calls. One that does so more often is disconnected
+    with "too_many_pings". 0: as often as it likes."""
     threads: int = 3
     """Threads that take turns at the socket: one listens, the others run what is long. 1 is taken as 2. More help when many slow models run at once. A run of more than 5 ms gives way to shorter ones, where the limit `nice` allows it (`ulimit -e 20`; the unit sets it)."""
     engine_threads: int = 1
@@ -111,6 +117,8 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.shadow_max_load < 0 or self.shadow_max_celsius < 0:
             raise ValueError("shadow_max_load and shadow_max_celsius must not be negative")
+        if self.grpc_streams < 1 or self.grpc_ping_interval_s < 0:
+            raise ValueError("grpc_streams must be at least 1, grpc_ping_interval_s not negative")
         if self.threads < 1:
             raise ValueError("threads must be at least 1")
         if self.load_timeout_s <= 0 or self.run_timeout_s <= 0:

@@ -46,6 +46,7 @@ from agent.serving.shared.systemmemory import SystemMemory
 from agent.serving.starting import FilesStart, Start, StoreStart
 from agent.serving.telemetry.metrics import Metrics
 from agent.serving.telemetry.observing import ObservedService, Observer
+from agent.serving.transport.buffers import LARGE_BODIES_AT_ONCE, BufferPool
 from agent.serving.transport.loop import Loop
 from agent.serving.transport.sockets import Listeners, open_listeners
 from agent.store import Store
@@ -82,6 +83,7 @@ class Parts:
     router: Router
     service: Service
     observers: Sequence[Observer]
+    pool: BufferPool  # of requests' memory, whatever transport brings them
 
     @property
     def routes(self) -> Sequence[Route]:
@@ -131,8 +133,9 @@ def assemble(store: Store | None, settings: ServeSettings, notes: Path | None = 
         else Service(dataplane, settings.max_body_bytes)
     )
     return Parts(
-        host, dataplane, residency, shadows, protocol, control, repository, logs, traces, system, router, service, observers
-    )
+        host, dataplane, residency, shadows, protocol, control, repository, logs, traces, system, router, service, observers,
+        BufferPool(LARGE_BODIES_AT_ONCE * settings.max_body_bytes),
+    )  # fmt: skip
 
 
 def observers_of(settings: ServeSettings) -> list[Observer]:
@@ -250,6 +253,7 @@ def _run(
         max_body_bytes=settings.max_body_bytes,
         max_connections=settings.max_connections,
         scheduler=parts.dataplane.scheduler,
+        pool=parts.pool,
         memory_of=lambda grant: None if grant.uid is None else ClientMemory(budget, system, grant.uid),
     )
     parts.residency.begin(loop.defer)

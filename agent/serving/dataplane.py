@@ -27,7 +27,8 @@ from runtimes.contract import Array
 
 MAX_PLAN_KEY_BYTES = 2048  # JSON parts without data are far smaller
 MAX_PLANS = 64  # per version; callers use a few shapes
-LEADER_JSON_BYTES = 16 * 1024  # what the polling thread reads of a request that no thread is free for, to know what it demands
+INLINE_TEXT_BYTES = 8 * 1024  # of BYTES elements, each of which is an object
+LEADER_JSON_BYTES = 16 * 1024  # the JSON that the polling thread reads
 ALIVE_S = 0.1  # how often a caller that waits in a thread of its own is asked whether it is still there
 SHORTEST_S = 100e-6
 GONE = 499  # nobody sees this status: its caller has gone
@@ -57,7 +58,9 @@ class OipForm:
             plan: oip.Plan | None = version.plans.get(key)
             if plan is not None and plan.size_bytes == len(body):
                 return plan
-        plan = oip.read_request(body, length, version.name, version.inputs, version.outputs, version.interfaces)
+        if call.allowance is not None and call.allowance.made:
+            call.allowance.again()
+        plan = oip.read_request(body, length, version.name, version.inputs, version.outputs, version.interfaces, call.allowance)
         if key and plan.reusable:
             if len(version.plans) >= MAX_PLANS:
                 version.plans.clear()
@@ -65,7 +68,7 @@ class OipForm:
         return plan
 
     def feeds(self, plan: oip.Plan, call: Request) -> Mapping[str, Array]:
-        return plan.feeds(call.body, call.regions, strays=call.strays)
+        return plan.feeds(call.body, call.regions, strays=call.strays, allowance=call.allowance)
 
     def write(self, version: Version, plan: oip.Plan, call: Request, arrays: Any) -> Answer:
         return oip.write_response(plan, arrays, version.name, version.number_text, version.labels, call.regions)
@@ -96,7 +99,7 @@ class Dataplane:
         canary = version.canary
         if canary is not None and not canary.candidate.is_cheap:
             return False
-        return version.is_cheap and (call.known is not None or _tensor_bytes(call) <= version.inline_bytes)
+        return version.is_cheap and (call.known is not None or _is_soon_read(version, call))
 
     def keeps_order(self, match: Match) -> bool:
         """Whether requests must be admitted in the order in which they come: they may belong to sequences."""
@@ -324,6 +327,15 @@ def _sequence_of(version: Version, call: Request, form: Form) -> SequenceDemand 
         return OIP.read(version, call).sequence
     except Refusal:
         return None  # whichever version answers says what is wrong with it
+
+
+def _is_soon_read(version: Version, call: Request) -> bool:
+    """Whether making arrays of it takes little, whatever it says: JSON and BYTES cost far more than their bytes."""
+    length = len(call.body) if call.header_length is None else call.header_length
+    if length > LEADER_JSON_BYTES:
+        return False
+    size = _tensor_bytes(call)
+    return size <= version.inline_bytes and (size <= INLINE_TEXT_BYTES or not version.takes_text)
 
 
 def _tensor_bytes(call: Request) -> int:

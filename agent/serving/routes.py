@@ -13,9 +13,11 @@ from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal
 from agent.serving.scheduling.jobs import Caller
 from agent.serving.shared.regions import ConnectionRegions
+from agent.serving.transport.allowance import Allowance
 from agent.serving.transport.compression import Coding
 
 MAX_CACHED_URLS = 1024
+WHOLE_SERVER = (b"*", b"/")  # what OPTIONS may name besides a resource
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::(.+))?\}(:\w+)?")
 
 
@@ -45,7 +47,7 @@ class Request:
     """A complete request. `body` is valid until its answer is sent; `arrived_s` is a perf_counter."""
 
     __slots__ = (
-        "arrived_s", "body", "coding", "header_length", "known", "match", "pace", "plan", "regions", "seat", "strays", "trace",
+        "allowance", "arrived_s", "body", "coding", "header_length", "known", "match", "pace", "plan", "regions", "seat", "strays", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +65,7 @@ class Request:
         self.arrived_s = arrived_s
         self.regions = regions  # memory that the client shares; None where it cannot
         self.coding = coding  # of a body that is still compressed, or of the answer; None for neither
+        self.allowance: Allowance | None = None  # what may be made of the body
         self.pace = _RUN
         self.trace = b""  # the caller's traceparent
         self.strays = False  # the tensors in the body do not begin where vector instructions like it
@@ -87,9 +90,10 @@ Parking = Callable[[Request], Answer | None]  # None: the answer comes later, to
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One row of the table. A pattern's `{name}` is one path segment, percent-decoded; `{name:regex}` restricts it.
+    """One row of the table. A pattern's `{name}` is one path segment, percent-decoded; `{name:regex}` restricts it. A route for GET
+    answers HEAD, too.
 
-    A verb, as in `{name}:predict`, is not part of the value.
+    A verb, as in `{name}:predict`, is not part of the value, and the name of a model has no colon: `{model}` alone takes no verb.
     """
 
     method: str
@@ -125,7 +129,8 @@ def _segment(text: str) -> tuple[str, re.Pattern[str] | None]:
     if placeholder is None:
         return text, None
     end = re.escape(placeholder[3] or "")
-    return placeholder[1], re.compile(f"(?P<value>{placeholder[2] or '.+'}){end}", re.DOTALL)
+    usual = "[^:]+" if placeholder[1] == "model" else ".+"
+    return placeholder[1], re.compile(f"(?P<value>{placeholder[2] or usual}){end}", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,16 +169,23 @@ class Router:
             segments = [unquote_to_bytes(segment).decode() for segment in path.split(b"/")]
         except UnicodeDecodeError:
             return Match(None, refusal=Refusal(400, "the path is not UTF-8 after percent-decoding"))
-        allowed: list[str] = []
+        wanted = "GET" if method == "HEAD" else method  # whose answer goes without its body
+        allowed: set[str] = set()
         for route in self.routes:
             params = route.match(segments)
             if params is None:
                 continue
-            if route.method == method:
+            if route.method == wanted:
                 query_text = query.decode("ascii", "replace")
                 return Match(route, params, query_text, model=params.get("model"), version=params.get("version"))
-            allowed.append(route.method)
+            allowed.add(route.method)
+        if method == "OPTIONS" and path in WHOLE_SERVER:
+            allowed = {route.method for route in self.routes}
         if allowed:
-            allow = ", ".join(sorted(set(allowed)))
-            return Match(None, refusal=Refusal(405, "Method Not Allowed", headers=((b"allow", allow.encode()),)))
+            allow = (b"allow", ", ".join(sorted(allowed | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set()))).encode())
+            if method == "OPTIONS":
+                return Match(
+                    Route("OPTIONS", target.decode("ascii", "replace"), Access.NONE, lambda _: Answer(headers=(allow,)))
+                )
+            return Match(None, refusal=Refusal(405, "Method Not Allowed", headers=(allow,)))
         return Match(None, refusal=Refusal(404, "Not Found"))

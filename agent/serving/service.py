@@ -64,8 +64,10 @@ class Service:
             if grant.access < route.access or grant.models is not None:
                 grant.check(route.access, request.match.model)
             if request.coding is not None and request.coding.body is not None:
-                request.body = compression.inflate(request.body, request.coding.body, self._max_body)
+                request.body = compression.inflate(request.body, request.coding.body, self._max_body, request.allowance)
                 request.strays = True
+                if request.allowance is not None:
+                    request.allowance.body_bytes = len(request.body)
             return route.handler(request)
         except Refusal as refusal:
             return refusal_answer(refusal.forget())

@@ -167,7 +167,8 @@ def expired(held: Version | None = None) -> Refusal:
 def refusal(version: Version, error: Exception) -> Refusal:
     """Counts the failure, and says it so that the caller understands."""
     if isinstance(error, Refusal):
-        version.stats.failed("unavailable" if error.status == 503 else "invalid")
+        # What the model made could not be written: nobody's fault but the model's, and a watch is to see it.
+        version.stats.failed("unavailable" if error.status == 503 else "run" if error.status == 500 else "invalid")
         return error
     if isinstance(error, InputInvalid):
         version.stats.failed("invalid")

@@ -63,7 +63,7 @@ def request(data):
     try:
         oip.write_response(plan, arrays, "m", "1")
     except Refusal as refusal:
-        assert refusal.status == 400, refusal.status
+        assert refusal.status == 500, refusal.status
 
 
 def _handler(_request):
@@ -112,7 +112,7 @@ def columns(data):
     version.interfaces = Interfaces(version.inputs, version.outputs)
     read = (tfserving._read_predict, tfserving._read_classify, tfserving._read_regress)[choose.ConsumeIntInRange(0, 2)]
     try:
-        plan = read(version, choose.ConsumeBytes(LIMIT))
+        plan = read(version, tfserving.Body(choose.ConsumeBytes(LIMIT)))
     except Refusal as refusal:
         assert refusal.status == 400, refusal.status
         return

@@ -60,8 +60,19 @@ def pair(path):
     )
 
 
-def identity(path, kind, shape=("n",)):
-    return _save(path, [helper.make_node("Identity", ["x"], ["y"])], [value("x", kind, shape)], [value("y", kind, shape)])
+def identity(path, kind, shape=("n",), name="x"):
+    return _save(path, [helper.make_node("Identity", [name], ["y"])], [value(name, kind, shape)], [value("y", kind, shape)])
+
+
+def constant(path, number):
+    """y = number, float32 [1], whatever it is asked: it has no input."""
+    return _save(
+        path,
+        [helper.make_node("Identity", ["k"], ["y"])],
+        [],
+        [value("y", TensorProto.FLOAT, [1])],
+        [("k", np.array([number], np.float32))],
+    )
 
 
 def slow(path, side=1500, rounds=1):

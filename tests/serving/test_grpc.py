@@ -1,5 +1,6 @@
 """gRPC as its stock client speaks it, over its own Unix socket. The server is a process, as the two define the same messages."""
 
+import contextlib
 import os
 import queue
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -15,12 +17,13 @@ import pytest
 import tritonclient.grpc as triton
 import tritonclient.utils.shared_memory as shm
 from onnx import TensorProto
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from agent.serving.grpc import compile as protos
 from agent.serving.grpc.messages import HEALTH, classes_of
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S, Server
+from tests.serving.stand import DEADLINE_S, Device, Server
 
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 
@@ -181,8 +184,6 @@ def test_a_stream_may_want_real_status_codes(server):
 
 
 def test_typed_contents_as_clients_without_raw_bytes_send_them(server):
-    from tritonclient.grpc import service_pb2, service_pb2_grpc
-
     def ask(model, datatype, **contents):
         request = service_pb2.ModelInferRequest(model_name=model)
         tensor = request.inputs.add(name="x", datatype=datatype, shape=[2])
@@ -262,8 +263,6 @@ def test_state_is_kept_within_a_sequence(device, tmp_path):
 
 @pytest.mark.alone  # the runs must not end before it is seen that calls wait
 def test_a_call_whose_caller_leaves_while_it_waits_is_counted_as_cancelled(device, tmp_path):
-    from tritonclient.grpc import service_pb2, service_pb2_grpc
-
     device.release("slow", 1, onnx_models.slow(tmp_path / "slow.onnx", rounds=4), serving={"instances": 1})
     device.select("slow", 1)
     server = device.server(grpc_socket=str(tmp_path / "g.sock")).start()
@@ -437,3 +436,118 @@ def test_grpc_is_loaded_only_when_it_is_asked_for():
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
     assert "agent" in loaded
     assert not {"grpc", "google"} & set(loaded)
+
+
+PINGING = [
+    ("grpc.keepalive_time_ms", 100),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+THROWN_OFF_S = 3.0  # the third ping too many ends the connection
+
+
+def test_how_often_a_client_may_ping(tmp_path):
+    """Every second is allowed unless the configuration says otherwise; beyond what is allowed a client is told to go."""
+    servers, ended, watches = [], {}, {}
+    with contextlib.ExitStack() as stack:
+        for interval_s in (None, 0, 60):
+            folder = tmp_path / str(interval_s)
+            folder.mkdir()
+            settings = {} if interval_s is None else {"grpc_ping_interval_s": interval_s}
+            servers.append(Device(folder).server(grpc_socket=str(folder / "g.sock"), **settings).start())
+            stack.callback(servers[-1].stop)
+            channel = stack.enter_context(grpc.insecure_channel(f"unix:{folder / 'g.sock'}", PINGING))
+            ended[interval_s] = threading.Event()
+            watches[interval_s] = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
+            watches[interval_s].add_done_callback(lambda _, event=ended[interval_s]: event.set())
+            assert next(watches[interval_s])
+        assert ended[60].wait(DEADLINE_S)
+        with pytest.raises(grpc.RpcError, match="Too many pings"):
+            next(watches[60])
+        assert not ended[None].wait(THROWN_OFF_S / 2)
+        assert not ended[0].is_set()
+        for watch in watches.values():
+            watch.cancel()
+
+
+def test_as_many_streams_as_are_allowed(device, tmp_path):
+    device.server(grpc_socket=str(tmp_path / "g.sock"), grpc_streams=20).start()
+    ended = queue.SimpleQueue()
+    request = service_pb2.ModelInferRequest(model_name="scale", raw_input_contents=[X.tobytes()])
+    request.inputs.add(name="x", datatype="FP32", shape=X.shape)
+
+    def asking():
+        yield request
+        ended.get()
+
+    with grpc.insecure_channel(f"unix:{tmp_path / 'g.sock'}") as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        streams = [stub.ModelStreamInfer(asking()) for _ in range(20)]
+        try:
+            for stream in streams:
+                assert next(stream).infer_response.raw_output_contents == [X.tobytes()]
+            with pytest.raises(grpc.RpcError, match="all 20 streams are in use") as error:
+                next(stub.ModelStreamInfer(iter([request])))
+            assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert stub.ModelInfer(request).raw_output_contents == [X.tobytes()]
+        finally:
+            for _ in streams:
+                ended.put(None)
+        assert all(list(stream) == [] for stream in streams)
+        assert next(stub.ModelStreamInfer(iter([request]))).infer_response.raw_output_contents == [X.tobytes()]
+
+
+def field(number, value):
+    size, head = len(value), b""
+    while size > 127:
+        head, size = head + bytes((size & 127 | 128,)), size >> 7
+    return bytes((number << 3 | 2,)) + head + bytes((size,)) + value
+
+
+def text_request(elements, **contents):
+    request = service_pb2.ModelInferRequest(model_name="same-bytes", **contents)
+    request.inputs.add(name="x", datatype="BYTES", shape=[elements])
+    return request.SerializeToString()
+
+
+MILLION = 1_000_000
+HEAVY = {
+    "empty inputs": field(1, b"same-fp32") + field(5, b"") * MILLION,
+    "parameters": field(1, b"same-fp32") + b"".join(field(4, field(1, b"%d" % n)) for n in range(300_000)),
+    "small numbers": field(1, b"same-int64")
+    + field(5, field(1, b"x") + field(2, b"INT64") + field(5, field(3, bytes(2 * MILLION)))),
+    "one by one": field(1, b"same-int64") + field(5, field(1, b"x") + field(2, b"INT64") + field(5, b"\x18\1" * 2 * MILLION)),
+    "sizes": field(1, b"same-fp32") + field(5, field(1, b"x") + field(3, b"\1" * 2 * MILLION)),
+    "empty texts": field(1, b"same-bytes") + field(5, field(1, b"x") + field(2, b"BYTES") + field(5, field(8, b"") * MILLION)),
+    "raw texts": text_request(300_000, raw_input_contents=[bytes(4 * 300_000)]),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_a_message_that_would_take_far_more_than_its_bytes_is_refused(server, name):
+    before = rss_bytes(server)
+    with grpc.insecure_channel(f"unix:{server.folder / 'g.sock'}") as channel:
+        with pytest.raises(grpc.RpcError, match="of memory, of which") as error:
+            channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(HEAVY[name], timeout=DEADLINE_S)
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert rss_bytes(server) - before < 40 * MILLION
+
+
+def rss_bytes(server):
+    with Path(f"/proc/{server.process.pid}/statm").open() as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("data", [b"\x0a\x05ab", b"\xff" * 20, b"\x0b", field(5, b"\x0a"), field(1, b"same-fp32") + b"\x80"])
+def test_what_is_no_message_is_the_callers_mistake(server, data):
+    with grpc.insecure_channel(f"unix:{server.folder / 'g.sock'}") as channel:
+        with pytest.raises(grpc.RpcError) as error:
+            channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(data, timeout=DEADLINE_S)
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_long_message_without_tensors_is_refused(server):
+    with grpc.insecure_channel(f"unix:{server.folder / 'g.sock'}") as channel:
+        with pytest.raises(grpc.RpcError, match="without tensors at most") as error:
+            channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(field(15, bytes(100_000)), timeout=DEADLINE_S)
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -89,6 +89,86 @@ def test_a_long_text_among_numbers_costs_no_memory(serve_files, tmp_path):
     assert peak_bytes(server) - before < 50_000_000
 
 
+def free(path, kind, rank=1):
+    """y = the shape of x, which may be any: what is read of x is all that takes memory."""
+    x = helper.make_tensor_value_info("x", kind, [f"n{at}" for at in range(rank)])
+    graph = helper.make_graph(
+        [helper.make_node("Shape", ["x"], ["y"])], "g", [x], [helper.make_tensor_value_info("y", TensorProto.INT64, [rank])]
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+MB = 1_000_000
+
+
+def tensor(shape, datatype, data):
+    return b'{"inputs":[{"name":"x","shape":%b,"datatype":"%b","data":%b}]}' % (json.dumps(shape).encode(), datatype, data)
+
+
+def listed(element, count):
+    return b"[" + b",".join([element] * count) + b"]"
+
+
+def binary_texts(count):
+    head = {"name": "x", "shape": [count], "datatype": "BYTES", "parameters": {"binary_data_size": 6 * count}}
+    return json.dumps({"inputs": [head]}).encode()
+
+
+HEAVY = {
+    "BYTES of two bytes": ("texts", binary_texts(3 * MB) + b"\2\0\0\0ab" * 3 * MB, len(binary_texts(3 * MB)), 413),
+    "strings": ("texts", tensor([2 * MB], b"BYTES", listed(b'"ab"', 2 * MB)), None, 413),
+    "strings that are long": ("texts", tensor([1000], b"BYTES", listed(b'"%b"' % (b"a" * 10_000), 1000)), None, 200),
+    "one string": ("texts", tensor([1], b"BYTES", b'["%b"]' % (b"a" * 4 * MB)), None, 200),
+    "[1],": ("rows", tensor([2 * MB, 1], b"FP32", listed(b"[1]", 2 * MB)), None, 200),
+    "1,": ("numbers", tensor([4 * MB], b"FP32", listed(b"1", 4 * MB)), None, 200),
+    "null,": ("numbers", tensor([MB], b"FP32", listed(b"null", MB)), None, 200),
+    "[],": ("rows", tensor([2 * MB, 0], b"FP32", listed(b"[]", 2 * MB)), None, 200),
+    "deep": ("numbers", tensor([1], b"FP32", b"[" * 4 * MB + b"]" * 4 * MB), None, 400),
+    "digits": ("numbers", tensor([1], b"FP32", b"[0.%b]" % (b"1" * 8 * MB)), None, 400),
+    "inputs": ("numbers", b'{"inputs":[%b]}' % b",".join([b'{"name":"x","shape":[1],"datatype":"FP32","data":[1]}'] * 200_000), None, 400),
+    "parameters": ("numbers", b'{"inputs":[],"parameters":{%b}}' % b",".join(b'"%d":1' % n for n in range(MB)), None, 400),
+    "names": ("numbers", b'{"inputs":[],"%b":1}' % (b"a" * 8 * MB), None, 400),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_decoding_takes_at_most_four_times_the_body(serve_files, tmp_path, name):
+    """With the body itself, and a little that the engine and every server need. What would take more is refused."""
+    model, body, length, expected = HEAVY[name]
+    kinds = {"texts": (TensorProto.STRING, 1), "rows": (TensorProto.FLOAT, 2), "numbers": (TensorProto.FLOAT, 1)}
+    server = serve_files(free(tmp_path / f"{model}.onnx", *kinds[model]))
+    headers = {} if length is None else {"Inference_Header_Content_Length": length}
+    path = f"/v2/models/{model}/infer"
+    server.raw(request("POST", path, b"{}"))
+    before = peak_bytes(server)
+    status, _, answer = server.raw(request("POST", path, body, **headers))
+    assert status == expected, answer
+    assert peak_bytes(server) - before < 4 * len(body) + 12 * MB
+
+
+def test_decoding_is_refused_while_others_fill_the_pool(device, tmp_path):
+    """What many small bodies become together is bounded, too: by four of max_body_bytes."""
+    texts = tensor([100_000], b"BYTES", listed(b'"a"', 100_000))  # 0.4 MB that become some ten
+    device.release("texts", 1, free(tmp_path / "texts.onnx", TensorProto.STRING))
+    device.select("texts", 1)
+    server = device.server(max_body_bytes=2_000_000).start()
+    status, headers, answer = server.raw(request("POST", "/v2/models/texts/infer", texts))
+    assert (status, headers.get("retry-after")) == (503, "1"), answer
+    few = tensor([1000], b"BYTES", listed(b'"a"', 1000))
+    assert server.raw(request("POST", "/v2/models/texts/infer", few))[0] == 200
+
+
+def test_a_model_that_yields_what_is_not_finite_answers_json_clients(serve_files, tmp_path):
+    server = serve_files(onnx_models.identity(tmp_path / "float.onnx", TensorProto.FLOAT))
+    status, _, answer = server.raw(request("POST", "/v2/models/float/infer", tensor([3], b"FP32", b"[NaN,-Infinity,null]")))
+    assert status == 200
+    assert b'"data":[NaN,-Infinity,NaN]' in answer
+    with server.client() as client:
+        stats = client.status()["models"]["float"]["versions"]["1"]["stats"]
+    assert (stats["requests"], stats["failed"]) == (1, {"invalid": 0, "run": 0, "unavailable": 0})
+
+
 @pytest.mark.alone  # each refusal is waited for for 0.2 s
 def test_chunked_bodies_share_the_bound_of_large_bodies(serve_files, tmp_path):
     server = serve_files(onnx_models.scale(tmp_path / "scale.onnx", 3.0))

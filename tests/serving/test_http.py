@@ -96,18 +96,137 @@ def test_what_cannot_be_answered_says_why(scale_server, method, path, status, er
     assert (got, json.loads(body)["error"]) == (status, error)
 
 
-def test_head_has_no_body(scale_server):
+GETS = (
+    "/v2",
+    "/v2/health/live",
+    "/v2/models/scale",
+    "/v2/models/scale/config",
+    "/v1/models/scale",
+    "/control/v1/status",
+    "/metrics",
+)
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_head_is_answered_as_get_without_the_body(scale_server, path):
     with scale_server.connect() as sock:
-        sock.sendall(request("HEAD", "/v2") + request("GET", "/v2/health/live"))
-        assert read_answer_without_body(sock) == (405, 200)
+        sock.sendall(request("HEAD", path) + request("GET", "/v2/health/live") + request("GET", path))
+        data = b""
+        while data.count(b"HTTP/1.1 ") < 3:
+            data += sock.recv(1 << 20)
+    head, live, get = data.split(b"HTTP/1.1 ")[1:]
+    assert [part[:3] for part in (head, live, get)] == [b"200"] * 3
+    assert head.endswith(b"\r\n\r\n")
+    assert (b"content-length: 0" in head) == (path == "/v2/health/live")
+    types = [[line for line in part.split(b"\r\n") if line.startswith(b"content-type")] for part in (head, get)]
+    assert types[0] == types[1]
 
 
-def read_answer_without_body(sock):
-    data = b""
-    while data.count(b"\r\n\r\n") < 2:
-        data += sock.recv(65536)
-    first, second = data.split(b"\r\n\r\n")[:2]
-    return int(first.split()[1]), int(second.split()[1])
+ALLOWED = {
+    "/v2/models/scale": "GET, HEAD, OPTIONS",
+    INFER: "OPTIONS, POST",
+    "/v1/models/scale:predict": "OPTIONS, POST",
+    "/v1/models/scale/versions/1:classify": "OPTIONS, POST",
+    "/v1/models/scale/labels/stable:regress": "OPTIONS, POST",
+    "/v2/logging": "GET, HEAD, OPTIONS, POST",
+}
+
+
+@pytest.mark.parametrize("path", ALLOWED)
+def test_other_methods_hear_which_are_allowed(scale_server, path):
+    wrong = [method for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE") if method not in ALLOWED[path]]
+    for method in wrong:
+        with scale_server.connect() as sock:
+            sock.sendall(request(method, path, Connection="close"))
+            answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 405 "), method
+        assert b"\r\nallow: %b\r\n" % ALLOWED[path].encode() in answer
+    status, headers, body = scale_server.raw(request("OPTIONS", path))
+    assert (status, headers["allow"], body) == (200, ALLOWED[path], b"")
+
+
+def test_options_of_the_whole_server_and_of_nothing(scale_server):
+    for target in ("*", "/", "http://edge-agent/"):
+        status, headers, _ = scale_server.raw(request("OPTIONS", target))
+        assert (status, headers["allow"]) == (200, "GET, HEAD, OPTIONS, POST")
+    assert scale_server.raw(request("OPTIONS", "/none"))[0] == 404
+    assert scale_server.raw(request("GET", "*"))[0] == 404
+
+
+TARGETS = {
+    "a whole URL": (b"GET http://other:80/v2/models/scale?a=b HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+    "a whole URL without a path": (b"GET http://other HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+    "percent-encoded": (b"GET /v2/models/%73c%61le HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+    "percent-encoded verb": (b"GET /v1/models/scale%3Apredict HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+    "a slash in a name": (b"GET /v2/models/a%2Fb HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+    "no UTF-8": (b"GET /v2/models/%ff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "no path": (b"GET scale HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "an empty host": (b"GET /v2 HTTP/1.1\r\nHost:\r\n\r\n", 200),
+    "two hosts": (b"GET /v2 HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    "HTTP/1.2": (b"GET /v2 HTTP/1.2\r\nHost: x\r\n\r\n", 400),
+    "folded header": (b"GET /v2 HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n", 400),
+    "a space before the colon": (b"GET /v2 HTTP/1.1\r\nHost : x\r\n\r\n", 400),
+    "two lengths": (b"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
+    "a list of lengths": (b"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nContent-Length: 2, 2\r\n\r\n{}", 400),
+    "a signed length": (b"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nContent-Length: +2\r\n\r\n{}", 400),
+    "a length and chunks": (
+        b"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        400,
+    ),
+    "chunks with extensions and trailers": (
+        b'POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1;a=b;c="d"\r\n{\r\n1 ; e\r\n}\r\n0;f\r\nX-Sum: 1\r\nY: 2\r\n\r\n',
+        200,
+    ),
+    "another expectation": (b"GET /v2 HTTP/1.1\r\nHost: x\r\nExpect: wonders\r\n\r\n", 417),
+    "any coding": (b"GET /v2 HTTP/1.1\r\nHost: x\r\nAccept-Encoding: *\r\n\r\n", 200),
+    "no coding": (b"GET /v2 HTTP/1.1\r\nHost: x\r\nAccept-Encoding: br, identity;q=0\r\n\r\n", 406),
+    "nothing but brotli": (b"GET /v2 HTTP/1.1\r\nHost: x\r\nAccept-Encoding: br, *;q=0\r\n\r\n", 406),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_requests_as_http_has_them(scale_server, name):
+    sent, status = TARGETS[name]
+    got, headers, _ = scale_server.raw(sent)
+    assert got == status
+    assert (headers.get("connection") == "close") == (status in (400, 505) and name != "no UTF-8")
+
+
+CONNECTIONS = {
+    "HTTP/1.1": (b"1.1", b"", None),
+    "closes": (b"1.1", b"Connection: Close\r\n", "close"),
+    "closes, in a list": (b"1.1", b"Connection: upgrade , CLOSE\r\nUpgrade: h2c\r\n", "close"),
+    "closes, in a second line": (b"1.1", b"Connection: keep-alive\r\nConnection: close\r\n", "close"),
+    "something that has close in it": (b"1.1", b"Connection: disclose\r\n", None),
+    "HTTP/1.0": (b"1.0", b"", "close"),
+    "HTTP/1.0 that stays": (b"1.0", b"Connection: Keep-Alive\r\n", "keep-alive"),
+    "HTTP/1.0 that does not": (b"1.0", b"Connection: keep-alive, close\r\n", "close"),
+}
+
+
+@pytest.mark.parametrize("name", CONNECTIONS)
+def test_whether_a_connection_stays(scale_server, name):
+    version, headers, said = CONNECTIONS[name]
+    with scale_server.connect() as sock:
+        asked = b"GET /v2/health/live HTTP/%b\r\nHost: x\r\n%b\r\n" % (version, headers)
+        sock.sendall(asked)
+        status, answered, _ = read_answer(sock)
+        assert (status, answered.get("connection")) == (200, said)
+        if said == "close":
+            assert closed(sock)
+        else:
+            sock.sendall(asked)
+            assert read_answer(sock)[0] == 200
+
+
+def test_a_client_that_waits_to_be_told_to_go_on(scale_server):
+    head = request("POST", INFER, JSON_REQUEST, Expect="100-Continue")[: -len(JSON_REQUEST)]
+    with scale_server.connect() as sock:
+        sock.sendall(head)
+        assert sock.recv(1024) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(JSON_REQUEST)
+        assert read_answer(sock)[0] == 200
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "100000", "1e3", ""])
@@ -119,7 +238,7 @@ def test_a_header_length_that_lies(scale_server, length):
 
 def test_other_content_encodings_are_not_understood(scale_server):
     status, headers, body = scale_server.raw(request("POST", INFER, JSON_REQUEST, Content_Encoding="br"))
-    assert (status, headers["accept-encoding"]) == (501, "gzip, deflate")
+    assert (status, headers["accept-encoding"]) == (415, "gzip, deflate")
     assert "'br'" in json.loads(body)["error"]
 
 

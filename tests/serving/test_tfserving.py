@@ -128,10 +128,11 @@ WRONG = {
     "both": ("half_plus_two:predict", {"inputs": [1], "instances": [1]}, 400, "one of the two"),
     "no rows": ("half_plus_two:predict", {"instances": []}, 400, "'instances' is empty"),
     "not JSON": ("half_plus_two:predict", b"{", 400, "JSON Parse error"),
-    "NaN": ("half_plus_two:predict", b'{"instances": [NaN]}', 400, "JSON Parse error"),
-    "deep": ("half_plus_two:predict", b'{"instances": [' + b"[" * 100_000 + b"]" * 100_000 + b"]}", 400, "recursion"),
+    "NaN in a word": ("half_plus_two:predict", b'{"instances": [NaNa]}', 400, "cannot be read"),
+    "deep": ("half_plus_two:predict", b'{"instances": [' + b"[" * 100_000 + b"]" * 100_000 + b"]}", 400, "regular list"),
+    "deeper": ("half_plus_two:predict", b'{"instances": {"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}}", 400, "is no list"),
     "rather deep": ("half_plus_two:predict", b'{"inputs": ' + b"[" * 900 + b"]" * 900 + b"}", 400, "regular list|shape"),
-    "rather deep text": ("text:predict", b'{"inputs": ' + b"[" * 900 + b"]" * 900 + b"}", 400, "regular list of at most 100 dimensions"),
+    "rather deep text": ("text:predict", b'{"inputs": ' + b"[" * 900 + b"]" * 900 + b"}", 400, "regular list of at most 32 dimensions"),
     "signature": ("half_plus_two:predict", {"signature_name": "other", "instances": [1]}, 400, "Serving signature name"),
     "unknown model": ("none:predict", {"instances": [1]}, 404, "'none' is not found"),
     "unknown version": ("half_plus_two/versions/7:predict", {"instances": [1]}, 404, "version 7 is not found"),
@@ -174,6 +175,38 @@ def test_binary_texts_come_back_as_base64(server):
     assert ask(server, "/v1/models/text:predict", {"instances": [{"b64": data}]}) == (200, {"predictions": ["ü"]})
     status, answer = ask(server, "/v1/models/text:predict", {"instances": [{"b64": base64.b64encode(b"\xff").decode()}]})
     assert (status, "is not UTF-8" in answer["error"]) == (400, True)
+
+
+def test_what_is_not_finite_comes_and_goes(server):
+    """In rows, columns and objects; `null` is what JavaScript makes of it."""
+    for body in (b'{"instances": [NaN, 1.5, -Infinity]}', b'{"instances": [{"x": null}, {"x": 1.5}, {"x": -Infinity}]}'):
+        status, _, answer = server.raw(request("POST", "/v1/models/float:predict", body))
+        assert (status, answer) == (200, b'{"predictions":[NaN,1.5,-Infinity]}')
+    status, _, answer = server.raw(request("POST", "/v1/models/float:predict", b'{"inputs": {"x": [Infinity]}}'))
+    assert (status, answer) == (200, b'{"outputs":[Infinity]}')
+
+
+@pytest.mark.parametrize("count", [3, 20_000])
+def test_rows_in_every_form_mean_the_same(server, count):
+    """However many they are: many are read some at a time."""
+    a, b = np.arange(count), np.arange(count) * 2
+    rows = [{"a": int(x), "b": int(y)} for x, y in zip(a, b, strict=True)]
+    answers = [
+        ask(server, "/v1/models/pair:predict", document)
+        for document in ({"instances": rows}, {"inputs": {"a": a.tolist(), "b": b.tolist()}})
+    ]
+    assert [status for status, _ in answers] == [200, 200]
+    found, columns = answers[0][1]["predictions"], answers[1][1]["outputs"]
+    assert (found if not isinstance(columns, dict) else {n: [row[n] for row in found] for n in columns}) == columns
+
+
+def test_a_long_text_within_rows(server):
+    texts = ["x" * 4_000_000, "é", 'a"b', "x" * 70_000]  # the first of more bytes than rows may have
+    rows = [{"x": {"b64": base64.b64encode(text.encode()).decode()}} for text in texts]
+    assert ask(server, "/v1/models/text:predict", {"instances": rows}) == (200, {"predictions": texts})
+    assert ask(server, "/v1/models/text:predict", {"instances": texts}) == (200, {"predictions": texts})
+    encoded = [{"b64": base64.b64encode(text.encode()).decode()} for text in texts]
+    assert ask(server, "/v1/models/text:predict", {"inputs": encoded}) == (200, {"outputs": texts})
 
 
 def test_predictions_are_counted(server):

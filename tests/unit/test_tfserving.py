@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.serving.answers import Refusal
-from agent.serving.api import tensors, tfserving
+from agent.serving.api import lists, tfserving
 from agent.serving.models.host import Version
 from runtimes.contract import DTYPES, TensorSpec
 from runtimes.naming import Interfaces
@@ -35,20 +35,20 @@ def test_no_document_breaks_a_reader(datatype, key, document):
     body = json.dumps({key: document}).encode()
     for read in READERS:
         with contextlib.suppress(Refusal):
-            assert set(read(version(datatype), body).feeds) == {"x", "y"}
+            assert set(read(version(datatype), tfserving.Body(body)).feeds) == {"x", "y"}
 
 
 @given(st.binary(max_size=100))
 def test_no_bytes_break_a_reader(body):
     for read in READERS:
         with contextlib.suppress(Refusal):
-            read(version("FP32"), body)
+            read(version("FP32"), tfserving.Body(body))
 
 
 @given(st.sampled_from(sorted(DTYPES)), VALUES)
 def test_no_value_breaks_the_tensor_reader(datatype, value):
     try:
-        array = tensors.from_values("x", json.dumps(value).encode(), datatype)
+        array = lists.read("x", json.dumps(value).encode(), datatype, None, encoded=True)
     except Refusal:
         return
     assert array.dtype == DTYPES[datatype]
@@ -57,7 +57,7 @@ def test_no_value_breaks_the_tensor_reader(datatype, value):
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8))
 def test_bf16_is_the_nearest(values):
     """No BF16 is nearer to the number than the one it is rounded to."""
-    bits = tensors.from_values("x", json.dumps(values).encode(), "BF16")
+    bits = lists.read("x", json.dumps(values).encode(), "BF16", None)
     array = np.array(values, np.float32)
 
     def widened(of):

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal, Template
-from agent.serving.api import classification, tensors
+from agent.serving.api import classification, lists, skim, tensors
 from agent.serving.api.checks import Inputs, as_asked, check_input, check_size, refuse_output
 from agent.serving.api.parameters import (
     OutputRule,
@@ -36,6 +36,7 @@ from agent.serving.api.parameters import (
 from agent.serving.api.strict import check_keys
 from agent.serving.inference import SequenceDemand
 from agent.serving.shared.regions import ConnectionRegions, Regions
+from agent.serving.transport.allowance import Allowance
 from agent.serving.transport.buffers import ALIGNMENT, aligned
 from runtimes.check import shape_text
 from runtimes.contract import Array, TensorSpec
@@ -110,11 +111,19 @@ class Plan:
         views = all(tensors.is_view(spec, place.offset) for spec, _, place in self.shared)
         return views and not (self.views or self.values or self.rules)
 
-    def feeds(self, body: memoryview, regions: ConnectionRegions | None = None, *, strays: bool = False) -> dict[str, Array]:
+    def feeds(
+        self,
+        body: memoryview,
+        regions: ConnectionRegions | None = None,
+        *,
+        strays: bool = False,
+        allowance: Allowance | None = None,
+    ) -> dict[str, Array]:
         """The inputs as arrays. They are views into `body` and `regions`, valid as long as these are. `strays` says that the tensors in
         `body` do not begin at a multiple of ALIGNMENT: then they are copied to where they do, as is each one that strays by itself.
 
-        Raises: Refusal (400; 404 for a region that is not there; also for one that an output is to go to).
+        Raises: Refusal (400; 404 for a region that is not there, also for one that an output is to go to; 413, 503 for BYTES that
+        `allowance` does not allow).
         """
         if self.shared and regions is not None:
             known: dict[str, Array] | None = regions.recall(self)
@@ -123,7 +132,7 @@ class Plan:
         feeds: dict[str, Array] = self.values.copy()
         for name, dtype, shape, offset, size, alone in self.views:
             if dtype.kind == "O":
-                feeds[name] = tensors.read_bytes(name, body[offset : offset + size], shape)
+                feeds[name] = tensors.read_bytes(name, body[offset : offset + size], shape, allowance)
                 continue
             array: Array = np.ndarray(shape, dtype, body, offset)
             if strays or alone:
@@ -132,12 +141,15 @@ class Plan:
                 tensors.check_bool(name, array)
             feeds[name] = array
         if self.shared or self.rules:
-            self._look_up(feeds, regions)
+            self._look_up(feeds, regions, allowance)
         return feeds
 
-    def _look_up(self, feeds: dict[str, Array], regions: ConnectionRegions | None) -> None:
+    def _look_up(self, feeds: dict[str, Array], regions: ConnectionRegions | None, allowance: Allowance | None) -> None:
+        if allowance is not None and self.shared:
+            allowance.body_bytes = max(allowance.body_bytes, sum(place.size for _, _, place in self.shared))
         for spec, shape, place in self.shared:
-            feeds[spec.name] = tensors.from_memory(spec, shape, _offered(regions).view(place.region, place.offset, place.size))
+            view = _offered(regions).view(place.region, place.offset, place.size)
+            feeds[spec.name] = tensors.from_memory(spec, shape, view, allowance)
         if regions is not None and self._only_views:
             regions.keep(self, feeds, [place.region for _, _, place in self.shared])
         for rule in self.rules:
@@ -158,23 +170,26 @@ def read_request(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     interfaces: Interfaces | None = None,
+    allowance: Allowance | None = None,
 ) -> Plan:
     """The plan of the request in `body`, whose JSON part has `header_length` bytes (all of it when None). `interfaces` are those of the
     model; without, there are the names in `inputs` and `outputs` alone.
 
-    Raises: Refusal (400, 501) that says what is wrong with it.
+    Raises: Refusal (400, 501; 413, 503 where `allowance` does not allow what it would become) that says what is wrong with it.
     """
     if header_length == 0:
         return _raw_plan(body, model, inputs, outputs)
     size = len(body) if header_length is None else header_length
     try:
-        document = _decoder.decode(body[:size])
+        document, rest, skimmed = skim.read(body[:size], _decoder)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(400, f"the body is not an inference request: {error}") from error
-    _check_keys(document, body[:size])
+    _check_keys(document, body[:size], rest, skimmed)
     plan = Plan(document.id, [], {}, None, (), (), len(body))
     interface = interface_of(document.parameters, interfaces or Interfaces(inputs, outputs), model)
-    end = _place_inputs(plan, document, size, body, model, interface)
+    end = _Inputs(plan, body, size, skimmed, allowance).place(document, model, interface)
+    if skimmed is not None:
+        skimmed.check_unread()
     if end != len(body):
         raise Refusal(
             400, f"unexpected additional input data for model '{model}': {len(body) - end} bytes after the last tensor"
@@ -188,47 +203,71 @@ def read_request(
     return plan
 
 
-def _check_keys(document: RequestDocument, text: memoryview) -> None:
+def _check_keys(document: RequestDocument, text: memoryview, rest: bytes, skimmed: skim.Skimmed | None) -> None:
     """A colon for every key that is there for certain; more of them may be a key twice, of which JSON readers take either."""
     keys = 1 + bool(document.id) + bool(document.outputs) + bool(document.parameters) + len(document.parameters)
     for given in document.inputs:
         keys += 3 + (given.data is not msgspec.UNSET) + bool(given.parameters) + len(given.parameters)
     for wanted in document.outputs:
         keys += 1 + bool(wanted.parameters) + len(wanted.parameters)
-    raw = bytes(text)
+    raw = bytes(text) if skimmed is None else rest
+    if skimmed is not None:
+        keys += len(skimmed.found)
     if raw.count(b":") > keys:
         check_keys(raw, [given.data for given in document.inputs if given.data is not msgspec.UNSET])
 
 
-def _place_inputs(plan: Plan, document: RequestDocument, at: int, body: memoryview, model: str, interface: Interface) -> int:
-    """Fills in where each input lies and gives the end of the last one."""
-    begin = at
-    waiting = Inputs(interface, model)
-    shared = []
-    for given in document.inputs:
-        spec = waiting.take(given.name)
-        check_input(given.name, given.datatype, given.shape, spec, model)
-        shape = tuple(given.shape)
-        source = _source(given)
-        if source is None:
-            assert given.data is not msgspec.UNSET
-            plan.values[spec.name] = tensors.from_json(given.name, given.data, spec.datatype, shape)
-            continue
-        if isinstance(source, Place):
-            check_size(given.name, source.size, shape, spec, model)
-            shared.append((spec, shape, source))
-            continue
-        check_size(given.name, source, shape, spec, model)
-        if at + source > len(body):
-            left = len(body) - at
+class _Inputs:
+    """Fills in a plan where each input lies, of a request whose JSON ends `at` a byte of `body`."""
+
+    def __init__(
+        self, plan: Plan, body: memoryview, at: int, skimmed: skim.Skimmed | None, allowance: Allowance | None
+    ) -> None:
+        self._plan = plan
+        self._body = body
+        self._begin = self._at = at
+        self._skimmed = skimmed
+        self._allowance = allowance
+
+    def place(self, document: RequestDocument, model: str, interface: Interface) -> int:
+        """Gives the end of the last one.  Raises: Refusal (400, 413, 503)."""
+        plan = self._plan
+        waiting = Inputs(interface, model)
+        shared = []
+        for given in document.inputs:
+            spec = waiting.take(given.name)
+            check_input(given.name, given.datatype, given.shape, spec, model)
+            shape = tuple(given.shape)
+            source = _source(given)
+            if source is None:
+                plan.values[spec.name] = self._values(given, shape)
+            elif isinstance(source, Place):
+                check_size(given.name, source.size, shape, spec, model)
+                shared.append((spec, shape, source))
+            else:
+                check_size(given.name, source, shape, spec, model)
+                self._behind(given.name, spec, shape, source)
+        waiting.check()
+        plan.shared = tuple(shared)
+        return self._at
+
+    def _values(self, given: InputDocument, shape: tuple[int, ...]) -> Array:
+        assert given.data is not msgspec.UNSET
+        if given.datatype in tensors.NOT_IN_JSON:
             raise Refusal(
-                400, f"input '{given.name}' should have {source} bytes after the JSON, but only {left} bytes are left"
+                400,
+                f"receiving {given.datatype} data via JSON is not supported. Please use the binary data format for input {given.name}",
             )
-        plan.views.append((spec.name, spec.dtype, shape, at, source, bool((at - begin) % ALIGNMENT)))
-        at += source
-    waiting.check()
-    plan.shared = tuple(shared)
-    return at
+        text = bytes(given.data) if self._skimmed is None else self._skimmed.text_of(given.data)
+        return lists.read(given.name, text, given.datatype, shape, allowance=self._allowance)
+
+    def _behind(self, name: str, spec: TensorSpec, shape: tuple[int, ...], size: int) -> None:
+        at = self._at
+        if at + size > len(self._body):
+            left = len(self._body) - at
+            raise Refusal(400, f"input '{name}' should have {size} bytes after the JSON, but only {left} bytes are left")
+        self._plan.views.append((spec.name, spec.dtype, shape, at, size, bool((at - self._begin) % ALIGNMENT)))
+        self._at += size
 
 
 def _source(given: InputDocument) -> int | Place | None:
@@ -252,6 +291,9 @@ def _place_outputs(plan: Plan, document: RequestDocument, model: str, interface:
     if not document.outputs:
         plan.outputs, plan.specs = interface.asked, interface.said_outputs
         plan.binary = (default,) * len(plan.specs)
+        if not default:
+            for output in plan.specs:
+                tensors.check_in_json(output.name, output.datatype)
         return
     specs = dict(interface.outputs)
     chosen, binary, rules = [], [], []
@@ -268,6 +310,8 @@ def _place_outputs(plan: Plan, document: RequestDocument, model: str, interface:
         rules.append(rule)
         chosen.append(spec)
         binary.append(flag(wanted.parameters, "binary_data", default=default))
+        if not binary[-1] and rule is None:
+            tensors.check_in_json(spec.name, spec.datatype)
     plan.outputs = names
     plan.specs, plan.binary = tuple(chosen), tuple(binary)
     if any(rule is not None for rule in rules):
@@ -319,7 +363,7 @@ def write_response(
 ) -> Answer:
     """The answer with `arrays`, which are in the order of `plan.specs`. `labels` has the classes' names of some outputs.
 
-    Raises: Refusal (400) when JSON cannot carry one, or it does not fit its region.
+    Raises: Refusal (500 when JSON cannot carry one, 400 when it does not fit its region).
     """
     key = arrays[0].shape if len(arrays) == 1 else tuple([a.shape for a in arrays])
     template = plan.templates.get(key)

@@ -16,8 +16,8 @@ import numpy as np
 
 from agent.contract.manifest import Picture
 from agent.serving.access import Access
-from agent.serving.answers import Answer, Refusal, json_answer
-from agent.serving.api import pixels
+from agent.serving.answers import Answer, Refusal
+from agent.serving.api import pixels, tensors
 from agent.serving.api.classification import floats, largest
 from agent.serving.api.protocol import VERSION
 from agent.serving.inference import SequenceDemand
@@ -56,7 +56,7 @@ class PictureForm:
         return Plan(picture, source, output, _top(call.match.query, picture.top), [output.name])
 
     def feeds(self, plan: Plan, call: Request) -> Mapping[str, Array]:
-        return {plan.input.name: pixels.read(call.body, plan.picture, plan.input)}
+        return {plan.input.name: pixels.read(call.body, plan.picture, plan.input, call.allowance)}
 
     def write(self, version: Version, plan: Plan, _call: Request, arrays: Sequence[Array]) -> Answer:
         scores = _scores(arrays[0], plan)
@@ -65,7 +65,8 @@ class PictureForm:
             {"index": int(i), **({"label": names[i]} if i < len(names) else {}), "score": round(float(scores[i]), 6)}
             for i in largest(scores, min(plan.top, len(scores)))
         ]
-        return json_answer({"model_name": version.name, "model_version": str(version.number), "labels": labels})
+        document = {"model_name": version.name, "model_version": str(version.number), "labels": labels}
+        return Answer((tensors.finite_or_not(document),))
 
 
 def _top(query: str, default: int) -> int:

@@ -9,16 +9,19 @@ import numpy as np
 
 from agent.contract.manifest import Picture
 from agent.serving.answers import Refusal
+from agent.serving.transport.allowance import Allowance
 from runtimes.contract import Array, TensorSpec
 
 FORMATS = ("JPEG", "PNG")
 MAX_PIXELS = 50_000_000  # the largest cameras; a file of a few kilobytes can unpack to far more
+PIXEL_BYTES, COEFFICIENT_BYTES = 4, 6
+MAX_DECODED_BYTES = 256 * 1024 * 1024
 MODES = {"rgb": "RGB", "bgr": "RGB", "gray": "L"}
 
 
-def read(data: Any, picture: Picture, spec: TensorSpec) -> Array:
-    """The input that the file becomes.  Raises: Refusal (400, 413)."""
-    image = _opened(data, picture)
+def read(data: Any, picture: Picture, spec: TensorSpec, allowance: Allowance | None = None) -> Array:
+    """The input that the file becomes.  Raises: Refusal (400; 413; 503 while others take the memory that it needs)."""
+    image = _opened(data, picture, allowance or Allowance())
     pixels = np.asarray(_fitted(image, picture))
     if picture.color == "gray":
         pixels = pixels[:, :, np.newaxis]
@@ -30,7 +33,7 @@ def read(data: Any, picture: Picture, spec: TensorSpec) -> Array:
     return np.ascontiguousarray(values[np.newaxis])
 
 
-def _opened(data: Any, picture: Picture) -> Any:
+def _opened(data: Any, picture: Picture, allowance: Allowance) -> Any:
     """The upright picture in the wanted colours.  Raises: Refusal."""
     from PIL import Image, ImageOps
 
@@ -44,21 +47,38 @@ def _opened(data: Any, picture: Picture) -> Any:
         raise Refusal(
             413, f"the picture has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are allowed: send a smaller one"
         )
+    whole = image.width * image.height
     try:
         image.draft(
             MODES[picture.color], (2 * picture.width, 2 * picture.height)
         )  # a JPEG's decoder can shrink by powers of two
-        image = ImageOps.exif_transpose(image)
+        seen_through = "A" in image.getbands() or "transparency" in image.info
+        _take(allowance, image, whole, copies=4 if seen_through else 2)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):  # 16 bits per pixel: the library would cut instead of scale
             image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
+        if seen_through:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
         return image.convert(MODES[picture.color])
-    except MemoryError:
+    except (MemoryError, Refusal):
         raise
     except Exception as error:  # decoders raise whatever their format makes them
         raise Refusal(400, f"the {image.format or 'picture'} cannot be decoded: {error}") from error
+
+
+def _take(allowance: Allowance, image: Any, whole: int, *, copies: int) -> None:
+    """The memory that decoding takes: `copies` of the picture, whose pixels have four bytes when they have colours; and a progressive
+    JPEG has all `whole` pixels' coefficients before the first of them.  Raises: Refusal (413, 503).
+    """
+    size = image.width * image.height * PIXEL_BYTES * copies
+    if image.info.get("progressive") or image.info.get("progression"):
+        size += whole * COEFFICIENT_BYTES
+    if size > MAX_DECODED_BYTES:
+        raise Refusal(
+            413, f"the picture takes {size} bytes to decode, at most {MAX_DECODED_BYTES} are allowed: send a smaller one"
+        )
+    allowance.charge(size)
 
 
 def _fitted(image: Any, picture: Picture) -> Any:

@@ -12,16 +12,18 @@ from agent.contract.codec import decoder
 from agent.serving.answers import Refusal
 from agent.serving.api.parameters import shown
 
-MAX_BYTES = 1024 * 1024  # of a request without its tensors; it is read in Python, some ten times slower than otherwise
+MAX_BYTES = 256 * 1024  # of a request without its tensors; it is read in Python, some ten times slower than otherwise
 LONG_BYTES = 1024
 
 T = TypeVar("T")
 
 
 def read_body(body: bytes | memoryview, kind: type[T], what: str = "what this route takes", *, code: str | None = None) -> T:
-    """A body without tensors, of a request that changes or asks for something; `{}` when it is empty.  Raises: Refusal (400), which
-    says that it is not `what`.
+    """A body without tensors, of a request that changes or asks for something; `{}` when it is empty.  Raises: Refusal (400, which
+    says that it is not `what`; 413).
     """
+    if len(body) > MAX_BYTES:
+        raise Refusal(413, f"the body has {len(body)} bytes; {what} has at most {MAX_BYTES}", code=code)
     text = bytes(body) or b"{}"
     try:
         found: T = decoder(kind).decode(text)

@@ -7,26 +7,32 @@ one called serving_default.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+import numpy as np
 
 from agent.contract.codec import decoder
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
-from agent.serving.api import documents, strict, tensors
+from agent.serving.api import documents, lists, pieces, skim, strict, tensors
+from agent.serving.api.breath import Breath
 from agent.serving.api.classification import floats
 from agent.serving.api.parameters import shown
 from agent.serving.inference import SequenceDemand
 from agent.serving.models.host import LABELS, ModelHost, Version
 from agent.serving.routes import Kind, Request, Route
+from agent.serving.transport.allowance import Allowance
 from runtimes.check import shape_text
 from runtimes.contract import Array, TensorSpec
 from runtimes.naming import Interface, Interfaces
 
+MAX_ROWS_BYTES = 4 * 1024 * 1024  # of a request besides its long lists: rows of single numbers
+HEAD_BYTES = 256  # in which a value shows of which kind it is
+MEMBER_BYTES = 256  # of an object, in memory
 STATES = {"LOADING": "LOADING", "READY": "AVAILABLE", "UNAVAILABLE": "END"}
 TYPES = {
     "BOOL": "DT_BOOL", "UINT8": "DT_UINT8", "UINT16": "DT_UINT16", "UINT32": "DT_UINT32", "UINT64": "DT_UINT64",
@@ -39,14 +45,104 @@ Write = Callable[[Version, "Plan", Sequence[Array]], object]
 
 class PredictRequest(msgspec.Struct):
     signature_name: str = ""
-    instances: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    instances: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     inputs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 class ExamplesRequest(msgspec.Struct):
-    examples: list[dict[str, msgspec.Raw]]
+    examples: msgspec.Raw
     signature_name: str = ""
-    context: dict[str, msgspec.Raw] = {}
+    context: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+Text = bytes | memoryview  # of one JSON value
+_COMMA = re.compile(rb"[ \t\r\n]*,")
+
+
+class Body:
+    """A request's body. What is made of it is taken from `allowance`."""
+
+    def __init__(self, text: Text, allowance: Allowance | None = None) -> None:
+        self.text = memoryview(text)
+        self.allowance = allowance or Allowance(body_bytes=len(text))
+        if self.allowance.made:
+            self.allowance.again()
+        self._skimmed: skim.Skimmed | None = None
+
+    def document(self, kind: type[_Document]) -> _Document:
+        """Raises: Refusal (400)."""
+        try:
+            found, rest, self._skimmed = skim.read(self.text, decoder(kind), MAX_ROWS_BYTES)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Refusal(400, f"JSON Parse error: {error}") from error
+        document: _Document = found
+        text, places = (bytes(self.text), 0) if self._skimmed is None else (rest, len(self._skimmed.found))
+        # Numbers in lists have no colon: with more of them than keys, one may be there twice. What is huge is rows for the most part.
+        if len(text) <= skim.REST_BYTES:
+            keys = sum(f'"{name}"'.encode() in text for name in kind.__struct_fields__)
+            if text.count(b":") > keys + places:
+                strict.check_keys(text, (), "a request that TensorFlow Serving takes")
+        return document
+
+    def text_of(self, raw: msgspec.Raw) -> Text:
+        return bytes(raw) if self._skimmed is None else self._skimmed.text_of(raw)
+
+    def members(self, raw: msgspec.Raw | bytes) -> dict[str, msgspec.Raw]:
+        """Of an object.  Raises: Refusal (400; 413, 503 when they are too many)."""
+        text = bytes(raw)
+        self.allowance.take(text.count(b":") * MEMBER_BYTES, "the members of the request's objects")
+        found: dict[str, msgspec.Raw] = _decoded(text, dict[str, msgspec.Raw])
+        return found
+
+    def rows(self, raw: msgspec.Raw) -> Iterator[list[dict[str, Text]]]:
+        """The objects of a list, some at a time, with the JSON of their members.  Raises: Refusal (400)."""
+        text, at, breath = bytes(raw).strip(), 1, Breath()
+        while True:
+            chunk, at = _chunk(text, at, breath.size)
+            found: list[dict[str, Any]] = _decoded(b"[%b]" % chunk, list[dict[str, msgspec.Raw]])
+            if self._skimmed is not None and self._skimmed.has_place(chunk):
+                found = [{name: self._skimmed.text_of(value) for name, value in row.items()} for row in found]
+            yield found
+            if at >= len(text):
+                return
+            breath.rest()
+
+    def stacked(self, rows: Iterator[list[Mapping[str, Text]]], row_name: str, values_name: str) -> tuple[dict[str, Text], int]:
+        """The list of each member's values in all rows, and how many there are. `row_name` and `values_name` are what
+        a row and its members are called.
+
+        Raises: Refusal (400 when a row has other members than the first; 413, 503).
+        """
+        self.allowance.take(2 * len(self.text), "what the rows say")
+        found: dict[str, list[Text]] = {}
+        count = 0
+        for some in rows:
+            for row in some:
+                if count and row.keys() != found.keys():
+                    known = ", ".join(map(repr, found))
+                    raise Refusal(400, f"{row_name} {count} has other {values_name} than the ones before it: expected {known}")
+                if not count:
+                    found = {name: [] for name in row}
+                count += 1
+            for name, values in found.items():
+                values.append(b",".join([row[name] for row in some]))
+        return {name: b"[%b]" % b",".join(filter(None, values)) for name, values in found.items()}, count
+
+
+def _chunk(text: bytes, at: int, size: int) -> tuple[bytes, int]:
+    """Whole rows from `at` on, of some `size` bytes or of one that is longer, and where the next ones begin."""
+    while at + size < len(text):
+        part = pieces.whole(text[at : at + size], last=False)
+        codes = np.frombuffer(pieces.outside(part, part)[0], np.uint8)
+        depths = np.cumsum((codes == ord("{")).astype(np.int32) - (codes == ord("}")), dtype=np.int32)
+        ends = np.flatnonzero((codes == ord("}")) & (depths == 0))
+        if len(ends):
+            stop = at + int(ends[-1]) + 1
+            comma = _COMMA.match(text, stop)
+            if comma is not None:
+                return text[at:stop], comma.end()
+        size *= 2
+    return text[at:-1], len(text)
 
 
 @dataclass(slots=True)
@@ -65,18 +161,18 @@ class Plan:
 class Form:
     """How one verb reads its request and writes its answer."""
 
-    def __init__(self, read: Callable[[Version, bytes], Plan], write: Write) -> None:
+    def __init__(self, read: Callable[[Version, Body], Plan], write: Write) -> None:
         self._read = read
         self._write = write
 
     def read(self, version: Version, call: Request) -> Plan:
-        return self._read(version, bytes(call.body))
+        return self._read(version, Body(call.body, call.allowance))
 
     def feeds(self, plan: Plan, _call: Request) -> Mapping[str, Array]:
         return plan.feeds
 
     def write(self, version: Version, plan: Plan, _call: Request, arrays: Sequence[Array]) -> Answer:
-        return _json(self._write(version, plan, arrays))
+        return json_answer(self._write(version, plan, arrays))
 
 
 class Predictions(Protocol):
@@ -163,8 +259,8 @@ def _described(spec: TensorSpec, tensor: str) -> dict[str, Any]:
 # -- predict ---------------------------------------------------------------------------------------------------------------------
 
 
-def _read_predict(version: Version, body: bytes) -> Plan:
-    request = _document(body, PredictRequest)
+def _read_predict(version: Version, body: Body) -> Plan:
+    request = body.document(PredictRequest)
     interface = _interface(version, request.signature_name)
     model, outputs, asked = version.name, interface.said_outputs, interface.asked
     rows = request.instances
@@ -172,39 +268,52 @@ def _read_predict(version: Version, body: bytes) -> Plan:
         raise Refusal(400, "Missing 'inputs' or 'instances' key: a request has one of the two")
     if rows is msgspec.UNSET:
         assert request.inputs is not msgspec.UNSET
-        feeds = _feeds(model, interface, _columns(model, interface, bytes(request.inputs)))
+        feeds = _feeds(model, interface, _columns(model, interface, request.inputs, body), body)
         return Plan(feeds, outputs, outputs=asked)
-    if not rows:
+    texts = _stacked(model, interface, rows, body)
+    feeds = _feeds(model, interface, texts, body)
+    counts = {len(array) if array.ndim else 0 for array in feeds.values()}
+    if not counts or 0 in counts:
         raise Refusal(400, "'instances' is empty: a prediction needs one or more")
-    feeds = _feeds(model, interface, _stacked(model, interface, [bytes(row) for row in rows]))
-    return Plan(feeds, outputs, len(rows), asked)
+    return Plan(feeds, outputs, max(counts), asked)
 
 
-def _columns(model: str, interface: Interface, text: bytes) -> dict[str, bytes]:
+def _columns(model: str, interface: Interface, raw: msgspec.Raw, body: Body) -> dict[str, Text]:
     """The JSON of each input's whole tensor."""
-    if text.lstrip()[:1] == b"{":
-        found = {name: bytes(value) for name, value in _decoded(text, dict[str, msgspec.Raw]).items()}
-        if set(found) != {"b64"}:
-            return found
-    return {_only(model, interface): text}
+    if _begins(raw, b"{"):
+        text = body.text_of(raw)
+        if not isinstance(text, memoryview):  # not a place that stands for a list
+            found = body.members(raw)
+            if set(found) != {"b64"}:
+                return {name: body.text_of(value) for name, value in found.items()}
+        return {_only(model, interface): text}
+    return {_only(model, interface): body.text_of(raw)}
 
 
-def _stacked(model: str, interface: Interface, rows: Sequence[bytes]) -> dict[str, bytes]:
+def _stacked(model: str, interface: Interface, raw: msgspec.Raw, body: Body) -> dict[str, Text]:
     """The same of rows: each a value of the only input, or an object with one for every input."""
-    found: dict[str, list[bytes]] = {}
-    for at, row in enumerate(rows):
-        values = (
-            {name: bytes(v) for name, v in _decoded(row, dict[str, msgspec.Raw]).items()} if row.lstrip()[:1] == b"{" else None
-        )
-        if values is None or set(values) == {"b64"}:
-            values = {_only(model, interface): row}
-        if found and set(values) != set(found):
-            raise Refusal(
-                400, f"instance {at} has other inputs than the ones before it: expected {', '.join(map(repr, found))}"
-            )
-        for name, value in values.items():
-            found.setdefault(name, []).append(value)
-    return {name: b"[" + b",".join(values) + b"]" for name, values in found.items()}
+    inner = bytes(memoryview(raw)[:HEAD_BYTES]).lstrip()[1:].lstrip()
+    if inner[:1] == b"]":
+        raise Refusal(400, "'instances' is empty: a prediction needs one or more")
+    if _begins(raw, b"{") or not (_begins(raw, b"[") and inner[:1] == b"{"):  # taken out, or no objects
+        text = body.text_of(raw)
+        if isinstance(text, bytes) and not _begins(raw, b"["):
+            raise Refusal(400, "JSON Parse error: 'instances' is no list")
+        return {_only(model, interface): text}
+
+    def rows() -> Iterator[list[Mapping[str, Text]]]:
+        for some in body.rows(raw):
+            yield [_named(model, interface, row) for row in some]
+
+    return body.stacked(rows(), "instance", "inputs")[0]
+
+
+def _named(model: str, interface: Interface, row: dict[str, Text]) -> dict[str, Text]:
+    return {_only(model, interface): b"".join((b'{"b64":', row["b64"], b"}"))} if len(row) == 1 and "b64" in row else row
+
+
+def _begins(raw: msgspec.Raw, with_: bytes) -> bool:
+    return bytes(memoryview(raw)[:HEAD_BYTES]).lstrip()[:1] == with_
 
 
 def _only(model: str, interface: Interface) -> str:
@@ -215,14 +324,14 @@ def _only(model: str, interface: Interface) -> str:
     return required[0].name
 
 
-def _feeds(model: str, interface: Interface, texts: Mapping[str, bytes]) -> dict[str, Array]:
+def _feeds(model: str, interface: Interface, texts: Mapping[str, Text], body: Body) -> dict[str, Array]:
     feeds: dict[str, Array] = {}
     for name, text in texts.items():
         spec = interface.inputs.get(name)
         if spec is None:
             known = ", ".join(f"'{spec.name}'" for spec in interface.said_inputs)
             raise Refusal(400, f"input {shown(name)} is not one of model '{model}'; it takes {known}")
-        array = tensors.from_values(name, text, spec.datatype)
+        array = lists.read(name, text, spec.datatype, None, encoded=True, allowance=body.allowance)
         if not spec.fits(array.shape):
             raise Refusal(
                 400,
@@ -249,46 +358,49 @@ def _write_predict(version: Version, plan: Plan, arrays: Sequence[Array]) -> obj
             )
     if len(values) == 1:
         return {"predictions": next(iter(values.values()))}
-    return {"predictions": [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]}
+    columns = [_by_row(spec, array) for spec, array in zip(plan.specs, arrays, strict=True)]
+    return {"predictions": [dict(zip(values, row, strict=True)) for row in zip(*columns, strict=True)]}
+
+
+def _by_row(spec: TensorSpec, array: Array) -> list[Any]:
+    if spec.datatype == "BYTES":
+        rows: list[Any] = _values(spec, array)
+        return rows
+    return [_values(spec, np.asarray(row)) for row in array]
 
 
 def _values(spec: TensorSpec, array: Array) -> Any:
     if spec.datatype == "BYTES":
         return tensors.texts(array, encode=spec.name.endswith("_bytes"))
-    return (floats(array) if spec.datatype == "BF16" else array).tolist()
+    return tensors.numbers(floats(array) if spec.datatype == "BF16" else array)
 
 
 # -- classify and regress --------------------------------------------------------------------------------------------------------
 
 
-def _read_examples(version: Version, body: bytes, choose: Callable[[str, Interface], TensorSpec]) -> Plan:
-    request = _document(body, ExamplesRequest)
+def _read_examples(version: Version, body: Body, choose: Callable[[str, Interface], TensorSpec]) -> Plan:
+    request = body.document(ExamplesRequest)
     interface = _interface(version, request.signature_name)
     output = choose(version.name, interface)
-    if not request.examples:
-        raise Refusal(400, "'examples' is empty: one or more are needed")
-    rows: dict[str, list[bytes]] = {}
-    for at, example in enumerate(request.examples):
-        features = {**request.context, **example}
-        if rows and set(features) != set(rows):
-            raise Refusal(
-                400, f"example {at} has other features than the ones before it: expected {', '.join(map(repr, rows))}"
-            )
-        for name, value in features.items():
-            rows.setdefault(name, []).append(bytes(value))
+    context = {name: body.text_of(value) for name, value in body.members(request.context).items()}
     ranks = {name: len(spec.shape) for name, spec in interface.inputs.items()}
-    texts = {name: _joined(values, rank=ranks.get(name, 1)) for name, values in rows.items()}
-    feeds = _feeds(version.name, interface, texts)
-    return Plan(feeds, (output,), len(request.examples), [interface.run_name(output.name)])
+
+    def rows() -> Iterator[list[Mapping[str, Text]]]:
+        for some in body.rows(request.examples):
+            yield [{n: _row(t, ranks.get(n, 1)) for n, t in {**context, **row}.items()} for row in some]
+
+    texts, count = body.stacked(rows(), "example", "features")
+    if not count:
+        raise Refusal(400, "'examples' is empty: one or more are needed")
+    return Plan(_feeds(version.name, interface, texts, body), (output,), count, [interface.run_name(output.name)])
 
 
-def _joined(values: Sequence[bytes], *, rank: int) -> bytes:
+def _row(text: Text, rank: int) -> Text:
     """A feature is a value or a list of values; a row of an input of two dimensions is a list."""
-    rows = [b"[" + v + b"]" if rank > 1 and v.lstrip()[:1] != b"[" else v for v in values]
-    return b"[" + b",".join(rows) + b"]"
+    return b"".join((b"[", text, b"]")) if rank > 1 and bytes(memoryview(text)[:HEAD_BYTES]).lstrip()[:1] != b"[" else text
 
 
-def _read_classify(version: Version, body: bytes) -> Plan:
+def _read_classify(version: Version, body: Body) -> Plan:
     return _read_examples(version, body, _scores)
 
 
@@ -297,7 +409,7 @@ def _scores(model: str, interface: Interface) -> TensorSpec:
     return _one_output(model, fitting, "a score per class and example")
 
 
-def _read_regress(version: Version, body: bytes) -> Plan:
+def _read_regress(version: Version, body: Body) -> Plan:
     return _read_examples(version, body, _numbers)
 
 
@@ -317,19 +429,21 @@ def _one_output(model: str, fitting: Sequence[TensorSpec], what: str) -> TensorS
 
 
 def _write_classes(version: Version, plan: Plan, arrays: Sequence[Array]) -> object:
-    (spec,), scores = plan.specs, _values(plan.specs[0], arrays[0])
+    (spec,) = plan.specs
+    scores = (floats(arrays[0]) if spec.datatype == "BF16" else arrays[0]).tolist()
     _check_rows(version, plan, scores)
     labels = version.labels.get(spec.name, ())
-    return {"result": [[[labels[n] if n < len(labels) else str(n), score] for n, score in enumerate(row)] for row in scores]}
+    results = [[[labels[n] if n < len(labels) else str(n), score] for n, score in enumerate(row)] for row in scores]
+    return {"result": msgspec.Raw(tensors.finite_or_not(results))}
 
 
 def _write_values(version: Version, plan: Plan, arrays: Sequence[Array]) -> object:
-    values = _values(plan.specs[0], arrays[0].reshape(-1))
+    values = arrays[0].reshape(-1)
     _check_rows(version, plan, values)
-    return {"result": values}
+    return {"result": _values(plan.specs[0], values)}
 
 
-def _check_rows(version: Version, plan: Plan, rows: Sequence[object]) -> None:
+def _check_rows(version: Version, plan: Plan, rows: Sequence[object] | Array) -> None:
     if len(rows) != plan.rows:
         raise Refusal(400, f"model '{version.name}' gave {len(rows)} results for {plan.rows} examples: use :predict")
 
@@ -347,27 +461,8 @@ def _interface(version: Version, signature: str) -> Interface:
         raise Refusal(400, f"Serving signature name: {shown(signature)} not found in signature def; there is {known}") from None
 
 
-def _document(text: bytes, kind: type[_Document]) -> _Document:
-    """A whole request."""
-    document: _Document = _decoded(text, kind)
-    # Numbers in lists have no colon: with more of them than keys, one may be there twice. What is huge is numbers for the most part.
-    if len(text) > strict.MAX_BYTES:
-        return document
-    if text.count(b":") > sum(f'"{name}"'.encode() in text for name in kind.__struct_fields__):
-        strict.check_keys(text, (), "a request that TensorFlow Serving takes")
-    return document
-
-
 def _decoded(text: bytes, kind: Any) -> Any:
     try:
         return decoder(kind).decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(400, f"JSON Parse error: {error}") from error
-
-
-def _json(document: object) -> Answer:
-    """As TensorFlow Serving writes it: what is not finite is NaN, Infinity or -Infinity, which its clients read."""
-    text = msgspec.json.encode(document)
-    if b"null" in text:  # what msgspec makes of a number that is not finite; a text may hold it too
-        text = json.dumps(document, separators=(",", ":")).encode()
-    return Answer((text,))

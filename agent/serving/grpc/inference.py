@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from agent.serving.answers import Refusal
 from agent.serving.api import classification, tensors
+from agent.serving.api.breath import Breath
 from agent.serving.api.checks import Inputs, as_asked, check_input, check_size, refuse_output
 from agent.serving.api.parameters import (
     OutputRule,
@@ -24,11 +26,13 @@ from agent.serving.api.parameters import (
 )
 from agent.serving.api.protocol import VERSION
 from agent.serving.dataplane import Dataplane
-from agent.serving.grpc.messages import ModelInferResponse
+from agent.serving.grpc import wire
+from agent.serving.grpc.messages import ModelInferRequest, ModelInferResponse
 from agent.serving.inference import Demand
 from agent.serving.models.host import ModelHost
 from agent.serving.shared.regions import Regions
-from agent.serving.transport.buffers import aligned
+from agent.serving.transport.allowance import Allowance
+from agent.serving.transport.buffers import BufferPool, aligned, empty
 from runtimes.contract import Array, TensorSpec
 from runtimes.naming import Interface
 
@@ -39,6 +43,8 @@ CONTENTS = {
     "UINT64": "uint64_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
     "INT64": "int64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
 }  # fmt: skip
+AT_ONCE = 1024  # values
+INT32_BYTES = 4  # what the smaller whole numbers come in
 _VERSION = re.compile(VERSION)
 
 
@@ -60,16 +66,49 @@ def version_of(text: str) -> str | None:
     return text
 
 
+class Came:
+    """The bytes of a ModelInferRequest, until they are read."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.id = ""  # once it is read
+
+    def read(self, allowance: Allowance) -> Any:
+        """The message.  Raises: Refusal (400; 413, 503 when it would take too much)."""
+        wire.Scale(allowance, "the request").weigh(memoryview(self.data), wire.REQUEST)
+        try:
+            request = ModelInferRequest.FromString(self.data)
+        except DecodeError as error:
+            raise Refusal(400, f"the request is no ModelInferRequest: {error}") from error
+        self.data = b""
+        self.id = request.id
+        return request
+
+
 class Inference:
     """One call of `infer` is one prediction; any number of threads may make it."""
 
-    def __init__(self, host: ModelHost, dataplane: Dataplane, regions: Regions | None = None) -> None:
+    def __init__(
+        self, host: ModelHost, dataplane: Dataplane, regions: Regions | None = None, pool: BufferPool | None = None
+    ) -> None:
         self._host = host
         self._dataplane = dataplane
         self._regions = regions
+        self._pool = pool
 
-    def infer(self, request: Any, arrived_s: float, deadline_s: float | None, alive: Callable[[], bool]) -> Any:
+    def infer(self, came: Came, arrived_s: float, deadline_s: float | None, alive: Callable[[], bool]) -> Any:
         """The answer to a ModelInferRequest that has `deadline_s` seconds left.  Raises: Refusal."""
+        allowance = Allowance(self._pool, len(came.data))
+        try:
+            allowance.charge(len(came.data))
+            request = came.read(allowance)
+            return self._infer(request, allowance, arrived_s, deadline_s, alive)
+        finally:
+            allowance.end()
+
+    def _infer(
+        self, request: Any, allowance: Allowance, arrived_s: float, deadline_s: float | None, alive: Callable[[], bool]
+    ) -> Any:
         wanted = version_of(request.model_version)
         version = self._host.look(request.model_name, wanted)
         if not version.answers:
@@ -78,7 +117,7 @@ class Inference:
         parameters.pop(EMPTY_FINAL, None)
         check_reserved(parameters)
         interface = interface_of(parameters, version.interfaces, version.name)
-        feeds = self._feeds(request, version.name, interface)
+        feeds = self._feeds(request, version.name, interface, allowance)
         names, specs, rules = _outputs(request, version.name, interface)
         self._check_places(rules)
         timeout = timeout_of(parameters)
@@ -100,7 +139,7 @@ class Inference:
             self._put(answer, spec, rule, array, result.version.labels)
         return answer
 
-    def _feeds(self, request: Any, model: str, interface: Interface) -> dict[str, Array]:
+    def _feeds(self, request: Any, model: str, interface: Interface, allowance: Allowance) -> dict[str, Array]:
         waiting = Inputs(interface, model)
         feeds: dict[str, Array] = {}
         raw = iter(request.raw_input_contents)
@@ -110,14 +149,15 @@ class Inference:
             check_input(given.name, given.datatype, shape, spec, model)
             place = place_of(parameters_of(given.parameters), given.name)
             if place is not None:
+                allowance.body_bytes += place.size
                 check_size(given.name, place.size, shape, spec, model)
-                feeds[spec.name] = tensors.from_memory(as_asked(spec, given.name), shape, self._view(place))
+                feeds[spec.name] = tensors.from_memory(as_asked(spec, given.name), shape, self._view(place), allowance)
             elif request.raw_input_contents:
                 if given.HasField("contents"):
                     raise Refusal(400, f"contents field must not be specified when using raw_input_contents for '{given.name}'")
-                feeds[spec.name] = _from_raw(next(raw, None), shape, as_asked(spec, given.name), model)
+                feeds[spec.name] = _from_raw(next(raw, None), shape, as_asked(spec, given.name), model, allowance)
             else:
-                feeds[spec.name] = _from_contents(given, shape, as_asked(spec, given.name))
+                feeds[spec.name] = _from_contents(given, shape, as_asked(spec, given.name), allowance)
         waiting.check()
         if next(raw, None) is not None:
             raise Refusal(400, f"raw_input_contents has more entries than model '{model}' has inputs outside shared memory")
@@ -174,15 +214,15 @@ def _outputs(
     return names, chosen, rules
 
 
-def _from_raw(data: bytes | None, shape: tuple[int, ...], spec: TensorSpec, model: str) -> Array:
+def _from_raw(data: bytes | None, shape: tuple[int, ...], spec: TensorSpec, model: str, allowance: Allowance) -> Array:
     if data is None:
         raise Refusal(400, f"raw_input_contents has no entry for input '{spec.name}'")
     check_size(spec.name, len(data), shape, spec, model)
-    array = tensors.from_memory(spec, shape, memoryview(data))
+    array = tensors.from_memory(spec, shape, memoryview(data), allowance)
     return array if spec.datatype in ("BOOL", "BYTES") else aligned(array)  # what was checked is a copy already
 
 
-def _from_contents(given: Any, shape: tuple[int, ...], spec: TensorSpec) -> Array:
+def _from_contents(given: Any, shape: tuple[int, ...], spec: TensorSpec, allowance: Allowance) -> Array:
     field = CONTENTS.get(spec.datatype)
     if field is None:
         raise Refusal(400, f"{spec.datatype} of input '{spec.name}' can only be sent in raw_input_contents")
@@ -193,10 +233,23 @@ def _from_contents(given: Any, shape: tuple[int, ...], spec: TensorSpec) -> Arra
     count = int(np.prod(shape, dtype=object))
     if len(values) != count:
         raise Refusal(400, f"input '{spec.name}' has {len(values)} elements in {field}, its shape needs {count}")
-    if spec.dtype.kind in "iu" and count:
+    if spec.datatype == "BYTES":
+        allowance.elements(count, given.ByteSize(), f"input '{spec.name}'")
+        array: Array = np.empty(count, np.object_)
+    else:
+        allowance.take(count * spec.dtype.itemsize, f"input '{spec.name}'")
+        array = empty(count * spec.dtype.itemsize).view(spec.dtype)
+    breath = Breath()
+    for at in range(0, count, AT_ONCE):
+        array[at : at + AT_ONCE] = _values(values[at : at + AT_ONCE], spec)
+        breath.rest()
+    return array.reshape(shape)
+
+
+def _values(some: Sequence[Any], spec: TensorSpec) -> Any:
+    """Raises: Refusal (400)."""
+    if spec.dtype.kind in "iu" and spec.dtype.itemsize < INT32_BYTES:
         limits = np.iinfo(spec.dtype)
-        if min(values) < limits.min or max(values) > limits.max:
+        if min(some) < limits.min or max(some) > limits.max:
             raise Refusal(400, f"input '{spec.name}' has a value that does not fit {spec.datatype}")
-    array = np.empty(count, spec.dtype)
-    array[:] = list(values)
-    return array.reshape(shape) if spec.datatype == "BYTES" else aligned(array.reshape(shape))
+    return some

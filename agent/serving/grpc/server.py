@@ -18,20 +18,20 @@ from agent.serving.access import Access
 from agent.serving.answers import Refusal
 from agent.serving.api.extensions import Repository
 from agent.serving.dataplane import Dataplane
-from agent.serving.grpc.inference import Inference
+from agent.serving.grpc.inference import Came, Inference
 from agent.serving.grpc.messages import HEALTH, INFERENCE, classes_of
 from agent.serving.grpc.regions import SocketRegions
 from agent.serving.grpc.services import Health, Services
 from agent.serving.models.host import ModelHost
 from agent.serving.settings import LogSettings, TraceSettings
 from agent.serving.shared.systemmemory import SystemMemory
+from agent.serving.transport.buffers import BufferPool
 from agent.serving.transport.sockets import MAX_PATH_BYTES, SocketError, make_way
 
 log = logging.getLogger(__name__)
 
-MAX_STREAMS = 16  # each keeps a thread, as does each watcher of health
-MAX_WATCHES = 8
-MAX_WAITING = 256  # calls that are neither answered nor refused yet
+MAX_WATCHES = 8  # each keeps a thread, as does each stream
+MAX_WAITING = 256  # calls besides that are neither answered nor refused yet
 LAST_WORDS_S = 0.5  # for answers that are made to reach their clients
 OVERHEAD_BYTES = 64 * 1024  # of a message besides its tensors
 STATUS = {
@@ -75,6 +75,9 @@ class Served(Protocol):
     @property
     def system(self) -> SystemMemory: ...
 
+    @property
+    def pool(self) -> BufferPool: ...
+
 
 class Readiness(Protocol):
     @property
@@ -94,7 +97,7 @@ def build(parts: Served, settings: ServeSettings) -> GrpcServer:
         regions = SocketRegions(parts.system, os.geteuid())
     services = Services(
         parts.host,
-        Inference(parts.host, parts.dataplane, regions),
+        Inference(parts.host, parts.dataplane, regions, parts.pool),
         parts.repository,
         parts.logs,
         parts.traces,
@@ -107,31 +110,32 @@ def build(parts: Served, settings: ServeSettings) -> GrpcServer:
         settings.grpc_socket_mode,
         services,
         Health(is_ready),
-        threads=settings.threads,
-        max_body_bytes=settings.max_body_bytes,
+        settings,
     )
 
 
 class GrpcServer:
     """Serves from `start` to `stop`. Raises: SocketError when the socket cannot be had."""
 
-    def __init__(self, path: Path, mode: int, services: Services, health: Health, *, threads: int, max_body_bytes: int) -> None:
+    def __init__(self, path: Path, mode: int, services: Services, health: Health, settings: ServeSettings) -> None:
         self.path = path
         self._health = health
         self._services = services
-        self._streams = threading.BoundedSemaphore(MAX_STREAMS)
+        self._max_streams = streams = settings.grpc_streams
+        self._streams = threading.BoundedSemaphore(streams)
         self._watches = threading.BoundedSemaphore(MAX_WATCHES)
         self._at_work = 0
         self._idle = threading.Condition()
-        self._pool = ThreadPoolExecutor(2 * threads + MAX_STREAMS + MAX_WATCHES, "grpc")
+        self._pool = ThreadPoolExecutor(2 * settings.threads + streams + MAX_WATCHES, "grpc")
         self._server = grpc.server(
             self._pool,
             handlers=self._handlers(),
-            maximum_concurrent_rpcs=MAX_WAITING,
+            maximum_concurrent_rpcs=MAX_WAITING + streams,
             options=[
-                ("grpc.max_receive_message_length", max_body_bytes + OVERHEAD_BYTES),
+                ("grpc.max_receive_message_length", settings.max_body_bytes + OVERHEAD_BYTES),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
+                *_pings(settings.grpc_ping_interval_s),
             ],
         )
         self._made = self._bind(mode)
@@ -173,12 +177,11 @@ class GrpcServer:
         for method in INFERENCE.methods:
             takes, gives = classes_of(method)
             if method.name == "ModelStreamInfer":
-                inference[method.name] = grpc.stream_stream_rpc_method_handler(
-                    self._stream, takes.FromString, gives.SerializeToString
-                )
+                inference[method.name] = grpc.stream_stream_rpc_method_handler(self._stream, Came, gives.SerializeToString)
                 continue
+            read = Came if method.name == "ModelInfer" else _short(takes)
             inference[method.name] = grpc.unary_unary_rpc_method_handler(
-                self._unary(method.name, getattr(self._services, method.name), gives), takes.FromString, gives.SerializeToString
+                self._unary(method.name, getattr(self._services, method.name), gives), read, gives.SerializeToString
             )
         takes, gives = classes_of(HEALTH.methods_by_name["Check"])
         health = {
@@ -193,6 +196,8 @@ class GrpcServer:
     def _unary(self, name: str, method: Callable[[Any, Any, Any], Any], gives: Any) -> Callable[[Any, Any], Any]:
         def answer(request: Any, context: Any) -> Any:
             try:
+                if isinstance(request, Refusal):
+                    raise request  # noqa: TRY301
                 with self._working():
                     self._services.check(name, request)
                     return method(request, gives, context)
@@ -217,7 +222,7 @@ class GrpcServer:
 
     def _stream(self, requests: Iterable[Any], context: Any) -> Iterator[Any]:
         if not self._streams.acquire(blocking=False):
-            _abort(context, Refusal(507, f"all {MAX_STREAMS} streams are in use"))
+            _abort(context, Refusal(507, f"all {self._max_streams} streams are in use (serve.grpc_streams)"))
         try:
             real = dict(context.invocation_metadata()).get(REAL_STATUS) == "true"
             for refusal, answer in self._services.stream(requests, context, self._working):
@@ -240,6 +245,26 @@ class GrpcServer:
             yield from self._health.watch(request.service, context)
         finally:
             self._watches.release()
+
+
+def _pings(interval_s: float) -> list[tuple[str, int]]:
+    """How often clients may ping: what gRPC presets, five minutes without calls, is meant for networks."""
+    allowed = [
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(interval_s * 1000)),
+    ]
+    return allowed if interval_s else [*allowed, ("grpc.http2.max_ping_strikes", 0)]
+
+
+def _short(takes: Any) -> Callable[[bytes], Any]:
+    """Reads a message that has no tensors; one that is too long becomes its refusal."""
+
+    def read(data: bytes) -> Any:
+        if len(data) > OVERHEAD_BYTES:
+            return Refusal(413, f"the message has {len(data)} bytes; without tensors at most {OVERHEAD_BYTES} are allowed")
+        return takes.FromString(data)
+
+    return read
 
 
 def _abort(context: Any, refusal: Refusal) -> None:

@@ -81,6 +81,7 @@ class Version:
         self.reason = ""
         self.model: Model | None = None
         self.run: Run = _away  # the model's
+        self.takes_text = False  # has BYTES inputs
         self.is_cheap = False  # a run of it costs the next caller less than a switch of threads
         self.inline_bytes = INLINE_BODY_BYTES  # up to which size of a request that is so
         self.is_long = False  # a run of it gives way to whatever is shorter
@@ -120,6 +121,7 @@ class Version:
         self.inputs, self.outputs, self.placement = model.inputs, model.outputs, model.placement
         self.interfaces = Interfaces.of(model)
         self.labels = self.interfaces.by_every_name(self.labels)
+        self.takes_text = any(spec.datatype == "BYTES" for spec in model.inputs)
         self.is_cheap = self.cost_s <= INLINE_RUN_S
         if any(-1 in spec.shape for spec in model.inputs):
             self.inline_bytes = UNKNOWN_BODY_BYTES

@@ -13,6 +13,8 @@ Bytes = NDArray[np.uint8]
 KEEP_BYTES = 16 * 1024 * 1024  # what idle buffers may hold; a page that was touched before costs no fault
 SMALLEST_BYTES = 64 * 1024
 ALIGNMENT = 64  # a cache line, and more than any datatype or vector unit asks for
+LARGE_BODIES_AT_ONCE = 4  # of max_body_bytes: bounds what hostile clients can make the server hold
+TOO_MANY = "too many large requests at once: try again"
 
 
 class Exhausted(Exception):

@@ -18,7 +18,8 @@ from agent.serving.routes import Match, Request, Router
 from agent.serving.scheduling.jobs import Caller, Job
 from agent.serving.shared.memory import ClientMemory
 from agent.serving.transport import http
-from agent.serving.transport.buffers import ALIGNMENT, BufferPool, Bytes, Exhausted
+from agent.serving.transport.allowance import Allowance
+from agent.serving.transport.buffers import ALIGNMENT, TOO_MANY, BufferPool, Bytes, Exhausted
 from agent.serving.transport.chunked import ChunkedBody
 from agent.serving.transport.http import MAX_HEAD_BYTES, BadRequest, Head, HeadReader
 
@@ -27,7 +28,6 @@ JOIN_BYTES = 16 * 1024  # copying an answer up to here into one buffer is cheape
 END_OF_HEAD = b"\r\n\r\n"
 CR = 0x0D
 MAX_REPEATED_BYTES = 2048  # of the JSON before tensors that is compared with that of the last request
-TOO_MANY = "too many large requests at once: try again"
 
 
 NOTHING = -1  # what `receive` gives when it would block
@@ -62,6 +62,7 @@ class Connection:
         self._pool = pool
         self._max_body = max_body_bytes
         self._memory = memory
+        self._allowance = Allowance(pool)  # of the request under way
         self._buffer = bytearray(BUFFER_BYTES + ALIGNMENT)
         self._view = memoryview(self._buffer)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
@@ -170,6 +171,8 @@ class Connection:
         if not head.keep_alive:
             self.closing = True
         request = Request(head.match, body, head.header_length, self.arrived_s, self._memory, head.coding)
+        request.allowance = self._allowance
+        self._allowance.body_bytes = len(body)
         if head.chunked:
             request.strays = True
         if head.trace:
@@ -321,6 +324,8 @@ class Connection:
             self._body = memoryview(b"")
             large, self._large = self._large, None
             self._pool.give_back(large)
+        if self._allowance.held:
+            self._allowance.end()
         if self._memory is not None and self._memory.attentive:
             self._memory.request_ended(nothing_buffered=self._start == self._end)
         if self._start == self._end:

@@ -17,6 +17,8 @@ from agent.serving.transport.compression import Coding
 MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 100
 MAX_TRACEPARENT = 64
+OK = 200
+_ONCE = (b"content-length", b"host")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _ALLOWED = (
     (b"access-control-allow-methods", b"GET, POST"),
@@ -69,6 +71,7 @@ class HeadReader:
         self._url = b""
         self._fields: dict[bytes, bytes] = {}
         self._count = 0
+        self._twice = b""  # a field that came twice and may not
         self.fed = 0  # bytes of the head that were given to the parser
 
     # httptools calls these
@@ -79,6 +82,8 @@ class HeadReader:
         name = name.lower()
         self._count += 1
         if name in self._fields:
+            if name in _ONCE:
+                self._twice = name
             value = self._fields[name] + b", " + value
         self._fields[name] = value
 
@@ -91,6 +96,8 @@ class HeadReader:
             pass  # an offer to speak something else; HTTP/1.1 goes on
         except httptools.HttpParserError as error:
             raise BadRequest(400, f"this is not an HTTP/1.1 request: {error}") from error
+        if self._twice:
+            raise BadRequest(400, f"the request has header {_shown(self._twice)} twice")
         if self._count > MAX_HEADERS:
             raise BadRequest(431, f"the request has more than {MAX_HEADERS} headers")
 
@@ -106,7 +113,7 @@ class HeadReader:
         method = self._parser.get_method()
         head.bodiless = method == b"HEAD"
         head.match = router.resolve(method, _path(self._url))
-        refusal = head.match.refusal or self._header_length(head) or self._coding(head)
+        refusal = head.match.refusal or self._header_length(head) or self._coding(head) or self._expectation(head)
         if web is not None:
             blocked = web.check(self._fields, host_needed=bool(head.minor))
             if blocked is None and b"origin" in self._fields:
@@ -121,8 +128,8 @@ class HeadReader:
 
     def _framing(self, head: Head) -> None:
         fields = self._fields
-        connection = fields.get(b"connection", b"").lower()
-        head.keep_alive = b"close" not in connection if head.minor else b"keep-alive" in connection
+        connection = [option.strip() for option in fields.get(b"connection", b"").lower().split(b",")]
+        head.keep_alive = b"close" not in connection and (bool(head.minor) or b"keep-alive" in connection)
         coding = fields.get(b"transfer-encoding")
         if coding is not None:
             if coding.lower() != b"chunked" or not head.minor:
@@ -141,17 +148,27 @@ class HeadReader:
         head.header_length = int(value)
         return None
 
+    def _expectation(self, head: Head) -> Refusal | None:
+        value = self._fields.get(b"expect")
+        if not value or head.expects_continue or not head.minor or value.lower() == b"100-continue":
+            return None
+        return Refusal(417, f"expectation {_shown(value)} is not known: there is 100-continue")
+
     def _coding(self, head: Head) -> Refusal | None:
         try:
             body = compression.request_coding(self._fields.get(b"content-encoding"))
         except Refusal as refusal:
             return refusal
-        route, answer = head.match.route, None
-        # Of other answers none is packed: tritonclient's asyncio client says that it takes them so, and cannot read them.
-        if route is not None and route.kind in (Kind.PREDICT, Kind.HEAVY):
-            answer = compression.answer_coding(self._fields.get(b"accept-encoding"))
+        route = head.match.route
+        try:
+            answer, must = compression.answer_coding(self._fields.get(b"accept-encoding"))
+        except Refusal as refusal:
+            return refusal
+        # Of other answers none is packed unasked: tritonclient's asyncio client says that it takes them so, and cannot read them.
+        if route is None or (route.kind not in (Kind.PREDICT, Kind.HEAVY) and not must):
+            answer = None
         if body or answer:
-            head.coding = Coding(body, answer)
+            head.coding = Coding(body, answer, must=must)
         return None
 
 
@@ -161,7 +178,7 @@ def _shown(value: bytes) -> str:
 
 def _path(target: bytes) -> bytes:
     """The path and query of a request target, which a proxy's client may send as a whole URL."""
-    if target.startswith(b"/"):
+    if target.startswith(b"/") or target == b"*":
         return target
     try:
         url = httptools.parse_url(target)
@@ -185,16 +202,17 @@ def encode(answer: Answer, head: Head | None, *, keep_alive: bool) -> tuple[Sequ
     if head is not None and not head.plain:
         if head.origin:
             more += _CORS % head.origin
+        coding = head.coding
         if (
-            head.coding is not None
-            and head.coding.answer is not None
-            and size >= compression.USEFUL_BYTES
-            and answer.status == 200
+            coding is not None
+            and coding.answer is not None
+            and size
+            and (coding.must or (size >= compression.USEFUL_BYTES and answer.status == OK))
         ):
-            packed = compression.deflate(parts, head.coding.answer)
-            if len(packed) < size:
+            packed = compression.deflate(parts, coding.answer)
+            if coding.must or len(packed) < size:
                 parts, size = (packed,), len(packed)
-                more += b"content-encoding: %s\r\nvary: accept-encoding\r\n" % head.coding.answer
+                more += b"content-encoding: %s\r\nvary: accept-encoding\r\n" % coding.answer
     start = _head_bytes(answer, size, more)
     if head is not None and head.bodiless:
         return (start,), len(start)

@@ -40,7 +40,7 @@ from agent.serving.scheduling.jobs import Job
 from agent.serving.scheduling.scheduler import Scheduler, busy_threads, loop_threads
 from agent.serving.shared.memory import ClientMemory
 from agent.serving.transport import http
-from agent.serving.transport.buffers import BufferPool
+from agent.serving.transport.buffers import LARGE_BODIES_AT_ONCE, BufferPool
 from agent.serving.transport.chores import Chores
 from agent.serving.transport.connection import END, NOTHING, Connection
 from agent.serving.transport.doors import Doors
@@ -64,7 +64,6 @@ FINE_POLL_S = 2e-3
 STOP_PATIENCE_S = 1.0  # on the way out: how long a half-sent request, or an answer that is not read, may rest
 STOP_LONGEST_S = 5.0  # and how long a request may go on coming; an answer may be read for as long as the end is waited for
 _QUICK, _CONTROL, _READ = Kind.QUICK, Kind.CONTROL, Pace.READ
-LARGE_BODIES_AT_ONCE = 4  # of max_body_bytes: bounds what hostile clients can make the server hold
 
 
 class Service(Protocol):
@@ -116,13 +115,14 @@ class Loop:
         max_connections: int,
         memory_of: Callable[[Grant], ClientMemory | None] = lambda _: None,
         scheduler: Scheduler | None = None,
+        pool: BufferPool | None = None,
     ) -> None:
         self._service = service
         self._router = router
         self._grant_of = grant_of
         self._memory_of = memory_of
         self._max_body = max_body_bytes
-        self._pool = BufferPool(LARGE_BODIES_AT_ONCE * max_body_bytes)
+        self._pool = pool or BufferPool(LARGE_BODIES_AT_ONCE * max_body_bytes)
         self._epoll = select.epoll()
         self._doors = Doors(listeners, self._epoll, self._connection, max_connections)
         self._connections = self._doors.open

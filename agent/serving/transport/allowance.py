@@ -1,0 +1,66 @@
+"""What a request may become. A body is charged to the pool by its bytes; what is made of it can be many times as much."""
+
+from __future__ import annotations
+
+from agent.serving.answers import Refusal
+from agent.serving.transport.buffers import TOO_MANY, BufferPool, Exhausted
+
+RATIO = 3  # of what is made of a body to its bytes: with the body itself that is four times as much
+SMALL_BYTES = 16 * 1024 * 1024  # what may be made of any body, however small: many short texts take more than they say
+ELEMENT_BYTES = (
+    144  # of a BYTES element besides its text: our object and its place in the array, the runtime's and the engine's own
+)
+
+
+class Allowance:
+    """Of one request, or of the requests of one connection, one after another. `body_bytes` is the size of its body.
+
+    What was taken is charged to `pool` until `end`. Without a pool nothing is charged, and the bound is the same.
+    """
+
+    __slots__ = ("_pool", "body_bytes", "held", "made")
+
+    def __init__(self, pool: BufferPool | None = None, body_bytes: int = 0) -> None:
+        self._pool = pool
+        self.body_bytes = body_bytes
+        self.made = 0  # what tensors take
+        self.held = 0  # and with it what else was charged
+
+    def take(self, size: int, what: str) -> None:
+        """`size` bytes more are about to be made, of `what`.  Raises: Refusal (413 too much for its body, 503 others have so much)."""
+        limit = max(RATIO * self.body_bytes, SMALL_BYTES)
+        if self.made + size > limit:
+            raise Refusal(
+                413,
+                f"{what} would take {self.made + size} bytes of memory, of which {limit} are allowed for a body of {self.body_bytes}: "
+                "send less at once, and numbers as binary data",
+            )
+        self.charge(size)
+        self.made += size
+
+    def elements(self, count: int, size: int, what: str) -> None:
+        """`count` BYTES elements of `size` bytes in sum.  Raises: Refusal (413, 503)."""
+        self.take(count * ELEMENT_BYTES + size, f"{what} with {count} BYTES elements")
+
+    def charge(self, size: int) -> None:
+        """The same for what has a bound of its own.  Raises: Refusal (503)."""
+        if self._pool is not None:
+            try:
+                self._pool.charge(size)
+            except Exhausted:
+                raise Refusal(503, TOO_MANY, headers=((b"retry-after", b"1"),)) from None
+        self.held += size
+
+    def again(self) -> None:
+        """Its tensors are gone, and made anew: another version answers."""
+        self._refund(self.made)
+
+    def end(self) -> None:
+        """All that was made is gone, or about to go."""
+        self._refund(self.held)
+
+    def _refund(self, size: int) -> None:
+        self.made = 0
+        self.held -= size
+        if size and self._pool is not None:
+            self._pool.refund(size)
