@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import sys
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +18,9 @@ from agent.cli.common import DEFAULT_SOCKET, default_run_socket, fail
 
 if TYPE_CHECKING:
     from agent.client import Client
+
+STDIN = "-"
+MAX_SHOWN = 80  # of a file's name
 
 socket_option = click.option(
     "--socket", "socket_path", type=click.Path(path_type=Path), envvar="EDGE_AGENT_SOCKET", show_envvar=True,
@@ -41,9 +48,8 @@ def client_at(socket_path: Path | None) -> Client:
     "--input",
     "inputs",
     multiple=True,
-    required=True,
     metavar="[NAME=]FILE",
-    help="A .npy file, or a .npz with one array per input.",
+    help="A .npy file, or a .npz with one array per input; `-` is standard input. A model without inputs needs none.",
 )
 @click.option("--version", "version", help="A version or label (stable, candidate, previous)  [default: the active one]")
 @click.option("--signature", default="", help="One of the model's file; names are then that one's  [default: none]")
@@ -71,6 +77,8 @@ def predict(
       edge-agent predict digits --input image.npy --top 3
       edge-agent predict silero --input input=chunk.npy --input state=state.npy --input sr=sr.npy
       edge-agent predict digits --input inputs.npz --output results.npz
+
+    What is a file as it stands is taken as one, without a name. Otherwise the name ends at the last "=" behind which a file is named.
     """
     import numpy as np
 
@@ -98,38 +106,59 @@ def read_feeds(inputs: tuple[str, ...]) -> dict[str, Any]:
     """Input name → array; the name is empty for a single unnamed file."""
     feeds: dict[str, Any] = {}
     for text in inputs:
-        name, equals, rest = text.partition("=")
-        path = Path(rest) if equals and not Path(text).exists() else Path(text)
-        name = name if equals and not Path(text).exists() else ""
+        name, path = named_file(text)
         for key, array in _read_arrays(path, name).items():
             if key in feeds or ("" in feeds and key):
-                raise click.UsageError(
-                    f"input {key or str(path)!r} is given twice, or some inputs have no name: use NAME={path}"
-                )
+                raise click.UsageError(f"input {key or path!r} is given twice, or some inputs have no name: use NAME={path}")
             feeds[key] = array
     return feeds
 
 
-def _read_arrays(path: Path, name: str) -> dict[str, Any]:
+def named_file(text: str) -> tuple[str, str]:
+    """The name, empty for none, and the file of `[NAME=]FILE`, both of which may have an "=" in them."""
+    if "=" not in text or _is_file(text):
+        return "", text
+    cuts = [at for at, letter in enumerate(text) if letter == "="]
+    at = next((at for at in reversed(cuts) if _is_file(text[at + 1 :])), cuts[-1])
+    return text[:at], text[at + 1 :]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return text == STDIN or Path(text).exists()
+    except (OSError, ValueError):  # longer than any name may be, or with a null in it
+        return False
+
+
+def _read_arrays(path: str, name: str) -> dict[str, Any]:
     import numpy as np
 
+    shown = "standard input" if path == STDIN else repr(path if len(path) <= MAX_SHOWN else f"{path[:MAX_SHOWN]}…")
+    if not path:
+        raise click.UsageError(f"no file is named behind {name + '='!r}: use NAME=FILE")
     try:
-        found = np.load(path, allow_pickle=False)
+        found = np.load(io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else path, allow_pickle=False)
         if not hasattr(found, "files"):
             return {name: found}
         with found:
             arrays = {key: found[key] for key in found.files}
     except FileNotFoundError:
-        raise click.UsageError(f"{str(path)!r} does not exist") from None
+        raise click.UsageError(f"{shown} does not exist") from None
+    except IsADirectoryError:
+        raise click.UsageError(f"{shown} is a folder: name a .npy or .npz file") from None
+    except zipfile.BadZipFile as error:
+        fail(f"{shown} is not a NumPy file: {error}")
     except (OSError, ValueError, EOFError) as error:
-        fail(f"{str(path)!r} is not a NumPy file without pickled objects: {error}")
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EACCES):
+            raise click.UsageError(f"{shown} cannot be opened: {os.strerror(error.errno)}") from None
+        fail(f"{shown} is not a NumPy file without pickled objects: {error}")
     if not name:
         return arrays
     if name in arrays:
         return {name: arrays[name]}
     if len(arrays) == 1:
         return {name: next(iter(arrays.values()))}
-    raise click.UsageError(f"{str(path)!r} has the arrays {', '.join(arrays)}: none is called {name!r}")
+    raise click.UsageError(f"{shown} has the arrays {', '.join(arrays)}: none is called {name!r}")
 
 
 def _largest(row: Any, top: int) -> list[tuple[int, Any]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import msgspec
 
 from agent.client.wire import Answer
@@ -72,4 +75,15 @@ def document(answer: Answer) -> object:
     """The JSON of an answer that is 200.  Raises: ClientError."""
     if answer.status != 200:
         raise error_of(answer)
-    return msgspec.json.decode(answer.body)
+    return loads(answer.body)
+
+
+def loads(text: bytes | memoryview) -> Any:
+    """JSON, and what Triton and TensorFlow Serving write besides: NaN, Infinity and -Infinity.  Raises: ServerFailed for anything else."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        try:
+            return json.loads(bytes(text))
+        except ValueError:
+            raise ServerFailed(f"the answer is not JSON: {error}") from error

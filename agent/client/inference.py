@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from agent.client import tensors, wire
-from agent.client.errors import InputRejected, document, error_of, said
+from agent.client.errors import InputRejected, document, error_of, loads, said
 from agent.client.memory import ALIGNMENT, Arrays, Memory
 from agent.client.tensors import Array
 from agent.client.wire import Answer, Message
@@ -239,7 +239,7 @@ class Inference:
         json, document = link.layout
         if json != body[:at]:
             json = bytes(body[:at])
-            document = msgspec.json.decode(json)
+            document = loads(json)
             link.layout = json, document
         self.served_by = document.get("model_version", "")
         arrays: dict[str, Array] = {}

@@ -77,4 +77,10 @@ def from_bytes(datatype: str, data: memoryview, shape: tuple[int, ...]) -> Array
 
 
 def from_json(datatype: str, data: Any, shape: tuple[int, ...]) -> Array:
-    return np.array(data, dtype=DTYPES.get(datatype, "O")).reshape(shape)
+    """The array of a tensor in JSON, flat or nested; `null` for a float is NaN, and BYTES hold bytes as a binary tensor's do."""
+    if datatype != "BYTES":
+        return np.array(data, dtype=DTYPES[datatype]).reshape(shape)
+    array = np.empty(math.prod(shape), np.object_)
+    texts: Any = np.array(data, np.object_).flat
+    array[:] = [text.encode() for text in texts]
+    return array.reshape(shape)

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 
+from agent.cli import asking
 from tests.serving import onnx_models
 from tests.serving.stand import DEADLINE_S, Server
 
@@ -63,6 +65,37 @@ def test_predict(server):
         assert {name: found[name].tolist() for name in found.files} == {"total": [8], "difference": [2]}
 
 
+def test_names_and_files_with_an_equals_sign(server, tmp_path, monkeypatch):
+    """The name ends at the last "=" behind which a file is named; what is a file as it stands has no name."""
+    monkeypatch.chdir(tmp_path)
+    x, model = (server.folder / "x.npy").read_bytes(), tmp_path / "odd.onnx"
+    onnx_models.identity(model, onnx.TensorProto.FLOAT, ("n", 3), name="a=b")
+    for name in ("plain.npy", "c=d.npy", "a=b=e.npy"):
+        (tmp_path / name).write_bytes(x)
+    assert [asking.named_file(text) for text in ("a=b=plain.npy", "a=b=c=d.npy", "c=d.npy", "a=b=e.npy", "a=b=none", "b=-", "-")] == [
+        ("a=b", "plain.npy"), ("a=b", "c=d.npy"), ("", "c=d.npy"), ("", "a=b=e.npy"), ("a=b", "none"), ("b", "-"), ("", "-"),
+    ]  # fmt: skip
+    odd = Server(tmp_path, "run", model, "--socket", tmp_path / "s.sock").start()
+    try:
+        for text in ("a=b=plain.npy", "a=b=c=d.npy", "a=b=e.npy"):
+            assert json.loads(agent("predict", "odd", "--input", text, "--json", "--socket", odd.socket)) == {"y": [[1, 3, 2]]}
+    finally:
+        odd.stop()
+
+
+def test_an_input_from_standard_input_and_a_model_without_any(server, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "agent.cli", "predict", "scale", "--input", "x=-", "--json", "--socket", str(server.socket)],
+        input=(server.folder / "x.npy").read_bytes(), capture_output=True, timeout=DEADLINE_S, check=True,
+    )  # fmt: skip
+    assert json.loads(run.stdout) == {"y": [[3, 9, 6]]}
+    alone = Server(tmp_path, "run", onnx_models.constant(tmp_path / "seven.onnx", 7.0), "--socket", tmp_path / "s.sock").start()
+    try:
+        assert json.loads(agent("predict", "seven", "--json", "--socket", alone.socket)) == {"y": [7.0]}
+    finally:
+        alone.stop()
+
+
 def test_models_and_status(server):
     where = ("--socket", server.socket)
     states = {m["name"]: m["state"] for m in json.loads(agent("models", "--json", *where))}
@@ -85,7 +118,16 @@ def test_pickles_are_not_opened(server, tmp_path):
         (("predict", "none", "--input", "{x}"), 1, "edge-agent: Request for unknown model: 'none' is not found"),
         (("predict", "pair", "--input", "{x}"), 1, "has the inputs 'a', 'b': give each by its name"),
         (("predict", "scale", "--input", "nothing.npy"), 2, "'nothing.npy' does not exist"),
-        (("predict", "scale"), 2, "Missing option '--input'"),
+        (("predict", "scale"), 1, "expected 1 inputs but got 0 inputs for model 'scale': 'x' is missing"),
+        (("predict", "scale", "--input", "x=nothing.npy"), 2, "'nothing.npy' does not exist"),
+        (("predict", "scale", "--input", "x="), 2, "no file is named behind 'x='"),
+        (("predict", "scale", "--input", "a" * 5000), 2, "cannot be opened: File name too long"),
+        (("predict", "scale", "--input", "x=" + "a" * 300), 2, "cannot be opened: File name too long"),
+        (("predict", "scale", "--input", "{folder}"), 2, "is a folder: name a .npy or .npz file"),
+        (("predict", "scale", "--input", "x=-"), 1, "standard input is not a NumPy file"),
+        (("predict", "scale", "--input", "{folder}/notes.txt"), 1, "is not a NumPy file without pickled objects"),
+        (("predict", "pair", "--input", "a={x}", "--input", "a={x}"), 2, "input 'a' is given twice"),
+        (("predict", "scale", "--input", "z={folder}/ab.npz"), 2, "has the arrays a, b: none is called 'z'"),
         (("models", "--socket", "/nowhere.sock"), 1, "no server answers at /nowhere.sock: No such file or directory"),
         (("run", "/nothing.onnx"), 2, "'/nothing.onnx' does not exist"),
         (("run", "a={folder}/scale.onnx", "a={folder}/pair.onnx"), 2, "are both called 'a': name one, such as other="),

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from agent.client import Client, InputRejected, TimedOut, Unavailable
+from agent.client import Client, InputRejected, ServerFailed, TimedOut, Unavailable
 
 
 class Scripted:
@@ -62,6 +62,37 @@ def test_a_server_that_ends_before_it_answers_is_asked_once_more(tmp_path):
     with Scripted(tmp_path, None, answer(200, {})) as server, Client(server.path, timeout_s=5) as client:
         assert client.request("GET", "/v2")[0] == 200
         assert len(server.asked) == 2
+
+
+JSON_OUTPUTS = {
+    "FP32": ("[NaN, -Infinity, null, 1e21]", [np.nan, -np.inf, np.nan, 1e21]),
+    "UINT64": ("[1, 18446744073709551615, 2, 9223372036854775808]", [1, 2**64 - 1, 2, 2**63]),
+    "BYTES": ('[["\\u00e9", ""], ["a", "b"]]', ["é".encode(), b"", b"a", b"b"]),
+}
+
+
+@pytest.mark.parametrize("datatype", JSON_OUTPUTS)
+def test_outputs_in_json_as_other_servers_write_them(tmp_path, datatype):
+    data, expected = JSON_OUTPUTS[datatype]
+    body = f'{{"outputs": [{{"name": "y", "datatype": "{datatype}", "shape": [2, 2], "data": {data}}}]}}'.encode()
+    said = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    with Scripted(tmp_path, said) as server, Client(server.path, timeout_s=5) as client:
+        found = client.infer("m", {"x": X})["y"]
+    assert found.shape == (2, 2)
+    if datatype == "BYTES":
+        assert found.reshape(-1).tolist() == expected
+    else:
+        assert np.array_equal(found.reshape(-1), np.array(expected, found.dtype), equal_nan=datatype == "FP32")
+
+
+def test_an_answer_that_is_no_json_is_the_servers_fault(tmp_path):
+    said = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 5\r\n\r\nhello"
+    with (
+        Scripted(tmp_path, said) as server,
+        Client(server.path, timeout_s=5) as client,
+        pytest.raises(ServerFailed, match="the answer is not JSON"),
+    ):
+        client.infer("m", {"x": X})
 
 
 def test_and_not_for_ever(tmp_path):
