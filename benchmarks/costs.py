@@ -20,6 +20,7 @@ from agent.serving import app
 from agent.serving.access import Access, Grant
 from agent.serving.api.oip import read_request, write_response
 from agent.serving.dataplane import OIP
+from agent.serving.models import loading
 from agent.serving.models.loading import Source
 from agent.serving.routes import Request
 from agent.serving.shared.memory import ClientMemory, MemoryBudget
@@ -46,7 +47,8 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         models.tiny(folder / "tiny.onnx")
         self.parts = app.assemble(None, ServeSettings())
-        app.load_sources(self.parts, [Source("tiny", 1, folder / "tiny.onnx", "")], threads=1)
+        self.parts.host.add(loading.load(Source("tiny", 1, folder / "tiny.onnx", ""), threads=1))
+        self.parts.host.activate("tiny", 1)
         self.grant = Grant(Access.CONTROL, "the benchmark", uid=os.geteuid())
         memory = ClientMemory(MemoryBudget(1 << 20), self.parts.system, os.geteuid())
         self.loop = Loop(

@@ -439,7 +439,7 @@ def test_grpc_is_loaded_only_when_it_is_asked_for():
 
 
 PINGING = [
-    ("grpc.keepalive_time_ms", 100),
+    ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]

@@ -251,7 +251,7 @@ def _pings(interval_s: float) -> list[tuple[str, int]]:
     """How often clients may ping: what gRPC presets, five minutes without calls, is meant for networks."""
     allowed = [
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(interval_s * 1000)),
+        ("grpc.http2.min_ping_interval_without_data_ms", round(interval_s * 1000)),
     ]
     return allowed if interval_s else [*allowed, ("grpc.http2.max_ping_strikes", 0)]
 
