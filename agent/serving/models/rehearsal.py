@@ -1,7 +1,8 @@
 """A model loaded and warmed up in a copy of this process before it is in this one: what hangs or kills there hurts nobody.
 
 The copies are forks, so that the engine, once imported, is there at no cost. They are made by a fork that stays as this process was before it
-had threads or models (a zygote), one for each model, a few at a time; each ends with its verdict.
+had threads or models (a zygote), a few at a time, and try one model after the other. A model that ends or hangs one that has tried others before
+is tried once more by a new one: it may have died of what they left behind.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import resource
 import select
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +31,8 @@ PATIENCE_S = (
     1.0  # one that takes longer does not count among those that go on at once: what hangs must not keep the others waiting
 )
 OOM_SCORE = 300  # when memory runs out a copy goes, and the process that is to serve stays
-MAX_REASON_BYTES = 4000
+MAX_REASON_CHARACTERS = 4000
+MAX_VERDICT_BYTES = 64 * 1024
 LAST_WORDS_BYTES = 400
 _PR_SET_PDEATHSIG = 1
 
@@ -80,62 +83,85 @@ class Rehearsals:
 
 @dataclass(slots=True)
 class _Copy:
-    number: int
     pid: int
-    says: int  # where its verdict comes from
+    line: socket.socket  # to it go numbers of sources, from it come verdicts
     errors: int  # a file of what its engine printed
-    begun_s: float  # monotonic
-    text: bytes = b""
+    number: int = -1  # of the source that it tries
+    tried: int = 0
+    begun_s: float = 0.0  # monotonic
 
 
 def _rehearse_all(sources: Sequence[Source], say: int, threads: int, limit_s: float) -> None:
     """Writes a line for each source: its number, and the reason or null."""
-    waiting = deque(enumerate(sources))
-    running: dict[int, _Copy] = {}
-    most = len(os.sched_getaffinity(0))
-    while waiting or running:
+    waiting = deque(range(len(sources)))
+    again: deque[int] = deque()  # for a copy that has tried nothing
+    copies: list[_Copy] = []
+    while waiting or again or any(copy.number >= 0 for copy in copies):
+        _give_work(copies, waiting, again, sources, threads)
         now = time.monotonic()
-        while waiting and sum(now - copy.begun_s < PATIENCE_S for copy in running.values()) < most:
-            copy = _fork(*waiting.popleft(), threads)
-            running[copy.says] = copy
-        steps = [copy.begun_s + step_s - now for copy in running.values() for step_s in (PATIENCE_S, limit_s)]
-        ready, _, _ = select.select(list(running), [], [], min([step_s for step_s in steps if step_s > 0], default=0.0))
-        for copy in list(running.values()):
-            piece = os.read(copy.says, 65536) if copy.says in ready else None
-            copy.text += piece or b""
-            late = piece is None and time.monotonic() - copy.begun_s >= limit_s
-            if piece or (piece is None and not late):
+        at_work = [copy for copy in copies if copy.number >= 0]
+        steps = [copy.begun_s + step_s - now for copy in at_work for step_s in (PATIENCE_S, limit_s)]
+        ready, _, _ = select.select([copy.line for copy in at_work], [], [], min([s for s in steps if s > 0], default=0.0))
+        for copy in at_work:
+            late = copy.line not in ready and time.monotonic() - copy.begun_s >= limit_s
+            if copy.line not in ready and not late:
                 continue
-            del running[copy.says]
+            said = b"" if late else copy.line.recv(MAX_VERDICT_BYTES)
+            number, copy.number = copy.number, -1
+            copy.tried += 1
+            if said:
+                _report(say, number, json.loads(said))
+                continue
+            copies.remove(copy)
             reason = _end(copy, killed=f"loading it and a first run were not done in {limit_s:g} s" if late else None)
-            os.write(say, json.dumps([copy.number, reason]).encode() + b"\n")
+            if copy.tried > 1:
+                again.append(number)
+            else:
+                _report(say, number, reason)
+    for copy in copies:
+        _end(copy, killed="it is not needed any more")
 
 
-def _fork(number: int, source: Source, threads: int) -> _Copy:
-    says, say = os.pipe2(os.O_CLOEXEC)
+def _give_work(copies: list[_Copy], waiting: deque[int], again: deque[int], sources: Sequence[Source], threads: int) -> None:
+    """To as many copies as there are processors, not counting those that take long."""
+    most, now = len(os.sched_getaffinity(0)), time.monotonic()
+    while (waiting or again) and sum(copy.number >= 0 and now - copy.begun_s < PATIENCE_S for copy in copies) < most:
+        copy = None if again else next((copy for copy in copies if copy.number < 0), None)
+        if copy is None:
+            copy = _fork(sources, threads, [other.line for other in copies])
+            copies.append(copy)
+        copy.number, copy.begun_s = (again or waiting).popleft(), now
+        copy.line.send(b"%d" % copy.number)
+
+
+def _report(say: int, number: int, reason: str | None) -> None:
+    os.write(say, json.dumps([number, reason]).encode() + b"\n")
+
+
+def _fork(sources: Sequence[Source], threads: int, others: Sequence[socket.socket]) -> _Copy:
+    line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     errors = os.memfd_create("rehearsal", os.MFD_CLOEXEC)
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _rehearse(source, threads, say, errors, parent)
-    os.close(say)
-    return _Copy(number, pid, says, errors, time.monotonic())
+        for other in (line, *others):
+            other.close()
+        _rehearse(sources, threads, theirs, errors, parent)
+    theirs.close()
+    return _Copy(pid, line, errors)
 
 
-def _end(copy: _Copy, *, killed: str | None) -> str | None:
-    """The verdict of a copy that has closed its pipe; or `killed`, of one that is ended now."""
+def _end(copy: _Copy, *, killed: str | None) -> str:
+    """Why a copy ended that is gone; or `killed`, of one that is ended now."""
     if killed is not None:
         os.kill(copy.pid, signal.SIGKILL)
     _, status = os.waitpid(copy.pid, 0)
-    os.close(copy.says)
+    copy.line.close()
     with os.fdopen(copy.errors, "rb") as errors:
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
         last = " ".join(errors.read().decode(errors="replace").split())
     if killed is not None:
         return killed
-    if copy.text:
-        reason: str | None = json.loads(copy.text)
-        return reason
     code = os.waitstatus_to_exitcode(status)
     how = signal.Signals(-code).name if -code in signal.valid_signals() else f"exit status {code}"
     return f"loading it or its first run ends the process ({how}){f': {last}' if last else ''}"
@@ -144,23 +170,31 @@ def _end(copy: _Copy, *, killed: str | None) -> str | None:
 # -- in a copy -----------------------------------------------------------------------------------------------------------------
 
 
-def _rehearse(source: Source, threads: int, say: int, errors: int, parent: int) -> NoReturn:
+def _rehearse(sources: Sequence[Source], threads: int, line: socket.socket, errors: int, parent: int) -> NoReturn:
     """It ends here, whatever happens: nothing that the original has to do at its end is done by it."""
     try:
         _settle(parent)
         logging.disable(logging.CRITICAL)  # the original says it all once more
         os.dup2(errors, 1)
         os.dup2(errors, 2)
-        reason = None
-        try:
-            loading.load(source, threads=threads)
-        except (RuntimeFailure, MemoryError, OSError, ValueError) as error:
-            reason = str(error)
-        except Exception as error:  # noqa: BLE001 - a runtime that breaks its contract is refused as well
-            reason = f"{type(error).__name__}: {error}"
-        os.write(say, json.dumps(reason and reason[:MAX_REASON_BYTES]).encode())
+        while number := line.recv(MAX_VERDICT_BYTES):
+            reason = _try(sources[int(number)], threads)
+            line.send(json.dumps(reason and reason[:MAX_REASON_CHARACTERS]).encode())
     finally:
         os._exit(0)
+
+
+def _try(source: Source, threads: int) -> str | None:
+    """Why it cannot be loaded; None when it can."""
+    try:
+        version = loading.load(source, threads=threads)
+        if version.model is not None:
+            version.model.close()
+    except (RuntimeFailure, MemoryError, OSError, ValueError) as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - a runtime that breaks its contract is refused as well
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _settle(parent: int) -> None:
