@@ -58,6 +58,7 @@ RENEWALS_PER_LEASE = 4
 RENEW_EVERY_S = 60.0
 CONNECTIONS = 400  # of each listener, further ones are told to come later: together below the 1024 descriptors a process has by
 # default and select() in the MQTT library can watch; without a bound, idle strangers would cut the server off its database and broker
+NAMED = 5  # devices in a warning
 GRACE_S = 3  # for requests under way when the server stops
 
 
@@ -129,10 +130,21 @@ class Fleet:
                 days, how = int((at - now) / 86400), f"`edge-fleet keys renew {role}`"
                 how = how if role in {"root", "targets"} else f"publish a release, or run {how}"
                 found.append(f"the {role} metadata ends in {days} days and devices stop updating then; {how}")
+        if ahead := self.inventory.ahead():
+            found.append(
+                f"{_some(ahead)} saw newer signed metadata than this server has and follow it no more: if it was restored from a copy, "
+                "stop it and run `edge-fleet keys recover`; if not, somebody else speaks for this fleet"
+            )
         return found
 
     def close(self) -> None:
         self.database.close()
+
+
+def _some(devices: list[str]) -> str:
+    """`3 devices (a, b, c)`, with no more than a few named."""
+    shown = ", ".join(devices[:NAMED]) + (", …" if len(devices) > NAMED else "")
+    return f"{len(devices)} device{'s' if len(devices) != 1 else ''} ({shown})"
 
 
 def own_names(config: FleetConfig) -> tuple[str, ...]:

@@ -65,6 +65,23 @@ class Reason(str, Enum):
     OPERATOR = "operator"
 
 
+METADATA = frozenset(
+    {
+        Reason.BAD_SIGNATURE,
+        Reason.BELOW_THRESHOLD,
+        Reason.METADATA_ROLLBACK,
+        Reason.REPLAYED_ASSIGNMENT,
+        Reason.MIX_AND_MATCH,
+        Reason.WRONG_RELEASE,
+        Reason.WRONG_FLEET,
+        Reason.UNREADABLE,
+        Reason.BAD_MANIFEST,
+    }
+)
+"""Refused for what was signed about the release, before a byte of it was used: judged anew as soon as the signed metadata changes, and by
+every rollout for itself.
+"""
+
 RETRYABLE = frozenset(
     {
         Reason.EXPIRED_METADATA,

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import msgspec
 from cryptography import x509
 from securesystemslib.signer import Key  # type: ignore[attr-defined]
-from sqlalchemy import delete, select
+from sqlalchemy import delete, or_, select
 from sqlalchemy.orm import Session
 
 from agent.contract import names
 from agent.contract.assignment import RECORD_PAYLOAD_TYPE, DeviceRecord
 from agent.contract.codec import convert, encode
+from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, hardware_class
 from fleet_server.access import Actor
 from fleet_server.config import FleetConfig
@@ -27,6 +28,7 @@ from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, DeviceModel, Setting
 
 SERIAL_FLOOR = "deleted_serial"
+_AHEAD = (Reason.METADATA_ROLLBACK.value, Reason.REPLAYED_ASSIGNMENT.value)
 
 
 def class_of(hardware: Mapping[str, Any] | None) -> str | None:
@@ -101,6 +103,13 @@ class Inventory:
         with self._database.reading() as session:
             rows = session.execute(select(Device.present, Device.last_seen).where(Device.revoked.is_(False))).all()
         return {"total": len(rows), "online": sum(self.is_online(row.present, row.last_seen, now) for row in rows)}
+
+    def ahead(self) -> list[str]:
+        """Devices that have seen newer signed documents than this server has, and so refuse its word: it was restored from a copy."""
+        problem = Device.state["problem"].as_string()
+        with self._database.reading() as session:
+            query = select(Device.id).where(Device.revoked.is_(False), or_(*(problem.like(f"{word}:%") for word in _AHEAD)))
+            return list(session.scalars(query.order_by(Device.id)))
 
     def get(self, device: str) -> dict[str, Any]:
         """Everything about one device.  Raises: NotFound."""

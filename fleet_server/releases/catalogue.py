@@ -14,13 +14,13 @@ from agent.contract.codec import ContractError
 from agent.contract.manifest import ReleaseManifest, parse_manifest
 from agent.contract.names import ReleaseRef
 from fleet_server.access import SERVER, Actor
-from fleet_server.errors import Invalid, NotFound
+from fleet_server.errors import Conflict, Invalid, NotFound
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases import publication
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.blobs import Blobs
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import ReleaseRow
+from fleet_server.storage.models import Device, DeviceModel, ReleaseRow
 
 
 class Catalogue:
@@ -41,6 +41,8 @@ class Catalogue:
             trusted = role.signed if role is not None else None
             checked = publication.check(trusted, delegator, manifest, metadata, self._clock(), publisher)
             self._check_blobs(checked.manifest)
+            with self._database.reading() as session:
+                refuse_other_bytes(session, checked.manifest)
             self._repository.publish(checked.target, manifest, metadata, checked.version, publisher)
             with self._database.session() as session:
                 row = self._index(session, checked.manifest, manifest, checked.target.hashes["sha256"], list(checked.signers))
@@ -123,6 +125,25 @@ def find(session: Session, ref: ReleaseRef) -> ReleaseRow:
     if row is None:
         raise NotFound(f"release {ref} was never published; `edge-fleet releases` lists what was")
     return row
+
+
+def refuse_other_bytes(session: Session, manifest: ReleaseManifest) -> None:
+    """A server that was restored from a copy has forgotten what was published since; devices have not.
+
+    Raises: Conflict when a device serves a release of this name that is another one.
+    """
+    ours = {file.sha256 for file in manifest.files.values()}
+    query = select(DeviceModel.device, DeviceModel.sha256).join(Device, Device.id == DeviceModel.device)
+    query = query.where(
+        DeviceModel.model == manifest.model, DeviceModel.serving == manifest.version, DeviceModel.sha256.is_not(None)
+    )
+    for device, sha256 in session.execute(query.where(Device.revoked.is_(False)).order_by(DeviceModel.device)):
+        if sha256 not in ours:
+            raise Conflict(
+                f"device {device!r} serves a release {manifest.ref} with other bytes: it was published before this server was restored "
+                "from a copy; publish this one with a larger version",
+                code="version_in_use",
+            )
 
 
 def manifest_of(row: ReleaseRow) -> ReleaseManifest:

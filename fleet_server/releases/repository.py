@@ -91,8 +91,7 @@ class Repository:
         repository._write_role(RELEASES, Metadata(Targets(expires=repository._in(OFFLINE_EXPIRY_S))), releases)
         assigned = repository._assignments(1, assignment)
         repository._write_role(ASSIGNMENTS, assigned, keys.assignments)
-        meta = {f"{name}.json": MetaFile(1) for name in ("targets", RELEASES, ASSIGNMENTS)}
-        repository._write_snapshot(1, meta)
+        repository._write_snapshot(1, dict.fromkeys(("targets.json", f"{RELEASES}.json", f"{ASSIGNMENTS}.json"), 1))
         repository._write_timestamp(1, 1)
         return repository
 
@@ -195,14 +194,14 @@ class Repository:
         """The same for a version that adds no manifest."""
         with self._lock:
             files.write(self._metadata / f"{version}.{publisher}.json", metadata)
-            self._advance({f"{publisher}.json": MetaFile(version)})
+            self._advance({f"{publisher}.json": version})
 
     def assign(self, document: bytes) -> None:
         """Signs the assignment and makes it trusted."""
         with self._lock:
             version = self._versions()[f"{ASSIGNMENTS}.json"].version + 1
             self._write_role(ASSIGNMENTS, self._assignments(version, document), self._keys.assignments)
-            self._advance({f"{ASSIGNMENTS}.json": MetaFile(version)})
+            self._advance({f"{ASSIGNMENTS}.json": version})
 
     def renew(self, *, oldest_s: float | None = None) -> list[str]:
         """Signs again what has less than half of its time left, and a timestamp that is older than `oldest_s`; what it renewed."""
@@ -328,18 +327,18 @@ class Repository:
 
     def _carry_out(self, opened: Opened) -> None:
         """Every step can be done again. A device that asks between two of them is told to try later by a signature that does not fit."""
-        changed: dict[str, MetaFile] = {}
+        changed: dict[str, int] = {}
         documents = {**opened.roles, **({"targets": opened.targets} if opened.targets is not None else {})}
         for name, metadata in documents.items():
             files.write(self._metadata / f"{metadata.signed.version}.{name}.json", metadata.to_bytes())
-            changed[f"{name}.json"] = MetaFile(metadata.signed.version)
+            changed[f"{name}.json"] = metadata.signed.version
         self._keys.adopt(_online_keyids(opened.next_root, opened.next_targets))
         document = self.assignment_bytes()
         version = self._versions()[f"{ASSIGNMENTS}.json"].version + 1
         self._write_role(ASSIGNMENTS, self._assignments(version, document), self._keys.assignments)
         if opened.root is not None:
             files.write(self._metadata / f"{opened.root.signed.version}.root.json", opened.root.to_bytes())
-        self._advance({**changed, f"{ASSIGNMENTS}.json": MetaFile(version)})
+        self._advance({**changed, f"{ASSIGNMENTS}.json": version})
         self._keys.settle()
         self._pending.unlink(missing_ok=True)
         files.sync_directory(self._pending.parent)
@@ -382,11 +381,11 @@ class Repository:
 
     # -- pieces ------------------------------------------------------------------------------------------------------------
 
-    def _advance(self, changed: dict[str, MetaFile]) -> None:
+    def _advance(self, changed: dict[str, int]) -> None:
         """A new snapshot with the changed roles, then the timestamp that makes it trusted."""
         old = self._snapshot().signed
         version = old.version + 1
-        self._write_snapshot(version, {**old.meta, **changed})
+        self._write_snapshot(version, {**{name: info.version for name, info in old.meta.items()}, **changed})
         self._write_timestamp(self._timestamp().signed.version + 1, version)
         self._prune(version)
 
@@ -408,7 +407,14 @@ class Repository:
         metadata.sign(signer)
         files.write(self._metadata / f"{metadata.signed.version}.{name}.json", metadata.to_bytes())
 
-    def _write_snapshot(self, version: int, meta: dict[str, MetaFile]) -> None:
+    def _write_snapshot(self, version: int, roles: dict[str, int]) -> None:
+        """Names each role's version and the hash of its bytes. A number alone is not enough: after a restore the next version of a
+        publisher's role has a number that devices may hold already, rightly signed and with other releases in it.
+        """
+        meta = {}
+        for name, number in roles.items():
+            data = self._read_bytes(f"{number}.{name}")
+            meta[name] = MetaFile(number, len(data), {"sha256": hashlib.sha256(data).hexdigest()})
         snapshot = Metadata(Snapshot(version=version, expires=self._in(self._expiry.snapshot_s), meta=meta))
         self._write_role("snapshot", snapshot, self._keys.snapshot)
 

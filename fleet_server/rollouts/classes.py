@@ -16,14 +16,14 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from agent.contract.assignment import Exclusion
-from agent.contract.reasons import RETRYABLE, Reason
+from agent.contract.reasons import METADATA, RETRYABLE, Reason
 from agent.contract.reports import Hardware, Outcome, hardware_class
 from fleet_server.devices.inventory import class_of
 from fleet_server.errors import Conflict, NotFound
 from fleet_server.rollouts.gates import Fact
 from fleet_server.storage.models import Device, DeviceModel, ExclusionRow, RolloutRow
 
-NOT_QUARANTINED = frozenset({reason.value for reason in RETRYABLE} | {Reason.OPERATOR.value, Reason.WITHDRAWN.value})
+NOT_QUARANTINED = frozenset({reason.value for reason in RETRYABLE | METADATA | {Reason.OPERATOR, Reason.WITHDRAWN}})
 """For these a device goes back and does not remember the release as bad."""
 
 EVIDENCE_KEPT = 20

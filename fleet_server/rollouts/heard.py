@@ -8,12 +8,15 @@ from sqlalchemy.orm import Session
 from agent.contract.assignment import reaches
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
+from agent.contract.reasons import METADATA
 from agent.contract.reports import Outcome, Phase
 from fleet_server.devices.inventory import Inventory
 from fleet_server.releases import catalogue
 from fleet_server.rollouts import classes, reading
 from fleet_server.rollouts.gates import Fact
 from fleet_server.storage.models import Device, DeviceModel, RolloutRow
+
+ABOUT_METADATA = frozenset(reason.value for reason in METADATA)
 
 
 def of_wave(session: Session, row: RolloutRow, inventory: Inventory, now: float) -> list[Fact]:
@@ -24,7 +27,7 @@ def of_wave(session: Session, row: RolloutRow, inventory: Inventory, now: float)
     # Columns, not whole rows: the states of ten thousand devices are not needed to count them.
     columns = select(Device.id, Device.groups, Device.present, Device.last_seen).where(Device.revoked.is_(False))
     facts = [
-        fact_of(device, inventory.is_online(present, last_seen, now), said.get(device), row.release, hashes)
+        fact_of(device, inventory.is_online(present, last_seen, now), said.get(device), row.release, hashes, row.id)
         for device, groups, present, last_seen in session.execute(columns)
         if reaches(wave, device, groups)
     ]
@@ -41,15 +44,21 @@ def refusals(session: Session, row: RolloutRow) -> list[Fact]:
     bad = or_(answered.contains(Outcome.REFUSED.value), answered.contains(Outcome.ROLLED_BACK.value))
     query = select(DeviceModel).join(Device, Device.id == DeviceModel.device)
     said = session.scalars(query.where(DeviceModel.model == row.model, Device.revoked.is_(False), bad))
-    return [fact_of(one.device, True, one, row.release, {}) for one in said]
+    return [fact_of(one.device, True, one, row.release, {}, row.id) for one in said]
 
 
-def fact_of(device: str, online: bool, said: DeviceModel | None, release: int, hashes: dict[str, str]) -> Fact:
-    """What a device's last signed report says about the release. `hashes`: the sha256 of each variant's file."""
+def fact_of(device: str, online: bool, said: DeviceModel | None, release: int, hashes: dict[str, str], rollout: str) -> Fact:
+    """What a device's last signed report says about the release. `hashes`: the sha256 of each variant's file. An answer that was about
+    the metadata of its time counts in the `rollout` that it was given to and in no later one.
+    """
     if said is None:
         return Fact(device, online, serving_it=False)
     serving = said.serving == release and said.sha256 is not None and hashes.get(said.variant or "") == said.sha256
-    answers = [answer for answer in said.answers if answer["release"] == release]
+    answers = [
+        answer
+        for answer in said.answers
+        if answer["release"] == release and (answer["reason"] not in ABOUT_METADATA or answer["rollout"] == rollout)
+    ]
     last = max(answers, key=lambda answer: float(answer["at"]), default=None)
     phase = Phase(said.phase) if said.phase in {p.value for p in Phase} else None
     if last is None:

@@ -197,6 +197,8 @@ class Rollouts:
         if catalogue.find(session, ref).withdrawn:
             raise Conflict(f"release {ref} was withdrawn; publish a new version", code="withdrawn")
         self._refuse_unsigned(session, ref)
+        if mode == "install":
+            catalogue.refuse_other_bytes(session, catalogue.manifest_of(catalogue.find(session, ref)))
         other = session.scalar(select(RolloutRow).where(RolloutRow.model == ref.model, RolloutRow.state.in_(ACTIVE)))
         if other is not None:
             raise Conflict(

@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.contract.reports import Outcome, Phase
+from fleet_server.rollouts import heard
 from fleet_server.rollouts.gates import EVIDENCE_KEPT, Counts, Fact, Ruling, Standing, judge, standing
+from fleet_server.storage.models import DeviceModel
 
 O, P, S = Outcome, Phase, Standing  # noqa: E741 - short names for the rows below
 
@@ -120,3 +122,20 @@ def test_no_wave_passes_on_anything_but_right_bytes(found, max_failures, min_dev
 @given(st.lists(facts, min_size=1, max_size=20), st.integers(0, 3))
 def test_the_order_of_devices_does_not_matter(found, max_failures):
     assert judge(found, max_failures=max_failures).ruling is judge(found[::-1], max_failures=max_failures).ruling
+
+
+@pytest.mark.parametrize(
+    ("reason", "rollout", "outcome"),
+    [
+        ("wrong_release", "r2", None),
+        ("wrong_release", "r3", Outcome.REFUSED),
+        ("bad_signature", "r2", None),
+        ("golden_mismatch", "r2", Outcome.REFUSED),
+    ],
+)
+def test_a_refusal_for_the_metadata_of_its_time_counts_in_its_own_rollout(reason, rollout, outcome):
+    """A release that was refused while the server stood on an old copy gets its chance in the next rollout."""
+    said = {"release": 4, "outcome": "refused", "reason": reason, "rollout": rollout, "message": "", "at": 1.0}
+    row = DeviceModel(device="cam", model="m", serving=3, sha256=None, variant=None, phase="steady", answers=[said])
+
+    assert heard.fact_of("cam", True, row, 4, {}, "r3").outcome is outcome

@@ -231,6 +231,7 @@ class Bench:
         self.assignment = Assignment(fleet=FLEET, version=0, models={})
         self.valid_s = 7 * DAY
         self.known = False
+        self.metadata = "then"
         self.deliveries = Deliveries(self.clock)
         self.link_up = False
         self.settings = SyncSettings(disk_reserve_bytes=0, keep_releases=2)
@@ -303,6 +304,7 @@ class Bench:
             assignment=self.assignment,
             record=record,
             verified_at=self.verified_at,
+            metadata=self.metadata,
             valid_until=self.verified_at + self.valid_s,
         )
 

@@ -14,7 +14,7 @@ import pytest
 from agent.contract.assignment import Exclusion, ModelAssignment, Rollout, Window
 from agent.contract.codec import encode
 from agent.contract.manifest import WatchRules
-from agent.contract.reasons import Reason
+from agent.contract.reasons import METADATA, Reason
 from agent.contract.reports import Hardware, Outcome, Phase
 from agent.store import Choice, Selection, StoreError
 from agent.sync.operator import byhand
@@ -194,6 +194,34 @@ def test_a_crash_of_serve_in_the_watch_is_the_releases_fault(on_one: Bench):
     on_one.until(P.QUARANTINED)
     assert on_one.answer.reason == Reason.SERVE_CRASHED.value
     assert on_one.serving == 1
+
+
+@pytest.mark.parametrize("reason", sorted(METADATA, key=lambda reason: reason.value))
+def test_what_was_refused_for_its_metadata_is_judged_anew_when_that_changes(reason, on_one: Bench):
+    on_one.manifest_problem = Problem(reason, "not as it should be signed")
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WAITING)
+    assert (on_one.answer.outcome, on_one.answer.reason) == (Outcome.REFUSED, reason.value)
+    asked = on_one.clock.monotonic()
+    on_one.manifest_problem, on_one.metadata = None, "now"
+    on_one.until(P.FETCHING, P.TRIALING)
+    assert on_one.clock.monotonic() - asked < 1.0, "it does not wait for its next try"
+
+    on_one.until(P.STEADY)
+    assert (on_one.serving, on_one.answer.outcome) == (2, Outcome.COMMITTED)
+
+
+def test_what_was_put_off_for_another_reason_waits_for_its_time(on_one: Bench):
+    on_one.manifest_problem = Problem(Reason.DOWNLOAD_FAILED, "unplugged")
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.WAITING)
+    asked = on_one.clock.monotonic()
+    on_one.manifest_problem, on_one.metadata = None, "now"
+    on_one.until(P.FETCHING, P.TRIALING)
+
+    assert on_one.clock.monotonic() - asked >= update.RETRY_FIRST_S / 2
 
 
 def restart_serve(bench: Bench) -> None:

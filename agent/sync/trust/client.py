@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
-from tuf.api.metadata import Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
+from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
 
 from agent.contract import enrolment
 from agent.contract.assignment import (
@@ -106,6 +106,7 @@ class Trust:
                 withdrawn_before=withdrawals.refused(seen.withdrawn),
                 verified_at=now,
                 valid_until=min(record.expires, _expiry(session)),
+                metadata=_identity(session),
             )
             self._client.keep(seen)
             keep(self._folder / "desired.json", encode(desired))
@@ -180,6 +181,14 @@ class Trust:
         if record.expires <= self._clock.wall():
             raise Problem(Reason.EXPIRED_METADATA, f"the device record expired at {clocks.text(record.expires)}")
         return record
+
+
+def _identity(session: Session) -> str:
+    """Changes with whatever is signed about releases and keys, and not with each renewal of the timestamp or of the assignment."""
+    snapshot, root = session.role(Snapshot.type, Snapshot), session.role(Root.type, Root)
+    roles = {name: (info.version, info.hashes) for name, info in snapshot.meta.items() if name != f"{ASSIGNMENTS_ROLE}.json"}
+    said = json.dumps([root.version, sorted(roles.items())], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _expiry(session: Session) -> float:

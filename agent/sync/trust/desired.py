@@ -22,6 +22,8 @@ class Desired(Document, frozen=True, kw_only=True):
     withdrawn_before: dict[str, tuple[int, ...]] = {}
     issued: float = 0.0
     heard_at: float = 0.0
+    metadata: str = ""
+    """Which metadata that was: another word here means that something else was signed about releases, keys or publishers."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from agent.config import SyncSettings
 from agent.contract.assignment import Wanted
 from agent.contract.manifest import Acceptance
 from agent.contract.names import ReleaseRef
-from agent.contract.reasons import Reason
+from agent.contract.reasons import METADATA, Reason
 from agent.contract.reports import Answer, Hardware, Outcome, Phase, hardware_class
 from agent.lives import Life
 from agent.store import Choice, Selection, Store, StoreError
@@ -214,7 +214,12 @@ class ModelWork:
         self._note(self._gate(), "put off", problem.message, reason=problem.reason, evidence=problem.evidence)
         if self.state.tries == 0:
             self._say("put-off", problem.message, release=self.state.target, reason=problem.reason.value)
-        return update.put_off(self.state, self._s.clock.wall(), failure, self._s.jitter(), answer)
+        judged_by = self._metadata() if problem.reason in METADATA and not self.state.manifest else None
+        return update.put_off(self.state, self._s.clock.wall(), failure, self._s.jitter(), answer, judged_by=judged_by)
+
+    def _metadata(self) -> str:
+        desired = self._s.desired()
+        return desired.metadata if desired is not None else ""
 
     def _refuse(self, problem: Problem, manifest: str) -> float:
         answer = self._answer(Outcome.REFUSED, problem.reason, problem.message, problem.evidence)

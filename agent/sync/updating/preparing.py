@@ -244,6 +244,8 @@ class Preparing(Joining):
         if self.state.waiting_for != "retry":
             return self._wait_to_serve(now)
         left_s = (self.state.retry_at or 0.0) - now
+        if self.state.judged_by not in (None, self._metadata()):
+            left_s = 0.0  # what it was put off for says something else now
         if 0 < left_s <= update.longest_wait_s(self.state):
             return min(left_s, REST_S)
         failure = self.state.failure

@@ -185,6 +185,8 @@ class UpdateState(Document, frozen=True, kw_only=True):
     waiting_for: WaitsFor | None = None
     retry_at: float | None = None
     failure: Failure | None = None
+    judged_by: str | None = None
+    """The metadata (`Desired.metadata`) for which the target was put off; None when it was for another reason."""
     activated: bool = False
     """Whether `serve` was told to switch, so that requests may have met the target."""
     shadowed: Shadowed | None = None
@@ -222,7 +224,7 @@ def begin(
     """The start of a new update."""
     return after(
         state, Event.WANTED, now,
-        wanted=wanted, rollout=rollout, mode=mode, target=wanted, before=before, manifest=None, variant=None,
+        wanted=wanted, rollout=rollout, mode=mode, target=wanted, before=before, manifest=None, variant=None, judged_by=None,
         interruptions=0, tries=0, unreported=0, waiting_for=None, retry_at=None, failure=None, activated=False, watched=None,
         shadowed=None, canaried=None, peers=(),
     )  # fmt: skip
@@ -232,7 +234,7 @@ def rest(state: UpdateState, event: Event, now: float, *answers: Answer, **chang
     """`event` into a phase of rest: what belonged to the update is forgotten, its answer is kept."""
     return after(
         state, event, now,
-        target=None, manifest=None, variant=None, waiting_for=None, retry_at=None, failure=None, activated=False, watched=None,
+        target=None, manifest=None, variant=None, waiting_for=None, retry_at=None, failure=None, judged_by=None, activated=False, watched=None,
         shadowed=None, canaried=None, peers=(),
         interruptions=0, tries=0, unreported=0, answers=keep_answers(state.answers, *answers), **changes,
     )  # fmt: skip
@@ -244,12 +246,16 @@ def committed(state: UpdateState, now: float, answer: Answer) -> UpdateState:
     return rest(state, Event.COMMITTED, now, answer, committed=(*known, state.manifest)[-COMMITTED_KEPT:])
 
 
-def put_off(state: UpdateState, now: float, failure: Failure, jitter: float, *answers: Answer) -> UpdateState:
-    """PUT_OFF until a time that doubles with every try. `jitter` (0 to 1) spreads a fleet that failed together."""
+def put_off(
+    state: UpdateState, now: float, failure: Failure, jitter: float, *answers: Answer, judged_by: str | None = None
+) -> UpdateState:
+    """PUT_OFF until a time that doubles with every try, or until there is other metadata than `judged_by`. `jitter` (0 to 1) spreads a
+    fleet that failed together.
+    """
     delay_s = min(RETRY_LONGEST_S, RETRY_FIRST_S * 2.0 ** min(state.tries, 20)) * (0.5 + 0.5 * jitter)
     return after(
         state, Event.PUT_OFF, now,
-        waiting_for="retry", retry_at=now + delay_s, tries=state.tries + 1, failure=failure,
+        waiting_for="retry", retry_at=now + delay_s, tries=state.tries + 1, failure=failure, judged_by=judged_by,
         answers=keep_answers(state.answers, *answers),
     )  # fmt: skip
 
