@@ -130,6 +130,11 @@ class Fleet:
                 days, how = int((at - now) / 86400), f"`edge-fleet keys renew {role}`"
                 how = how if role in {"root", "targets"} else f"publish a release, or run {how}"
                 found.append(f"the {role} metadata ends in {days} days and devices stop updating then; {how}")
+        if shared := self.inventory.shared():
+            found.append(
+                f"several machines report as each of {_some(shared)}: cards that were copied after they had been enrolled; enrol the "
+                "copies as devices of their own (docs/how-to/image-many-devices.md)"
+            )
         if ahead := self.inventory.ahead():
             found.append(
                 f"{_some(ahead)} saw newer signed metadata than this server has and follow it no more: if it was restored from a copy, "

@@ -81,12 +81,19 @@ def _table(headings: str, rows: list[list[object]], empty: str) -> None:
 def devices(found: list[dict[str, Any]]) -> None:
     rows: list[list[object]] = [
         [
-            d["id"], "revoked" if d["revoked"] else "online" if d["online"] else "offline", ", ".join(d["groups"]) or "-",
+            d["id"], _standing(d), ", ".join(d["groups"]) or "-",
             "; ".join(_runs(name, m) for name, m in d["models"].items()) or "-", ago(d["last_seen"]),
         ]
         for d in found
     ]  # fmt: skip
     _table("DEVICE|STATE|GROUPS|RUNS|SEEN", rows, "no device yet; make an enrolment string with `edge-fleet token create`")
+
+
+def _standing(d: dict[str, Any]) -> str:
+    if d["revoked"]:
+        return "revoked"
+    several = ", several machines" if d.get("shared") else ""
+    return ("online" if d["online"] else "offline") + several
 
 
 def _runs(name: str, model: dict[str, Any]) -> str:
@@ -100,8 +107,7 @@ def _runs(name: str, model: dict[str, Any]) -> str:
 
 def device(d: dict[str, Any]) -> None:
     console = _console()
-    state = "revoked" if d["revoked"] else "online" if d["online"] else "offline"
-    console.print(f"[bold]{safe(d['id'])}[/bold]  {state}, seen {ago(d['last_seen'])}")
+    console.print(f"[bold]{safe(d['id'])}[/bold]  {_standing(d)}, seen {ago(d['last_seen'])}")
     console.print(f"groups  {safe(', '.join(d['groups']) or '-')}   record serial {d['record_serial']}")
     console.print(f"agent   {safe(d['agent_version'] or '-')}   {safe(_hardware(d['hardware']))}")
     if d["problem"]:

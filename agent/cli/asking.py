@@ -220,9 +220,10 @@ def models(socket_path: Path | None, *, as_json: bool) -> None:
 
 @click.command()
 @socket_option
+@click.option("--config", type=click.Path(path_type=Path), help="agent.yaml  [default: /etc/edge-agent/agent.yaml if present]")
 @json_option
-def status(socket_path: Path | None, *, as_json: bool) -> None:
-    """Show what the server runs, on what, and how it does.
+def status(socket_path: Path | None, config: Path | None, *, as_json: bool) -> None:
+    """Show what the server runs, on what, and how it does; and whether another device has this one's identity.
 
     \b
     Example:
@@ -235,17 +236,33 @@ def status(socket_path: Path | None, *, as_json: bool) -> None:
             found = client.status()
         except ClientError as error:
             fail(error)
+    shared = _identity_shared(config)
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps({**found, "identity_shared": shared}))
         return
     click.echo(f"edge-agent {found['agent_version']}, pid {found['pid']}, socket {client.socket_path}")
     rows = [_status_row(name, model, v) for name, model in found["models"].items() for v in model["versions"].values()]
     _table(("model", "version", "role", "state", "on", "requests", "failed", "mean ms", "MB"), rows)
+    if shared:
+        click.echo(f"! {shared}")
     _reasons(
         (name, v["version"], v["reason"] or v["placement"]["fallback"])
         for name, model in found["models"].items()
         for v in model["versions"].values()
     )
+
+
+def _identity_shared(config: Path | None) -> str | None:
+    """What `sync` noted; None also for who may not read its folder."""
+    import time
+
+    from agent.config import ConfigError, load
+    from agent.sync.fleet import takeovers
+
+    try:
+        return takeovers.finding(load(config).store / "sync", time.time())
+    except (ConfigError, OSError):
+        return None
 
 
 def _status_row(name: str, model: Mapping[str, Any], version: Mapping[str, Any]) -> list[str]:

@@ -130,6 +130,8 @@ class StateReport(Document, frozen=True, kw_only=True):
     serve_instance: str | None = None
     serve_restarts: int = 0
     problem: str | None = None
+    run: str = ""
+    """A word that the agent made up when it started. One device never says an earlier one again; two with one identity do."""
     kind: Literal["state"] = "state"
     format: int = FORMAT
 

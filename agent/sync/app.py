@@ -35,7 +35,7 @@ from agent.sync.fetching.imports import Imports
 from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers, sized
 from agent.sync.fetching.sharing import Sharing
 from agent.sync.fetching.spool import NoNetwork
-from agent.sync.fleet import identity, link
+from agent.sync.fleet import identity, link, takeovers
 from agent.sync.fleet.counters import Counter
 from agent.sync.fleet.delivery import Deliveries
 from agent.sync.fleet.http import NO_CHECK_TIME, FleetHttp
@@ -168,7 +168,10 @@ class SyncApp:
             on_delivered=deliveries.delivered,
             on_blocks=self._transfers.received,
             busy=lambda: self._transfers.active,
+            on_taken_over=self._taken_over,
         )
+        self._shared: str | None = None
+        """Why this device is taken for one of several with its identity."""
 
     # -- Teller: what updaters say ------------------------------------------------------------------------------------------
 
@@ -188,6 +191,20 @@ class SyncApp:
             self._reporter.event(name, message)
         except OSError as error:
             log.warning("the event could not be kept for the fleet: %s", error)
+
+    def _taken_over(self, certain: bool) -> None:
+        try:
+            takeovers.note(self._store.private, self._clock.wall(), certain=certain)
+            found = takeovers.finding(self._store.private, self._clock.wall())
+        except OSError as error:
+            log.warning("the broker gave this device's place to another connection, which could not be noted: %s", error)
+            return
+        if found is None:
+            return
+        log.warning("%s", found)
+        if self._shared is None:
+            self._tell("identity-shared", found)
+        self._shared = found
 
     # -- life ---------------------------------------------------------------------------------------------------------------
 
@@ -357,6 +374,10 @@ class SyncApp:
 
     def _problem(self) -> str | None:
         """The one thing that an operator should know first."""
+        if self._shared is not None:
+            self._shared = takeovers.finding(self._store.private, self._clock.wall())
+        if self._shared is not None:
+            return f"identity_shared: {self._shared}"
         problem = self.follower.problem
         if problem is not None and problem.reason is not Reason.DOWNLOAD_FAILED:
             return f"{problem.reason.value}: {problem.message}"

@@ -19,7 +19,7 @@ from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, hardware_class
 from fleet_server.access import Actor
 from fleet_server.config import FleetConfig
-from fleet_server.devices import pki
+from fleet_server.devices import pki, twins
 from fleet_server.devices.envelopes import key_of
 from fleet_server.errors import Invalid, NotFound, Refused
 from fleet_server.journal import Happening, Journal
@@ -104,6 +104,12 @@ class Inventory:
             rows = session.execute(select(Device.present, Device.last_seen).where(Device.revoked.is_(False))).all()
         return {"total": len(rows), "online": sum(self.is_online(row.present, row.last_seen, now) for row in rows)}
 
+    def shared(self) -> list[str]:
+        """Devices of which several machines report."""
+        query = select(Device.id).where(Device.revoked.is_(False), Device.shared > self._clock() - twins.SHARED_S)
+        with self._database.reading() as session:
+            return list(session.scalars(query.order_by(Device.id)))
+
     def ahead(self) -> list[str]:
         """Devices that have seen newer signed documents than this server has, and so refuse its word: it was restored from a copy."""
         problem = Device.state["problem"].as_string()
@@ -129,7 +135,7 @@ class Inventory:
             "id": row.id, "groups": row.groups, "labels": row.labels, "online": self.is_online(row.present, row.last_seen, now), "revoked": row.revoked,
             "last_seen": row.last_seen, "created": row.created, "record_serial": row.serial, "hardware": row.hardware,
             "agent_version": state.get("agent_version"), "assignment_version": state.get("assignment_version"),
-            "problem": state.get("problem"), "models": state.get("models") or {},
+            "problem": state.get("problem"), "shared": twins.are_several(row.shared, now), "models": state.get("models") or {},
         }  # fmt: skip
 
     # -- changing ----------------------------------------------------------------------------------------------------------

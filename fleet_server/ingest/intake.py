@@ -33,9 +33,9 @@ from agent.contract.reports import (
     Presence,
     StateReport,
 )
-from fleet_server.devices import envelopes
+from fleet_server.devices import envelopes, twins
 from fleet_server.errors import Refused
-from fleet_server.journal import Journal
+from fleet_server.journal import Happening, Journal
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, DeviceModel
 
@@ -77,6 +77,10 @@ class Known(msgspec.Struct):
     session: int
     present: bool
     hardware: dict[str, Any] | None
+    runs: list[str] = msgspec.field(default_factory=list)
+    shared: float | None = None
+    several: bool = False
+    """Whether it showed itself to be several machines in this batch."""
     models: set[str] = msgspec.field(default_factory=set)
     keys: list[Key] = msgspec.field(default_factory=list)
     report: StateReport | None = None
@@ -151,15 +155,16 @@ class Intake:
                 except Dropped as drop:  # noqa: PERF203 - one bad message must not undo the others
                     drops.append((message.topic, drop))
             self._write(session, [device for device in known.values() if device.heard])
+            self._note_several(session, [device for device in known.values() if device.several], changes)
         return changes, drops
 
     # -- reading and writing -----------------------------------------------------------------------------------------------
 
     def _load(self, session: Session, devices: set[str]) -> dict[str, Known]:
         """The devices of a batch that are in the fleet and not shut out, with the keys that may sign for them."""
-        columns = select(Device.id, Device.counter, Device.session, Device.present, Device.hardware)
+        columns = select(Device.id, Device.counter, Device.session, Device.present, Device.hardware, Device.runs, Device.shared)
         query = columns.where(Device.id.in_(devices), Device.revoked.is_(False))
-        known = {row.id: Known(row.id, row.counter, row.session, row.present, row.hardware) for row in session.execute(query)}
+        known = {row.id: Known(*row) for row in session.execute(query)}
         good = select(Certificate.device, Certificate.pem).where(
             Certificate.device.in_(known), Certificate.revoked.is_(None), Certificate.expires > self._clock()
         )
@@ -180,12 +185,31 @@ class Intake:
         if reports:
             _update(
                 session,
-                [{"key": d.id, "counter": r.counter, "state": r, "hardware": r.hardware or d.hardware} for d, r in reports],
+                [
+                    {"key": d.id, "counter": r.counter, "state": r, "hardware": r.hardware or d.hardware, "runs": d.runs}
+                    for d, r in reports
+                ],
             )
             session.execute(delete(DeviceModel).where(DeviceModel.device.in_([d.id for d, _ in reports])))
             rows = [_row(d.id, model, state) for d, r in reports for model, state in r.models.items()]
             if rows:
                 session.execute(insert(DeviceModel), rows)
+
+    def _note_several(self, session: Session, devices: list[Known], changes: Changes) -> None:
+        """Said once, and again after a time without signs."""
+        now = self._clock()
+        for device in devices:
+            if not twins.are_several(device.shared, now):
+                message = (
+                    f"several machines report as {device.id}: a card or a state folder was copied after it had been enrolled; what they "
+                    "report counts as nobody's success until each is a device of its own"
+                )
+                happening = Happening(name="identity_shared", message=message, device=device.id, reason="identity_shared")
+                changes.events.append(self._journal.record(session, happening))
+                changes.models |= device.models
+            changes.devices.add(device.id)
+        if devices:
+            _update(session, [{"key": device.id, "shared": now} for device in devices])
 
     # -- judging -----------------------------------------------------------------------------------------------------------
 
@@ -222,6 +246,7 @@ class Intake:
 def _take_state(device: Known, payload: bytes, changes: Changes) -> None:
     report = _verified(device, payload, STATE_PAYLOAD_TYPE, StateReport, MAX_REPORT_BYTES)
     if not device.counter < report.counter <= MAX_INTEGER:
+        device.several |= report.counter <= device.counter and twins.is_stranger(device.runs, report.run)
         raise Dropped("replayed", f"report {report.counter} of {device.id!r} is not newer than {device.counter}")
     if len(report.models) > MAX_MODELS:
         raise Dropped("too_large", f"{device.id!r} reports {len(report.models)} models; at most {MAX_MODELS} are taken")
@@ -233,6 +258,8 @@ def _take_state(device: Known, payload: bytes, changes: Changes) -> None:
     if device.counter < 0 and report.session < device.session:
         # The first word of a newly enrolled device: the session came from what an earlier device of this id left with the broker.
         device.session, device.present = report.session, True
+    device.runs, back = twins.heard(device.runs, report.run[:MAX_NAME])
+    device.several |= back
     device.counter, device.report = report.counter, report
     changes.models |= device.models | set(report.models)
     device.models = set(report.models)

@@ -10,6 +10,7 @@ from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import METADATA
 from agent.contract.reports import Outcome, Phase
+from fleet_server.devices import twins
 from fleet_server.devices.inventory import Inventory
 from fleet_server.releases import catalogue
 from fleet_server.rollouts import classes, reading
@@ -25,10 +26,13 @@ def of_wave(session: Session, row: RolloutRow, inventory: Inventory, now: float)
     hashes = _hashes(catalogue.manifest_of(catalogue.find(session, ReleaseRef(row.model, row.release))))
     said = {d.device: d for d in session.scalars(select(DeviceModel).where(DeviceModel.model == row.model))}
     # Columns, not whole rows: the states of ten thousand devices are not needed to count them.
-    columns = select(Device.id, Device.groups, Device.present, Device.last_seen).where(Device.revoked.is_(False))
+    columns = select(Device.id, Device.groups, Device.present, Device.last_seen, Device.shared)
     facts = [
-        fact_of(device, inventory.is_online(present, last_seen, now), said.get(device), row.release, hashes, row.id)
-        for device, groups, present, last_seen in session.execute(columns)
+        of_one(
+            fact_of(device, inventory.is_online(present, last_seen, now), said.get(device), row.release, hashes, row.id),
+            several=twins.are_several(shared, now),
+        )
+        for device, groups, present, last_seen, shared in session.execute(columns.where(Device.revoked.is_(False)))
         if reaches(wave, device, groups)
     ]
     stopped = {kind for kind, one in classes.known(session, row.model, row.release).items() if one.lifted is None}
@@ -36,6 +40,15 @@ def of_wave(session: Session, row: RolloutRow, inventory: Inventory, now: float)
         return facts
     kinds = classes.classes_of(session, [fact.device for fact in facts])
     return [fact for fact in facts if kinds.get(fact.device) not in stopped]
+
+
+def of_one(fact: Fact, *, several: bool) -> Fact:
+    """What is left of a fact when `several` machines report under one identity: what is bad. What one of them does well says nothing of
+    the others, so it is no success, and it keeps no wave waiting.
+    """
+    if not several or fact.outcome in (Outcome.REFUSED, Outcome.ROLLED_BACK):
+        return fact
+    return Fact(fact.device, online=False, serving_it=False, message="several machines report under this identity")
 
 
 def refusals(session: Session, row: RolloutRow) -> list[Fact]:

@@ -41,6 +41,12 @@ class Device(Base):
     session: Mapped[int] = mapped_column(default=-1)
     hardware: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     state: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    runs: Mapped[list[str]] = mapped_column(JSON, default=list)
+    """The words of its agent's last processes; see `devices.twins`."""
+    shared: Mapped[float | None] = mapped_column(Float)
+    """When it last showed itself to be several machines."""
+    late_until: Mapped[float | None] = mapped_column(Float)
+    """Until when it may renew a certificate that has ended."""
 
 
 class DeviceModel(Base):

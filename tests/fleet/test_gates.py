@@ -139,3 +139,14 @@ def test_a_refusal_for_the_metadata_of_its_time_counts_in_its_own_rollout(reason
     row = DeviceModel(device="cam", model="m", serving=3, sha256=None, variant=None, phase="steady", answers=[said])
 
     assert heard.fact_of("cam", True, row, 4, {}, "r3").outcome is outcome
+
+
+@pytest.mark.parametrize(
+    ("outcome", "counted"),
+    [(None, S.OFFLINE), (O.COMMITTED, S.OFFLINE), (O.REFUSED, S.REFUSED), (O.ROLLED_BACK, S.ROLLED_BACK)],
+)
+def test_several_machines_under_one_identity_are_nobodys_success(outcome, counted):
+    fact = Fact("cam", online=True, serving_it=True, phase=P.STEADY, outcome=outcome)
+
+    assert standing(heard.of_one(fact, several=True)) is counted
+    assert heard.of_one(fact, several=False) == fact

@@ -24,6 +24,7 @@ from agent.contract.reports import (
     StateReport,
 )
 from fleet_server.access import SERVER
+from fleet_server.devices import twins
 from fleet_server.ingest.intake import Message
 from tests.fleet.stand import make_csr, signed, signed_event, signed_report
 
@@ -292,3 +293,29 @@ def test_event_texts_are_bounded(fleet, device):
 def test_no_bytes_stop_the_intake(fleet, payload, what):
     """Whatever a device sends is stored or dropped; nothing is raised."""
     fleet.intake.take([Message(f"v1/d/d1/up/{what}", payload)])
+
+
+RUNS = [
+    # name, (counter, run) of each report, whether several machines showed themselves
+    ("an agent of the last version", [(1, ""), (2, "")], False),
+    ("one process", [(1, "a"), (2, "a")], False),
+    ("one that was restarted often", [(number, f"run {number}") for number in range(1, 20)], False),
+    ("two in turns", [(1, "a"), (2, "b"), (3, "a")], True),
+    ("three in turns", [(1, "a"), (2, "b"), (3, "c"), (4, "a")], True),
+    ("a late copy of an earlier message", [(1, "a"), (2, "b"), (1, "a")], False),
+    ("one whose clock is behind", [(5, "a"), (3, "b")], True),
+]
+
+
+@pytest.mark.parametrize(("name", "reports", "several"), RUNS, ids=[row[0] for row in RUNS])
+def test_several_machines_with_one_identity(name, reports, several, fleet, device, clock):
+    for counter, run in reports:
+        device.state(device.report(counter, run=run))
+
+    assert device.view["shared"] is several
+    events = [event for event in fleet.journal.events(limit=100) if event["name"] == "identity_shared"]
+    assert len(events) == several
+    warned = any("several machines" in text for text in fleet.status()["warnings"])
+    assert warned is several
+    clock.now += twins.SHARED_S
+    assert device.view["shared"] is False, "without signs for an hour it is one again"

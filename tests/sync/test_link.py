@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from agent.contract import topics
-from agent.sync.fleet import link
+from agent.sync.fleet import link, takeovers
 from agent.sync.fleet.link import Broker, Link, delay_s, tls_context
 from agent.sync.fleet.outbox import Outbox
 from tests.ports import free_ports
@@ -388,3 +388,76 @@ def test_delays_grow_and_are_spread():
     assert [delay_s(outage_s, 1.0) for outage_s in (0.0, 1.0, 5.0, 3600.0)] == [1.0, 1.0, 5.0, 120.0]
     assert delay_s(5.0, 0.0) == 0.05
     assert delay_s(5.0, 0.5) == 2.5
+
+
+def test_two_with_one_identity_notice_each_other(broker, outbox, tmp_path):
+    """Also where the broker closes without a word, as mosquitto 2.0 does."""
+    other = Outbox(tmp_path / "other.db")
+    noticed: dict[str, list[bool]] = {"one": [], "other": []}
+    links = [
+        Link(
+            DEVICE,
+            Broker("127.0.0.1", broker.port, lambda: broker.context(DEVICE)),
+            box,
+            iter(range(1, 1000)).__next__,
+            on_poke=lambda: None,
+            jitter=lambda: 0.1,
+            on_taken_over=noticed[name].append,
+        )
+        for name, box in (("one", outbox), ("other", other))
+    ]
+    for each in links:
+        each.start()
+    try:
+        eventually(lambda: all(len(times) >= takeovers.MANY for times in noticed.values()), "both to notice")
+    finally:
+        for each in links:
+            each.stop()
+        other.close()
+
+
+def test_a_broker_that_is_restarted_is_nobody_else(broker, outbox):
+    noticed: list[bool] = []
+    connected = threading.Event()
+    one = Link(
+        DEVICE,
+        Broker("127.0.0.1", broker.port, lambda: broker.context(DEVICE)),
+        outbox,
+        iter(range(1, 1000)).__next__,
+        on_poke=lambda: None,
+        on_change=lambda up: connected.set() if up else connected.clear(),
+        jitter=lambda: 0.01,
+        on_taken_over=noticed.append,
+    )
+    one.start()
+    try:
+        for _ in range(takeovers.MANY):
+            assert connected.wait(20)
+            broker.kill()
+            eventually(lambda: one.problem is not None and "cannot be reached" in one.problem, "the next attempt to fail")
+            broker.start()
+        assert connected.wait(20)
+    finally:
+        one.stop()
+    assert noticed == []
+
+
+FOUND = [
+    ("nothing", [], None),
+    ("one that the broker told of", [(0, True)], None),
+    ("two that it told of", [(60, True), (0, True)], 2),
+    ("two without a word", [(60, False), (0, False)], None),
+    ("three without a word", [(300, False), (60, False), (0, False)], 3),
+    ("three in a day", [(80_000, False), (40_000, False), (0, False)], None),
+    ("three of which one is long ago", [(700, False), (60, False), (0, False)], None),
+]
+
+
+@pytest.mark.parametrize(("name", "times", "said"), FOUND, ids=[row[0] for row in FOUND])
+def test_when_another_device_is_named(name, times, said, tmp_path):
+    for ago, certain in times:
+        takeovers.note(tmp_path, 1_000_000.0 - ago, certain=certain)
+
+    found = takeovers.finding(tmp_path, 1_000_000.0)
+    assert (found is None) is (said is None)
+    assert said is None or f"{said} times" in str(found)

@@ -51,6 +51,9 @@ SILENCE_S = 30.0
 one. Else a broker that lost IN_FLIGHT messages, and kept the connection, would hear nothing of this device any more.
 """
 
+SESSION_TAKEN_OVER = 0x8E
+"""Said by some brokers of MQTT 5; mosquitto 2.0 and all of 3.1.1 close the connection without a word."""
+
 SESSION_EXPIRY_S = 0
 """No session at the broker: pokes are hints, and everything else is in our outbox."""
 
@@ -87,11 +90,18 @@ class Link:
         on_delivered: Callable[[int], None] = lambda _: None,
         on_blocks: Callable[[str, bytes], None] = lambda _id, _payload: None,
         busy: Callable[[], bool] = lambda: False,
+        on_taken_over: Callable[[bool], None] = lambda _certain: None,
     ) -> None:
-        """`on_blocks` gets the parts of transfers by their id; `busy` says whether one is under way."""
+        """`on_taken_over`: the broker ended an accepted connection and took the next one at once, as it does when another connection with
+        the same identity takes the place of this one; that is certain when the argument is true. `on_blocks` gets the parts of
+        transfers by their id; `busy` says whether one is under way.
+        """
         self.on_delivered = on_delivered
         self.on_blocks = on_blocks
         self.busy = busy
+        self.on_taken_over = on_taken_over
+        self.thrown_out = False
+        """The broker ended the last connection, and nothing has failed since."""
         self.asks: collections.deque[bytes] = collections.deque()
         self.device = device
         self.broker = broker
@@ -139,6 +149,7 @@ class Link:
             conversation = _Conversation(self, self._protocol)
             return conversation.run()
         except OSError as error:  # includes every TLS error
+            self.thrown_out = False
             self.problem = f"broker {self.broker.host}:{self.broker.port} cannot be reached: {error}"
             return 0.0
         except Exception as error:
@@ -173,6 +184,7 @@ class _Conversation:
         self._moved = 0.0  # when one of them was acknowledged, or the first of them sent
         self._after = 0
         self._accepted = False
+        self._told = False  # that another connection took its place
         self._refused: str | None = None
         self._clean_stop = False
         self._client = self._make_client()
@@ -185,6 +197,7 @@ class _Conversation:
         accepted_at = 0.0
         while not link.stopping.is_set():
             if self._client.loop(BUSY_LOOP_S if link.busy() else LOOP_S) != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                link.thrown_out = self._accepted and not self._told
                 break
             if self._accepted:
                 accepted_at = accepted_at or time.monotonic()
@@ -198,6 +211,7 @@ class _Conversation:
                 break
         self._end()
         if not self._accepted:
+            link.thrown_out = False
             link.problem = (
                 f"broker {link.broker.host}:{link.broker.port} refused the connection: {self._refused or 'no answer'}"
             )
@@ -220,6 +234,7 @@ class _Conversation:
         client.max_inflight_messages_set(IN_FLIGHT)
         client.will_set(topics.up(link.device, "presence"), self._presence(online=False), qos=1, retain=True)
         client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
         client.on_publish = self._on_publish
         return client
@@ -239,11 +254,19 @@ class _Conversation:
             self._refused = str(reason)
             return
         self._accepted = True
+        if self._link.thrown_out:
+            self._link.thrown_out = False
+            self._link.on_taken_over(False)
         device = self._link.device
         self._link.asks.clear()
         client.subscribe([(topics.down_poke(device), 1), (topics.POKE_ALL, 1), (topics.down_blocks(device, "+"), 0)])
         client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1, retain=True)
         self._link.set_connected(connected=True)
+
+    def _on_disconnect(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        if reason.value == SESSION_TAKEN_OVER:
+            self._told = True
+            self._link.on_taken_over(True)
 
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
         before, _, transfer = message.topic.rpartition("/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import uuid
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -123,6 +124,7 @@ class Reporter:
         self._counter = counter
         self._clock = clock
         self._hardware = hardware
+        self._run = secrets.token_hex(8)
         self._instance: str | None = None
         self._restarts = 0
 
@@ -153,6 +155,7 @@ class Reporter:
             serve_instance=status.instance if status else None,
             serve_restarts=self._restarts,
             problem=problem,
+            run=self._run,
         )
         payload = _bounded(report)
         item = self._queue.put("state", self._signer.envelope(payload, STATE_PAYLOAD_TYPE))

@@ -13,7 +13,7 @@ from agent.contract import enrolment
 from agent.host import clock as clocks
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.store import Store, StoreError
-from agent.sync.fleet import identity, link
+from agent.sync.fleet import identity, link, takeovers
 from agent.sync.fleet.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.fleet.identity import Identity, IdentityError
 from agent.sync.operator import sources
@@ -48,7 +48,7 @@ def examine(config_path: Path | None, clock: Clock | None = None) -> Iterator[Fi
             yield Finding(name, "skipped", "needs an identity")
         yield from sources.examine(config, None, clock, unset=lambda: False)
         return
-    yield Finding("identity", "ok", f"device {who.device!r} of fleet {who.address.fleet!r}")
+    yield _identity(config, who, clock)
     signed = SignedClock(clock, LastKnownGood(config.store / "sync" / "trust" / "clock.json", floor=who.not_before))
     yield certificate(who, signed)
     yield machine_clock(clock, signed)
@@ -57,6 +57,18 @@ def examine(config_path: Path | None, clock: Clock | None = None) -> Iterator[Fi
     yield broker
     yield from sources.examine(config, who, signed, unset=signed.unset)
     yield sources.over_the_broker(config.sync, broker)
+
+
+def _identity(config: AgentConfig, who: Identity, clock: Clock) -> Finding:
+    name, message = "identity", f"device {who.device!r} of fleet {who.address.fleet!r}"
+    try:
+        shared = takeovers.finding(config.store / "sync", clock.wall())
+    except OSError as error:
+        advice = "ask as the user of `edge-agent sync`: sudo -u edge-agent-sync edge-agent doctor"
+        return Finding(name, "warning", f"{message}; whether another device has it too cannot be read: {error}", advice)
+    if shared is not None:
+        return Finding(name, "failed", f"{message}: {shared}", "how cards are copied: docs/how-to/image-many-devices.md")
+    return Finding(name, "ok", message)
 
 
 def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
