@@ -55,7 +55,11 @@ def edge_agent() -> str:
 def edge_fleet() -> str:
     from fleet_server.cli import main
 
-    return command_page("edge-fleet", main, "Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by the server.")
+    return command_page(
+        "edge-fleet",
+        main,
+        "Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by the server, 4 the time of `--timeout` ran out.",
+    )
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

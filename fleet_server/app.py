@@ -25,7 +25,7 @@ from fastapi import FastAPI
 from fleet_server.access import Access
 from fleet_server.api import device as device_api
 from fleet_server.api import operator as operator_api
-from fleet_server.api.tls import HEAD_WITHIN_S, ClientCertificateProtocol, Listener, OperatorProtocol
+from fleet_server.api.tls import HEAD_WITHIN_S, ClientCertificateProtocol, Listener, OperatorProtocol, without_dates
 from fleet_server.broker import settings as broker_settings
 from fleet_server.broker.supervisor import Supervisor
 from fleet_server.config import FleetConfig, Folder, load
@@ -130,6 +130,17 @@ class Fleet:
                 days, how = int((at - now) / 86400), f"`edge-fleet keys renew {role}`"
                 how = how if role in {"root", "targets"} else f"publish a release, or run {how}"
                 found.append(f"the {role} metadata ends in {days} days and devices stop updating then; {how}")
+        certificates = self.inventory.certificates()
+        if ended := certificates["ended"]:
+            found.append(
+                f"the certificate of {_some(ended)} has ended: `edge-fleet devices --certificate ended` lists them, `edge-fleet devices "
+                "allow-renewal NAME` lets one renew it late"
+            )
+        if ending := certificates["ends_soon"]:
+            found.append(
+                f"the certificate of {_some(ending)} ends soon and was not renewed: `edge-fleet devices --certificate ends-soon`; see "
+                "whether they can reach this server"
+            )
         if shared := self.inventory.shared():
             found.append(
                 f"several machines report as each of {_some(shared)}: cards that were copied after they had been enrolled; enrol the "
@@ -342,12 +353,11 @@ async def _watchdog() -> None:
 
 
 def _listener(app: FastAPI, host: str, port: int, **options: Any) -> Listener:
-    return Listener(
-        uvicorn.Config(
+    config = uvicorn.Config(
             app, host=host, port=port, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
             proxy_headers=False, timeout_graceful_shutdown=GRACE_S, limit_concurrency=CONNECTIONS, timeout_keep_alive=int(HEAD_WITHIN_S), **{"http": OperatorProtocol, **options},
-        )
     )  # fmt: skip
+    return Listener(without_dates(config) if options.get("ssl_ca_certs") else config)
 
 
 def _bind(host: str, port: int) -> socket.socket:

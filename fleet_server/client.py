@@ -20,6 +20,7 @@ from fleet_server import files
 from fleet_server.errors import FleetError, Invalid, NotFound, ServerRefused, Unavailable
 
 ENVIRONMENT = "EDGE_FLEET_PROFILE"
+URL, TOKEN, CA = "EDGE_FLEET_URL", "EDGE_FLEET_TOKEN", "EDGE_FLEET_CA"
 API = "/api/v1"
 TIMEOUT_S = 30.0
 UPLOAD_CHUNK = 256 * 1024
@@ -44,12 +45,31 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
             profile = convert(yaml.safe_load(path.read_bytes()), cls)
         except FileNotFoundError:
             raise NotFound(
-                f"profile {path} does not exist; `edge-fleet init` writes one, or name yours with --profile"
+                f"profile {path} does not exist; `edge-fleet init` writes one, or name yours with --profile, or set {URL} and {TOKEN}"
             ) from None
         except (OSError, yaml.YAMLError, msgspec.ValidationError) as error:
             raise Invalid(f"profile {path} cannot be used: {error}") from error
         profile.check_ca()
         return profile
+
+    @classmethod
+    def chosen(cls, path: Path | None) -> Profile:
+        """The profile in `path`; without one, what the environment says (EDGE_FLEET_URL, EDGE_FLEET_TOKEN, EDGE_FLEET_CA) over the
+        profile that stands where profiles do. A token goes to the address that it came with: another address needs a token of its own.
+
+        Raises: NotFound, Invalid.
+        """
+        if path is not None:
+            return cls.read(path)
+        url, token, ca = (os.environ.get(name) or None for name in (URL, TOKEN, CA))
+        if url is not None:
+            if token is None:
+                raise Invalid(f"{URL} is set, so the token has to come from {TOKEN}: the profile's is for another server")
+            return cls(url=url, token=token, ca=ca)
+        profile = cls.read(default_profile())
+        if ca is not None:
+            profile = msgspec.structs.replace(profile, ca=ca, ca_sha256=None)
+        return msgspec.structs.replace(profile, token=token) if token is not None else profile
 
     def check_ca(self) -> None:
         """Raises: Invalid when the CA file is not the one that was pinned."""

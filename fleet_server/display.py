@@ -93,7 +93,8 @@ def _standing(d: dict[str, Any]) -> str:
     if d["revoked"]:
         return "revoked"
     several = ", several machines" if d.get("shared") else ""
-    return ("online" if d["online"] else "offline") + several
+    certificate = {"ended": ", certificate ended", "ends_soon": ", certificate ends soon"}.get(d.get("certificate", ""), "")
+    return ("online" if d["online"] else "offline") + several + certificate
 
 
 def _runs(name: str, model: dict[str, Any]) -> str:

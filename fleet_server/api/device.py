@@ -46,13 +46,23 @@ class Parts(Protocol):
 
 def caller(request: Request) -> str:
     """The device whose certificate this connection was made with.  Raises: Refused."""
+    return _fleet(request).inventory.authenticate(_presented(request))
+
+
+def late_caller(request: Request) -> str:
+    """The same, also with a certificate that has ended, while an operator allows that. The handshake proved the possession of its key."""
+    return _fleet(request).inventory.authenticate(_presented(request), to_renew=True)
+
+
+def _presented(request: Request) -> x509.Certificate:
     der = request.scope["state"].get(CERTIFICATE)
     if not der:
         raise Refused("this listener needs a client certificate", code="no_certificate")
-    return _fleet(request).inventory.authenticate(_certificate(der))
+    return _certificate(der)
 
 
 Caller = Annotated[str, Depends(caller)]
+LateCaller = Annotated[str, Depends(late_caller)]
 
 
 def metadata(request: Request, name: str, _caller: Caller) -> Response:
@@ -75,7 +85,7 @@ def record(request: Request, device: Caller) -> Response:
     return Response(_fleet(request).inventory.record(device), media_type="application/json")
 
 
-async def renew(request: Request, device: Caller) -> Response:
+async def renew(request: Request, device: LateCaller) -> Response:
     wanted = decode(await request.body(), RenewalRequest, limit_bytes=MAX_RENEWAL_BYTES)
     given = await asyncio.to_thread(_fleet(request).enrolment.renew, device, wanted)
     return Response(msgspec.json.encode(given), media_type="application/json")

@@ -23,7 +23,7 @@ from agent.contract.enrolment import CA_PATH, ENROL_PATH, EnrolmentRequest
 from fleet_server.access import Access, Actor, Role
 from fleet_server.api import http, schemas
 from fleet_server.devices.enrolment import Enrolment
-from fleet_server.devices.inventory import Inventory
+from fleet_server.devices.inventory import CertificateState, Inventory
 from fleet_server.devices.pki import Authority
 from fleet_server.errors import Denied, Invalid, Refused
 from fleet_server.journal import Journal
@@ -105,10 +105,12 @@ class Api:
 
     def devices(
         self, group: str | None = None, model: str | None = None, online: bool | None = None, text: str | None = None,
-        limit: Limit = 1000, after: str = "",
+        certificate: CertificateState | None = None, limit: Limit = 1000, after: str = "",
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Lists devices by id, with what each runs. More than `limit`: ask again with `after` set to the last id."""
-        return self._fleet.inventory.find(group=group, model=model, online=online, text=text, limit=limit, after=after)
+        return self._fleet.inventory.find(
+            group=group, model=model, online=online, text=text, certificate=certificate, limit=limit, after=after
+        )
 
     def device(self, device: str) -> dict[str, Any]:
         """Everything about one device: its last report, groups and certificates."""
@@ -121,6 +123,10 @@ class Api:
     def revoke_device(self, request: Request, device: str) -> dict[str, Any]:
         """Shuts the device out of the broker and of the device listener."""
         return self._fleet.inventory.revoke(_actor(request), device)
+
+    def allow_renewal(self, request: Request, device: str, body: schemas.LateRenewal) -> dict[str, Any]:
+        """Lets a device renew a certificate that has ended, with the key that it has, for so long."""
+        return self._fleet.inventory.allow_renewal(_actor(request), device, body.ttl_s)
 
     def delete_device(self, request: Request, device: str) -> dict[str, Any]:
         """Shuts the device out and forgets it; its id can be enrolled again."""
@@ -360,6 +366,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/devices/{device}", Api.device, Role.VIEWER, "devices"),
     Route("PUT", "/devices/{device}/groups", Api.set_groups, Role.OPERATOR, "devices"),
     Route("POST", "/devices/{device}/revoke", Api.revoke_device, Role.OPERATOR, "devices"),
+    Route("POST", "/devices/{device}/allow-renewal", Api.allow_renewal, Role.OPERATOR, "devices"),
     Route("DELETE", "/devices/{device}", Api.delete_device, Role.OPERATOR, "devices"),
     Route("POST", "/enrolment-tokens", Api.create_enrolment_token, Role.OPERATOR, "enrolment"),
     Route("GET", "/enrolment-tokens", Api.enrolment_tokens, Role.OPERATOR, "enrolment"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fleet_server.access import Role
+from fleet_server.devices.inventory import MAX_LATE_S
 
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Version = Annotated[int, Field(ge=1, le=2**53 - 1)]
@@ -20,6 +21,12 @@ class Groups(Body):
     """All groups the device shall be in; those not named it leaves."""
 
     groups: Annotated[list[Name], Field(max_length=64)]
+
+
+class LateRenewal(Body):
+    """How long the device may renew a certificate that has ended."""
+
+    ttl_s: Annotated[float, Field(gt=0, le=MAX_LATE_S)] = 86400.0
 
 
 class NewEnrolmentToken(Body):

@@ -1,4 +1,6 @@
-"""edge-fleet: makes and runs the fleet server, and is its operators' command line. Exit codes: 0 ok, 1 failed, 2 usage, 3 refused by the server."""
+"""edge-fleet: makes and runs the fleet server, and is its operators' command line. Exit codes: 0 ok, 1 failed, 2 usage, 3 refused by the server,
+4 the time ran out.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from fleet_server.cli.common import Group
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
-    "--profile", type=click.Path(path_type=Path), help="Where the server and your token stand [env: EDGE_FLEET_PROFILE]."
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="Where the server and your token stand [env: EDGE_FLEET_PROFILE]; or both from the environment: EDGE_FLEET_URL, EDGE_FLEET_TOKEN, EDGE_FLEET_CA (a file).",
 )
 @click.version_option(package_name="edge-inference-agent")
 def main(profile: Path | None) -> None:

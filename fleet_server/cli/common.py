@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from urllib.parse import quote
 
 import click
 
-from fleet_server.errors import FleetError, ServerRefused
+from fleet_server.errors import FleetError, Invalid, ServerRefused
 
 if TYPE_CHECKING:
     from fleet_server.client import Client
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-EXIT_FAILED, EXIT_REFUSED = 1, 3
+EXIT_FAILED, EXIT_REFUSED, EXIT_TOO_LATE = 1, 3, 4
 SECRET_ENVIRONMENT = "EDGE_FLEET_KEY_SECRET"  # noqa: S105 - the name of the variable
 """The passphrase of a key file or the PIN of a hardware module, where nobody can be asked."""
+SECRET_FILE_ENVIRONMENT = "EDGE_FLEET_KEY_SECRET_FILE"  # noqa: S105 - as above
+"""A file whose first line it is; `-` for standard input."""
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d)")
+_UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 EXAMPLE = "edge-fleet "
 AS_WRITTEN = "\b\n"  # click folds a paragraph unless this stands before it
 
@@ -87,7 +92,7 @@ def connected(ctx: click.Context) -> Iterator[Client]:
     """A client with the profile that was chosen."""
     from fleet_server.client import Client, Profile
 
-    client = Client(Profile.read(profile_path(ctx)))
+    client = Client(Profile.chosen(ctx.find_root().params["profile"]))
     try:
         yield client
     finally:
@@ -138,10 +143,56 @@ def secret_of(key: str) -> str | None:
     return _ask(f"Passphrase of {key}")
 
 
-def _ask(what: str) -> str:
-    """A secret from the environment (for programs), else from whoever sits there."""
-    given = os.environ.get(SECRET_ENVIRONMENT)
-    return given if given is not None else str(click.prompt(what, hide_input=True, err=True))
+def new_secret(what: str) -> str:
+    """A passphrase to encrypt with: from where `_ask` takes one, or typed twice.  Raises: Invalid when it is empty."""
+    return _ask(what, twice=True)
+
+
+def _ask(what: str, *, twice: bool = False) -> str:
+    """A secret from the environment or a file (for programs), else from whoever sits there.  Raises: Invalid when it is empty."""
+    given = _given_secret()
+    if given is None:
+        given = str(click.prompt(what, hide_input=True, confirmation_prompt=twice, err=True))
+    if not given:
+        raise Invalid(f"{what}: an empty one protects nothing")
+    return given
+
+
+@functools.cache
+def _given_secret() -> str | None:
+    """Read once: standard input has it only once."""
+    if (given := os.environ.get(SECRET_ENVIRONMENT)) is not None:
+        return given
+    file = os.environ.get(SECRET_FILE_ENVIRONMENT)
+    if file is None:
+        return None
+    if file == "-":
+        return sys.stdin.readline().rstrip("\r\n")
+    return (Path(file).read_text().splitlines() or [""])[0]
+
+
+def agreed(question: str, *, yes: bool) -> None:
+    """Goes on when `yes` was said on the command line or is said now.  Raises: click.Abort; Invalid when there is nobody to ask."""
+    if yes:
+        return
+    try:
+        said = click.confirm(question, err=True)
+    except click.Abort:  # the end of the input, or Ctrl-C
+        if not sys.stdin.isatty():
+            raise Invalid("nobody can be asked here; say --yes") from None
+        raise
+    if not said:
+        raise click.Abort
+
+
+def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
+    """`30m` → 1800.0, for an option's callback.  Raises: click.BadParameter."""
+    if value is None:
+        return None
+    found = _DURATION.fullmatch(value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is not a duration; write for example 30s, 30m, 24h or 7d")
+    return float(found[1]) * _UNIT_S[found[2]]
 
 
 def segment(text: str) -> str:

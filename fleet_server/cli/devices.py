@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fleet_server import display
-from fleet_server.cli.common import Group, connected, reports_errors, segment, show, with_json
+from fleet_server.cli.common import Group, agreed, connected, duration, reports_errors, segment, show, with_json
 
 if TYPE_CHECKING:
     from fleet_server.client import Client
@@ -16,23 +16,28 @@ if TYPE_CHECKING:
 @click.group(cls=Group, invoke_without_command=True)
 @click.option("--group", help="Only devices in this group.")
 @click.option("--model", help="Only devices that report this model.")
+@click.option(
+    "--certificate", type=click.Choice(["good", "ends-soon", "ended"]), help="Only devices whose certificate is like this."
+)
 @with_json
 @click.pass_context
 @reports_errors
-def devices(ctx: click.Context, group: str | None, model: str | None, *, as_json: bool) -> None:
+def devices(ctx: click.Context, group: str | None, model: str | None, certificate: str | None, *, as_json: bool) -> None:
     """Lists devices and what each runs.
 
     edge-fleet devices --group canary
+    edge-fleet devices --certificate ended
     edge-fleet devices show dev-1
     """
     if ctx.invoked_subcommand is None:
         with connected(ctx) as client:
-            show(_all_devices(client, group, model), as_json, display.devices)
+            filters = {"group": group, "model": model, "certificate": certificate and certificate.replace("-", "_")}
+            show(_all_devices(client, filters), as_json, display.devices)
 
 
-def _all_devices(client: Client, group: str | None, model: str | None) -> list[Any]:
+def _all_devices(client: Client, filters: dict[str, str | None]) -> list[Any]:
     found: list[Any] = []
-    while page := client.get("/devices", group=group, model=model, limit=1000, after=found[-1]["id"] if found else None):
+    while page := client.get("/devices", **filters, limit=1000, after=found[-1]["id"] if found else None):
         found += page
         if len(page) < 1000:
             break
@@ -69,6 +74,24 @@ def devices_group(ctx: click.Context, device: str, groups: tuple[str, ...], *, a
     show(data, as_json, lambda d: click.echo(f"{d['id']} is in {', '.join(d['groups']) or 'no group'}"))
 
 
+@devices.command("allow-renewal")
+@click.argument("device")
+@click.option(
+    "--for", "ttl", default="24h", show_default=True, callback=duration, help="How long it may: 30m, 24h, 7d; at most 30d."
+)
+@with_json
+@click.pass_context
+@reports_errors
+def devices_allow_renewal(ctx: click.Context, device: str, ttl: float, *, as_json: bool) -> None:
+    """Lets a device that was away for too long renew a certificate that has ended. It proves itself with the key that it has.
+
+    edge-fleet devices allow-renewal dev-1 --for 7d
+    """
+    with connected(ctx) as client:
+        data = client.post(f"/devices/{segment(device)}/allow-renewal", {"ttl_s": ttl})
+    show(data, as_json, lambda d: click.echo(f"{d['id']} may renew until {display.moment(d['renewal_allowed_until'])}"))
+
+
 @devices.command("revoke")
 @click.argument("device")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -79,8 +102,7 @@ def devices_revoke(ctx: click.Context, device: str, *, yes: bool) -> None:
 
     edge-fleet devices revoke dev-1
     """
-    if not yes and not click.confirm(f"Shut {device} out of the fleet?", err=True):
-        raise click.Abort
+    agreed(f"Shut {device} out of the fleet?", yes=yes)
     with connected(ctx) as client:
         client.post(f"/devices/{segment(device)}/revoke")
     click.echo(f"{device} is shut out")
@@ -96,8 +118,7 @@ def devices_delete(ctx: click.Context, device: str, *, yes: bool) -> None:
 
     edge-fleet devices delete dev-1
     """
-    if not yes and not click.confirm(f"Delete {device}?", err=True):
-        raise click.Abort
+    agreed(f"Delete {device}?", yes=yes)
     with connected(ctx) as client:
         client.delete(f"/devices/{segment(device)}")
     click.echo(f"{device} is deleted")

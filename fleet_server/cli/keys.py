@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fleet_server import display
-from fleet_server.cli.common import Group, connected, reports_errors, secret_of, segment, show, signer_among, with_json
+from fleet_server.cli.common import (
+    Group,
+    agreed,
+    connected,
+    new_secret,
+    reports_errors,
+    secret_of,
+    segment,
+    show,
+    signer_among,
+    with_json,
+)
 from fleet_server.errors import Conflict, Invalid
 
 if TYPE_CHECKING:
@@ -67,7 +78,11 @@ def keys_status(ctx: click.Context, *, check: bool, as_json: bool) -> None:
 
 @keys.command("make")
 @click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--passphrase/--no-passphrase", default=False, help="Ask for a passphrase and encrypt the key with it.")
+@click.option(
+    "--passphrase/--no-passphrase",
+    default=False,
+    help="Encrypt the key with a passphrase: $EDGE_FLEET_KEY_SECRET, the first line of the file $EDGE_FLEET_KEY_SECRET_FILE (-: standard input), or asked for.",
+)
 @reports_errors
 def keys_make(path: Path, *, passphrase: bool) -> None:
     """Makes a new signing key in PATH and its public half in PATH.pub. Do this where the key shall stay.
@@ -76,7 +91,7 @@ def keys_make(path: Path, *, passphrase: bool) -> None:
     """
     from fleet_server.releases import keys as files
 
-    secret = click.prompt(f"Passphrase of {path}", hide_input=True, confirmation_prompt=True, err=True) if passphrase else None
+    secret = new_secret(f"Passphrase of {path}") if passphrase else None
     made = files.generate(path, passphrase=secret).public_key
     path.with_name(f"{path.name}.pub").write_text(_key_text(made))
     click.echo(f"{made.keyid[:12]} in {path}; public half in {path}.pub")
@@ -175,8 +190,7 @@ def keys_sign(change: Path, keys: tuple[str, ...], *, yes: bool) -> None:
 
     opened = _opened(change)
     _tell(opened)
-    if not yes and not click.confirm("Sign this?", err=True):
-        raise click.Abort
+    agreed("Sign this?", yes=yes)
     for key in keys:
         used = signer_among(key, opened.candidates().values())
         click.echo(f"signed {', '.join(opened.sign(used))} with {used.public_key.keyid[:12]}")

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from fleet_server import display
-from fleet_server.cli.common import Command, connected, reports_errors, segment, show, with_json
+from fleet_server.cli.common import Command, agreed, connected, reports_errors, segment, show, with_json
 from fleet_server.cli.keys import publishing
-from fleet_server.errors import ServerRefused
+from fleet_server.errors import Conflict, ServerRefused
 
 if TYPE_CHECKING:
+    from agent.contract.manifest import ReleaseManifest
     from fleet_server.client import Client
+
+HTTP_NOT_FOUND = 404
 
 _key_option = click.option(
     "--key", "keys", multiple=True, required=True, metavar="KEY",
@@ -32,6 +36,8 @@ _key_option = click.option(
 def publish(ctx: click.Context, release_yaml: Path, keys: tuple[str, ...], *, yes: bool, as_json: bool) -> None:
     """Signs a release on this machine and uploads it. The key never leaves this machine, or its hardware module.
 
+    The very release again is a success that changes nothing; another one under a number that was published is refused.
+
     edge-fleet publish digits/RELEASE.yaml --key /media/usb/releases.key
     edge-fleet publish lab/RELEASE.yaml --key 'hsm:2?label=fleet'
     """
@@ -40,13 +46,33 @@ def publish(ctx: click.Context, release_yaml: Path, keys: tuple[str, ...], *, ye
     built = builder.build(release_yaml)
     if not as_json:
         display.manifest(built.manifest)
-    if not yes and not click.confirm(f"Sign and publish {built.manifest.ref}?", err=True):
-        raise click.Abort
     with connected(ctx) as client:
+        if (known := _same(client, built.manifest)) is not None:
+            show(known, as_json, lambda data: click.echo(f"{data['release']} is published already, and the same"))
+            return
+        agreed(f"Sign and publish {built.manifest.ref}?", yes=yes)
         _, _, signers = publishing(client, keys, model=built.manifest.model)
         display.upload(client, built, quiet=as_json)
         published = _sign_and_send(client, built.manifest, signers)
     show(published, as_json, lambda data: click.echo(f"published {data['release']}, signed with {', '.join(data['signers'])}"))
+
+
+def _same(client: Client, manifest: ReleaseManifest) -> Any | None:
+    """What is published under this name, when it is the same but for who built it and when; else None."""
+    from agent.contract.codec import convert
+    from agent.contract.manifest import ReleaseManifest
+
+    try:
+        known = client.get(f"/releases/{segment(manifest.model)}/{manifest.version}")
+    except ServerRefused as error:
+        if error.status != HTTP_NOT_FOUND:
+            raise
+        return None
+    published = convert(known.pop("manifest"), ReleaseManifest)
+    here = msgspec.structs.replace(
+        manifest.provenance, created=published.provenance.created, publisher=published.provenance.publisher
+    )
+    return {**known, "already_published": True} if msgspec.structs.replace(manifest, provenance=here) == published else None
 
 
 def _sign_and_send(client: Client, manifest: Any, signers: list[Any]) -> Any:
@@ -55,7 +81,12 @@ def _sign_and_send(client: Client, manifest: Any, signers: list[Any]) -> Any:
 
     for attempt in (1, 2):
         _, role, _ = publishing(client, (), model=manifest.model)
-        data, metadata = publisher.add(role, manifest, signers, time.time())
+        try:
+            data, metadata = publisher.add(role, manifest, signers, time.time())
+        except Conflict:
+            if (known := _same(client, manifest)) is not None:
+                return known  # another pipeline was quicker with the very same
+            raise
         try:
             return client.post("/releases", {"manifest": data.decode(), "metadata": metadata.decode()})
         except ServerRefused as error:
@@ -92,10 +123,15 @@ def withdraw(ctx: click.Context, release: str, *, yes: bool) -> None:
     from agent.contract import names
 
     ref = names.ReleaseRef.parse(release)
-    if not yes and not click.confirm(f"Withdraw {ref} from every device?", err=True):
-        raise click.Abort
+    agreed(f"Withdraw {ref} from every device?", yes=yes)
     with connected(ctx) as client:
-        client.post(f"/releases/{segment(ref.model)}/{ref.version}/withdraw")
+        try:
+            client.post(f"/releases/{segment(ref.model)}/{ref.version}/withdraw")
+        except ServerRefused as error:
+            if error.code != "withdrawn":
+                raise
+            click.echo(f"{ref} was withdrawn already")
+            return
     click.echo(f"{ref} is withdrawn")
 
 
@@ -119,8 +155,7 @@ def reinstate(ctx: click.Context, release: str, keys: tuple[str, ...], *, yes: b
         now, role, signers = publishing(client, keys, model=ref.model)
         if role is None:
             raise NotFound(f"release {ref} was never published")
-        if not yes and not click.confirm(f"Sign that {ref} may be run again?", err=True):
-            raise click.Abort
+        agreed(f"Sign that {ref} may be run again?", yes=yes)
         metadata = publisher.reinstate(role, ref, signers, time.time())
         client.post(f"/publishers/{segment(now['publisher'])}/metadata", {"metadata": metadata.decode()})
     click.echo(f"{ref} may be rolled out again")

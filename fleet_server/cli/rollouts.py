@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fleet_server import display
-from fleet_server.cli.common import EXIT_FAILED, Command, Group, connected, reports_errors, segment, show, with_json
-from fleet_server.errors import FleetError
+from fleet_server.cli.common import (
+    EXIT_FAILED,
+    EXIT_TOO_LATE,
+    Command,
+    Group,
+    connected,
+    duration,
+    reports_errors,
+    segment,
+    show,
+    with_json,
+)
+from fleet_server.errors import FleetError, Unavailable
 
 if TYPE_CHECKING:
     from fleet_server.client import Client
 
 WATCH_S = 1.0
+AWAY_S = 60.0
+OVER = frozenset({"completed", "aborted"})
 
 
 @click.group(cls=Group)
@@ -76,29 +90,61 @@ def rollout_start(
 
 @rollout.command("status")
 @click.argument("rollout_id", required=False)
-@click.option("--watch", is_flag=True, help="Follow it until it is over. Exit code 1 when it is aborted.")
+@click.option("--watch", is_flag=True, help="Follow it until it is over. Exit status 1 when it is aborted.")
+@click.option(
+    "--timeout",
+    callback=duration,
+    help="With --watch: how long at most, such as 30m. Exit status 4 when it is not over by then.",
+)
 @with_json
 @click.pass_context
 @reports_errors
-def rollout_status(ctx: click.Context, rollout_id: str | None, *, watch: bool, as_json: bool) -> None:
+def rollout_status(ctx: click.Context, rollout_id: str | None, *, watch: bool, timeout: float | None, as_json: bool) -> None:
     """Shows one rollout, or without an id the newest one.
 
-    edge-fleet rollout status --watch
+    While it is watched, a server that is away for a minute, or for as long as --timeout allows, is waited for.
+
+    edge-fleet rollout status --watch --timeout 30m
     edge-fleet rollout status r3-9f1c --json
     """
+    if timeout is not None and not watch:
+        raise click.UsageError("--timeout goes with --watch")
     with connected(ctx) as client:
         chosen = rollout_id or _newest(client)
         last = None
-        while True:
-            data = client.get(f"/rollouts/{segment(chosen)}")
+        for data in _looks(client, chosen, timeout) if watch else [client.get(f"/rollouts/{segment(chosen)}")]:
             if data != last:
                 show(data, as_json, display.rollout)
                 last = data
-            if not watch or data["state"] in {"completed", "aborted"}:
-                break
-            time.sleep(WATCH_S)
-    if watch and data["state"] == "aborted":
+    if watch and (last is None or last["state"] not in OVER):
+        click.echo(f"edge-fleet: rollout {chosen} is not over after {timeout:g} s", err=True)
+        sys.exit(EXIT_TOO_LATE)
+    if watch and last is not None and last["state"] == "aborted":
         sys.exit(EXIT_FAILED)
+
+
+def _looks(client: Client, rollout_id: str, timeout_s: float | None) -> Iterator[dict[str, Any]]:
+    """The rollout as it is, again and again until it is over or the time is up.
+
+    Raises: ServerRefused; Unavailable when the server is away for longer than AWAY_S and no limit was given.
+    """
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    heard = time.monotonic()
+    while True:
+        try:
+            data = client.get(f"/rollouts/{segment(rollout_id)}")
+        except Unavailable:
+            if end is None and time.monotonic() - heard > AWAY_S:
+                raise
+        else:
+            heard = time.monotonic()
+            yield data
+            if data["state"] in OVER:
+                return
+        left_s = WATCH_S if end is None else min(WATCH_S, end - time.monotonic())
+        if left_s <= 0:
+            return
+        time.sleep(left_s)
 
 
 def _newest(client: Client) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from fleet_server import display
-from fleet_server.cli.common import Command, connected, profile_path, reports_errors, show, signer, with_json
+from fleet_server.cli.common import Command, connected, new_secret, profile_path, reports_errors, show, signer, with_json
 from fleet_server.errors import Unavailable
 
 
@@ -29,7 +29,11 @@ from fleet_server.errors import Unavailable
     type=click.Path(path_type=Path, file_okay=False),
     help="Where the offline keys are written [default: FOLDER/keys-offline].",
 )
-@click.option("--passphrase/--no-passphrase", default=False, help="Ask for a passphrase and encrypt the offline keys with it.")
+@click.option(
+    "--passphrase/--no-passphrase",
+    default=False,
+    help="Encrypt the offline keys with a passphrase: $EDGE_FLEET_KEY_SECRET, the file $EDGE_FLEET_KEY_SECRET_FILE, or asked for.",
+)
 @click.option("--operator-port", type=click.IntRange(1, 65535), default=8443, show_default=True)
 @click.option("--device-port", type=click.IntRange(1, 65535), default=8444, show_default=True)
 @click.option("--broker-port", type=click.IntRange(1, 65535), default=8883, show_default=True)
@@ -53,7 +57,7 @@ def init(
         fleet=fleet, hosts=hosts or (socket.getfqdn(),), operator_port=operator_port, device_port=device_port,
         loopback_port=loopback_port, broker=BrokerSettings(port=broker_port),
     )  # fmt: skip
-    secret = click.prompt("Passphrase for the offline keys", hide_input=True, confirmation_prompt=True) if passphrase else None
+    secret = new_secret("Passphrase for the offline keys") if passphrase else None
     made = setup.init(
         Folder(folder), config, offline_keys=keys or folder / "keys-offline",
         profile=profile_path(ctx), passphrase=secret,

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import click
 
 from fleet_server import display
-from fleet_server.cli.common import Group, connected, reports_errors, segment, show, with_json
-
-DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d)")
-UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+from fleet_server.cli.common import Group, connected, duration, reports_errors, segment, show, with_json
 
 
 @click.group(cls=Group)
@@ -18,18 +13,11 @@ def token() -> None:
     """Enrolment tokens: what lets devices join."""
 
 
-def _duration(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
-    found = DURATION.fullmatch(value)
-    if found is None:
-        raise click.BadParameter(f"{value!r} is not a duration; write for example 30m, 24h or 7d")
-    return float(found[1]) * UNIT_S[found[2]]
-
-
 @token.command("create")
 @click.option("--device", help="Only this device id may join with it.")
 @click.option("--group", "groups", multiple=True, help="Put devices that join with it in this group. Repeatable.")
 @click.option("--uses", type=click.IntRange(1), default=1, show_default=True, help="How many devices may join with it.")
-@click.option("--ttl", default="24h", show_default=True, callback=_duration, help="How long it is good for: 30m, 24h, 7d.")
+@click.option("--ttl", default="24h", show_default=True, callback=duration, help="How long it is good for: 30m, 24h, 7d.")
 @with_json
 @click.pass_context
 @reports_errors

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import msgspec
 from cryptography import x509
 from securesystemslib.signer import Key  # type: ignore[attr-defined]
-from sqlalchemy import delete, or_, select
+from sqlalchemy import delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from agent.contract import names
@@ -21,13 +21,16 @@ from fleet_server.access import Actor
 from fleet_server.config import FleetConfig
 from fleet_server.devices import pki, twins
 from fleet_server.devices.envelopes import key_of
-from fleet_server.errors import Invalid, NotFound, Refused
+from fleet_server.errors import Conflict, Invalid, NotFound, Refused
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, DeviceModel, Setting
 
 SERIAL_FLOOR = "deleted_serial"
+ENDS_SOON = 6
+MAX_LATE_S = 30 * 86400.0
+CertificateState = Literal["good", "ends_soon", "ended"]
 _AHEAD = (Reason.METADATA_ROLLBACK.value, Reason.REPLAYED_ASSIGNMENT.value)
 
 
@@ -74,17 +77,20 @@ class Inventory:
 
     def find(
         self, *, group: str | None = None, model: str | None = None, online: bool | None = None, text: str | None = None,
-        limit: int = 1000, after: str = "",
+        certificate: CertificateState | None = None, limit: int = 1000, after: str = "",
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Devices by id, filtered."""
         now = self._clock()
         found: list[dict[str, Any]] = []
         with self._database.reading() as session:
+            ends = self.ends(session)
             for row in session.scalars(select(Device).where(Device.id > after).order_by(Device.id)):
                 if len(found) >= limit:
                     break
+                if certificate is not None and (row.revoked or self.standing(ends.get(row.id), now) != certificate):
+                    continue
                 if self._matches(row, group, model, online, text, now):
-                    found.append(self.view(row, now))
+                    found.append(self.view(row, now, ends.get(row.id)))
         return found
 
     def _matches(
@@ -122,20 +128,24 @@ class Inventory:
         with self._database.reading() as session:
             row = _row(session, device)
             certificates = list(session.scalars(select(Certificate).where(Certificate.device == device)))
-        detail = self.view(row, self._clock())
+        ends = max((c.expires for c in certificates if c.revoked is None), default=None)
+        detail = self.view(row, self._clock(), ends)
         detail["state"] = row.state
         detail["certificates"] = [
             {"serial": c.serial, "issued": c.issued, "expires": c.expires, "revoked": c.revoked} for c in certificates
         ]
         return detail
 
-    def view(self, row: Device, now: float) -> dict[str, Any]:
+    def view(self, row: Device, now: float, ends: float | None) -> dict[str, Any]:
+        """`ends`: when its last certificate does."""
         state = row.state or {}
+        late_until = row.late_until if row.late_until is not None and now < row.late_until else None
         return {
             "id": row.id, "groups": row.groups, "labels": row.labels, "online": self.is_online(row.present, row.last_seen, now), "revoked": row.revoked,
             "last_seen": row.last_seen, "created": row.created, "record_serial": row.serial, "hardware": row.hardware,
             "agent_version": state.get("agent_version"), "assignment_version": state.get("assignment_version"),
-            "problem": state.get("problem"), "shared": twins.are_several(row.shared, now), "models": state.get("models") or {},
+            "problem": state.get("problem"), "shared": twins.are_several(row.shared, now), "certificate": self.standing(ends, now),
+            "certificate_expires": ends, "renewal_allowed_until": late_until, "models": state.get("models") or {},
         }  # fmt: skip
 
     # -- changing ----------------------------------------------------------------------------------------------------------
@@ -211,19 +221,62 @@ class Inventory:
 
     # -- certificates and records ------------------------------------------------------------------------------------------
 
-    def authenticate(self, certificate: x509.Certificate) -> str:
-        """The device that a TLS client certificate of our CA belongs to.  Raises: Refused when it may not come in (any more)."""
+    def authenticate(self, certificate: x509.Certificate, *, to_renew: bool = False) -> str:
+        """The device that a TLS client certificate of our CA belongs to. `to_renew`: one that has ended does, while an operator allows it.
+
+        Raises: Refused when it may not come in (any more).
+        """
         serial = pki.serial_hex(certificate)
         with self._database.reading() as session:
             issued = session.get(Certificate, serial)
             row = session.get(Device, issued.device) if issued else None
         if issued is None or row is None or pki.common_name(certificate) != issued.device:
             raise Refused("this certificate belongs to no device of the fleet; enrol the device again", code="unknown_device")
-        if issued.expires <= self._clock():  # the handshake refuses it too, but a connection may outlive its certificate
-            raise Refused(f"the certificate of {row.id!r} has ended; enrol the device again", code="expired")
         if issued.revoked is not None or row.revoked:
             raise Refused(f"device {row.id!r} was revoked", code="revoked")
+        now = self._clock()
+        if issued.expires <= now and not (to_renew and row.late_until is not None and now < row.late_until):
+            raise Refused(
+                f"the certificate of {row.id!r} has ended; allow a late renewal (`edge-fleet devices allow-renewal {row.id}`), or "
+                "enrol the device again",
+                code="expired",
+            )
         return row.id
+
+    def allow_renewal(self, actor: Actor, device: str, seconds: float) -> dict[str, Any]:
+        """Lets the device renew a certificate that has ended, with its old key, for so long.  Raises: NotFound, Conflict."""
+        with self._database.session() as session:
+            row = _row(session, device)
+            if row.revoked:
+                raise Conflict(f"device {device!r} was shut out; delete it and enrol it again", code="revoked")
+            row.late_until = self._clock() + seconds
+            self._journal.audit(session, actor, "device.allow_renewal", device, seconds=seconds)
+            message = f"{device} may renew a certificate that has ended, for {seconds / 3600:.1f} h"
+            event = self._journal.record(session, Happening(name="renewal_allowed", message=message, device=device))
+        self._journal.announce([event])
+        self._journal.changed("devices")
+        return self.get(device)
+
+    def ends(self, session: Session) -> dict[str, float]:
+        """Device → when the last of its certificates ends."""
+        query = select(Certificate.device, func.max(Certificate.expires)).where(Certificate.revoked.is_(None))
+        return {device: float(expires) for device, expires in session.execute(query.group_by(Certificate.device))}
+
+    def standing(self, expires: float | None, now: float) -> CertificateState:
+        """A certificate by the time that it has left. Devices renew at a third; one with a sixth left has failed to for long."""
+        if expires is None or expires <= now:
+            return "ended"
+        return "ends_soon" if expires - now < self._config.expiry.device_certificate_s / ENDS_SOON else "good"
+
+    def certificates(self) -> dict[CertificateState, list[str]]:
+        """Devices by how their certificates are, those shut out left out."""
+        now = self._clock()
+        found: dict[CertificateState, list[str]] = {state: [] for state in get_args(CertificateState)}
+        with self._database.reading() as session:
+            ends = self.ends(session)
+            for device in session.scalars(select(Device.id).where(Device.revoked.is_(False)).order_by(Device.id)):
+                found[self.standing(ends.get(device), now)].append(device)
+        return found
 
     def issued(self, serial: str) -> x509.Certificate | None:
         """The certificate with this serial number (hex), good or not."""

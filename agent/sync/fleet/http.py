@@ -19,6 +19,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from agent.contract.codec import ContractError, decode
 from agent.contract.reasons import Reason
+from agent.sync.fleet import refusals
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem
 
@@ -40,11 +41,12 @@ NO_CHECK_TIME = 0x200000
 
 
 class HttpStatus(Problem):
-    """The server answered with an error."""
+    """The server answered with an error. `code` is its stable word for it, empty when it gave none."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(Reason.DOWNLOAD_FAILED, message)
         self.status = status
+        self.code = code
 
 
 class TooLong(Problem):
@@ -155,7 +157,8 @@ class FleetHttp:
         self._note_time(response)
         with response:
             if response.status_code not in accept:
-                raise HttpStatus(response.status_code, f"{url}: {error_text(response)}")
+                text, code = _error(response)
+                raise HttpStatus(response.status_code, f"{url}: {text}", code)
             yield response
             if response.raw.length_remaining == 0:
                 response.raw.release_conn()  # read to its end: the next request needs no handshake
@@ -205,7 +208,7 @@ class FleetHttp:
             )
         with response:
             if response.status_code not in (200, 201):
-                raise HttpStatus(response.status_code, error_text(response))
+                raise HttpStatus(response.status_code, *_error(response))
             with translated(url):
                 body: bytes = response.raw.read(limit_bytes + 1)
         if len(body) > limit_bytes:
@@ -238,22 +241,23 @@ def translated(url: str) -> Iterator[None]:
     try:
         yield
     except (requests.exceptions.SSLError, urllib3.exceptions.SSLError) as error:
-        raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: TLS failed ({_root(error)}): see `edge-agent doctor`") from error
+        raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: TLS failed: {refusals.in_words(_root(error))}") from error
     except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError) as error:
         raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: no answer within {READ_TIMEOUT_S:.0f} s") from error
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: cannot be reached: {_root(error)}") from error
+        raise Problem(Reason.DOWNLOAD_FAILED, f"{url}: cannot be reached: {refusals.in_words(_root(error))}") from error
 
 
-def error_text(response: requests.Response) -> str:
-    """The server's own words for its error, bounded; else the status."""
+def _error(response: requests.Response) -> tuple[str, str]:
+    """The server's own words for its error, bounded, else the status; and its code."""
     fallback = f"the server answered {response.status_code} {response.reason or ''}".rstrip()
     try:
         body = response.raw.read(_MAX_ERROR_BYTES)
-        text = decode(body, dict[str, object], limit_bytes=_MAX_ERROR_BYTES).get("error")
+        said = decode(body, dict[str, object], limit_bytes=_MAX_ERROR_BYTES)
     except (ContractError, urllib3.exceptions.HTTPError, OSError):
-        return fallback
-    return f"{fallback}: {text}" if isinstance(text, str) and text else fallback
+        return fallback, ""
+    text, code = said.get("error"), said.get("code")
+    return f"{fallback}: {text}" if isinstance(text, str) and text else fallback, code if isinstance(code, str) else ""
 
 
 def _root(error: BaseException) -> str:

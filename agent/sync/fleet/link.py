@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 import paho.mqtt.client as mqtt
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.enums import CallbackAPIVersion, LogLevel, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -25,6 +25,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from agent.contract import topics
 from agent.contract.codec import encode
 from agent.contract.reports import Presence
+from agent.sync.fleet import refusals
 from agent.sync.fleet.outbox import Item
 
 log = logging.getLogger(__name__)
@@ -150,12 +151,12 @@ class Link:
             return conversation.run()
         except OSError as error:  # includes every TLS error
             self.thrown_out = False
-            self.problem = f"broker {self.broker.host}:{self.broker.port} cannot be reached: {error}"
+            self.say(f"cannot be reached: {refusals.in_words(str(error))}")
             return 0.0
         except Exception as error:
             # Something that is no broker can make the MQTT library raise anything; this thread must live.
             log.exception("the connection to the broker failed in a way that was not foreseen")
-            self.problem = f"broker {self.broker.host}:{self.broker.port}: {type(error).__name__}: {error}"
+            self.say(f"failed: {type(error).__name__}: {error}")
             return 0.0
         finally:
             self.set_connected(connected=False)
@@ -167,6 +168,13 @@ class Link:
                 self.problem = None
             log.info("%s the broker %s:%d", "connected to" if connected else "lost", self.broker.host, self.broker.port)
             self._on_change(connected)
+
+    def say(self, problem: str) -> None:
+        """Why there is no connection. Logged when it is news: an outage is a line, not one for each attempt."""
+        text = f"broker {self.broker.host}:{self.broker.port} {problem}"
+        if text != self.problem:
+            log.warning("%s", text)
+        self.problem = text
 
     def try_other_protocol(self) -> None:
         """After a refusal that may be about the protocol: brokers of MQTT 3.1.1 answer a CONNECT of MQTT 5 in many ways."""
@@ -186,6 +194,7 @@ class _Conversation:
         self._accepted = False
         self._told = False  # that another connection took its place
         self._refused: str | None = None
+        self._error = ""  # of the socket, in the words of who noticed it
         self._clean_stop = False
         self._client = self._make_client()
 
@@ -212,9 +221,7 @@ class _Conversation:
         self._end()
         if not self._accepted:
             link.thrown_out = False
-            link.problem = (
-                f"broker {link.broker.host}:{link.broker.port} refused the connection: {self._refused or 'no answer'}"
-            )
+            link.say(f"refused the connection: {self._refused or refusals.in_words(self._error) or 'no answer'}")
             link.try_other_protocol()
             return 0.0
         return time.monotonic() - accepted_at
@@ -235,6 +242,7 @@ class _Conversation:
         client.will_set(topics.up(link.device, "presence"), self._presence(online=False), qos=1, retain=True)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
+        client.on_log = self._on_log
         client.on_message = self._on_message
         client.on_publish = self._on_publish
         return client
@@ -262,6 +270,11 @@ class _Conversation:
         client.subscribe([(topics.down_poke(device), 1), (topics.POKE_ALL, 1), (topics.down_blocks(device, "+"), 0)])
         client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1, retain=True)
         self._link.set_connected(connected=True)
+
+    def _on_log(self, _client: mqtt.Client, _data: Any, level: int, text: str) -> None:
+        """The library tells what went wrong with the socket here and nowhere else."""
+        if level == LogLevel.MQTT_LOG_ERR and not self._error:
+            self._error = text  # the first one; others follow from it
 
     def _on_disconnect(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         if reason.value == SESSION_TAKEN_OVER:

@@ -7,14 +7,17 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
 from agent import config as configs
 from agent.config import AgentConfig, ConfigError
 from agent.contract import enrolment
 from agent.host import clock as clocks
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.store import Store, StoreError
-from agent.sync.fleet import identity, link, takeovers
-from agent.sync.fleet.http import NO_CHECK_TIME, FleetHttp
+from agent.sync.fleet import identity, link, refusals, takeovers
+from agent.sync.fleet.http import NO_CHECK_TIME, FleetHttp, HttpStatus
 from agent.sync.fleet.identity import Identity, IdentityError
 from agent.sync.operator import sources
 from agent.sync.operator.findings import Finding
@@ -24,6 +27,9 @@ from agent.sync.serving import ServeAway, ServeClient, ServeRefused
 
 DEADLINE_S = 15.0
 WARN_CERTIFICATE_DAYS = 30
+NO_SUCH_MQTT = b"\x10\x0c\x00\x04MQTT\x7f\x02\x00\x05\x00\x00"
+"""A CONNECT of MQTT version 127, which every broker refuses in words. One of a real version would take the place of the agent's own
+connection."""
 AHEAD_WARN_S = 8 * 86400.0
 """A fleet server signs the time at least every half day, and nothing online is good for longer than a week."""
 
@@ -52,8 +58,8 @@ def examine(config_path: Path | None, clock: Clock | None = None) -> Iterator[Fi
     signed = SignedClock(clock, LastKnownGood(config.store / "sync" / "trust" / "clock.json", floor=who.not_before))
     yield certificate(who, signed)
     yield machine_clock(clock, signed)
-    yield _guarded("fleet server", lambda: _fleet(who, signed, clock))
-    broker = _guarded("broker", lambda: _broker(who, signed))
+    yield _guarded("fleet server", who, lambda: _fleet(who, signed, clock))
+    broker = _guarded("broker", who, lambda: _broker(who, signed))
     yield broker
     yield from sources.examine(config, who, signed, unset=signed.unset)
     yield sources.over_the_broker(config.sync, broker)
@@ -71,11 +77,21 @@ def _identity(config: AgentConfig, who: Identity, clock: Clock) -> Finding:
     return Finding(name, "ok", message)
 
 
-def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
+def _guarded(name: str, who: Identity, check: Callable[[], Finding]) -> Finding:
     try:
         return check()
+    except HttpStatus as error:
+        refusal = refusals.of_status(error.status, error.code)
+        if refusal is None:
+            advice = f"it is reached, and answers {error.status}: look at the fleet server's log"
+            return Finding(name, "failed", str(error), advice)
+        return Finding(name, "failed", f"{refusal.says} ({error})", refusal.advice.format(device=who.device))
     except (Problem, OSError) as error:
-        return Finding(name, "failed", str(error), "check the network, the firewall, and that the fleet server runs")
+        refusal = refusals.of_tls(str(error))
+        if refusal is None:
+            return Finding(name, "failed", str(error), refusals.CHECK_NETWORK)
+        text = str(error) if refusal.says in str(error) else f"{refusal.says} ({error})"
+        return Finding(name, "failed", text, refusal.advice.format(device=who.device))
 
 
 def _store(config: AgentConfig) -> Finding:
@@ -112,10 +128,19 @@ def _serve(config: AgentConfig) -> Finding:
 
 def certificate(who: Identity, clock: Clock) -> Finding:
     """How long the device's certificate is still good for."""
+    try:
+        who.certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(who.ca_file.read_bytes()))
+    except (ValueError, TypeError, InvalidSignature):
+        message = "certificate.pem was not issued by ca.pem: they are of two fleets, or of two enrolments"
+        return Finding("certificate", "failed", message, refusals.ENROL_AGAIN)
     days = (who.not_after - clock.wall()) / 86400
     message = f"valid until {clocks.text(who.not_after)} ({days:.0f} days)"
     if days <= 0:
-        return Finding("certificate", "failed", f"it ended at {clocks.text(who.not_after)}", "enrol again with --force")
+        advice = refusals.ALLOW_RENEWAL.format(device=who.device)
+        return Finding("certificate", "failed", f"it ended at {clocks.text(who.not_after)}", advice)
+    if clock.wall() < who.not_before:
+        began = clocks.text(who.not_before)
+        return Finding("certificate", "failed", f"it is good from {began} on: the clock is behind", refusals.SET_CLOCK)
     if days < WARN_CERTIFICATE_DAYS:
         return Finding(
             "certificate", "warning", message, "it is renewed by itself when the fleet server or its broker can be reached"
@@ -173,4 +198,13 @@ def _broker(who: Identity, signed: SignedClock) -> Finding:
         context.wrap_socket(plain, server_hostname=address[0]) as secured,
     ):
         version = secured.version() or "TLS"
-    return Finding("broker", "ok", f"{address[0]}:{address[1]} ({version})")
+        secured.sendall(NO_SUCH_MQTT)
+        answer = secured.recv(64)  # with TLS 1.3 a refused certificate shows itself only here
+    if not answer:
+        return Finding(
+            "broker",
+            "failed",
+            f"{address[0]}:{address[1]} ({version}) closes the connection without a word",
+            "look at the broker's log: it may not take this device's certificate, or be something else",
+        )
+    return Finding("broker", "ok", f"{address[0]}:{address[1]} answers ({version})")

@@ -76,6 +76,8 @@ class Follower:
         except Problem as problem:
             self._failures += 1
             news = self.problem is None or self.problem.reason is not problem.reason
+            if news:
+                log.warning("the fleet's word cannot be learnt: %s: %s", problem.reason.value, problem)
             self.problem = problem
         else:
             self._failures = 0
