@@ -154,7 +154,9 @@ def test_publish_by_command(server, model, tmp_path):
     assert set(manifest["files"]) == {"model.onnx", "labels.txt"}
     assert manifest["files"]["model.onnx"]["blocks"]
     assert manifest["provenance"]["created"]
-    again = server.cli("publish", describe(tmp_path, model, 1), "--key", server.releases_key, "--yes")
+    other = describe(tmp_path, model, 1)
+    other.write_text(other.read_text().replace('"cpu"', '"cpu-2"'))
+    again = server.cli("publish", other, "--key", server.releases_key, "--yes")
     assert (again.returncode, "larger" in again.stderr) == (1, True)
 
 
