@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Callable
 
 import pytest
-from processes import StepFailed
+from fleet import MODEL
+from processes import StepFailed, command
 
 from tests.e2e.world import GOOD, WEAK, World
 
@@ -63,6 +64,7 @@ def test_a_number_that_devices_know_as_another_release_is_not_given_again(world:
     release = world.update(WEAK)
     world.until(f"release {release} is committed", lambda: world.settled(release))
     world.kill("sync")
+    world.processes.call(*command("edge-agent", "hold", MODEL, "--config", world.device.config))  # else it soon goes back
     world.kill("fleet")
     shutil.rmtree(fleet.data)
     shutil.copytree(copy, fleet.data)
@@ -71,7 +73,7 @@ def test_a_number_that_devices_know_as_another_release_is_not_given_again(world:
     path = world.folder / f"release-{release}" / "release.yaml"
     shutil.copy(path.parent.parent / "release-1" / "model.onnx", path.parent / "model.onnx")
     world.restart("sync")
-    world.until("it is heard", lambda: (fleet.devices()["device"]["models"].get("digits") or {}).get("serving") == release)
+    world.until("it is heard", lambda: (fleet.devices()["device"]["models"].get(MODEL) or {}).get("serving") == release)
 
     with pytest.raises(StepFailed, match="publish this one with a larger version"):
         fleet.publish(path)

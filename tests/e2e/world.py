@@ -118,6 +118,12 @@ class World:
         else:
             self.processes.kill(f"device-{part}")
 
+    def device_is_connected(self) -> bool:
+        """Whether the device's agent was the last one to reach the broker, by its own log."""
+        said = (self.folder / "logs" / "device-sync.log").read_text().splitlines()
+        lines = [line for line in said if "the broker" in line and ("connected to" in line or "lost" in line)]
+        return bool(lines) and "connected to" in lines[-1]
+
     def end(self, *parts: str) -> None:
         """SIGTERM, as `systemctl restart` sends it, to all of them at once; returns when they have ended."""
         self.processes.terminate(*(f"device-{part}" for part in parts))
