@@ -57,7 +57,7 @@ def test_two_devices_with_one_identity_are_told_apart(world: World) -> None:
 
     for part in ("sync", "serve"):
         world.processes.kill(f"{twin.name}-{part}")  # for an hour the server takes both for what they were
-    world.until("the device is back", lambda: world.device_is_connected())
+    world.until("the device is back", world.device_is_connected)
     release = world.update()
     world.until(f"the first device serves release {release}", lambda: world.settled(release))
     verdict = fleet.get("rollouts")[0]
