@@ -116,7 +116,7 @@ def _serve(config: AgentConfig) -> Finding:
     try:
         status = ServeClient(config.serve.socket).status()
     except ServeAway as error:
-        return Finding("serve", "failed", str(error), "start `edge-agent serve` (systemctl start edge-agent-serve)")
+        return Finding("serve", "failed", str(error), "start `edge-agent serve` (systemctl start edge-agent)")
     except ServeRefused as error:
         return Finding("serve", "failed", str(error), "the user of sync needs the access class `control` in serve.access")
     serving = [f"{name}:{model.active}" for name, model in sorted(status.models.items()) if model.serving]
