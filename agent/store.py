@@ -23,7 +23,7 @@ import msgspec
 
 from agent.contract import names
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
-from agent.contract.manifest import MAX_MANIFEST_BYTES, ReleaseManifest, Variant, parse_manifest
+from agent.contract.manifest import MAX_MANIFEST_BYTES, ReleaseManifest, Variant, model_sha256, parse_manifest
 from agent.host import files
 from agent.host.priority import rest
 
@@ -62,6 +62,8 @@ class Release(msgspec.Struct, frozen=True):
     variant: Variant
     path: Path
     """The variant's model file."""
+    data: dict[str, Path]
+    """The other files of its model, by the name that the model has for each."""
 
 
 class Store:
@@ -158,7 +160,7 @@ class Store:
             raise StoreError(f"{self._manifest_path(ref)} is damaged: {error}") from error
 
     def release(self, model: str, choice: Choice) -> Release:
-        """The release to load, its model file checked against the manifest's hash.
+        """The release to load, the files of its model checked against the manifest's hashes.
 
         Raises: StoreError when anything of it is missing or does not match.
         """
@@ -168,14 +170,17 @@ class Store:
             variant = manifest.variant(choice.variant)
         except KeyError:
             raise StoreError(f"release {ref} has no variant {choice.variant!r}") from None
-        file = manifest.files[variant.file]
-        path = self.blob(file.sha256)
-        actual = hash_file(path)
-        if actual != file.sha256:
-            raise StoreError(
-                f"cannot load model {model!r} version {choice.version}: hash mismatch (expected {file.sha256}, got {actual})"
-            )
-        return Release(manifest, variant, path)
+        for name in dict.fromkeys(variant.files):
+            expected = manifest.files[name].sha256
+            actual = hash_file(self.blob(expected))
+            if actual != expected:
+                what = f"hash mismatch of {name!r} (expected {expected}, got {actual})"
+                raise StoreError(f"cannot load model {model!r} version {choice.version}: {what}")
+        return Release(manifest, variant, self.file(manifest, variant.file), self.data_of(manifest, variant))
+
+    def data_of(self, manifest: ReleaseManifest, variant: Variant) -> dict[str, Path]:
+        """Where the other files of the variant's model are, by the name that the model has for each."""
+        return {location: self.file(manifest, name) for location, name in variant.data.items()}
 
     def releases(self) -> list[names.ReleaseRef]:
         """Every release in the store, sorted."""
@@ -291,6 +296,11 @@ class Store:
                 if selection is not None:
                     found[path.stem] = selection
         return found
+
+
+def hash_model(path: Path, data: Mapping[str, Path]) -> str:
+    """One hash for a model of one file or several, as manifests have it.  Raises: StoreError when one is not there; OSError."""
+    return model_sha256(hash_file(path), {location: hash_file(file) for location, file in data.items()})
 
 
 def hash_file(path: Path) -> str:

@@ -157,9 +157,10 @@ def manifest(m: ReleaseManifest) -> None:
     console = _console()
     console.print(f"[bold]{safe(m.ref)}[/bold]  {len(m.files)} files, {size(m.size_bytes)}")
     for variant in m.variants:
-        file = m.files[variant.file]
+        blocks = sum(len(m.files[name].blocks) for name in variant.files)
+        listed = safe(variant.file) + "".join(f" + {safe(name)}" for name in variant.data.values())
         console.print(
-            f"  variant {safe(variant.name)}: {safe(variant.runtime)}, {safe(variant.file)}, {size(file.size_bytes)}, {len(file.blocks)} blocks"
+            f"  variant {safe(variant.name)}: {safe(variant.runtime)}, {listed}, {size(m.model_bytes(variant))}, {blocks} blocks"
         )
     console.print(f"  acceptance: {len(m.acceptance.golden)} golden cases")
 

@@ -95,10 +95,14 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """`threads` is how many one run may use (0: the engine's choice). `extra` holds the variant's options from the manifest."""
+    """`threads` is how many one run may use (0: the engine's choice). `extra` holds the variant's options from the manifest.
+
+    `data` are the other files of a model that is several: its own name for each, and where that is. None: they lie beside the model.
+    """
 
     threads: int = 1
     extra: Mapping[str, Scalar] = field(default_factory=dict)
+    data: Mapping[str, Path] | None = None
 
 
 class RuntimeFailure(Exception):

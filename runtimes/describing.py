@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from runtimes import onnx_graph
 from runtimes.contract import Runtime
-from runtimes.onnx import PROVIDERS
+from runtimes.onnx import EXTERNAL_FOLDER, PROVIDERS, content
 from runtimes.tflite_model import allocate
 
 
@@ -59,7 +59,10 @@ def _assigned(ort: Any, path: Path, offered: Sequence[str]) -> dict[str, int]:
     settings = ort.SessionOptions()
     settings.log_severity_level = 4
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    session = ort.InferenceSession(path, settings, providers=offered)
+    model, folder = content(path, None)
+    if folder is not None:
+        settings.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
+    session = ort.InferenceSession(model, settings, providers=offered)
     tell = getattr(session, "get_provider_graph_assignment_info", None)
     if tell is None:
         return {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes import sums
+from runtimes import onnx_external, sums
 from runtimes.check import check_feeds
 from runtimes.contract import (
     CONTRACT_VERSION,
@@ -40,6 +40,7 @@ ELEMENT_TYPES = {
 }  # fmt: skip
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 FALLBACKS = {"cpu": (), "cuda": ("cpu",), "tensorrt": ("cuda", "cpu")}
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 BFLOAT16 = 16  # its number among ONNX's element types
 ORT_FORMAT_MAGIC = b"ORTM"  # flatbuffer identifier at byte 4; blobs have no suffix that would tell
 INEXACT = (
@@ -74,26 +75,40 @@ class OnnxRuntime:
         head = _head(path)
         requested = str(options.extra.get("provider", "auto"))
         wanted, missing = _choose(requested, ort)
-        session, inexact = _exact_session(ort, path, lambda: _settings(ort, options, head), [PROVIDERS[p] for p in wanted])
+        model, folder = content(path, options.data)
+        session, inexact = _exact_session(
+            ort, path, model, lambda: _settings(ort, options, head, folder), [PROVIDERS[p] for p in wanted]
+        )
         placement = _placement(requested, wanted, missing, session, inexact)
         return OnnxModel(session, read_quantization(path), read_rankless(path), placement)
 
 
-def _exact_session(ort: Any, path: Path, settings: Callable[[], Any], providers: Sequence[str]) -> tuple[Any, str | None]:
+def content(path: Path, data: Mapping[str, Path] | None) -> tuple[Path | bytes, Path | None]:
+    """What to give to the engine for the model, and the folder from which it finds its other files, where it has some.
+
+    Raises: ModelInvalid when one is missing, or is where no file of a model may be.
+    """
+    found = onnx_external.all_beside(path) if data is None else onnx_external.given(path, data)
+    return onnx_external.assembled(path, found) if found else (path, None)
+
+
+def _exact_session(
+    ort: Any, path: Path, model: Path | bytes, settings: Callable[[], Any], providers: Sequence[str]
+) -> tuple[Any, str | None]:
     """The session, and in words why its int8 sums may be wrong; None when they are not."""
     if not (has_wide_weights(path) and sums.overflow(ort)):
-        return _session(ort, path, settings(), providers), None
+        return _session(ort, path, model, settings(), providers), None
     exact = settings()
     exact.add_session_config_entry("session.x64quantprecision", "1")  # kernels that hold two products of such weights
     try:
-        return _session(ort, path, exact, providers), None
+        return _session(ort, path, model, exact, providers), None
     except ModelInvalid:  # the engine cannot change every model so; without, it says what else may be wrong with the file
-        return _session(ort, path, settings(), providers), INEXACT
+        return _session(ort, path, model, settings(), providers), INEXACT
 
 
-def _session(ort: Any, path: Path, settings: Any, providers: Sequence[str]) -> Any:
+def _session(ort: Any, path: Path, model: Path | bytes, settings: Any, providers: Sequence[str]) -> Any:
     try:
-        return ort.InferenceSession(path, settings, providers=providers)
+        return ort.InferenceSession(model, settings, providers=providers)
     except MemoryError:
         raise
     except Exception as error:
@@ -128,12 +143,14 @@ def _choose(requested: str, ort: Any) -> tuple[list[str], str | None]:
     return wanted, f"this onnxruntime {ort.__version__} has no {PROVIDERS[requested]} (it has: {', '.join(present)})"
 
 
-def _settings(ort: Any, options: LoadOptions, head: bytes) -> Any:
+def _settings(ort: Any, options: LoadOptions, head: bytes, folder: Path | None) -> Any:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # its messages come back as exceptions
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning takes the cores from other models
+    if folder is not None:
+        settings.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
     if head[4:8] == ORT_FORMAT_MAGIC:
         settings.add_session_config_entry("session.load_model_format", "ORT")
     return settings

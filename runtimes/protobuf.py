@@ -27,13 +27,20 @@ def mapped(path: Path) -> memoryview:
 
 def fields(data: Wire) -> Iterator[tuple[int, int | memoryview]]:
     """Every (field number, value) of a message; a nested message is a view, nothing is copied.  Raises: Malformed."""
+    for number, value, _ in parts(data):
+        yield number, value
+
+
+def parts(data: Wire) -> Iterator[tuple[int, int | memoryview, memoryview]]:
+    """The same with the bytes that the field is written in.  Raises: Malformed."""
     view, at, end = memoryview(data), 0, len(data)
     while at < end:
+        start = at
         key, at = varint(view, at)
         kind = key & 7
         if kind == 0:
             value, at = varint(view, at)
-            yield key >> 3, value
+            yield key >> 3, value, view[start:at]
             continue
         if kind == 2:
             size, at = varint(view, at)
@@ -43,8 +50,23 @@ def fields(data: Wire) -> Iterator[tuple[int, int | memoryview]]:
             raise Malformed
         if size > end - at:
             raise Malformed
-        yield key >> 3, (view[at : at + size] if kind == 2 else int.from_bytes(view[at : at + size], "little"))
+        content = view[at : at + size]
         at += size
+        yield key >> 3, (content if kind == 2 else int.from_bytes(content, "little")), view[start:at]
+
+
+def encoded(number: int, content: bytes) -> bytes:
+    """A field that holds bytes."""
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    found.append(number)
+    return bytes(found)
 
 
 def varint(data: Wire, at: int) -> tuple[int, int]:

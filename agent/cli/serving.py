@@ -151,8 +151,7 @@ def _sources(files: tuple[str, ...], isolated: tuple[str, ...], accepted: tuple[
     """What to load. Ends with status 2 when names clash, cannot be model names, or name no model."""
     from agent.contract.manifest import Serving
     from agent.contract.names import check_model
-    from agent.serving.models.loading import Source
-    from agent.store import hash_file
+    from agent.serving.models.loading import Source, of_file
 
     found: dict[str, Path] = {}
     for name, path in [pair for text in files for pair in _named(text)]:
@@ -173,7 +172,7 @@ def _sources(files: tuple[str, ...], isolated: tuple[str, ...], accepted: tuple[
         )
     serving = {name: Serving(isolation="in-process") for name in (found if "*" in accepted else accepted)}
     serving |= {name: Serving(isolation="process") for name in isolated}
-    return [Source(name, 1, path, hash_file(path), serving=serving.get(name, Serving())) for name, path in found.items()]
+    return [of_file(Source(name, 1, path, "", serving=serving.get(name, Serving()))) for name, path in found.items()]
 
 
 def _named(text: str) -> list[tuple[str, Path]]:

@@ -5,6 +5,8 @@ Whatever changes behaviour (labels, acceptance, runtime options) is in the relea
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Literal
 
 from agent.contract import names
@@ -144,7 +146,10 @@ class Picture(Document, frozen=True, kw_only=True):
 
 
 class Variant(Document, frozen=True, kw_only=True):
-    """One file of the release for one runtime and hardware. Devices take the first variant that fits, in order.
+    """One model of the release for one runtime and hardware. Devices take the first variant that fits, in order.
+
+    A model may be several files, as one over 2 GB always is. `data` lists those besides `file`: the name by which `file` itself calls each,
+    and the file of the release that it is. Publishing finds them in an ONNX file.
 
     `state` names inputs that carry what a model remembers from one run of a sequence to the next, and for each the output that
     it is fed from. Callers do not see these inputs.
@@ -153,6 +158,7 @@ class Variant(Document, frozen=True, kw_only=True):
     name: str
     runtime: str
     file: str
+    data: dict[str, str] = {}
     requires: Requires = Requires()
     options: dict[str, Scalar] = {}
     serving: Serving = Serving()
@@ -161,12 +167,19 @@ class Variant(Document, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         names.check(names.FILE_NAME, self.name, "variant name")
+        for location in self.data:
+            names.check_location(location)
         if any(not name or not output for name, output in self.state.items()):
             raise ValueError(f"state of variant {self.name!r} has an empty name; expected pairs of an input and an output")
         if len(set(self.state.values())) != len(self.state):
             raise ValueError(f"state of variant {self.name!r} feeds two inputs from one output")
         if self.state and self.serving.max_batch_size > 1:
             raise ValueError(f"variant {self.name!r} has state, so its requests cannot be batched: max_batch_size must be 1")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files of the release that its model is made of."""
+        return (self.file, *self.data.values())
 
 
 class Tensor(Document, frozen=True, kw_only=True):
@@ -389,7 +402,7 @@ class ReleaseManifest(Document, frozen=True, kw_only=True):
                 raise ValueError(f"{name!r} is used but not among the release's files: {', '.join(sorted(self.files))}")
 
     def _named_files(self) -> set[str]:
-        used = {v.file for v in self.variants}
+        used = {name for v in self.variants for name in v.files}
         used |= {t.labels for t in (*self.inputs, *self.outputs) if t.labels}
         used |= {f for g in self.acceptance.golden for f in (g.inputs, g.expected)}
         if self.provenance.model_card:
@@ -405,12 +418,30 @@ class ReleaseManifest(Document, frozen=True, kw_only=True):
         """The bytes of all distinct files."""
         return sum({f.sha256: f.size_bytes for f in self.files.values()}.values())
 
+    def model_sha256(self, variant: Variant) -> str:
+        """See the function of this name."""
+        return model_sha256(
+            self.files[variant.file].sha256, {name: self.files[file].sha256 for name, file in variant.data.items()}
+        )
+
+    def model_bytes(self, variant: Variant) -> int:
+        """The bytes of all files of the variant's model."""
+        return sum({self.files[name].sha256: self.files[name].size_bytes for name in variant.files}.values())
+
     def variant(self, name: str) -> Variant:
         """Raises: KeyError when the release has no variant of that name."""
         for variant in self.variants:
             if variant.name == name:
                 return variant
         raise KeyError(name)
+
+
+def model_sha256(file: str, data: Mapping[str, str]) -> str:
+    """One hash for a model: that of its `file`; where it has `data` besides, that of the list of all their hashes, with the model's names."""
+    if not data:
+        return file
+    lines = [file, *(f"{data[location]} {location}" for location in sorted(data))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def parse_manifest(data: bytes, *, expected: names.ReleaseRef | None = None) -> ReleaseManifest:
@@ -427,5 +458,5 @@ def parse_manifest(data: bytes, *, expected: names.ReleaseRef | None = None) -> 
 
 __all__ = [
     "DATATYPES", "MAX_MANIFEST_BYTES", "Acceptance", "Block", "CanaryRules", "Close", "File", "GoldenCase", "Picture", "Provenance", "ReleaseManifest",
-    "Requires", "Serving", "ShadowRules", "Tensor", "Top1", "Variant", "WatchRules", "parse_manifest",
+    "Requires", "Serving", "ShadowRules", "Tensor", "Top1", "Variant", "WatchRules", "model_sha256", "parse_manifest",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,7}")
 
 RESERVED_MODEL_NAMES = frozenset({"stats"})  # /v2/models/stats is a route, so a model of that name could not be reached
+MAX_LOCATION = 1024  # characters
 MAX_VERSION = 2**53 - 1  # what every JSON reader can hold exactly
 
 
@@ -28,6 +29,22 @@ def check_model(name: str) -> str:
     if name in RESERVED_MODEL_NAMES:
         raise ValueError(f"model name {name!r} is reserved")
     return check(MODEL_NAME, name, "model name")
+
+
+def check_location(location: str) -> str:
+    """`location` itself: a model's own name for another file of it.  Raises: ValueError when that is no path below the model's folder."""
+    steps = location.split("/")
+    if (
+        not location
+        or len(location) > MAX_LOCATION
+        or not location.isprintable()
+        or "\\" in location
+        or {"", ".."} & set(steps)
+    ):
+        raise ValueError(
+            f"location {location!r} is not allowed: it must be a path below the model's folder, such as model.onnx_data"
+        )
+    return location
 
 
 class ReleaseRef(msgspec.Struct, frozen=True, order=True):

@@ -11,14 +11,17 @@
       golden: [{name: a, inputs: a.in.npz, expected: a.out.npz, compare: {y: {kind: close, atol: 0.001}}}]
     provenance: {source: "…", licence: Apache-2.0}
 
-Paths are relative to the file. A name that `files` does not mention is a path of that name.
+Paths are relative to the file. A name that `files` does not mention is a path of that name. The other files of an ONNX model that is
+several are found in the model, and are taken from beside it; a variant's `data` may say other ones.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import getpass
-from pathlib import Path
+import itertools
+import re
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
@@ -29,8 +32,11 @@ from agent.contract.codec import convert
 from agent.contract.manifest import ReleaseManifest
 from fleet_server.errors import Invalid, NotFound
 from fleet_server.releases import chunks
+from runtimes import onnx_external
+from runtimes.contract import ModelInvalid
 
 MAX_RELEASE_YAML_BYTES = 1024 * 1024
+ODD = re.compile(r"[^A-Za-z0-9._-]")  # what the names of a release's files have not
 FIELDS = frozenset({"model", "version", "files", "variants", "inputs", "outputs", "acceptance", "provenance"})
 
 
@@ -44,14 +50,17 @@ class Built(msgspec.Struct, frozen=True):
 def build(release_yaml: Path) -> Built:
     """Raises: NotFound (a file that is named is not there), Invalid (the description breaks a rule, with where)."""
     raw = _read(release_yaml)
-    names = _named(raw)
     paths: dict[str, Path] = {}
     given = raw.get("files") or {}
-    for name in sorted(names):
+    for name in sorted(_named(raw)):
         path = release_yaml.parent / str(given.get(name, name))
         if not path.is_file():
             raise NotFound(f"{release_yaml}: file {name!r} is not at {path}")
         paths[name] = path
+    variants = raw.get("variants")
+    for variant in variants if isinstance(variants, list) else ():
+        if isinstance(variant, dict):
+            variant.update(_with_data(variant, paths))
     together = sum(path.stat().st_size for path in paths.values())
     described = {name: chunks.describe(path, together) for name, path in paths.items()}
     document: dict[str, Any] = {**raw, "files": msgspec.to_builtins(described)}
@@ -104,12 +113,42 @@ def _named(raw: dict[str, Any]) -> set[str]:
             used.update(str(item[f]) for f in fields if isinstance(item, dict) and item.get(f))
 
     take(raw.get("variants"), "file")
+    for variant in raw.get("variants") or ():
+        if isinstance(variant, dict) and isinstance(variant.get("data"), dict):
+            used.update(map(str, variant["data"].values()))
     take(raw.get("inputs"), "labels")
     take(raw.get("outputs"), "labels")
     take((raw.get("acceptance") or {}).get("golden") if isinstance(raw.get("acceptance"), dict) else None, "inputs", "expected")
     if isinstance(raw.get("provenance"), dict) and raw["provenance"].get("model_card"):
         used.add(str(raw["provenance"]["model_card"]))
     return used
+
+
+def _with_data(variant: dict[str, Any], paths: dict[str, Path]) -> dict[str, Any]:
+    """The variant's `data`, completed with what its model names besides; `paths` gets those files.
+
+    Raises: Invalid when the model names a file that is not there, or is outside of its folder.
+    """
+    file, listed = str(variant.get("file")), variant.get("data") or {}
+    if file not in paths or not (variant.get("runtime") == "onnx" or file.endswith(".onnx")) or not isinstance(listed, dict):
+        return {}
+    path, data = paths[file], dict(listed)
+    try:
+        for location in onnx_external.locations(path):
+            if location not in data:
+                data[location] = _name_for(
+                    onnx_external.beside(path, location), str(PurePosixPath(file).parent / location), paths
+                )
+    except ModelInvalid as error:
+        raise Invalid(f"{path}: {error}", code="bad_release") from error
+    return {"data": data} if data else {}
+
+
+def _name_for(path: Path, wished: str, paths: dict[str, Path]) -> str:
+    """What the file is called in the release: as it is there already, else `wished`, as far as that is a name and is free."""
+    wished = "/".join(ODD.sub("-", step).lstrip("._-") or "data" for step in PurePosixPath(wished).parts)
+    others = (f"{wished}-{number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain([wished], others) if paths.setdefault(name, path).resolve() == path.resolve())
 
 
 def _check_npz(path: Path) -> None:

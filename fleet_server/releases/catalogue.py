@@ -165,6 +165,6 @@ def _view(row: ReleaseRow) -> dict[str, Any]:
     return {
         "model": row.model, "version": row.version, "release": f"{row.model}:{row.version}", "sha256": row.sha256,
         "size_bytes": row.size_bytes, "published": row.published, "signers": row.signers, "withdrawn": row.withdrawn,
-        "variants": [{"name": v.name, "runtime": v.runtime, "file": v.file} for v in manifest.variants],
+        "variants": [{"name": v.name, "runtime": v.runtime, "file": v.file, "data": v.data} for v in manifest.variants],
         "golden_cases": len(manifest.acceptance.golden), "provenance": msgspec.to_builtins(manifest.provenance),
     }  # fmt: skip

@@ -83,4 +83,4 @@ def fact_of(device: str, online: bool, said: DeviceModel | None, release: int, h
 
 
 def _hashes(manifest: ReleaseManifest) -> dict[str, str]:
-    return {variant.name: manifest.files[variant.file].sha256 for variant in manifest.variants}
+    return {variant.name: manifest.model_sha256(variant) for variant in manifest.variants}

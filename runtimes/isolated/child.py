@@ -75,11 +75,10 @@ class Child:
 
     def _load(self, order: wire.Load) -> wire.Loaded | wire.Failed:
         from runtimes import registry
-        from runtimes.contract import LoadOptions
 
         try:
             runtime = registry.find(order.runtime)
-            model = self._model = runtime.load(Path(order.path), LoadOptions(order.threads, order.extra))
+            model = self._model = runtime.load(Path(order.path), _options(order))
             found = wire.Loaded(
                 tuple(wire.Spec.of(spec) for spec in model.inputs),
                 tuple(wire.Spec.of(spec) for spec in model.outputs),
@@ -129,6 +128,13 @@ class Child:
             return wire.Ran(arena.size_bytes, tensors)
         except Exception as error:  # noqa: BLE001 - the parent raises it
             return _failed(error)
+
+
+def _options(order: wire.Load) -> Any:
+    from runtimes.contract import LoadOptions
+
+    data = None if order.data is None else {name: Path(file) for name, file in order.data.items()}
+    return LoadOptions(order.threads, order.extra, data)
 
 
 def _failed(error: Exception) -> wire.Failed:

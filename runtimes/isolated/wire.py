@@ -28,6 +28,7 @@ class Load(msgspec.Struct, tag=True):
     path: str
     threads: int
     extra: dict[str, Scalar]
+    data: dict[str, str] | None = None
 
 
 class Spec(msgspec.Struct, omit_defaults=True):

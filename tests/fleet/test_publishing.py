@@ -5,8 +5,11 @@ import threading
 import pytest
 
 from agent.contract.manifest import File
-from fleet_server.releases import keys
+from fleet_server.errors import Invalid
+from fleet_server.releases import builder, keys
 from tests.fleet.stand import sha256, simple_manifest
+from tests.serving import onnx_models
+from tests.unit.test_model_files import HOSTILE, hostile
 
 
 def refused(answer):
@@ -186,6 +189,57 @@ def test_a_description_that_is_wrong(server, tmp_path, change, says):
     )
     assert done.returncode == 1
     assert says in done.stderr
+
+
+def several(tmp_path, model, **variant):
+    import json
+
+    path = tmp_path / "RELEASE.yaml"
+    variant = {"name": "cpu", "runtime": "onnx", "file": "m/model.onnx", **variant}
+    path.write_text(json.dumps({"model": model, "version": 1, "variants": [variant]}))
+    return path
+
+
+def test_the_other_files_of_a_model_are_found_and_published(server, model, tmp_path):
+    onnx_models.scattered(tmp_path / "m/model.onnx", (1, 2, 4), ("weights #1.bin", "model.onnx_data", "sub/_body.bin"))
+    done = server.cli("publish", several(tmp_path, model), "--key", server.releases_key, "--yes")
+    assert done.returncode == 0, done.stderr
+    manifest = server.get(f"/releases/{model}/1")["manifest"]
+    expected = {
+        "model.onnx_data": "m/model.onnx_data",
+        "sub/_body.bin": "m/sub/body.bin",
+        "weights #1.bin": "m/weights--1.bin",
+    }
+    assert manifest["variants"][0]["data"] == expected
+    assert set(manifest["files"]) == {"m/model.onnx", *expected.values()}
+    for location, name in expected.items():
+        data = (tmp_path / "m" / location).read_bytes()
+        assert manifest["files"][name]["sha256"] == sha256(data)
+        assert (server.data / "blobs" / sha256(data)).read_bytes() == data
+
+
+def test_a_variant_may_name_other_files_for_its_data(tmp_path):
+    path = onnx_models.scattered(tmp_path / "m/model.onnx", (1, 2, 4))
+    (tmp_path / "m" / "weights.bin").rename(tmp_path / "shared.bin")
+    built = builder.build(several(tmp_path, "m", data={"weights.bin": "shared.bin"}))
+    assert built.manifest.variants[0].data["weights.bin"] == "shared.bin"
+    assert built.paths["shared.bin"] == tmp_path / "shared.bin"
+    distinct = {file.read_bytes() for file in (path, *built.paths.values())}
+    assert built.manifest.model_bytes(built.manifest.variants[0]) == sum(map(len, distinct))
+
+
+@pytest.mark.parametrize(("location", "words"), HOSTILE)
+def test_a_model_that_names_files_elsewhere_is_not_published(tmp_path, location, words):
+    hostile(tmp_path, location)
+    with pytest.raises(Invalid, match=words):
+        builder.build(several(tmp_path, "m"))
+
+
+@pytest.mark.parametrize("location", ["../x", "/x", "a//b", "", "a\\b", "a\0b"])
+def test_a_manifest_that_names_files_elsewhere_is_none(tmp_path, location):
+    onnx_models.scattered(tmp_path / "m/model.onnx", (1, 2, 4))
+    with pytest.raises(Invalid, match="location"):
+        builder.build(several(tmp_path, "m", data={location: "m/weights.bin"}))
 
 
 def test_a_key_with_a_passphrase(tmp_path):

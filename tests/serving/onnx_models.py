@@ -1,5 +1,7 @@
 """Small models made on the spot, so that the suite runs without the model collection."""
 
+import re
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -183,3 +185,42 @@ def chain(path):
         [value("y", TensorProto.FLOAT, [1])],
         [("one", np.float32([1]))],
     )
+
+
+SCATTERED = ("weights.bin", "model.onnx_data", "sub/body.bin")
+
+
+def scattered(path, factors, locations=SCATTERED, width=2):
+    """y = x times the sum of `factors`, float32 [n, width]. Each is in a file of its own: an initializer, a Constant, one in an If's body."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def outside(name, factor, location):
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[width], data_location=TensorProto.EXTERNAL)
+        values = np.full(width, factor, np.float32).tobytes()
+        for key, said in (("location", location), ("offset", "64"), ("length", str(len(values)))):
+            tensor.external_data.add(key=key, value=said)
+        if re.fullmatch(r"(sub/)?[\w #]+\.\w+", location):
+            (path.parent / location).parent.mkdir(exist_ok=True)
+            (path.parent / location).write_bytes(bytes(64) + values)
+        return tensor
+
+    a, b, c = (outside(name, *pair) for name, *pair in zip("abc", factors, locations, strict=True))
+    told = value("z", TensorProto.FLOAT, ["n", width])
+    then = helper.make_graph(
+        [helper.make_node("Mul", ["x", "c"], ["xc"]), helper.make_node("Add", ["xab", "xc"], ["z"])], "then", [], [told], [c]
+    )
+    otherwise = helper.make_graph([helper.make_node("Neg", ["xab"], ["z"])], "otherwise", [], [told])
+    nodes = [
+        helper.make_node("Constant", [], ["b"], value=b),
+        helper.make_node("Mul", ["x", "a"], ["xa"]),
+        helper.make_node("Mul", ["x", "b"], ["xb"]),
+        helper.make_node("Add", ["xa", "xb"], ["xab"]),
+        helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+        helper.make_node("GreaterOrEqual", ["most", "zero"], ["is"]),
+        helper.make_node("If", ["is"], ["y"], then_branch=then, else_branch=otherwise),
+    ]
+    tensors = [value("x", TensorProto.FLOAT, ["n", width]), value("y", TensorProto.FLOAT, ["n", width])]
+    graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:], [a, numpy_helper.from_array(np.float32(0), "zero")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return path

@@ -147,10 +147,15 @@ class Device:
         self.config = folder / "agent.yaml"
         self.socket = folder / "s.sock"
 
-    def release(self, model, version, path, *, runtime="onnx", variant="cpu", **settings):
-        sha256 = hash_file(path)
-        (self.store.blobs / sha256).write_bytes(path.read_bytes())
-        name = re.sub(r"[^A-Za-z0-9._-]", "-", path.name)
+    def release(self, model, version, path, *, runtime="onnx", variant="cpu", data=(), **settings):
+        """`data`: the model's names for its other files, which are beside it."""
+        files = {}
+        for location in ("", *data):
+            source = path.parent / location if location else path
+            sha256 = hash_file(source)
+            (self.store.blobs / sha256).write_bytes(source.read_bytes())
+            name = location or re.sub(r"[^A-Za-z0-9._-]", "-", path.name)
+            files[name] = {"sha256": sha256, "size_bytes": source.stat().st_size}
         self.store.write_manifest(
             encode(
                 {
@@ -158,8 +163,16 @@ class Device:
                     "format": 1,
                     "model": model,
                     "version": version,
-                    "files": {name: {"sha256": sha256, "size_bytes": path.stat().st_size}},
-                    "variants": [{"name": variant, "runtime": runtime, "file": name, **settings}],
+                    "files": files,
+                    "variants": [
+                        {
+                            "name": variant,
+                            "runtime": runtime,
+                            "file": next(iter(files)),
+                            "data": {location: location for location in data},
+                            **settings,
+                        }
+                    ],
                 }
             )
         )

@@ -8,6 +8,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from agent.client import Client, Unavailable
+from agent.contract.names import ReleaseRef
 from tests.serving import onnx_models
 from tests.serving.stand import DEADLINE_S, Server
 
@@ -204,3 +205,26 @@ def test_a_file_that_has_changed_is_not_brought_back(tmp_path):
                 ask(client, gone)
     finally:
         server.stop()
+
+
+def test_the_files_that_a_model_is_made_of_count_and_are_watched_all(device, tmp_path):
+    """The budget takes one: all files of a model count, and a model is not brought back when one of them has changed on the disk."""
+    (device.store.root / "models" / "scale.json").unlink(missing_ok=True)
+    x = np.float32([[1, 2]])
+    for number, name in enumerate("ab"):
+        path = onnx_models.scattered(tmp_path / name / f"{name}.onnx", (1 + number, 2 + number, 4 + number))
+        for location in onnx_models.SCATTERED:
+            with (path.parent / location).open("ab") as file:
+                file.truncate(10 * MB)
+        device.release(name, 1, path, data=onnx_models.SCATTERED)
+        device.select(name, 1)
+    server = serve(device)
+    with server.client() as client:
+        assert sorted(state for state, _ in index(client).values()) == ["READY", "UNAVAILABLE"]
+        assert [client.infer(name, {"x": x})["y"][0, 0] for name in "ab"] == [7, 10]
+        blob = device.store.file(device.store.manifest(ReleaseRef("a", 1)), "sub/body.bin")
+        with blob.open("r+b") as file:
+            file.write(b"changed")
+        with pytest.raises(Unavailable, match="has changed since it was loaded"):
+            client.infer("a", {"x": x})
+        assert client.infer("b", {"x": x})["y"][0, 0] == 10

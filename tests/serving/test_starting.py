@@ -45,6 +45,21 @@ def files(tmp_path_factory):
     assert server.stop() == 0
 
 
+@pytest.mark.parametrize("apart", [(), ("--isolate", "model")], ids=["here", "isolated"])
+def test_a_folder_with_files_that_belong_together(tmp_path, apart):
+    """One model in it is several files; another one names files that are none of its business."""
+    path = onnx_models.scattered(tmp_path / "m/model.onnx", (1, 2, 4))
+    (tmp_path / "secret").write_bytes(bytes(100))
+    evil = onnx_models.scattered(tmp_path / "m/evil.onnx", (1, 2, 4), ("weights.bin", "../secret", "sub/body.bin"))
+    server = Server(tmp_path, "run", path.parent, "--socket", tmp_path / "s.sock", *apart).start()
+    try:
+        with server.client() as client:
+            assert client.infer("model", {"x": X[:, :2]})["y"].tolist() == [[7, 7]]
+        assert "keeps weights in '../secret', which is outside of its folder" in why(server, evil.stem)["reason"]
+    finally:
+        assert server.stop() == 0
+
+
 def test_the_others_are_served_while_one_hangs(files):
     """It is ready after a few seconds, and not when the last one has been given up."""
     assert why(files, "endless")["state"] == "LOADING"

@@ -456,6 +456,16 @@ def onnx(path: Path, **declared) -> Request:
     )
 
 
+def test_a_model_of_several_files_is_tried_with_those_that_are_listed(trials, tmp_path):
+    path = onnx_models.scattered(tmp_path / "model.onnx", (1, 2, 4))
+    data = {location: str(tmp_path / location) for location in onnx_models.SCATTERED}
+
+    assert trials.run(onnx(path, data=data), 30.0, lambda: False)["p95_ms"] < 1000
+    problem = refused(trials, onnx(path, data={"weights.bin": data["weights.bin"]}))
+    assert problem.reason is Reason.LOAD_FAILED
+    assert "which its variant does not list as data" in str(problem)
+
+
 DECLARED = [
     ({"state": {"before": "sum"}}, None),
     ({"state": {"after": "sum"}}, "the model has no input 'after'"),

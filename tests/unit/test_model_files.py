@@ -1,10 +1,14 @@
 """What model files name, leave open and remember: state, texts, optional inputs, open ranks and sizes, signatures."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import given, strategies
 from onnx import TensorProto, helper
 
-from runtimes import registry
+from runtimes import onnx_external, registry
 from runtimes.contract import InputInvalid, LoadOptions, ModelInvalid
 from tests.serving import onnx_models, tflite_models
 from tests.serving.onnx_models import _save, value
@@ -173,3 +177,98 @@ def test_tensors_without_names_of_their_own(tmp_path, given, signed, expected):
 def test_an_output_that_nothing_writes_is_refused(tmp_path, kind):
     with pytest.raises(ModelInvalid, match="nothing in the model writes its output 'nothing'"):
         load(tflite_models.unwritten(tmp_path / "m.tflite", kind))
+
+
+# -- models that are several files ---------------------------------------------------------------------------------------------
+
+X = np.float32([[1, 2]])
+
+
+def stored(path, folder):
+    """Its files under other names in one folder, as a store has them: (the model, its data)."""
+    folder.mkdir()
+    data = {}
+    for number, location in enumerate(onnx_external.locations(path)):
+        data[location] = folder / f"{number:064x}"
+        data[location].write_bytes((path.parent / location).read_bytes())
+    model = folder / ("f" * 64)
+    model.write_bytes(path.read_bytes())
+    return model, data
+
+
+def test_a_model_of_several_files_is_loaded_from_beside_it(tmp_path):
+    path = onnx_models.scattered(tmp_path / "m" / "m.onnx", (1, 2, 4))
+    assert set(onnx_external.locations(path)) == set(onnx_models.SCATTERED)
+    assert load(path).run({"x": X})[0].tolist() == [[7, 14]]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in one folder", "in several"])
+def test_its_files_may_have_any_names_where_it_is_told_them(tmp_path, apart):
+    model, data = stored(onnx_models.scattered(tmp_path / "m" / "m.onnx", (1, 2, 4)), tmp_path / "blobs")
+    if apart:
+        (tmp_path / "elsewhere").mkdir()
+        data["weights.bin"] = data["weights.bin"].rename(tmp_path / "elsewhere" / "w")
+    loaded = registry.find("onnx").load(model, LoadOptions(data=data))
+    assert loaded.run({"x": X})[0].tolist() == [[7, 14]]
+    assert [spec.name for spec in loaded.inputs] == ["x"]
+
+
+def test_a_file_that_it_was_not_told_of_is_not_looked_for(tmp_path):
+    path = onnx_models.scattered(tmp_path / "m" / "m.onnx", (1, 2, 4))
+    data = {location: path.parent / location for location in onnx_models.SCATTERED[1:]}
+    with pytest.raises(ModelInvalid, match=r"keeps weights in 'weights.bin', which its variant does not list as data"):
+        registry.find("onnx").load(path, LoadOptions(data=data))
+
+
+ELSEWHERE = "which is outside of its folder"
+HOSTILE = [
+    ("../secret", ELSEWHERE), ("/etc/passwd", ELSEWHERE), ("sub/../../secret", ELSEWHERE), ("", ELSEWHERE), (".", ELSEWHERE),
+    ("sub\\..\\secret", ELSEWHERE), ("link.bin", "a link out of its folder"), ("none.bin", "which is not there"),
+    ("*/_ORT_MEM_ADDR_/*", "which is not there"), ("sub", "which is not there"),
+]  # fmt: skip
+
+
+def hostile(folder, location):
+    (folder / "m" / "sub").mkdir(parents=True)
+    (folder / "secret").write_bytes(bytes(200))
+    path = onnx_models.scattered(folder / "m" / "model.onnx", (1, 2, 4), ("weights.bin", location or "", "sub/body.bin"))
+    (folder / "m" / "none.bin").unlink(missing_ok=True)
+    if location == "link.bin":
+        (folder / "m" / location).unlink()
+        (folder / "m" / location).symlink_to(folder / "secret")
+    return path
+
+
+@pytest.mark.parametrize(("location", "words"), HOSTILE)
+def test_weights_are_not_read_from_where_no_file_of_a_model_is(tmp_path, location, words):
+    path = hostile(tmp_path, location)
+    with pytest.raises(ModelInvalid, match=words):
+        load(path)
+    with pytest.raises(ModelInvalid, match=r"outside of its folder|does not list as data"):
+        registry.find("onnx").load(path, LoadOptions(data={"weights.bin": path, "sub/body.bin": path}))
+
+
+def test_a_cache_of_links_is_loaded(tmp_path):
+    """As Hugging Face's: names that are links to files side by side in another folder."""
+    model, data = stored(onnx_models.scattered(tmp_path / "m" / "m.onnx", (1, 2, 4)), tmp_path / "blobs")
+    for location, file in {"model.onnx": model, **data}.items():
+        link = tmp_path / "snapshot" / location
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    assert load(tmp_path / "snapshot" / "model.onnx").run({"x": X})[0].tolist() == [[7, 14]]
+
+
+@given(strategies.integers(0, 3000), strategies.integers(0, 255))
+def test_a_damaged_model_of_several_files_is_read_or_not_understood(at, byte):
+    """No exception but ModelInvalid leaves the reader, whatever byte is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = onnx_models.scattered(Path(folder) / "m.onnx", (1, 2, 4))
+        data = bytearray(path.read_bytes())
+        data[at % len(data)] = byte
+        path.write_bytes(data)
+        try:
+            found = onnx_external.all_beside(path)
+            if found:
+                onnx_external.assembled(path, found)
+        except ModelInvalid:
+            pass

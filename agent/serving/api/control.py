@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import time
-from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -24,7 +23,7 @@ from agent.serving.models.host import ModelHost, Served, Version
 from agent.serving.models.residency import Residency
 from agent.serving.models.swapping import SwapLost, Swapper
 from agent.serving.routes import Handler, Kind, Request, Route
-from agent.store import Choice, Selection, Store, StoreError, hash_file
+from agent.store import Choice, Selection, Store, StoreError
 from runtimes.contract import ModelInvalid, RuntimeUnavailable
 
 log = logging.getLogger(__name__)
@@ -231,7 +230,7 @@ class Control:
         for old in list(self._host.served(name).versions.values()):
             source: loading.Source = old.source
             try:
-                source = replace(source, sha256=hash_file(source.path))
+                source = loading.of_file(source)
             except (StoreError, OSError) as error:
                 raise Refusal(404, f"failed to load '{name}': {error}", code="not_found") from error
             if old.answers and old.sha256 == source.sha256:

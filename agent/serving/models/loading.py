@@ -7,18 +7,18 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agent.contract.manifest import Picture, Serving
 from agent.host import memory, priority
 from agent.serving.models.host import NeverInlineVersion, Version
-from agent.store import Release
+from agent.store import Release, hash_model
 from agent.variants import prepared
-from runtimes import hazards, registry
+from runtimes import hazards, onnx_external, registry
 from runtimes.check import zeros
-from runtimes.contract import Array, InputInvalid, LoadOptions, Model, ModelInvalid, RunFailed, Runtime, Scalar
+from runtimes.contract import Array, InputInvalid, LoadOptions, Model, ModelInvalid, RunFailed, Runtime, RuntimeFailure, Scalar
 from runtimes.naming import Interfaces
 
 log = logging.getLogger(__name__)
@@ -43,13 +43,17 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file to load as one version of a model. An empty `runtime` is found by the file's suffix."""
+    """What to load as one version of a model. An empty `runtime` is found by the file's suffix. `sha256` is of all its files.
+
+    `data` are the other files of the model, by the name that it has for each; None where they could not be found out, which loading says.
+    """
 
     name: str
     version: int
     path: Path
     sha256: str
     runtime: str = ""
+    data: Mapping[str, Path] | None = None
     variant: str = ""
     options: Mapping[str, Scalar] = field(default_factory=dict)
     serving: Serving = field(default_factory=Serving)
@@ -69,8 +73,9 @@ def source_of(release: Release) -> Source:
         name=release.manifest.model,
         version=release.manifest.version,
         path=release.path,
-        sha256=files[variant.file].sha256,
+        sha256=release.manifest.model_sha256(variant),
         runtime=variant.runtime,
+        data=release.data,
         variant=variant.name,
         options=variant.options,
         serving=variant.serving,
@@ -81,6 +86,23 @@ def source_of(release: Release) -> Source:
         warm_up_signature=warm_up[0].signature if warm_up else "",
         labels={t.name: blobs / files[t.labels].sha256 for t in release.manifest.outputs if t.labels},
     )
+
+
+def of_file(source: Source) -> Source:
+    """The same of a file given by hand, as it is on the disk now: with its other files, and hashed.
+
+    Raises: StoreError when it is not there; OSError.
+    """
+    data = None
+    if source.path.is_file():
+        with suppress(RuntimeFailure):
+            data = onnx_external.all_beside(source.path)
+    return replace(source, data=data, sha256=hash_model(source.path, data or {}))
+
+
+def has_changed(source: Source) -> bool:
+    """Whether its files are others than those it was made for.  Raises: StoreError when one is not there; OSError."""
+    return hash_model(source.path, source.data or {}) != source.sha256
 
 
 Guard = Callable[[Source], AbstractContextManager[None]]
@@ -164,7 +186,7 @@ def _load_isolated(
 
 
 def _options(source: Source, threads: int) -> LoadOptions:
-    return LoadOptions(threads=int(source.options.get("threads", threads)), extra=source.options)
+    return LoadOptions(threads=int(source.options.get("threads", threads)), extra=source.options, data=source.data)
 
 
 def _finished(source: Source, runtime: Runtime, raw: Model, kind: type[Version] = Version) -> Version:

@@ -26,7 +26,6 @@ from agent.serving.models.budget import Resident
 from agent.serving.models.host import ModelHost, Process, Served, Version
 from agent.serving.models.loading import DEFAULT_LIMITS, Limits, Source
 from agent.serving.models.unfinished import Unfinished
-from agent.store import hash_file
 from runtimes.contract import ModelInvalid
 
 log = logging.getLogger(__name__)
@@ -273,7 +272,7 @@ class Residency:
         version.state = "LOADING"
         try:
             source: Source = version.source
-            if hash_file(source.path) != source.sha256:
+            if loading.has_changed(source):
                 raise ModelInvalid(f"{source.path} has changed since it was loaded; load the model by name")  # noqa: TRY301
             fresh = self._load(source)
         except Exception as error:
@@ -384,8 +383,9 @@ def size_of(version: Version) -> int:
 
 
 def file_bytes(source: Source) -> int:
+    """Of all its files; 0 when one cannot be looked at."""
     try:
-        return source.path.stat().st_size
+        return sum(path.stat().st_size for path in {source.path, *(source.data or {}).values()})
     except OSError:
         return 0
 

@@ -40,7 +40,7 @@ def passed_over(manifest: ReleaseManifest, chosen: Variant, hardware: Hardware) 
 
 def needed_files(manifest: ReleaseManifest, variant: Variant) -> frozenset[str]:
     """The names of the release's files that this device needs: all but the model files of the other variants."""
-    others = {other.file for other in manifest.variants} - {variant.file}
+    others = {name for other in manifest.variants for name in other.files} - set(variant.files)
     named = {tensor.labels for tensor in (*manifest.inputs, *manifest.outputs)}
     named |= {name for golden in manifest.acceptance.golden for name in (golden.inputs, golden.expected)}
     return frozenset(name for name in manifest.files if name not in others or name in named)

@@ -256,7 +256,7 @@ def _bytes(
     if serving is not None:
         try:
             manifest = store.manifest(ReleaseRef(model, serving.version))
-            found["signed_sha256"] = manifest.files[manifest.variant(serving.variant).file].sha256
+            found["signed_sha256"] = manifest.model_sha256(manifest.variant(serving.variant))
             found["equal"] = found["signed_sha256"] == serving.sha256
         except (StoreError, KeyError) as error:
             found["problem"] = str(error)

@@ -158,7 +158,8 @@ def _load(runtime: Any, request: Request) -> tuple[Model, float]:
     from runtimes.contract import LoadOptions
 
     started = time.perf_counter()
-    model = runtime.load(Path(request.model), LoadOptions(threads=request.threads, extra=request.options))
+    data = {location: Path(file) for location, file in request.data.items()}
+    model = runtime.load(Path(request.model), LoadOptions(threads=request.threads, extra=request.options, data=data))
     return model, round((time.perf_counter() - started) * 1000, 3)
 
 

@@ -42,6 +42,8 @@ class Request(Document, frozen=True, kw_only=True):
     runtime: str
     model: str
     limits: Limits
+    data: dict[str, str] = {}
+    """The other files of the model, by the name that it has for each."""
     options: dict[str, Scalar] = {}
     serving: Serving = Serving()
     state: dict[str, str] = {}

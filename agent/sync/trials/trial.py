@@ -65,6 +65,7 @@ def make_request(
         release=str(manifest.ref),
         runtime=variant.runtime,
         model=str(store.file(manifest, variant.file).absolute()),
+        data={location: str(path.absolute()) for location, path in store.data_of(manifest, variant).items()},
         options=variant.options,
         serving=variant.serving,
         state=variant.state,

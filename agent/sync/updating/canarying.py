@@ -84,7 +84,7 @@ class Canarying(ModelWork):
     def _require_signed(self, loaded: VersionStatus) -> None:
         """Raises: ServeRefused when `serve` has another file than the manifest names."""
         manifest = self._s.store.manifest(self._ref)
-        signed = manifest.files[manifest.variant(self._choice.variant).file].sha256
+        signed = manifest.model_sha256(manifest.variant(self._choice.variant))
         if loaded.sha256 not in (None, "", signed):
             raise ServeRefused(200, "model_invalid", f"serve loaded {loaded.sha256}, the manifest says {signed}")
 

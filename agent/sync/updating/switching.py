@@ -206,7 +206,7 @@ class Switching(ModelWork):
 
     def _another_file(self, target: Choice, loaded: VersionStatus | None) -> Failure | None:
         manifest = self._s.store.manifest(self._ref)
-        signed = manifest.files[manifest.variant(target.variant).file].sha256
+        signed = manifest.model_sha256(manifest.variant(target.variant))
         if loaded is None or loaded.sha256 in (None, "", signed):
             return None
         return Failure(reason=Reason.HASH_MISMATCH, message=f"serve loaded {loaded.sha256}, the manifest says {signed}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from agent.contract.assignment import Wanted
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Outcome, Phase
-from agent.store import Choice, Selection, StoreError
+from agent.store import Choice, Selection, StoreError, hash_file
 from agent.sync.ports import Stop
 from agent.sync.problems import store_problem
 from agent.sync.serving import ServeStatus
@@ -278,7 +278,10 @@ class ModelUpdater(Shadowing, Canarying, Switching):
     def _remove_damaged(self, choice: Choice) -> None:
         try:
             manifest = self._s.store.manifest(ReleaseRef(self.model, choice.version))
-            self._s.store.file(manifest, manifest.variant(choice.variant).file).unlink(missing_ok=True)
+            for name in manifest.variant(choice.variant).files:
+                path = self._s.store.file(manifest, name)
+                if path.exists() and hash_file(path) != manifest.files[name].sha256:
+                    path.unlink()
         except (StoreError, KeyError):
             return  # the manifest itself is damaged or gone: fetching writes it again
 
