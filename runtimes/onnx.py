@@ -89,7 +89,9 @@ def content(path: Path, data: Mapping[str, Path] | None) -> tuple[Path | bytes, 
     Raises: ModelInvalid when one is missing, or is where no file of a model may be.
     """
     found = onnx_external.all_beside(path) if data is None else onnx_external.given(path, data)
-    return onnx_external.assembled(path, found) if found else (path, None)
+    if all(file == path.parent.absolute() / location for location, file in found.items()):
+        return path, None  # the engine finds them by itself
+    return onnx_external.assembled(path, found)
 
 
 def _exact_session(
