@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agent.serving.answers import Answer, FilledTemplate, Refusal
 from agent.serving.api import lists, oip, pieces, tensors
-from agent.serving.api.breath import Breath
+from agent.serving.api.resting import Resting
 from agent.serving.inference import SequenceDemand
 from agent.serving.models.host import Version
 from agent.serving.shared.regions import check_fits, check_range, not_found
@@ -242,7 +242,7 @@ def test_a_long_list_is_read_as_a_short_one(data):
     said = data.draw(st.sampled_from([tuple(shape), None]))
     size = data.draw(st.integers(1, 60))
 
-    class Steady(Breath):
+    class Steady(Resting):
         def rest(self):
             self.size = size
 
@@ -251,7 +251,7 @@ def test_a_long_list_is_read_as_a_short_one(data):
             patch.setattr(lists, "SHORT_BYTES", short_bytes)
             patch.setattr(pieces, "WINDOW", 64)
             patch.setattr(pieces, "LONGEST", 256)
-            patch.setattr(lists, "Breath", Steady)
+            patch.setattr(lists, "Resting", Steady)
             try:
                 found = lists.read("x", bytes(text), datatype, said)
             except Refusal:

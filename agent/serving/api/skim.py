@@ -17,7 +17,7 @@ import msgspec
 from agent.contract.codec import decoder
 from agent.serving.answers import Refusal
 from agent.serving.api import pieces
-from agent.serving.api.breath import Breath
+from agent.serving.api.resting import Resting
 
 WHOLE_BYTES = 16 * 1024  # JSON that is read as it is: a fraction of a millisecond, whatever it says
 LONG_BYTES = 1024  # of a list or string that is taken out
@@ -43,7 +43,7 @@ class Skimmed:
         self._asked: set[int] = set()
         self._text = text
         self._limit = rest_bytes
-        self._breath = Breath()
+        self._resting = Resting()
         self.rest = self._take_numbers(self._take_long())
 
     def text_of(self, raw: msgspec.Raw | bytes) -> bytes | memoryview:
@@ -88,18 +88,18 @@ class Skimmed:
             kept += len(piece)
             if kept > self._limit:
                 self._too_long(kept)
-            self._breath.rest()
+            self._resting.rest()
         return b"".join(out)
 
     def _next(self, at: int, end: int) -> tuple[bytes, int]:
         """A piece of the rest from `at` on, and where the next one begins."""
-        size = max(self._breath.size, 2 * LONG_BYTES)
+        size = max(self._resting.size, 2 * LONG_BYTES)
         part = pieces.whole(bytes(self._text[at : at + size]), last=at + size >= end)
         outline, begins = pieces.outside(part, part.translate(pieces.OUTLINE))
         if begins > 0:
             part, outline = part[:begins], outline[:begins]
         elif begins == 0:
-            stop = pieces.string_end(self._text, at + 1, self._breath)
+            stop = pieces.string_end(self._text, at + 1, self._resting)
             behind = bytes(self._text[stop : stop + LONG_BYTES]).lstrip()
             if stop - at <= LONG_BYTES or behind.startswith(b":"):  # short, or a name
                 return bytes(self._text[at : min(stop, at + self._limit + 1)]), stop
@@ -122,7 +122,7 @@ class Skimmed:
         close = outline.find(b"]", start)
         if close > 0 and outline.find(b"[", start + 1, close) < 0:
             return at + close + 1
-        return pieces.list_end(self._text, at + start, self._breath)
+        return pieces.list_end(self._text, at + start, self._resting)
 
     def _take_numbers(self, rest: bytes) -> bytes:
         """Places instead of NaN and Infinity that stand alone."""

@@ -19,7 +19,7 @@ from agent.contract.codec import decoder
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
 from agent.serving.api import documents, lists, pieces, skim, strict, tensors
-from agent.serving.api.breath import Breath
+from agent.serving.api.resting import Resting
 from agent.serving.api.classification import floats
 from agent.serving.api.parameters import shown
 from agent.serving.inference import SequenceDemand
@@ -96,16 +96,16 @@ class Body:
 
     def rows(self, raw: msgspec.Raw) -> Iterator[list[dict[str, Text]]]:
         """The objects of a list, some at a time, with the JSON of their members.  Raises: Refusal (400)."""
-        text, at, breath = bytes(raw).strip(), 1, Breath()
+        text, at, resting = bytes(raw).strip(), 1, Resting()
         while True:
-            chunk, at = _chunk(text, at, breath.size)
+            chunk, at = _chunk(text, at, resting.size)
             found: list[dict[str, Any]] = _decoded(b"[%b]" % chunk, list[dict[str, msgspec.Raw]])
             if self._skimmed is not None and self._skimmed.has_place(chunk):
                 found = [{name: self._skimmed.text_of(value) for name, value in row.items()} for row in found]
             yield found
             if at >= len(text):
                 return
-            breath.rest()
+            resting.rest()
 
     def stacked(self, rows: Iterator[list[Mapping[str, Text]]], row_name: str, values_name: str) -> tuple[dict[str, Text], int]:
         """The list of each member's values in all rows, and how many there are. `row_name` and `values_name` are what

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from agent.serving.answers import Refusal
 from agent.serving.api import classification, tensors
-from agent.serving.api.breath import Breath
+from agent.serving.api.resting import Resting
 from agent.serving.api.checks import Inputs, as_asked, check_input, check_size, refuse_output
 from agent.serving.api.parameters import (
     OutputRule,
@@ -239,10 +239,10 @@ def _from_contents(given: Any, shape: tuple[int, ...], spec: TensorSpec, allowan
     else:
         allowance.take(count * spec.dtype.itemsize, f"input '{spec.name}'")
         array = empty(count * spec.dtype.itemsize).view(spec.dtype)
-    breath = Breath()
+    resting = Resting()
     for at in range(0, count, AT_ONCE):
         array[at : at + AT_ONCE] = _values(values[at : at + AT_ONCE], spec)
-        breath.rest()
+        resting.rest()
     return array.reshape(shape)
 
 
