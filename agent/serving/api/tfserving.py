@@ -19,9 +19,9 @@ from agent.contract.codec import decoder
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
 from agent.serving.api import documents, lists, pieces, skim, strict, tensors
-from agent.serving.api.resting import Resting
 from agent.serving.api.classification import floats
 from agent.serving.api.parameters import shown
+from agent.serving.api.resting import Resting
 from agent.serving.inference import SequenceDemand
 from agent.serving.models.host import LABELS, ModelHost, Version
 from agent.serving.routes import Kind, Request, Route

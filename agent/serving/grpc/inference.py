@@ -11,7 +11,6 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from agent.serving.answers import Refusal
 from agent.serving.api import classification, tensors
-from agent.serving.api.resting import Resting
 from agent.serving.api.checks import Inputs, as_asked, check_input, check_size, refuse_output
 from agent.serving.api.parameters import (
     OutputRule,
@@ -25,6 +24,7 @@ from agent.serving.api.parameters import (
     timeout_of,
 )
 from agent.serving.api.protocol import VERSION
+from agent.serving.api.resting import Resting
 from agent.serving.dataplane import Dataplane
 from agent.serving.grpc import wire
 from agent.serving.grpc.messages import ModelInferRequest, ModelInferResponse
