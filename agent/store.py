@@ -64,6 +64,7 @@ class Release(msgspec.Struct, frozen=True):
     """The variant's model file."""
     data: dict[str, Path]
     """The other files of its model, by the name that the model has for each."""
+    libraries: tuple[Path, ...] = ()
 
 
 class Store:
@@ -176,7 +177,17 @@ class Store:
             if actual != expected:
                 what = f"hash mismatch of {name!r} (expected {expected}, got {actual})"
                 raise StoreError(f"cannot load model {model!r} version {choice.version}: {what}")
-        return Release(manifest, variant, self.file(manifest, variant.file), self.data_of(manifest, variant))
+        return Release(
+            manifest,
+            variant,
+            self.file(manifest, variant.file),
+            self.data_of(manifest, variant),
+            self.libraries_of(manifest, variant),
+        )
+
+    def libraries_of(self, manifest: ReleaseManifest, variant: Variant) -> tuple[Path, ...]:
+        """Where the files with operators for the variant's engine are."""
+        return tuple(self.file(manifest, name) for name in variant.libraries)
 
     def data_of(self, manifest: ReleaseManifest, variant: Variant) -> dict[str, Path]:
         """Where the other files of the variant's model are, by the name that the model has for each."""

@@ -98,11 +98,13 @@ class LoadOptions:
     """`threads` is how many one run may use (0: the engine's choice). `extra` holds the variant's options from the manifest.
 
     `data` are the other files of a model that is several: its own name for each, and where that is. None: they lie beside the model.
+    `libraries` are files of native code with operators that the engine does not have.
     """
 
     threads: int = 1
     extra: Mapping[str, Scalar] = field(default_factory=dict)
     data: Mapping[str, Path] | None = None
+    libraries: tuple[Path, ...] = ()
 
 
 class RuntimeFailure(Exception):

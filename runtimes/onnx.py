@@ -27,8 +27,10 @@ from runtimes.contract import (
     TensorSpec,
 )
 from runtimes.onnx_graph import read_quantization, read_rankless
+from runtimes.onnx_refusals import left_out, no_tensor, not_loaded
 from runtimes.onnx_weights import has_wide_weights
 from runtimes.usual import Usual, resident_bytes
+from runtimes.words import plain
 
 INSTALL = "install it with: pip install 'edge-inference-agent[onnx]'"
 
@@ -79,7 +81,7 @@ class OnnxRuntime:
         session, inexact = _exact_session(
             ort, path, model, lambda: _settings(ort, options, head, folder), [PROVIDERS[p] for p in wanted]
         )
-        placement = _placement(requested, wanted, missing, session, inexact)
+        placement = _placement(requested, wanted, missing, session, (inexact, left_out(session.get_outputs(), ELEMENT_TYPES)))
         return OnnxModel(session, read_quantization(path), read_rankless(path), placement)
 
 
@@ -116,9 +118,7 @@ def _session(ort: Any, path: Path, model: Path | bytes, settings: Any, providers
     except Exception as error:
         if "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
             raise MemoryError(f"not enough memory to load {path.name}") from error
-        raise ModelInvalid(
-            f"{path.name} is not a model that onnxruntime {ort.__version__} can load: {_plain(error)}"
-        ) from error
+        raise ModelInvalid(not_loaded(path, f"onnxruntime {ort.__version__}", error)) from error
 
 
 def _head(path: Path) -> bytes:
@@ -151,6 +151,8 @@ def _settings(ort: Any, options: LoadOptions, head: bytes, folder: Path | None) 
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # its messages come back as exceptions
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning takes the cores from other models
+    for library in options.libraries:
+        _register(ort, settings, library)
     if folder is not None:
         settings.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
     if head[4:8] == ORT_FORMAT_MAGIC:
@@ -158,21 +160,25 @@ def _settings(ort: Any, options: LoadOptions, head: bytes, folder: Path | None) 
     return settings
 
 
-def _placement(requested: str, wanted: Sequence[str], missing: str | None, session: Any, inexact: str | None) -> Placement:
-    """`inexact` is about what runs on the CPU."""
+def _register(ort: Any, settings: Any, library: Path) -> None:
+    try:
+        settings.register_custom_ops_library(str(library))
+    except Exception as error:
+        engine = f"onnxruntime {ort.__version__}"
+        raise ModelInvalid(f"library {library.name} cannot be loaded into {engine} here: {plain(str(error))}") from error
+
+
+def _placement(
+    requested: str, wanted: Sequence[str], missing: str | None, session: Any, notes: Sequence[str | None]
+) -> Placement:
+    """`notes` are what else people should know of how it is served."""
     actual = next((name for name, provider in PROVIDERS.items() if provider == session.get_providers()[0]), "cpu")
     if missing is None and requested not in ("auto", actual):
         missing = f"{PROVIDERS[requested]} did not start (drivers or libraries missing); the engine uses {actual}"
     elif missing is None and actual != wanted[0]:
         missing = f"{PROVIDERS[wanted[0]]} did not start (drivers or libraries missing); the engine uses {actual}"
-    reasons = [reason for reason in (missing, inexact) if reason is not None]
+    reasons = [reason for reason in (missing, *notes) if reason is not None]
     return Placement(requested, actual, "; ".join(reasons) or None)
-
-
-def _plain(error: Exception) -> str:
-    """The engine's message in one line, without its code prefix."""
-    text = str(error)
-    return " ".join(text.rsplit("] : ", 1)[-1].split())[:400]
 
 
 class OnnxModel:
@@ -188,7 +194,9 @@ class OnnxModel:
         inputs.update({i.name: replace(spec(i, "input"), optional=True) for i in optional})
         self._symbols = {i.name: i.shape for i in (*session.get_inputs(), *optional) if not inputs[i.name].any_rank}
         self._inputs = tuple(inputs.values())
-        self._outputs = tuple({o.name: spec(o, "output") for o in session.get_outputs()}.values())  # one may be listed twice
+        given = session.get_outputs()
+        served = [o for o in given if o.type in ELEMENT_TYPES] or given  # the refusal of one of them says why
+        self._outputs = tuple({o.name: spec(o, "output") for o in served}.values())  # one may be listed twice
         self._placement = placement
         datatypes = {t.datatype for t in (*self._inputs, *self._outputs)}
         self._has_text, self._has_bf16 = "BYTES" in datatypes, "BF16" in datatypes
@@ -274,8 +282,8 @@ class OnnxModel:
         except InputInvalid as invalid:
             return invalid
         if type(error).__name__ == "InvalidArgument":
-            return InputInvalid(f"the engine refused the inputs: {_plain(error)}")
-        return RunFailed(f"onnxruntime failed: {_plain(error)}")
+            return InputInvalid(f"the engine refused the inputs: {plain(str(error))}")
+        return RunFailed(f"onnxruntime failed: {plain(str(error))}")
 
     def _check_symbols(self, feeds: Mapping[str, Array]) -> None:
         """Dimensions of the same name must have the same size: `batch` of one input and `batch` of another."""
@@ -304,9 +312,7 @@ def _run_of(session: Any) -> Any:
 def _spec(node: Any, role: str, *, quantization: Mapping[str, Quantization], rankless: Collection[str]) -> TensorSpec:
     datatype = ELEMENT_TYPES.get(node.type)
     if datatype is None:
-        raise ModelInvalid(
-            f"{role} {node.name!r} has type {node.type}, which cannot cross the socket; export the model with plain tensors"
-        )
+        raise ModelInvalid(no_tensor(role, node.name, node.type))
     any_rank = not node.shape and node.name in rankless  # the engine says no dimensions of both
     shape = (-1,) if any_rank else tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
     return TensorSpec(node.name, datatype, shape, quantization.get(node.name), any_rank=any_rank)

@@ -9,6 +9,7 @@ from runtimes.contract import CONTRACT_VERSION, LoadOptions, ModelInvalid, Place
 from runtimes.tflite_graph import read_facts
 from runtimes.tflite_interface import methods_of
 from runtimes.tflite_model import BrokenEngine, NewInterpreter, TfliteModel, create
+from runtimes.tflite_refusals import check_types, not_tflite
 
 INSTALL = "install one with: pip install 'edge-inference-agent[tflite]'"
 IDENTIFIER = b"TFL3"  # at byte 4 of every TFLite flatbuffer
@@ -39,6 +40,8 @@ class TfliteRuntime:
 
     def load(self, path: Path, options: LoadOptions) -> TfliteModel:
         _check_file(path)
+        if options.libraries:
+            raise ModelInvalid("libraries of operators are for the runtime onnx; the TFLite engine takes none")
         candidates = [self._engine] if self._engine else _engines()
         reasons: list[str] = []
         for label, new_interpreter in candidates:
@@ -54,6 +57,7 @@ class TfliteRuntime:
 
 def _load(label: str, new_interpreter: NewInterpreter, path: Path, options: LoadOptions) -> TfliteModel:
     facts = read_facts(path)
+    check_types(path, facts)
     first = create(new_interpreter, path, options.threads)
     methods = methods_of(first.native, facts, path, str(options.extra.get("signature", "")))
     requested = str(options.extra.get("delegate", "cpu"))
@@ -97,7 +101,5 @@ def _check_file(path: Path) -> None:
             head = file.read(8)
     except OSError as error:
         raise ModelInvalid(f"{path} cannot be read: {error.strerror}") from error
-    if len(head) < 8:
-        raise ModelInvalid(f"{path.name} is not a TFLite model: it has only {len(head)} bytes")
     if head[4:] != IDENTIFIER:
-        raise ModelInvalid(f"{path.name} is not a TFLite model: bytes 4 to 7 are {head[4:]!r}, expected {IDENTIFIER!r}")
+        raise ModelInvalid(not_tflite(path, head))

@@ -7,16 +7,18 @@ A file that is not understood has nothing of it. Field numbers are those of sche
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtimes.flatbuffer import UNREADABLE, Data, integers, number_of, place, tables, text, u32
 
 MODEL_OPERATOR_CODES, MODEL_SUBGRAPHS, MODEL_BUFFERS, MODEL_SIGNATURES = 1, 2, 4, 7
+CODE_CUSTOM = 1
 CODE_BUILTIN = 3  # the byte that older files have instead ends below VAR_HANDLE
 SUBGRAPH_TENSORS, SUBGRAPH_INPUTS, SUBGRAPH_OUTPUTS, SUBGRAPH_OPERATORS = 0, 1, 2, 3
 OPERATOR_OUTPUTS = 2
-TENSOR_SHAPE, TENSOR_BUFFER, TENSOR_IS_VARIABLE, TENSOR_HAS_RANK = 0, 2, 5, 8
+TENSOR_SHAPE, TENSOR_TYPE, TENSOR_BUFFER, TENSOR_NAME, TENSOR_IS_VARIABLE, TENSOR_HAS_RANK = 0, 1, 2, 3, 5, 8
 BUFFER_DATA, BUFFER_OFFSET = 0, 1
 SIGNATURE_INPUTS, SIGNATURE_OUTPUTS, SIGNATURE_KEY, SIGNATURE_SUBGRAPH = 0, 1, 2, 4
 MAP_NAME, MAP_TENSOR = 0, 1
@@ -42,6 +44,10 @@ class Facts:
     resources: bool = False  # values that only a new interpreter has at their beginning
     rankless: frozenset[tuple[int, int]] = frozenset()
     unwritten: frozenset[tuple[int, int]] = frozenset()  # outputs that would be whatever lies in memory
+    ends: Mapping[tuple[int, int], tuple[str, str, int]] = field(
+        default_factory=dict
+    )  # inputs and outputs: role, name, type in the schema
+    custom: tuple[str, ...] = ()  # operators that are none of the schema's
     understood: bool = True
 
 
@@ -50,6 +56,7 @@ class _Found:
     variables: bool = False
     rankless: set[tuple[int, int]] = field(default_factory=set)
     unwritten: set[tuple[int, int]] = field(default_factory=set)
+    ends: dict[tuple[int, int], tuple[str, str, int]] = field(default_factory=dict)
 
 
 def read_facts(path: Path) -> Facts:
@@ -63,9 +70,9 @@ def read_facts(path: Path) -> Facts:
 
 def _facts(data: Data) -> Facts:
     model = u32(data, 0)
-    resources = any(
-        number_of(data, code, CODE_BUILTIN, "<i") == VAR_HANDLE for code in tables(data, model, MODEL_OPERATOR_CODES)
-    )
+    codes = list(tables(data, model, MODEL_OPERATOR_CODES))
+    resources = any(number_of(data, code, CODE_BUILTIN, "<i") == VAR_HANDLE for code in codes)
+    custom = tuple(name for code in codes if (name := text(data, code, CODE_CUSTOM)))
     buffers = list(tables(data, model, MODEL_BUFFERS))
     found = _Found()
     for number, graph in enumerate(tables(data, model, MODEL_SUBGRAPHS)):
@@ -74,14 +81,22 @@ def _facts(data: Data) -> Facts:
     for table in tables(data, model, MODEL_SIGNATURES):
         signature = _signature(data, table)
         signatures.setdefault(signature.key, signature)
-    return Facts(tuple(signatures.values()), found.variables, resources, frozenset(found.rankless), frozenset(found.unwritten))
+    return Facts(
+        tuple(signatures.values()), found.variables, resources, frozenset(found.rankless), frozenset(found.unwritten),
+        found.ends, custom,
+    )  # fmt: skip
 
 
 def _look_at_graph(data: Data, number: int, graph: int, buffers: list[int], found: _Found) -> None:
     written = set(integers(data, graph, SUBGRAPH_INPUTS))
     for operator in tables(data, graph, SUBGRAPH_OPERATORS):
         written.update(integers(data, operator, OPERATOR_OUTPUTS))
+    roles = dict.fromkeys(integers(data, graph, SUBGRAPH_OUTPUTS), "output")
+    roles.update(dict.fromkeys(integers(data, graph, SUBGRAPH_INPUTS), "input"))
     for index, tensor in enumerate(tables(data, graph, SUBGRAPH_TENSORS)):
+        if index in roles:
+            kind = number_of(data, tensor, TENSOR_TYPE, "<b")
+            found.ends[number, index] = (roles[index], text(data, tensor, TENSOR_NAME), kind)
         if number_of(data, tensor, TENSOR_IS_VARIABLE, "<B"):
             found.variables = True
             written.add(index)

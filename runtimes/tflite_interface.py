@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from runtimes.contract import DATATYPES, ModelInvalid, Quantization, Signature, 
 from runtimes.tflite_graph import Facts, FileSignature
 
 SERVING_DEFAULT = "serving_default"
+NARROW = {17: (-8, 7), 19: (-2, 1), 20: (0, 15)}  # INT4, INT2, UINT4: the engine takes bytes, and fails on others
 Details = Mapping[str, Any]
 
 
@@ -40,6 +41,9 @@ class Method:
     feeds: tuple[Feed, ...]
     results: Mapping[str, Any]  # output → its tensor's index, or its name in the signature
     signature: Signature | None
+    narrow: Mapping[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # inputs whose values have fewer bits than their arrays: from, to
 
     @property
     def has_scalars(self) -> bool:
@@ -104,7 +108,8 @@ def _primary(native: Any, facts: Facts, signature: FileSignature | None) -> Meth
         said = Signature(signature.key, _said(signature.inputs, specs_in), _said(signature.outputs, specs_out, only_said=True))
     feeds = tuple(Feed(spec.name, spec.dtype, index) for index, spec in specs_in.items())
     results = {spec.name: index for index, spec in specs_out.items()}
-    return Method(None, tuple(specs_in.values()), tuple(specs_out.values()), feeds, results, said)
+    narrow = {spec.name: bounds for index, spec in specs_in.items() if (bounds := _bounds(facts, 0, index))}
+    return Method(None, tuple(specs_in.values()), tuple(specs_out.values()), feeds, results, said, narrow)
 
 
 def _distinct(details: Sequence[Details]) -> dict[int, Details]:
@@ -165,7 +170,17 @@ def _signed(native: Any, facts: Facts, signature: FileSignature, taken: set[str]
         tuple(Feed(spec.name, spec.dtype, name) for name, spec in inputs.items()),
         {spec.name: name for name, spec in outputs.items()},
         Signature(signature.key, inputs, outputs),
+        {
+            spec.name: bounds
+            for name, spec in inputs.items()
+            if (bounds := _bounds(facts, signature.subgraph, signature.inputs[name]))
+        },
     )
+
+
+def _bounds(facts: Facts, subgraph: int, index: int) -> tuple[int, int] | None:
+    _, _, kind = facts.ends.get((subgraph, index), ("", "", -1))
+    return NARROW.get(kind)
 
 
 def _spec(detail: Details, name: str, facts: Facts, subgraph: int, role: str) -> TensorSpec:

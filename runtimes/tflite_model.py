@@ -19,7 +19,9 @@ from runtimes.check import check_feeds
 from runtimes.contract import Array, InputInvalid, ModelInvalid, Placement, RunFailed, Signature, TensorSpec
 from runtimes.tflite_graph import Facts
 from runtimes.tflite_interface import Method
+from runtimes.tflite_refusals import not_loaded
 from runtimes.usual import Usual, resident_bytes
+from runtimes.words import plain
 
 MAX_INTERPRETERS = 8  # kept per signature; each has its own arena, so more would cost memory for callers that come rarely
 SIZES = tuple(1 << n for n in range(1, 17))  # tried for free dimensions where 1, which the file has for them, is too small
@@ -64,7 +66,7 @@ class _Pool:
         self.key = method.key
         self.feeds = [(feed.name, feed.dtype, feed.at) for feed in method.feeds]
         self.results = method.results
-        self.is_plain = method.key is None and not method.has_scalars
+        self.is_plain = method.key is None and not method.has_scalars and not method.narrow
         self._new = new
         self._single_use = single_use
         self.idle: list[Interpreter] = []
@@ -160,8 +162,8 @@ class TfliteModel:
         except (RuntimeError, ValueError) as error:
             check_feeds(pool.method.inputs, feeds)
             if interpreter.last != shapes and not (pool.key is None and interpreter.allocated == shapes):
-                raise InputInvalid(f"the engine refused inputs of these shapes: {plain(error)}") from error
-            raise RunFailed(f"the TFLite engine failed: {plain(error)}") from error
+                raise InputInvalid(f"the engine refused inputs of these shapes: {plain(str(error))}") from error
+            raise RunFailed(f"the TFLite engine failed: {plain(str(error))}") from error
         # An interpreter that failed is not kept: what state it is in is unknown.
         interpreter.last = shapes
         self._end_run(pool, interpreter, sum([array.nbytes for array in feeds.values()]) if self._usual else 0, before)
@@ -226,7 +228,7 @@ class TfliteSequence:
             return invoke(interpreter, pool, feeds, outputs)
         except (RuntimeError, ValueError) as error:
             self.close()
-            raise RunFailed(f"the TFLite engine failed: {plain(error)}") from error
+            raise RunFailed(f"the TFLite engine failed: {plain(str(error))}") from error
 
     def close(self) -> None:
         self._interpreter = None
@@ -267,6 +269,9 @@ def _invoke_with_care(
     """A run of a signature, or with scalars: the engine gives these as NumPy's, and takes a text only in a way of its own."""
     native, results = interpreter.native, method.results
     check_feeds(method.inputs, feeds)
+    for name, (least, most) in method.narrow.items():
+        if name in feeds and feeds[name].size and not (least <= feeds[name].min() and feeds[name].max() <= most):
+            raise InputInvalid(f"input {name!r} has values of 4 bits or fewer: they must be from {least} to {most}")
     given = {name: _scalar_text(array) if array.ndim == 0 else array for name, array in feeds.items()}
     if method.key is not None:
         found = interpreter.runner(method.key)(**{feed.at: given[feed.name] for feed in method.feeds})
@@ -291,7 +296,7 @@ def create(new_interpreter: NewInterpreter, path: Path, threads: int, shapes: Sh
         native = new_interpreter(model_path=str(path), num_threads=threads or None)
         return Interpreter(native, allocate(native, shapes))
     except (ValueError, RuntimeError) as error:
-        raise ModelInvalid(f"{path.name} is not a model that the TFLite engine can load: {plain(error)}") from error
+        raise ModelInvalid(not_loaded(path, error)) from error
     except (ImportError, AttributeError, SystemError) as error:
         raise BrokenEngine(f"it imports but cannot make an interpreter: {error}") from error
 
@@ -336,8 +341,3 @@ def _larger(details: Sequence[Mapping[str, Any]]) -> Iterator[Shapes]:
             )
             if all(math.prod(shape) <= MAX_ELEMENTS for shape in shapes):
                 yield shapes
-
-
-def plain(error: Exception) -> str:
-    """The engine's message in one line; it repeats itself for every tensor concerned."""
-    return " ".join(str(error).split())[:200]

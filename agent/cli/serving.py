@@ -74,6 +74,14 @@ def serve(config: Path | None, *, verbose: bool) -> None:
     help="Run it in this process although a request could end or hang its engine; * is every model; may be repeated.",
 )
 @click.option(
+    "--library",
+    "libraries",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Operators for ONNX models that need more than the engine has, such as onnxruntime-extensions' .so; may be repeated.",
+)
+@click.option(
     "--load-timeout",
     default=60.0,
     show_default=True,
@@ -92,6 +100,7 @@ def run(
     budget: str | None,
     isolated: tuple[str, ...],
     accepted: tuple[str, ...],
+    libraries: tuple[Path, ...],
     load_timeout: float,
     *,
     verbose: bool,
@@ -124,7 +133,7 @@ def run(
         memory_budget_bytes=_bytes(budget or "0"),
         load_timeout_s=load_timeout,
     )
-    sources = _sources(files, isolated, accepted)
+    sources = _sources(files, isolated, accepted, libraries)
     try:
         sys.exit(serve_files(sources, settings, lambda host, http: _announce(host, path, http)))
     except (ConfigError, SocketError) as error:
@@ -147,7 +156,9 @@ def _prepare(*, verbose: bool) -> None:
     logs.set_up(logging.INFO if verbose else logging.WARNING)
 
 
-def _sources(files: tuple[str, ...], isolated: tuple[str, ...], accepted: tuple[str, ...]) -> list[Source]:
+def _sources(
+    files: tuple[str, ...], isolated: tuple[str, ...], accepted: tuple[str, ...], libraries: tuple[Path, ...]
+) -> list[Source]:
     """What to load. Ends with status 2 when names clash, cannot be model names, or name no model."""
     from agent.contract.manifest import Serving
     from agent.contract.names import check_model
@@ -172,7 +183,14 @@ def _sources(files: tuple[str, ...], isolated: tuple[str, ...], accepted: tuple[
         )
     serving = {name: Serving(isolation="in-process") for name in (found if "*" in accepted else accepted)}
     serving |= {name: Serving(isolation="process") for name in isolated}
-    return [of_file(Source(name, 1, path, "", serving=serving.get(name, Serving()))) for name, path in found.items()]
+    return [
+        of_file(
+            Source(
+                name, 1, path, "", serving=serving.get(name, Serving()), libraries=libraries if path.suffix == ".onnx" else ()
+            )
+        )
+        for name, path in found.items()
+    ]
 
 
 def _named(text: str) -> list[tuple[str, Path]]:

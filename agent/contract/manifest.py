@@ -6,8 +6,8 @@ Whatever changes behaviour (labels, acceptance, runtime options) is in the relea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeVar
 
 from agent.contract import names
 from agent.contract.codec import FORMAT, Document, decode, require_format
@@ -17,6 +17,7 @@ DATATYPES = frozenset(
     ["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BF16", "BYTES"]
 )
 
+T = TypeVar("T")
 Scalar = str | int | float | bool
 
 MIN_LEASE_S = 60.0
@@ -149,7 +150,8 @@ class Variant(Document, frozen=True, kw_only=True):
     """One model of the release for one runtime and hardware. Devices take the first variant that fits, in order.
 
     A model may be several files, as one over 2 GB always is. `data` lists those besides `file`: the name by which `file` itself calls each,
-    and the file of the release that it is. Publishing finds them in an ONNX file.
+    and the file of the release that it is. Publishing finds them in an ONNX file. `libraries` are files with operators that the engine does
+    not have (onnxruntime-extensions): native code, which is loaded with the model into a process of its own unless `isolation` says otherwise.
 
     `state` names inputs that carry what a model remembers from one run of a sequence to the next, and for each the output that
     it is fed from. Callers do not see these inputs.
@@ -159,6 +161,7 @@ class Variant(Document, frozen=True, kw_only=True):
     runtime: str
     file: str
     data: dict[str, str] = {}
+    libraries: tuple[str, ...] = ()
     requires: Requires = Requires()
     options: dict[str, Scalar] = {}
     serving: Serving = Serving()
@@ -179,7 +182,7 @@ class Variant(Document, frozen=True, kw_only=True):
     @property
     def files(self) -> tuple[str, ...]:
         """The files of the release that its model is made of."""
-        return (self.file, *self.data.values())
+        return (self.file, *self.data.values(), *self.libraries)
 
 
 class Tensor(Document, frozen=True, kw_only=True):
@@ -421,7 +424,8 @@ class ReleaseManifest(Document, frozen=True, kw_only=True):
     def model_sha256(self, variant: Variant) -> str:
         """See the function of this name."""
         return model_sha256(
-            self.files[variant.file].sha256, {name: self.files[file].sha256 for name, file in variant.data.items()}
+            self.files[variant.file].sha256,
+            {name: self.files[file].sha256 for name, file in {**variant.data, **listed(variant.libraries)}.items()},
         )
 
     def model_bytes(self, variant: Variant) -> int:
@@ -434,6 +438,11 @@ class ReleaseManifest(Document, frozen=True, kw_only=True):
             if variant.name == name:
                 return variant
         raise KeyError(name)
+
+
+def listed(libraries: Sequence[T]) -> dict[str, T]:
+    """Its libraries as what else belongs to a model, under names that no location has."""
+    return {f"/{number}": library for number, library in enumerate(libraries)}
 
 
 def model_sha256(file: str, data: Mapping[str, str]) -> str:
@@ -458,5 +467,5 @@ def parse_manifest(data: bytes, *, expected: names.ReleaseRef | None = None) -> 
 
 __all__ = [
     "DATATYPES", "MAX_MANIFEST_BYTES", "Acceptance", "Block", "CanaryRules", "Close", "File", "GoldenCase", "Picture", "Provenance", "ReleaseManifest",
-    "Requires", "Serving", "ShadowRules", "Tensor", "Top1", "Variant", "WatchRules", "model_sha256", "parse_manifest",
+    "Requires", "Serving", "ShadowRules", "Tensor", "Top1", "Variant", "WatchRules", "listed", "model_sha256", "parse_manifest",
 ]  # fmt: skip

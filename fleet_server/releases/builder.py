@@ -34,6 +34,7 @@ from fleet_server.errors import Invalid, NotFound
 from fleet_server.releases import chunks
 from runtimes import onnx_external
 from runtimes.contract import ModelInvalid
+from runtimes.recognizing import what_it_is
 
 MAX_RELEASE_YAML_BYTES = 1024 * 1024
 ODD = re.compile(r"[^A-Za-z0-9._-]")  # what the names of a release's files have not
@@ -116,6 +117,8 @@ def _named(raw: dict[str, Any]) -> set[str]:
     for variant in raw.get("variants") or ():
         if isinstance(variant, dict) and isinstance(variant.get("data"), dict):
             used.update(map(str, variant["data"].values()))
+        if isinstance(variant, dict) and isinstance(variant.get("libraries"), list):
+            used.update(map(str, variant["libraries"]))
     take(raw.get("inputs"), "labels")
     take(raw.get("outputs"), "labels")
     take((raw.get("acceptance") or {}).get("golden") if isinstance(raw.get("acceptance"), dict) else None, "inputs", "expected")
@@ -127,12 +130,15 @@ def _named(raw: dict[str, Any]) -> set[str]:
 def _with_data(variant: dict[str, Any], paths: dict[str, Path]) -> dict[str, Any]:
     """The variant's `data`, completed with what its model names besides; `paths` gets those files.
 
-    Raises: Invalid when the model names a file that is not there, or is outside of its folder.
+    Raises: Invalid when it is no model, names a file that is not there, or one outside of its folder.
     """
     file, listed = str(variant.get("file")), variant.get("data") or {}
-    if file not in paths or not (variant.get("runtime") == "onnx" or file.endswith(".onnx")) or not isinstance(listed, dict):
-        return {}
+    if file not in paths or variant.get("runtime") not in ("onnx", "tflite") or not isinstance(listed, dict):
+        return {}  # of the files of other runtimes nothing is known here
     path, data = paths[file], dict(listed)
+    what = what_it_is(path)
+    if what is not None:
+        raise Invalid(f"{path} is {what}", code="bad_release")
     try:
         for location in onnx_external.locations(path):
             if location not in data:

@@ -134,7 +134,7 @@ def _options(order: wire.Load) -> Any:
     from runtimes.contract import LoadOptions
 
     data = None if order.data is None else {name: Path(file) for name, file in order.data.items()}
-    return LoadOptions(order.threads, order.extra, data)
+    return LoadOptions(order.threads, order.extra, data, tuple(map(Path, order.libraries)))
 
 
 def _failed(error: Exception) -> wire.Failed:

@@ -63,7 +63,8 @@ def load(runtime: str, path: Path, options: LoadOptions, *, slots: int = 0, limi
     process = Process()
     try:
         data = None if options.data is None else {name: str(file) for name, file in options.data.items()}
-        found = process.load(wire.Load(runtime, str(path), options.threads, dict(options.extra), data), limit_s)
+        libraries = tuple(map(str, options.libraries))
+        found = process.load(wire.Load(runtime, str(path), options.threads, dict(options.extra), data, libraries), limit_s)
         return IsolatedModel(process, found, slots or MAX_SLOTS)
     except BaseException:
         process.end(patience_s=0)

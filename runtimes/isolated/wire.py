@@ -29,6 +29,7 @@ class Load(msgspec.Struct, tag=True):
     threads: int
     extra: dict[str, Scalar]
     data: dict[str, str] | None = None
+    libraries: tuple[str, ...] = ()
 
 
 class Spec(msgspec.Struct, omit_defaults=True):

@@ -140,6 +140,7 @@ def describe(tmp_path, model, version, **extra):
 
     (tmp_path / "weights.bin").write_bytes(bytes(200_000) + str(version).encode())
     (tmp_path / "labels.txt").write_text("a\nb\n")
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\n")
     description = {
         "model": model, "version": version, "files": {"model.onnx": "weights.bin"},
         "variants": [{"name": "cpu", "runtime": "onnx", "file": "model.onnx"}],
@@ -180,6 +181,7 @@ def test_publish_asks_before_it_signs(server, model, tmp_path):
     [
         ({"variants": []}, "variant"), ({"surprise": 1}, "surprise"), ({"version": 0}, "version"), ({"model": "../x"}, "model"),
         ({"variants": [{"name": "cpu", "runtime": "onnx", "file": "missing.onnx"}]}, "missing.onnx"),
+        ({"variants": [{"name": "cpu", "runtime": "tflite", "file": "pointer"}]}, "is a Git LFS pointer, not the file itself"),
         ({"acceptance": {"golden": [{"name": "g", "inputs": "labels.txt", "expected": "labels.txt", "compare": {"y": {"kind": "top1"}}}]}}, "npz"),
     ],
 )  # fmt: skip

@@ -147,10 +147,10 @@ class Device:
         self.config = folder / "agent.yaml"
         self.socket = folder / "s.sock"
 
-    def release(self, model, version, path, *, runtime="onnx", variant="cpu", data=(), **settings):
-        """`data`: the model's names for its other files, which are beside it."""
+    def release(self, model, version, path, *, runtime="onnx", variant="cpu", data=(), beside=(), **settings):
+        """`data`: the model's names for its other files, which are beside it, as are those that the release has `beside`."""
         files = {}
-        for location in ("", *data):
+        for location in ("", *data, *beside):
             source = path.parent / location if location else path
             sha256 = hash_file(source)
             (self.store.blobs / sha256).write_bytes(source.read_bytes())

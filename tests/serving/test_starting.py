@@ -3,12 +3,14 @@
 import json
 import platform
 import signal
+import subprocess
 import time
 
 import numpy as np
 import pytest
 
 from agent.client import ClientError
+from agent.contract.names import ReleaseRef
 from tests.serving import onnx_models, tflite_models
 from tests.serving.stand import DEADLINE_S, Device, Server
 
@@ -56,6 +58,14 @@ def test_a_folder_with_files_that_belong_together(tmp_path, apart):
         with server.client() as client:
             assert client.infer("model", {"x": X[:, :2]})["y"].tolist() == [[7, 7]]
         assert "keeps weights in '../secret', which is outside of its folder" in why(server, evil.stem)["reason"]
+        (tmp_path / "m/model.onnx").write_text("<html>Sign in</html>")
+        with server.client() as client:
+            status, _, content = client.request("POST", "/v2/repository/models/model/load", {})
+        assert (status, b"model.onnx is a web page (HTML)" in content) == (422, True)
+        (tmp_path / "m/model.onnx").unlink()
+        with server.client() as client:
+            status, _, content = client.request("POST", "/v2/repository/models/model/load", {})
+        assert (status, json.loads(content)["error"]) == (404, "failed to load 'model': model.onnx is missing")
     finally:
         assert server.stop() == 0
 
@@ -197,3 +207,22 @@ def test_a_signal_ends_a_process_whose_engine_hangs(bad_release):
             assert client.infer("scale", {"x": X})["y"][0, 0] == 2
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(40) == 1
+
+
+def test_a_library_of_operators_has_a_process_of_its_own_and_is_checked(tmp_path):
+    """It is a part of the model: its bytes are what was signed, and what it does it does alone."""
+    device = Device(tmp_path)
+    (tmp_path / "ops.c").write_text("void *RegisterCustomOps(void *options, const void *api) { return 0; }")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "ops.so", tmp_path / "ops.c"], check=True, timeout=60)
+    device.release("model", 1, onnx_models.scale(tmp_path / "m.onnx", 2.0), beside=["ops.so"], libraries=["ops.so"])
+    device.select("model", 1)
+    server = device.server().start()
+    with server.client() as client:
+        assert client.infer("model", {"x": X})["y"][0, 0] == 2
+    assert why(server, "model")["pid"] != server.process.pid
+    assert server.stop() == 0
+    blob = device.store.file(device.store.manifest(ReleaseRef("model", 1)), "ops.so")
+    blob.write_bytes(blob.read_bytes() + b"more")
+    server = device.server().start()
+    assert "hash mismatch of 'ops.so'" in why(server, "model")["reason"]
+    assert server.stop() == 0

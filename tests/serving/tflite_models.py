@@ -79,7 +79,7 @@ def _maps(names):
     return found
 
 
-def save(path, graphs, signatures=()):
+def save(path, graphs, signatures=(), custom=None):
     model = schema.ModelT()
     model.version, model.subgraphs, model.signatureDefs = 3, list(graphs), list(signatures)
     model.buffers, model.operatorCodes = [schema.BufferT()], []
@@ -96,6 +96,7 @@ def save(path, graphs, signatures=()):
                 codes.append(made.code)
                 code = schema.OperatorCodeT()
                 code.builtinCode, code.deprecatedBuiltinCode, code.version = made.code, min(made.code, 127), 1
+                code.customCode = custom
                 model.operatorCodes.append(code)
             made.opcodeIndex = codes.index(made.code)
     builder = flatbuffers.Builder(1024)
@@ -260,3 +261,9 @@ def chain(path):
     tensors += [tensor("y", FLOAT, (1,)), tensor("axis", INT32, (1,), content=np.int32([0]))]
     total = operator(OP.SUM, [2, 4], [3], OPTIONS.ReducerOptions, keepDims=True)
     return save(path, [graph(tensors, [add(0, 0, 1), add(1, 1, 2), total], [0], [3])])
+
+
+def custom(path, name):
+    """y is what the custom operator `name` makes of x."""
+    tensors = [tensor("x", shape=[2]), tensor("y", shape=[2])]
+    return save(path, [graph(tensors, [operator(OP.CUSTOM, [0], [1])], [0], [1])], custom=name)

@@ -25,6 +25,7 @@ from agent.serving.models.swapping import SwapLost, Swapper
 from agent.serving.routes import Handler, Kind, Request, Route
 from agent.store import Choice, Selection, Store, StoreError
 from runtimes.contract import ModelInvalid, RuntimeUnavailable
+from runtimes.words import without_paths
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +233,7 @@ class Control:
             try:
                 source = loading.of_file(source)
             except (StoreError, OSError) as error:
-                raise Refusal(404, f"failed to load '{name}': {error}", code="not_found") from error
+                raise Refusal(404, f"failed to load '{name}': {loading.reason(source, error)}", code="not_found") from error
             if old.answers and old.sha256 == source.sha256:
                 self._bring_back(old)
                 continue
@@ -315,7 +316,7 @@ class Control:
         try:
             return loading.source_of(self._store.release(name, choice))
         except (StoreError, ValueError, OSError) as error:
-            raise Refusal(409, str(error), code="not_in_store") from error
+            raise Refusal(409, without_paths(str(error)), code="not_in_store") from error
 
     def _selected(self, name: str, number: int) -> Choice:
         """The choice of variant that the model's Selection holds for this version.  Raises: Refusal."""
@@ -329,7 +330,7 @@ class Control:
         try:
             return self._store.selection(name) if self._store else None
         except (StoreError, OSError) as error:
-            raise Refusal(409, str(error), code="not_in_store") from error
+            raise Refusal(409, without_paths(str(error)), code="not_in_store") from error
 
 
 def _divert(active: Version, candidate: Version, share: float) -> None:
@@ -341,7 +342,7 @@ def _divert(active: Version, candidate: Version, share: float) -> None:
 
 
 def _load_refusal(source: loading.Source, error: Exception) -> Refusal:
-    what = f"cannot load model {source.name!r} version {source.version}: {error}"
+    what = f"cannot load model {source.name!r} version {source.version}: {loading.reason(source, error)}"
     if isinstance(error, RuntimeUnavailable):
         return Refusal(503, what, code="runtime_unavailable")
     if isinstance(error, ModelInvalid):

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from agent.contract.manifest import Picture, Serving
+from agent.contract.manifest import Picture, Serving, listed
 from agent.host import memory, priority
 from agent.serving.models.host import NeverInlineVersion, Version
 from agent.store import Release, hash_model
@@ -20,6 +20,7 @@ from runtimes import hazards, onnx_external, registry
 from runtimes.check import zeros
 from runtimes.contract import Array, InputInvalid, LoadOptions, Model, ModelInvalid, RunFailed, Runtime, RuntimeFailure, Scalar
 from runtimes.naming import Interfaces
+from runtimes.words import without_paths
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Source:
     sha256: str
     runtime: str = ""
     data: Mapping[str, Path] | None = None
+    libraries: tuple[Path, ...] = ()  # with operators for its engine
     variant: str = ""
     options: Mapping[str, Scalar] = field(default_factory=dict)
     serving: Serving = field(default_factory=Serving)
@@ -63,6 +65,11 @@ class Source:
     labels: Mapping[str, Path] = field(default_factory=dict)  # of some outputs: a text file, a class per line
     warm_up: Path | None = None  # an .npz of inputs; None: zeros
     warm_up_signature: str = ""  # which they are for
+
+    @property
+    def others(self) -> dict[str, Path]:
+        """What it is made of besides `path`."""
+        return {**(self.data or {}), **listed(self.libraries)}
 
 
 def source_of(release: Release) -> Source:
@@ -76,6 +83,7 @@ def source_of(release: Release) -> Source:
         sha256=release.manifest.model_sha256(variant),
         runtime=variant.runtime,
         data=release.data,
+        libraries=release.libraries,
         variant=variant.name,
         options=variant.options,
         serving=variant.serving,
@@ -97,12 +105,21 @@ def of_file(source: Source) -> Source:
     if source.path.is_file():
         with suppress(RuntimeFailure):
             data = onnx_external.all_beside(source.path)
-    return replace(source, data=data, sha256=hash_model(source.path, data or {}))
+    source = replace(source, data=data)
+    return replace(source, sha256=hash_model(source.path, source.others))
 
 
 def has_changed(source: Source) -> bool:
     """Whether its files are others than those it was made for.  Raises: StoreError when one is not there; OSError."""
-    return hash_model(source.path, source.data or {}) != source.sha256
+    return hash_model(source.path, source.others) != source.sha256
+
+
+def reason(source: Source, error: BaseException | str) -> str:
+    """Why it could not be loaded, for whoever asks: with the name that people know it by, and no path of this machine."""
+    text = str(error)
+    if source.filename and source.path.name:
+        text = text.replace(source.path.name, source.filename)
+    return without_paths(text)
 
 
 Guard = Callable[[Source], AbstractContextManager[None]]
@@ -155,7 +172,7 @@ def is_isolated(source: Source) -> bool:
 
 def _needs_a_process(source: Source, dangers: Sequence[str]) -> bool:
     isolation = source.serving.isolation
-    return isolation == "process" or (isolation == "auto" and bool(dangers))
+    return isolation == "process" or (isolation == "auto" and bool(dangers or source.libraries))
 
 
 def _load_isolated(
@@ -186,7 +203,9 @@ def _load_isolated(
 
 
 def _options(source: Source, threads: int) -> LoadOptions:
-    return LoadOptions(threads=int(source.options.get("threads", threads)), extra=source.options, data=source.data)
+    return LoadOptions(
+        threads=int(source.options.get("threads", threads)), extra=source.options, data=source.data, libraries=source.libraries
+    )
 
 
 def _finished(source: Source, runtime: Runtime, raw: Model, kind: type[Version] = Version) -> Version:
@@ -233,11 +252,11 @@ def _read_labels(version: Version, output: str, path: Path) -> tuple[str, ...]:
         return ()
 
 
-def failed(source: Source, reason: str) -> Version:
+def failed(source: Source, why: str) -> Version:
     """A version that could not be loaded, to be listed with its reason."""
     version = Version(source.name, source.version, source.variant, source.sha256, source.runtime)
     version.source = source
-    version.failed(reason)
+    version.failed(reason(source, why))
     return version
 
 

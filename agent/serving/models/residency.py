@@ -260,7 +260,7 @@ class Residency:
         except NoRoom as error:
             return str(error), error.retry_s
         except Exception as error:  # noqa: BLE001 - runtimes of third parties raise what they like
-            return str(error), RETRY_S
+            return loading.reason(version.source, error), RETRY_S
         return None
 
     def bring_back(self, version: Version) -> None:
@@ -276,7 +276,10 @@ class Residency:
                 raise ModelInvalid(f"{source.path} has changed since it was loaded; load the model by name")  # noqa: TRY301
             fresh = self._load(source)
         except Exception as error:
-            version.state, version.reason = "UNAVAILABLE", f"{version.reason.split(';')[0]}; it cannot be loaded again: {error}"
+            version.state, version.reason = (
+                "UNAVAILABLE",
+                f"{version.reason.split(';')[0]}; it cannot be loaded again: {loading.reason(version.source, error)}",
+            )
             version.retry_s = time.perf_counter() + RETRY_S
             log.error("%s cannot be loaded again: %s", what, error)  # noqa: TRY400 - the reason says it
             raise
@@ -357,7 +360,7 @@ class Residency:
             try:
                 self.bring_back(version)
             except Exception as error:  # noqa: BLE001 - it was logged; runtimes of third parties raise what they like
-                self.turn_away(version, str(error))
+                self.turn_away(version, loading.reason(version.source, error))
                 version.crashes += 1
                 self._restart_later(version)
 
@@ -385,7 +388,7 @@ def size_of(version: Version) -> int:
 def file_bytes(source: Source) -> int:
     """Of all its files; 0 when one cannot be looked at."""
     try:
-        return sum(path.stat().st_size for path in {source.path, *(source.data or {}).values()})
+        return sum(path.stat().st_size for path in {source.path, *source.others.values()})
     except OSError:
         return 0
 

@@ -10,6 +10,7 @@ import time
 
 from agent.serving.answers import Refusal
 from agent.serving.dataplane import Dataplane
+from agent.serving.models import loading
 from agent.serving.models.host import DRAIN_TIMEOUT_S, ModelHost, Served, Version
 from agent.serving.models.loading import Source
 from agent.serving.models.residency import LOOK_S, Residency, close
@@ -61,8 +62,9 @@ class Swapper:
         try:
             self._residency.bring_back(old)
         except Exception as error:
-            self._residency.turn_away(old, str(error))
-            raise SwapLost(f"version {old.number} could not be loaded again: {error}", refused) from error
+            why = loading.reason(old.source, error)
+            self._residency.turn_away(old, why)
+            raise SwapLost(f"version {old.number} could not be loaded again: {why}", refused) from error
 
 
 class SwapLost(Exception):

@@ -159,7 +159,9 @@ def _load(runtime: Any, request: Request) -> tuple[Model, float]:
 
     started = time.perf_counter()
     data = {location: Path(file) for location, file in request.data.items()}
-    model = runtime.load(Path(request.model), LoadOptions(threads=request.threads, extra=request.options, data=data))
+    libraries = tuple(map(Path, request.libraries))
+    options = LoadOptions(threads=request.threads, extra=request.options, data=data, libraries=libraries)
+    model = runtime.load(Path(request.model), options)
     return model, round((time.perf_counter() - started) * 1000, 3)
 
 

@@ -44,6 +44,8 @@ class Request(Document, frozen=True, kw_only=True):
     limits: Limits
     data: dict[str, str] = {}
     """The other files of the model, by the name that it has for each."""
+    libraries: tuple[str, ...] = ()
+    """With operators for the engine."""
     options: dict[str, Scalar] = {}
     serving: Serving = Serving()
     state: dict[str, str] = {}

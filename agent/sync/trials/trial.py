@@ -66,6 +66,7 @@ def make_request(
         runtime=variant.runtime,
         model=str(store.file(manifest, variant.file).absolute()),
         data={location: str(path.absolute()) for location, path in store.data_of(manifest, variant).items()},
+        libraries=tuple(str(path.absolute()) for path in store.libraries_of(manifest, variant)),
         options=variant.options,
         serving=variant.serving,
         state=variant.state,
