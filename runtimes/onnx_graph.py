@@ -1,4 +1,4 @@
-"""Scale and zero point of an ONNX model's quantized inputs and outputs, and what it is made of, read from the file itself.
+"""Scale and zero point of an ONNX model's quantized inputs and outputs, and which of them have any rank, read from the file itself.
 
 ONNX Runtime does not expose the graph and the `onnx` package is not something a device needs, so this reads just enough of the
 protobuf wire format: the nodes next to the graph's inputs and outputs and the constants they name. Everything else is skipped
@@ -9,7 +9,6 @@ Field numbers are those of onnx.proto (ModelProto, GraphProto, NodeProto, Attrib
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.contract import Quantization
+from runtimes.onnx_axes import Axes
 from runtimes.protobuf import UNREADABLE, Malformed, Wire, fields, mapped, message, packed, signed, text, text_of
 
-MODEL_PRODUCER, MODEL_PRODUCER_VERSION, MODEL_GRAPH, MODEL_OPSET = 2, 3, 7, 8
-OPSET_DOMAIN, OPSET_VERSION = 1, 2
+MODEL_GRAPH = 7
 GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
-NODE_INPUT, NODE_OUTPUT, NODE_OP, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 4, 5, 7
-ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_TENSOR = 1, 3, 5
+NODE_INPUT, NODE_OUTPUT, NODE_OP, NODE_ATTRIBUTE = 1, 2, 4, 5
+ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_TENSOR, ATTRIBUTE_INTS = 1, 3, 5, 8
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_FLOATS, TENSOR_INTS, TENSOR_NAME, TENSOR_RAW = 1, 2, 4, 5, 8, 9
 VALUE_NAME, VALUE_TYPE = 1, 2
-TYPE_TENSOR, TENSOR_TYPE_SHAPE = 1, 2
+TYPE_TENSOR, TENSOR_TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = 1, 2, 1, 1
 
 MAX_CONSTANT_BYTES = 1 << 20  # a scale per channel of the widest layer is far below; weights are far above
 ELEMENT_TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64, 10: np.float16}
@@ -67,7 +66,7 @@ class _Node:
     op: str = ""
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
-    axis: int | None = None
+    numbers: dict[str, list[int]] = field(default_factory=dict)  # attributes of integers
     value: Wire | None = None
 
 
@@ -75,6 +74,7 @@ class _Node:
 class _Graph:
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    sizes: dict[str, list[int] | None] = field(default_factory=dict)  # of inputs and outputs; None: of any rank
     nodes: list[_Node] = field(default_factory=list)
     constants: dict[str, Wire] = field(default_factory=dict)
 
@@ -102,54 +102,25 @@ def read_rankless(path: Path) -> frozenset[str]:
 
 
 def _has_shape(value: memoryview) -> bool:
-    return any(
-        part == TENSOR_TYPE_SHAPE
-        for number, kind in fields(value)
-        if number == VALUE_TYPE
-        for tensor, content in fields(message(kind))
-        if tensor == TYPE_TENSOR
-        for part, _ in fields(message(content))
-    )
+    return _sizes(value) is not None
 
 
-@dataclass(slots=True)
-class Outline:
-    """What a model is made of. `operators` counts the nodes of the main graph by type; `weights_bytes` are those in the file."""
-
-    opsets: dict[str, int] = field(default_factory=dict)
-    operators: dict[str, int] = field(default_factory=dict)
-    weights_bytes: int = 0
-    producer: str = ""
-
-
-def read_outline(path: Path) -> Outline:
-    """As far as the file is understood."""
-    outline = Outline()
-    with contextlib.suppress(*UNREADABLE):
-        _outline(outline, mapped(path))
-    return outline
+def _sizes(value: memoryview) -> list[int] | None:
+    """Of an input or output, -1 where any goes; None when it may have any rank."""
+    for number, kind in fields(value):
+        if number != VALUE_TYPE:
+            continue
+        for tensor, content in fields(message(kind)):
+            if tensor != TYPE_TENSOR:
+                continue
+            for part, shape in fields(message(content)):
+                if part == TENSOR_TYPE_SHAPE:
+                    return [_size(message(size)) for _, size in fields(message(shape))]
+    return None
 
 
-def _outline(outline: Outline, data: memoryview) -> None:
-    for number, value in fields(data):
-        if number == MODEL_PRODUCER:
-            outline.producer = text(value)
-        elif number == MODEL_PRODUCER_VERSION:
-            outline.producer = f"{outline.producer} {text(value)}".strip()
-        elif number == MODEL_OPSET:
-            opset = dict(fields(message(value)))
-            version = opset.get(OPSET_VERSION)
-            if isinstance(version, int):
-                outline.opsets[text(opset.get(OPSET_DOMAIN, b""))] = version
-        elif number == MODEL_GRAPH:
-            for part, content in fields(message(value)):
-                if part == GRAPH_NODE:
-                    node = dict(fields(message(content)))
-                    domain, name = text(node.get(NODE_DOMAIN, b"")), text(node.get(NODE_OP, b""))
-                    name = f"{domain}:{name}" if domain not in ("", "ai.onnx") else name
-                    outline.operators[name] = outline.operators.get(name, 0) + 1
-                elif part == GRAPH_INITIALIZER:
-                    outline.weights_bytes += len(message(content))
+def _size(dimension: memoryview) -> int:
+    return next((size for number, size in fields(dimension) if number == DIM_VALUE and isinstance(size, int)), -1)
 
 
 def _quantization(data: memoryview) -> dict[str, Quantization]:
@@ -165,18 +136,18 @@ def _quantization(data: memoryview) -> dict[str, Quantization]:
 def _of_input(graph: _Graph, name: str) -> Quantization | None:
     """Only when every reader of the input agrees: a float input that is also read unquantized is not a quantized input."""
     agreed: Quantization | None = None
-    names = {name}
+    axes = {name: Axes.of(graph.sizes.get(name))}
     for node in graph.nodes:  # ONNX lists nodes in topological order
-        if not names.intersection(node.inputs):
+        if axes.keys().isdisjoint(node.inputs):
             continue
-        if node.op in MOVES and node.inputs[0] in names:
-            names.update(node.outputs)
+        if node.op in MOVES and node.inputs[0] in axes:
+            axes.update(dict.fromkeys(node.outputs, axes[node.inputs[0]].after(_mover(graph, node))))
             continue
         quantization = next(
             (
-                _parameters(graph, node, scale, zero)
+                _parameters(graph, node, scale, zero, axes[node.inputs[data]])
                 for data, scale, zero in READS.get(node.op, ())
-                if len(node.inputs) > data and node.inputs[data] in names
+                if len(node.inputs) > data and node.inputs[data] in axes
             ),
             None,
         )
@@ -187,18 +158,28 @@ def _of_input(graph: _Graph, name: str) -> Quantization | None:
 
 
 def _of_output(graph: _Graph, name: str) -> Quantization | None:
+    axes = Axes.of(graph.sizes.get(name))
     for node in reversed(graph.nodes):
         if name not in node.outputs:
             continue
         if node.op in MOVES and node.inputs:
-            name = node.inputs[0]
+            name, axes = node.inputs[0], axes.before(_mover(graph, node))
             continue
         at = WRITES.get(node.op)
-        return _parameters(graph, node, *at) if at else None
+        return _parameters(graph, node, *at, axes) if at else None
     return None
 
 
-def _parameters(graph: _Graph, node: _Node, scale: int, zero: int) -> Quantization | None:
+def _mover(graph: _Graph, node: _Node) -> _Node:
+    """The node with what its second input says, where that is a constant: the axes or the shape of newer opsets."""
+    if len(node.inputs) > 1 and node.inputs[1] in graph.constants:
+        said = [int(n) for n in _tensor(graph.constants[node.inputs[1]]).flat]
+        return _Node(node.op, node.inputs, node.outputs, {**node.numbers, "shape" if node.op == "Reshape" else "axes": said})
+    return node
+
+
+def _parameters(graph: _Graph, node: _Node, scale: int, zero: int, axes: Axes) -> Quantization | None:
+    """Scales per axis only where they belong to one axis of the input or output itself (`axes`: those of what the node reads or writes)."""
     scale_bytes = graph.constants.get(node.inputs[scale]) if len(node.inputs) > scale else None
     if scale_bytes is None:
         return None
@@ -211,7 +192,13 @@ def _parameters(graph: _Graph, node: _Node, scale: int, zero: int) -> Quantizati
         zeros = _tensor(zero_bytes)
     if scales.size == 0 or scales.size != zeros.size:
         return None
-    axis = (AXIS_DEFAULT if node.axis is None else node.axis) if scales.size > 1 else None
+    axis = None
+    if scales.size > 1:
+        if any(node.numbers.get("block_size", ())):
+            return None  # a scale for each block of an axis
+        axis = axes.end(node.numbers.get("axis", [AXIS_DEFAULT])[0])
+        if axis is None or axes.sizes[axis] not in (-1, scales.size):
+            return None
     return Quantization(tuple(float(s) for s in scales.flat), tuple(int(z) for z in zeros.flat), axis)
 
 
@@ -226,10 +213,10 @@ def _read_graph(graph: _Graph, data: memoryview) -> None:
             tensor = message(value)
             if len(tensor) <= MAX_CONSTANT_BYTES:
                 graph.constants[text_of(tensor, TENSOR_NAME)] = tensor
-        elif number == GRAPH_INPUT:
-            graph.inputs.append(text_of(message(value), VALUE_NAME))
-        elif number == GRAPH_OUTPUT:
-            graph.outputs.append(text_of(message(value), VALUE_NAME))
+        elif number in (GRAPH_INPUT, GRAPH_OUTPUT):
+            name = text_of(message(value), VALUE_NAME)
+            (graph.inputs if number == GRAPH_INPUT else graph.outputs).append(name)
+            graph.sizes[name] = _sizes(message(value))
 
 
 def _read_node(data: memoryview) -> _Node:
@@ -247,18 +234,18 @@ def _read_node(data: memoryview) -> _Node:
 
 
 def _read_attribute(node: _Node, data: memoryview) -> None:
-    name, number_value, tensor = "", None, None
+    name, numbers, tensor = "", [], None
     for number, value in fields(data):
         if number == ATTRIBUTE_NAME:
             name = text(value)
-        elif number == ATTRIBUTE_INT and isinstance(value, int):
-            number_value = signed(value)
+        elif number in (ATTRIBUTE_INT, ATTRIBUTE_INTS):
+            numbers += [signed(n) for n in ([value] if isinstance(value, int) else packed(value))]
         elif number == ATTRIBUTE_TENSOR:
             tensor = message(value)
-    if name == "axis" and number_value is not None:
-        node.axis = number_value
-    elif name == "value" and tensor is not None and len(tensor) <= MAX_CONSTANT_BYTES:
+    if name == "value" and tensor is not None and len(tensor) <= MAX_CONSTANT_BYTES:
         node.value = tensor
+    elif numbers:
+        node.numbers[name] = numbers
 
 
 def _tensor(data: Wire) -> NDArray[Any]:

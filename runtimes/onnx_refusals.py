@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtimes.onnx_graph import read_outline
+from runtimes.onnx_outline import read_outline
 from runtimes.recognizing import what_it_is
 from runtimes.words import plain
 

@@ -6,7 +6,9 @@ A file that is not understood has nothing of it. Field numbers are those of sche
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +16,12 @@ from pathlib import Path
 from runtimes.flatbuffer import UNREADABLE, Data, integers, number_of, place, tables, text, u32
 
 MODEL_OPERATOR_CODES, MODEL_SUBGRAPHS, MODEL_BUFFERS, MODEL_SIGNATURES = 1, 2, 4, 7
-CODE_CUSTOM = 1
+CODE_OLD_BUILTIN, CODE_CUSTOM = 0, 1
 CODE_BUILTIN = 3  # the byte that older files have instead ends below VAR_HANDLE
 SUBGRAPH_TENSORS, SUBGRAPH_INPUTS, SUBGRAPH_OUTPUTS, SUBGRAPH_OPERATORS = 0, 1, 2, 3
-OPERATOR_OUTPUTS = 2
+OPERATOR_CODE, OPERATOR_OUTPUTS = 0, 2
 TENSOR_SHAPE, TENSOR_TYPE, TENSOR_BUFFER, TENSOR_NAME, TENSOR_IS_VARIABLE, TENSOR_HAS_RANK = 0, 1, 2, 3, 5, 8
-BUFFER_DATA, BUFFER_OFFSET = 0, 1
+BUFFER_DATA, BUFFER_OFFSET, BUFFER_SIZE = 0, 1, 2
 SIGNATURE_INPUTS, SIGNATURE_OUTPUTS, SIGNATURE_KEY, SIGNATURE_SUBGRAPH = 0, 1, 2, 4
 MAP_NAME, MAP_TENSOR = 0, 1
 VAR_HANDLE = 142
@@ -66,6 +68,47 @@ def read_facts(path: Path) -> Facts:
             return _facts(data)
     except UNREADABLE:
         return Facts(understood=False)
+
+
+def read_operators(path: Path) -> dict[int | str, int]:
+    """How many there are of each in all subgraphs: by number in the schema, custom ones by name. None where the file is not understood."""
+    found: Counter[int | str] = Counter()
+    with (
+        contextlib.suppress(*UNREADABLE),
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        model = u32(data, 0)
+        codes: list[int | str] = [
+            text(data, code, CODE_CUSTOM)
+            or max(number_of(data, code, CODE_BUILTIN, "<i"), number_of(data, code, CODE_OLD_BUILTIN, "<b"))
+            for code in tables(data, model, MODEL_OPERATOR_CODES)
+        ]
+        for graph in tables(data, model, MODEL_SUBGRAPHS):
+            for operator in tables(data, graph, SUBGRAPH_OPERATORS):
+                found[codes[number_of(data, operator, OPERATOR_CODE, "<I")]] += 1
+    return dict(found)
+
+
+def read_weights_bytes(path: Path) -> int | None:
+    """The bytes of all constant tensors, each buffer once; None where the file is not understood."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            model = u32(data, 0)
+            buffers = list(tables(data, model, MODEL_BUFFERS))
+            used = {
+                number_of(data, tensor, TENSOR_BUFFER, "<I")
+                for graph in tables(data, model, MODEL_SUBGRAPHS)
+                for tensor in tables(data, graph, SUBGRAPH_TENSORS)
+            }
+            return sum(_bytes_of(data, buffers[number]) for number in used if number < len(buffers))
+    except UNREADABLE:
+        return None
+
+
+def _bytes_of(data: Data, buffer: int) -> int:
+    at = place(data, buffer, BUFFER_DATA)
+    return u32(data, at + u32(data, at)) if at else number_of(data, buffer, BUFFER_SIZE, "<Q")
 
 
 def _facts(data: Data) -> Facts:

@@ -224,3 +224,37 @@ def scattered(path, factors, locations=SCATTERED, width=2):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def trees(path, leaves):
+    """y is the value of the leaf that x, float32 [n, 1], falls into: a chain of decisions, which are attributes of one operator."""
+    count, ids = 2 * leaves - 1, list(range(2 * leaves - 1))
+    inner = [number < leaves - 1 for number in ids]
+    node = helper.make_node(
+        "TreeEnsembleRegressor", ["x"], ["y"], domain="ai.onnx.ml", n_targets=1,
+        nodes_treeids=[0] * count, nodes_nodeids=ids, nodes_featureids=[0] * count,
+        nodes_modes=["BRANCH_LEQ" if one else "LEAF" for one in inner], nodes_values=[float(n) for n in ids],
+        nodes_truenodeids=[leaves - 1 + n if one else 0 for n, one in enumerate(inner)],
+        nodes_falsenodeids=[(n + 1 if n + 1 < leaves - 1 else count - 1) if one else 0 for n, one in enumerate(inner)],
+        target_treeids=[0] * leaves, target_nodeids=ids[leaves - 1 :], target_ids=[0] * leaves,
+        target_weights=[float(n) for n in range(leaves)],
+    )  # fmt: skip
+    tensors = [value("x", TensorProto.FLOAT, ["n", 1]), value("y", TensorProto.FLOAT, ["n", 1])]
+    graph = helper.make_graph([node], "g", tensors[:1], tensors[1:])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+def crops(path):
+    """y is x, float32 [4], in the shape [s, 2]: zeros do not run, as 4 elements do not fit into a shape of none."""
+    return _save(
+        path,
+        [
+            helper.make_node("Concat", ["s", "two"], ["shape"], axis=0),
+            helper.make_node("Reshape", ["x", "shape"], ["y"], allowzero=1),
+        ],
+        [value("x", TensorProto.FLOAT, [4]), value("s", TensorProto.INT64, [1])],
+        [value("y", TensorProto.FLOAT, [None, 2])],
+        [("two", np.int64([2]))],
+    )

@@ -1,6 +1,7 @@
 """`edge-agent inspect` on real files, good and bad."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,61 @@ def test_an_engine_that_dies_takes_only_the_child_with_it(tmp_path, monkeypatch)
     done = inspect(path)
     assert done.returncode == 1
     assert "loading it kills the process (SIGSEGV)" in done.stderr
+
+
+# -- what is inside -------------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_and_operators_are_counted_wherever_they_are(tmp_path):
+    """In other files, in constants, in the bodies of If and Loop."""
+    found = document(onnx_models.scattered(tmp_path / "m/model.onnx", (1, 2, 4)))
+    assert found["weights_bytes"] == 3 * 2 * 4 + 4
+    assert found["operators"] == {"Mul": 3, "Add": 2, "Constant": 1, "GreaterOrEqual": 1, "If": 1, "Neg": 1, "ReduceMax": 1}
+    assert found["other_files"] == dict.fromkeys(onnx_models.SCATTERED, 72)
+    assert found["size_bytes"] == (tmp_path / "m/model.onnx").stat().st_size + 3 * 72
+    assert "with       sub/body.bin, 72 B" in inspect(tmp_path / "m/model.onnx").stdout
+    looping = document(onnx_models.loops(tmp_path / "loops.onnx"))
+    assert (looping["operators"], looping["weights_bytes"]) == ({"Add": 1, "Greater": 1, "Loop": 1}, 4 + 4 + 1)
+    assert document(onnx_models.trees(tmp_path / "trees.onnx", 50))["weights_bytes"] > 50 * 4
+    counting = document(tflite_models.counts(tmp_path / "counts.tflite", "constant"))
+    assert (counting["operators"], counting["weights_bytes"]) == ({"ADD": 1, "LESS": 1, "WHILE": 1}, 3 * 4)
+    assert document(tflite_models.reshaped(tmp_path / "t.tflite", tflite_models.FLOAT, [4], [2, 2]))["weights_bytes"] == 8
+
+
+def test_what_a_request_could_do_is_told(tmp_path):
+    found = document(onnx_models.loops(tmp_path / "loops.onnx"))
+    assert len(found["hazards"]) == 1
+    assert f"isolated   {found['hazards'][0]}" in " ".join(inspect(tmp_path / "loops.onnx").stdout.split()).replace(
+        "isolated ", "isolated   "
+    )
+    assert document(quantized(".onnx"))["hazards"] == []
+
+
+def test_why_zeros_do_not_run_and_what_is_not_served_are_told(tmp_path):
+    path = onnx_models.crops(tmp_path / "crops.onnx")
+    found = document(path)
+    assert found["run_on_zeros_ms"] is None
+    assert "Reshape" in found["run_problem"]
+    assert f"not possible on zeros ({found['run_problem']})" in " ".join(inspect(path).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("build", "goes_on", "words"),
+    [
+        ("kills_at_load", None, "loading it kills the process (SIGFPE)"),
+        ("loops", "zeros", "a run on zeros was not done within 4 s"),
+    ],
+)
+def test_what_hangs_or_kills_is_told_with_what_the_file_says(tmp_path, build, goes_on, words):
+    if build == "kills_at_load" and platform.machine() != "x86_64":
+        words = ""  # only x86 ends a process that divides so
+    path = getattr(onnx_models, build)(tmp_path / "m.onnx", *([goes_on] if goes_on else []))
+    done = inspect(path, "--timeout", "4", "--json")
+    found = json.loads(done.stdout)
+    if words:
+        assert done.returncode == 1
+        assert words in done.stderr
+        assert found["problem"] in done.stderr
+    assert found["operators"]
+    assert found["weights_bytes"] > 0
+    assert ("inputs" in found) == ("a run" in words or not words)
