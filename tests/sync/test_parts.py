@@ -87,6 +87,19 @@ def test_only_the_files_of_the_chosen_variant_are_needed(manifest: ReleaseManife
     assert needed_files(manifest, manifest.variant("small")) == {"d.tflite", "model.script", "in.npz", "out.npz"}
 
 
+def test_all_files_of_the_chosen_variant_are_needed_and_none_of_the_others(manifest: ReleaseManifest):
+    extra = ("a.data", "b.data", "shared.data", "a.so", "b.so")
+    variants = (
+        Variant(name="a", runtime="script", file="a.plan", data={"w": "a.data", "v": "shared.data"}, libraries=("a.so",)),
+        Variant(name="b", runtime="script", file="b.plan", data={"w": "b.data", "v": "shared.data"}, libraries=("b.so",)),
+    )
+    files = {**manifest.files, **dict.fromkeys(extra, manifest.files["a.plan"])}
+    for unused in ("c.tflite", "d.tflite", "model.script"):
+        del files[unused]
+    several = msgspec.structs.replace(manifest, variants=variants, files=files)
+    assert needed_files(several, variants[0]) == {"a.plan", "a.data", "shared.data", "a.so", "in.npz", "out.npz"}
+
+
 @pytest.mark.parametrize(
     ("version", "demand", "met"),
     [

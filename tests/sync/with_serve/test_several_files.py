@@ -9,12 +9,14 @@ import pytest
 
 from agent.client import Client
 from agent.store import hash_file
+from agent.sync.updating.journal import Journal
 from fleet_server.releases.builder import build
 from tests.serving import onnx_models
 from tests.sync.conftest import eventually
 from tests.sync.test_process import MODEL
 from tests.sync.with_serve.conftest import Real, X
 
+PADDING = 300_000
 pytestmark = pytest.mark.timeout(90)
 
 
@@ -22,6 +24,9 @@ def offer(device: Real, version: int, factors: tuple[float, ...], *, expect: flo
     """As a publisher does it: a folder with the model, the files beside it and below, and a description that names the model only."""
     folder = device.folder / f"release-{version}"
     onnx_models.scattered(folder / "model.onnx", factors, width=width)
+    for location in onnx_models.SCATTERED:  # weights of some size, of which a release changes the first few
+        with (folder / location).open("ab") as file:
+            file.write(np.random.default_rng(len(location)).bytes(PADDING))
     x = np.ones((1, width), np.float32)
     np.savez(folder / "in.npz", x=x)
     np.savez(folder / "out.npz", y=x * np.float32(sum(factors) if expect is None else expect))
@@ -67,6 +72,11 @@ def test_all_the_way(device: Real, isolation: str):
     second = offer(device, 2, (1, 2, 8), **apart)  # the model itself is the same, byte for byte
     assert first.files["model.onnx"] == second.files["model.onnx"]
     settled(device, 2)
+    journal = Journal(device.store.private / "journal").entries(MODEL)
+    fetched = next(entry.evidence for entry in reversed(journal) if entry.gate == "fetch" and entry.release == 2)
+    brought = sum(float(count) for name, count in fetched.items() if name.startswith("from "))
+    assert 0 < brought < 50_000, "of the file that changed, only the block with the change is fetched"
+    assert float(fetched["already_here_bytes"]) > 3 * PADDING - 50_000
     assert factor(device) == 11
     assert served(device)["sha256"] == second.model_sha256(second.variants[0]) != first.model_sha256(first.variants[0])
 
