@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.onnx_outline import read_outline
-from runtimes.recognizing import what_it_is
+from runtimes.recognizing import is_tflite, what_it_is
 from runtimes.words import plain
 
 EXTENSIONS = "ai.onnx.contrib"
@@ -32,6 +32,8 @@ def not_loaded(path: Path, engine: str, error: Exception) -> str:
     what = what_it_is(path)
     if what is not None:
         return f"{path.name} is {what}"
+    if is_tflite(path):
+        return f"{path.name} is a TFLite model: its variant's runtime is tflite, and its name ends in .tflite"
     text = str(error)
     if found := LOCALE.search(text):
         return (

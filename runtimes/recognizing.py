@@ -15,6 +15,8 @@ HEADS = (
     (b"\x28\xb5\x2f\xfd", "an archive (zstd): unpack it and give the model in it"),
     (b"7z\xbc\xaf\x27\x1c", "an archive (7z): unpack it and give the model in it"),
     (b"\x89HDF\r\n\x1a\n", "a Keras model (HDF5): convert it, with tf2onnx or tf.lite.TFLiteConverter"),
+    (b"x\x9c", "compressed (zlib), as joblib writes pickles, which are never opened: convert the model, with skl2onnx"),
+    (b"ftrt", "an engine that TensorRT has built: its variant's runtime has to be tensorrt"),
     (b"GGUF", "a GGUF file of llama.cpp, which no engine here runs"),
     (b"\x7fELF", "a program or library, not a model"),
     (b"%PDF", "a PDF document, not a model"),
@@ -28,6 +30,15 @@ TORCH = "a PyTorch file: convert it with torch.onnx.export"
 SAVED_MODEL = "a TensorFlow SavedModel or frozen graph: convert it, with tf2onnx or tf.lite.TFLiteConverter"
 
 
+def what_folder(path: Path) -> str | None:
+    """The same of a folder."""
+    if (path / "saved_model.pb").is_file():
+        return SAVED_MODEL
+    if (path / "Manifest.json").is_file() and path.suffix == ".mlpackage":
+        return "a Core ML package, which only Apple's engine runs: export the model to ONNX"
+    return None
+
+
 def what_it_is(path: Path) -> str | None:
     """In words, with what to do; None when it may be a model, or cannot be read."""
     try:
@@ -35,6 +46,8 @@ def what_it_is(path: Path) -> str | None:
             head = file.read(HEAD_BYTES)
     except OSError:
         return None
+    if head[4:8] in (b"TFL3", b"ORTM"):
+        return None  # a model: what is before that is a number, which may look like anything
     for start, words in HEADS:
         if head.startswith(start):
             return words
@@ -47,6 +60,14 @@ def what_it_is(path: Path) -> str | None:
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 100_000_000:
         return "a safetensors file, which has weights and no graph: export the model to ONNX"
     return _text(head) or _other_engine(path, head)
+
+
+def is_tflite(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(8)[4:] == b"TFL3"
+    except OSError:
+        return False
 
 
 def _zip(path: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from runtimes.contract import CONTRACT_VERSION, ModelInvalid, Runtime, RuntimeUnavailable
+from runtimes.recognizing import what_it_is
 
 GROUP = "edge_agent.runtimes"
 
@@ -58,4 +59,7 @@ def for_file(path: Path) -> Runtime:
         if suffix in runtime.suffixes:
             return runtime
         known.extend(runtime.suffixes)
+    what = what_it_is(path)
+    if what is not None:
+        raise ModelInvalid(f"{path.name} is {what}")
     raise ModelInvalid(f"{path.name}: no runtime takes files ending in {suffix!r} (known: {', '.join(known) or 'none'})")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtimes.contract import ModelInvalid
+from runtimes.onnx_outline import read_outline
 from runtimes.recognizing import what_it_is
 from runtimes.tflite_graph import Facts, read_facts
 from runtimes.words import plain
@@ -61,6 +62,8 @@ def not_tflite(path: Path, head: bytes) -> str:
     what = what_it_is(path)
     if what is not None:
         return f"{path.name} is {what}"
+    if read_outline(path).operators:
+        return f"{path.name} is an ONNX model: its variant's runtime is onnx, and its name ends in .onnx"
     if len(head) < 8:
         return f"{path.name} is not a TFLite model: it has only {len(head)} bytes"
     return f"{path.name} is not a TFLite model: bytes 4 to 7 are {head[4:8]!r}, expected b'TFL3'"

@@ -196,6 +196,7 @@ def _sources(
 def _named(text: str) -> list[tuple[str, Path]]:
     from runtimes import registry
     from runtimes.contract import ModelInvalid
+    from runtimes.recognizing import what_folder
 
     name, equals, rest = text.partition("=")
     path = Path(text)
@@ -218,7 +219,8 @@ def _named(text: str) -> list[tuple[str, Path]]:
         if file.is_file():
             models.append((file.stem, file))
     if not models:
-        raise click.UsageError(f"there is no model file in {str(path)!r}")
+        what = what_folder(path)
+        raise click.UsageError(f"{str(path)!r} is {what}" if what else f"there is no model file in {str(path)!r}")
     return models
 
 

@@ -281,10 +281,12 @@ class StoreStart(_Loading):
                 raise _Refused(refused)  # noqa: TRY301
             version = self._load(source)
         except EXPECTED as error:
-            text = f"cannot load model {model!r} version {choice.version}: {error}"
+            text = f"cannot load model {model!r} version {choice.version}: {loading.reason(source, error)}"
             log.error("%s", text)  # noqa: TRY400 - an expected failure with its reason; a trace would hide it
         except Exception as error:
-            text = f"cannot load model {model!r} version {choice.version}: {type(error).__name__}: {error}"
+            text = (
+                f"cannot load model {model!r} version {choice.version}: {type(error).__name__}: {loading.reason(source, error)}"
+            )
             log.exception("%s: the runtime broke its contract", text)
         else:
             self._put(version, active=True)

@@ -4,6 +4,7 @@ import json
 import platform
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -207,6 +208,30 @@ def test_a_signal_ends_a_process_whose_engine_hangs(bad_release):
             assert client.infer("scale", {"x": X})["y"][0, 0] == 2
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(40) == 1
+
+
+def test_a_folder_of_another_framework_is_called_what_it_is(tmp_path):
+    (tmp_path / "saved_model.pb").write_bytes(b"\x08\x01")
+    done = subprocess.run(
+        [sys.executable, "-m", "agent.cli", "run", tmp_path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, "is a TensorFlow SavedModel or frozen graph: convert it" in done.stderr) == (2, True)
+
+
+def test_a_release_that_falls_back_tells_no_paths(tmp_path):
+    device = Device(tmp_path)
+    device.release("model", 1, onnx_models.scale(tmp_path / "m.onnx", 2.0))
+    (tmp_path / "bad.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    device.release("model", 2, tmp_path / "bad.onnx")
+    device.select("model", 2, previous=1)
+    server = device.server().start()
+    with server.client() as client:
+        told = json.loads(client.request("POST", "/v2/repository/index", {})[2])
+        assert client.infer("model", {"x": X})["y"][0, 0] == 2
+    reasons = [entry["reason"] for entry in told if entry.get("reason")]
+    assert any("bad.onnx is a Git LFS pointer" in reason for reason in reasons)
+    assert not any(str(tmp_path) in reason or "/blobs" in reason for reason in reasons)
+    assert server.stop() == 0
 
 
 def test_a_library_of_operators_has_a_process_of_its_own_and_is_checked(tmp_path):

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper
 
 from runtimes import registry
 from runtimes.contract import InputInvalid, LoadOptions, ModelInvalid
-from runtimes.recognizing import what_it_is
+from runtimes.recognizing import what_folder, what_it_is
 from runtimes.words import plain, without_paths
 from tests.serving import onnx_models, tflite_models
 from tests.serving.onnx_models import value
@@ -63,6 +64,8 @@ NO_MODELS = [
     (b"\x89HDF\r\n\x1a\n" + bytes(100), "a Keras model (HDF5)"),
     (len(SAFETENSORS).to_bytes(8, "little") + SAFETENSORS, "a safetensors file"),
     (b"GGUF" + bytes(100), "a GGUF file"),
+    (zlib.compress(pickle.dumps([1])), "compressed (zlib), as joblib writes pickles"),
+    (b"ftrt" + bytes(100), "an engine that TensorRT has built"),
     (b"\x08\x01\x12\x90\x03\x12\x05serve\n\x06graph", "a TensorFlow SavedModel"),
     (b"\x7fELF" + bytes(60), "a program or library"),
 ]
@@ -78,9 +81,30 @@ def test_what_is_no_model_is_called_what_it_is(tmp_path, content, words, suffix)
     assert str(refused.value).startswith(f"digits{suffix} is {words}")
 
 
+def test_a_model_of_the_other_kind_is_called_so(tmp_path):
+    onnx_models.scale(tmp_path / "a.tflite", 2.0)
+    with pytest.raises(ModelInvalid, match=r"a\.tflite is an ONNX model: its variant's runtime is onnx"):
+        load(tmp_path / "a.tflite")
+    tflite_models.coder(tmp_path / "a.onnx")
+    with pytest.raises(ModelInvalid, match=r"a\.onnx is a TFLite model: its variant's runtime is tflite"):
+        load(tmp_path / "a.onnx")
+
+
+def test_files_with_names_of_other_frameworks_are_called_what_they_are(tmp_path):
+    (tmp_path / "net.pt").write_bytes(zipped("archive/data.pkl"))
+    with pytest.raises(ModelInvalid, match=r"net\.pt is a PyTorch file: convert it with torch\.onnx\.export"):
+        registry.for_file(tmp_path / "net.pt")
+    assert what_folder(tmp_path) is None
+    (tmp_path / "saved_model.pb").write_bytes(b"\x08\x01")
+    assert what_folder(tmp_path) == what_it_is(tmp_path / "saved_model.pb")
+    assert "a TensorFlow SavedModel" in what_folder(tmp_path)
+
+
 def test_models_are_not_taken_for_something_else(tmp_path):
     for path in (onnx_models.scale(tmp_path / "a.onnx", 2.0), tflite_models.coder(tmp_path / "a.tflite")):
         assert what_it_is(path) is None
+    (tmp_path / "b").write_bytes(b"\x80\x02\x00\x00TFL3")
+    assert what_it_is(tmp_path / "b") is None
 
 
 # -- what an engine here cannot serve -----------------------------------------------------------------------------------------------
