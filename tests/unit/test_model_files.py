@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies
+from hypothesis import given, settings, strategies
 from onnx import TensorProto, helper
 
 from runtimes import onnx_external, registry
@@ -258,6 +258,7 @@ def test_a_cache_of_links_is_loaded(tmp_path):
     assert load(tmp_path / "snapshot" / "model.onnx").run({"x": X})[0].tolist() == [[7, 14]]
 
 
+@settings(max_examples=60, deadline=None)
 @given(strategies.integers(0, 3000), strategies.integers(0, 255))
 def test_a_damaged_model_of_several_files_is_read_or_not_understood(at, byte):
     """No exception but ModelInvalid leaves the reader, whatever byte is wrong."""
