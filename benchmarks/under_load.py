@@ -164,7 +164,7 @@ def _process(command: list[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _dawdlers(server: Path) -> Iterator[None]:
     """Connections that each send one more byte of a request every 50 ms."""
-    head = b"POST /v2/models/tiny/infer HTTP/1.1\r\nx-slow: " + b"a" * 4000
+    head = b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: t\r\nx-slow: " + b"a" * 4000
     with contextlib.ExitStack() as stack:
         socks = []
         for _ in range(DAWDLERS):

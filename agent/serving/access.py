@@ -33,11 +33,9 @@ class WebRules:
 
     origins: frozenset[str] = frozenset()
 
-    def check(self, fields: Mapping[bytes, bytes], *, host_needed: bool) -> Refusal | None:
+    def check(self, fields: Mapping[bytes, bytes]) -> Refusal | None:
         """The refusal of a request with these headers (lower-case names), None when it may pass."""
         host = fields.get(b"host")
-        if host is None and host_needed:
-            return Refusal(400, "the request has no Host header")
         if host is not None and not _is_loopback_name(host):
             return Refusal(403, f"host {_text(host)} is not this machine's loopback: ask for localhost or 127.0.0.1")
         origin = fields.get(b"origin")

@@ -21,8 +21,8 @@ HEAD = json.dumps({
     "outputs": [{"name": "s", "parameters": {"classification": 2}}],
     "parameters": {"binary_data_output": True, "sequence_id": 7, "priority": 1, "timeout": 50},
 }).encode()  # fmt: skip
-POST = b"POST /v2/models/m/infer HTTP/1.1\r\ncontent-length: 5\r\n\r\nhello"
-CHUNKS = b"POST /v2/models/m/infer HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n0\r\n\r\n"
+POST = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: t\r\ncontent-length: 5\r\n\r\nhello"
+CHUNKS = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: t\r\ntransfer-encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n0\r\n\r\n"
 MANIFEST = json.dumps({
     "model": "m", "version": 1, "files": {"f": {"sha256": "0" * 64, "size_bytes": 1}},
     "variants": [{"name": "v", "runtime": "onnx", "file": "f"}], "kind": "release", "format": 1,
@@ -31,7 +31,7 @@ MANIFEST = json.dumps({
 # The fuzzer's provider takes its numbers from the end of the data and the bytes from the front.
 SEEDS = {
     "request": [JSON_REQUEST + bytes(8), HEAD + bytes(16) + bytes(8)],
-    "stream": [POST + POST + bytes(8), CHUNKS + b"GET /v2 HTTP/1.1\r\n\r\n" + bytes(8), POST + b"\x05\x40\x20\x10\x04"],
+    "stream": [POST + POST + bytes(8), CHUNKS + b"GET /v2 HTTP/1.1\r\nHost: t\r\n\r\n" + bytes(8), POST + b"\x05\x40\x20\x10\x04"],
     "columns": [b'{"instances": [[1, 2, 3, 4]]}' + bytes(4), b'{"inputs": {"x": [[1, 2, 3, 4]]}}' + bytes(4), b'{"examples": [{"x": [1, 2, 3, 4]}]}\x01\x00'],
     "inflated": [b"\x00" + gzip.compress(b"hello" * 100), b"\x01" + zlib.compress(b"hello" * 100)],
     "document": [MANIFEST, b'{"format": 1}'],

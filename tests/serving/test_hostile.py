@@ -179,7 +179,7 @@ def test_chunked_bodies_share_the_bound_of_large_bodies(serve_files, tmp_path):
         for _ in range(8):
             sock = server.connect()
             socks.append(sock)
-            sock.sendall(b"POST /v2/models/scale/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+            sock.sendall(b"POST /v2/models/scale/infer HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n")
             try:
                 for _ in range(60):
                     sock.sendall(piece)

@@ -162,6 +162,7 @@ TARGETS = {
     "no UTF-8": (b"GET /v2/models/%ff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     "no path": (b"GET scale HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     "an empty host": (b"GET /v2 HTTP/1.1\r\nHost:\r\n\r\n", 200),
+    "no host": (b"GET /v2 HTTP/1.1\r\n\r\n", 400),
     "two hosts": (b"GET /v2 HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
     "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     "HTTP/1.2": (b"GET /v2 HTTP/1.2\r\nHost: x\r\n\r\n", 400),
@@ -272,7 +273,7 @@ def test_a_body_that_is_too_large_is_refused_while_it_is_still_being_sent(scale_
     """The client sends on without looking; it still reads the whole answer, not a broken connection."""
     size = 64 * 1024 * 1024 + 1
     with scale_server.connect() as sock:
-        sock.sendall(b"POST %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), size))
+        sock.sendall(b"POST %s HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), size))
         for _ in range(size // (1 << 20)):
             sock.sendall(bytes(1 << 20))
         status, headers, body = read_answer(sock)

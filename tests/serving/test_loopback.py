@@ -85,8 +85,8 @@ def test_the_unix_socket_has_no_such_rules(server):
 
 def test_a_named_origin_may_ask():
     rules = WebRules(frozenset({"http://localhost:3000"}))
-    assert rules.check({b"host": b"localhost", b"origin": b"http://localhost:3000"}, host_needed=True) is None
-    assert rules.check({b"host": b"localhost", b"origin": b"http://localhost:3001"}, host_needed=True).status == 403
+    assert rules.check({b"host": b"localhost", b"origin": b"http://localhost:3000"}) is None
+    assert rules.check({b"host": b"localhost", b"origin": b"http://localhost:3001"}).status == 403
 
 
 ADDRESSES = [

@@ -47,7 +47,7 @@ def predict(server, **headers):
     ).encode()
     with server.client() as client:
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        sent = f"POST /v2/models/scale/infer HTTP/1.1\r\n{head}content-length: {len(body)}\r\n\r\n".encode() + body
+        sent = f"POST /v2/models/scale/infer HTTP/1.1\r\nhost: t\r\n{head}content-length: {len(body)}\r\n\r\n".encode() + body
         assert server.raw(sent)[0] == 200
         assert client.request("GET", "/v2/models/none")[0] == 404
         assert client.request("GET", "/nowhere")[0] == 404

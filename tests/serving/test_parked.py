@@ -12,7 +12,7 @@ from tests.serving.stand import read_answer
 from tests.serving.test_scheduling import DEADLINE_S, Sent, body, infer, output, version_of, wait_until
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(60)]  # the server must be seen at work before it has done it
-READY = b"GET /v2/health/ready HTTP/1.1\r\n\r\n"
+READY = b"GET /v2/health/ready HTTP/1.1\r\nHost: t\r\n\r\n"
 
 
 @pytest.fixture
@@ -75,9 +75,7 @@ def test_a_compressed_one(slow):
     server = slow()
     others = busy(server)
     packed = gzip.compress(body("x", "FP32", [1.0]))
-    head = (
-        b"POST /v2/models/slow/infer HTTP/1.1\r\nContent-Encoding: gzip\r\nAccept-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
-    )
+    head = b"POST /v2/models/slow/infer HTTP/1.1\r\nHost: t\r\nContent-Encoding: gzip\r\nAccept-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
     with server.connect(DEADLINE_S) as sock:
         sock.sendall(head % len(packed) + packed + READY)
         assert statuses(sock, 2) == [200, 200]

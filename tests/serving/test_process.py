@@ -238,7 +238,7 @@ def test_too_many_busy_connections_are_refused_in_words(device):
         assert status == 503
         assert b"serve.max_connections" in body
     for sock in held:
-        sock.sendall(b" HTTP/1.1\r\n\r\n")
+        sock.sendall(b" HTTP/1.1\r\nHost: t\r\n\r\n")
         assert read_answer(sock)[0] == 200
         sock.close()
 

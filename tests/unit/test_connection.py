@@ -28,10 +28,13 @@ ROUTER = Router([Route("POST", "/a/{name}", Access.PREDICT, handler), Route("GET
 SMALL = b"POST /a/x%20y HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello"
 LARGE_BODY = bytes(range(256)) * 500
 LARGE = (
-    b"POST /a/l HTTP/1.1\r\nContent-Length: %d\r\nInference-Header-Content-Length: 33\r\n\r\n" % len(LARGE_BODY) + LARGE_BODY
+    b"POST /a/l HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\nInference-Header-Content-Length: 33\r\n\r\n" % len(LARGE_BODY)
+    + LARGE_BODY
 )
-CHUNKED = b"POST /a/c HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n6\r\n world\r\n0\r\nT: v\r\n\r\n"
-GET = b"GET /g?q=1 HTTP/1.1\r\n\r\n"
+CHUNKED = (
+    b"POST /a/c HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n6\r\n world\r\n0\r\nT: v\r\n\r\n"
+)
+GET = b"GET /g?q=1 HTTP/1.1\r\nHost: t\r\n\r\n"
 STREAM = b"\r\n" + SMALL + GET + CHUNKED + SMALL + SMALL + LARGE + GET + b"POST /a/z HTTP/1.0\r\nContent-Length: 1\r\n\r\nz"
 EXPECTED = [
     ({"name": "x y"}, b"hello"),
@@ -142,7 +145,7 @@ def test_tensors_begin_where_vectors_like_it(data):
     sizes = st.tuples(st.integers(0, 200), st.integers(1, 300), st.sampled_from([0, 4, 1000, 19_000, 21_000, 100_000]))
     stream, tensors = b"", []
     for padding, json, tensor in data.draw(st.lists(sizes, min_size=1, max_size=5)):
-        head = f"POST /a/n HTTP/1.1\r\nx: {'y' * padding}\r\ninference-header-content-length: {json}\r\ncontent-length: {json + tensor}"
+        head = f"POST /a/n HTTP/1.1\r\nHost: t\r\nx: {'y' * padding}\r\ninference-header-content-length: {json}\r\ncontent-length: {json + tensor}"
         stream += head.encode() + b"\r\n\r\n" + b" " * json + bytes(tensor)
         tensors.append(tensor)
     cut = data.draw(st.integers(1, len(stream)))
@@ -175,7 +178,7 @@ def test_a_request_that_stands_for_the_next_one_has_its_bytes_and_what_was_known
     with Pipe() as pipe:
         seen = []
         for path, json, tensors in parts:
-            data = b"POST %s HTTP/1.1\r\nInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n" % (
+            data = b"POST %s HTTP/1.1\r\nHost: t\r\nInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n" % (
                 path, len(json), len(json) + len(tensors)
             ) + json + tensors  # fmt: skip
             for at in range(0, len(data), step):
@@ -191,7 +194,7 @@ def test_a_request_that_stands_for_the_next_one_has_its_bytes_and_what_was_known
 
 
 def test_a_client_that_repeats_itself_is_read_once():
-    data = b"POST /a/x HTTP/1.1\r\nInference-Header-Content-Length: 2\r\nContent-Length: 6\r\n\r\n{}"
+    data = b"POST /a/x HTTP/1.1\r\nHost: t\r\nInference-Header-Content-Length: 2\r\nContent-Length: 6\r\n\r\n{}"
     with Pipe() as pipe:
         found = []
         for tensors in (b"AAAA", b"BBBB", b"CCCC", b"DDDD"):
@@ -220,20 +223,20 @@ def resident_bytes():
 BAD = {
     "no request": (b"\x00\x01\x02", 400),
     "text": (b"hello there", 400),
-    "two lengths": (b"POST /a/b HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
-    "length and chunked": (b"POST /a/b HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
-    "signed length": (b"POST /a/b HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
-    "endless length": (b"POST /a/b HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n", 400),
-    "large body": (b"POST /a/b HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (LIMIT + 1), 413),
-    "large chunk": (b"POST /a/b HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % (LIMIT + 1), 413),
-    "other coding": (b"POST /a/b HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
-    "chunk size": (b"POST /a/b HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", 400),
-    "chunk end": (b"POST /a/b HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nabc", 400),
+    "two lengths": (b"POST /a/b HTTP/1.1\r\nHost: t\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+    "length and chunked": (b"POST /a/b HTTP/1.1\r\nHost: t\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    "signed length": (b"POST /a/b HTTP/1.1\r\nHost: t\r\nContent-Length: -1\r\n\r\n", 400),
+    "endless length": (b"POST /a/b HTTP/1.1\r\nHost: t\r\nContent-Length: 99999999999999999999999\r\n\r\n", 400),
+    "large body": (b"POST /a/b HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % (LIMIT + 1), 413),
+    "large chunk": (b"POST /a/b HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % (LIMIT + 1), 413),
+    "other coding": (b"POST /a/b HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
+    "chunk size": (b"POST /a/b HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", 400),
+    "chunk end": (b"POST /a/b HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nabc", 400),
     "long header": (b"GET /g HTTP/1.1\r\nX: " + b"x" * MAX_HEAD_BYTES, 431),
-    "many headers": (b"GET /g HTTP/1.1\r\n" + b"".join(b"X%d: y\r\n" % n for n in range(101)) + b"\r\n", 431),
+    "many headers": (b"GET /g HTTP/1.1\r\nHost: t\r\n" + b"".join(b"X%d: y\r\n" % n for n in range(101)) + b"\r\n", 431),
     "http/2": (b"PRI * HTTP/2.0\r\n\r\n", 505),
-    "folded header": (b"GET /g HTTP/1.1\r\nX: a\r\n b\r\n\r\n", 400),
-    "space before colon": (b"GET /g HTTP/1.1\r\nX : a\r\n\r\n", 400),
+    "folded header": (b"GET /g HTTP/1.1\r\nHost: t\r\nX: a\r\n b\r\n\r\n", 400),
+    "space before colon": (b"GET /g HTTP/1.1\r\nHost: t\r\nX : a\r\n\r\n", 400),
 }
 
 
@@ -249,7 +252,7 @@ def test_what_is_no_request_is_refused_and_ends_the_connection(name, step):
 
 def test_requests_that_are_refused_leave_the_connection_open():
     paths = {b"/none": 404, b"/g": 405, b"/a/%ff": 400}
-    data = b"".join(b"POST %s HTTP/1.1\r\nContent-Length: 2\r\n\r\nok" % path for path in paths)
+    data = b"".join(b"POST %s HTTP/1.1\r\nHost: t\r\nContent-Length: 2\r\n\r\nok" % path for path in paths)
     with Pipe() as pipe:
         found = pipe.feed(data, 4096)
         assert [f[2].status for f in found] == list(paths.values())
@@ -258,7 +261,7 @@ def test_requests_that_are_refused_leave_the_connection_open():
 
 def test_a_client_that_waits_is_told_to_send_its_body():
     with Pipe() as pipe:
-        pipe.feed(b"POST /a/b HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n", 4096)
+        pipe.feed(b"POST /a/b HTTP/1.1\r\nHost: t\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n", 4096)
         assert pipe.peer.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         assert pipe.feed(b"ok", 2)[0][1] == b"ok"
 

@@ -139,7 +139,7 @@ def test_the_tensors_of_a_refused_caller_go_with_its_refusal(dataplane, no_colle
 
 def test_a_closed_connection_goes(no_collection):
     router = Router([Route("POST", "/a/{name}", Access.PREDICT, lambda _: Answer())])
-    raw = b"POST /a/x HTTP/1.1\r\nInference-Header-Content-Length: 2\r\nContent-Length: 6\r\n\r\n{}abcd"
+    raw = b"POST /a/x HTTP/1.1\r\nHost: t\r\nInference-Header-Content-Length: 2\r\nContent-Length: 6\r\n\r\n{}abcd"
     with Pipe() as pipe:
         connection = Connection(pipe.connection.sock.dup(), GRANT, router, BufferPool(1024), 1024)
         connection.seat = [connection]

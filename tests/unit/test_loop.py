@@ -19,8 +19,8 @@ from agent.serving.transport import spinning
 from agent.serving.transport.loop import Loop
 
 pytestmark = pytest.mark.alone  # how often a thread polls, and who is kept for how long
-GET = b"GET /long HTTP/1.1\r\n\r\n"
-QUICK = b"GET /quick HTTP/1.1\r\n\r\n"
+GET = b"GET /long HTTP/1.1\r\nHost: t\r\n\r\n"
+QUICK = b"GET /quick HTTP/1.1\r\nHost: t\r\n\r\n"
 
 
 class Service:

@@ -113,9 +113,11 @@ class HeadReader:
         method = self._parser.get_method()
         head.bodiless = method == b"HEAD"
         head.match = router.resolve(method, _path(self._url))
+        if head.minor and b"host" not in self._fields:
+            raise BadRequest(400, "the request has no Host header: HTTP/1.1 wants one, whatever it says")
         refusal = head.match.refusal or self._header_length(head) or self._coding(head) or self._expectation(head)
         if web is not None:
-            blocked = web.check(self._fields, host_needed=bool(head.minor))
+            blocked = web.check(self._fields)
             if blocked is None and b"origin" in self._fields:
                 head.origin = self._fields[b"origin"]
                 if method == b"OPTIONS":  # a browser asks whether its page may ask
