@@ -290,14 +290,6 @@ class NeverInlineVersion(Version):
         self.cost_s, self.is_cheap = max(self.cost_s, BEYOND_INLINE_S), False
         super().arrange(max_sequences=max_sequences, sequence_idle_s=sequence_idle_s)
 
-    @property
-    def now_bytes(self) -> int:
-        """What its model takes: when it was loaded, and what runs have left with its engine since; or its process, as it is now."""
-        if self.process is not None:
-            return self.process.memory_bytes or self.memory_bytes
-        model = self.model
-        return self.memory_bytes + (model.grown_bytes if isinstance(model, Growing) else 0)
-
     def measured(self, run_s: float) -> None:
         super().measured(run_s)
         self.cost_s = self.lane.cost_s = max(self.cost_s, BEYOND_INLINE_S)
