@@ -17,7 +17,7 @@ TUTORIAL = ROOT / "docs/tutorials/first-fleet.md"
 LIMIT_S = 100
 
 # The tutorial names its ports, and what it releases is judged while it serves.
-pytestmark = [pytest.mark.mosquitto, pytest.mark.alone, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.mosquitto, pytest.mark.long, pytest.mark.timeout(120)]
 
 
 def run(script: str, output: Path) -> tuple[int, str]:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Every part of a fleet at once, and releases that are judged while they serve.
-pytestmark = [pytest.mark.mosquitto, pytest.mark.alone, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.mosquitto, pytest.mark.long, pytest.mark.timeout(180)]
 
 
 def test_the_whole_story_goes_as_told(tmp_path: Path) -> None:
