@@ -1,9 +1,14 @@
-"""Why arrays do not fit a model, in words, and arrays that fit. An engine checks for itself: a good request never pays for this."""
+"""Why arrays do not fit a model, in words, and arrays that fit: zeros, and those of a file.
+
+An engine checks for itself: a good request never pays for this.
+"""
 
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -45,6 +50,27 @@ def zeros(specs: Sequence[TensorSpec]) -> dict[str, Array] | None:
     if size > MAX_ZEROS_BYTES:
         return None
     return {spec.name: np.zeros(shape, spec.dtype) for shape, spec in zip(shapes, specs, strict=True)}
+
+
+def read_npz(path: Path) -> dict[str, Array]:
+    """The arrays of an .npz as models take them: in C order, texts (which NumPy saves as S or U) as `bytes` objects. Those without dimensions
+    stay so. Pickled objects are not read: they could run code.
+
+    Raises: ValueError when it is no such file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: _plain(archive[name]) for name in archive.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not an .npz of plain arrays: {error}") from error
+
+
+def _plain(array: Array) -> Array:
+    if array.dtype.kind not in "SU":
+        return np.asarray(array, order="C")  # `ascontiguousarray` would give it a dimension
+    texts = np.empty(array.size, np.object_)
+    texts[:] = [element.encode() if isinstance(element, str) else bytes(element) for element in array.flat]
+    return texts.reshape(array.shape)
 
 
 def _names(specs: Sequence[TensorSpec]) -> str:

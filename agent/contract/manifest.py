@@ -216,7 +216,9 @@ class Top1(Document, frozen=True, kw_only=True, tag_field="kind", tag="top1"):
 
 
 class GoldenCase(Document, frozen=True, kw_only=True):
-    """Inputs and what must come out. Both files are .npz without pickled objects, an array per tensor under its name."""
+    """Inputs and what must come out. Both files are .npz without pickled objects, an array per tensor under its name; texts are arrays of
+    NumPy's kinds S and U.
+    """
 
     name: str
     inputs: str

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,15 @@ BALLAST_BYTES = 40_000_000  # makes fetching last long enough to be met
 
 
 class World:
-    """Starts with release 1 serving. `update` publishes the next one and rolls it out. What the device keeps is below `home`."""
+    """Starts with release 1 serving. `update` publishes the next one and rolls it out. What the device keeps is below `home`.
 
-    def __init__(self, folder: Path, home: Path | None = None) -> None:
+    `serve` are settings of the device's agent.yaml.
+    """
+
+    def __init__(self, folder: Path, home: Path | None = None, *, serve: Mapping[str, float] | None = None) -> None:
         self.folder = folder
         self.home = home or folder
+        self._serve = dict(serve or {})
         self.version = 1
         self.models: dict[int, str] = {}
         """The model file of each release."""
@@ -66,6 +70,9 @@ class World:
         self.fleet.serve()
         self.device = Device("device", self.home, self.processes)
         self.device.prepare()
+        settings = yaml.safe_load(self.device.config.read_text())
+        settings["serve"] |= self._serve
+        self.device.config.write_text(yaml.safe_dump(settings))
         self.device.enrol(self.fleet.run("token", "create", "--device", "device").strip())
         self.device.start()
         self.until("the device is online", lambda: bool(self.fleet.devices()["device"]["online"]))

@@ -258,3 +258,45 @@ def crops(path):
         [value("y", TensorProto.FLOAT, [None, 2])],
         [("two", np.int64([2]))],
     )
+
+
+def sized(path):
+    """y is `v`, float32 [1], as often as the value n, int64 [1], says."""
+    return _save(
+        path,
+        [helper.make_node("Expand", ["v", "n"], ["y"])],
+        [value("v", TensorProto.FLOAT, [1]), value("n", TensorProto.INT64, [1])],
+        [value("y", TensorProto.FLOAT, ["n"])],
+    )
+
+
+def wide(path):
+    """y = the sum of the four values of x, float32 [n, 4] of whole numbers, by int8 weights and activations that take all 8 bits."""
+    initializers = [
+        ("s", np.float32(1)), ("z", np.int8(0)), ("w", np.full((4, 1), 127, np.int8)), ("ws", np.float32(1 / 127)),
+    ]  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("QLinearMatMul", ["q", "s", "z", "w", "ws", "z", "s", "z"], ["p"]),
+        helper.make_node("DequantizeLinear", ["p", "s", "z"], ["y"]),
+    ]
+    shapes = [value("x", TensorProto.FLOAT, ["n", 4])], [value("y", TensorProto.FLOAT, ["n", 1])]
+    return _save(path, nodes, *shapes, initializers)
+
+
+def classifier(path, *, only_maps=False):
+    """What sklearn exporters make: the more probable of two classes for x, float32 [n, 2], and a map of class to probability for each row."""
+    nodes = [
+        helper.make_node(
+            "LinearClassifier", ["x"], ["label", "p"], domain="ai.onnx.ml", classlabels_ints=[0, 1], post_transform="SOFTMAX",
+            coefficients=[1.0, 0.0, 0.0, 1.0], intercepts=[0.0, 0.0],
+        ),
+        helper.make_node("ZipMap", ["p"], ["probs"], domain="ai.onnx.ml", classlabels_int64s=[0, 1]),
+    ]  # fmt: skip
+    kind = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    maps = helper.make_value_info("probs", helper.make_sequence_type_proto(kind))
+    outputs = [maps] if only_maps else [value("label", TensorProto.INT64, ["n"]), maps]
+    graph = helper.make_graph(nodes, "g", [value("x", TensorProto.FLOAT, ["n", 2])], outputs)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path

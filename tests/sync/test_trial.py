@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
+from onnx import TensorProto
 
 from agent.contract.manifest import Close, Picture, Serving, Tensor, Top1
 from agent.contract.reasons import Reason
@@ -531,6 +532,28 @@ def test_golden_cases_may_be_for_any_signature(signature, given, expected, words
     tried = signed(tmp_path, signature, given, expected, **declared)
     if words is None:
         assert trials.run(tried, 30.0, lambda: False)["p95_ms"] < 1000
+    else:
+        found = refused(trials, tried)
+        assert (found.reason, words in found.message) == (Reason.GOLDEN_MISMATCH, True), found.message
+
+
+NUMBER, WORD, WORDS = np.array(3, np.float32), np.array(b"one"), np.array([["one", "zw\u00f6lf"]])
+PLAIN = [
+    (TensorProto.FLOAT, NUMBER, NUMBER, None),
+    (TensorProto.STRING, WORD, WORD, None),
+    (TensorProto.STRING, WORDS, WORDS, None),
+    (TensorProto.STRING, WORDS, WORDS[:, ::-1], "the texts of 'y' are not the expected ones"),
+    (TensorProto.STRING, WORD, NUMBER, "the texts of 'y' are not the expected ones"),
+    (TensorProto.FLOAT, NUMBER, WORD, "the texts of 'y' are not the expected ones"),
+]
+
+
+@pytest.mark.parametrize(("kind", "given", "expected", "words"), PLAIN, ids=str)
+def test_golden_cases_may_be_texts_and_have_no_dimensions(kind, given, expected, words, trials, tmp_path):
+    path = onnx_models.identity(tmp_path / "m.onnx", kind, given.shape)
+    tried = msgspec.structs.replace(signed(tmp_path, "", {"x": given}, {"y": expected}), runtime="onnx", model=str(path))
+    if words is None:
+        assert trials.run(tried, 30.0, lambda: False)
     else:
         found = refused(trials, tried)
         assert (found.reason, words in found.message) == (Reason.GOLDEN_MISMATCH, True), found.message

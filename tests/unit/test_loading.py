@@ -43,6 +43,17 @@ def test_what_a_model_is_warmed_up_with(content, warm, picky, tmp_path):
     version.retire()
 
 
+@pytest.mark.parametrize(
+    ("kind", "x"), [(TensorProto.FLOAT, np.array(3, np.float32)), (TensorProto.STRING, np.array(b"one"))], ids=str
+)
+def test_inputs_to_warm_up_with_may_be_texts_and_have_no_dimensions(kind, x, tmp_path):
+    path = onnx_models.identity(tmp_path / "m.onnx", kind, ())
+    np.savez(tmp_path / "x.npz", x=x)
+    version = loading.load(Source("m", 1, path, "", warm_up=tmp_path / "x.npz"), threads=1)
+    assert version.is_warm
+    version.retire()
+
+
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
 @pytest.mark.skipif(os.geteuid() != 0, reason="a thread that gives way needs a privilege to come back")
 def test_what_takes_the_engine_long_gives_way(isolation, tmp_path, monkeypatch):

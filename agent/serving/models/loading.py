@@ -17,7 +17,7 @@ from agent.serving.models.host import NeverInlineVersion, Version
 from agent.store import Release, hash_model
 from agent.variants import prepared
 from runtimes import hazards, onnx_external, registry
-from runtimes.check import zeros
+from runtimes.check import read_npz, zeros
 from runtimes.contract import Array, InputInvalid, LoadOptions, Model, ModelInvalid, RunFailed, Runtime, RuntimeFailure, Scalar
 from runtimes.naming import Interfaces
 from runtimes.words import without_paths
@@ -188,7 +188,7 @@ def _load_isolated(
     version = _finished(source, runtime, raw, NeverInlineVersion)
     if not raw.is_alive:
         raw.close()
-        raise ModelInvalid(f"its process ended in its first run ({raw.ending})")
+        raise ModelInvalid(f"its process ended in its first run ({raw.ending}){_other_inputs(source)}")
     raw.run_limit_s = limits.run_s
     if dangers:
         log.info(
@@ -200,6 +200,13 @@ def _load_isolated(
     version.memory_bytes = raw.memory_bytes
     _log_loaded(version)
     return version
+
+
+def _other_inputs(source: Source) -> str:
+    """What to do about a first run on zeros that went wrong; only a release can say anything else."""
+    if source.warm_up is not None or not source.variant:
+        return ""
+    return ", which was on zeros: a release may name a golden case for it (serving: {warm_up: NAME})"
 
 
 def _options(source: Source, threads: int) -> LoadOptions:
@@ -228,14 +235,9 @@ def _finished(source: Source, runtime: Runtime, raw: Model, kind: type[Version] 
 
 def _read_arrays(version: Version, path: Path) -> dict[str, Array] | None:
     """None when the file cannot be used: a model answers without having been warm, too."""
-    import zipfile
-
-    import numpy as np
-
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: np.ascontiguousarray(archive[name]) for name in archive.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        return read_npz(path)
+    except ValueError as error:
         log.warning("model %r version %d: its inputs to warm up with cannot be read: %s", version.name, version.number, error)
         return None
 

@@ -280,7 +280,9 @@ class _Conversation:
             raise Problem(Reason.TRIAL_CRASHED, f"the trial spoke nonsense while {self.step}: {self.garbage}")
         if self.timed_out:
             raise Problem(
-                Reason.TRIAL_TIMED_OUT, f"the trial was still {self.step} after {self._timeout_s:g} s, the time it may take"
+                Reason.TRIAL_TIMED_OUT,
+                f"the trial was still {self.step} after {self._timeout_s:g} s, the time it may take; "
+                "a release that needs longer says so (acceptance: {max_trial_s: SECONDS})",
             )
         if returncode in ENDINGS:
             self._look_whether_we_end()
