@@ -2,7 +2,7 @@
 
 The copies are forks, so that the engine, once imported, is there at no cost. They are made by a fork that stays as this process was before it
 had threads or models (a zygote), a few at a time, and try one model after the other. A model that ends or hangs one that has tried others before
-is tried once more by a new one: it may have died of what they left behind.
+is tried once more by a new one: it may have died of what they left behind. Where many hang, most of them wait until all others were tried.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from agent.host import priority
 from agent.serving.models import loading
 from agent.serving.models.loading import Source
 from runtimes import registry
@@ -29,6 +30,9 @@ from runtimes.contract import RuntimeFailure
 
 PATIENCE_S = (
     1.0  # one that takes longer does not count among those that go on at once: what hangs must not keep the others waiting
+)
+MOST_LATE = (
+    8  # copies that take long: each takes a processor's time and memory. Of one more, the newest is tried again at the end
 )
 OOM_SCORE = 300  # when memory runs out a copy goes, and the process that is to serve stays
 MAX_REASON_CHARACTERS = 4000
@@ -56,7 +60,7 @@ class Rehearsals:
                 _settle(parent)
                 for descriptor in descriptors:
                     os.close(descriptor)
-                _rehearse_all(self._sources, say, threads, limit_s)
+                _Zygote(self._sources, say, threads, limit_s).rehearse_all()
             finally:
                 os._exit(0)
         os.close(say)
@@ -65,9 +69,10 @@ class Rehearsals:
         """Each source once, as soon as it is known: why it cannot be loaded, None when it can."""
         left = dict(enumerate(self._sources))
         with os.fdopen(self._said, "rb") as said:
-            for line in said:
+            while left and (line := said.readline()).endswith(b"\n"):  # a half one is the last that was said
                 number, reason = json.loads(line)
                 yield left.pop(number), reason
+        self.end()  # it has said all, or cannot say more; its copies end with it
         os.waitpid(self._pid, 0)
         for source in left.values():
             yield source, "it could not be tried before: the process for that has ended"
@@ -90,62 +95,116 @@ class _Copy:
     tried: int = 0
     begun_s: float = 0.0  # monotonic
 
+    def is_late(self) -> bool:
+        return self.number >= 0 and time.monotonic() - self.begun_s >= PATIENCE_S
 
-def _rehearse_all(sources: Sequence[Source], say: int, threads: int, limit_s: float) -> None:
-    """Writes a line for each source: its number, and the reason or null."""
-    waiting = deque(range(len(sources)))
-    again: deque[int] = deque()  # for a copy that has tried nothing
-    copies: list[_Copy] = []
-    while waiting or again or any(copy.number >= 0 for copy in copies):
-        _give_work(copies, waiting, again, sources, threads)
+    def ask(self, number: int) -> bool:
+        """Has it try the source of this number. False when it is not there any more."""
+        try:
+            self.line.send(b"%d" % number)
+        except OSError:
+            return False
+        self.number, self.begun_s = number, time.monotonic()
+        return True
+
+    def hear(self) -> bytes:
+        """Its verdict; nothing when it has ended, or has not come to one."""
+        try:
+            return self.line.recv(MAX_VERDICT_BYTES, socket.MSG_DONTWAIT)
+        except OSError:
+            return b""
+
+
+class _Zygote:
+    """Writes a line to `say` for each source: its number, and the reason or null."""
+
+    def __init__(self, sources: Sequence[Source], say: int, threads: int, limit_s: float) -> None:
+        self._sources = sources
+        self._say = say
+        self._threads = threads
+        self._limit_s = limit_s
+        self._waiting = deque(range(len(sources)))
+        self._again: deque[int] = deque()  # for a copy that has tried nothing
+        self._aside: deque[int] = deque()  # what took long while others waited
+        self._copies: list[_Copy] = []
+
+    def rehearse_all(self) -> None:
+        while self._waiting or self._again or self._aside or any(copy.number >= 0 for copy in self._copies):
+            self._give_work()
+            for copy in self._heard():
+                self._take_verdict(copy)
+            late = sorted((copy for copy in self._copies if copy.is_late()), key=lambda copy: copy.begun_s)
+            for copy in late:
+                priority.lower_process(copy.pid)  # others are served meanwhile
+            for copy in late[MOST_LATE:] if self._waiting or self._again else ():
+                self._aside.append(copy.number)
+                self._end(copy, killed="others come first")
+        for copy in list(self._copies):
+            self._end(copy, killed="it is not needed any more")
+
+    def _give_work(self) -> None:
+        """To as many copies as there are processors, not counting those that take long."""
+        most = len(os.sched_getaffinity(0))
+        while sum(copy.number >= 0 and not copy.is_late() for copy in self._copies) < most:
+            queue = self._again or self._waiting
+            if not queue and sum(copy.number >= 0 for copy in self._copies) < MOST_LATE:
+                queue = self._aside
+            if not queue:
+                return
+            copy = None if queue is self._again else next((copy for copy in self._copies if copy.number < 0), None)
+            if copy is None:
+                copy = _fork(self._sources, self._threads, [self._say, *(other.line.fileno() for other in self._copies)])
+                self._copies.append(copy)
+            if copy.ask(queue[0]):
+                queue.popleft()
+            else:  # what it tried before has ended it since
+                self._end(copy, killed="it cannot be asked any more")
+
+    def _heard(self) -> list[_Copy]:
+        """Those that have said something, have ended or have had their time; waits until one has, or takes long from then on."""
+        at_work = [copy for copy in self._copies if copy.number >= 0]
         now = time.monotonic()
-        at_work = [copy for copy in copies if copy.number >= 0]
-        steps = [copy.begun_s + step_s - now for copy in at_work for step_s in (PATIENCE_S, limit_s)]
-        ready, _, _ = select.select([copy.line for copy in at_work], [], [], min([s for s in steps if s > 0], default=0.0))
+        steps = [copy.begun_s + step_s - now for copy in at_work for step_s in (PATIENCE_S, self._limit_s)]
+        poll = select.poll()
         for copy in at_work:
-            late = copy.line not in ready and time.monotonic() - copy.begun_s >= limit_s
-            if copy.line not in ready and not late:
-                continue
-            said = b"" if late else copy.line.recv(MAX_VERDICT_BYTES)
-            number, copy.number = copy.number, -1
-            copy.tried += 1
-            if said:
-                _report(say, number, json.loads(said))
-                continue
-            copies.remove(copy)
-            reason = _end(copy, killed=f"loading it and a first run were not done in {limit_s:g} s" if late else None)
-            if copy.tried > 1:
-                again.append(number)
-            else:
-                _report(say, number, reason)
-    for copy in copies:
-        _end(copy, killed="it is not needed any more")
+            poll.register(copy.line, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(1000 * min([s for s in steps if s > 0], default=0.0))}
+        return [copy for copy in at_work if copy.line.fileno() in ready or self._has_had_its_time(copy)]
+
+    def _has_had_its_time(self, copy: _Copy) -> bool:
+        return time.monotonic() - copy.begun_s >= self._limit_s
+
+    def _take_verdict(self, copy: _Copy) -> None:
+        said = copy.hear()
+        number, copy.number = copy.number, -1
+        copy.tried += 1
+        if said:
+            self._report(number, json.loads(said))
+            return
+        late = f"loading it and a first run were not done in {self._limit_s:g} s" if self._has_had_its_time(copy) else None
+        reason = self._end(copy, killed=late)
+        if copy.tried > 1:
+            self._again.append(number)
+        else:
+            self._report(number, reason)
+
+    def _report(self, number: int, reason: str | None) -> None:
+        os.write(self._say, json.dumps([number, reason]).encode() + b"\n")
+
+    def _end(self, copy: _Copy, *, killed: str | None) -> str:
+        self._copies.remove(copy)
+        return _end(copy, killed=killed)
 
 
-def _give_work(copies: list[_Copy], waiting: deque[int], again: deque[int], sources: Sequence[Source], threads: int) -> None:
-    """To as many copies as there are processors, not counting those that take long."""
-    most, now = len(os.sched_getaffinity(0)), time.monotonic()
-    while (waiting or again) and sum(copy.number >= 0 and now - copy.begun_s < PATIENCE_S for copy in copies) < most:
-        copy = None if again else next((copy for copy in copies if copy.number < 0), None)
-        if copy is None:
-            copy = _fork(sources, threads, [other.line for other in copies])
-            copies.append(copy)
-        copy.number, copy.begun_s = (again or waiting).popleft(), now
-        copy.line.send(b"%d" % copy.number)
-
-
-def _report(say: int, number: int, reason: str | None) -> None:
-    os.write(say, json.dumps([number, reason]).encode() + b"\n")
-
-
-def _fork(sources: Sequence[Source], threads: int, others: Sequence[socket.socket]) -> _Copy:
+def _fork(sources: Sequence[Source], threads: int, others: Sequence[int]) -> _Copy:
+    """`others` are descriptors that are none of its business."""
     line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     errors = os.memfd_create("rehearsal", os.MFD_CLOEXEC)
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        for other in (line, *others):
-            other.close()
+        for other in (line.fileno(), *others):
+            os.close(other)
         _rehearse(sources, threads, theirs, errors, parent)
     theirs.close()
     return _Copy(pid, line, errors)
@@ -153,8 +212,9 @@ def _fork(sources: Sequence[Source], threads: int, others: Sequence[socket.socke
 
 def _end(copy: _Copy, *, killed: str | None) -> str:
     """Why a copy ended that is gone; or `killed`, of one that is ended now."""
-    if killed is not None:
-        os.kill(copy.pid, signal.SIGKILL)
+    os.kill(
+        copy.pid, signal.SIGKILL
+    )  # how one has ended that has, that does not change; another one may have closed its line and go on
     _, status = os.waitpid(copy.pid, 0)
     copy.line.close()
     with os.fdopen(copy.errors, "rb") as errors:
