@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import stat
 from pathlib import Path
 
 import msgspec
@@ -50,7 +48,7 @@ class Diary:
     def read(self) -> tuple[Life, ...]:
         """Oldest first. Empty when there is no such file or it is not what it should be: `serve` may be anything."""
         try:
-            return decode(_regular(self._path), _Record, limit_bytes=_MAX_BYTES).lives
+            return decode(files.read_regular(self._path, _MAX_BYTES), _Record, limit_bytes=_MAX_BYTES).lives
         except (OSError, ContractError):
             return ()
 
@@ -60,15 +58,3 @@ class Diary:
             files.write(self._path, encode(_Record(lives=lives[-KEPT:])), mode=0o640)
         except OSError as error:
             log.warning("a restart of this process will count as a crash: %s cannot be written: %s", self._path, error)
-
-
-def _regular(path: Path) -> bytes:
-    """The contents of a plain file, up to the limit and a byte more; neither a link nor a pipe can make the reader wait or stray.
-
-    Raises: OSError.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(f"{path} is not a file")
-        return file.read(_MAX_BYTES + 1)

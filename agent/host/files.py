@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -75,3 +76,15 @@ def remove(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
         sync_directory(path.parent)
+
+
+def read_regular(path: Path, limit_bytes: int) -> bytes:
+    """The contents of a plain file, up to the limit and a byte more; neither a link nor a pipe can make the reader wait or stray.
+
+    Raises: OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(f"{path} is not a file")
+        return file.read(limit_bytes + 1)

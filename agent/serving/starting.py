@@ -3,7 +3,7 @@
 The rules:
 - A file given by hand was never tried here: it is rehearsed in a copy of this process first. What has a process of its own needs no copy.
 - A release of the store was tried before it was selected, and is loaded at once; but not the one in whose loading the process before this
-  one ended. That one is rehearsed, so that a model which kills or hangs does it once.
+  one ended. That one is rehearsed, so that a model which kills or hangs does it once; the others do not wait for it.
 - Until a model is there it is listed as LOADING. Files are waited for a moment only: those that take longer come when they are ready.
 """
 
@@ -14,6 +14,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 FILES_PATIENCE_S = (
     5.0  # a large model on a slow card is there by then; clients of the others should not wait for one that hangs
 )
+SUSPECTS_PATIENCE_S = 2.0  # most are tried within it; one that hangs again takes up to `load_timeout_s`
 EXPECTED = (RuntimeFailure, MemoryError, OSError, ValueError, StoreError)
 """What loading a model raises for reasons of the model, the store or the machine. Anything else is a runtime that broke its contract."""
 
@@ -108,6 +110,10 @@ class _Loading:
         with self._residency.changing:
             if self._ended:
                 discard(version)
+                return
+            served = self._host.get(version.name)
+            if active and served is not None and served.active is not None:
+                discard(version)  # the model was given another one meanwhile
                 return
             self._host.add(version)
             if active:
@@ -206,6 +212,7 @@ class StoreStart(_Loading):
         self._store = store
         self._unfinished = unfinished
         self._before = before
+        self._rest_s: float | None = None  # monotonic; since when only suspects are left
 
     def begin(self, descriptors: Sequence[int]) -> None:
         """`before` is called first: only now is it known that this is the only server."""
@@ -213,10 +220,13 @@ class StoreStart(_Loading):
         selections = self._store.selections()
         suspects = self._suspects(selections)
         rehearsals = self._rehearse(suspects, descriptors) if suspects else None
-        self._work("loading", lambda: self._load_all(selections, rehearsals))
+        self._work("loading", lambda: self._load_all(selections, suspects, rehearsals))
 
     def wait(self, end: Ending) -> bool:
+        """For all that was never suspected, and for SUSPECTS_PATIENCE_S for the rest."""
         while self._working and not end.is_set():
+            if self._rest_s is not None and time.monotonic() - self._rest_s > SUSPECTS_PATIENCE_S:
+                break
             self._await_change(end, 1.0)
             what = self._unfinished.overdue(self._limits.load_s)
             if what is not None:
@@ -242,28 +252,44 @@ class StoreStart(_Loading):
             log.warning(
                 "a process before this one ended while it loaded model %r version %d: it is tried apart first", model, version
             )
+            self._unfinished.suspect((model, version), "it is being tried apart")
             with contextlib.suppress(StoreError):  # which is said where it is loaded
                 found.append(loading.source_of(self._store.release(model, choices[model, version])))
         return found
 
-    def _load_all(self, selections: Mapping[str, Selection | StoreError], rehearsals: Rehearsals | None) -> None:
+    def _load_all(
+        self, selections: Mapping[str, Selection | StoreError], suspects: Sequence[Source], rehearsals: Rehearsals | None
+    ) -> None:
         """What is over the memory budget is put out again, known from then on."""
-        tried = {} if rehearsals is None else {(s.name, s.version): reason for s, reason in rehearsals.verdicts()}
+        later = {source.name for source in suspects}
         for name, selection in selections.items():
             if self._ended:
                 return
             if isinstance(selection, StoreError):
                 log.error("model %r is not served: %s", name, selection)
                 self._put(loading.failed(Source(name, 0, self._store.root, ""), str(selection)), active=False)
-                continue
-            self._load_selection(selection, tried)
+            elif name not in later:
+                self._load_selection(selection)
+        if rehearsals is None:
+            return
+        for source in suspects:
+            self._put(_listed(source), active=False)
+        self._rest_s = time.monotonic()
+        self._tell()
+        for source, reason in rehearsals.verdicts():
+            why = reason and f"tried apart, {reason}; it is tried again when this program starts again"
+            self._unfinished.suspect((source.name, source.version), why)
+        for name in sorted(later):
+            now = self._store.selections().get(name)  # others are served meanwhile, and `sync` may have gone back
+            if isinstance(now, Selection) and not self._ended:
+                self._load_selection(now)
 
-    def _load_selection(self, selection: Selection, tried: Mapping[tuple[str, int], str | None]) -> None:
+    def _load_selection(self, selection: Selection) -> None:
         reason = ""
         for choice in (selection.active, selection.previous):
             if choice is None:
                 continue
-            error = self._load_choice(selection.model, choice, tried)
+            error = self._load_choice(selection.model, choice)
             if error is None:
                 served = self._host.get(selection.model)
                 if reason and served is not None and served.active is not None:
@@ -271,14 +297,12 @@ class StoreStart(_Loading):
                 return
             reason = reason or error
 
-    def _load_choice(self, model: str, choice: Choice, tried: Mapping[tuple[str, int], str | None]) -> str | None:
+    def _load_choice(self, model: str, choice: Choice) -> str | None:
         """Why it could not be loaded; None when it is."""
         source = Source(model, choice.version, self._store.root, "", variant=choice.variant)
         try:
             source = loading.source_of(self._store.release(model, choice))
-            refused = tried.get((model, choice.version))
-            if refused is not None:
-                raise _Refused(refused)  # noqa: TRY301
+            self._unfinished.check(source)
             version = self._load(source)
         except EXPECTED as error:
             text = f"cannot load model {model!r} version {choice.version}: {loading.reason(source, error)}"
@@ -293,10 +317,6 @@ class StoreStart(_Loading):
             return None
         self._put(loading.failed(source, text), active=False)
         return text
-
-
-class _Refused(ValueError):
-    """Its rehearsal said so."""
 
 
 def _listed(source: Source) -> Version:

@@ -1,6 +1,7 @@
 """A model that hangs or kills costs itself: when it is loaded, when it is run for the first time, and when a request asks for it."""
 
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -25,6 +26,13 @@ def why(server, model):
         status, _, content = client.request("GET", f"/control/v1/models/{model}")
     assert status == 200, content
     return json.loads(content)["versions"]["1"]
+
+
+def load(server, model, version=1):
+    """What is answered to whoever has a release loaded: status and reason."""
+    with server.client() as client:
+        status, _, content = client.request("POST", f"/control/v1/models/{model}/load", {"version": version, "variant": "cpu"})
+    return status, json.loads(content).get("error", "")
 
 
 def wait_until(condition):
@@ -157,11 +165,67 @@ def test_a_release_that_kills_or_hangs_does_it_once(bad_release):
     server = bad_release(lambda path: onnx_models.loops(path, "endless"), load_timeout_s=2.0)
     assert server.process.wait(DEADLINE_S) == 1
     assert "loading model 'bad' version 1 has taken more than 2 s" in server.output()
-    server = bad_release(None, load_timeout_s=2.0)
+    server = bad_release(None, load_timeout_s=8.0)
     server.wait_for("READY=1")
-    assert "were not done in 2 s" in why(server, "bad")["reason"]
+    assert why(server, "bad")["state"] == "LOADING", "the others do not wait for it"
     with server.client() as client:
         assert client.infer("scale", {"x": X})["y"][0, 0] == 2
+    status, said = load(server, "bad")
+    assert (status, "it is being tried apart" in said) == (422, True), said
+    wait_until(lambda: "were not done in 8 s" in why(server, "bad")["reason"])
+    status, said = load(server, "bad")
+    assert (status, "were not done in 8 s; it is tried again when this program starts again" in said) == (422, True), said
+
+
+def test_one_that_passes_when_it_is_tried_apart_is_served_after_all(bad_release, tmp_path):
+    """What ended the process may have been anything."""
+    (tmp_path / "serve").mkdir()
+    (tmp_path / "serve/loading.json").write_text('[["bad", 1]]')
+    server = bad_release(lambda path: onnx_models.scale(path, 3.0))
+    server.wait_for("READY=1")
+    wait_until(lambda: why(server, "bad")["state"] == "READY")
+    with server.client() as client:
+        assert client.infer("bad", {"x": X})["y"][0, 0] == 3
+    assert "ended while it loaded model 'bad' version 1" in server.output()
+    assert server.stop() == 0
+    assert not (tmp_path / "serve/loading.json").exists()
+
+
+NOTES = [
+    "nothing",
+    "garbage",
+    "deep",
+    "a number that is none",
+    "a pipe",
+    "a link to nowhere",
+    "a folder",
+    "in a folder that is a file",
+]
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_a_note_that_is_none_keeps_nobody_from_serving(note, bad_release, tmp_path):
+    path = tmp_path / "serve/loading.json"
+    path.parent.mkdir()
+    if note == "garbage":
+        path.write_bytes(b"\xff{")
+    elif note == "deep":
+        path.write_text("[" * 100_000)
+    elif note == "a number that is none":
+        path.write_text('[["bad", 1e999]]')
+    elif note == "a pipe":
+        os.mkfifo(path)
+    elif note == "a link to nowhere":
+        path.symlink_to("/nowhere/at/all")
+    elif note == "a folder":
+        path.mkdir()
+    elif note == "in a folder that is a file":
+        path.parent.rmdir()
+        path.parent.write_text("in the way")
+    server = bad_release(lambda path: onnx_models.scale(path, 3.0))
+    server.wait_for("READY=1")
+    assert why(server, "bad")["state"] == "READY"
+    assert server.stop() == 0
 
 
 @x86
@@ -171,6 +235,8 @@ def test_a_release_that_kills_names_itself_to_the_next_start(bad_release):
     server = bad_release(None)
     server.wait_for("READY=1")
     assert "SIGFPE" in why(server, "bad")["reason"]
+    status, said = load(server, "bad")  # as `sync` does for what is selected and not served
+    assert (status, "SIGFPE" in said) == (422, True), said
     assert server.stop() == 0
     server = bad_release(None)
     server.wait_for("READY=1")  # and to all that come after it

@@ -113,6 +113,7 @@ class Residency:
         return version
 
     def _load(self, source: Source) -> Version:
+        self.unfinished.check(source)
         return loading.load(source, threads=self._engine_threads, limits=self._limits, guard=self.unfinished.during)
 
     def is_overdue(self) -> bool:
