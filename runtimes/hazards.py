@@ -71,13 +71,24 @@ class Graph:
 
 def find(runtime: str, path: Path) -> tuple[str, ...]:
     """What a request could do, in words, each once; empty when nothing was found."""
-    if runtime == "onnx":
+    if runtime == "onnx" and _is_of_ort(path):
+        from runtimes.ort_hazards import read
+    elif runtime == "onnx":
         from runtimes.onnx_hazards import read
     elif runtime == "tflite":
         from runtimes.tflite_hazards import read
     else:
         return ()
     return judge(read(path), traps=platform.machine().lower() in {"x86_64", "amd64", "i686", "i386"})
+
+
+def _is_of_ort(path: Path) -> bool:
+    """By its identifier, as the engine does: blobs have no suffix."""
+    try:
+        with path.open("rb") as file:
+            return file.read(8)[4:] == b"ORTM"
+    except OSError:
+        return False
 
 
 def judge(graphs: Sequence[Graph], *, traps: bool) -> tuple[str, ...]:

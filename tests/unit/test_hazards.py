@@ -6,11 +6,12 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from runtimes import hazards
-from tests.serving import tflite_models
+from tests.serving import onnx_models, tflite_models
 
 F, I32, I64, B = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 ends a process that divides so")
@@ -68,6 +69,45 @@ def test_what_is_found(tmp_path, monkeypatch, name):
     assert find(model(tmp_path / "m.onnx", nodes, inputs, value("y", I32), CONSTANTS)) == (
         found if x86.args[0] is False else ""
     )
+
+
+def in_ort_format(path):
+    """The same model as the engine itself writes it in its own format."""
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings.optimized_model_filepath = str(path.with_suffix(".ort"))
+    settings.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    return path.with_suffix(".ort").rename(path.with_suffix(""))  # blobs have no suffix
+
+
+def a_row(name):
+    return lambda path: model(path, *ROWS[name][:2], value("y", I32), CONSTANTS)
+
+
+ORT = {
+    "a division": (onnx_models.divides, "Div"),
+    "by a constant that is minus one": (a_row("by a constant that is minus one"), "Div"),
+    "by another constant": (a_row("by another constant"), ""),
+    "of shapes": (lambda path: model(path, ROWS["of shapes"][0], [X, Z], value("y", I64)), ""),
+    "of a cast": (lambda path: model(path, ROWS["of a cast"][0], ROWS["of a cast"][1], value("y", I64)), "Div"),
+    "of floats": (lambda path: onnx_models.scale(path, 2.0), ""),
+    "a size": (onnx_models.sized, "Expand"),
+    "a loop": (onnx_models.loops, "Loop"),
+    "a loop that nothing is asked": (lambda path: onnx_models.loops(path, "endless"), ""),
+}
+
+
+@pytest.mark.parametrize("name", ORT)
+def test_what_is_found_in_files_of_orts_own_format(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    make, found = ORT[name]
+    path = in_ort_format(make(tmp_path / "m.onnx"))
+    assert find(path) == found
+    content = path.read_bytes()
+    for end in range(0, len(content), 61):
+        path.write_bytes(content[:end])
+        hazards.find("onnx", path)  # never raises
 
 
 def body(nodes, *, carried=F, goes_on=B):
@@ -152,7 +192,9 @@ def test_only_x86_traps(tmp_path, monkeypatch):
         assert find(path) == found
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00", b"\xff" * 100, b"TFL3" * 30, b"\x3a\xff\xff\xff\xff\x0f"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00", b"\xff" * 100, b"TFL3" * 30, b"\x04\0\0\0ORTM" * 30, b"\x3a\xff\xff\xff\xff\x0f"]
+)
 def test_nothing_is_found_in_what_is_not_understood(tmp_path, content):
     path = tmp_path / "m"
     path.write_bytes(content)
