@@ -16,7 +16,7 @@ and is not followed. Nothing is found in a file that is not understood, or of a 
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,11 @@ SIZES: Mapping[str, Sequence[int]] = {
 
 SHAPES = frozenset({"Shape", "Size", "SHAPE", "RANK", "ConstantOfShape", "ZEROS_LIKE", "EyeLike"})
 """Operators whose results depend on the shapes of what they are given, not on its values."""
+
+MOST_LOOKS = 300_000
+"""At nodes. Bodies within loops are looked at again and again: 24 loops within each other, a file of 3 KB, would take days. This is a second."""
+
+UNSEEN = "it is nested too deeply to see what a request could do"
 
 MANY = 1_000_000
 """A loop that may go round so often has no bound that helps."""
@@ -79,7 +84,11 @@ def find(runtime: str, path: Path) -> tuple[str, ...]:
         from runtimes.tflite_hazards import read
     else:
         return ()
-    return judge(read(path), traps=platform.machine().lower() in {"x86_64", "amd64", "i686", "i386"})
+    try:
+        graphs = read(path)
+    except RecursionError:
+        return (UNSEEN,)
+    return judge(graphs, traps=platform.machine().lower() in {"x86_64", "amd64", "i686", "i386"})
 
 
 def _is_of_ort(path: Path) -> bool:
@@ -94,22 +103,33 @@ def _is_of_ort(path: Path) -> bool:
 def judge(graphs: Sequence[Graph], *, traps: bool) -> tuple[str, ...]:
     """The same of graphs that a request may run. `traps`: whether an integer division without a result ends a process on this machine."""
     found: dict[str, None] = {}
-    for graph in graphs:
-        _Walk(found, traps=traps).graph(graph, set(graph.inputs), dict(graph.types), {})
+    looks = iter(range(MOST_LOOKS))
+    try:
+        for graph in graphs:
+            _Walk(found, looks, traps=traps).graph(graph, set(graph.inputs), dict(graph.types), {})
+    except (_TooMuch, RecursionError):
+        found[UNSEEN] = None
     return tuple(found)
+
+
+class _TooMuch(Exception):
+    """MOST_LOOKS are through."""
 
 
 class _Walk:
     """Follows the values that depend on those of a request (`told`) through a graph and what it runs."""
 
-    def __init__(self, found: dict[str, None], *, traps: bool) -> None:
+    def __init__(self, found: dict[str, None], looks: Iterator[int], *, traps: bool) -> None:
         self._found = found
+        self._looks = looks
         self._traps = traps
 
     def graph(self, graph: Graph, told: set[str], types: dict[str, str], constants: Mapping[str, Collection[int]]) -> set[str]:
         """Adds to `told` what depends on it, and gives it back."""
         constants = {**constants, **graph.constants}
         for node in graph.nodes:
+            if next(self._looks, None) is None:
+                raise _TooMuch
             known = next((types[name] for name in node.inputs if name in types), "")
             for name in node.outputs[:1]:
                 types.setdefault(name, node.type or ("BOOL" if node.op in TRUTHS else known))
@@ -182,7 +202,7 @@ class _Walk:
         depends, before = [name in told for name in carried], None
         while depends != before:
             before = depends
-            after = go_round(_Walk({}, traps=self._traps), body, depends, inner)
+            after = go_round(_Walk({}, self._looks, traps=self._traps), body, depends, inner)
             depends = [does or name in after for does, name in zip(depends, outer, strict=False)]
         after = go_round(self, body, depends, inner)
         if of_onnx:

@@ -36,20 +36,38 @@ TYPED = {"Cast": "to", "ConstantOfShape": "value", "Constant": "value", "EyeLike
 """Operators that say the type of what they give, and in which attribute."""
 WITH_BODIES = frozenset({"If", "Loop", "Scan"})
 
-Functions = Mapping[tuple[str, str], memoryview]
+
+class Functions:
+    """Those of a file, by domain and name; each is read once, however often it is called."""
+
+    def __init__(self) -> None:
+        self.contents: dict[tuple[str, str], memoryview] = {}
+        self._graphs: dict[tuple[str, str], Graph] = {}
+        self._under_way: set[tuple[str, str]] = set()
+
+    def find(self, domain: str, name: str) -> Graph | None:
+        """None when there is no such function, and within itself: they may not call themselves."""
+        key = (domain, name)
+        if key not in self.contents or key in self._under_way:
+            return None
+        if key not in self._graphs:
+            self._under_way.add(key)
+            self._graphs[key] = _function(self.contents[key], self)
+            self._under_way.remove(key)
+        return self._graphs[key]
 
 
 def read(path: Path) -> list[Graph]:
     """The graph that a request runs. None where the file is not understood."""
     try:
         model = mapped(path)
-        functions, graph = {}, None
+        functions, graph = Functions(), None
         for number, value in fields(model):
             if number == MODEL_GRAPH:
                 graph = message(value)
             elif number == MODEL_FUNCTIONS:
                 function = message(value)
-                functions[text_of(function, FUNCTION_DOMAIN), text_of(function, FUNCTION_NAME)] = function
+                functions.contents[text_of(function, FUNCTION_DOMAIN), text_of(function, FUNCTION_NAME)] = function
         return [] if graph is None else [_graph(graph, functions)]
     except UNREADABLE:
         return []
@@ -99,12 +117,9 @@ def _node(data: memoryview, graph: Graph, functions: Functions) -> Node:
         elif number == NODE_DOMAIN:
             domain = text(value)
     node.inputs, node.outputs = inputs, outputs
-    if (domain, node.op) in functions:
-        rest = {
-            key: function for key, function in functions.items() if key != (domain, node.op)
-        }  # they may not call themselves
-        node.bodies = [_function(functions[domain, node.op], rest)]
-        node.op = CALL
+    function = functions.find(domain, node.op)
+    if function is not None:
+        node.op, node.bodies = CALL, [function]
     elif node.op in WITH_BODIES:
         node.bodies = _bodies(attributes, functions)
     elif node.op in TYPED:

@@ -57,10 +57,13 @@ class _File:
         ]
         self._buffers = list(tables(data, self.model, MODEL_BUFFERS))
         self._subgraphs = list(tables(data, self.model, MODEL_SUBGRAPHS))
+        self._graphs: dict[int, Graph] = {}
 
     def graph(self, number: int, depth: int = 0) -> Graph:
         if depth > DEEPEST:
             raise ValueError("bodies within bodies without end")
+        if number in self._graphs:
+            return self._graphs[number]
         data, at = self._data, self._subgraphs[number]
         graph = Graph(self._names(at, SUBGRAPH_INPUTS), self._names(at, SUBGRAPH_OUTPUTS))
         for index, tensor in enumerate(tables(data, at, SUBGRAPH_TENSORS)):
@@ -69,6 +72,7 @@ class _File:
             if kind in INTEGERS:
                 graph.constants[str(index)] = self._constant(tensor, *INTEGERS[kind])
         graph.nodes = [self._node(operator, depth) for operator in tables(data, at, SUBGRAPH_OPERATORS)]
+        self._graphs[number] = graph
         return graph
 
     def _names(self, table: int, number: int) -> list[str]:

@@ -185,6 +185,55 @@ def test_what_is_found_in_tflite_files(tmp_path, monkeypatch, name):
     assert find(make(tmp_path / "m.tflite", **how), "tflite") == found
 
 
+def loops_in_loops(path, depth):
+    """y = x, behind loops within each other that go round no time."""
+    inner = [helper.make_node("Identity", ["v0"], ["w0"])]
+    for n in range(depth):
+        given, told = (
+            [value(f"i{n}", I64, []), value(f"c{n}", B, []), value(f"v{n}", F)],
+            [value(f"c{n}", B, []), value(f"w{n}", F)],
+        )
+        last = n == depth - 1
+        names = ["zero", "", "x" if last else f"v{n + 1}"], ["y" if last else f"w{n + 1}"]
+        inner = [helper.make_node("Loop", *names, body=helper.make_graph(inner, f"b{n}", given, told))]
+    return model(path, inner, [FLOATS], value("y", F), [("zero", np.int64(0))])
+
+
+def functions_in_functions(path, depth):
+    """Each calls the next one twice."""
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    calls = [(f"F{n + 1}", "own") for n in range(depth - 1)] + [("Identity", "")]
+    made = [
+        helper.make_function(
+            "own", f"F{n}", ["x"], ["y"], [node(op, "x", "a", domain=domain), node(op, "a", "y", domain=domain)], opsets
+        )
+        for n, (op, domain) in enumerate(calls)
+    ]
+    return model(path, [node("F0", "x", "y", domain="own")], [FLOATS], value("y", F), functions=made)
+
+
+def ifs_in_ifs(path, depth):
+    """Each subgraph runs the next one eight times."""
+    tensors = [tflite_models.tensor(name, tflite_models.KIND.BOOL, (1,)) for name in "xy"]
+    graphs = []
+    for n in range(1, depth + 1):
+        of = {"thenSubgraphIndex": n, "elseSubgraphIndex": n}
+        branch = tflite_models.operator(tflite_models.OP.IF, [0], [1], tflite_models.OPTIONS.IfOptions, **of)
+        graphs.append(tflite_models.graph(tensors, [branch] * 4 if n < depth else [], [0], [1]))
+    return tflite_models.save(path, graphs)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("make", "depth", "runtime"),
+    [(loops_in_loops, 24, "onnx"), (functions_in_functions, 40, "onnx"), (ifs_in_ifs, 15, "tflite")],
+)
+def test_a_file_that_would_take_for_ever_to_look_through_is_a_hazard_itself(make, depth, runtime, tmp_path):
+    """It is some KB, and the engine may load it at once."""
+    assert hazards.find(runtime, make(tmp_path / "deep", depth)) == (hazards.UNSEEN,)
+    assert hazards.find(runtime, make(tmp_path / "flat", 3)) == ()
+
+
 def test_only_x86_traps(tmp_path, monkeypatch):
     path = model(tmp_path / "m.onnx", [node("Div", "x z", "y")], [X, Z], value("y", I32))
     for machine, found in (("x86_64", "Div"), ("aarch64", "")):
