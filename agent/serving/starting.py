@@ -22,7 +22,7 @@ from agent.host.signals import Ending
 from agent.serving.models import loading
 from agent.serving.models.host import ModelHost, Version
 from agent.serving.models.loading import Guard, Limits, Source, unguarded
-from agent.serving.models.rehearsal import Rehearsals
+from agent.serving.models.rehearsal import MOST_LATE, PATIENCE_S, Rehearsals
 from agent.serving.models.residency import Residency, discard, file_bytes
 from agent.serving.models.unfinished import Unfinished
 from agent.store import Choice, Selection, Store, StoreError
@@ -170,7 +170,18 @@ class FilesStart(_Loading):
                 source = self._alone.get_nowait()
             except queue.Empty:
                 return
-            self._load_one(source)
+            late = threading.Timer(PATIENCE_S, self._load_alone_too)
+            late.daemon = True
+            late.start()
+            try:
+                self._load_one(source)
+            finally:
+                late.cancel()
+
+    def _load_alone_too(self) -> None:
+        """One more thread does it, because one takes long: what hangs must not keep the others waiting."""
+        if not self._ended and not self._alone.empty() and len(self._working) < MOST_LATE + len(os.sched_getaffinity(0)):
+            self._work("loading", self._load_alone)
 
     def _load_one(self, source: Source) -> None:
         with self._residency.changing:

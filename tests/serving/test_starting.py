@@ -118,6 +118,20 @@ def test_it_is_said_why_a_model_has_a_process_of_its_own(files):
     assert "Div of INT32 can be asked for the least number divided by -1" in files.output()
 
 
+def test_isolated_ones_that_hang_do_not_keep_the_others_waiting(tmp_path):
+    """As many of them as are loaded at once."""
+    for number in range(len(os.sched_getaffinity(0))):
+        onnx_models.loops(tmp_path / f"a{number}.onnx", "zeros")
+    onnx_models.divides(tmp_path / "good.onnx")
+    server = Server(tmp_path, "run", tmp_path, "--socket", tmp_path / "s.sock", "--load-timeout", "60").start()
+    with server.client() as client:
+        assert client.infer("good", {"x": np.int32([9]), "z": np.int32([3])})["y"][0] == 3
+    assert why(server, "a0")["state"] == "LOADING"
+    begun = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - begun < 10
+
+
 def test_a_signal_ends_a_start_that_hangs(tmp_path):
     onnx_models.loops(tmp_path / "endless.onnx", "endless")
     server = Server(tmp_path, "run", tmp_path / "endless.onnx", "--socket", tmp_path / "s.sock", "--verbose").start(wait=False)
