@@ -132,6 +132,28 @@ def test_isolated_ones_that_hang_do_not_keep_the_others_waiting(tmp_path):
     assert time.monotonic() - begun < 10
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        pytest.param(onnx_models.kills_at_load, "SIGFPE", marks=x86),
+        (lambda path: onnx_models.loops(path, "endless"), "did not end within 3 s"),
+    ],
+    ids=["kills", "hangs"],
+)
+def test_a_file_that_was_changed_into_one_that_harms_is_refused_and_the_one_before_serves_on(make, words, tmp_path):
+    path = onnx_models.scale(tmp_path / "model.onnx", 2.0)
+    server = Server(tmp_path, "run", path, "--socket", tmp_path / "s.sock", "--load-timeout", "3").start()
+    make(path)
+    with server.client() as client:
+        status, _, content = client.request("POST", "/v2/repository/models/model/load", {})
+        assert (status, words in json.loads(content)["error"]) == (422, True), content
+        assert client.infer("model", {"x": X})["y"][0, 0] == 2
+        onnx_models.scale(path, 3.0)
+        assert client.request("POST", "/v2/repository/models/model/load", {})[0] == 200
+        assert client.infer("model", {"x": X})["y"][0, 0] == 3
+    assert server.stop() == 0
+
+
 def test_a_signal_ends_a_start_that_hangs(tmp_path):
     onnx_models.loops(tmp_path / "endless.onnx", "endless")
     server = Server(tmp_path, "run", tmp_path / "endless.onnx", "--socket", tmp_path / "s.sock", "--verbose").start(wait=False)

@@ -237,7 +237,7 @@ class Control:
             if old.answers and old.sha256 == source.sha256:
                 self._bring_back(old)
                 continue
-            self._host.replace(self._loaded(source))
+            self._host.replace(self._loaded(source, untried=True))
 
     def _load(self, name: str, choice: Choice) -> Version:
         """The version, READY, beside whatever is there.  Raises: Refusal."""
@@ -298,8 +298,10 @@ class Control:
         self._host.add(loading.failed(source, text))
         return Refusal(refusal.status, text, code=refusal.code)
 
-    def _loaded(self, source: loading.Source) -> Version:
+    def _loaded(self, source: loading.Source, *, untried: bool = False) -> Version:
         try:
+            if untried:
+                self._residency.try_apart(source)
             return self._residency.load(source)
         except Exception as error:
             raise _load_refusal(source, error) from error

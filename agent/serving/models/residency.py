@@ -16,7 +16,10 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
+
+from msgspec import structs
 
 from agent.host import memory
 from agent.serving.answers import Refusal
@@ -115,6 +118,12 @@ class Residency:
     def _load(self, source: Source) -> Version:
         self.unfinished.check(source)
         return loading.load(source, threads=self._engine_threads, limits=self._limits, guard=self.unfinished.during)
+
+    def try_apart(self, source: Source) -> None:
+        """Loads it and runs it once in a process that ends then: nobody has tried the file as it is now.  Raises: as `loading.load`."""
+        if source.serving.isolation != "in-process" and not loading.is_isolated(source):
+            apart = replace(source, serving=structs.replace(source.serving, isolation="process"))
+            discard(loading.load(apart, threads=self._engine_threads, limits=self._limits))
 
     def is_overdue(self) -> bool:
         """Whether loading a model takes longer than it may, so that nothing else can be loaded: only a restart ends that."""
