@@ -94,7 +94,9 @@ class Blackouts:
             with Card(self._folder) as self._card, World(self._folder, home=self._card.path) as self._world:
                 self._card.sync()
                 self._world.kill("sync")
-                self._start_sync()
+                self._world.kill("serve")
+                self._new_boot()
+                self._world.until("serve has a model", lambda: self._world.serving() is not None)
                 try:
                     while self.cuts.total() < self._to_do:
                         self._update()
