@@ -68,3 +68,13 @@ def test_bf16_is_the_nearest(values):
     for other in (bits - 1, bits + 1):
         away = np.abs(widened(other.astype(np.uint16)) - array)
         assert np.all((here <= away) | ~np.isfinite(away) | ~np.isfinite(here))
+
+
+@pytest.mark.parametrize("filler", [0, 9000], ids=["short", "long"])
+@pytest.mark.parametrize("number", ["1e999", "-2999e99999999999999999", f"1{'0' * 5000}"])
+@pytest.mark.parametrize("datatype", sorted(DTYPES))
+def test_numbers_beyond_every_datatype_are_refused(datatype, number, filler):
+    text = f"[{', '.join([number] + ['0'] * filler)}]".encode()
+    with pytest.raises(Refusal) as refused:
+        lists.read("x", text, datatype, None, encoded=True)
+    assert refused.value.status == 400

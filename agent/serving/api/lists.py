@@ -277,6 +277,8 @@ class _Reader:
         raise Refusal(400, f"the data of input '{self._name}' does not fit {self._datatype}: expected {expected}")
 
     def _out_of_range(self) -> NoReturn:
+        if self._dtype.kind in "bO":  # no number fits, however large
+            self._misfit()
         if self._dtype.kind in "iu" and self._datatype != "BF16":
             limits = np.iinfo(self._dtype)
             expected = f"whole numbers from {limits.min} to {limits.max}"
