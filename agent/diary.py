@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+from agent.common import files
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
-from agent.host import files
 from agent.host.boot import boot_id
 from agent.lives import Life
 

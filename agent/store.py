@@ -21,10 +21,10 @@ from pathlib import Path
 
 import msgspec
 
+from agent.common import files
 from agent.contract import names
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
 from agent.contract.manifest import MAX_MANIFEST_BYTES, ReleaseManifest, Variant, model_sha256, parse_manifest
-from agent.host import files
 from agent.host.priority import rest
 
 HASH_BYTES = 64 * 1024

@@ -22,6 +22,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from agent.common.systemd import notify, watchdog_interval_s
 from fleet_server.access import Access
 from fleet_server.api import device as device_api
 from fleet_server.api import operator as operator_api
@@ -39,7 +40,6 @@ from fleet_server.ingest.intake import Intake
 from fleet_server.ingest.link import MqttLink
 from fleet_server.journal import Journal
 from fleet_server.live import Hub
-from fleet_server.notify import notify, watchdog_interval_s
 from fleet_server.releases.bundles import Bundles
 from fleet_server.releases.catalogue import Catalogue
 from fleet_server.releases.ceremonies import WARN_BEFORE_S, Ceremonies

@@ -15,8 +15,8 @@ import msgspec
 import requests
 import yaml
 
+from agent.common import files
 from agent.contract.codec import convert
-from fleet_server import files
 from fleet_server.errors import FleetError, Invalid, NotFound, ServerRefused, Unavailable
 
 ENVIRONMENT = "EDGE_FLEET_PROFILE"

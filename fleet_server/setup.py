@@ -7,10 +7,10 @@ from pathlib import Path
 
 import msgspec
 
+from agent.common import files
 from agent.contract import names
 from agent.contract.assignment import Assignment
 from agent.contract.codec import encode
-from fleet_server import files
 from fleet_server.access import Access, Role
 from fleet_server.app import own_names
 from fleet_server.client import Profile

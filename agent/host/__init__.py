@@ -1,1 +1,1 @@
-"""The machine under the agent: durable files, sd_notify, peer credentials, hardware, clock."""
+"""The machine under the agent: peer credentials, hardware, memory, clock, signals."""

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Protocol
 
+from agent.common import files
 from agent.contract.codec import ContractError, decode, encode
-from agent.host import files
 
 STEP_BACK_S = 600.0
 """A clock may be set back this far without losing trust: time synchronisation corrects drift in both directions."""

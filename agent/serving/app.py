@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent.common import systemd
 from agent.config import AgentConfig, ConfigError, ServeSettings
 from agent.diary import Diary
-from agent.host import notify, peer
+from agent.host import peer
 from agent.host.signals import Ending
 from agent.host.throttle import Throttle
 from agent.serving import selfcheck
@@ -272,13 +273,13 @@ def _run(
             announce(listeners.http)
         for http in listeners.http:
             log.info("listening on http://%s too, for everyone on this machine (%s)", http, settings.http_access)
-        notify.notify("READY=1")
+        systemd.notify("READY=1")
         watchdog.start()
         end.wait()
         return 0
     finally:
         faulthandler.dump_traceback_later(STOP_GRACE_S + END_LIMIT_S, exit=True)
-        notify.notify("STOPPING=1")
+        systemd.notify("STOPPING=1")
         parts.protocol.is_ready = False
         watchdog.stop()
         parts.residency.end()

@@ -7,7 +7,8 @@ import os
 import threading
 from collections.abc import Callable
 
-from agent.host import notify, unix
+from agent.common import systemd
+from agent.host import unix
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Watchdog:
 
     def __init__(self, check: Callable[[], bool]) -> None:
         self._check = check
-        self._interval_s = notify.watchdog_interval_s(os.environ)
+        self._interval_s = systemd.watchdog_interval_s(os.environ)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog")
 
@@ -49,6 +50,6 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._end.wait(self._interval_s):
             if self._check():
-                notify.notify("WATCHDOG=1")
+                systemd.notify("WATCHDOG=1")
             else:
                 log.error("the server does not answer on its own socket: the watchdog is not pinged")

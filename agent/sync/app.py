@@ -19,12 +19,13 @@ import logging
 import ssl
 import threading
 
+from agent.common import files, systemd
 from agent.config import AgentConfig
 from agent.contract.enrolment import MAX_CERTIFICATE_BYTES
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, ModelState, Phase
 from agent.diary import Diary
-from agent.host import files, hardware, notify
+from agent.host import hardware
 from agent.host.boot import boot_id
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.host.signals import Ending
@@ -216,7 +217,7 @@ class SyncApp:
     def _run(self, ending: Ending) -> None:
         self.start()
         _notify("READY=1")
-        beat_s = min(self._config.sync.heartbeat_s, notify.watchdog_interval_s() or self._config.sync.heartbeat_s)
+        beat_s = min(self._config.sync.heartbeat_s, systemd.watchdog_interval_s() or self._config.sync.heartbeat_s)
         last_report = float("-inf")
         while not ending.is_set():
             _notify("WATCHDOG=1")
@@ -443,6 +444,6 @@ def main(config: AgentConfig) -> None:
 
 def _notify(message: str) -> None:
     try:
-        notify.notify(message)
+        systemd.notify(message)
     except OSError as error:
         log.warning("systemd could not be told %s: %s", message, error)

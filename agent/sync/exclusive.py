@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 
-from agent.host import files
+from agent.common import files
 from agent.store import Store, StoreError
 
 

@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from agent.common import files
 from agent.contract import topics
-from fleet_server import files
 from fleet_server.config import BrokerSettings, Folder
 from fleet_server.devices import pki
 from fleet_server.errors import Unavailable

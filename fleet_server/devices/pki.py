@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from agent.common import files
 from agent.contract import names
-from fleet_server import files
 from fleet_server.errors import Invalid
 
 SERVER_CN = "fleet-server"

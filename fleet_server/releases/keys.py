@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, Signer, SSlibKey  # type: ignore[attr-defined]
 
-from fleet_server import files
+from agent.common import files
 from fleet_server.errors import Invalid, NotFound
 from fleet_server.releases.apart import Apart, imported
 

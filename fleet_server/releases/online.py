@@ -11,7 +11,7 @@ from pathlib import Path
 
 from securesystemslib.signer import CryptoSigner, Key  # type: ignore[attr-defined]
 
-from fleet_server import files
+from agent.common import files
 from fleet_server.errors import FleetError, Refused
 from fleet_server.releases import keys
 

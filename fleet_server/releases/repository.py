@@ -27,8 +27,8 @@ from securesystemslib.signer import CryptoSigner, Key, Signer  # type: ignore[at
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
 
+from agent.common import files
 from agent.contract.assignment import ASSIGNMENT_TARGET, ISSUED_FIELD
-from fleet_server import files
 from fleet_server.config import ExpirySettings
 from fleet_server.errors import Invalid, NotFound, Refused, Unavailable
 from fleet_server.releases import change as changes

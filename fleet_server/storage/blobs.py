@@ -10,8 +10,8 @@ from collections.abc import AsyncIterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from agent.common import files
 from agent.contract import names
-from fleet_server import files
 from fleet_server.errors import Conflict, Invalid, TooLarge
 
 if TYPE_CHECKING:

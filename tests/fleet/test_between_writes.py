@@ -7,8 +7,8 @@ first (the signed assignment follows it), a certificate is revoked in the databa
 import pytest
 from cryptography import x509
 
+from agent.common import files
 from agent.contract.names import ReleaseRef
-from fleet_server import files
 from fleet_server.access import SERVER
 from fleet_server.app import Fleet
 from fleet_server.releases.publication import published

@@ -448,7 +448,7 @@ class Cut(Exception):
 @pytest.mark.parametrize("at", range(1, 12))
 def test_a_crash_in_the_middle_of_a_change(fleet, monkeypatch, at):
     """At every write: after a restart the change is there whole, or not at all, and everything verifies."""
-    from fleet_server import files as durable
+    from agent.common import files as durable
 
     offline, opened = Offline(fleet), rotated(fleet)
     opened.sign(offline.root)

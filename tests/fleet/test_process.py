@@ -12,7 +12,6 @@ import pytest
 import yaml
 from cryptography import x509
 
-from fleet_server import notify
 from fleet_server.app import Fleet, own_names
 from fleet_server.config import FleetConfig, Folder, load
 from fleet_server.devices.pki import Authority
@@ -47,29 +46,6 @@ def test_systemd_is_told(own_server, systemd):
     finally:
         process.kill()
         process.wait(20)
-
-
-def test_notify_without_systemd(monkeypatch, systemd):
-    listening, address = systemd
-    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    assert not notify.notify("READY=1")
-    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere/at/all")
-    assert not notify.notify("READY=1")
-    monkeypatch.setenv("NOTIFY_SOCKET", address)
-    assert notify.notify("READY=1")
-    assert listening.recv(100) == b"READY=1"
-
-
-@pytest.mark.parametrize(
-    ("value", "pid", "expected"),
-    [("", "", None), ("0", "", None), ("x", "", None), ("2000000", "", 1.0), ("2000000", "1", None), ("2000000", "mine", 1.0)],
-)
-def test_watchdog_interval(monkeypatch, value, pid, expected):
-    import os
-
-    monkeypatch.setenv("WATCHDOG_USEC", value)
-    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()) if pid == "mine" else pid)
-    assert notify.watchdog_interval_s() == expected
 
 
 def names_of(authority):

@@ -28,11 +28,11 @@ from typing import Any
 
 import pytest
 
+from agent.common import files
 from agent.contract.assignment import Rollout, Window
 from agent.contract.manifest import CanaryRules, ShadowRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
-from agent.host import files
 from agent.store import Selection
 from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway

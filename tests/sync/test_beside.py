@@ -374,7 +374,7 @@ def test_one_that_does_worse_while_the_disk_is_full_goes_too_and_is_remembered_f
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("agent.host.files.replacing", full)
+        patch.setattr("agent.common.files.replacing", full)
         for _ in range(5):
             bench.step()
         assert bench.phase is P.CANARYING

@@ -176,7 +176,7 @@ def test_an_enrolled_device_is_not_enrolled_twice_by_accident(office: Office, tm
 
 KILLED = """
 import os, sys, time
-from agent.host import files
+from agent.common import files
 from tests.sync.fleet import *
 moments = int(sys.argv[2])
 def count(name):

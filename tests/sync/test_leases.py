@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from agent.common import files
 from agent.contract.assignment import Window
 from agent.contract.manifest import Acceptance, CanaryRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
-from agent.host import files
 from agent.sync.fetching.budget import Budget
 from agent.sync.fleet import reports
 from agent.sync.problems import Stopped

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from agent.common import files
 from agent.contract.codec import encode
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
-from agent.host import files
 from agent.store import Choice, Selection, Store
 from agent.sync.operator import overview
 from agent.sync.problems import Problem

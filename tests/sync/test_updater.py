@@ -1001,7 +1001,7 @@ def test_a_disk_that_is_full_for_a_while(phase, on_one: Bench, monkeypatch: pyte
     def full(*_args, **_options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("agent.host.files.replacing", full)
+    monkeypatch.setattr("agent.common.files.replacing", full)
     on_one.clock.pass_(30)
     for _ in range(15):
         on_one.step()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.host import files
+from agent.common import files
 from agent.serving.models.loading import Source
 from runtimes.contract import ModelInvalid
 

@@ -9,7 +9,7 @@ import socket
 import stat
 from pathlib import Path
 
-from agent.host import notify
+from agent.common import systemd
 
 BACKLOG = 512
 MAX_PATH_BYTES = 107  # sun_path of Linux, less its final zero
@@ -56,7 +56,7 @@ def open_listeners(path: Path, mode: int, http_listen: str = "") -> Listeners:
     Raises: SocketError when another server answers there, something else is in the way, an address cannot be used, or a port
     is not on the loopback.
     """
-    passed = notify.passed_sockets()
+    passed = systemd.passed_sockets()
     sockets, made = list(passed), None
     try:
         for sock in passed:

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from agent.common import files
 from agent.contract import bundle, enrolment
 from agent.contract.bundle import Bundle, BundleError, Member
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
 from agent.contract.reasons import Reason
-from agent.host import files
 from agent.store import Store, hash_file
 from agent.sync.fleet.http import HttpStatus, TooLong
 from agent.sync.problems import Problem

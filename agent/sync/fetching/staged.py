@@ -17,9 +17,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from agent.common import files
 from agent.contract.codec import ContractError, decode, encode
 from agent.contract.manifest import MAX_MANIFEST_BYTES, File
-from agent.host import files
 from agent.host.priority import rest
 from agent.sync.fetching.layout import Piece, pieces
 

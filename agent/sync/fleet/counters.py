@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from agent.common import files
 from agent.contract.codec import ContractError, decode, encode
-from agent.host import files
 from agent.sync.ports import Clock
 
 

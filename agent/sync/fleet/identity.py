@@ -25,10 +25,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from agent.common import files
 from agent.contract import names
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
 from agent.contract.enrolment import EnrolmentResponse
-from agent.host import files
 
 _MAX_FILE_BYTES = 1024 * 1024
 _RENAME_EXCHANGE = 2

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agent.common import files
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
-from agent.host import files
 
 WITHIN_S = 600.0
 MANY = 3

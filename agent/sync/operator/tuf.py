@@ -14,8 +14,8 @@ from pathlib import Path
 from tuf.api.exceptions import LengthOrHashMismatchError
 from tuf.api.metadata import TargetFile  # type: ignore[attr-defined]
 
+from agent.common import files
 from agent.contract.reasons import Reason
-from agent.host import files
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.sync.fleet.http import FleetHttp
 from agent.sync.problems import Problem

@@ -19,10 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from agent.common import files
 from agent.contract.codec import encode
 from agent.contract.manifest import ReleaseManifest, Variant
 from agent.contract.reasons import Reason
-from agent.host import files, priority
+from agent.host import priority
 from agent.store import Store
 from agent.sync.ports import Clock, Stop
 from agent.sync.problems import Problem, Stopped

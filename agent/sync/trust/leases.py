@@ -18,8 +18,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from agent.common import files
 from agent.contract.codec import ContractError, Document, decode, encode
-from agent.host import files
 from agent.sync.ports import Clock
 from agent.sync.trust.desired import Desired
 

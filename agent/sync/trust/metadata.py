@@ -28,12 +28,12 @@ from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Time
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignore[attr-defined]
 
+from agent.common import files
 from agent.contract import enrolment
 from agent.contract.assignment import ISSUED_FIELD, MAX_ASSIGNMENT_BYTES
 from agent.contract.codec import encode
 from agent.contract.reasons import Reason
 from agent.host import clock as clocks
-from agent.host import files
 from agent.host.clock import SignedClock
 from agent.sync.fleet.http import HttpStatus, TooLong
 from agent.sync.problems import Problem, store_problem

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agent.common import files
 from agent.contract import names
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
-from agent.host import files
 
 
 class Hold(Document, frozen=True, kw_only=True):

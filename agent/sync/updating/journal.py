@@ -11,9 +11,9 @@ from typing import Literal
 
 import msgspec
 
+from agent.common import files
 from agent.contract import names
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
-from agent.host import files
 
 ENTRIES_KEPT = 60
 """Per model. An update that goes well writes six of them."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from agent.common import files
 from agent.contract import names
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
 from agent.contract.reports import Answer
-from agent.host import files
 
 ENTRIES_KEPT = 100
 """Per model, newest last. Versions only grow, so what falls out is long gone from any assignment."""

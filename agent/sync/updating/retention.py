@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 
+from agent.common import files
 from agent.contract.names import SHA256, ReleaseRef
-from agent.host import files
 from agent.store import Store, StoreError
 from agent.sync.fetching.staged import BLOCKS_SUFFIX
 

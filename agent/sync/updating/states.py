@@ -11,9 +11,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from agent.common import files
 from agent.contract import names
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
-from agent.host import files
 from agent.sync.updating.update import UpdateState
 
 _MAX_BYTES = 1024 * 1024
