@@ -7,8 +7,7 @@ VENV := .venv
 CACHE := .cache
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
-SHORT := not long and not survival
-SOURCES := agent runtimes fleet_server tests benchmarks examples docs
+SOURCES := agent runtimes fleet_server tests benchmarks examples docs packaging
 
 .DEFAULT_GOAL := help
 
@@ -22,18 +21,15 @@ demo: $(VENV)/.demo mosquitto ## the whole story on this machine (ARGS=--once en
 
 .PHONY: test
 test: $(VENV)/.dev test-packages $(CACHE)/onnx-node-tests/.done ## every test but the long ones (ARGS="-k name" for some)
-	@# two at a time, a file to each, what minds nobody; then the rest. Status 5 of one of the two: ARGS chose none of its tests.
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(SHORT) and not alone" $(ARGS); two=$$?; \
-	$(BIN)/python -m pytest -m "$(SHORT) and alone" $(ARGS); one=$$?; \
-	case $$two$$one in 00|05|50) ;; *) exit 1;; esac
+	@$(BIN)/python -m tests.suite short $(ARGS)
 
 .PHONY: test-long
 test-long: $(VENV)/.dev test-packages perf-analyzer ## the tests that take their time: fuzzers, benchmarks, kills, devices that were away
-	$(BIN)/python -m pytest -m long $(ARGS)
+	@$(BIN)/python -m tests.suite long $(ARGS)
 
 .PHONY: test-survival
 test-survival: $(VENV)/.dev test-packages ## what updates must outlive: crashes at every step, power cuts, a hostile broker (ARGS=-s shows the counts)
-	$(BIN)/python -m pytest -m survival $(ARGS)
+	@$(BIN)/python -m tests.suite survival $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## lint, formatting, strict types, import rules, lock files
@@ -71,6 +67,10 @@ protos: $(VENV)/.dev ## generate the messages of gRPC from agent/serving/grpc/*.
 lock: ## resolve the dependencies anew (needs uv)
 	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --extra dev pyproject.toml -o requirements/dev.lock
 	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --extra onnx --extra tflite --extra fleet -c requirements/dev.lock pyproject.toml -o requirements/demo.lock
+
+.PHONY: release
+release: $(VENV)/.dev test-packages ## check, build and tag VERSION (ARGS=--no-checks for a rehearsal)
+	$(BIN)/python packaging/release.py $(VERSION) $(ARGS)
 
 .PHONY: clean
 clean: ## remove the environment and all caches
