@@ -1,10 +1,11 @@
 """Runs a suite: `python -m tests.suite short|long|survival [options of pytest]`.
 
 Its passes run one after the other. What failed in them runs once more at the end, one test at a time. A test that passes then is printed
-as FLAKY: it does not fail the suite, and is to be mended next. A test that fails twice fails the suite.
+as FLAKY: it does not fail the suite, and is to be mended next. A test that fails twice fails the suite. The short suite, when it is run
+whole, measures branch coverage too, and a package below its floor fails it.
 
-Exit status: 0 passed, 1 a test failed, 5 the options chose no test, 6 a test was skipped in CI; others as pytest has them. After 2, 3, 4
-and 6 nothing more is run.
+Exit status: 0 passed, 1 a test failed or a package is below its floor, 5 the options chose no test, 6 a test was skipped in CI; others as
+pytest has them. After 2, 3, 4 and 6 nothing more is run.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests import coverage_floors
+
 ROOT = Path(__file__).resolve().parents[1]
 
 PASSED, FAILED, NONE_CHOSEN = 0, 1, 5
 
 SHORT = "not long and not survival and not gpu"
+MEASURED = ("--cov", "--cov-report=")  # branch coverage: tests/coverage_floors.py
 SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
     # two at a time, a file to each, what minds nobody; then the rest
     "short": (("-n", "2", "--dist", "loadfile", "-m", f"{SHORT} and not alone"), ("-m", f"{SHORT} and alone")),
@@ -70,7 +74,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run a suite of tests.")
     parser.add_argument("suite", choices=SUITES)
     chosen, options = parser.parse_known_args()
-    return run(SUITES[chosen.suite], options)
+    if chosen.suite != "short" or options:
+        return run(SUITES[chosen.suite], options)
+    first, *others = SUITES["short"]
+    return run(((*first, *MEASURED), *others), ()) or coverage_floors.main()
 
 
 if __name__ == "__main__":
