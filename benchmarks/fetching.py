@@ -41,7 +41,7 @@ from agent.sync.fleet.http import FleetHttp
 from agent.sync.fleet.link import Broker, Link, tls_context
 from agent.sync.fleet.outbox import Outbox
 from agent.sync.problems import Stopped
-from fleet_server.releases import chunks
+from fleet_server.releases import blocks
 
 LARGE_BYTES = 100_000_000
 COPY_BYTES = 1 << 20
@@ -87,7 +87,7 @@ class Bench:
             yaml.safe_dump({"model": model, "version": version, "files": {"model": str(path)}, "variants": [variant]})
         )
         self.fleet.publish(release)
-        return chunks.describe(path)
+        return blocks.describe(path)
 
     def store(self) -> Store:
         self._stores += 1
@@ -148,7 +148,7 @@ def heads(bench: Bench, folder: Path) -> dict[str, dict[str, float]]:
         changed = bench.folder / "changed"
         changed_bytes = retrain(path, changed)
         store = bench.store()
-        keep(store, chunks.describe(path), path)
+        keep(store, blocks.describe(path), path)
         file = bench.publish(f"head-{number}", 2, changed)
         downloads, source = bench.downloads(store)
         downloads.fetch(file, lambda _: None, lambda: False)
@@ -185,7 +185,7 @@ def retrain(path: Path, target: Path) -> int:
 def resumed(bench: Bench, size: int, cuts: int) -> dict[str, Any]:
     """Bytes asked for beyond the file's own, for downloads that were stopped somewhere in the middle."""
     path = bench.folder / "large"
-    file = chunks.describe(path)
+    file = blocks.describe(path)
     again = []
     for number in range(cuts):
         store = bench.store()

@@ -128,21 +128,36 @@ def fleet_config() -> str:
 
 
 def fleet_api() -> str:
-    from fleet_server.api.openapi import document
+    from fleet_server.api.operator.app import described_api
 
-    described: dict[str, Any] = document()
+    described: dict[str, Any] = described_api()
+    intro = (
+        "REST over HTTPS on the operator listener. `edge-fleet openapi` prints the whole OpenAPI document, with the type of every "
+        'answer, from which a client can be generated. Errors are `{"error": text, "code": word}`.'
+    )
     lines = [
         "# Fleet API\n",
         NOTE.rstrip() + "\n",
-        'REST over HTTPS on the operator listener; `edge-fleet openapi` prints the whole OpenAPI document. Errors are `{"error": text, "code": word}`.\n',
-        "| route | does | role |",
-        "|---|---|---|",
+        f"{intro}\n",
+        "| route | does | answers | role |",
+        "|---|---|---|---|",
     ]
     for path, methods in sorted(described["paths"].items()):
         for method, operation in methods.items():
-            role = operation.get("x-role", "")
-            lines.append(f"| `{method.upper()} {path}` | {escape(operation.get('summary', ''))} | {role} |")
+            role, answer = operation.get("x-role", ""), answered(operation["responses"]["200"])
+            lines.append(f"| `{method.upper()} {path}` | {escape(operation.get('summary', ''))} | {answer} | {role} |")
     return "\n".join(lines) + "\n"
+
+
+def answered(answer: dict[str, Any]) -> str:
+    """The type of an answer: its name, `list of` and the name, or the media type of a body that is no JSON."""
+    for kind, content in answer.get("content", {}).items():
+        schema = content["schema"]
+        if kind != "application/json":
+            return f"`{kind}`"
+        name = schema.get("$ref", schema.get("items", {}).get("$ref", "")).rpartition("/")[2]
+        return f"list of `{name}`" if "items" in schema else f"`{name}`"
+    return ""
 
 
 def reasons() -> str:

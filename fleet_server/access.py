@@ -6,7 +6,6 @@ import hashlib
 import secrets
 from collections.abc import Callable
 from enum import Enum
-from typing import Any
 
 import msgspec
 from sqlalchemy import delete, select
@@ -49,12 +48,28 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+class AccessTokenView(msgspec.Struct, frozen=True, kw_only=True):
+    """An access token as operators see it, without the token itself."""
+
+    id: str
+    name: str
+    role: Role
+    created: float
+    revoked: bool
+
+
+class AccessTokenMade(AccessTokenView, frozen=True, kw_only=True):
+    """A new access token with the token itself, which is shown this once."""
+
+    token: str
+
+
 class Access:
     def __init__(self, database: Database, clock: Callable[[], float], *, session_s: float) -> None:
         self._database, self._clock, self._session_s = database, clock, session_s
 
-    def create(self, name: str, role: Role) -> tuple[dict[str, Any], str]:
-        """A new access token: its description and the token itself, which is shown this once."""
+    def create(self, name: str, role: Role) -> AccessTokenMade:
+        """A new access token.  Raises: Invalid."""
         if not name or len(name) > 128 or not name.isprintable():
             raise Invalid("the name of an access token is 1 to 128 printable characters")
         token = PREFIX + secrets.token_urlsafe(32)
@@ -63,13 +78,13 @@ class Access:
         )
         with self._database.session() as session:
             session.add(row)
-        return _view(row), token
+        return AccessTokenMade(**msgspec.structs.asdict(_view(row)), token=token)
 
-    def tokens(self) -> list[dict[str, Any]]:
+    def tokens(self) -> list[AccessTokenView]:
         with self._database.reading() as session:
             return [_view(row) for row in session.scalars(select(AccessToken).order_by(AccessToken.created))]
 
-    def revoke(self, token_id: str) -> dict[str, Any]:
+    def revoke(self, token_id: str) -> AccessTokenView:
         """Raises: NotFound; Conflict for the last admin, without whom nobody could make another."""
         with self._database.session() as session:
             row = session.get(AccessToken, token_id)
@@ -117,5 +132,5 @@ class Access:
             session.execute(delete(BrowserSession).where(BrowserSession.hash == digest(cookie)))
 
 
-def _view(row: AccessToken) -> dict[str, Any]:
-    return {"id": row.id, "name": row.name, "role": row.role, "created": row.created, "revoked": row.revoked}
+def _view(row: AccessToken) -> AccessTokenView:
+    return AccessTokenView(id=row.id, name=row.name, role=Role(row.role), created=row.created, revoked=row.revoked)

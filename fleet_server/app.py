@@ -16,7 +16,6 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import uvicorn
@@ -25,7 +24,7 @@ from fastapi import FastAPI
 from agent.common.systemd import notify, watchdog_interval_s
 from fleet_server.access import Access
 from fleet_server.api import device as device_api
-from fleet_server.api import operator as operator_api
+from fleet_server.api.operator import app as operator_api
 from fleet_server.api.tls import HEAD_WITHIN_S, ClientCertificateProtocol, Listener, OperatorProtocol, without_dates
 from fleet_server.broker import settings as broker_settings
 from fleet_server.broker.supervisor import Supervisor
@@ -35,17 +34,23 @@ from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.pki import Authority
 from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import Unavailable
-from fleet_server.ingest.courier import Courier
 from fleet_server.ingest.intake import Intake
-from fleet_server.ingest.link import MqttLink
+from fleet_server.ingest.mqtt_link import MqttLink
+from fleet_server.ingest.transfers import TransferAnswers
 from fleet_server.journal import Journal
 from fleet_server.live import Hub
-from fleet_server.releases.bundles import Bundles
 from fleet_server.releases.catalogue import Catalogue
-from fleet_server.releases.ceremonies import WARN_BEFORE_S, Ceremonies
-from fleet_server.releases.online import ONLINE, OnlineKeys
+from fleet_server.releases.key_changes import KeyChanges
+from fleet_server.releases.online_keys import OnlineKeys
 from fleet_server.releases.repository import Repository
-from fleet_server.rollouts.service import Rollouts
+from fleet_server.releases.trust import Trust
+from fleet_server.rollouts.assignment import FleetAssignment
+from fleet_server.rollouts.bundles import Bundles
+from fleet_server.rollouts.commands import Rollouts
+from fleet_server.rollouts.decisions import Decisions
+from fleet_server.rollouts.judging import Judge
+from fleet_server.rollouts.views import Views
+from fleet_server.status import Status, software_version
 from fleet_server.storage.blobs import Blobs
 from fleet_server.storage.database import Database
 
@@ -53,20 +58,12 @@ _log = logging.getLogger(__name__)
 
 READY_WITHIN_S = 30.0
 BROKER_TRIES = 4  # a broker that ends as often while the server starts will not come up: its port is taken, its files are wrong
-LEASES_LOOKED_AT_S = 15.0
-RENEWALS_PER_LEASE = 4
+LEASES_READ_S = 15.0  # a lease that is shorter than before is kept from the next reading on
+RENEWALS_PER_LEASE = 4  # so that a device that misses one still has its lease
 RENEW_EVERY_S = 60.0
 CONNECTIONS = 400  # of each listener, further ones are told to come later: together below the 1024 descriptors a process has by
 # default and select() in the MQTT library can watch; without a bound, idle strangers would cut the server off its database and broker
-NAMED = 5  # devices in a warning
 GRACE_S = 3  # for requests under way when the server stops
-
-
-def software_version() -> str:
-    try:
-        return version("edge-inference-agent")
-    except PackageNotFoundError:
-        return "0"
 
 
 class Fleet:
@@ -74,8 +71,6 @@ class Fleet:
 
     def __init__(self, folder: Folder, config: FleetConfig, clock: Callable[[], float] = time.time) -> None:
         self.folder, self.config = folder, config
-        self._clock = clock
-        self.started = clock()
         self.hub = Hub()
         self.database = Database(folder.database_url(config))
         self.authority = Authority(folder.pki)
@@ -85,82 +80,39 @@ class Fleet:
         self.journal = Journal(self.database, self.hub, clock, events_kept=config.events_kept)
         self.inventory = Inventory(self.database, self.authority, self.repository, self.journal, config, clock)
         self.enrolment = Enrolment(self.database, self.authority, self.repository, self.inventory, self.journal, config, clock)
-        self.ceremonies = Ceremonies(self.database, self.repository, self.journal, clock)
+        self.key_changes = KeyChanges(self.repository, clock)
+        self.trust = Trust(self.database, self.repository, self.key_changes, self.journal, clock)
         self.catalogue = Catalogue(self.database, self.repository, self.blobs, self.journal, clock)
-        self.rollouts = Rollouts(self.database, self.repository, self.inventory, self.journal, config, clock)
+        self.assignment = FleetAssignment(self.database, self.repository, self.journal, config.fleet, clock)
+        decisions = Decisions(self.database, self.assignment, self.journal)
+        self.judge = Judge(self.database, self.inventory, self.assignment, decisions, config.rollouts, clock)
+        self.views = Views(self.database)
+        self.rollouts = Rollouts(self.repository, self.journal, decisions, self.judge, self.views, clock)
         self.bundles = Bundles(
-            self.database, self.repository, self.inventory, self.catalogue, self.blobs, self.journal, config, clock
-        )
+            self.database, self.repository, self.inventory, self.catalogue, self.assignment, self.blobs, self.journal, config.fleet,
+            clock,
+        )  # fmt: skip
         self.intake = Intake(self.database, self.journal, clock)
-        self.inventory.on_groups_changed = self.rollouts.evaluate
-        self.broker_connected: Callable[[], bool] = lambda: False
+        self.inventory.on_groups_changed = self.judge.evaluate
+        self.status = Status(config, self.authority, self.repository, self.inventory, self.intake, clock)
 
     def recover(self) -> None:
         """Makes good what an interrupted server left, so that disk, database and signed documents say the same."""
         self.database.migrate()
         self.authority.renew_own(own_names(self.config))
         self.inventory.write_crl()
-        if self.repository.finish_change():
+        if self.key_changes.finish():
             _log.warning("a change of keys that was interrupted is complete now")
         self.repository.check()
         for ref in self.catalogue.reconcile():
             _log.warning("release %s was published but not indexed; it is now", ref)
-        if self.rollouts.catch_up():
+        if self.assignment.catch_up():
             _log.warning("the database is older than what is signed (a backup?); it was brought to what devices were told last")
-        self.rollouts.publish_assignment()
+        self.assignment.publish()
         self.repository.renew()
-
-    def status(self) -> dict[str, Any]:
-        expires = self.repository.expirations()
-        return {
-            "devices": self.inventory.count(),
-            "warnings": self._warnings(expires),
-            "fleet": self.config.fleet, "version": software_version(), "started": self.started,
-            "broker_connected": self.broker_connected(), "ca_sha256": self.authority.fingerprint,
-            "device_url": self.config.device_url, "expires": expires,
-            "messages": {"accepted": self.intake.accepted, "dropped": dict(self.intake.dropped)},
-        }  # fmt: skip
-
-    def _warnings(self, expires: dict[str, float]) -> list[str]:
-        """What a person must do something about, and what."""
-        found = [] if self.broker_connected() else ["the broker is not connected; its log lines stand in the server's log"]
-        now = self._clock()
-        for role, at in expires.items():
-            if role not in ONLINE and at - now < WARN_BEFORE_S:
-                days, how = int((at - now) / 86400), f"`edge-fleet keys renew {role}`"
-                how = how if role in {"root", "targets"} else f"publish a release, or run {how}"
-                found.append(f"the {role} metadata ends in {days} days and devices stop updating then; {how}")
-        certificates = self.inventory.certificates()
-        if ended := certificates["ended"]:
-            found.append(
-                f"the certificate of {_some(ended)} has ended: `edge-fleet devices --certificate ended` lists them, `edge-fleet devices "
-                "allow-renewal NAME` lets one renew it late"
-            )
-        if ending := certificates["ends_soon"]:
-            found.append(
-                f"the certificate of {_some(ending)} ends soon and was not renewed: `edge-fleet devices --certificate ends-soon`; see "
-                "whether they can reach this server"
-            )
-        if shared := self.inventory.shared():
-            found.append(
-                f"several machines report as each of {_some(shared)}: cards that were copied after they had been enrolled; enrol the "
-                "copies as devices of their own (docs/how-to/image-many-devices.md)"
-            )
-        if ahead := self.inventory.ahead():
-            found.append(
-                f"{_some(ahead)} saw newer signed metadata than this server has and follow it no more: if it was restored from a copy, "
-                "stop it and run `edge-fleet keys recover`; if not, somebody else speaks for this fleet"
-            )
-        return found
 
     def close(self) -> None:
         self.database.close()
-
-
-def _some(devices: list[str]) -> str:
-    """`3 devices (a, b, c)`, with no more than a few named."""
-    shown = ", ".join(devices[:NAMED]) + (", …" if len(devices) > NAMED else "")
-    return f"{len(devices)} device{'s' if len(devices) != 1 else ''} ({shown})"
 
 
 def own_names(config: FleetConfig) -> tuple[str, ...]:
@@ -213,12 +165,12 @@ class _Running:
         conf = broker_settings.write(fleet.folder, self._config.broker)
         self._broker = Supervisor(executable, conf, fleet.folder.root)
         host = "127.0.0.1" if _wildcard(self._config.broker.listen) else self._config.broker.listen
-        courier = Courier(fleet.blobs, fleet.repository, fleet.inventory, Renewals(fleet.inventory, fleet.enrolment))
-        self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.rollouts.evaluate, courier)
+        transfers = TransferAnswers(fleet.blobs, fleet.repository, fleet.inventory, Renewals(fleet.inventory, fleet.enrolment))
+        self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.judge.evaluate, transfers)
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        fleet.inventory.link, fleet.rollouts.poker = self, self._link
-        fleet.broker_connected, fleet.inventory.heard_since = self._link.connected.is_set, self._link.heard_since
+        fleet.inventory.link, fleet.assignment.poker = self, self._link
+        fleet.status.broker_connected, fleet.inventory.heard_since = self._link.connected.is_set, self._link.heard_since
 
     # What the inventory asks of the broker's side.
     def poke_device(self, device: str) -> None:
@@ -253,23 +205,11 @@ class _Running:
                 asyncio.create_task(self._renewals()),
                 asyncio.create_task(_watchdog()),
             ]
-            await self._until_stopped(tasks)
+            await until_stopped(self._stop, tasks)
         finally:
             notify("STOPPING=1")
             _log.info("stopping")
             await self._end(listeners, tasks, link_started=link_started)
-
-    async def _until_stopped(self, tasks: list[asyncio.Task[None]]) -> None:
-        """Raises: Unavailable when a part ended by itself: half a server helps nobody, and systemd starts a whole one."""
-        stop = asyncio.create_task(self._stop.wait())
-        try:
-            watched = [task for task in tasks if task.get_name() in {"broker", "listener"}]
-            done, _ = await asyncio.wait({stop, *watched}, return_when=asyncio.FIRST_COMPLETED)
-            if stop not in done:
-                task = next(iter(done))
-                raise Unavailable(f"the {task.get_name()} ended: {task.exception() or 'see the lines above'}")
-        finally:
-            stop.cancel()
 
     async def _until_ready(self, listeners: list[Listener], tasks: list[asyncio.Task[None]]) -> None:
         """Returns when everything answers, or when asked to stop.  Raises: Unavailable that says what does not."""
@@ -322,26 +262,41 @@ class _Running:
     async def _ticks(self) -> None:
         while True:
             await asyncio.sleep(self._config.rollouts.tick_s)
-            await _guarded(self._fleet.rollouts.evaluate, "rollouts could not be judged")
+            await _guarded(self._fleet.judge.evaluate, "rollouts could not be judged")
 
     async def _renewals(self) -> None:
         expiry = self._config.expiry
         interval = min(RENEW_EVERY_S, min(expiry.assignments_s, expiry.snapshot_s, expiry.timestamp_s) / 8)
         while True:
-            await asyncio.sleep(min(interval, LEASES_LOOKED_AT_S))
+            await asyncio.sleep(min(interval, LEASES_READ_S))
             await _guarded(self._renew, "metadata could not be renewed")
 
     def _renew(self) -> None:
         """Devices stop models whose lease ends, so the timestamp is signed several times within the shortest one."""
-        lease_s = self._fleet.rollouts.shortest_lease_s()
+        lease_s = self._fleet.assignment.shortest_lease_s()
         self._fleet.repository.renew(oldest_s=lease_s / RENEWALS_PER_LEASE if lease_s is not None else None)
 
 
+async def until_stopped(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
+    """Returns when `stop` is set.  Raises: Unavailable when a part ended by itself: half a server helps nobody, and systemd starts a whole
+    one.
+    """
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        parts = [task for task in tasks if task.get_name() in {"broker", "listener"}]
+        done, _ = await asyncio.wait({stopped, *parts}, return_when=asyncio.FIRST_COMPLETED)
+        if stopped not in done:
+            task = next(iter(done))
+            raise Unavailable(f"the {task.get_name()} ended: {task.exception() or 'see the lines above'}")
+    finally:
+        stopped.cancel()
+
+
 async def _guarded(action: Callable[[], object], what: str) -> None:
-    """A timer's work: a failure is logged and the next turn tries again, because stopping the server would help nobody."""
+    """A timer's work: a failure is logged, and the timer's next turn tries again, because stopping the server would help nobody."""
     try:
         await asyncio.to_thread(action)
-    except Exception:  # noqa: BLE001 - see above
+    except Exception:  # noqa: BLE001 - whatever it was
         _log.exception("%s; trying again later", what)
 
 

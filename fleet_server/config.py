@@ -15,6 +15,10 @@ FILE_NAME = "fleet.yaml"
 DAY_S = 86400.0
 
 
+RENAMED = {"rollouts.class_stop": "rollouts.exclude_after", "rollouts.class_stop_share": "rollouts.exclude_share"}
+"""Settings that were called otherwise → what they are called now."""
+
+
 class ConfigError(ValueError):
     """The configuration cannot be used; the message names the file and the setting."""
 
@@ -63,21 +67,21 @@ class RolloutSettings(Settings, frozen=True, kw_only=True):
     """Rollouts are evaluated after every report; `tick_s` is for what no report announces (a device that fell silent)."""
 
     tick_s: float = 5.0
-    """Seconds between two looks at rollouts that no report asked for."""
+    """Seconds after which rollouts are judged again although no report came."""
     silence_s: float = 180.0
     """Seconds without a word after which a device counts as offline: three heartbeats."""
     min_devices: int = 1
     """How many devices of a wave must serve the release before the wave passes."""
-    class_stop: int = 3
-    """How many devices of one hardware class must have quarantined a release for it to be stopped for the class. 0: never."""
-    class_stop_share: float = 0.02
+    exclude_after: int = 3
+    """How many devices of one hardware class must have quarantined a release for the class to be excluded from it. 0: never."""
+    exclude_share: float = 0.02
     """And which part of the class's devices that run or quarantined the release: a few that are broken do not speak for a thousand."""
 
     def __post_init__(self) -> None:
-        if self.tick_s <= 0 or self.silence_s <= 0 or self.min_devices < 1 or self.class_stop < 0:
-            raise ValueError("tick_s and silence_s must be above 0, min_devices at least 1, class_stop not negative")
-        if not 0 <= self.class_stop_share <= 1:
-            raise ValueError(f"class_stop_share is {self.class_stop_share}; it must be from 0 to 1")
+        if self.tick_s <= 0 or self.silence_s <= 0 or self.min_devices < 1 or self.exclude_after < 0:
+            raise ValueError("tick_s and silence_s must be above 0, min_devices at least 1, exclude_after not negative")
+        if not 0 <= self.exclude_share <= 1:
+            raise ValueError(f"exclude_share is {self.exclude_share}; it must be from 0 to 1")
 
 
 class FleetConfig(Settings, frozen=True, kw_only=True):
@@ -182,6 +186,10 @@ def load(folder: Folder) -> FleetConfig:
         ) from None
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{folder.config} cannot be read: {error}") from error
+    for former, present in RENAMED.items():
+        section, _, key = former.partition(".")
+        if isinstance(raw, dict) and isinstance(raw.get(section), dict) and key in raw[section]:
+            raise ConfigError(f"{folder.config}: {former} is called {present} now; rename it there")
     try:
         return convert(raw or {}, FleetConfig)
     except msgspec.ValidationError as error:

@@ -1,4 +1,4 @@
-"""What happened (events) and who changed what (audit), stored and told to everybody who watches."""
+"""What happened (events) and who changed what (audit): stored, and told to everybody who reads along."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sqlalchemy.orm import Session
 
 from agent.contract.reports import Event
 from fleet_server.access import Actor
-from fleet_server.live import Hub
+from fleet_server.live import Change, Hub
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import AuditRow, EventRow
 
 MAX_MESSAGE_CHARS = 2000
-PRUNE_EVERY = 1000
+PRUNE_EVERY = 1000  # events of devices between two deletions of the oldest ones
 
 
 class Happening(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,14 +31,44 @@ class Happening(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
 
 
+class EventView(msgspec.Struct, frozen=True):
+    """An event as operators see it. `device` is None when the server itself says it; `at` is the teller's clock, `received` the server's."""
+
+    seq: int
+    id: str
+    device: str | None
+    at: float
+    received: float
+    name: str
+    message: str
+    model: str | None
+    release: int | None
+    reason: str | None
+
+
+class AuditView(msgspec.Struct, frozen=True):
+    """A change that somebody made. `detail` differs from action to action."""
+
+    seq: int
+    at: float
+    who: str
+    role: str
+    action: str
+    subject: str
+    detail: dict[str, Any]
+
+
 class Journal:
-    def __init__(self, database: Database, hub: Hub, clock: Callable[[], float], *, events_kept: int) -> None:
-        self._database, self._hub, self._clock, self._kept = database, hub, clock, events_kept
+    def __init__(
+        self, database: Database, hub: Hub, clock: Callable[[], float], *, events_kept: int, prune_every: int = PRUNE_EVERY
+    ) -> None:
+        self._database, self._hub, self._clock = database, hub, clock
+        self._kept, self._prune_every = events_kept, prune_every
         self._since_prune = 0
 
     # -- events ------------------------------------------------------------------------------------------------------------
 
-    def record(self, session: Session, happening: Happening) -> dict[str, Any]:
+    def record(self, session: Session, happening: Happening) -> EventView:
         """Stores an event of the server in the caller's transaction. Pass what comes back to `announce` after the commit."""
         now = self._clock()
         row = EventRow(
@@ -49,7 +79,7 @@ class Journal:
         session.flush()
         return event_view(row)
 
-    def record_from_device(self, session: Session, event: Event) -> dict[str, Any] | None:
+    def record_from_device(self, session: Session, event: Event) -> EventView | None:
         """Stores what a device said happened; None when it was stored before."""
         known = f"{event.device}/{event.id}"[:128]
         if session.scalar(select(EventRow.seq).where(EventRow.id == known)) is not None:
@@ -64,14 +94,14 @@ class Journal:
         self._prune(session)
         return event_view(row)
 
-    def announce(self, events: Iterable[dict[str, Any] | None]) -> None:
+    def announce(self, events: Iterable[EventView]) -> None:
+        """Tells everybody who reads along what was stored."""
         for event in events:
-            if event is not None:
-                self._hub.tell({"type": "event", "data": event})
+            self._hub.tell(event)
 
     def changed(self, what: str) -> None:
-        """Tells watchers that `what` (devices, rollouts, releases, …) should be read again."""
-        self._hub.tell({"type": "change", "data": {"what": what}})
+        """Says that `what` (devices, rollouts, releases, …) should be read again."""
+        self._hub.tell(Change(what))
 
     def tell(self, happening: Happening) -> None:
         """Stores and announces at once."""
@@ -81,7 +111,7 @@ class Journal:
 
     def events(
         self, *, after: int | None = None, before: int | None = None, limit: int = 100, device: str | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> list[EventView]:
         """Events in order. `after` gives the oldest ones behind that number, otherwise the newest ones (before `before`)."""
         query = select(EventRow).limit(limit)
         if device is not None:
@@ -98,7 +128,7 @@ class Journal:
 
     def _prune(self, session: Session) -> None:
         self._since_prune += 1
-        if self._since_prune < PRUNE_EVERY:
+        if self._since_prune < self._prune_every:
             return
         self._since_prune = 0
         newest = session.scalar(select(func.max(EventRow.seq))) or 0
@@ -114,22 +144,18 @@ class Journal:
             )
         )
 
-    def audited(self, *, before: int | None = None, limit: int = 100) -> list[dict[str, Any]]:
+    def audited(self, *, before: int | None = None, limit: int = 100) -> list[AuditView]:
+        """Changes, the newest first."""
         query = select(AuditRow).order_by(AuditRow.seq.desc()).limit(limit)
         if before is not None:
             query = query.where(AuditRow.seq < before)
         with self._database.reading() as session:
             rows = list(session.scalars(query))
-        return [
-            {
-                "seq": r.seq, "at": r.at, "who": r.who, "role": r.role, "action": r.action, "subject": r.subject, "detail": r.detail,
-            }
-            for r in rows
-        ]  # fmt: skip
+        return [AuditView(r.seq, r.at, r.who, r.role, r.action, r.subject, r.detail) for r in rows]
 
 
-def event_view(row: EventRow) -> dict[str, Any]:
-    return {
-        "seq": row.seq, "id": row.id, "device": row.device, "at": row.at, "received": row.received, "name": row.name,
-        "message": row.message, "model": row.model, "release": row.release, "reason": row.reason,
-    }  # fmt: skip
+def event_view(row: EventRow) -> EventView:
+    return EventView(
+        seq=row.seq, id=row.id, device=row.device, at=row.at, received=row.received, name=row.name, message=row.message,
+        model=row.model, release=row.release, reason=row.reason,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tells everybody who watches that something changed: the dashboard and `events --follow`."""
+"""Tells everybody who reads along that something changed: the dashboard and `events --follow`."""
 
 from __future__ import annotations
 
@@ -8,26 +8,34 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-MAX_WAITING = 1000  # a watcher that does not read is dropped; it reconnects and asks for what it missed
+import msgspec
+
+MAX_WAITING = 1000  # a reader that is slower is dropped; it connects again and asks for what it missed
 
 
-class Watcher:
-    """One reader's queue. `lost` says that it fell behind and must start over."""
+class Change(msgspec.Struct, frozen=True):
+    """Something (devices, rollouts, releases, keys) is not as it was: whoever shows it reads it again."""
+
+    what: str
+
+
+class Reader:
+    """One reader's queue of messages: events and changes. `lost` says that it fell behind and must start over."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self.lost = False
 
-    async def get(self) -> dict[str, Any] | None:
+    async def get(self) -> Any:
         """The next message; None when the server stops."""
         return await self._queue.get()
 
-    def offer(self, message: dict[str, Any] | None) -> None:
-        with contextlib.suppress(RuntimeError):  # its loop is closed: the watcher is gone already
+    def offer(self, message: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # its loop is closed: the reader is gone already
             self._loop.call_soon_threadsafe(self._put, message)
 
-    def _put(self, message: dict[str, Any] | None) -> None:
+    def _put(self, message: Any) -> None:
         if self._queue.qsize() >= MAX_WAITING:
             self.lost = True
             message = None
@@ -35,37 +43,37 @@ class Watcher:
 
 
 class Hub:
-    """Messages from any thread to every watcher."""
+    """Messages from any thread to every reader."""
 
     def __init__(self) -> None:
-        self._watchers: set[Watcher] = set()
+        self._readers: set[Reader] = set()
         self._lock = threading.Lock()
         self.closed = False
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[Watcher]:
-        """To be used inside the event loop that reads."""
-        watcher = Watcher(asyncio.get_running_loop())
+    def reader(self) -> Iterator[Reader]:
+        """A reader for as long as the block lasts; called inside the event loop that reads."""
+        reader = Reader(asyncio.get_running_loop())
         with self._lock:
-            self._watchers.add(watcher)
+            self._readers.add(reader)
         if self.closed:
-            watcher.offer(None)
+            reader.offer(None)
         try:
-            yield watcher
+            yield reader
         finally:
             with self._lock:
-                self._watchers.discard(watcher)
+                self._readers.discard(reader)
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def tell(self, message: Any) -> None:
         with self._lock:
-            watchers = list(self._watchers)
-        for watcher in watchers:
-            watcher.offer(message)
+            readers = list(self._readers)
+        for reader in readers:
+            reader.offer(message)
 
     def close(self) -> None:
         """Ends every stream, so that stopping does not wait for readers."""
         self.closed = True
         with self._lock:
-            watchers = list(self._watchers)
-        for watcher in watchers:
-            watcher.offer(None)
+            readers = list(self._readers)
+        for reader in readers:
+            reader.offer(None)

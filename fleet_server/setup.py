@@ -18,7 +18,7 @@ from fleet_server.config import FleetConfig, Folder, dump
 from fleet_server.devices.pki import Authority
 from fleet_server.errors import Invalid
 from fleet_server.releases import keys
-from fleet_server.releases.online import OnlineKeys
+from fleet_server.releases.online_keys import OnlineKeys
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.database import Database
 
@@ -59,7 +59,7 @@ def init(folder: Folder, config: FleetConfig, *, offline_keys: Path, profile: Pa
     database = Database(folder.database_url(config))
     try:
         database.migrate()
-        _, token = Access(database, time.time, session_s=config.session_s).create("init", Role.ADMIN)
+        token = Access(database, time.time, session_s=config.session_s).create("init", Role.ADMIN).token
     finally:
         database.close()
     Profile(url=config.operator_url, ca=str(authority.ca_path.absolute()), ca_sha256=authority.fingerprint, token=token).write(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from agent.contract import names
-from agent.contract.codec import FORMAT, Document, require_format
+from agent.contract.codec import FORMAT, Document, decode, require_format
 
 ASSIGNMENT_TARGET = "assignments/fleet.json"
 MAX_ASSIGNMENT_BYTES = 4 * 1024 * 1024
@@ -87,8 +87,8 @@ class Rollout(Document, frozen=True, kw_only=True):
     permille: int = 0
     mode: Mode = "install"
     window: Window | None = None
-    together: str | None = None
-    """What releases that switch together have in common; devices are chosen by it, so that a wave reaches the same ones for all of them."""
+    team: str | None = None
+    """The name of the team that the release switches with. Devices are chosen by it, so that a wave reaches the same ones for every member."""
 
     def __post_init__(self) -> None:
         names.check(names.GROUP_NAME, self.id, "rollout id")
@@ -119,8 +119,8 @@ class Assignment(Document, frozen=True, kw_only=True):
     fleet: str
     version: int
     models: dict[str, ModelAssignment]
-    together: dict[str, dict[str, int]] = {}
-    """Releases that switch together, all of them or none: a name for each such group → model → release. A model is in one at most."""
+    teams: dict[str, dict[str, int]] = {}
+    """Releases that switch together, all of them or none: the team's name → model → release. A model is in one team at most."""
     kind: Literal["assignment"] = "assignment"
     format: int = FORMAT
 
@@ -128,9 +128,39 @@ class Assignment(Document, frozen=True, kw_only=True):
         require_format(self.format, "assignment")
         for model in self.models:
             names.check_model(model)
-        for members in self.together.values():
+        for members in self.teams.values():
             for model in members:
                 names.check_model(model)
+
+
+FORMER_KEYS = {"together": "team"}
+"""Keys of documents that were signed before → what a rollout calls them now. A whole assignment has them in the plural."""
+
+
+def read_assignment(data: bytes, *, limit_bytes: int = MAX_ASSIGNMENT_BYTES) -> Assignment:
+    """The assignment in `data`, which may have been signed when teams had another key.
+
+    Raises: ContractError when it breaks a rule; its kind Unreadable when it is larger than `limit_bytes` or is not JSON.
+    """
+    if len(data) <= limit_bytes and has_former_keys(data):
+        raw = decode(data, dict[str, Any], limit_bytes=limit_bytes)
+        return decode(msgspec.json.encode(with_present_keys(raw)), Assignment, limit_bytes=2 * limit_bytes)
+    return decode(data, Assignment, limit_bytes=limit_bytes)
+
+
+def has_former_keys(data: bytes) -> bool:
+    """Whether some key in the JSON document `data` may be a former one."""
+    return any(f'"{former}"'.encode() in data for former in FORMER_KEYS)
+
+
+def with_present_keys(raw: dict[str, Any]) -> dict[str, Any]:
+    """An assignment as JSON gives it, with the keys that are used now."""
+    models = raw.get("models")
+    for model in models.values() if isinstance(models, dict) else ():
+        rollout = model.get("rollout") if isinstance(model, dict) else None
+        if isinstance(rollout, dict):
+            model["rollout"] = {FORMER_KEYS.get(key, key): value for key, value in rollout.items()}
+    return {f"{FORMER_KEYS[key]}s" if key in FORMER_KEYS else key: value for key, value in raw.items()}
 
 
 class DeviceRecord(Document, frozen=True, kw_only=True):
@@ -168,19 +198,19 @@ def slot(rollout_id: str, device: str) -> int:
 
 def reaches(rollout: Rollout, device: str, groups: Collection[str]) -> bool:
     """Whether the rollout's current wave includes the device."""
-    return any(group in groups for group in rollout.groups) or slot(rollout.together or rollout.id, device) < rollout.permille
+    return any(group in groups for group in rollout.groups) or slot(rollout.team or rollout.id, device) < rollout.permille
 
 
 def wanted(models: ModelAssignment, device: str, groups: Collection[str], hardware: str = "") -> Wanted:
-    """What `device` should run of the model. A release that is withdrawn, or stopped for the device's hardware class, is never wanted;
-    then the one before it is, under the same condition.
+    """What `device` should run of the model. A release that is withdrawn, or from which the device's hardware class is excluded, is never
+    wanted; then the one before it is, under the same condition.
     """
     rollout = models.rollout
-    stopped = [exclusion for exclusion in models.excluded if exclusion.hardware == hardware]
-    never = {*models.withdrawn, *(exclusion.release for exclusion in stopped)}
+    exclusions = [exclusion for exclusion in models.excluded if exclusion.hardware == hardware]
+    never = {*models.withdrawn, *(exclusion.release for exclusion in exclusions)}
     if rollout and rollout.release not in never and reaches(rollout, device, groups):
         return Wanted(rollout.release, rollout.mode, rollout.id, rollout.window)
-    instead = [exclusion.instead for exclusion in stopped]
+    instead = [exclusion.instead for exclusion in exclusions]
     for release in (models.release, rollout.previous if rollout else None, *instead):
         if release is not None and release not in never:
             return Wanted(release)

@@ -44,7 +44,7 @@ def stay(story: Story) -> None:
         Panel(
             f"dashboard   {fleet.dashboard}\ntoken       {fleet.token}\n"
             f"predict     curl --unix-socket {device.socket} http://edge/v2/models/digits\n"
-            f"operate     EDGE_FLEET_PROFILE={story.processes.environment['EDGE_FLEET_PROFILE']} edge-fleet devices\n"
+            f"operate     EDGE_FLEET_PROFILE={story.processes.environment['EDGE_FLEET_PROFILE']} edge-fleet device list\n"
             f"logs        {story.processes.logs}",
             title="still running; Ctrl-C ends it",
             border_style="cyan",

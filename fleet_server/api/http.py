@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agent.contract.codec import ContractError
 from fleet_server import errors
-from fleet_server.releases.repository import RepositoryDamaged
+from fleet_server.releases.metadata_files import RepositoryDamaged
 
 _log = logging.getLogger(__name__)
 
-BODY_WITHIN_S = 60.0  # a whole body
-STALL_S = 60.0  # the next piece of an upload: a sleeping laptop must not keep the next one out
+BODY_WITHIN_S = 60.0  # for a whole body to come
+STALL_S = 60.0  # for the next piece of an upload: a sleeping laptop must not keep the next uploader out
 MAX_BODY_BYTES = 16 * 1024 * 1024  # a publication: a manifest and the releases role, both as JSON strings
 STATUS: dict[type[errors.FleetError], int] = {
     errors.Invalid: 400,
@@ -53,50 +54,62 @@ class TooSlow(HTTPException):
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
-def answer(status: int, text: str, code: str) -> JSONResponse:
-    return JSONResponse({"error": text, "code": code}, status)
+class ErrorAnswer(msgspec.Struct, frozen=True):
+    """`error` says what to do; `code` is a stable word."""
+
+    error: str
+    code: str
 
 
-def install(app: FastAPI, *, unlimited: str | None = None) -> None:
-    """Error answers, limits and headers. Paths that begin with `unlimited` may receive bodies of any length."""
+def answer(status: int, text: str, code: str) -> Response:
+    return Response(msgspec.json.encode(ErrorAnswer(text, code)), status, media_type="application/json")
+
+
+def install(app: FastAPI, *, unlimited: str | None = None, renamed: Mapping[str, str] | None = None) -> None:
+    """Error answers, limits and headers. Paths that begin with `unlimited` may receive bodies of any length. `renamed`: beginnings of
+    paths that were called otherwise → what they are called now.
+    """
 
     @app.exception_handler(errors.FleetError)
-    def _ours(_request: Request, error: errors.FleetError) -> JSONResponse:
+    def _ours(_request: Request, error: errors.FleetError) -> Response:
         return answer(next((s for kind, s in STATUS.items() if isinstance(error, kind)), 500), str(error), error.code)
 
     @app.exception_handler(ContractError)
-    def _contract(_request: Request, error: ContractError) -> JSONResponse:
+    def _contract(_request: Request, error: ContractError) -> Response:
         return answer(400, str(error), "invalid")
 
     @app.exception_handler(RequestValidationError)
-    def _schema(_request: Request, error: RequestValidationError) -> JSONResponse:
+    def _schema(_request: Request, error: RequestValidationError) -> Response:
         where = "; ".join(f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:10])
         return answer(400, f"the request does not fit this route: {where}", "invalid")
 
     @app.exception_handler(HTTPException)
-    def _http(_request: Request, error: HTTPException) -> JSONResponse:
+    def _http(request: Request, error: HTTPException) -> Response:
+        for former, present in (renamed or {}).items():
+            if error.status_code == 404 and request.url.path.startswith(former):
+                return answer(404, f"{former} is called {present} now", "not_found")
         word = {404: "not_found", 405: "wrong_method", 408: "too_slow"}.get(error.status_code, "invalid")
         return answer(error.status_code, str(error.detail).lower(), word)
 
     @app.exception_handler(RepositoryDamaged)
-    def _damaged(_request: Request, error: RepositoryDamaged) -> JSONResponse:
+    def _damaged(_request: Request, error: RepositoryDamaged) -> Response:
         _log.error("%s", error)
         return answer(503, str(error), "repository_damaged")
 
     @app.exception_handler(OperationalError)
-    def _database(request: Request, error: OperationalError) -> JSONResponse:
-        _log.error("%s %s: the database takes nothing now: %s", request.method, request.url.path, error.orig)
+    def _database(request: Request, error: OperationalError) -> Response:
+        _log.error("%s %s: the database does not answer now: %s", request.method, request.url.path, error.orig)
         return answer(503, f"the database does not answer now ({error.orig}); try again later", "unavailable")
 
     @app.exception_handler(OSError)
-    def _disk(request: Request, error: OSError) -> JSONResponse:
+    def _disk(request: Request, error: OSError) -> Response:
         _log.error("%s %s: %s", request.method, request.url.path, error)
         if error.errno in NO_SPACE:
             return answer(507, "the server's disk is full; make space there and try again", "no_space")
         return answer(503, f"the server's disk refuses: {error.strerror}; its log says more", "unavailable")
 
     @app.exception_handler(Exception)
-    def _bug(request: Request, error: Exception) -> JSONResponse:
+    def _bug(request: Request, error: Exception) -> Response:
         _log.error("%s %s failed: %r", request.method, request.url.path, error)
         return answer(500, "the server failed at this request; its log says more", "internal")
 
@@ -125,7 +138,7 @@ class Frame:
     def _is_unlimited(self, scope: Scope) -> bool:
         return self._unlimited is not None and scope["path"].startswith(self._unlimited)
 
-    def _refusal(self, scope: Scope) -> JSONResponse | None:
+    def _refusal(self, scope: Scope) -> Response | None:
         if self._is_unlimited(scope):
             return None
         headers = dict(scope["headers"])

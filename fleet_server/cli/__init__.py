@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from fleet_server.cli import access, bundles, describe, devices, happened, keys, releases, rollouts, server, tokens
-from fleet_server.cli.common import Group
+from fleet_server.cli import access, bundle, describe, device, exclusion, journal, keys, release, rollout, server, token
+from fleet_server.cli.command import Group
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -20,7 +20,7 @@ from fleet_server.cli.common import Group
 )
 @click.version_option(package_name="edge-inference-agent")
 def main(profile: Path | None) -> None:
-    """Runs a fleet of edge inference devices: signed releases, staged rollouts, roll-back.
+    """Runs a fleet of edge inference devices: signed releases, staged rollouts, rollback.
 
     edge-fleet init /srv/fleet --fleet demo --host fleet.example.com
     edge-fleet serve /srv/fleet
@@ -33,10 +33,10 @@ def main(profile: Path | None) -> None:
 
 for command in (
     server.init, server.serve, server.renew_root,
-    releases.publish, releases.releases, releases.withdraw, releases.reinstate,
+    release.publish, release.release, release.withdraw, release.reinstate,
     keys.keys, keys.publisher,
-    rollouts.rollout, rollouts.rollback, bundles.bundle,
-    devices.devices, tokens.token, happened.events, access.access, happened.audit, server.status,
+    rollout.rollout, rollout.rollback, exclusion.exclusion, bundle.bundle,
+    device.device, token.token, journal.events, access.access, journal.audit, server.status,
     describe.openapi, describe.completion,
 ):  # fmt: skip
     main.add_command(command)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from fleet_server import display
-from fleet_server.cli.common import Group, connected, reports_errors, segment, show, with_json
+from fleet_server.cli import tables
+from fleet_server.cli.command import Group, connected, reports_errors, segment, show, with_json
 
 
 @click.group(cls=Group)
@@ -39,18 +39,19 @@ def access_list(ctx: click.Context, *, as_json: bool) -> None:
     edge-fleet access list
     """
     with connected(ctx) as client:
-        show(client.get("/access-tokens"), as_json, display.access_tokens)
+        show(client.get("/access-tokens"), as_json, tables.access_tokens)
 
 
 @access.command("revoke")
 @click.argument("token_id")
+@with_json
 @click.pass_context
 @reports_errors
-def access_revoke(ctx: click.Context, token_id: str) -> None:
+def access_revoke(ctx: click.Context, token_id: str, *, as_json: bool) -> None:
     """Makes an access token useless and ends its browser sessions.
 
     edge-fleet access revoke 1f2e3d4c
     """
     with connected(ctx) as client:
-        client.delete(f"/access-tokens/{segment(token_id)}")
-    click.echo(f"access token {token_id} is revoked")
+        data = client.delete(f"/access-tokens/{segment(token_id)}")
+    show(data, as_json, lambda t: click.echo(f"access token {t['id']} is revoked"))

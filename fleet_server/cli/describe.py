@@ -6,7 +6,7 @@ import json
 
 import click
 
-from fleet_server.cli.common import Command
+from fleet_server.cli.command import Command
 
 
 @click.command(cls=Command)
@@ -15,9 +15,9 @@ def openapi() -> None:
 
     edge-fleet openapi > openapi.json
     """
-    from fleet_server.api.openapi import document
+    from fleet_server.api.operator.app import described_api
 
-    click.echo(json.dumps(document(), indent=2, sort_keys=True))
+    click.echo(json.dumps(described_api(), indent=2, sort_keys=True))
 
 
 @click.command(cls=Command)

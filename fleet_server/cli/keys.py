@@ -10,24 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fleet_server import display
-from fleet_server.cli.common import (
-    Group,
-    agreed,
-    connected,
-    new_secret,
-    reports_errors,
-    secret_of,
-    segment,
-    show,
-    signer_among,
-    with_json,
-)
+from fleet_server.cli import tables
+from fleet_server.cli.command import Group, agreed, connected, reports_errors, segment, show, with_json
+from fleet_server.cli.signing import new_secret, publishing, secret_of, signer_among
 from fleet_server.errors import Conflict, Invalid
 
 if TYPE_CHECKING:
     from fleet_server.client import Client
-    from fleet_server.releases.change import Opened
+    from fleet_server.releases.key_change import Opened
 
 _key_option = click.option(
     "--key",
@@ -71,7 +61,7 @@ def keys_status(ctx: click.Context, *, check: bool, as_json: bool) -> None:
     """
     with connected(ctx) as client:
         found = client.get("/keys")
-    show(found, as_json, display.keys)
+    show(found, as_json, tables.keys)
     if check and any(role["state"] in {"expired", "ends soon"} for role in found["roles"]):
         sys.exit(1)
 
@@ -186,7 +176,7 @@ def keys_sign(change: Path, keys: tuple[str, ...], *, yes: bool) -> None:
 
     edge-fleet keys sign change.json --key /media/usb/root.key
     """
-    from fleet_server.releases import change as changes
+    from fleet_server.releases import key_change
 
     opened = _opened(change)
     _tell(opened)
@@ -194,7 +184,7 @@ def keys_sign(change: Path, keys: tuple[str, ...], *, yes: bool) -> None:
     for key in keys:
         used = signer_among(key, opened.candidates().values())
         click.echo(f"signed {', '.join(opened.sign(used))} with {used.public_key.keyid[:12]}")
-    change.write_bytes(changes.write(opened.closed()))
+    change.write_bytes(key_change.write(opened.closed()))
     _tell_needs(opened)
 
 
@@ -207,11 +197,11 @@ def keys_show(change: Path, *, as_json: bool) -> None:
 
     edge-fleet keys show change.json
     """
-    from fleet_server.releases import change as changes
+    from fleet_server.releases import key_change
 
     opened = _opened(change)
     if as_json:
-        needs = [changes.say(need) for need in opened.needs()]
+        needs = [key_change.say(need) for need in opened.needs()]
         click.echo(json.dumps({"differences": opened.differences(), "needs": needs}, indent=2))
         return
     _tell(opened)
@@ -223,7 +213,7 @@ def keys_show(change: Path, *, as_json: bool) -> None:
 @click.pass_context
 @reports_errors
 def keys_apply(ctx: click.Context, change: Path) -> None:
-    """Makes a signed change trusted. Devices follow at their next look.
+    """Makes a signed change trusted. Devices follow when they look the next time.
 
     edge-fleet keys apply change.json
     """
@@ -251,9 +241,9 @@ def keys_recover(folder: Path, keys: tuple[str, ...]) -> None:
     with app.locked(where):
         fleet = app.Fleet(where, load(where))
         try:
-            fleet.repository.finish_change()
+            fleet.key_changes.finish()
             candidates = [*fleet.repository.root_role().signed.keys.values()]
-            for line in fleet.repository.replace_online_keys([signer_among(key, candidates) for key in keys]):
+            for line in fleet.key_changes.replace_online_keys([signer_among(key, candidates) for key in keys]):
                 click.echo(line)
         finally:
             fleet.close()
@@ -280,7 +270,7 @@ def publisher_list(ctx: click.Context, *, as_json: bool) -> None:
     """
     with connected(ctx) as client:
         found = [role for role in client.get("/keys")["roles"] if role["kind"] == "publisher"]
-    show(found, as_json, display.publishers)
+    show(found, as_json, tables.publishers)
 
 
 @publisher.command("add")
@@ -319,30 +309,14 @@ def publisher_remove(ctx: click.Context, name: str, out: Path) -> None:
         _propose(client, out, {"action": "remove-publisher", "role": name})
 
 
-def publishing(
-    client: Client, signing: tuple[str, ...], *, model: str | None = None, publisher: str | None = None
-) -> tuple[dict[str, Any], Any, list[Any]]:
-    """(what the server holds, the publisher's verified role, the signers). Keys behind URIs are found among those that count."""
-    from tuf.api.metadata import Metadata, Targets  # type: ignore[attr-defined]
-
-    from fleet_server.releases import publisher as publishers
-
-    now = client.get("/publishing", model=model, publisher=publisher)
-    releases = now["releases"].encode() if now["releases"] is not None else None
-    role = publishers.verified(now["root"].encode(), now["targets"].encode(), releases, now["publisher"])
-    delegator = Metadata[Targets].from_bytes(now["targets"].encode()).signed
-    candidates = [delegator.get_key(keyid) for keyid in delegator.get_delegated_role(now["publisher"]).keyids]
-    return now, role, [signer_among(key, candidates) for key in signing]
-
-
 def _propose(client: Client, out: Path, wish: dict[str, Any]) -> None:
-    from fleet_server.releases import change as changes
+    from fleet_server.releases import key_change
 
     if out.exists():
         raise Conflict(f"{out} exists already; name another file")
     text = client.post("/keys/changes", wish)["change"]
     out.write_text(text)
-    opened = changes.Opened(changes.read(text.encode()))
+    opened = key_change.Opened(key_change.read(text.encode()))
     _tell(opened)
     _tell_needs(opened)
     click.echo(
@@ -351,11 +325,11 @@ def _propose(client: Client, out: Path, wish: dict[str, Any]) -> None:
 
 
 def _opened(path: Path) -> Opened:
-    from fleet_server.releases import change as changes
+    from fleet_server.releases import key_change
 
-    if path.stat().st_size > changes.MAX_CHANGE_BYTES:
+    if path.stat().st_size > key_change.MAX_CHANGE_BYTES:
         raise Invalid(f"{path} is too large to be a change of keys")
-    return changes.Opened(changes.read(path.read_bytes()))
+    return key_change.Opened(key_change.read(path.read_bytes()))
 
 
 def _tell(opened: Opened) -> None:
@@ -364,11 +338,11 @@ def _tell(opened: Opened) -> None:
 
 
 def _tell_needs(opened: Opened) -> None:
-    from fleet_server.releases import change as changes
+    from fleet_server.releases import key_change
 
     needs = opened.needs()
     for need in needs:
-        click.echo(changes.say(need))
+        click.echo(key_change.say(need))
     if not needs:
         click.echo("every signature is there")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import click
 
-from fleet_server import display
-from fleet_server.cli.common import Command, connected, new_secret, profile_path, reports_errors, show, signer, with_json
+from fleet_server.cli import tables
+from fleet_server.cli.command import Command, connected, profile_path, reports_errors, show, with_json
+from fleet_server.cli.signing import new_secret, signer
 from fleet_server.errors import Unavailable
 
 
@@ -62,7 +63,7 @@ def init(
         Folder(folder), config, offline_keys=keys or folder / "keys-offline",
         profile=profile_path(ctx), passphrase=secret,
     )  # fmt: skip
-    click.echo(display.made(made, folder))
+    click.echo(tables.made(made, folder))
 
 
 @click.command(cls=Command)
@@ -76,7 +77,7 @@ def serve(folder: Path, log_level: str) -> None:
     """
     from fleet_server import app
     from fleet_server.config import Folder
-    from fleet_server.releases.repository import RepositoryDamaged
+    from fleet_server.releases.metadata_files import RepositoryDamaged
     from fleet_server.storage.database import DatabaseError
 
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -110,7 +111,7 @@ def renew_root(folder: Path, root_key: Path, releases_key: Path | None) -> None:
     with app.locked(where):
         fleet = app.Fleet(where, load(where))
         try:
-            renewed = fleet.repository.renew_offline(signer(root_key), signer(releases_key) if releases_key else None)
+            renewed = fleet.key_changes.renew_offline(signer(root_key), signer(releases_key) if releases_key else None)
         finally:
             fleet.close()
     click.echo(f"signed for another year: {', '.join(renewed)}")
@@ -126,4 +127,4 @@ def status(ctx: click.Context, *, as_json: bool) -> None:
     edge-fleet status
     """
     with connected(ctx) as client:
-        show(client.get("/status"), as_json, display.status)
+        show(client.get("/status"), as_json, tables.status)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 from cryptography import x509
@@ -30,6 +29,26 @@ STILL_NEW = 2 / 3
 """A certificate with this share of a life before it is given again instead of a further one. Devices ask when a third is left."""
 
 
+class EnrolmentTokenView(msgspec.Struct, frozen=True, kw_only=True):
+    """An enrolment token as operators see it, without what the device is given. `device`: the only id that may join with it."""
+
+    id: str
+    device: str | None
+    groups: list[str]
+    uses_left: int
+    created: float
+    created_by: str
+    expires: float
+    revoked: bool
+    usable: bool
+
+
+class EnrolmentTokenMade(EnrolmentTokenView, frozen=True, kw_only=True):
+    """A new enrolment token with the string that the device is given, which is shown this once."""
+
+    string: str
+
+
 class Enrolment:
     def __init__(
         self, database: Database, authority: pki.Authority, repository: Repository, inventory: Inventory, journal: Journal,
@@ -37,14 +56,16 @@ class Enrolment:
     ) -> None:  # fmt: skip
         self._database, self._authority, self._repository, self._inventory = database, authority, repository, inventory
         self._journal, self._config, self._clock = journal, config, clock
+        self.certificate_s = config.expiry.device_certificate_s
+        """How long a new certificate lasts."""
         self._lock = threading.Lock()  # one enrolment at a time: a token's last use and a wished id are taken once
 
     # -- tokens ------------------------------------------------------------------------------------------------------------
 
     def create_token(
         self, actor: Actor, *, device: str | None, groups: list[str], uses: int, ttl_s: float
-    ) -> tuple[dict[str, Any], EnrolmentString]:
-        """A new enrolment token: its description and the string for the device, which is shown this once."""
+    ) -> EnrolmentTokenMade:
+        """A new enrolment token.  Raises: Invalid."""
         if device is not None:
             pki.check_device_id(device)
             if uses != 1:
@@ -64,14 +85,14 @@ class Enrolment:
                 session, actor, "token.create", row.id, device=device, groups=row.groups, uses=uses, ttl_s=ttl_s
             )
         string = EnrolmentString(self._config.host, self._config.operator_port, token, self._authority.fingerprint)
-        return _view(row, now), string
+        return EnrolmentTokenMade(**msgspec.structs.asdict(_view(row, now)), string=str(string))
 
-    def tokens(self) -> list[dict[str, Any]]:
+    def tokens(self) -> list[EnrolmentTokenView]:
         with self._database.reading() as session:
             rows = session.scalars(select(EnrolmentToken).order_by(EnrolmentToken.created.desc()))
             return [_view(row, self._clock()) for row in rows]
 
-    def revoke_token(self, actor: Actor, token_id: str) -> dict[str, Any]:
+    def revoke_token(self, actor: Actor, token_id: str) -> EnrolmentTokenView:
         with self._database.session() as session:
             row = session.get(EnrolmentToken, token_id)
             if row is None:
@@ -121,7 +142,7 @@ class Enrolment:
 
     def _still_new(self, session: Session, device: str, csr: x509.CertificateSigningRequest) -> x509.Certificate | None:
         """The device's certificate for this key of which no more than a third has passed of what a new one would have."""
-        until = self._clock() + STILL_NEW * self._config.expiry.device_certificate_s
+        until = self._clock() + STILL_NEW * self.certificate_s
         good = select(Certificate.pem).where(
             Certificate.device == device, Certificate.revoked.is_(None), Certificate.expires >= until
         )
@@ -155,13 +176,13 @@ class Enrolment:
         pki.check_device_id(device)
         if session.get(Device, device) is not None:
             raise Conflict(
-                f"device id {device!r} is taken; choose another, or delete that device first (`edge-fleet devices delete {device}`)",
+                f"device id {device!r} is taken; choose another, or delete that device first (`edge-fleet device delete {device}`)",
                 code="id_taken",
             )
         return device
 
     def _certify(self, session: Session, device: str, csr: x509.CertificateSigningRequest) -> x509.Certificate:
-        certificate = self._authority.issue_device(device, csr, self._config.expiry.device_certificate_s)
+        certificate = self._authority.issue_device(device, csr, self.certificate_s)
         session.add(
             Certificate(
                 serial=pki.serial_hex(certificate), device=device, issued=self._clock(),
@@ -184,9 +205,9 @@ class Enrolment:
         )
 
 
-def _view(row: EnrolmentToken, now: float) -> dict[str, Any]:
+def _view(row: EnrolmentToken, now: float) -> EnrolmentTokenView:
     usable = not row.revoked and row.expires > now and row.uses_left > 0
-    return {
-        "id": row.id, "device": row.device, "groups": row.groups, "uses_left": row.uses_left, "created": row.created,
-        "created_by": row.created_by, "expires": row.expires, "revoked": row.revoked, "usable": usable,
-    }  # fmt: skip
+    return EnrolmentTokenView(
+        id=row.id, device=row.device, groups=row.groups, uses_left=row.uses_left, created=row.created, created_by=row.created_by,
+        expires=row.expires, revoked=row.revoked, usable=usable,
+    )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 import msgspec
 from cryptography import x509
@@ -16,21 +16,22 @@ from agent.contract import names
 from agent.contract.assignment import RECORD_PAYLOAD_TYPE, DeviceRecord
 from agent.contract.codec import convert, encode
 from agent.contract.reasons import Reason
-from agent.contract.reports import Hardware, hardware_class
+from agent.contract.reports import Hardware, ModelState, StateReport, hardware_class
 from fleet_server.access import Actor
 from fleet_server.config import FleetConfig
-from fleet_server.devices import pki, twins
+from fleet_server.devices import pki, shared_identity
 from fleet_server.devices.envelopes import key_of
+from fleet_server.devices.views import CertificateState, CertificateView, DeviceCount, DeviceDetail, DeviceView
 from fleet_server.errors import Conflict, Invalid, NotFound, Refused
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, DeviceModel, Setting
 
-SERIAL_FLOOR = "deleted_serial"
-ENDS_SOON = 6
-MAX_LATE_S = 30 * 86400.0
-CertificateState = Literal["good", "ends_soon", "ended"]
+SERIAL_FLOOR = "deleted_serial"  # the row of `settings` with the largest record serial of a device that was deleted
+ENDS_SOON = 6  # a certificate with less than this part of its life left ends soon
+MAX_LATE_S = 30 * 86400.0  # for how long an operator may allow a late renewal at most
+T = TypeVar("T")
 _AHEAD = (Reason.METADATA_ROLLBACK.value, Reason.REPLAYED_ASSIGNMENT.value)
 
 
@@ -64,7 +65,7 @@ class Inventory:
         self.heard_since: Callable[[], float] = lambda: 0.0
         """Since when devices could be heard without a break; now while they cannot."""
 
-    # -- looking -----------------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------------------------------
 
     def is_online(self, present: bool, last_seen: float | None, now: float) -> bool:
         """Present by the broker's account and heard of lately; a device that is silent is not there, whatever was said of it.
@@ -78,10 +79,10 @@ class Inventory:
     def find(
         self, *, group: str | None = None, model: str | None = None, online: bool | None = None, text: str | None = None,
         certificate: CertificateState | None = None, limit: int = 1000, after: str = "",
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[DeviceView]:  # fmt: skip
         """Devices by id, filtered."""
         now = self._clock()
-        found: list[dict[str, Any]] = []
+        found: list[DeviceView] = []
         with self._database.reading() as session:
             ends = self.ends(session)
             for row in session.scalars(select(Device).where(Device.id > after).order_by(Device.id)):
@@ -103,16 +104,16 @@ class Inventory:
             and (not text or text.lower() in row.id.lower())
         )
 
-    def count(self) -> dict[str, int]:
+    def count(self) -> DeviceCount:
         """How many devices there are (those shut out left out), and how many of them are online."""
         now = self._clock()
         with self._database.reading() as session:
             rows = session.execute(select(Device.present, Device.last_seen).where(Device.revoked.is_(False))).all()
-        return {"total": len(rows), "online": sum(self.is_online(row.present, row.last_seen, now) for row in rows)}
+        return DeviceCount(total=len(rows), online=sum(self.is_online(row.present, row.last_seen, now) for row in rows))
 
     def shared(self) -> list[str]:
         """Devices of which several machines report."""
-        query = select(Device.id).where(Device.revoked.is_(False), Device.shared > self._clock() - twins.SHARED_S)
+        query = select(Device.id).where(Device.revoked.is_(False), Device.shared > self._clock() - shared_identity.SHARED_S)
         with self._database.reading() as session:
             return list(session.scalars(query.order_by(Device.id)))
 
@@ -123,34 +124,33 @@ class Inventory:
             query = select(Device.id).where(Device.revoked.is_(False), or_(*(problem.like(f"{word}:%") for word in _AHEAD)))
             return list(session.scalars(query.order_by(Device.id)))
 
-    def get(self, device: str) -> dict[str, Any]:
+    def get(self, device: str) -> DeviceDetail:
         """Everything about one device.  Raises: NotFound."""
         with self._database.reading() as session:
             row = _row(session, device)
             certificates = list(session.scalars(select(Certificate).where(Certificate.device == device)))
         ends = max((c.expires for c in certificates if c.revoked is None), default=None)
-        detail = self.view(row, self._clock(), ends)
-        detail["state"] = row.state
-        detail["certificates"] = [
-            {"serial": c.serial, "issued": c.issued, "expires": c.expires, "revoked": c.revoked} for c in certificates
-        ]
-        return detail
+        return DeviceDetail(
+            **msgspec.structs.asdict(self.view(row, self._clock(), ends)), state=_reported(row.state, StateReport),
+            certificates=[CertificateView(c.serial, c.issued, c.expires, c.revoked) for c in certificates],
+        )  # fmt: skip
 
-    def view(self, row: Device, now: float, ends: float | None) -> dict[str, Any]:
-        """`ends`: when its last certificate does."""
+    def view(self, row: Device, now: float, ends: float | None) -> DeviceView:
+        """`ends`: when the last certificate of the device does, seconds since the epoch."""
         state = row.state or {}
-        late_until = row.late_until if row.late_until is not None and now < row.late_until else None
-        return {
-            "id": row.id, "groups": row.groups, "labels": row.labels, "online": self.is_online(row.present, row.last_seen, now), "revoked": row.revoked,
-            "last_seen": row.last_seen, "created": row.created, "record_serial": row.serial, "hardware": row.hardware,
-            "agent_version": state.get("agent_version"), "assignment_version": state.get("assignment_version"),
-            "problem": state.get("problem"), "shared": twins.are_several(row.shared, now), "certificate": self.standing(ends, now),
-            "certificate_expires": ends, "renewal_allowed_until": late_until, "models": state.get("models") or {},
-        }  # fmt: skip
+        return DeviceView(
+            id=row.id, groups=row.groups, labels=row.labels, online=self.is_online(row.present, row.last_seen, now),
+            revoked=row.revoked, last_seen=row.last_seen, created=row.created, record_serial=row.serial,
+            hardware=_reported(row.hardware, Hardware), agent_version=state.get("agent_version"),
+            assignment_version=state.get("assignment_version"), problem=state.get("problem"),
+            shared=shared_identity.are_several(row.shared, now), certificate=self.standing(ends, now), certificate_expires=ends,
+            renewal_allowed_until=row.late_until if row.late_until is not None and now < row.late_until else None,
+            models=_reported(state.get("models"), dict[str, ModelState]) or {},
+        )  # fmt: skip
 
     # -- changing ----------------------------------------------------------------------------------------------------------
 
-    def set_groups(self, actor: Actor, device: str, groups: list[str]) -> dict[str, Any]:
+    def set_groups(self, actor: Actor, device: str, groups: list[str]) -> DeviceDetail:
         """Puts the device in exactly these groups and signs a new record with the next serial."""
         check_groups(groups)
         with self._database.session() as session:
@@ -168,7 +168,7 @@ class Inventory:
         self.on_groups_changed()
         return self.get(device)
 
-    def revoke(self, actor: Actor, device: str) -> dict[str, Any]:
+    def revoke(self, actor: Actor, device: str) -> DeviceDetail:
         """Shuts the device out: its certificates are on the revocation list and the listeners refuse it."""
         with self._revocation:
             with self._database.session() as session:
@@ -237,13 +237,13 @@ class Inventory:
         now = self._clock()
         if issued.expires <= now and not (to_renew and row.late_until is not None and now < row.late_until):
             raise Refused(
-                f"the certificate of {row.id!r} has ended; allow a late renewal (`edge-fleet devices allow-renewal {row.id}`), or "
+                f"the certificate of {row.id!r} has ended; allow a late renewal (`edge-fleet device allow-renewal {row.id}`), or "
                 "enrol the device again",
                 code="expired",
             )
         return row.id
 
-    def allow_renewal(self, actor: Actor, device: str, seconds: float) -> dict[str, Any]:
+    def allow_renewal(self, actor: Actor, device: str, seconds: float) -> DeviceDetail:
         """Lets the device renew a certificate that has ended, with its old key, for so long.  Raises: NotFound, Conflict."""
         with self._database.session() as session:
             row = _row(session, device)
@@ -318,6 +318,14 @@ class Inventory:
         row.record, row.record_expires = msgspec.json.encode(envelope).decode(), expires
 
 
+def _reported(value: object, kind: type[T]) -> T | None:
+    """What a device reported, as it was stored; None when there is none, or when it is not what this version understands."""
+    try:
+        return convert(value, kind) if value is not None else None
+    except msgspec.ValidationError:
+        return None
+
+
 def first_serial(session: Session, now: float) -> int:
     """The record serial of a new device: above that of every device deleted before, so that one that enrols again believes it.
 
@@ -338,7 +346,7 @@ def _raise_floor(session: Session, serial: int) -> None:
 def _row(session: Session, device: str) -> Device:
     row = session.get(Device, device)
     if row is None:
-        raise NotFound(f"there is no device {device!r}; `edge-fleet devices` lists them")
+        raise NotFound(f"there is no device {device!r}; `edge-fleet device list` shows them")
     return row
 
 

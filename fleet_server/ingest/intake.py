@@ -4,7 +4,8 @@ A state report or an event counts only when it is signed with the key of a certi
 names that device; a report also only when its counter is above the last one's, an event only once. Everything else that does not fit
 is counted by cause, logged once per cause, and dropped: no message of a device can stop the intake.
 
-A batch is read, judged and written as a whole (three queries, three statements), because the database's cost is per statement.
+A batch is read, judged and written as a whole (three queries, three statements), because the database's cost is per statement. A report that
+says of a model what the last one said writes nothing of the model, and no rollout of it is judged for that.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from agent.contract.reports import (
     Presence,
     StateReport,
 )
-from fleet_server.devices import envelopes, twins
+from fleet_server.devices import envelopes, shared_identity
 from fleet_server.errors import Refused
-from fleet_server.journal import Happening, Journal
+from fleet_server.journal import EventView, Happening, Journal
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, DeviceModel
 
@@ -46,6 +47,9 @@ MAX_MODELS = 256
 MAX_ANSWERS = 64
 MAX_INTEGER = 2**63 - 1
 MAX_NAME, MAX_VARIANT = 64, 128  # the widths of their columns
+
+_models = DeviceModel.__table__
+DELETE_MODEL = delete(_models).where(_models.c.device == bindparam("of"), _models.c.model == bindparam("which"))  # type: ignore[arg-type]
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -62,11 +66,11 @@ class Dropped(Exception):
 
 
 class Changes(msgspec.Struct):
-    """What a batch changed."""
+    """What a batch changed: models of which a device says something else than before, devices that were heard, and new events."""
 
     models: set[str] = msgspec.field(default_factory=set)
     devices: set[str] = msgspec.field(default_factory=set)
-    events: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    events: list[EventView] = msgspec.field(default_factory=list)
 
 
 class Known(msgspec.Struct):
@@ -81,7 +85,10 @@ class Known(msgspec.Struct):
     shared: float | None = None
     several: bool = False
     """Whether it showed itself to be several machines in this batch."""
-    models: set[str] = msgspec.field(default_factory=set)
+    models: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
+    """What it last said of each model: the row of it."""
+    changed: set[str] = msgspec.field(default_factory=set)
+    """Models of which it says something else now, or nothing any more."""
     keys: list[Key] = msgspec.field(default_factory=list)
     report: StateReport | None = None
     heard: bool = False
@@ -94,10 +101,10 @@ class Intake:
         self.accepted = 0
         self.dropped: collections.Counter[str] = collections.Counter()
 
-    def take(self, batch: Sequence[Message]) -> Changes:
-        """Stores a batch in one transaction and tells watchers; what it changed, for the rollouts to be judged again.
+    def store(self, batch: Sequence[Message]) -> Changes:
+        """Stores a batch in one transaction and tells whoever reads along; what it changed, for the rollouts to be judged again.
 
-        Raises: OperationalError when the database takes nothing now (disk full, locked, unreachable); nothing is lost then.
+        Raises: OperationalError when the database stores nothing now (disk full, locked, unreachable); nothing is lost then.
         """
         with self._lock:
             try:
@@ -170,10 +177,9 @@ class Intake:
         )
         for device, pem in session.execute(good):
             known[device].keys.append(envelopes.key_of(pem))
-        for device, model in session.execute(
-            select(DeviceModel.device, DeviceModel.model).where(DeviceModel.device.in_(known))
-        ):
-            known[device].models.add(model)
+        said = select(*DeviceModel.__table__.columns).where(DeviceModel.device.in_(known))
+        for row in session.execute(said).mappings():
+            known[row["device"]].models[row["model"]] = dict(row)
         return known
 
     def _write(self, session: Session, heard: list[Known]) -> None:
@@ -185,13 +191,12 @@ class Intake:
         if reports:
             _update(
                 session,
-                [
-                    {"key": d.id, "counter": r.counter, "state": r, "hardware": r.hardware or d.hardware, "runs": d.runs}
-                    for d, r in reports
-                ],
+                [{"key": d.id, "counter": r.counter, "state": r, "hardware": d.hardware, "runs": d.runs} for d, r in reports],
             )
-            session.execute(delete(DeviceModel).where(DeviceModel.device.in_([d.id for d, _ in reports])))
-            rows = [_row(d.id, model, state) for d, r in reports for model, state in r.models.items()]
+            changed = [{"of": d.id, "which": model} for d, _ in reports for model in d.changed]
+            if changed:
+                session.connection().execute(DELETE_MODEL, changed)
+            rows = [d.models[model] for d, _ in reports for model in d.changed if model in d.models]
             if rows:
                 session.execute(insert(DeviceModel), rows)
 
@@ -199,14 +204,14 @@ class Intake:
         """Said once, and again after a time without signs."""
         now = self._clock()
         for device in devices:
-            if not twins.are_several(device.shared, now):
+            if not shared_identity.are_several(device.shared, now):
                 message = (
                     f"several machines report as {device.id}: a card or a state folder was copied after it had been enrolled; what they "
                     "report counts as nobody's success until each is a device of its own"
                 )
                 happening = Happening(name="identity_shared", message=message, device=device.id, reason="identity_shared")
                 changes.events.append(self._journal.record(session, happening))
-                changes.models |= device.models
+                changes.models |= set(device.models)
             changes.devices.add(device.id)
         if devices:
             _update(session, [{"key": device.id, "shared": now} for device in devices])
@@ -216,7 +221,7 @@ class Intake:
     def _judge(
         self, session: Session, known: dict[str, Known], message: Message, where: tuple[str, str] | None, changes: Changes
     ) -> None:
-        """Takes one message into what is known.  Raises: Dropped, with nothing taken."""
+        """Adds one message to what is known.  Raises: Dropped, with nothing added."""
         if where is None:
             raise Dropped("bad_topic", f"topic {message.topic!r} is not one a device may write")
         name, what = where
@@ -224,17 +229,17 @@ class Intake:
         if device is None:
             raise Dropped("unknown_device", f"{name!r} is not a device of this fleet")
         if what == "state":
-            _take_state(device, message.payload, changes)
+            _read_state(device, message.payload, changes)
         elif what == "presence":
-            _take_presence(device, message.payload)
+            _read_presence(device, message.payload)
         elif what == "events":
-            self._take_event(session, device, message.payload, changes)
+            self._read_event(session, device, message.payload, changes)
         elif what != "telemetry":
             raise Dropped("bad_topic", f"devices do not report {what!r}")
         device.heard = True
         changes.devices.add(name)
 
-    def _take_event(self, session: Session, device: Known, payload: bytes, changes: Changes) -> None:
+    def _read_event(self, session: Session, device: Known, payload: bytes, changes: Changes) -> None:
         event = _verified(device, payload, EVENT_PAYLOAD_TYPE, Event, MAX_EVENT_BYTES)
         if event.release is not None and abs(event.release) > MAX_INTEGER:
             raise Dropped("bad_report", f"release {event.release} is out of range")
@@ -243,13 +248,13 @@ class Intake:
             changes.events.append(stored)
 
 
-def _take_state(device: Known, payload: bytes, changes: Changes) -> None:
+def _read_state(device: Known, payload: bytes, changes: Changes) -> None:
     report = _verified(device, payload, STATE_PAYLOAD_TYPE, StateReport, MAX_REPORT_BYTES)
     if not device.counter < report.counter <= MAX_INTEGER:
-        device.several |= report.counter <= device.counter and twins.is_stranger(device.runs, report.run)
+        device.several |= report.counter <= device.counter and shared_identity.is_stranger(device.runs, report.run)
         raise Dropped("replayed", f"report {report.counter} of {device.id!r} is not newer than {device.counter}")
     if len(report.models) > MAX_MODELS:
-        raise Dropped("too_large", f"{device.id!r} reports {len(report.models)} models; at most {MAX_MODELS} are taken")
+        raise Dropped("too_large", f"{device.id!r} reports {len(report.models)} models; at most {MAX_MODELS} are read")
     for model, state in report.models.items():
         if len(model) > MAX_NAME or len(state.variant or "") > MAX_VARIANT or len(state.sha256 or "") > MAX_NAME:
             raise Dropped("bad_report", f"{device.id!r} reports a model with a name too long")
@@ -258,14 +263,19 @@ def _take_state(device: Known, payload: bytes, changes: Changes) -> None:
     if device.counter < 0 and report.session < device.session:
         # The first word of a newly enrolled device: the session came from what an earlier device of this id left with the broker.
         device.session, device.present = report.session, True
-    device.runs, back = twins.heard(device.runs, report.run[:MAX_NAME])
+    device.runs, back = shared_identity.heard(device.runs, report.run[:MAX_NAME])
     device.several |= back
     device.counter, device.report = report.counter, report
-    changes.models |= device.models | set(report.models)
-    device.models = set(report.models)
+    said = {model: _row(device.id, model, state) for model, state in report.models.items()}
+    changed = {model for model in {*said, *device.models} if said.get(model) != device.models.get(model)}
+    device.changed |= changed
+    device.models = said
+    hardware = msgspec.to_builtins(report.hardware) if report.hardware is not None else device.hardware
+    changes.models |= changed if hardware == device.hardware else {*said, *changed}
+    device.hardware = hardware
 
 
-def _take_presence(device: Known, payload: bytes) -> None:
+def _read_presence(device: Known, payload: bytes) -> None:
     if not payload:
         return  # a cleared retained message
     presence = _decoded(payload, Presence, MAX_PRESENCE_BYTES)
@@ -281,7 +291,7 @@ def _take_presence(device: Known, payload: bytes) -> None:
 def _verified(device: Known, payload: bytes, payload_type: str, kind: type[Any], limit: int) -> Any:
     """The document of type `kind` that the device signed."""
     if len(payload) > 2 * limit:  # base64 and the signature around it
-        raise Dropped("too_large", f"{kind.__name__} of {len(payload)} bytes; at most {2 * limit} are taken")
+        raise Dropped("too_large", f"{kind.__name__} of {len(payload)} bytes; at most {2 * limit} are read")
     try:
         words = envelopes.opened(payload, payload_type, device.keys, f"{kind.__name__} of {device.id!r}")
     except Refused as error:
@@ -295,7 +305,7 @@ def _verified(device: Known, payload: bytes, payload_type: str, kind: type[Any],
 def _row(device: str, model: str, state: ModelState) -> dict[str, Any]:
     return {
         "device": device, "model": model, "serving": state.serving, "sha256": state.sha256, "variant": state.variant,
-        "phase": state.phase.value, "answers": [*state.quarantined, *state.answers][-MAX_ANSWERS:],
+        "phase": state.phase.value, "answers": msgspec.to_builtins([*state.quarantined, *state.answers][-MAX_ANSWERS:]),
     }  # fmt: skip
 
 

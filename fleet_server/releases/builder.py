@@ -31,7 +31,7 @@ import yaml
 from agent.contract.codec import convert
 from agent.contract.manifest import ReleaseManifest
 from fleet_server.errors import Invalid, NotFound
-from fleet_server.releases import chunks
+from fleet_server.releases import blocks
 from runtimes import onnx_external
 from runtimes.contract import ModelInvalid
 from runtimes.recognizing import what_it_is
@@ -62,8 +62,8 @@ def build(release_yaml: Path) -> Built:
     for variant in variants if isinstance(variants, list) else ():
         if isinstance(variant, dict):
             variant.update(_with_data(variant, paths))
-    together = sum(path.stat().st_size for path in paths.values())
-    described = {name: chunks.describe(path, together) for name, path in paths.items()}
+    release_bytes = sum(path.stat().st_size for path in paths.values())
+    described = {name: blocks.describe(path, release_bytes) for name, path in paths.items()}
     document: dict[str, Any] = {**raw, "files": msgspec.to_builtins(described)}
     document["provenance"] = {
         "created": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
@@ -109,19 +109,19 @@ def _named(raw: dict[str, Any]) -> set[str]:
     """Every file name the description uses; what is malformed is left for the manifest's own check."""
     used = {str(name) for name in raw.get("files") or {}}
 
-    def take(items: object, *fields: str) -> None:
+    def add(items: object, *fields: str) -> None:
         for item in items if isinstance(items, list) else []:
             used.update(str(item[f]) for f in fields if isinstance(item, dict) and item.get(f))
 
-    take(raw.get("variants"), "file")
+    add(raw.get("variants"), "file")
     for variant in raw.get("variants") or ():
         if isinstance(variant, dict) and isinstance(variant.get("data"), dict):
             used.update(map(str, variant["data"].values()))
         if isinstance(variant, dict) and isinstance(variant.get("libraries"), list):
             used.update(map(str, variant["libraries"]))
-    take(raw.get("inputs"), "labels")
-    take(raw.get("outputs"), "labels")
-    take((raw.get("acceptance") or {}).get("golden") if isinstance(raw.get("acceptance"), dict) else None, "inputs", "expected")
+    add(raw.get("inputs"), "labels")
+    add(raw.get("outputs"), "labels")
+    add((raw.get("acceptance") or {}).get("golden") if isinstance(raw.get("acceptance"), dict) else None, "inputs", "expected")
     if isinstance(raw.get("provenance"), dict) and raw["provenance"].get("model_card"):
         used.add(str(raw["provenance"]["model_card"]))
     return used

@@ -1,18 +1,17 @@
-"""The published releases: taking one in, listing them, withdrawing them."""
+"""The published releases: taking one in, listing them, and what is asked of one often."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
 
 import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from agent.contract.codec import ContractError
-from agent.contract.manifest import ReleaseManifest, parse_manifest
+from agent.contract.manifest import Provenance, ReleaseManifest, parse_manifest
 from agent.contract.names import ReleaseRef
 from fleet_server.access import SERVER, Actor
 from fleet_server.errors import Conflict, Invalid, NotFound
@@ -23,15 +22,64 @@ from fleet_server.storage.blobs import Blobs
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Device, DeviceModel, ReleaseRow
 
+SUMMARIES_KEPT = 4096
+"""Some hundred bytes each; a manifest itself may have megabytes of blocks."""
+
+
+class VariantView(msgspec.Struct, frozen=True):
+    """A variant of a release, without what it asks of a device."""
+
+    name: str
+    runtime: str
+    file: str
+    data: dict[str, str]
+
+
+class ReleaseView(msgspec.Struct, frozen=True, kw_only=True):
+    """A published release as operators see it in lists. `signers`: the ids of the keys that signed it."""
+
+    model: str
+    version: int
+    release: str
+    sha256: str
+    size_bytes: int
+    published: float
+    signers: list[str]
+    withdrawn: bool
+    variants: list[VariantView]
+    golden_cases: int
+    provenance: Provenance
+
+
+class ReleaseDetail(ReleaseView, frozen=True, kw_only=True):
+    """A release with its signed manifest."""
+
+    manifest: ReleaseManifest
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """What is asked of a release often, out of its manifest."""
+
+    model_hashes: dict[str, str]
+    """Variant → the sha256 of its model, as devices report it."""
+    files: frozenset[str]
+    """The sha256 of each file."""
+    lease_s: float | None
+    variants: list[VariantView]
+    golden_cases: int
+    provenance: Provenance
+
 
 class Catalogue:
+    """The index of what publishers signed."""
+
     def __init__(
         self, database: Database, repository: Repository, blobs: Blobs, journal: Journal, clock: Callable[[], float]
     ) -> None:
         self._database, self._repository, self._blobs, self._journal, self._clock = database, repository, blobs, journal, clock
         self._publishing = threading.Lock()
 
-    def publish(self, actor: Actor, manifest: bytes, metadata: bytes) -> dict[str, Any]:
+    def publish(self, actor: Actor, manifest: bytes, metadata: bytes) -> ReleaseView:
         """Takes in a release that a publisher signed, if everything about it holds; nothing is trusted before that.
 
         Raises: see publication.check; Invalid when a file of it was not uploaded or is not what the manifest says.
@@ -45,7 +93,7 @@ class Catalogue:
             checked = publication.check(trusted, delegator, manifest, metadata, self._clock(), publisher)
             self._check_blobs(checked.manifest)
             with self._database.reading() as session:
-                refuse_other_bytes(session, checked.manifest)
+                refuse_other_bytes(session, checked.manifest.ref, {file.sha256 for file in checked.manifest.files.values()})
             self._repository.publish(checked.target, manifest, metadata, checked.version, publisher)
             with self._database.session() as session:
                 row = self._index(session, checked.manifest, manifest, checked.target.hashes["sha256"], list(checked.signers))
@@ -55,16 +103,17 @@ class Catalogue:
                     name="release_published", message=f"{ref} was published", model=ref.model, release=ref.version
                 )
                 event = self._journal.record(session, happening)
+                published = _view(row)
         self._journal.announce([event])
         self._journal.changed("releases")
-        return _view(row)
+        return published
 
-    def _already(self, manifest: bytes) -> dict[str, Any] | None:
+    def _already(self, manifest: bytes) -> ReleaseView | None:
         """The release, when these very bytes are published."""
         sha256 = hashlib.sha256(manifest).hexdigest()
         with self._database.reading() as session:
             row = session.scalar(select(ReleaseRow).where(ReleaseRow.sha256 == sha256))
-        return _view(row) if row is not None else None
+            return _view(row) if row is not None else None
 
     def _check_blobs(self, manifest: ReleaseManifest) -> None:
         for name, file in sorted(manifest.files.items()):
@@ -79,7 +128,7 @@ class Catalogue:
                 )
 
     def reconcile(self) -> list[ReleaseRef]:
-        """Indexes releases that are trusted but not in the database (a crash came between); those it found."""
+        """Indexes releases that are trusted but not in the database, because a crash came between; the releases it found."""
         delegator = self._repository.targets_role().signed
         found = []
         for publisher, role in self._repository.publishers().items():
@@ -102,23 +151,24 @@ class Catalogue:
         session.add(row)
         return row
 
-    def published(self, model: str | None = None) -> list[dict[str, Any]]:
+    def published(self, model: str | None = None) -> list[ReleaseView]:
+        """Published releases, the newest of each model first."""
         query = select(ReleaseRow).order_by(ReleaseRow.model, ReleaseRow.version.desc())
         if model is not None:
             query = query.where(ReleaseRow.model == model)
         with self._database.reading() as session:
             return [_view(row) for row in session.scalars(query)]
 
-    def get(self, ref: ReleaseRef) -> dict[str, Any]:
+    def get(self, ref: ReleaseRef) -> ReleaseDetail:
         """Everything about a release, its manifest included.  Raises: NotFound."""
         with self._database.reading() as session:
             row = find(session, ref)
-        return {**_view(row), "manifest": msgspec.json.decode(row.manifest)}
+            return ReleaseDetail(**msgspec.structs.asdict(_view(row)), manifest=_manifest_of(row))
 
     def manifest(self, ref: ReleaseRef) -> ReleaseManifest:
         """Raises: NotFound."""
         with self._database.reading() as session:
-            return manifest_of(find(session, ref))
+            return _manifest_of(find(session, ref))
 
 
 def _model_of(manifest: bytes) -> str:
@@ -133,38 +183,63 @@ def find(session: Session, ref: ReleaseRef) -> ReleaseRow:
     """Raises: NotFound."""
     row = session.get(ReleaseRow, (ref.model, ref.version))
     if row is None:
-        raise NotFound(f"release {ref} was never published; `edge-fleet releases` lists what was")
+        raise NotFound(f"release {ref} was never published; `edge-fleet release list` shows what was")
     return row
 
 
-def refuse_other_bytes(session: Session, manifest: ReleaseManifest) -> None:
-    """A server that was restored from a copy has forgotten what was published since; devices have not.
+def refuse_other_bytes(session: Session, ref: ReleaseRef, files: Collection[str]) -> None:
+    """A server that was restored from a copy has forgotten what was published since; devices have not. `files`: the sha256 of each.
 
     Raises: Conflict when a device serves a release of this name that is another one.
     """
-    ours = {file.sha256 for file in manifest.files.values()}
     query = select(DeviceModel.device, DeviceModel.sha256).join(Device, Device.id == DeviceModel.device)
-    query = query.where(
-        DeviceModel.model == manifest.model, DeviceModel.serving == manifest.version, DeviceModel.sha256.is_not(None)
-    )
+    query = query.where(DeviceModel.model == ref.model, DeviceModel.serving == ref.version, DeviceModel.sha256.is_not(None))
     for device, sha256 in session.execute(query.where(Device.revoked.is_(False)).order_by(DeviceModel.device)):
-        if sha256 not in ours:
+        if sha256 not in files:
             raise Conflict(
-                f"device {device!r} serves a release {manifest.ref} with other bytes: it was published before this server was restored "
+                f"device {device!r} serves a release {ref} with other bytes: it was published before this server was restored "
                 "from a copy; publish this one with a larger version",
                 code="version_in_use",
             )
 
 
-def manifest_of(row: ReleaseRow) -> ReleaseManifest:
+_summaries: dict[str, Summary] = {}
+
+
+def summary_of(row: ReleaseRow) -> Summary:
+    """What is asked often of the release in `row`, whose session is open. Made once for each manifest, by its digest."""
+    found = _summaries.get(row.sha256)
+    if found is None:
+        if len(_summaries) >= SUMMARIES_KEPT:
+            _summaries.clear()
+        found = _summaries[row.sha256] = _summary(_manifest_of(row))
+    return found
+
+
+def forget_summaries() -> None:
+    """As after a restart."""
+    _summaries.clear()
+
+
+def _summary(manifest: ReleaseManifest) -> Summary:
+    return Summary(
+        model_hashes={variant.name: manifest.model_sha256(variant) for variant in manifest.variants},
+        files=frozenset(file.sha256 for file in manifest.files.values()),
+        lease_s=manifest.acceptance.lease_s,
+        variants=[VariantView(v.name, v.runtime, v.file, dict(v.data)) for v in manifest.variants],
+        golden_cases=len(manifest.acceptance.golden),
+        provenance=manifest.provenance,
+    )
+
+
+def _manifest_of(row: ReleaseRow) -> ReleaseManifest:
     return parse_manifest(row.manifest.encode())
 
 
-def _view(row: ReleaseRow) -> dict[str, Any]:
-    manifest = manifest_of(row)
-    return {
-        "model": row.model, "version": row.version, "release": f"{row.model}:{row.version}", "sha256": row.sha256,
-        "size_bytes": row.size_bytes, "published": row.published, "signers": row.signers, "withdrawn": row.withdrawn,
-        "variants": [{"name": v.name, "runtime": v.runtime, "file": v.file, "data": v.data} for v in manifest.variants],
-        "golden_cases": len(manifest.acceptance.golden), "provenance": msgspec.to_builtins(manifest.provenance),
-    }  # fmt: skip
+def _view(row: ReleaseRow) -> ReleaseView:
+    summary = summary_of(row)
+    return ReleaseView(
+        model=row.model, version=row.version, release=f"{row.model}:{row.version}", sha256=row.sha256, size_bytes=row.size_bytes,
+        published=row.published, signers=row.signers, withdrawn=row.withdrawn, variants=summary.variants,
+        golden_cases=summary.golden_cases, provenance=summary.provenance,
+    )  # fmt: skip

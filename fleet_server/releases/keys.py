@@ -18,7 +18,7 @@ from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, Si
 
 from agent.common import files
 from fleet_server.errors import Invalid, NotFound
-from fleet_server.releases.apart import Apart, imported
+from fleet_server.releases.signing_process import ProcessSigner, imported
 
 
 def generate(path: Path, *, passphrase: str | None = None) -> CryptoSigner:
@@ -63,7 +63,7 @@ def open_uri(uri: str, candidates: Iterable[Key], secret: Callable[[str], str]) 
 
     Raises: Invalid (cannot be reached, or is none of the keys that would count here).
     """
-    return Apart(uri, candidates, secret)
+    return ProcessSigner(uri, candidates, secret)
 
 
 def public(name: str, *, passphrase: str | None = None) -> Key:

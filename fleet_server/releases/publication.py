@@ -25,7 +25,7 @@ from agent.contract.codec import ContractError
 from agent.contract.manifest import MAX_MANIFEST_BYTES, ReleaseManifest, parse_manifest
 from agent.contract.names import ReleaseRef
 from fleet_server.errors import Conflict, Invalid, Refused, TooLarge
-from fleet_server.releases.publishers import RELEASES
+from fleet_server.releases.delegations import RELEASES
 
 MAX_ROLE_BYTES = 5_000_000  # what a TUF client reads of a targets role at most (tuf's UpdaterConfig.targets_max_length)
 MIN_VALIDITY_S = 86400.0

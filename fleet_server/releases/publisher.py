@@ -16,9 +16,9 @@ from agent.contract.codec import encode
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
 from fleet_server.errors import Conflict, NotFound, Refused
-from fleet_server.releases.change import OFFLINE_EXPIRY_S
+from fleet_server.releases.delegations import RELEASES
+from fleet_server.releases.key_change import OFFLINE_EXPIRY_S
 from fleet_server.releases.publication import listed, reinstatements
-from fleet_server.releases.publishers import RELEASES
 
 
 def verified(root: bytes, targets: bytes, releases: bytes | None, publisher: str = RELEASES) -> Metadata[Targets] | None:

@@ -1,10 +1,17 @@
 """Rollouts: from what devices say of a release to the assignment that all of them are told.
 
-service   asks, decides, writes down, signs
-machine   the life of a rollout as a table. Pure
-gates     what the devices of a wave answered, and what follows. Pure
-heard     what each device says of a release
-reading   what the rows mean: for devices, for the next decision, in words
-classes   releases that are stopped for one kind of hardware
-teams     releases that switch together
+machine      the life of a rollout as a table. Pure
+gates        what the devices of a wave answered, and what follows. Pure
+wording      rollouts in words
+rows         what the rows of the database mean for the next decision
+facts        what each device says of a release
+teams        releases that switch together
+exclusions   releases that a hardware class does not run
+steps        one step of a rollout, written down
+assignment   what devices are told: made from the database, signed, poked
+decisions    one decision at a time: transaction, signing, poke, words
+judging      the gates of running rollouts, and what their verdicts do
+commands     what operators ask for
+views        what operators are shown
+bundles      what some devices should run, in one file for a stick
 """

@@ -82,9 +82,9 @@ class Verdict(msgspec.Struct, frozen=True):
     evidence: tuple[Witness, ...] = ()
 
 
-def standing(fact: Fact, *, only_looks: bool = False) -> Standing:
-    """A bad answer counts whether the device is still there or not; a good one only with the right bytes being served. `only_looks`: in
-    a rollout of mode shadow, which asks for no more than a good look beside what serves.
+def standing(fact: Fact, *, shadow: bool = False) -> Standing:
+    """How one device stands. A bad answer counts whether the device is still there or not; a good one counts only while the right bytes
+    serve. `shadow`: the rollout has mode shadow, and a release that kept its rules beside what serves is a success.
     """
     if fact.outcome is Outcome.REFUSED:
         return Standing.REFUSED
@@ -92,7 +92,7 @@ def standing(fact: Fact, *, only_looks: bool = False) -> Standing:
         return Standing.ROLLED_BACK
     if fact.serving_it and (fact.outcome is Outcome.COMMITTED or fact.phase is Phase.STEADY):
         return Standing.COMMITTED
-    if only_looks and fact.outcome is Outcome.SHADOWED:
+    if shadow and fact.outcome is Outcome.SHADOWED:
         return Standing.SHADOWED
     if not fact.online:
         return Standing.OFFLINE
@@ -101,20 +101,20 @@ def standing(fact: Fact, *, only_looks: bool = False) -> Standing:
     return Standing.PENDING
 
 
-def judge(facts: Iterable[Fact], *, max_failures: int, min_devices: int = 1, only_looks: bool = False) -> Verdict:
+def judge(facts: Iterable[Fact], *, max_failures: int, min_devices: int = 1, shadow: bool = False) -> Verdict:
     """The verdict on a wave: FAIL above `max_failures`; PASS when `min_devices` committed and no online device is still to answer.
-    `only_looks`: as for `standing`.
+    `shadow`: the rollout has mode shadow, and devices need not commit to pass.
     """
     found = dict.fromkeys(Standing, 0)
     witnesses = []
     for fact in facts:
-        where = standing(fact, only_looks=only_looks)
+        where = standing(fact, shadow=shadow)
         found[where] += 1
         witnesses.append(Witness(fact.device, where, fact.reason, fact.message))
     counts = Counts(**{where.value: number for where, number in found.items()})
     # Bad answers first: they are what a reader of the verdict looks for.
     witnesses.sort(key=lambda w: (w.standing not in {Standing.REFUSED, Standing.ROLLED_BACK}, w.standing.value, w.device))
-    ruling, why = _rule(counts, max_failures, min_devices, "shadowed" if only_looks else "committed")
+    ruling, why = _rule(counts, max_failures, min_devices, "shadowed" if shadow else "committed")
     return Verdict(ruling, why, counts, tuple(witnesses[:EVIDENCE_KEPT]))
 
 

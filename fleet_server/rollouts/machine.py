@@ -19,7 +19,7 @@ from agent.contract.assignment import EVERYONE
 class State(str, Enum):
     CREATED = "created"  # written down, not assigned yet: only a crash of the server can be seen between this and running
     RUNNING = "running"
-    HOLDING = "holding"  # the wave passed; waits for a person to promote
+    WAITING = "waiting"  # the wave passed; a person must confirm the next one (promote)
     PAUSED = "paused"  # no further wave begins; devices already reached go on
     COMPLETED = "completed"
     ABORTED = "aborted"
@@ -28,7 +28,7 @@ class State(str, Enum):
 class Event(str, Enum):
     START = "start"
     WAVE_PASSED = "wave_passed"
-    HOLD = "hold"  # a wave passed in a rollout that waits between waves
+    WAIT = "wait"  # a wave passed in a rollout whose waves a person confirms
     LAST_WAVE_PASSED = "last_wave_passed"
     GATE_FAILED = "gate_failed"
     PROMOTE = "promote"
@@ -41,21 +41,21 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType({
     (State.CREATED, Event.START): State.RUNNING,
     (State.CREATED, Event.ABORT): State.ABORTED,
     (State.RUNNING, Event.WAVE_PASSED): State.RUNNING,
-    (State.RUNNING, Event.HOLD): State.HOLDING,
+    (State.RUNNING, Event.WAIT): State.WAITING,
     (State.RUNNING, Event.LAST_WAVE_PASSED): State.COMPLETED,
     (State.RUNNING, Event.GATE_FAILED): State.ABORTED,
     (State.RUNNING, Event.PAUSE): State.PAUSED,
     (State.RUNNING, Event.ABORT): State.ABORTED,
-    (State.HOLDING, Event.PROMOTE): State.RUNNING,
-    (State.HOLDING, Event.GATE_FAILED): State.ABORTED,  # a device that rolls back late
-    (State.HOLDING, Event.PAUSE): State.PAUSED,
-    (State.HOLDING, Event.ABORT): State.ABORTED,
-    (State.PAUSED, Event.RESUME): State.RUNNING,  # its gate is judged again; a passed one moves on at once
+    (State.WAITING, Event.PROMOTE): State.RUNNING,
+    (State.WAITING, Event.GATE_FAILED): State.ABORTED,  # a device that rolls back late
+    (State.WAITING, Event.PAUSE): State.PAUSED,
+    (State.WAITING, Event.ABORT): State.ABORTED,
+    (State.PAUSED, Event.RESUME): State.RUNNING,  # its gate is judged again; one that has passed moves on at once
     (State.PAUSED, Event.GATE_FAILED): State.ABORTED,  # a pause never protects a bad release
     (State.PAUSED, Event.ABORT): State.ABORTED,
 })  # fmt: skip
 
-ACTIVE = (State.CREATED, State.RUNNING, State.HOLDING, State.PAUSED)
+ACTIVE = (State.CREATED, State.RUNNING, State.WAITING, State.PAUSED)
 TERMINAL = (State.COMPLETED, State.ABORTED)
 NEXT_WAVE = (Event.WAVE_PASSED, Event.PROMOTE)
 
@@ -94,7 +94,8 @@ class Plan(msgspec.Struct, frozen=True):
     state: State
     waves: tuple[Wave, ...]
     wave: int = 0
-    hold: bool = False
+    confirm: bool = False
+    """Whether a person confirms each further wave."""
 
     def __post_init__(self) -> None:
         if not self.waves or not self.waves[-1].everyone:
@@ -129,4 +130,4 @@ def on_pass(plan: Plan) -> Event | None:
         return None
     if plan.last_wave:
         return Event.LAST_WAVE_PASSED
-    return Event.HOLD if plan.hold else Event.WAVE_PASSED
+    return Event.WAIT if plan.confirm else Event.WAVE_PASSED

@@ -1,6 +1,6 @@
-"""Rollouts whose releases switch together on every device: one decision for all of them, and what the assignment says of it.
+"""Teams: rollouts whose releases switch together on every device. One decision for all members, and what the assignment says of them.
 
-Each member is a rollout of its own model; `together` is the id of the first. They have the same waves and reach the same devices.
+Each member is a rollout of a model of its own; the team's name is the id of the first one. They have the same waves and reach the same devices.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from fleet_server.rollouts.gates import EVIDENCE_KEPT, Counts, Ruling, Verdict
 from fleet_server.rollouts.machine import ACTIVE, State
 from fleet_server.storage.models import ModelRow, RolloutRow
 
-ROWS_LOOKED_AT = 200
-"""Members of the newest teams. Older ones were followed by other rollouts of their models."""
+ROWS_READ = 200
+"""Members of the newest teams. Older teams were followed by other rollouts of their models."""
 
 
 def of(session: Session, row: RolloutRow) -> list[RolloutRow]:
-    """The rollout and those that go with it, in the order in which they were named."""
-    if row.together is None:
+    """The members of the rollout's team, itself among them, in the order in which they were named. A rollout without a team is alone."""
+    if row.team is None:
         return [row]
-    return list(session.scalars(select(RolloutRow).where(RolloutRow.together == row.together).order_by(RolloutRow.number)))
+    return list(session.scalars(select(RolloutRow).where(RolloutRow.team == row.team).order_by(RolloutRow.number)))
 
 
-def groups(session: Session, models: Mapping[str, ModelRow]) -> dict[str, dict[str, int]]:
-    """What the assignment says: name → model → release, for teams under way, teams that are what every device runs, and the releases
-    that devices go back to together after a team was aborted.
+def assigned(session: Session, models: Mapping[str, ModelRow]) -> dict[str, dict[str, int]]:
+    """Name → model → release of the teams that the assignment has: those under way, those that are what every device runs, and the
+    releases that devices go back to as a team after theirs was aborted.
     """
-    query = select(RolloutRow).where(RolloutRow.together.is_not(None)).order_by(RolloutRow.number.desc()).limit(ROWS_LOOKED_AT)
+    query = select(RolloutRow).where(RolloutRow.team.is_not(None)).order_by(RolloutRow.number.desc()).limit(ROWS_READ)
     teams: dict[str, list[RolloutRow]] = {}
     for row in session.scalars(query):
-        teams.setdefault(str(row.together), []).append(row)
+        teams.setdefault(str(row.team), []).append(row)
     found: dict[str, dict[str, int]] = {}
     claimed: set[str] = set()
     for name, rows in teams.items():
@@ -49,15 +49,15 @@ def groups(session: Session, models: Mapping[str, ModelRow]) -> dict[str, dict[s
     return found
 
 
-def joint(verdicts: Sequence[tuple[RolloutRow, Verdict]]) -> Verdict:
-    """One verdict for all: it fails with the first that fails, and passes when all do. Pure."""
+def verdict(verdicts: Sequence[tuple[RolloutRow, Verdict]]) -> Verdict:
+    """One verdict from those of all members: it fails when one of them fails, and passes when all pass. Pure."""
     if len(verdicts) == 1:
         return verdicts[0][1]
     order = (Ruling.FAIL, Ruling.WAIT, Ruling.PASS)
-    ruling = min((verdict.ruling for _, verdict in verdicts), key=order.index)
+    ruling = min((one.ruling for _, one in verdicts), key=order.index)
     why = "; ".join(f"{row.model}:{row.release} {v.why}" for row, v in verdicts if v.ruling is ruling)
-    evidence = tuple(witness for _, verdict in verdicts for witness in verdict.evidence)[:EVIDENCE_KEPT]
-    return Verdict(ruling, why, _sum(verdict.counts for _, verdict in verdicts), evidence)
+    evidence = tuple(witness for _, one in verdicts for witness in one.evidence)[:EVIDENCE_KEPT]
+    return Verdict(ruling, why, _sum(one.counts for _, one in verdicts), evidence)
 
 
 def _sum(counts: Iterable[Counts]) -> Counts:

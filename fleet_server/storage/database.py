@@ -47,14 +47,14 @@ class Database:
         with Session(self._readers, expire_on_commit=False) as session:
             yield session
 
-    def migrate(self) -> None:
-        """Brings the schema to this version's.  Raises: DatabaseError when a newer version wrote it or it cannot be changed."""
+    def migrate(self, revision: str = "head") -> None:
+        """Brings the schema to `revision`, which is this version's.  Raises: DatabaseError when a newer version wrote it or it cannot be changed."""
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         try:
             with self.engine.begin() as connection:
                 config.attributes["connection"] = connection
-                command.upgrade(config, "head")
+                command.upgrade(config, revision)
         except CommandError as error:
             raise DatabaseError(f"the database was written by a newer version ({error}): install that version") from error
         except SQLAlchemyError as error:

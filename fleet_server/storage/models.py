@@ -42,7 +42,7 @@ class Device(Base):
     hardware: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     state: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     runs: Mapped[list[str]] = mapped_column(JSON, default=list)
-    """The words of its agent's last processes; see `devices.twins`."""
+    """The words of its agent's last processes; see `devices.shared_identity`."""
     shared: Mapped[float | None] = mapped_column(Float)
     """When it last showed itself to be several machines."""
     late_until: Mapped[float | None] = mapped_column(Float)
@@ -117,7 +117,8 @@ class ReleaseRow(Base):
     __tablename__ = "releases"
     model: Mapped[str] = mapped_column(String(64), primary_key=True)
     version: Mapped[int] = mapped_column(primary_key=True)
-    manifest: Mapped[str] = mapped_column(Text)
+    manifest: Mapped[str] = mapped_column(Text, deferred=True)
+    """Read only when it is asked for: it may have megabytes."""
     sha256: Mapped[str] = mapped_column(String(64))
     size_bytes: Mapped[int]
     published: Mapped[float] = mapped_column(Float)
@@ -146,10 +147,10 @@ class RolloutRow(Base):
     waves: Mapped[list[Any]] = mapped_column(JSON)
     wave: Mapped[int] = mapped_column(Integer, default=0)
     state: Mapped[str] = mapped_column(String(16), index=True)
-    hold: Mapped[bool] = mapped_column(Boolean, default=False)
+    confirm: Mapped[bool] = mapped_column(Boolean, default=False)
     max_failures: Mapped[int] = mapped_column(Integer, default=0)
     mode: Mapped[str] = mapped_column(String(16), default="install")
-    together: Mapped[str | None] = mapped_column(String(64), index=True)
+    team: Mapped[str | None] = mapped_column(String(64), index=True)
     window: Mapped[str | None] = mapped_column(String(64))
     created: Mapped[float] = mapped_column(Float)
     created_by: Mapped[str] = mapped_column(String(128))
@@ -158,7 +159,9 @@ class RolloutRow(Base):
 
 
 class ExclusionRow(Base):
-    """A release that is stopped for a hardware class, with the devices that refused it. A lifted one is kept: it is not stopped again."""
+    """A hardware class that does not run a release, with the devices that refused it. One that was ended is kept: the class is not excluded
+    again.
+    """
 
     __tablename__ = "exclusions"
     id: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
@@ -171,8 +174,8 @@ class ExclusionRow(Base):
     count: Mapped[int]
     reason: Mapped[str] = mapped_column(Text)
     devices: Mapped[list[Any]] = mapped_column(JSON, default=list)
-    lifted: Mapped[float | None] = mapped_column(Float)
-    lifted_by: Mapped[str | None] = mapped_column(String(128))
+    ended: Mapped[float | None] = mapped_column(Float)
+    ended_by: Mapped[str | None] = mapped_column(String(128))
 
 
 class VerdictRow(Base):

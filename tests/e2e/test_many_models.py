@@ -41,7 +41,7 @@ def publish(world: World, model: str, version: int, file: str, **acceptance: obj
 
 def together(world: World, version: int) -> str:
     releases = [f"{model}:{version}" for model in MODELS]
-    return str(json.loads(world.fleet.run("rollout", "start", *releases, "--together", "--json"))["id"])
+    return str(json.loads(world.fleet.run("rollout", "start", *releases, "--team", "--json"))["id"])
 
 
 def runs(world: World) -> dict[str, int | None]:

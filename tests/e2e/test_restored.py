@@ -20,7 +20,7 @@ def until_it_looked(world: World, what: str, condition: Callable[[], object]) ->
     groups = itertools.cycle(["one", "other"])
 
     def poked() -> bool:
-        world.fleet.run("devices", "group", "device", next(groups))
+        world.fleet.run("device", "group", "device", next(groups))
         return bool(condition())
 
     world.until(what, poked, every_s=0.5)

@@ -41,7 +41,7 @@ def test_two_devices_with_one_identity_are_told_apart(world: World) -> None:
     world.until("the server warns", lambda: any("several machines" in text for text in fleet.get("status")["warnings"]))
     assert fleet.devices()["device"]["shared"]
     assert "identity_shared" in {event["name"] for event in fleet.get("events?limit=100&device=device")}
-    assert "several machines" in fleet.run("devices")
+    assert "several machines" in fleet.run("device", "list")
     both = (world.device, twin)
     world.until("doctor finds it", lambda: any(examined(world, one)["identity"]["level"] == "failed" for one in both))
     shown = [

@@ -6,7 +6,7 @@ import pytest
 
 from fleet_server.app import Fleet
 from fleet_server.broker import settings as broker_settings
-from fleet_server.config import BrokerSettings, FleetConfig, Folder
+from fleet_server.config import BrokerSettings, FleetConfig, Folder, RolloutSettings
 from fleet_server.errors import Unavailable
 from fleet_server.setup import init
 from tests.fleet.stand import Server
@@ -75,11 +75,17 @@ def clock():
 
 
 @pytest.fixture
-def fleet(_folder_template, tmp_path, clock):
+def settings():
+    """How rollouts are judged; a test gives others by its parameters."""
+    return RolloutSettings()
+
+
+@pytest.fixture
+def fleet(_folder_template, tmp_path, clock, settings):
     """Every part of the server in this process, without sockets."""
     base = tmp_path / "inside"
     shutil.copytree(_folder_template, base)
-    made = Fleet(Folder(base / "fleet"), FleetConfig(fleet="test", hosts=("127.0.0.1",)), clock)
+    made = Fleet(Folder(base / "fleet"), FleetConfig(fleet="test", hosts=("127.0.0.1",), rollouts=settings), clock)
     made.releases_key = base / "offline" / "releases.key"
     yield made
     made.close()

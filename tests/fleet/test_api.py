@@ -10,8 +10,8 @@ import pytest
 import requests
 
 from fleet_server.access import SERVER, Role
-from fleet_server.api.openapi import document
-from fleet_server.api.operator import API, ROUTES
+from fleet_server.api.operator.app import ROUTES, described_api
+from fleet_server.api.operator.routes import API
 from fleet_server.errors import Conflict, Denied
 from tests.fleet.stand import wait_until
 
@@ -50,7 +50,7 @@ def test_every_route_checks_its_role(server, tokens, route):
 
 def test_the_table_is_the_whole_api(server):
     listed = {(route.method.lower(), API + route.path) for route in ROUTES}
-    described = {(m, p) for p, methods in document()["paths"].items() for m in methods if m != "head"}
+    described = {(m, p) for p, methods in described_api()["paths"].items() for m in methods if m != "head"}
     assert described - listed == {("get", "/enrolment/ca"), ("post", "/enrolment")}
     assert listed <= described
 
@@ -83,9 +83,9 @@ def test_a_revoked_token_opens_nothing(server):
 
 
 def test_the_last_admin_stays(fleet):
-    only = next(t for t in fleet.access.tokens() if t["role"] == "admin")
+    only = next(t for t in fleet.access.tokens() if t.role is Role.ADMIN)
     with pytest.raises(Conflict, match="last admin"):
-        fleet.access.revoke(only["id"])
+        fleet.access.revoke(only.id)
 
 
 def test_every_change_is_audited(server, tokens):
@@ -124,14 +124,14 @@ def test_a_session_needs_a_real_token(server):
 
 
 def test_a_session_ends(fleet, clock):
-    view, token = fleet.access.create("x", Role.VIEWER)
-    cookie = fleet.access.open_session(fleet.access.by_token(token))
+    made = fleet.access.create("x", Role.VIEWER)
+    cookie = fleet.access.open_session(fleet.access.by_token(made.token))
     assert fleet.access.by_session(cookie).name == "x"
     clock.now += fleet.config.session_s + 1
     with pytest.raises(Denied):
         fleet.access.by_session(cookie)
-    cookie = fleet.access.open_session(fleet.access.by_token(token))
-    fleet.access.revoke(view["id"])
+    cookie = fleet.access.open_session(fleet.access.by_token(made.token))
+    fleet.access.revoke(made.id)
     with pytest.raises(Denied):
         fleet.access.by_session(cookie)
 
@@ -176,7 +176,7 @@ def test_bodies_are_limited_before_they_are_read(server):
 def test_openapi(server):
     served = server.get("/openapi.json")
     assert served["openapi"].startswith("3.")
-    assert served["paths"].keys() == document()["paths"].keys()
+    assert served["paths"].keys() == described_api()["paths"].keys()
     ids = [op["operationId"] for methods in served["paths"].values() for op in methods.values()]
     assert len(ids) == len(set(ids))
     known = served["components"]["schemas"]
@@ -230,7 +230,7 @@ def test_the_stream_needs_a_token(server):
     assert requests.get(f"{server.url}{API}/events/stream", verify=str(server.ca), timeout=20).status_code == 401
 
 
-def test_open_streams_do_not_hold_a_stop_up(own_server):
+def test_a_stop_does_not_wait_for_open_streams(own_server):
     own_server.start()
     with stream(own_server):
         process = own_server.process
@@ -286,31 +286,28 @@ def test_status(server):
 
 
 def test_journal_keeps_a_bounded_number(fleet):
-    fleet.journal._kept = 10
-    from fleet_server import journal
-    from fleet_server.journal import Happening
+    from agent.contract.reports import Event
+    from fleet_server.journal import Journal
 
+    journal = Journal(fleet.database, fleet.hub, lambda: 0.0, events_kept=10, prune_every=30)
     for n in range(30):
-        fleet.journal.tell(Happening(name="x", message=str(n)))
-    fleet.journal._since_prune = journal.PRUNE_EVERY
-    with fleet.database.session() as session:
-        fleet.journal._prune(session)
-    assert len(fleet.journal.events()) == 10
+        with fleet.database.session() as session:
+            journal.record_from_device(session, Event(id=f"e{n}", device="d", at=0.0, name="x", message=str(n)))
+    assert [event.message for event in journal.events()] == [str(n) for n in range(20, 30)]
     assert SERVER.role is Role.ADMIN
 
 
-def test_a_watcher_that_does_not_read_is_let_go():
+def test_a_reader_that_does_not_read_is_let_go():
     import asyncio
 
     from fleet_server.live import MAX_WAITING, Hub
 
     async def story():
         hub = Hub()
-        with hub.watch() as watcher:
+        with hub.reader() as reader:
             for n in range(MAX_WAITING + 5):
-                hub.tell({"type": "event", "data": {"seq": n}})
-            await asyncio.sleep(0)
-            return [await watcher.get() for _ in range(MAX_WAITING + 1)]
+                hub.tell(n)
+            return [await reader.get() for _ in range(MAX_WAITING + 1)]
 
     got = asyncio.run(story())
     assert got[-1] is None

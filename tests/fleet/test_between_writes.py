@@ -55,7 +55,7 @@ def test_power_gone_before_each_write(story, clock, monkeypatch, name, survived)
     story.fleet.close()
     story.fleet = again(story.fleet, clock)
     if name == "publish":
-        there = [r["version"] for r in story.fleet.catalogue.published("digits")]
+        there = [r.version for r in story.fleet.catalogue.published("digits")]
         assert there == [2, 1], "nothing is trusted before the last write"
         change(story)
     check_done(story, name)
@@ -82,17 +82,17 @@ def again(fleet, clock):
     started.releases_key = fleet.releases_key
     started.recover()
     started.repository.check()
-    listed = [ReleaseRef(r["model"], r["version"]) for r in started.catalogue.published()]
+    listed = [ReleaseRef(r.model, r.version) for r in started.catalogue.published()]
     assert sorted(listed) == published(started.repository.releases().signed)
     before = started.repository.assignment_bytes()
-    started.rollouts.publish_assignment()
+    started.assignment.publish()
     assert started.repository.assignment_bytes() == before, "nothing was left to sign"
     return started
 
 
 def check_done(story, name):
     if name == "publish":
-        assert [r["version"] for r in story.fleet.catalogue.published("digits")] == [3, 2, 1]
+        assert [r.version for r in story.fleet.catalogue.published("digits")] == [3, 2, 1]
     elif name == "renew":
         assert min(story.fleet.repository.expirations().values()) > story.clock.now
     elif name == "start":

@@ -30,7 +30,7 @@ def test_a_device_is_seen_and_poked(server, connect):
     assert device.wait_for_poke()["assignment_version"] == 2
     device.report({"m": model_state(manifest, answers=(answer(manifest, rollout=rollout),))})
     wait_until(lambda: server.get(f"/rollouts/{rollout}")["state"] == "completed", "the report completes the rollout")
-    device.mqtt._sock_close()  # the network goes away: the broker sends the will
+    device.mqtt.socket().shutdown(socket.SHUT_RDWR)  # the network goes away: the broker sends the will
     device.disconnect()
     wait_until(lambda: not online(server, device), "the last will arrives")
 

@@ -10,7 +10,7 @@ from agent.contract import bundle
 from agent.contract.assignment import Exclusion, ModelAssignment
 from agent.contract.codec import decode
 from agent.contract.manifest import WatchRules
-from fleet_server.releases.bundles import may_want
+from fleet_server.rollouts.bundles import may_want
 from tests.fleet.stand import sha256
 
 
@@ -62,7 +62,7 @@ def test_the_devices_of_a_group(filled, tmp_path):
     assert about.devices == ("crane-1",)
 
 
-def test_a_class_for_which_a_release_is_stopped_gets_what_it_runs_instead():
+def test_a_class_that_is_excluded_from_a_release_gets_what_it_runs_instead():
     rules = ModelAssignment(release=2, excluded=(Exclusion(release=2, hardware="pi", instead=1),))
     assert may_want(rules, "d", [], "pi") == {1}
     assert may_want(rules, "d", [], "jetson") == {2}

@@ -87,7 +87,16 @@ def test_ipv6_hosts_stand_in_brackets():
 
 # -- commands ------------------------------------------------------------------------------------------------------------------
 
-LISTINGS = (["devices"], ["releases"], ["rollout", "list"], ["token", "list"], ["access", "list"], ["events"], ["audit"])
+LISTINGS = (
+    ["device", "list"],
+    ["release", "list"],
+    ["rollout", "list"],
+    ["exclusion", "list"],
+    ["token", "list"],
+    ["access", "list"],
+    ["events"],
+    ["audit"],
+)
 
 
 @pytest.mark.parametrize("command", LISTINGS, ids=" ".join)
@@ -110,36 +119,36 @@ def test_a_token_is_alone_on_stdout(server):
 
 def test_the_whole_story(server, tmp_path):
     device = server.enrol("cli-1")
-    assert "cli-1" in server.cli("devices").stdout
-    assert "canary" in server.cli("devices", "group", "cli-1", "canary").stdout
-    assert json.loads(server.cli("devices", "show", "cli-1", "--json").stdout)["groups"] == ["canary"]
+    assert "cli-1" in server.cli("device", "list").stdout
+    assert "canary" in server.cli("device", "group", "cli-1", "canary").stdout
+    assert json.loads(server.cli("device", "show", "cli-1", "--json").stdout)["groups"] == ["canary"]
     server.publish_simple("story", 1)
     server.publish_simple("story", 2)
-    started = json.loads(server.cli("rollout", "start", "story:1", "--group", "canary", "--hold", "--json").stdout)
+    started = json.loads(server.cli("rollout", "start", "story:1", "--group", "canary", "--confirm", "--json").stdout)
     assert [w["groups"] for w in started["waves"]] == [["canary"], []]
-    assert "canary (now)" in server.cli("rollout", "status").stdout
+    assert "canary (now)" in server.cli("rollout", "show").stdout
     assert "paused" in server.cli("rollout", "pause", started["id"]).stdout
     assert "running" in server.cli("rollout", "resume", started["id"]).stdout
     promoted = server.cli("rollout", "promote", started["id"])
     assert (promoted.returncode, "illegal_transition" in promoted.stderr) == (3, True)
     assert "aborted" in server.cli("rollout", "abort", started["id"]).stdout
-    watched = server.cli("rollout", "status", started["id"], "--watch")
+    watched = server.cli("rollout", "show", started["id"], "--watch")
     assert watched.returncode == 1
     assert server.cli("withdraw", "story:2", "--yes").returncode == 0
-    assert "withdrawn" in server.cli("releases", "--model", "story").stdout
+    assert "withdrawn" in server.cli("release", "list", "--model", "story").stdout
     assert server.cli("rollback", "story").returncode == 3
-    assert server.cli("devices", "revoke", "cli-1", "--yes").returncode == 0
+    assert server.cli("device", "revoke", "cli-1", "--yes").returncode == 0
     assert device.get("/record").status_code == 403
-    assert server.cli("devices", "delete", "cli-1", "--yes").returncode == 0
-    assert server.cli("devices", "show", "cli-1").returncode == 3
+    assert server.cli("device", "delete", "cli-1", "--yes").returncode == 0
+    assert server.cli("device", "show", "cli-1").returncode == 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
         (["nonsense"], 2), (["rollout", "start"], 2), (["token", "create", "--ttl", "soon"], 2), (["token", "create", "--uses", "0"], 2),
-        (["rollout", "start", "digits"], 3), (["withdraw", "digits", "--yes"], 1), (["devices", "show", "nobody"], 3),
-        (["rollout", "status", "nobody"], 3), (["token", "revoke", "nobody"], 3),
+        (["rollout", "start", "digits"], 3), (["withdraw", "digits", "--yes"], 1), (["device", "show", "nobody"], 3), (["release", "show", "nothing:1"], 3),
+        (["rollout", "show", "nobody"], 3), (["token", "revoke", "nobody"], 3),
     ],
 )  # fmt: skip
 def test_exit_codes(server, arguments, code):
@@ -149,8 +158,28 @@ def test_exit_codes(server, arguments, code):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "now"),
+    [
+        (["devices"], "device list"), (["devices", "show", "dev-1"], "device list"), (["releases", "--model", "x"], "release list"),
+        (["rollout", "stopped"], "exclusion list"), (["rollout", "lift", "3"], "exclusion end"), (["rollout", "status"], "rollout show"),
+        (["rollout", "start", "a:1", "--hold"], "--confirm"), (["rollout", "start", "a:1", "b:1", "--together"], "--team"),
+    ],
+)  # fmt: skip
+def test_what_was_called_otherwise_is_named(own_server, arguments, now):
+    done = own_server.cli(*arguments)
+    assert done.returncode == 2
+    assert f"{now}` now" in done.stderr or f"{now} now" in done.stderr
+
+
+def test_a_setting_that_was_called_otherwise_is_named(tmp_path):
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump({"fleet": "x", "hosts": ["h"], "rollouts": {"class_stop": 3}}))
+    with pytest.raises(ConfigError, match=r"rollouts\.class_stop is called rollouts\.exclude_after now"):
+        config.load(Folder(tmp_path))
+
+
 def test_a_server_that_is_not_there(own_server):
-    done = own_server.cli("devices")
+    done = own_server.cli("device", "list")
     assert (done.returncode, "edge-fleet serve" in done.stderr) == (1, True)
 
 
@@ -159,14 +188,14 @@ def test_another_authority_is_not_trusted(server, tmp_path):
     profile = yaml.safe_load(server.profile.read_text())
     wrong = {**profile, "ca": str(other.ca)}
     other.profile.write_text(yaml.safe_dump(wrong))
-    assert "pins" in other.cli("devices").stderr
+    assert "pins" in other.cli("device", "list").stderr
     other.profile.write_text(yaml.safe_dump({k: v for k, v in wrong.items() if k != "ca_sha256"}))
-    done = other.cli("devices")
+    done = other.cli("device", "list")
     assert (done.returncode, "cannot prove" in done.stderr) == (1, True)
 
 
 def test_what_devices_say_cannot_move_the_cursor(server):
-    from fleet_server.display import event_line, safe
+    from fleet_server.cli.tables import event_line, safe
 
     assert "\x1b" not in safe("\x1b[2Jgone[red]")
     event = {"received": 0, "device": "d", "name": "x", "message": "\x1b]0;title\x07\r\nfake line"}
@@ -178,7 +207,7 @@ MESSAGE = "the share of failed requests rose from 0.000 to 0.412 over 120 reques
 
 def test_nothing_is_folded_in_a_pipe(capsys):
     """One fact, one line: what grep and awk are given does not depend on the width of a terminal that is not there."""
-    from fleet_server import display
+    from fleet_server.cli import tables
 
     answer = {"release": 4, "outcome": "rolled_back", "reason": "error_ratio", "message": MESSAGE, "at": 0.0}
     model = {"serving": 3, "variant": "cpu", "phase": "rolling_back", "wanted": 4, "answers": [answer]}
@@ -186,12 +215,12 @@ def test_nothing_is_folded_in_a_pipe(capsys):
         "id": "d" * 60, "revoked": False, "online": True, "last_seen": None, "groups": [f"group-{n}" for n in range(30)], "record_serial": 1,
         "agent_version": "1", "hardware": None, "problem": MESSAGE, "models": {"digits": model},
     }  # fmt: skip
-    display.device(device)
+    tables.device(device)
     shown = capsys.readouterr().out
     assert f"rolled back: error_ratio {MESSAGE} (" in shown
     assert f"problem {MESSAGE}\n" in shown
     assert "serves 3 (cpu), rolling back, wanted 4\n" in shown
-    display.devices([device, {**device, "id": "short"}])
+    tables.devices([device, {**device, "id": "short"}])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["DEVICE", "d" * 60, "short"]
     assert "group-0, group-1, " in lines[2]
@@ -199,11 +228,11 @@ def test_nothing_is_folded_in_a_pipe(capsys):
     witness = {"device": "dev-1", "standing": "rolled_back", "reason": "error_ratio", "message": MESSAGE}
     verdict = {"verdict": "fail", "why": "1 rolled back; none allowed", "counts": {"rolled_back": 1}, "evidence": [witness]}
     rollout = {
-        "together": [], "window": None, "mode": "install", "stopped": [],
+        "team": [], "window": None, "mode": "install", "exclusions": [],
         "id": "r1-0000", "model": "digits", "release": 4, "previous": 3, "state": "aborted", "reason": "", "wave": 0, "verdict": verdict,
         "waves": [{"groups": [], "permille": 1000}],
     }  # fmt: skip
-    display.rollout(rollout)
+    tables.rollout(rollout)
     shown = capsys.readouterr().out
     assert f"    dev-1 rolled back: error_ratio {MESSAGE}\n" in shown
     assert "(1 rolled back)" in shown
@@ -235,7 +264,7 @@ def test_every_help_has_an_example(path):
 
     done = CliRunner().invoke(main, [*path, "--help"])
     assert done.exit_code == 0
-    group = path in (["rollout"], ["token"], ["access"])
+    group = path in (["rollout"], ["token"], ["access"], ["device"], ["release"], ["exclusion"])
     assert group or f"\n  edge-fleet {' '.join(path)}" in done.output, "an example stands on a line of its own"
     assert not {"\\", "\b"} & set(done.output)
 
@@ -273,19 +302,19 @@ def test_openapi_needs_no_server(tmp_path):
     assert json.loads(done.stdout)["info"]["title"]
 
 
-def test_rollouts_that_go_together(server):
+def test_a_team_of_rollouts(server):
     for model in ("left", "right"):
         server.publish_simple(model, 1)
     alone = server.cli("rollout", "start", "left:1", "right:1")
     assert alone.returncode == 2
-    assert "--together goes with two or more" in alone.stderr
-    begun = server.cli("rollout", "start", "left:1", "right:1", "--together", "--window", "sat,sun 02:00-05:00")
+    assert "--team goes with two or more" in alone.stderr
+    begun = server.cli("rollout", "start", "left:1", "right:1", "--team", "--window", "sat,sun 02:00-05:00")
     assert begun.returncode == 0, begun.stderr
-    assert "together with right:1" in begun.stdout
+    assert "in a team with right:1" in begun.stdout
     assert "sat,sun 02:00-05:00" in begun.stdout
     found = server.get("/rollouts")
-    assert {one["together"][0]["model"] for one in found if one["model"] in {"left", "right"}} == {"left", "right"}
-    assert "no release was stopped" in server.cli("rollout", "stopped").stdout
-    assert server.cli("rollout", "lift", "7").returncode == 3
+    assert {one["team"][0]["model"] for one in found if one["model"] in {"left", "right"}} == {"left", "right"}
+    assert "no hardware class is excluded" in server.cli("exclusion", "list").stdout
+    assert server.cli("exclusion", "end", "7").returncode == 3
     assert server.cli("rollout", "abort", found[0]["id"]).returncode == 0
     assert {one["state"] for one in server.get("/rollouts") if one["model"] in {"left", "right"}} == {"aborted"}

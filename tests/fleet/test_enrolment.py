@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from agent.contract.enrolment import EnrolmentRequest
+from agent.contract.enrolment import EnrolmentRequest, EnrolmentString
 from agent.contract.reports import Presence
 from fleet_server.access import SERVER
 from fleet_server.errors import Denied, Refused
@@ -67,10 +67,10 @@ def test_a_revoked_token(server):
 
 
 def test_an_expired_token(fleet, clock):
-    _, string = fleet.enrolment.create_token(SERVER, device=None, groups=[], uses=1, ttl_s=60)
+    made = fleet.enrolment.create_token(SERVER, device=None, groups=[], uses=1, ttl_s=60)
     clock.now += 61
     with pytest.raises(Denied, match="expired"):
-        fleet.enrolment.enrol(EnrolmentRequest(token=string.token, csr_pem=make_csr(KEY)))
+        fleet.enrolment.enrol(EnrolmentRequest(token=EnrolmentString.parse(made.string).token, csr_pem=make_csr(KEY)))
 
 
 def test_a_token_for_one_device(server):
@@ -136,12 +136,12 @@ def test_the_name_in_the_request_is_not_taken_over(server):
 
 def test_a_deleted_id_can_enrol_again_with_a_higher_serial(fleet, clock):
     def enrol():
-        _, string = fleet.enrolment.create_token(SERVER, device="again", groups=[], uses=1, ttl_s=60)
-        fleet.enrolment.enrol(EnrolmentRequest(token=string.token, csr_pem=make_csr(KEY)))
-        return fleet.inventory.get("again")["record_serial"]
+        made = fleet.enrolment.create_token(SERVER, device="again", groups=[], uses=1, ttl_s=60)
+        fleet.enrolment.enrol(EnrolmentRequest(token=EnrolmentString.parse(made.string).token, csr_pem=make_csr(KEY)))
+        return fleet.inventory.get("again").record_serial
 
     first = enrol()
-    assert fleet.inventory.set_groups(SERVER, "again", ["a"])["record_serial"] == first + 1
+    assert fleet.inventory.set_groups(SERVER, "again", ["a"]).record_serial == first + 1
     fleet.inventory.delete(SERVER, "again")
     clock.now += 10
     assert enrol() > first + 1
@@ -152,22 +152,22 @@ def test_a_clock_that_went_back_does_not_lower_a_serial(fleet, clock):
     from tests.fleet.test_intake import Known
 
     Known(fleet, "d1")
-    seen = fleet.inventory.set_groups(SERVER, "d1", ["a"])["record_serial"]
+    seen = fleet.inventory.set_groups(SERVER, "d1", ["a"]).record_serial
     fleet.inventory.delete(SERVER, "d1")
     clock.now -= 86400
     Known(fleet, "d1")
-    assert fleet.inventory.get("d1")["record_serial"] > seen
+    assert fleet.inventory.get("d1").record_serial > seen
 
 
 def test_a_connection_does_not_outlive_its_certificate(fleet, clock):
     from tests.fleet.test_intake import Known
 
     Known(fleet, "d1")
-    pem = fleet.inventory.get("d1")["certificates"]
+    pem = fleet.inventory.get("d1").certificates
     with fleet.database.reading() as session:
-        certificate = x509.load_pem_x509_certificate(session.get(Certificate, pem[0]["serial"]).pem.encode())
+        certificate = x509.load_pem_x509_certificate(session.get(Certificate, pem[0].serial).pem.encode())
     assert fleet.inventory.authenticate(certificate) == "d1"
-    clock.now = pem[0]["expires"] + 1
+    clock.now = pem[0].expires + 1
     with pytest.raises(Refused, match="has ended"):
         fleet.inventory.authenticate(certificate)
 

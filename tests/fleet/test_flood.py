@@ -1,17 +1,19 @@
-"""One device that sends without end, and a database that takes nothing for a while: nobody else's messages are lost or late."""
+"""One device that sends without end, and a database that stores nothing for a while: nobody else's messages are lost or late."""
 
+import contextlib
 import sqlite3
 import threading
 
+import paho.mqtt.client as mqtt
 import pytest
 from sqlalchemy.exc import OperationalError
 
 from agent.contract import topics
 from agent.contract.reports import Presence
-from fleet_server.ingest import link
-from fleet_server.ingest.fair import FairQueue, Room
+from fleet_server.ingest import mqtt_link
+from fleet_server.ingest.fair_queue import FairQueue, Room
 from fleet_server.ingest.intake import Message
-from fleet_server.ingest.link import MqttLink, _Received
+from fleet_server.ingest.mqtt_link import MqttLink, Received
 from tests.fleet.stand import signed_report, wait_until
 from tests.fleet.test_intake import Known
 
@@ -57,41 +59,44 @@ def test_take_waits_for_the_first():
     assert taken == [1]
 
 
-def full_disk(_batch):
+@contextlib.contextmanager
+def full_disk():
     raise OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
+    yield
 
 
-def test_nothing_is_dropped_while_the_database_takes_nothing(fleet, monkeypatch):
+def test_nothing_is_dropped_while_the_database_stores_nothing(fleet, monkeypatch):
     device = Known(fleet, "d1")
     said = Message(topics.up("d1", "state"), signed_report(device.report(1), device.key))
     with monkeypatch.context() as patched:
-        patched.setattr(fleet.intake, "_store", full_disk)
+        patched.setattr(fleet.database, "session", full_disk)
         for batch in ([said], [said, said]):
             with pytest.raises(OperationalError):
-                fleet.intake.take(batch)
+                fleet.intake.store(batch)
     assert (fleet.intake.accepted, dict(fleet.intake.dropped)) == (0, {})
-    fleet.intake.take([said])
+    fleet.intake.store([said])
     assert device.serving == {"m": 1}
 
 
 def test_a_batch_is_acknowledged_when_it_is_stored_at_last(fleet, monkeypatch):
-    monkeypatch.setattr(link, "RETRY_S", 0.01)
+    monkeypatch.setattr(mqtt_link, "RETRY_S", 0.01)
     device = Known(fleet, "d1")
-    mqtt = MqttLink(fleet.authority, "127.0.0.1", 1, fleet.intake, lambda _models: None)
-    acknowledged, works, tries = [], fleet.intake._store, []
-    monkeypatch.setattr(mqtt._client, "ack", lambda mid, _qos: acknowledged.append(mid))
+    acknowledged, works, tries = [], fleet.database.session, []
+    monkeypatch.setattr(mqtt.Client, "ack", lambda _client, mid, _qos: acknowledged.append(mid))
+    link = MqttLink(fleet.authority, "127.0.0.1", 1, fleet.intake, lambda _models: None)
 
-    def at_the_third_try(batch):
+    def at_the_third_try():
         tries.append(len(acknowledged))
-        return works(batch) if len(tries) > 2 else full_disk(batch)
+        return works() if len(tries) > 2 else full_disk()
 
-    monkeypatch.setattr(fleet.intake, "_store", at_the_third_try)
     said = Message(topics.up("d1", "state"), signed_report(device.report(1), device.key))
-    mqtt._store([_Received(said, 7, 1, 0)])
+    with monkeypatch.context() as patched:
+        patched.setattr(fleet.database, "session", at_the_third_try)
+        link.store([Received(said, 7, 1, 0)])
     assert (tries, acknowledged, device.serving) == ([0, 0, 0], [7], {"m": 1})
-    monkeypatch.setattr(fleet.intake, "_store", full_disk)
-    mqtt._stopping.set()
-    mqtt._store([_Received(said, 8, 1, 0)])
+    monkeypatch.setattr(fleet.database, "session", full_disk)
+    link.stop()
+    link.store([Received(said, 8, 1, 0)])
     assert acknowledged == [7]
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.contract.reports import Outcome, Phase
-from fleet_server.rollouts import heard
+from fleet_server.rollouts import facts
 from fleet_server.rollouts.gates import EVIDENCE_KEPT, Counts, Fact, Ruling, Standing, judge, standing
 from fleet_server.storage.models import DeviceModel
 
@@ -44,12 +44,12 @@ def test_what_a_device_counts_as(name, online, serving, phase, outcome, expected
     assert standing(Fact("d", online, serving, phase, outcome)) is expected
 
 
-def test_in_a_rollout_that_only_looks_a_good_look_is_enough():
+def test_in_a_rollout_of_mode_shadow_nothing_need_be_committed():
     looked = Fact("d", True, False, P.SHADOWING, O.SHADOWED)
-    assert standing(looked, only_looks=True) is S.SHADOWED
-    assert standing(Fact("d", True, False, P.SHADOWING, None), only_looks=True) is S.PENDING
-    assert standing(Fact("d", True, False, P.QUARANTINED, O.REFUSED), only_looks=True) is S.REFUSED
-    verdict = judge([looked], max_failures=0, only_looks=True)
+    assert standing(looked, shadow=True) is S.SHADOWED
+    assert standing(Fact("d", True, False, P.SHADOWING, None), shadow=True) is S.PENDING
+    assert standing(Fact("d", True, False, P.QUARANTINED, O.REFUSED), shadow=True) is S.REFUSED
+    verdict = judge([looked], max_failures=0, shadow=True)
     assert (verdict.ruling, verdict.why) == (Ruling.PASS, "1 shadowed")
     assert judge([looked], max_failures=0).ruling is Ruling.WAIT
 
@@ -98,14 +98,14 @@ def test_evidence_names_the_bad_ones_first_and_is_bounded():
     assert {w.standing for w in verdict.evidence[:2]} == {Standing.ROLLED_BACK}
 
 
-facts = st.builds(
+some_facts = st.builds(
     Fact, device=st.text(min_size=1, max_size=4), online=st.booleans(), serving_it=st.booleans(),
     phase=st.none() | st.sampled_from(list(Phase)), outcome=st.none() | st.sampled_from(list(Outcome)),
 )  # fmt: skip
 
 
 @pytest.mark.alone  # each example has a deadline
-@given(st.lists(facts, max_size=30), st.integers(0, 5), st.integers(1, 3))
+@given(st.lists(some_facts, max_size=30), st.integers(0, 5), st.integers(1, 3))
 def test_no_wave_passes_on_anything_but_right_bytes(found, max_failures, min_devices):
     """PASS needs devices that serve the release; an online device that still has to answer, or a failure too many, prevents it."""
     verdict = judge(found, max_failures=max_failures, min_devices=min_devices)
@@ -119,7 +119,7 @@ def test_no_wave_passes_on_anything_but_right_bytes(found, max_failures, min_dev
 
 
 @pytest.mark.alone  # each example has a deadline
-@given(st.lists(facts, min_size=1, max_size=20), st.integers(0, 3))
+@given(st.lists(some_facts, min_size=1, max_size=20), st.integers(0, 3))
 def test_the_order_of_devices_does_not_matter(found, max_failures):
     assert judge(found, max_failures=max_failures).ruling is judge(found[::-1], max_failures=max_failures).ruling
 
@@ -138,7 +138,7 @@ def test_a_refusal_for_the_metadata_of_its_time_counts_in_its_own_rollout(reason
     said = {"release": 4, "outcome": "refused", "reason": reason, "rollout": rollout, "message": "", "at": 1.0}
     row = DeviceModel(device="cam", model="m", serving=3, sha256=None, variant=None, phase="steady", answers=[said])
 
-    assert heard.fact_of("cam", True, row, 4, {}, "r3").outcome is outcome
+    assert facts.fact_of("cam", True, row, 4, {}, "r3").outcome is outcome
 
 
 @pytest.mark.parametrize(
@@ -148,5 +148,5 @@ def test_a_refusal_for_the_metadata_of_its_time_counts_in_its_own_rollout(reason
 def test_several_machines_under_one_identity_are_nobodys_success(outcome, counted):
     fact = Fact("cam", online=True, serving_it=True, phase=P.STEADY, outcome=outcome)
 
-    assert standing(heard.of_one(fact, several=True)) is counted
-    assert heard.of_one(fact, several=False) == fact
+    assert standing(facts.of_one(fact, several=True)) is counted
+    assert facts.of_one(fact, several=False) == fact

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent.contract import topics
 from agent.contract.codec import encode
-from agent.contract.enrolment import EnrolmentRequest
+from agent.contract.enrolment import EnrolmentRequest, EnrolmentString
 from agent.contract.reports import (
     EVENT_PAYLOAD_TYPE,
     MAX_EVENT_BYTES,
@@ -24,7 +24,7 @@ from agent.contract.reports import (
     StateReport,
 )
 from fleet_server.access import SERVER
-from fleet_server.devices import twins
+from fleet_server.devices import shared_identity
 from fleet_server.ingest.intake import Message
 from tests.fleet.stand import make_csr, signed, signed_event, signed_report
 
@@ -35,8 +35,8 @@ class Known:
     def __init__(self, fleet, name):
         self.fleet, self.id = fleet, name
         self.key = ec.generate_private_key(ec.SECP256R1())
-        _, string = fleet.enrolment.create_token(SERVER, device=name, groups=[], uses=1, ttl_s=60)
-        fleet.enrolment.enrol(EnrolmentRequest(token=string.token, csr_pem=make_csr(self.key)))
+        made = fleet.enrolment.create_token(SERVER, device=name, groups=[], uses=1, ttl_s=60)
+        fleet.enrolment.enrol(EnrolmentRequest(token=EnrolmentString.parse(made.string).token, csr_pem=make_csr(self.key)))
 
     def report(self, counter, device=None, **fields):
         models = fields.pop("models", {"m": ModelState(serving=counter, sha256="0" * 64, phase=Phase.STEADY, variant="cpu")})
@@ -46,7 +46,7 @@ class Known:
 
     def say(self, what, payload, *, as_device=None):
         data = payload if isinstance(payload, bytes) else encode(payload)
-        return self.fleet.intake.take([Message(topics.up(as_device or self.id, what), data)])
+        return self.fleet.intake.store([Message(topics.up(as_device or self.id, what), data)])
 
     def state(self, report, *, key=None, as_device=None):
         return self.say("state", signed_report(report, key or self.key), as_device=as_device)
@@ -60,7 +60,7 @@ class Known:
 
     @property
     def serving(self):
-        return {name: m["serving"] for name, m in self.view["models"].items()}
+        return {name: m.serving for name, m in self.view.models.items()}
 
 
 @pytest.fixture
@@ -181,13 +181,13 @@ def test_signed_but_impossible_reports_leave_nothing(fleet, device, make):
 
 def test_topics_that_are_no_devices(fleet, device):
     for topic in ("v1/d/d1/up/other", "v1/d/nobody/up/state", "v1/all/poke", "x", "", "v1/d/d1/up/state/x"):
-        fleet.intake.take([Message(topic, b"{}")])
+        fleet.intake.store([Message(topic, b"{}")])
     assert sum(dropped(fleet).values()) == 6
 
 
 def test_one_bad_message_does_not_take_the_others_with_it(fleet, device, other):
     good = [Message(topics.up(d.id, "state"), signed_report(d.report(1), d.key)) for d in (device, other)]
-    fleet.intake.take([good[0], Message("v1/d/d1/up/state", b"x"), good[1]])
+    fleet.intake.store([good[0], Message("v1/d/d1/up/state", b"x"), good[1]])
     assert (device.serving, other.serving) == ({"m": 1}, {"m": 1})
 
 
@@ -205,24 +205,24 @@ def test_one_bad_message_does_not_take_the_others_with_it(fleet, device, other):
 def test_an_old_will_cannot_override_a_new_birth(device, said, online):
     for session, there in said:
         device.say("presence", Presence(device=device.id, session=session, online=there))
-    assert device.view["online"] is online
+    assert device.view.online is online
 
 
 def test_presence_of_another_device(fleet, device):
     device.say("presence", Presence(device="d2", session=1, online=True))
     device.say("presence", b'{"device":"d1","session":99999999999999999999,"online":true}')
-    assert not device.view["online"]
+    assert not device.view.online
     assert sum(dropped(fleet).values()) == 2
 
 
 def test_silence_is_offline(fleet, device, clock):
     device.say("presence", Presence(device=device.id, session=1, online=True))
     clock.now += fleet.config.rollouts.silence_s - 1
-    assert device.view["online"]
+    assert device.view.online
     clock.now += 2
-    assert not device.view["online"]
+    assert not device.view.online
     device.state(device.report(1))
-    assert device.view["online"]
+    assert device.view.online
 
 
 # -- events --------------------------------------------------------------------------------------------------------------------
@@ -235,20 +235,20 @@ def event(number, device="d1", **fields):
 def test_an_event_is_stored_once(fleet, device):
     for number in (1, 2, 1, 2, 2):
         device.event(event(number))
-    found = [e for e in fleet.journal.events(device="d1") if e["name"] == "committed"]
-    assert [e["id"] for e in found] == ["d1/e1", "d1/e2"]
+    found = [e for e in fleet.journal.events(device="d1") if e.name == "committed"]
+    assert [e.id for e in found] == ["d1/e1", "d1/e2"]
 
 
 def test_devices_cannot_take_each_others_event_ids(fleet, device, other):
     device.event(event(1))
     other.event(event(1, device="d2"))
     device.event(event(3, device="d2"))
-    assert len([e for e in fleet.journal.events() if e["name"] == "committed"]) == 2
+    assert len([e for e in fleet.journal.events() if e.name == "committed"]) == 2
     assert dropped(fleet) == {"wrong_device": 1}
 
 
 def told(fleet):
-    return [e["id"] for e in fleet.journal.events() if e["name"] == "committed"]
+    return [e.id for e in fleet.journal.events() if e.name == "committed"]
 
 
 def test_an_event_that_its_device_did_not_sign_is_not_stored(fleet, device, other):
@@ -285,14 +285,14 @@ def test_event_texts_are_bounded(fleet, device):
     device.event(event(1, reason="r" * 1000, model="m" * 1000))
     device.event(Event(id="long", device="d1", at=0, name="n" * 500, message="x" * 20_000))
     stored = fleet.journal.events(device="d1")[-1]
-    assert len(stored["message"]) == 2000
+    assert len(stored.message) == 2000
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200), st.sampled_from(["state", "events", "presence", "telemetry"]))
 def test_no_bytes_stop_the_intake(fleet, payload, what):
     """Whatever a device sends is stored or dropped; nothing is raised."""
-    fleet.intake.take([Message(f"v1/d/d1/up/{what}", payload)])
+    fleet.intake.store([Message(f"v1/d/d1/up/{what}", payload)])
 
 
 RUNS = [
@@ -312,10 +312,10 @@ def test_several_machines_with_one_identity(name, reports, several, fleet, devic
     for counter, run in reports:
         device.state(device.report(counter, run=run))
 
-    assert device.view["shared"] is several
-    events = [event for event in fleet.journal.events(limit=100) if event["name"] == "identity_shared"]
+    assert device.view.shared is several
+    events = [event for event in fleet.journal.events(limit=100) if event.name == "identity_shared"]
     assert len(events) == several
-    warned = any("several machines" in text for text in fleet.status()["warnings"])
+    warned = any("several machines" in text for text in fleet.status.view().warnings)
     assert warned is several
-    clock.now += twins.SHARED_S
-    assert device.view["shared"] is False, "without signs for an hour it is one again"
+    clock.now += shared_identity.SHARED_S
+    assert device.view.shared is False, "without signs for an hour it is one again"

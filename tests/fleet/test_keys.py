@@ -15,10 +15,9 @@ from tuf.api.metadata import Metadata, Root, Targets
 from agent.contract.codec import encode
 from fleet_server.app import Fleet
 from fleet_server.errors import FleetError
-from fleet_server.releases import change as changes
-from fleet_server.releases import keys, publisher
-from fleet_server.releases.change import Opened
-from fleet_server.releases.online import ONLINE
+from fleet_server.releases import key_change, keys, publisher
+from fleet_server.releases.key_change import Opened
+from fleet_server.releases.online_keys import ONLINE
 from tests.fleet.stand import simple_manifest
 from tests.fleet.test_device_listener import updater
 
@@ -324,14 +323,14 @@ class Offline:
 
 
 def rotated(fleet, *roles):
-    draft = fleet.repository.draft()
-    draft.use_online(fleet.repository.propose_online_keys(roles or ONLINE))
+    draft = fleet.key_changes.draft()
+    draft.use_online(fleet.key_changes.propose_online_keys(roles or ONLINE))
     return Opened(draft.change())
 
 
 def refused(fleet, opened):
     with pytest.raises(FleetError) as caught:
-        fleet.repository.apply(opened.closed() if isinstance(opened, Opened) else opened)
+        fleet.key_changes.apply(opened.closed() if isinstance(opened, Opened) else opened)
     return caught.value.code
 
 
@@ -350,7 +349,7 @@ def test_a_change_needs_its_signatures(fleet):
 def test_a_change_is_applied_once(fleet):
     opened = rotated(fleet)
     opened.sign(Offline(fleet).root)
-    fleet.repository.apply(opened.closed())
+    fleet.key_changes.apply(opened.closed())
     assert refused(fleet, opened) == "stale_change"
 
 
@@ -431,14 +430,14 @@ def test_a_change_that_would_end_the_fleets_updates(fleet, break_it, code):
 
 
 def test_a_role_that_is_not_signed_anew(fleet):
-    draft = fleet.repository.draft()
+    draft = fleet.key_changes.draft()
     draft.use_offline(
         "releases", [CryptoSigner.generate_ed25519().public_key], [Offline(fleet).releases.public_key.keyid], None
     )
     opened = Opened(draft.change())
     opened.sign(Offline(fleet).root)
     del opened.roles["releases"]
-    assert refused(fleet, changes.Change(base_root=opened.change.base_root, base_targets=opened.change.base_targets, targets=opened.closed().targets)) == "bad_change"  # fmt: skip
+    assert refused(fleet, key_change.Change(base_root=opened.change.base_root, base_targets=opened.change.base_targets, targets=opened.closed().targets)) == "bad_change"  # fmt: skip
 
 
 class Cut(Exception):
@@ -464,7 +463,7 @@ def test_a_crash_in_the_middle_of_a_change(fleet, monkeypatch, at):
 
     monkeypatch.setattr(durable, "write", cut)
     try:
-        fleet.repository.apply(opened.closed())
+        fleet.key_changes.apply(opened.closed())
         crashed = False
     except Cut:
         crashed = True
@@ -534,6 +533,6 @@ def test_metadata_that_adds_nothing_changes_nothing_else(fleet):
     from fleet_server.access import SERVER
 
     with pytest.raises(FleetError) as caught:
-        fleet.ceremonies.resign(SERVER, "releases", metadata)
+        fleet.trust.resign(SERVER, "releases", metadata)
     assert caught.value.code == "changes_published"
     assert encode(manifest)

@@ -27,10 +27,10 @@ TWO = (Wave(groups=("canary",)), Wave(permille=EVERYONE))
 EXPECTED = {
     "created": {"start": "running", "abort": "aborted"},
     "running": {
-        "wave_passed": "running", "hold": "holding", "last_wave_passed": "completed", "gate_failed": "aborted", "pause": "paused",
+        "wave_passed": "running", "wait": "waiting", "last_wave_passed": "completed", "gate_failed": "aborted", "pause": "paused",
         "abort": "aborted",
     },
-    "holding": {"promote": "running", "gate_failed": "aborted", "pause": "paused", "abort": "aborted"},
+    "waiting": {"promote": "running", "gate_failed": "aborted", "pause": "paused", "abort": "aborted"},
     "paused": {"resume": "running", "gate_failed": "aborted", "abort": "aborted"},
     "completed": {},
     "aborted": {},
@@ -60,7 +60,7 @@ def test_states_are_active_or_over():
 
 @pytest.mark.parametrize("event", [Event.WAVE_PASSED, Event.PROMOTE])
 def test_there_is_no_wave_behind_the_last(event):
-    state = State.RUNNING if event is Event.WAVE_PASSED else State.HOLDING
+    state = State.RUNNING if event is Event.WAVE_PASSED else State.WAITING
     with pytest.raises(IllegalTransition):
         step(Plan(state, TWO, wave=1), event)
 
@@ -100,10 +100,10 @@ def test_the_last_wave_reaches_everyone():
     ("plan", "expected"),
     [
         (Plan(State.RUNNING, TWO), Event.WAVE_PASSED),
-        (Plan(State.RUNNING, TWO, hold=True), Event.HOLD),
+        (Plan(State.RUNNING, TWO, confirm=True), Event.WAIT),
         (Plan(State.RUNNING, TWO, wave=1), Event.LAST_WAVE_PASSED),
-        (Plan(State.RUNNING, TWO, wave=1, hold=True), Event.LAST_WAVE_PASSED),
-        (Plan(State.HOLDING, TWO, hold=True), None),
+        (Plan(State.RUNNING, TWO, wave=1, confirm=True), Event.LAST_WAVE_PASSED),
+        (Plan(State.WAITING, TWO, confirm=True), None),
         (Plan(State.PAUSED, TWO), None),
         (Plan(State.COMPLETED, TWO, wave=1), None),
     ],
@@ -114,9 +114,9 @@ def test_what_a_passed_gate_means(plan, expected):
 
 @pytest.mark.alone  # each example has a deadline
 @given(st.lists(st.sampled_from(list(Event)), max_size=40), st.booleans(), st.integers(1, 5))
-def test_no_order_of_events_breaks_it(events, hold, count):
+def test_no_order_of_events_breaks_it(events, confirm, count):
     """Waves only go up and by one, an end is an end, completing happens in the last wave only."""
-    plan = Plan(State.CREATED, (*(Wave(permille=n + 1) for n in range(count - 1)), Wave(permille=EVERYONE)), hold=hold)
+    plan = Plan(State.CREATED, (*(Wave(permille=n + 1) for n in range(count - 1)), Wave(permille=EVERYONE)), confirm=confirm)
     for event in events:
         before = plan
         try:

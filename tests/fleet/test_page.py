@@ -118,7 +118,7 @@ def test_the_page(server, browser, connect):
     browser.wait(says("camera-1", "document.getElementById('devices')"), "the device is listed")
     browser.wait(says("live", "document.getElementById('live')"), "the stream is open")
 
-    rollout = server.post("/rollouts", {"release": "digits:1", "groups": ["canary"], "hold": True})["id"]
+    rollout = server.post("/rollouts", {"release": "digits:1", "groups": ["canary"], "confirm": True})["id"]
     browser.wait(says("Wave 1: canary"), "the rollout appears by itself")
     device.report({"digits": model_state(first, answers=(answer(first, rollout=rollout),))})
     browser.wait(says("waits for promote", "document.getElementById('rollouts')"), "the gate's verdict appears by itself")

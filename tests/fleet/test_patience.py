@@ -116,7 +116,7 @@ def test_a_body_that_does_not_come(operators):
 
 
 def test_an_upload_that_stalls_leaves_what_arrived_and_lets_the_next_one_on(operators, fleet):
-    _, token = fleet.access.create("publisher", Role.PUBLISHER)
+    token = fleet.access.create("publisher", Role.PUBLISHER).token
     data = b"0123456789" * 1000
     path = f"/api/v1/blobs/{sha256(data)}"
     head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
@@ -129,7 +129,7 @@ def test_an_upload_that_stalls_leaves_what_arrived_and_lets_the_next_one_on(oper
 
 
 def test_a_stream_that_says_nothing_for_long_stays(operators, fleet):
-    _, token = fleet.access.create("viewer", Role.VIEWER)
+    token = fleet.access.create("viewer", Role.VIEWER).token
     headers = {"Authorization": f"Bearer {token}"}
     with requests.get(f"{operators}/api/v1/events/stream", headers=headers, stream=True, timeout=20) as stream:
         lines = stream.iter_lines(chunk_size=1, decode_unicode=True)
@@ -150,8 +150,8 @@ def test_a_disk_that_takes_nothing_is_named(operators, fleet, monkeypatch, error
     def fails():
         raise error
 
-    _, token = fleet.access.create("viewer", Role.VIEWER)
-    monkeypatch.setattr(fleet.rollouts, "models", fails)
+    token = fleet.access.create("viewer", Role.VIEWER).token
+    monkeypatch.setattr(fleet.views, "models", fails)
     answer = requests.get(f"{operators}/api/v1/models", headers={"Authorization": f"Bearer {token}"}, timeout=20)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
 

@@ -80,14 +80,14 @@ def test_where_nobody_can_be_asked(arguments, server):
 def test_watching_has_an_end(server):
     server.publish_simple("watched", 1)
     begun = json.loads(cli(server, "rollout", "start", "watched:1", "--json").stdout)
-    late = cli(server, "rollout", "status", begun["id"], "--watch", "--timeout", "1s")
+    late = cli(server, "rollout", "show", begun["id"], "--watch", "--timeout", "1s")
     assert (late.returncode, "is not over after 1 s" in late.stderr) == (4, True)
     assert f"{begun['id']}" in late.stdout
     server.post(f"/rollouts/{begun['id']}/abort")
-    over = cli(server, "rollout", "status", begun["id"], "--watch", "--timeout", "1m")
+    over = cli(server, "rollout", "show", begun["id"], "--watch", "--timeout", "1m")
     assert over.returncode == 1, "it was aborted"
-    assert cli(server, "rollout", "status", begun["id"], "--timeout", "1m").returncode == 2
-    assert cli(server, "rollout", "status", begun["id"], "--watch", "--timeout", "soon").returncode == 2
+    assert cli(server, "rollout", "show", begun["id"], "--timeout", "1m").returncode == 2
+    assert cli(server, "rollout", "show", begun["id"], "--watch", "--timeout", "soon").returncode == 2
 
 
 def test_a_server_that_is_away_while_a_rollout_is_watched(own_server):
@@ -95,10 +95,10 @@ def test_a_server_that_is_away_while_a_rollout_is_watched(own_server):
     running.publish_simple("m", 1)
     begun = json.loads(cli(running, "rollout", "start", "m:1", "--json").stdout)
     running.stop()
-    done = cli(running, "rollout", "status", begun["id"], "--watch", "--timeout", "2s")
+    done = cli(running, "rollout", "show", begun["id"], "--watch", "--timeout", "2s")
 
     assert done.returncode == 4, "it is waited for, as long as the limit allows"
-    assert cli(running, "rollout", "status", begun["id"]).returncode == 1
+    assert cli(running, "rollout", "show", begun["id"]).returncode == 1
 
 
 WHERE = [

@@ -26,11 +26,11 @@ from fleet_server.app import Fleet
 from fleet_server.config import Folder, load
 from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import FleetError
-from fleet_server.ingest.courier import WAITING, Courier
+from fleet_server.ingest.transfers import WAITING, TransferAnswers
 from fleet_server.storage.models import Certificate
 from tests.fleet.stand import DEADLINE_S, Server, environment, make_csr, wait_until
-from tests.fleet.test_courier import enrolled
 from tests.fleet.test_intake import Known
+from tests.fleet.test_transfers import enrolled
 
 DAY = 86400.0
 STRANGER = ec.generate_private_key(ec.SECP256R1())
@@ -43,7 +43,7 @@ def signed(document: bytes, key, payload_type: str = RENEWAL_PAYLOAD_TYPE) -> st
 
 
 def serials(fleet, device: str) -> list[str]:
-    return [one["serial"] for one in fleet.inventory.get(device)["certificates"]]
+    return [one.serial for one in fleet.inventory.get(device).certificates]
 
 
 class Office:
@@ -58,8 +58,7 @@ class Office:
 
     def lasting(self, seconds: float) -> None:
         """How long certificates last that are issued from now on."""
-        expiry = msgspec.structs.replace(self.fleet.config.expiry, device_certificate_s=seconds)
-        self.fleet.enrolment._config = msgspec.structs.replace(self.fleet.config, expiry=expiry)
+        self.fleet.enrolment.certificate_s = seconds
 
     def request(self, *, signer=None, payload_type=RENEWAL_PAYLOAD_TYPE, key=None, cn="d1", **changes) -> str:
         """What device d1 would ask, but for what is said here."""
@@ -184,7 +183,7 @@ def test_a_certificate_that_has_ended_renews_nothing(office, clock):
     assert refused.value.code == "bad_signature"
 
 
-# -- at the courier ---------------------------------------------------------------------------------------------------------------
+# -- at the transfers ---------------------------------------------------------------------------------------------------------------
 
 
 class Sent:
@@ -198,7 +197,7 @@ def renewal_ask(request: str, id_: str = "r1") -> bytes:
 
 def test_a_flood_of_requests_waits_behind_itself_and_makes_one_certificate(office):
     fleet = office.fleet
-    courier = Courier(fleet.blobs, fleet.repository, fleet.inventory, office.renewals)
+    transfers = TransferAnswers(fleet.blobs, fleet.repository, fleet.inventory, office.renewals)
     answers, begun, go = [], threading.Event(), threading.Event()
 
     def send(topic, payload):
@@ -207,17 +206,17 @@ def test_a_flood_of_requests_waits_behind_itself_and_makes_one_certificate(offic
         answers.append((topic, decode_part(payload)))
         return Sent()
 
-    courier.start(send)
+    transfers.start(send)
     flood = renewal_ask(office.request())
-    courier.ask("d1", flood)
+    transfers.ask("d1", flood)
     assert begun.wait(DEADLINE_S)
-    taken = sum(courier.ask("d1", flood) for _ in range(3000))
+    taken = sum(transfers.ask("d1", flood) for _ in range(3000))
     record = Ask(id="mine", thing="record", name="", first=0, wanted="01")
-    assert courier.ask("d2", encode(record)), "there is room for everybody else"
+    assert transfers.ask("d2", encode(record)), "there is room for everybody else"
     go.set()
     mine = topics.down_blocks("d2", "mine")
     wait_until(lambda: len(answers) == taken + 2, "everything that was taken is answered")
-    courier.stop()
+    transfers.stop()
 
     assert taken == WAITING
     assert [topic for topic, _ in answers].index(mine) <= 2
@@ -227,12 +226,12 @@ def test_a_flood_of_requests_waits_behind_itself_and_makes_one_certificate(offic
 
 def test_who_is_refused_is_told_why(office):
     fleet = office.fleet
-    courier = Courier(fleet.blobs, fleet.repository, fleet.inventory, office.renewals)
+    transfers = TransferAnswers(fleet.blobs, fleet.repository, fleet.inventory, office.renewals)
     answers = []
-    courier.start(lambda topic, payload: answers.append((topic, decode_part(payload))) or Sent())
-    courier.ask("d1", renewal_ask(office.request(cn="d2")))
+    transfers.start(lambda topic, payload: answers.append((topic, decode_part(payload))) or Sent())
+    transfers.ask("d1", renewal_ask(office.request(cn="d2")))
     wait_until(lambda: answers, "an answer")
-    courier.stop()
+    transfers.stop()
 
     ((topic, part),) = answers
     assert (topic, part.status) == (topics.down_blocks("d1", "r1"), Status.REFUSED)

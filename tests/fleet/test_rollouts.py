@@ -13,6 +13,7 @@ from agent.contract.reports import Answer, ModelState, Outcome, Phase, Presence
 from fleet_server.access import SERVER
 from fleet_server.errors import Conflict, Invalid, NotFound, Refused
 from fleet_server.releases import keys, publisher
+from fleet_server.rollouts.views import ModelView
 from tests.fleet.stand import sha256, simple_manifest
 from tests.fleet.test_intake import Known
 
@@ -23,7 +24,7 @@ class Story:
     def __init__(self, fleet, clock):
         self.fleet, self.clock = fleet, clock
         self.devices, self.counters, self.pokes = {}, {}, []
-        fleet.rollouts.poker = self
+        fleet.assignment.poker = self
 
     def poke_all(self, version):
         self.pokes.append(version)
@@ -58,17 +59,17 @@ class Story:
         )  # fmt: skip
         device = self.devices[name]
         changes = device.state(device.report(self.counters[name], models={"digits": state}))
-        self.fleet.rollouts.evaluate(changes.models)
+        self.fleet.judge.evaluate(changes.models)
 
     def commits(self, *names, version):
         for name in names:
             self.say(name, version, Outcome.COMMITTED)
 
     def start(self, version, **options):
-        return self.fleet.rollouts.start(SERVER, ReleaseRef("digits", version), **options)["id"]
+        return self.fleet.rollouts.start(SERVER, ReleaseRef("digits", version), **options).id
 
     def state(self, rollout):
-        return self.fleet.rollouts.get(rollout)["state"]
+        return self.fleet.views.rollout(rollout).state
 
     @property
     def assignment(self):
@@ -76,7 +77,7 @@ class Story:
 
     def wanted(self, name):
         model = self.assignment.models.get("digits")
-        return model and wanted(model, name, self.fleet.inventory.get(name)["groups"]).release
+        return model and wanted(model, name, self.fleet.inventory.get(name).groups).release
 
 
 @pytest.fixture
@@ -95,18 +96,18 @@ def completed(story, version):
     return rollout
 
 
-def test_a_rollout_in_mode_shadow_looks_and_installs_nothing(story):
+def test_a_rollout_in_mode_shadow_installs_nothing(story):
     completed(story, 1)
     rollout = story.start(2, mode="shadow", groups=["canary"])
     assert story.assignment.models["digits"].rollout.mode == "shadow"
     story.say("canary-1", 1, Outcome.SHADOWED, phase=Phase.SHADOWING, answered=2)
-    assert story.fleet.rollouts.get(rollout)["wave"] == 1, "the first wave passed"
+    assert story.fleet.views.rollout(rollout).wave == 1, "the first wave passed"
     for name in ("plain-1", "plain-2"):
         story.say(name, 1, Outcome.SHADOWED, phase=Phase.SHADOWING, answered=2)
 
     assert story.state(rollout) == "completed"
     assert {story.wanted(name) for name in story.devices} == {1}
-    assert story.fleet.rollouts.models() == [{"model": "digits", "release": 1, "previous": None}]
+    assert story.fleet.views.models() == [ModelView("digits", 1, None)]
     with pytest.raises(Conflict, match="no earlier release"):
         story.fleet.rollouts.roll_back(SERVER, "digits", 2)
 
@@ -129,9 +130,9 @@ def test_one_bad_look_ends_a_rollout_in_mode_shadow(story):
     assert {story.wanted(name) for name in story.devices} == {1}
 
 
-def test_releases_that_switch_together_cannot_only_be_looked_at(story):
+def test_a_team_cannot_be_rolled_out_in_mode_shadow(story):
     with pytest.raises(Invalid, match="mode shadow"):
-        story.start(2, mode="shadow", together=[ReleaseRef("other", 1)])
+        story.start(2, mode="shadow", team=[ReleaseRef("other", 1)])
 
 
 def test_the_first_rollout_goes_to_everyone_and_completes(story):
@@ -152,22 +153,22 @@ def test_waves(story):
     rollout = story.start(2, groups=["canary"])
     assert [story.wanted(d) for d in sorted(story.devices)] == [2, 1, 1]
     story.say("canary-1", 2, phase=Phase.WATCHING)
-    assert story.fleet.rollouts.get(rollout)["wave"] == 0
+    assert story.fleet.views.rollout(rollout).wave == 0
     story.commits("canary-1", version=2)
-    assert story.fleet.rollouts.get(rollout)["wave"] == 1
+    assert story.fleet.views.rollout(rollout).wave == 1
     assert {story.wanted(d) for d in story.devices} == {2}
     story.commits("plain-1", "plain-2", version=2)
     assert story.state(rollout) == "completed"
     assert story.assignment.models["digits"].release == 2
 
 
-def test_hold_and_promote(story):
+def test_waiting_for_confirmation_and_promote(story):
     completed(story, 1)
-    rollout = story.start(2, groups=["canary"], hold=True)
+    rollout = story.start(2, groups=["canary"], confirm=True)
     with pytest.raises(Conflict):
         story.fleet.rollouts.promote(SERVER, rollout)
     story.commits("canary-1", version=2)
-    assert story.state(rollout) == "holding"
+    assert story.state(rollout) == "waiting"
     assert story.wanted("plain-1") == 1
     story.fleet.rollouts.promote(SERVER, rollout)
     assert story.wanted("plain-1") == 2
@@ -181,14 +182,14 @@ def test_a_failure_takes_everybody_back(story, outcome):
     before = story.assignment.version
     rollout = story.start(2, groups=["canary"])
     story.say("canary-1", 1, outcome, answered=2, reason="golden_mismatch")
-    found = story.fleet.rollouts.get(rollout)
-    assert found["state"] == "aborted"
-    assert found["verdicts"][-1]["verdict"] == "fail"
-    assert found["verdicts"][-1]["evidence"][0]["reason"] == "golden_mismatch"
+    found = story.fleet.views.rollout(rollout)
+    assert found.state == "aborted"
+    assert found.verdicts[-1].verdict == "fail"
+    assert found.verdicts[-1].evidence[0].reason == "golden_mismatch"
     assert {story.wanted(d) for d in story.devices} == {1}
     assert story.assignment.version == before + 2
     assert story.pokes[-1] == story.assignment.version
-    assert story.fleet.journal.events()[-1]["name"] == "rollout_aborted"
+    assert story.fleet.journal.events()[-1].name == "rollout_aborted"
 
 
 def test_failures_that_are_allowed(story):
@@ -208,19 +209,19 @@ def test_a_device_that_could_not_fetch_stops_nothing_and_passes_nothing(story):
     assert story.state(rollout) == "completed"
 
 
-def test_offline_devices_do_not_hold_a_wave_up(story, clock):
+def test_offline_devices_do_not_keep_a_wave_waiting(story, clock):
     story.join("away", online=False)
     rollout = story.start(1)
     story.commits("canary-1", "plain-1", version=1)
     assert story.state(rollout) == "running"
     story.devices["plain-2"].say("presence", Presence(device="plain-2", session=1, online=False))
-    story.fleet.rollouts.evaluate()
-    found = story.fleet.rollouts.get(rollout)
-    assert found["state"] == "completed"
-    assert found["verdict"]["counts"]["offline"] == 2
+    story.fleet.judge.evaluate()
+    found = story.fleet.views.rollout(rollout)
+    assert found.state == "completed"
+    assert found.verdict.counts.offline == 2
 
 
-def test_a_device_that_fell_silent_does_not_hold_a_wave_up(story, clock):
+def test_a_device_that_fell_silent_does_not_keep_a_wave_waiting(story, clock):
     rollout = story.start(1)
     story.commits("canary-1", version=1)
     clock.now += story.fleet.config.rollouts.silence_s
@@ -234,23 +235,23 @@ def test_devices_that_nobody_could_hear_are_not_silent(story, clock):
     story.commits("canary-1", version=1)
     clock.now += 10 * story.fleet.config.rollouts.silence_s
     story.fleet.inventory.heard_since = lambda: clock.now - 1
-    story.fleet.rollouts.evaluate()
-    found = story.fleet.rollouts.get(rollout)
-    assert (found["state"], found["verdict"]["counts"]["offline"], found["verdict"]["counts"]["pending"]) == ("running", 0, 2)
+    story.fleet.judge.evaluate()
+    found = story.fleet.views.rollout(rollout)
+    assert (found.state, found.verdict.counts.offline, found.verdict.counts.pending) == ("running", 0, 2)
     since = clock.now
     story.fleet.inventory.heard_since = lambda: since
     clock.now += story.fleet.config.rollouts.silence_s + 1
-    story.fleet.rollouts.evaluate()
+    story.fleet.judge.evaluate()
     assert story.state(rollout) == "completed"
 
 
 def test_nobody_there_is_no_pass(story):
     rollout = story.start(1, groups=["nobody"])
-    story.fleet.rollouts.evaluate()
+    story.fleet.judge.evaluate()
     assert story.state(rollout) == "running"
     story.fleet.inventory.set_groups(SERVER, "plain-1", ["nobody"])
     story.commits("plain-1", version=1)
-    assert story.fleet.rollouts.get(rollout)["wave"] == 1
+    assert story.fleet.views.rollout(rollout).wave == 1
 
 
 def test_the_right_version_with_other_bytes_is_no_success(story):
@@ -428,7 +429,7 @@ def test_a_decision_that_could_not_be_signed_is_signed_when_the_disk_has_space_a
         with pytest.raises(OSError, match="No space"):
             story.start(2)
     assert story.assignment.version == signed
-    story.fleet.rollouts.evaluate()  # the tick
+    story.fleet.judge.evaluate()  # the tick
     assert {story.wanted(d) for d in story.devices} == {2}
     assert story.pokes[-1] == story.assignment.version
 
@@ -463,16 +464,16 @@ def test_a_database_from_a_backup_catches_up_with_what_is_signed(story, clock):
     assert {story.wanted(d) for d in story.devices} == {2}
     assert story.assignment.models["digits"].withdrawn == (1,)
     with pytest.raises(NotFound):
-        story.fleet.rollouts.get(lost)
+        story.fleet.views.rollout(lost)
     story.start(3)
     assert {story.wanted(d) for d in story.devices} == {3}, "decisions reach devices again"
-    assert not story.fleet.rollouts.catch_up()
+    assert not story.fleet.assignment.catch_up()
 
 
 def test_versions_only_grow_and_unchanged_is_not_signed_again(story):
     story.start(1)
     version = story.assignment.version
-    story.fleet.rollouts.publish_assignment()
+    story.fleet.assignment.publish()
     story.fleet.recover()
     assert story.assignment.version == version
     assert story.pokes == sorted(set(story.pokes))
@@ -482,7 +483,7 @@ def test_size_does_not_grow_with_devices(story):
     story.start(1, groups=["canary"])
     small = len(encode(story.assignment))
     story.join(*(f"more-{n}" for n in range(20)))
-    story.fleet.rollouts.evaluate()
+    story.fleet.judge.evaluate()
     assert len(encode(story.assignment)) == small
 
 
@@ -490,8 +491,8 @@ def test_server_and_device_agree_on_who_is_reached(story):
     completed(story, 1)
     rollout = story.start(2, groups=["canary"], permille=300)
     told = story.assignment.models["digits"].rollout
-    facts = {w["device"] for w in story.fleet.rollouts.get(rollout)["verdict"]["evidence"]}
-    assert facts == {d for d in story.devices if reaches(told, d, story.fleet.inventory.get(d)["groups"])}
+    facts = {w.device for w in story.fleet.views.rollout(rollout).verdict.evidence}
+    assert facts == {d for d in story.devices if reaches(told, d, story.fleet.inventory.get(d).groups)}
     assert EVERYONE == 1000
 
 
@@ -524,13 +525,13 @@ def test_offline_metadata_is_renewed_with_the_offline_keys(story, clock):
     root, releases = keys.load(folder / "root.key"), keys.load(folder / "releases.key")
     clock.now += 340 * 86400
     story.fleet.repository.renew()
-    assert {w.split()[1] for w in story.fleet.status()["warnings"] if "metadata" in w} == {"root", "targets", "releases"}
+    assert {w.split()[1] for w in story.fleet.status.view().warnings if "metadata" in w} == {"root", "targets", "releases"}
     with pytest.raises(Refused):
-        story.fleet.repository.renew_offline(releases, None)
+        story.fleet.key_changes.renew_offline(releases, None)
     with pytest.raises(Refused):
-        story.fleet.repository.renew_offline(root, root)
-    assert story.fleet.repository.renew_offline(root, releases) == ["root", "targets", "releases"]
-    assert [w for w in story.fleet.status()["warnings"] if "metadata" in w] == []
+        story.fleet.key_changes.renew_offline(root, root)
+    assert story.fleet.key_changes.renew_offline(root, releases) == ["root", "targets", "releases"]
+    assert [w for w in story.fleet.status.view().warnings if "metadata" in w] == []
     story.fleet.repository.check()
     story.publish(4)
     assert story.fleet.repository.metadata_path("2.root.json").is_file()

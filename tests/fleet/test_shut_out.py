@@ -188,7 +188,7 @@ def test_what_an_operator_allows_ends(fleet, clock):
     from tests.fleet.test_intake import Known
 
     device = Known(fleet, "d1")
-    (serial,) = (one["serial"] for one in fleet.inventory.get("d1")["certificates"])
+    (serial,) = (one.serial for one in fleet.inventory.get("d1").certificates)
     certificate = fleet.inventory.issued(serial)
     clock.now = certificate.not_valid_after_utc.timestamp() + 1
     from fleet_server.access import SERVER
@@ -219,9 +219,9 @@ def test_how_a_certificate_stands_by_the_time_it_has_left(left, state, fleet, cl
     from tests.fleet.test_intake import Known
 
     Known(fleet, "d1")
-    expires = fleet.inventory.get("d1")["certificate_expires"]
+    expires = fleet.inventory.get("d1").certificate_expires
     clock.now = expires - left * fleet.config.expiry.device_certificate_s
 
-    assert fleet.inventory.get("d1")["certificate"] == state
-    assert [one["id"] for one in fleet.inventory.find(certificate=state)] == ["d1"]
+    assert fleet.inventory.get("d1").certificate == state
+    assert [one.id for one in fleet.inventory.find(certificate=state)] == ["d1"]
     assert fleet.inventory.certificates()[state] == ["d1"]

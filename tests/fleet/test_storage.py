@@ -7,6 +7,9 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
+from fleet_server.rollouts.gates import Ruling
+from fleet_server.rollouts.machine import State
+from fleet_server.rollouts.views import MemberView, Views
 from fleet_server.storage.database import Database, DatabaseError
 from fleet_server.storage.models import Base
 
@@ -53,3 +56,37 @@ def test_it_survives_a_kill(database, tmp_path):
     with create_engine(f"sqlite:///{tmp_path}/x.sqlite3").connect() as other:
         assert other.execute(text("PRAGMA journal_mode")).scalar() == "wal"
         other.engine.dispose()
+
+
+WRITTEN_BEFORE = """
+INSERT INTO rollouts (id, number, model, release, previous, waves, wave, state, hold, max_failures, mode, together, "window", created,
+  created_by, updated, reason)
+VALUES ('r1-aaaa', 1, 'arm', 2, 1, '[{"groups": ["canary"], "permille": 0}, {"groups": [], "permille": 1000}]', 0, 'holding', 1, 2, 'install',
+  'r1-aaaa', 'mon-fri 22:00-05:00', 1.0, 'ann', 2.0, '');
+INSERT INTO rollouts (id, number, model, release, previous, waves, wave, state, hold, max_failures, mode, together, "window", created,
+  created_by, updated, reason)
+VALUES ('r2-bbbb', 2, 'eye', 5, NULL, '[{"groups": [], "permille": 1000}]', 0, 'running', 0, 0, 'install', 'r1-aaaa', NULL, 1.0, 'ann', 2.0, '');
+INSERT INTO exclusions (id, model, release, hardware, instead, rollout, at, count, reason, devices, lifted, lifted_by)
+VALUES (1, 'arm', 2, 'aarch64/-/cuda', 1, 'r1-aaaa', 3.0, 3, '3 devices', '[{"device": "d1", "reason": "too_slow", "message": ""}]', 4.0, 'ann');
+INSERT INTO verdicts (rollout, wave, at, verdict, why, counts, evidence)
+VALUES ('r1-aaaa', 0, 3.5, 'pass', '1 committed', '{"committed": 1, "shadowed": 0, "refused": 0, "failed": 0, "rolled_back": 0, "pending": 0, "offline": 0}', '[]');
+"""
+
+
+def test_a_database_of_before_keeps_its_teams_confirmations_and_exclusions(database):
+    """Written by the schema of revision 0003, row by row as that version wrote them."""
+    database.migrate("0003")
+    with database.session() as session:
+        for statement in WRITTEN_BEFORE.strip().split(";\n"):
+            session.execute(text(statement.rstrip(";").replace(":00", r"\:00")))
+    assert not database.is_current()
+    database.migrate()
+    assert database.is_current()
+    views = Views(database)
+    first = views.rollout("r1-aaaa")
+    assert (first.state, first.confirm, first.window) == (State.WAITING, True, "mon-fri 22:00-05:00")
+    assert first.team == (MemberView("r2-bbbb", "eye", 5),)
+    assert (first.verdict.verdict, first.verdict.counts.committed) == (Ruling.PASS, 1)
+    assert not views.rollout("r2-bbbb").confirm
+    (ended,) = views.exclusions()
+    assert (ended.hardware, ended.ended, ended.ended_by, ended.devices[0].device) == ("aarch64/-/cuda", 4.0, "ann", "d1")

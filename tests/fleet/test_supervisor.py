@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fleet_server.app import _Running
+from fleet_server.app import until_stopped
 from fleet_server.broker import supervisor
 from fleet_server.broker.supervisor import Supervisor
 from fleet_server.errors import Unavailable
@@ -68,13 +68,12 @@ def test_a_part_that_ends_by_itself_ends_the_server():
         raise RuntimeError("out of order")
 
     async def story():
-        running = object.__new__(_Running)
-        running._stop = asyncio.Event()
+        stop = asyncio.Event()
         with pytest.raises(Unavailable, match="the broker ended: out of order"):
-            await running._until_stopped([asyncio.create_task(fails(), name="broker")])
-        running._stop.set()
+            await until_stopped(stop, [asyncio.create_task(fails(), name="broker")])
+        stop.set()
         forever = asyncio.create_task(asyncio.Event().wait(), name="listener")
-        await running._until_stopped([forever])
+        await until_stopped(stop, [forever])
         forever.cancel()
 
     asyncio.run(story())

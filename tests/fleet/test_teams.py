@@ -1,4 +1,4 @@
-"""Rollouts whose releases switch together, and releases that are stopped for one hardware class: what the fleet is told after every turn."""
+"""Teams, and hardware classes that are excluded from a release: what the fleet is told after every turn."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from agent.contract.manifest import Acceptance
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Answer, Hardware, ModelState, Outcome, Phase, Presence, hardware_class
 from fleet_server.access import SERVER
+from fleet_server.config import RolloutSettings
 from fleet_server.errors import Conflict, Invalid, NotFound
 from fleet_server.releases import keys, publisher
+from fleet_server.rollouts.views import MemberView
 from tests.fleet.stand import sha256, simple_manifest
 from tests.fleet.test_intake import Known
 from tests.fleet.test_rollouts import Story
@@ -57,24 +59,24 @@ class Pair(Story):
         )  # fmt: skip
         device = self.devices[name]
         report = device.report(self.counters[name], models=self.runs[name], hardware=self.kinds[name])
-        self.fleet.rollouts.evaluate(device.state(report).models)
+        self.fleet.judge.evaluate(device.state(report).models)
 
     def all_run(self, model, version):
         for name in self.devices:
             self.say(name, model, version)
 
     def start(self, model, version, **options):
-        return self.fleet.rollouts.start(SERVER, ReleaseRef(model, version), **options)["id"]
+        return self.fleet.rollouts.start(SERVER, ReleaseRef(model, version), **options).id
 
     def start_both(self, version, **options):
-        return self.start("arm", version, together=[ReleaseRef("eye", version)], **options)
+        return self.start("arm", version, team=[ReleaseRef("eye", version)], **options)
 
     def wants(self, name, model):
-        groups = self.fleet.inventory.get(name)["groups"]
+        groups = self.fleet.inventory.get(name).groups
         return wanted(self.assignment.models[model], name, groups, hardware_class(self.kinds[name])).release
 
     def get(self, rollout):
-        return self.fleet.rollouts.get(rollout)
+        return self.fleet.views.rollout(rollout)
 
 
 @pytest.fixture
@@ -90,20 +92,20 @@ def pair(fleet, clock):
     return made
 
 
-# -- together ----------------------------------------------------------------------------------------------------------------------
+# -- teams -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_team_has_one_fate(pair):
     first = pair.start_both(2)
-    second = pair.get(first)["together"][0]["id"]
-    assert pair.assignment.together == {first: {"arm": 2, "eye": 2}}
-    assert pair.get(second)["together"] == [{"id": first, "model": "arm", "release": 2}]
+    second = pair.get(first).team[0].id
+    assert pair.assignment.teams == {first: {"arm": 2, "eye": 2}}
+    assert pair.get(second).team == (MemberView(first, "arm", 2),)
     pair.all_run("arm", 2)
     assert (pair.state(first), pair.state(second)) == ("running", "running"), "the other one is still to answer"
     pair.all_run("eye", 2)
 
     assert (pair.state(first), pair.state(second)) == ("completed", "completed")
-    assert pair.assignment.together == {first: {"arm": 2, "eye": 2}}, "who was away switches together, too"
+    assert pair.assignment.teams == {first: {"arm": 2, "eye": 2}}, "who was away switches together, too"
     assert {pair.wants(d, m) for d in pair.devices for m in ("arm", "eye")} == {2}
 
 
@@ -112,25 +114,25 @@ def test_its_waves_reach_the_same_devices(pair):
     for name in pair.devices:
         assert pair.wants(name, "arm") == pair.wants(name, "eye")
     rollouts = [pair.assignment.models[model].rollout for model in ("arm", "eye")]
-    assert {rollout.together for rollout in rollouts} == {first}
+    assert {rollout.team for rollout in rollouts} == {first}
     assert rollouts[0].id != rollouts[1].id
 
 
 def test_one_bad_member_aborts_all_and_they_go_back_together(pair):
     first = pair.start_both(2)
     pair.say("jetson-1", "eye", 1, Outcome.ROLLED_BACK, reason="error_ratio", answered=2)
-    second = pair.get(first)["together"][0]["id"]
+    second = pair.get(first).team[0].id
 
     assert (pair.state(first), pair.state(second)) == ("aborted", "aborted")
-    assert "eye:2 1 rolled back" in pair.get(first)["reason"]
-    assert pair.assignment.together == {f"{first}-back": {"arm": 1, "eye": 1}}
+    assert "eye:2 1 rolled back" in pair.get(first).reason
+    assert pair.assignment.teams == {f"{first}-back": {"arm": 1, "eye": 1}}
     assert {pair.wants(d, m) for d in pair.devices for m in ("arm", "eye")} == {1}
 
 
 @pytest.mark.parametrize("member", [0, 1])
 def test_what_is_asked_of_one_is_done_to_all(pair, member):
-    first = pair.start_both(2, groups=["canary"], hold=True)
-    ids = [first, pair.get(first)["together"][0]["id"]]
+    first = pair.start_both(2, groups=["canary"], confirm=True)
+    ids = [first, pair.get(first).team[0].id]
     rollouts = pair.fleet.rollouts
     rollouts.pause(SERVER, ids[member])
     assert [pair.state(one) for one in ids] == ["paused", "paused"]
@@ -138,9 +140,9 @@ def test_what_is_asked_of_one_is_done_to_all(pair, member):
     for device in ("pi-1", "pi-2"):
         for model in ("arm", "eye"):
             pair.say(device, model, 2)
-    assert [pair.state(one) for one in ids] == ["holding", "holding"]
+    assert [pair.state(one) for one in ids] == ["waiting", "waiting"]
     rollouts.promote(SERVER, ids[member])
-    assert [pair.get(one)["wave"] for one in ids] == [1, 1]
+    assert [pair.get(one).wave for one in ids] == [1, 1]
     rollouts.abort(SERVER, ids[member])
     assert [pair.state(one) for one in ids] == ["aborted", "aborted"]
 
@@ -159,7 +161,7 @@ def test_a_later_rollout_of_one_member_ends_what_bound_them(pair):
     pair.start("arm", 3)
     pair.all_run("arm", 3)
 
-    assert pair.assignment.together == {}
+    assert pair.assignment.teams == {}
 
 
 def test_nothing_is_begun_when_one_of_them_cannot(pair):
@@ -168,15 +170,15 @@ def test_nothing_is_begun_when_one_of_them_cannot(pair):
         pair.start_both(3)
     assert pair.assignment.models["arm"].rollout is None
     with pytest.raises(NotFound):
-        pair.start("arm", 2, together=[ReleaseRef("ear", 1)])
+        pair.start("arm", 2, team=[ReleaseRef("ear", 1)])
     with pytest.raises(Invalid, match="different models"):
-        pair.start("arm", 2, together=[ReleaseRef("arm", 3)])
+        pair.start("arm", 2, team=[ReleaseRef("arm", 3)])
 
 
 def test_a_fleet_without_teams_pays_nothing(pair):
     pair.start("arm", 2)
-    assert pair.assignment.together == {}
-    assert pair.assignment.models["arm"].rollout.together is None
+    assert pair.assignment.teams == {}
+    assert pair.assignment.models["arm"].rollout.team is None
 
 
 def test_a_window_of_the_rollout(pair):
@@ -186,7 +188,7 @@ def test_a_window_of_the_rollout(pair):
         pair.start("eye", 2, window="at night")
 
 
-# -- stopped for a class -----------------------------------------------------------------------------------------------------------
+# -- exclusions ---------------------------------------------------------------------------------------------------------------------
 
 
 def refuse(pair, *names, release=2, reason="golden_mismatch", outcome=Outcome.REFUSED):
@@ -194,7 +196,7 @@ def refuse(pair, *names, release=2, reason="golden_mismatch", outcome=Outcome.RE
         pair.say(name, "arm", 1, outcome, reason=reason, answered=release)
 
 
-def test_three_devices_of_a_class_stop_a_release_for_it(pair):
+def test_three_devices_of_a_class_exclude_it_from_a_release(pair):
     rollout = pair.start("arm", 2, max_failures=5)
     refuse(pair, "jetson-1", "jetson-2")
     assert pair.wants("jetson-3", "arm") == 2
@@ -202,10 +204,10 @@ def test_three_devices_of_a_class_stop_a_release_for_it(pair):
 
     assert {pair.wants(name, "arm") for name in pair.devices if name.startswith("jetson")} == {1}
     assert pair.wants("pi-1", "arm") == 2
-    stopped = pair.get(rollout)["stopped"]
-    assert [(one["hardware"], one["count"], one["instead"]) for one in stopped] == [(JETSONS, 3, 1)]
-    assert "3 devices quarantined arm:2" in stopped[0]["reason"]
-    assert {device["device"] for device in stopped[0]["devices"]} == {"jetson-1", "jetson-2", "jetson-3"}
+    excluded = pair.get(rollout).exclusions
+    assert [(one.hardware, one.count, one.instead) for one in excluded] == [(JETSONS, 3, 1)]
+    assert "3 devices quarantined arm:2" in excluded[0].reason
+    assert {device.device for device in excluded[0].devices} == {"jetson-1", "jetson-2", "jetson-3"}
     for name in ("pi-1", "pi-2"):
         pair.say(name, "arm", 2)
     assert pair.state(rollout) == "completed", "it goes on for the others, and those left out do not count any more"
@@ -236,7 +238,7 @@ def test_more_failures_than_allowed_end_it_for_everybody(pair):
     rollout = pair.start("arm", 2, max_failures=2)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")
     assert pair.state(rollout) == "aborted"
-    assert pair.get(rollout)["stopped"] == []
+    assert pair.get(rollout).exclusions == ()
 
 
 def test_a_wave_in_which_no_device_is_left_ends_the_rollout(pair):
@@ -248,23 +250,23 @@ def test_a_wave_in_which_no_device_is_left_ends_the_rollout(pair):
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")
 
     assert pair.state(rollout) == "aborted", "the kinds that it was not tried on do not get it untried"
-    assert "every kind of hardware in the wave" in pair.get(rollout)["reason"]
+    assert "every kind of hardware in the wave" in pair.get(rollout).reason
 
 
-def test_an_operator_lifts_it_once_and_for_all(pair):
+def test_an_operator_ends_an_exclusion_once_and_for_all(pair):
     rollout = pair.start("arm", 2, max_failures=5)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")
-    [one] = pair.fleet.rollouts.stopped(model="arm")
-    lifted = pair.fleet.rollouts.lift(SERVER, one["id"])
-    assert lifted["lifted_by"] == SERVER.name
+    [one] = pair.fleet.views.exclusions(model="arm")
+    ended = pair.fleet.rollouts.end_exclusion(SERVER, one.id)
+    assert ended.ended_by == SERVER.name
     assert pair.wants("jetson-4", "arm") == 2
     pair.say("jetson-4", "arm", 2)
-    assert pair.wants("jetson-4", "arm") == 2, "the same refusals do not stop it again"
-    with pytest.raises(Conflict, match="lifted already"):
-        pair.fleet.rollouts.lift(SERVER, one["id"])
+    assert pair.wants("jetson-4", "arm") == 2, "the same refusals do not exclude the class again"
+    with pytest.raises(Conflict, match="ended already"):
+        pair.fleet.rollouts.end_exclusion(SERVER, one.id)
     with pytest.raises(NotFound):
-        pair.fleet.rollouts.lift(SERVER, 99)
-    assert pair.get(rollout)["stopped"][0]["lifted"] is not None
+        pair.fleet.rollouts.end_exclusion(SERVER, 99)
+    assert pair.get(rollout).exclusions[0].ended is not None
 
 
 def test_a_class_that_may_not_run_one_of_a_team_runs_none_of_it(pair):
@@ -274,21 +276,18 @@ def test_a_class_that_may_not_run_one_of_a_team_runs_none_of_it(pair):
     assert (pair.wants("pi-1", "arm"), pair.wants("pi-1", "eye")) == (2, 2)
 
 
-def test_devices_that_were_away_stop_it_for_their_class_after_its_end(pair):
+def test_devices_that_were_away_exclude_their_class_after_its_end(pair):
     pair.start("arm", 2)
     pair.all_run("arm", 2)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")
     pair.clock.now += 61
-    pair.fleet.rollouts.evaluate()
+    pair.fleet.judge.evaluate()
     assert {pair.wants(name, "arm") for name in pair.devices if name.startswith("jetson")} == {1}
     assert pair.wants("pi-1", "arm") == 2
 
 
+@pytest.mark.parametrize("settings", [RolloutSettings(exclude_share=0.5)])
 def test_a_few_devices_do_not_speak_for_a_class_that_runs_it_well(pair):
-    rules = pair.fleet.rollouts._config
-    pair.fleet.rollouts._config = msgspec.structs.replace(
-        rules, rollouts=msgspec.structs.replace(rules.rollouts, class_stop_share=0.5)
-    )
     well = ["jetson-5", "jetson-6", "jetson-7", "jetson-8"]
     pair.join(*well)
     for name in well:
@@ -316,11 +315,11 @@ def test_a_later_release_is_another_matter(pair):
 
 
 def test_the_timestamp_is_signed_often_enough_for_the_shortest_lease(pair):
-    rollouts, repository = pair.fleet.rollouts, pair.fleet.repository
-    assert rollouts.shortest_lease_s() is None
+    assignment, repository = pair.fleet.assignment, pair.fleet.repository
+    assert assignment.shortest_lease_s() is None
     pair.publish(4, models=("arm",), lease_s=3600.0)
     pair.start("arm", 4)
-    assert rollouts.shortest_lease_s() == 3600.0
+    assert assignment.shortest_lease_s() == 3600.0
     repository.renew(oldest_s=900.0)
     assert repository.renew(oldest_s=900.0) == []
     pair.clock.now += 901

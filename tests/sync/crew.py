@@ -42,7 +42,7 @@ class Crew(Bench):
         models = {m: ModelAssignment(release=release, withdrawn=gone.get(m, ())) for m, release in releases.items()}
         group = {model: releases[model] for model in together}
         named = {"g1": {m: r for m, r in group.items() if r is not None}} if group else {}
-        self.assignment = Assignment(fleet=FLEET, version=self.assignment.version + 1, models=models, together=named)
+        self.assignment = Assignment(fleet=FLEET, version=self.assignment.version + 1, models=models, teams=named)
         self.verified_at, self.known = self.clock.wall(), True
 
     def round(self) -> None:

@@ -28,7 +28,7 @@ from agent.sync.fetching.sources import NotHere, Sources, verdict
 from agent.sync.fetching.staged import BLOCKS_SUFFIX
 from agent.sync.fleet.http import FleetHttp
 from agent.sync.problems import Problem, Stopped
-from fleet_server.releases import chunks
+from fleet_server.releases.blocks import describe
 from tests.sync.blobs import MemoryBlobs, blocked, downloader, fetch
 from tests.sync.conftest import FakeClock, eventually
 from tests.sync.fleet import Repository, Server, sha
@@ -135,10 +135,10 @@ def test_a_changed_head_costs_little_more_than_its_bytes(store: Store, tmp_path:
     after = before[:1_000_000] + b"scale" + before[1_000_005:2_250_000] + head
     (tmp_path / "before").write_bytes(before)
     (tmp_path / "after").write_bytes(after)
-    keep(store, before, chunks.describe(tmp_path / "before"))
+    keep(store, before, describe(tmp_path / "before"))
     source = MemoryBlobs(after)
 
-    fetch(downloader(store, source), chunks.describe(tmp_path / "after"))
+    fetch(downloader(store, source), describe(tmp_path / "after"))
 
     assert store.blob(sha(after)).read_bytes() == after
     assert source.sent <= 1.1 * (len(head) + 5)
@@ -410,7 +410,7 @@ def test_killed_in_the_middle_it_asks_only_for_what_is_not_there(
 ):
     data = random.Random(5).randbytes(2_000_000)
     (tmp_path / "model").write_bytes(data)
-    file = chunks.describe(tmp_path / "model")
+    file = describe(tmp_path / "model")
     (tmp_path / "file.json").write_bytes(encode(file))
     repository.blobs[file.sha256] = data
     sent: list[int] = []
@@ -498,7 +498,7 @@ LARGE = random.Random(51).randbytes(20_000_000)
 @pytest.fixture
 def large(tmp_path: Path) -> File:
     (tmp_path / "large").write_bytes(LARGE)
-    return chunks.describe(tmp_path / "large")
+    return describe(tmp_path / "large")
 
 
 def test_a_large_file_over_https_is_cut_off_in_the_middle_and_resumed(

@@ -13,7 +13,7 @@ import msgspec
 CHECK_NETWORK = "check the network, the firewall, and that the fleet server runs"
 ENROL_AGAIN = "ask an operator for an enrolment string, and enrol again: edge-agent enroll --force STRING"
 ALLOW_RENEWAL = (
-    "ask an operator to allow a late renewal (edge-fleet devices allow-renewal {device}): this device then renews by itself; "
+    "ask an operator to allow a late renewal (edge-fleet device allow-renewal {device}): this device then renews by itself; "
     "or enrol it again with --force"
 )
 SET_CLOCK = "set this device's clock (NTP, timedatectl), or wait for the fleet server's: `date` shows what it says"

@@ -110,7 +110,7 @@ def _reached_by(rollout: Rollout, desired: Desired) -> str:
     groups = [group for group in rollout.groups if group in desired.record.groups]
     if groups:
         return f"rollout {rollout.id} reaches group {groups[0]}, and this device is in it"
-    place = slot(rollout.together or rollout.id, desired.record.device)
+    place = slot(rollout.team or rollout.id, desired.record.device)
     if rollout.permille >= 1000:
         return f"rollout {rollout.id} reaches every device"
     return f"rollout {rollout.id} reaches {rollout.permille / 10:g} % of the devices, and this one's place is {place} of 1000"

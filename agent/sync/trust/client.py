@@ -33,6 +33,7 @@ from agent.contract.assignment import (
     RECORD_PAYLOAD_TYPE,
     Assignment,
     DeviceRecord,
+    read_assignment,
 )
 from agent.contract.codec import ContractError, Unreadable, decode, encode
 from agent.contract.manifest import MAX_MANIFEST_BYTES, parse_manifest
@@ -45,7 +46,7 @@ from agent.sync.ports import Signed
 from agent.sync.problems import Problem
 from agent.sync.trust import seen as seen_versions
 from agent.sync.trust import withdrawals
-from agent.sync.trust.desired import Desired
+from agent.sync.trust.desired import Desired, read_desired
 from agent.sync.trust.metadata import METADATA_DEADLINE_S, Documents, MetadataClient, Session, as_problems, keep
 
 ASSIGNMENTS_ROLE = "assignments"
@@ -83,7 +84,7 @@ class Trust:
     def remembered(self) -> Desired | None:
         """What was last verified, perhaps by an earlier process; None before the first time or when it cannot be read."""
         try:
-            return decode((self._folder / "desired.json").read_bytes(), Desired, limit_bytes=2 * MAX_ASSIGNMENT_BYTES)
+            return read_desired((self._folder / "desired.json").read_bytes())
         except (FileNotFoundError, ContractError):
             return None
 
@@ -152,7 +153,7 @@ class Trust:
             raise Problem(Reason.WRONG_RELEASE, "the fleet has no assignment yet: nothing to install")
         data = self._fetch(session, target, MAX_ASSIGNMENT_BYTES, "the assignment")
         try:
-            assignment = decode(data, Assignment, limit_bytes=MAX_ASSIGNMENT_BYTES)
+            assignment = read_assignment(data)
         except ContractError as error:
             raise _broken("the assignment", error) from error
         if assignment.fleet != self._identity.address.fleet:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
-from agent.contract.assignment import Assignment, DeviceRecord, ModelAssignment, Wanted, wanted
-from agent.contract.codec import FORMAT, Document, require_format
+from agent.contract.assignment import (
+    MAX_ASSIGNMENT_BYTES,
+    Assignment,
+    DeviceRecord,
+    ModelAssignment,
+    Wanted,
+    has_former_keys,
+    wanted,
+    with_present_keys,
+)
+from agent.contract.codec import FORMAT, Document, decode, require_format
 from agent.contract.names import ReleaseRef
 
 
@@ -45,7 +56,7 @@ class Desired(Document, frozen=True, kw_only=True):
 
     def together(self, model: str, release: int) -> dict[str, int] | None:
         """The releases, by model, that switch together with this one, itself among them; None when it switches alone."""
-        for members in self.assignment.together.values():
+        for members in self.assignment.teams.values():
             if members.get(model) == release and len(members) > 1:
                 return members
         return None
@@ -65,3 +76,13 @@ class Desired(Document, frozen=True, kw_only=True):
     def _rules(self, model: str) -> ModelAssignment:
         rules = self.assignment.models.get(model, ModelAssignment())
         return msgspec.structs.replace(rules, withdrawn=(*rules.withdrawn, *self.withdrawn_before.get(model, ())))
+
+
+def read_desired(data: bytes) -> Desired:
+    """The fleet's word as this device wrote it down, perhaps when teams had another key.  Raises: ContractError."""
+    if has_former_keys(data):
+        raw = decode(data, dict[str, Any], limit_bytes=2 * MAX_ASSIGNMENT_BYTES)
+        if isinstance(raw.get("assignment"), dict):
+            raw["assignment"] = with_present_keys(raw["assignment"])
+        data = msgspec.json.encode(raw)
+    return decode(data, Desired, limit_bytes=2 * MAX_ASSIGNMENT_BYTES)

@@ -7,7 +7,7 @@ const SHOWN_EVENTS = 200;
 const RANKS = ["viewer", "publisher", "operator", "admin"];
 const KINDS = ["committed", "shadowed", "pending", "failed", "refused", "rolled_back", "offline"];
 const OVER = ["completed", "aborted"];
-const STATE_LOOK = { running: "busy", holding: "warn", paused: "warn", completed: "good", aborted: "bad", created: "busy" };
+const STATE_LOOK = { running: "busy", waiting: "warn", paused: "warn", completed: "good", aborted: "bad", created: "busy" };
 const OUTCOME_LOOK = { committed: "good", refused: "bad", rolled_back: "bad", failed: "warn", shadowed: "good" };
 const BAD_EVENTS = /abort|refus|rolled_back|fail|crash|revoke|withdraw|quarantin|problem|lost/;
 const GOOD_EVENTS = /commit|complet/;
@@ -229,26 +229,26 @@ function rolloutCard(rollout) {
   const title = `${rollout.model}:${rollout.release}`;
   const before = rollout.previous === null ? "first release" : `after ${rollout.model}:${rollout.previous}`;
   return h("article", { class: "card", "aria-label": `Rollout of ${title}` },
-    h("div", { class: "rollout-head" }, h("h3", null, title), pill(rollout.state === "holding" ? "waits for promote" : rollout.state, STATE_LOOK[rollout.state]),
+    h("div", { class: "rollout-head" }, h("h3", null, title), pill(rollout.state === "waiting" ? "waits for confirmation" : rollout.state, STATE_LOOK[rollout.state]),
       h("span", { class: "muted small" }, `${before} · ${rollout.id} · by ${rollout.created_by} · ${ago(rollout.created)}`), rolloutActions(rollout)),
-    rollout.together.length ? h("p", { class: "muted small" }, `Switches together with ${rollout.together.map((one) => `${one.model}:${one.release}`).join(", ")}: all of them on a device, or none.`) : null,
-    rollout.mode === "shadow" ? h("p", { class: "muted small" }, "Only looked at, on copies of live requests: nothing is installed.") : null,
+    rollout.team.length ? h("p", { class: "muted small" }, `In a team with ${rollout.team.map((one) => `${one.model}:${one.release}`).join(", ")}: all of them on a device, or none.`) : null,
+    rollout.mode === "shadow" ? h("p", { class: "muted small" }, "Only tried on copies of live requests: nothing is installed.") : null,
     rollout.window ? h("p", { class: "muted small" }, `Devices switch in ${rollout.window}, their local time.`) : null,
     h("ol", { class: "waves" }, rollout.waves.map((wave, number) => waveStep(rollout, wave, number))),
-    rollout.stopped.map((one) => stoppedClass(one)),
+    rollout.exclusions.map((one) => exclusion(one)),
     rollout.verdict ? verdictView(rollout) : null);
 }
 
-function stoppedClass(one) {
-  const lifted = one.lifted !== null;
-  const lift = !lifted && may("operator") ? h("button", { class: "small", "data-key": `lift-${one.id}`, onclick: () => confirmThen("Lift", `Let ${one.hardware} have ${one.model}:${one.release} after all? It is not stopped for them again.`, () => call("POST", `/stopped-classes/${one.id}/lift`, {})) }, "Lift") : null;
-  return h("p", { class: lifted ? "why muted" : "why error" }, `${lifted ? `Was stopped for ${one.hardware} (lifted by ${one.lifted_by})` : `Stopped for ${one.hardware}`}: ${one.reason} `, lift);
+function exclusion(one) {
+  const ended = one.ended !== null;
+  const end = !ended && may("operator") ? h("button", { class: "small", "data-key": `end-${one.id}`, onclick: () => confirmThen("End the exclusion", `Let ${one.hardware} have ${one.model}:${one.release} after all? It is not excluded again.`, () => call("POST", `/exclusions/${one.id}/end`, {})) }, "End") : null;
+  return h("p", { class: ended ? "why muted" : "why error" }, `${ended ? `${one.hardware} was excluded (ended by ${one.ended_by})` : `${one.hardware} is excluded`}: ${one.reason} `, end);
 }
 
 function waveStep(rollout, wave, number) {
   const completed = rollout.state === "completed";
   const look = number < rollout.wave || completed ? "done" : number === rollout.wave ? (rollout.state === "aborted" ? "stopped" : "now") : "later";
-  const said = { done: "passed", now: rollout.state === "holding" ? "passed, holding" : rollout.state, stopped: "stopped here", later: "not yet" }[look];
+  const said = { done: "passed", now: rollout.state === "waiting" ? "passed, waits for confirmation" : rollout.state, stopped: "stopped here", later: "not yet" }[look];
   return h("li", { class: `wave ${look}`, "aria-current": look === "now" ? "step" : null }, h("b", null, `Wave ${number + 1}: ${reach(wave)}`), h("br"), said);
 }
 
@@ -269,10 +269,10 @@ function rolloutActions(rollout) {
   const button = (verb, text, look, question) => h("button", { class: `small ${look}`, "data-key": `${rollout.id}-${verb}`, onclick: () => confirmThen(text, question, () => call("POST", `/rollouts/${encodeURIComponent(rollout.id)}/${verb}`, {})) }, text);
   const next = rollout.waves[rollout.wave + 1];
   return h("div", { class: "actions" },
-    rollout.state === "holding" && next ? button("promote", "Promote", "primary", `Go on to ${reach(next)}?`) : null,
-    ["running", "holding"].includes(rollout.state) ? button("pause", "Pause", "", "Begin no further wave? Devices already reached go on.") : null,
+    rollout.state === "waiting" && next ? button("promote", "Promote", "primary", `Go on to ${reach(next)}?`) : null,
+    ["running", "waiting"].includes(rollout.state) ? button("pause", "Pause", "", "Begin no further wave? Devices already reached go on.") : null,
     rollout.state === "paused" ? button("resume", "Resume", "primary", "Let the rollout go on?") : null,
-    button("abort", "Abort", "danger", rollout.mode === "shadow" ? "Abort? Devices stop looking at it; what serves is not touched." : rollout.previous === null ? "Abort? Devices stop serving the model: there is no release before." : `Abort? Every device goes back to ${rollout.model}:${rollout.previous}.`));
+    button("abort", "Abort", "danger", rollout.mode === "shadow" ? "Abort? Devices no longer try it; what serves is not touched." : rollout.previous === null ? "Abort? Devices stop serving the model: there is no release before." : `Abort? Every device goes back to ${rollout.model}:${rollout.previous}.`));
 }
 
 function matches(device, text) {
@@ -289,7 +289,7 @@ function renderDevices() {
   const rows = state.all ? found : found.slice(0, SHOWN_DEVICES);
   show($("device-list"),
     table("Devices", ["Device", "State", "Groups", "Runs", "Last answer", "Seen"], rows.map(deviceRow)),
-    counted().total > state.devices.length && state.devices.length >= 1000 ? h("p", { class: "more muted" }, `The first ${state.devices.length} of ${counted().total} devices are looked at here; edge-fleet devices lists all.`) : null,
+    counted().total > state.devices.length && state.devices.length >= 1000 ? h("p", { class: "more muted" }, `The first ${state.devices.length} of ${counted().total} devices are shown here; edge-fleet device list has all.`) : null,
     rows.length < found.length ? h("p", { class: "more" }, `${rows.length} of ${found.length} `, h("button", { class: "small", "data-key": "all", onclick: () => { state.all = true; render(); } }, "Show all")) : null);
 }
 
@@ -408,18 +408,18 @@ function startDialog(release) {
   const groups = h("input", { id: "start-groups", placeholder: "canary, warsaw", spellcheck: "false" });
   const percent = h("input", { id: "start-percent", type: "number", min: "0.1", max: "100", step: "0.1" });
   const failures = h("input", { id: "start-failures", type: "number", min: "0", value: "0" });
-  const hold = h("input", { id: "start-hold", type: "checkbox" });
+  const confirm = h("input", { id: "start-confirm", type: "checkbox" });
   const shadow = h("input", { id: "start-shadow", type: "checkbox" });
   openDialog(`Roll out ${release.release}`, [
     h("p", { class: "muted" }, "The first wave is what you name here, then everyone. Naming nothing means everyone at once."),
     h("label", { for: "start-groups" }, "First wave: groups"), groups,
     h("label", { for: "start-percent" }, "First wave: percent of the devices"), percent,
     h("label", { for: "start-failures" }, "Devices that may refuse it or roll back"), failures,
-    h("label", { class: "check" }, hold, "wait for promote between waves"),
+    h("label", { class: "check" }, confirm, "confirm each further wave"),
     h("label", { class: "check" }, shadow, "only look: run it on copies of live requests, install nothing"),
   ], "Start", () => call("POST", "/rollouts", {
     release: release.release, groups: groups.value.split(/[\s,]+/).filter(Boolean), percent: percent.value ? Number(percent.value) : null,
-    hold: hold.checked, mode: shadow.checked ? "shadow" : "install", max_failures: Number(failures.value || 0),
+    confirm: confirm.checked, mode: shadow.checked ? "shadow" : "install", max_failures: Number(failures.value || 0),
   }));
 }
 

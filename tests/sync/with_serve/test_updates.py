@@ -111,7 +111,7 @@ def want(device: Real, releases: dict[str, int], *, together: bool = False) -> N
     before = device.repository.assignment
     models = {model: ModelAssignment(release=release) for model, release in releases.items()}
     groups = {"g": releases} if together else {}
-    device.repository.assignment = Assignment(fleet=before.fleet, version=before.version + 1, models=models, together=groups)
+    device.repository.assignment = Assignment(fleet=before.fleet, version=before.version + 1, models=models, teams=groups)
     device.repository.sign()
 
 

@@ -1,0 +1,135 @@
+"""The bodies of requests. What a route answers is the type that its handler returns."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fleet_server.access import Role
+from fleet_server.devices.inventory import MAX_LATE_S
+
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+Version = Annotated[int, Field(ge=1, le=2**53 - 1)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Groups(Body):
+    """All groups the device shall be in; those not named it leaves."""
+
+    groups: Annotated[list[Name], Field(max_length=64)]
+
+
+class LateRenewal(Body):
+    """How long the device may renew a certificate that has ended."""
+
+    ttl_s: Annotated[float, Field(gt=0, le=MAX_LATE_S)] = 86400.0
+
+
+class NewEnrolmentToken(Body):
+    """`device`: only this id may join with it. `groups`: what the joining devices are put in."""
+
+    device: Name | None = None
+    groups: Annotated[list[Name], Field(max_length=64)] = []
+    uses: Annotated[int, Field(ge=1, le=100_000)] = 1
+    ttl_s: Annotated[float, Field(gt=0, le=365 * 86400)] = 86400.0
+
+
+class NewAccessToken(Body):
+    """An access token to be made, for a person or a program."""
+
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    role: Role
+
+
+class SignIn(Body):
+    """An access token, for which the browser gets a session."""
+
+    token: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Publication(Body):
+    """The manifest's and the signed metadata's exact bytes, as text."""
+
+    manifest: str
+    metadata: str
+
+
+class Metadata(Body):
+    """A publisher's signed metadata that adds no release, as text."""
+
+    metadata: str
+
+
+class PublicKey(BaseModel):
+    """A public key as `edge-fleet keys public` prints it. Kinds of keys may have further fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    keyid: Annotated[str, Field(max_length=256)]
+    keytype: Annotated[str, Field(max_length=64)]
+    scheme: Annotated[str, Field(max_length=64)]
+    keyval: dict[str, str]
+
+
+class KeyWish(Body):
+    """A change of who is trusted. `role`: root, targets, a publisher, assignments, snapshot, timestamp, or `online` for those three."""
+
+    action: Annotated[str, Field(pattern="^(renew|rotate|add-publisher|remove-publisher)$")]
+    role: Name
+    add: Annotated[list[PublicKey], Field(max_length=16)] = []
+    remove: Annotated[list[Name], Field(max_length=16)] = []
+    threshold: Annotated[int, Field(ge=1, le=16)] | None = None
+    patterns: Annotated[list[Annotated[str, Field(min_length=1, max_length=65)]], Field(max_length=64)] = []
+
+
+class SignedChange(Body):
+    """The change file as the offline keys signed it, as text."""
+
+    change: str
+
+
+RENAMED = {"hold": "confirm", "together": "team"}
+"""Fields of a new rollout that were called otherwise → what they are called now."""
+
+
+class NewRollout(Body):
+    """Neither `groups` nor `percent`: every device at once. `confirm`: wait for promote between waves. `team`: releases of other models
+    that switch with it on each device, all or none. `window`: when devices may switch, in their local time. `mode` shadow: devices run it
+    on copies of live requests and install nothing.
+    """
+
+    release: Annotated[str, Field(max_length=100, examples=["digits:4"])]
+    team: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=32)] = []
+    window: Annotated[str, Field(max_length=64, examples=["mon-fri 22:00-05:00"])] | None = None
+    groups: Annotated[list[Name], Field(max_length=64)] = []
+    percent: Annotated[float, Field(gt=0, le=100)] | None = None
+    mode: Literal["install", "shadow"] = "install"
+    confirm: bool = False
+    max_failures: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_now(cls, given: Any) -> Any:
+        former = next((name for name in RENAMED if isinstance(given, dict) and name in given), None)
+        if former is not None:
+            raise ValueError(f"{former} is called {RENAMED[former]} now")
+        return given
+
+
+class Rollback(Body):
+    """Without `to`: the release that ran before."""
+
+    to: Version | None = None
+
+
+class NewBundle(Body):
+    """For these devices, or those of a group, or all; with what they should run of these models, or of all."""
+
+    models: Annotated[list[Name], Field(max_length=256)] = []
+    devices: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=10_000)] = []
+    group: Name | None = None
+    valid_days: Annotated[float, Field(gt=0, le=90)] | None = None

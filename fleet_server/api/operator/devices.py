@@ -1,0 +1,63 @@
+"""Routes about devices."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fastapi import Request
+
+from fleet_server.access import Role
+from fleet_server.api.operator.bodies import Groups, LateRenewal
+from fleet_server.api.operator.routes import Done, Limit, Route, actor_of
+from fleet_server.devices.inventory import Inventory
+from fleet_server.devices.views import CertificateState, DeviceDetail, DeviceView
+
+
+class Parts(Protocol):
+    inventory: Inventory
+
+
+def devices(
+    parts: Parts, group: str | None = None, model: str | None = None, online: bool | None = None, text: str | None = None,
+    certificate: CertificateState | None = None, limit: Limit = 1000, after: str = "",
+) -> list[DeviceView]:  # fmt: skip
+    """Lists devices by id, with what each runs. More than `limit`: ask again with `after` set to the last id."""
+    return parts.inventory.find(
+        group=group, model=model, online=online, text=text, certificate=certificate, limit=limit, after=after
+    )
+
+
+def device(parts: Parts, device: str) -> DeviceDetail:
+    """Everything about one device: its last report, groups and certificates."""
+    return parts.inventory.get(device)
+
+
+def set_groups(parts: Parts, request: Request, device: str, body: Groups) -> DeviceDetail:
+    """Puts a device in exactly these groups. Its record is signed again with the next serial."""
+    return parts.inventory.set_groups(actor_of(request), device, list(body.groups))
+
+
+def revoke_device(parts: Parts, request: Request, device: str) -> DeviceDetail:
+    """Shuts the device out of the broker and of the device listener."""
+    return parts.inventory.revoke(actor_of(request), device)
+
+
+def allow_renewal(parts: Parts, request: Request, device: str, body: LateRenewal) -> DeviceDetail:
+    """Lets a device renew a certificate that has ended, with the key that it has, for so long."""
+    return parts.inventory.allow_renewal(actor_of(request), device, body.ttl_s)
+
+
+def delete_device(parts: Parts, request: Request, device: str) -> Done:
+    """Shuts the device out and forgets it; its id can be enrolled again."""
+    parts.inventory.delete(actor_of(request), device)
+    return Done()
+
+
+ROUTES = (
+    Route("GET", "/devices", devices, Role.VIEWER),
+    Route("GET", "/devices/{device}", device, Role.VIEWER),
+    Route("PUT", "/devices/{device}/groups", set_groups, Role.OPERATOR),
+    Route("POST", "/devices/{device}/revoke", revoke_device, Role.OPERATOR),
+    Route("POST", "/devices/{device}/allow-renewal", allow_renewal, Role.OPERATOR),
+    Route("DELETE", "/devices/{device}", delete_device, Role.OPERATOR),
+)

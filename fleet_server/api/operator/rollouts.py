@@ -1,0 +1,116 @@
+"""Routes about what the fleet runs: models, rollouts, exclusions, the assignment, bundles."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fastapi import Request
+from starlette.responses import Response, StreamingResponse
+
+from agent.contract.assignment import Assignment
+from fleet_server.access import Role
+from fleet_server.api.operator.bodies import NewBundle, NewRollout, Rollback
+from fleet_server.api.operator.routes import Limit, Number, Raw, Route, actor_of, ref_of
+from fleet_server.rollouts.assignment import FleetAssignment
+from fleet_server.rollouts.bundles import Bundles
+from fleet_server.rollouts.commands import RolledBack, Rollouts
+from fleet_server.rollouts.exclusions import ExclusionView
+from fleet_server.rollouts.views import ModelView, RolloutDetail, RolloutView, Views
+
+TAR = "application/x-tar"
+
+
+class Parts(Protocol):
+    assignment: FleetAssignment
+    bundles: Bundles
+    rollouts: Rollouts
+    views: Views
+
+
+def models(parts: Parts) -> list[ModelView]:
+    """Lists models with the release that every device runs and the one before."""
+    return parts.views.models()
+
+
+def roll_back(parts: Parts, request: Request, model: str, body: Rollback) -> RolledBack:
+    """Takes every device to an earlier release of the model at once."""
+    return parts.rollouts.roll_back(actor_of(request), model, body.to)
+
+
+def rollouts(parts: Parts, model: str | None = None, limit: Limit = 100) -> list[RolloutView]:
+    """Lists rollouts, newest first."""
+    return parts.views.rollouts(model=model, limit=limit)
+
+
+def rollout(parts: Parts, rollout: str) -> RolloutDetail:
+    """One rollout with its waves and every verdict of its gates."""
+    return parts.views.rollout(rollout)
+
+
+def start_rollout(parts: Parts, request: Request, body: NewRollout) -> RolloutDetail:
+    """Begins a rollout: the first wave is what is named, then every device."""
+    permille = None if body.percent is None else max(1, round(body.percent * 10))
+    return parts.rollouts.start(
+        actor_of(request), ref_of(body.release), groups=body.groups, permille=permille, confirm=body.confirm,
+        max_failures=body.max_failures, team=[ref_of(text) for text in body.team], window=body.window, mode=body.mode,
+    )  # fmt: skip
+
+
+def promote(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
+    """Confirms that the next wave of a rollout begins."""
+    return parts.rollouts.promote(actor_of(request), rollout)
+
+
+def pause(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
+    """Begins no further wave; devices already reached go on."""
+    return parts.rollouts.pause(actor_of(request), rollout)
+
+
+def resume(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
+    """Lets a paused rollout go on."""
+    return parts.rollouts.resume(actor_of(request), rollout)
+
+
+def abort(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
+    """Ends a rollout: every device goes back to the release before."""
+    return parts.rollouts.abort(actor_of(request), rollout)
+
+
+def exclusions(parts: Parts, model: str | None = None) -> list[ExclusionView]:
+    """Lists hardware classes that are excluded from a release, with the devices that refused it."""
+    return parts.views.exclusions(model=model)
+
+
+def end_exclusion(parts: Parts, request: Request, number: Number) -> ExclusionView:
+    """Lets an excluded hardware class have the release after all. It is not excluded from it again."""
+    return parts.rollouts.end_exclusion(actor_of(request), number)
+
+
+def bundle(parts: Parts, request: Request, body: NewBundle) -> Response:
+    """What devices without a network should run, in one file that `edge-agent import` takes. A tar of signed documents and blobs."""
+    packed = parts.bundles.pack(
+        actor_of(request), models=body.models, devices=body.devices, group=body.group, valid_days=body.valid_days
+    )
+    return StreamingResponse(packed.chunks(), media_type=TAR, headers={"Content-Length": str(packed.size_bytes)})
+
+
+def assignment(parts: Parts) -> Assignment:
+    """The document devices read, as it is signed now."""
+    return parts.assignment.signed()
+
+
+ROUTES = (
+    Route("GET", "/models", models, Role.VIEWER),
+    Route("POST", "/models/{model}/rollback", roll_back, Role.OPERATOR),
+    Route("GET", "/rollouts", rollouts, Role.VIEWER),
+    Route("GET", "/rollouts/{rollout}", rollout, Role.VIEWER),
+    Route("POST", "/rollouts", start_rollout, Role.OPERATOR),
+    Route("POST", "/rollouts/{rollout}/promote", promote, Role.OPERATOR),
+    Route("POST", "/rollouts/{rollout}/pause", pause, Role.OPERATOR),
+    Route("POST", "/rollouts/{rollout}/resume", resume, Role.OPERATOR),
+    Route("POST", "/rollouts/{rollout}/abort", abort, Role.OPERATOR),
+    Route("GET", "/exclusions", exclusions, Role.VIEWER),
+    Route("POST", "/exclusions/{number}/end", end_exclusion, Role.OPERATOR),
+    Route("POST", "/bundles", bundle, Role.OPERATOR, answer=Raw(TAR, {"type": "string", "format": "binary"})),
+    Route("GET", "/assignment", assignment, Role.VIEWER),
+)

@@ -1,0 +1,204 @@
+"""`edge-fleet rollout …` and `rollback`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fleet_server.cli import tables
+from fleet_server.cli.command import (
+    EXIT_FAILED,
+    EXIT_TOO_LATE,
+    Command,
+    Group,
+    connected,
+    duration,
+    reports_errors,
+    segment,
+    show,
+    with_json,
+)
+from fleet_server.errors import FleetError, Unavailable
+
+if TYPE_CHECKING:
+    from fleet_server.client import Client
+
+WATCH_S = 1.0
+AWAY_S = 60.0
+OVER = frozenset({"completed", "aborted"})
+
+
+@click.group(cls=Group)
+def rollout() -> None:
+    """Staged changes of what the fleet runs."""
+
+
+@rollout.command("start")
+@click.argument("releases", nargs=-1, required=True, metavar="RELEASE...")
+@click.option(
+    "--team",
+    is_flag=True,
+    help="Several releases, of different models: each device switches to all of them at once, or to none.",
+)
+@click.option("--window", help="When devices may switch, in their local time, such as 'mon-fri 22:00-05:00'.")
+@click.option("--group", "groups", multiple=True, help="First wave: devices in this group. Repeatable.")
+@click.option("--percent", type=click.FloatRange(0, 100, min_open=True), help="First wave: this share of the devices.")
+@click.option(
+    "--shadow",
+    is_flag=True,
+    help="Only try it: devices run it on copies of live requests, say how it did, and install nothing.",
+)
+@click.option("--confirm", is_flag=True, help="Wait for `rollout promote` between waves.")
+@click.option(
+    "--max-failures", type=click.IntRange(0), default=0, show_default=True, help="Devices that may refuse it or roll back."
+)
+@with_json
+@click.pass_context
+@reports_errors
+def rollout_start(
+    ctx: click.Context,
+    releases: tuple[str, ...],
+    groups: tuple[str, ...],
+    percent: float | None,
+    window: str | None,
+    *,
+    team: bool,
+    shadow: bool,
+    confirm: bool,
+    max_failures: int,
+    as_json: bool,
+) -> None:
+    """Begins a rollout: the first wave is what you name, then everyone. Naming nothing means everyone at once.
+
+    edge-fleet rollout start digits:4 --group canary --confirm
+    edge-fleet rollout start digits:4 --percent 10 --max-failures 1
+    edge-fleet rollout start digits:4 --shadow --group canary
+    edge-fleet rollout start detector:7 classifier:3 --team --window 'sat,sun 02:00-05:00'
+    """
+    if team != (len(releases) > 1):
+        raise click.UsageError("--team goes with two or more releases; rollouts of their own are started one by one")
+    first, *others = releases
+    body = {
+        "release": first, "team": others, "groups": list(groups), "percent": percent, "window": window, "confirm": confirm,
+        "max_failures": max_failures, "mode": "shadow" if shadow else "install",
+    }  # fmt: skip
+    with connected(ctx) as client:
+        show(client.post("/rollouts", body), as_json, tables.rollout)
+
+
+@rollout.command("show")
+@click.argument("rollout_id", required=False)
+@click.option("--watch", is_flag=True, help="Follow it until it is over. Exit status 1 when it is aborted.")
+@click.option(
+    "--timeout",
+    callback=duration,
+    help="With --watch: how long at most, such as 30m. Exit status 4 when it is not over by then.",
+)
+@with_json
+@click.pass_context
+@reports_errors
+def rollout_show(ctx: click.Context, rollout_id: str | None, *, watch: bool, timeout: float | None, as_json: bool) -> None:
+    """Shows one rollout, or without an id the newest one.
+
+    While it is watched, a server that is away for a minute, or for as long as --timeout allows, is waited for.
+
+    edge-fleet rollout show --watch --timeout 30m
+    edge-fleet rollout show r3-9f1c --json
+    """
+    if timeout is not None and not watch:
+        raise click.UsageError("--timeout goes with --watch")
+    with connected(ctx) as client:
+        chosen = rollout_id or _newest(client)
+        last = None
+        for data in _again_and_again(client, chosen, timeout) if watch else [client.get(f"/rollouts/{segment(chosen)}")]:
+            if data != last:
+                show(data, as_json, tables.rollout)
+                last = data
+    if watch and (last is None or last["state"] not in OVER):
+        click.echo(f"edge-fleet: rollout {chosen} is not over after {timeout:g} s", err=True)
+        sys.exit(EXIT_TOO_LATE)
+    if watch and last is not None and last["state"] == "aborted":
+        sys.exit(EXIT_FAILED)
+
+
+def _again_and_again(client: Client, rollout_id: str, timeout_s: float | None) -> Iterator[dict[str, Any]]:
+    """The rollout as it is, again and again until it is over or the time is up.
+
+    Raises: ServerRefused; Unavailable when the server is away for longer than AWAY_S and no limit was given.
+    """
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    heard = time.monotonic()
+    while True:
+        try:
+            data = client.get(f"/rollouts/{segment(rollout_id)}")
+        except Unavailable:
+            if end is None and time.monotonic() - heard > AWAY_S:
+                raise
+        else:
+            heard = time.monotonic()
+            yield data
+            if data["state"] in OVER:
+                return
+        left_s = WATCH_S if end is None else min(WATCH_S, end - time.monotonic())
+        if left_s <= 0:
+            return
+        time.sleep(left_s)
+
+
+def _newest(client: Client) -> str:
+    found = client.get("/rollouts", limit=1)
+    if not found:
+        raise FleetError("there was no rollout yet; begin one with `edge-fleet rollout start MODEL:VERSION`")
+    return str(found[0]["id"])
+
+
+@rollout.command("list")
+@click.option("--model", help="Only this model.")
+@with_json
+@click.pass_context
+@reports_errors
+def rollout_list(ctx: click.Context, model: str | None, *, as_json: bool) -> None:
+    """Lists rollouts, newest first.
+
+    edge-fleet rollout list
+    """
+    with connected(ctx) as client:
+        show(client.get("/rollouts", model=model), as_json, tables.rollouts)
+
+
+def _rollout_verb(verb: str, text: str) -> None:
+    @rollout.command(verb, help=f"{text}\n\nedge-fleet rollout {verb} r3-9f1c")
+    @click.argument("rollout_id")
+    @with_json
+    @click.pass_context
+    @reports_errors
+    def command(ctx: click.Context, rollout_id: str, *, as_json: bool) -> None:
+        with connected(ctx) as client:
+            show(client.post(f"/rollouts/{segment(rollout_id)}/{verb}"), as_json, tables.rollout)
+
+
+_rollout_verb("promote", "Confirms that the next wave of a rollout begins.")
+_rollout_verb("pause", "Begins no further wave; devices already reached go on.")
+_rollout_verb("resume", "Lets a paused rollout go on.")
+_rollout_verb("abort", "Ends a rollout; every device goes back to the release before.")
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@click.option("--to", "version", type=click.IntRange(1), help="The version to go back to [default: the one before].")
+@with_json
+@click.pass_context
+@reports_errors
+def rollback(ctx: click.Context, model: str, version: int | None, *, as_json: bool) -> None:
+    """Takes every device back to an earlier release at once.
+
+    edge-fleet rollback digits
+    edge-fleet rollback digits --to 2
+    """
+    with connected(ctx) as client:
+        done = client.post(f"/models/{segment(model)}/rollback", {"to": version})
+    show(done, as_json, lambda data: click.echo(f"{data['model']} goes back from version {data['left']} to {data['release']}"))

@@ -1,0 +1,194 @@
+"""The server's own MQTT client: stores what devices send, in batches, and pokes them.
+
+A message is acknowledged to the broker after it is stored, so a crash of the server loses none: the broker keeps the session and
+delivers again, and everything that is delivered twice is recognised (counters, sessions, event ids). When the database takes
+nothing (a full disk), the batch waits here and is tried again, because a broker delivers again only after a reconnect.
+
+The exception is a device with more than SHARE messages waiting: its are acknowledged on arrival. Otherwise they would fill the
+broker's window of unacknowledged messages, and everybody else's would wait, or be lost, behind them.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from agent.contract import topics
+from agent.contract.codec import encode
+from fleet_server.devices import pki
+from fleet_server.ingest.fair_queue import FairQueue, Room
+from fleet_server.ingest.intake import Changes, Dropped, Intake, Message
+from fleet_server.ingest.transfers import TransferAnswers
+
+_log = logging.getLogger(__name__)
+
+BATCH = 256  # one transaction for what came together: a commit costs as much as storing dozens of reports
+SHARE = 100  # of the 1000 unacknowledged messages that the broker's configuration allows
+LIMIT, LIMIT_BYTES = 5000, 32 * 1024 * 1024  # of one device: an agent that was away for days sends 2000 messages, 16 MiB
+RETRY_S = 1.0
+SESSION_EXPIRY_S = 7 * 86400
+KEEPALIVE_S = 30
+RECONNECT_MIN_S, RECONNECT_MAX_S = 0.2, 5.0
+
+
+class Received(msgspec.Struct):
+    """A message with what acknowledges it: the number it has on this connection to the broker."""
+
+    message: Message
+    mid: int
+    qos: int
+    connection: int
+    acknowledged: bool = False
+
+
+class MqttLink:
+    """Runs two threads between `start` and `stop`: paho's network loop, and the worker that stores."""
+
+    def __init__(
+        self,
+        authority: pki.Authority,
+        host: str,
+        port: int,
+        intake: Intake,
+        on_models: Callable[[set[str]], None],
+        transfers: TransferAnswers | None = None,
+    ) -> None:
+        """`transfers` answers the devices that ask for documents and blobs."""
+        self._transfers = transfers
+        self._intake, self._on_models = intake, on_models
+        self._waiting: FairQueue[Received] = FairQueue(share=SHARE, limit=LIMIT, limit_bytes=LIMIT_BYTES)
+        self._stopping = threading.Event()
+        self._worker = threading.Thread(target=self._work, name="ingest", daemon=True)
+        self._connection = 0
+        self.connected = threading.Event()
+        """Set while the subscription is acknowledged: messages of devices arrive."""
+        self._connected_at = 0.0
+        self._client = self._make_client(authority)
+        self._address = (host, port)
+
+    def _make_client(self, authority: pki.Authority) -> mqtt.Client:
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, pki.SERVER_CN, protocol=mqtt.MQTTv5, manual_ack=True)
+        context = ssl.create_default_context(cafile=str(authority.ca_path))
+        context.load_cert_chain(authority.client_cert, authority.client_key)
+        client.tls_set_context(context)
+        client.reconnect_delay_set(RECONNECT_MIN_S, RECONNECT_MAX_S)  # type: ignore[arg-type]
+        client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
+        client.on_subscribe, client.on_message = self._on_subscribe, self._on_message
+        return client
+
+    def start(self) -> None:
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = SESSION_EXPIRY_S
+        self._client.connect_async(*self._address, keepalive=KEEPALIVE_S, clean_start=False, properties=properties)
+        self._worker.start()
+        self._client.loop_start()
+        if self._transfers is not None:
+            self._transfers.start(lambda topic, payload: self._client.publish(topic, payload, qos=0))
+
+    def stop(self) -> None:
+        if self._transfers is not None:
+            self._transfers.stop()
+        self._client.disconnect()
+        self._client.loop_stop()
+        self._stopping.set()
+        self._waiting.close()
+        if self._worker.ident is not None:
+            self._worker.join(timeout=10)
+
+    def heard_since(self) -> float:
+        """Since when messages of devices arrive; now while they do not."""
+        return self._connected_at if self.connected.is_set() else time.time()
+
+    # -- towards devices ---------------------------------------------------------------------------------------------------
+
+    def poke_all(self, assignment_version: int) -> None:
+        self._client.publish(topics.POKE_ALL, encode(topics.Poke(assignment_version=assignment_version)), qos=1)
+
+    def poke_device(self, device: str) -> None:
+        self._client.publish(topics.down_poke(device), encode(topics.Poke()), qos=1)
+
+    # -- from devices ------------------------------------------------------------------------------------------------------
+
+    def _on_connect(self, client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        if reason.is_failure:
+            _log.error("the broker refuses the server: %s", reason)
+            return
+        self._connection += 1
+        client.subscribe(topics.UP_FILTER, qos=1)
+
+    def _on_subscribe(self, _client: mqtt.Client, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
+        if any(reason.is_failure for reason in reasons):
+            _log.error("the broker refuses the subscription to %s: %s", topics.UP_FILTER, reasons)
+            return
+        _log.info("connected to the broker")
+        self._connected_at = time.time()
+        self.connected.set()
+
+    def _on_disconnect(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        if self.connected.is_set() and reason.is_failure:
+            _log.warning("lost the broker (%s); connecting again", reason)
+        self.connected.clear()
+
+    def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = ""
+        item = Received(Message(topic, bytes(message.payload)), message.mid, message.qos, self._connection)
+        where = topics.parse_up(topic)
+        if where is not None and where[1] == "blocks":
+            self._acknowledge(item)
+            if self._transfers is not None:
+                self._transfers.ask(where[0], item.message.payload)
+            return
+        room = self._waiting.put(where[0] if where else "", item, len(item.message.payload))
+        if room is Room.FULL:
+            self._intake.drop(topic, Dropped("flood", f"more than {LIMIT} messages or {LIMIT_BYTES} bytes of one device wait"))
+        if room is not Room.WAITS:
+            self._acknowledge(item)
+
+    def _work(self) -> None:
+        while batch := self._waiting.take(BATCH):
+            self.store(batch)
+
+    def store(self, batch: list[Received]) -> None:
+        """Stores a batch, however often that must be tried, acknowledges it, and lets the rollouts be judged that it concerns. Until `stop`."""
+        changes = self._stored(batch)
+        if changes is None:
+            return
+        for item in batch:
+            self._acknowledge(item)
+        try:
+            if changes.models:
+                self._on_models(changes.models)
+        except Exception:  # noqa: BLE001 - the thread must go on
+            _log.exception("rollouts could not be judged; the next tick tries again")
+
+    def _stored(self, batch: list[Received]) -> Changes | None:
+        """What the intake made of the batch, tried until it can be stored; None when the server stops before."""
+        failures = 0
+        while True:
+            try:
+                return self._intake.store([item.message for item in batch])
+            except Exception:  # noqa: BLE001 - the database fails as a whole, the messages are not to blame
+                failures += 1
+                if failures == 1:
+                    _log.exception("%d messages cannot be stored; trying until they can", len(batch))
+            if self._stopping.wait(RETRY_S):
+                return None
+
+    def _acknowledge(self, item: Received) -> None:
+        """Once, and only on the connection it came on: on another one the number means another message."""
+        if not item.acknowledged and item.connection == self._connection:
+            self._client.ack(item.mid, item.qos)
+        item.acknowledged = True

@@ -1,0 +1,132 @@
+"""What devices are told: the assignment, made from the database, signed, and poked about.
+
+The database decides. The signed document follows from it, so a crash between a decision and its signature is made good at the next start.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from agent.contract.assignment import Assignment, ModelAssignment, read_assignment
+from agent.contract.codec import encode
+from fleet_server.access import SERVER
+from fleet_server.journal import Journal
+from fleet_server.releases import catalogue
+from fleet_server.releases.repository import Repository
+from fleet_server.rollouts import exclusions, rows, steps, teams
+from fleet_server.rollouts.machine import Event
+from fleet_server.storage.database import Database
+from fleet_server.storage.models import ModelRow, ReleaseRow, RolloutRow
+
+
+class Poker(Protocol):
+    """Who tells devices that there is something new."""
+
+    def poke_all(self, assignment_version: int) -> None: ...
+
+
+class FleetAssignment:
+    """The assignment of one fleet. Safe between threads."""
+
+    def __init__(
+        self, database: Database, repository: Repository, journal: Journal, fleet: str, clock: Callable[[], float]
+    ) -> None:
+        self._database, self._repository, self._journal = database, repository, journal
+        self._fleet, self._clock = fleet, clock
+        self._lock = threading.RLock()
+        self._read: tuple[bytes, Assignment] | None = None
+        self.poker: Poker | None = None
+
+    def signed(self) -> Assignment:
+        """The assignment as it is signed now."""
+        data = self._repository.assignment_bytes()
+        read = self._read
+        if read is None or read[0] != data:
+            self._read = read = (data, read_assignment(data))
+        return read[1]
+
+    def publish(self) -> None:
+        """Signs the assignment when the database makes a newer one necessary than is signed, and pokes every device."""
+        with self._lock:
+            with self._database.reading() as session:
+                wanted = rows.assignment_version(session)
+                if wanted <= self.signed().version:
+                    return
+                document = self._document(session, wanted)
+            self._repository.assign(encode(document))
+        if self.poker:
+            self.poker.poke_all(wanted)
+
+    def catch_up(self) -> bool:
+        """Brings a database that is older than the signed assignment (restored from a backup) to what devices were told last; whether it
+        had to.
+
+        Otherwise every decision would get a version that devices have seen already, and no device would follow it. What is signed wins,
+        above all what was withdrawn; a rollout of which only one side knows is over.
+        """
+        with self._lock, self._database.session() as session:
+            signed = self.signed()
+            if signed.version <= rows.assignment_version(session):
+                return False
+            for model, said in signed.models.items():
+                self._adopt(session, model, said)
+            steps.next_version(session, at_least=signed.version + 1)
+            self._journal.audit(session, SERVER, "database.caught_up", self._fleet, assignment=signed.version)
+            return True
+
+    def _adopt(self, session: Session, model: str, said: ModelAssignment) -> None:
+        row = steps.model_row(session, model)
+        if row.release != said.release:
+            older = row.release is not None and said.release is not None and row.release < said.release
+            row.release, row.previous = said.release, row.release if older else None
+        for number in said.withdrawn:
+            if (release := session.get(ReleaseRow, (model, number))) is not None:
+                release.withdrawn = True
+        if row.previous in said.withdrawn:
+            row.previous = None
+        known = said.rollout.id if said.rollout is not None else None
+        for active in session.scalars(select(RolloutRow).where(RolloutRow.model == model, RolloutRow.state.in_(rows.ACTIVE))):
+            if active.id != known:
+                reason = "the database was restored from an older backup"
+                steps.apply(session, [active], Event.ABORT, self._clock(), reason=reason)
+
+    def _document(self, session: Session, version: int) -> Assignment:
+        models = {row.model: row for row in session.scalars(select(ModelRow))}
+        active = {row.model: row for row in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(rows.ACTIVE)))}
+        withdrawn: dict[str, list[int]] = {}
+        for model, number in session.execute(
+            select(ReleaseRow.model, ReleaseRow.version).where(ReleaseRow.withdrawn.is_(True))
+        ):
+            withdrawn.setdefault(model, []).append(number)
+        releases = {model: {row.release} for model, row in models.items() if row.release is not None}
+        for model, rollout in active.items():
+            releases.setdefault(model, set()).add(rollout.release)
+        excluded = exclusions.in_force(session, releases)
+        return Assignment(
+            fleet=self._fleet,
+            version=version,
+            teams=teams.assigned(session, models),
+            models={
+                model: ModelAssignment(
+                    release=models[model].release if model in models else None,
+                    rollout=rows.as_assigned(active[model]) if model in active else None,
+                    withdrawn=tuple(sorted(withdrawn.get(model, []))),
+                    excluded=excluded.get(model, ()),
+                )
+                for model in sorted({*models, *active})
+            },
+        )
+
+    def shortest_lease_s(self) -> float | None:
+        """The shortest lease, in seconds, of a release that some device may be told to run; None when none has one."""
+        with self._database.reading() as session:
+            refs = [(row.model, number) for row in session.scalars(select(ModelRow)) for number in (row.release, row.previous)]
+            refs += [(r.model, r.release) for r in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(rows.ACTIVE)))]
+            found = [session.get(ReleaseRow, (model, number)) for model, number in refs if number is not None]
+            leases = [catalogue.summary_of(row).lease_s for row in found if row is not None]
+        return min((lease for lease in leases if lease is not None), default=None)

@@ -1,0 +1,148 @@
+"""Bundles: what some devices should run, in one file for a stick. Signed documents as they are in force, and the blobs that they name.
+
+Nothing in it is secret from the devices it is for, and nothing is believed for being in it: they verify it as they verify the server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from agent.contract import bundle
+from agent.contract.assignment import Assignment, ModelAssignment, wanted
+from agent.contract.codec import encode
+from agent.contract.names import ReleaseRef
+from agent.contract.reports import hardware_class
+from fleet_server.access import Actor
+from fleet_server.devices.inventory import Inventory
+from fleet_server.devices.views import DeviceView
+from fleet_server.errors import Invalid, NotFound, Unavailable
+from fleet_server.journal import Journal
+from fleet_server.releases.catalogue import Catalogue
+from fleet_server.releases.repository import Repository
+from fleet_server.rollouts.assignment import FleetAssignment
+from fleet_server.storage.blobs import Blobs
+from fleet_server.storage.database import Database
+
+CHUNK_BYTES = 512 * 1024
+DAY_S = 86400.0
+MAX_DEVICES = 10_000
+
+_Kind = tuple[list[str], str | None]
+"""The groups of a device, and its hardware class if it has ever said what it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A bundle about to be written: its members in order, as bytes or as files."""
+
+    about: bundle.Bundle
+    documents: dict[str, bytes]
+    blobs: dict[str, tuple[Path, int]]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole file."""
+        sizes = {name: len(data) for name, data in self.documents.items()}
+        return bundle.length({**sizes, **{f"blobs/{sha256}": size for sha256, (_, size) in self.blobs.items()}})
+
+    def chunks(self) -> Iterator[bytes]:
+        """The file's bytes.  Raises: Unavailable when a blob changed meanwhile."""
+        for name, data in self.documents.items():
+            yield bundle.header(name, len(data), self.about.created) + data + bundle.padding(len(data))
+        for sha256, (path, size) in self.blobs.items():
+            yield bundle.header(f"blobs/{sha256}", size, self.about.created)
+            yield from _contents(path, size)
+            yield bundle.padding(size)
+        yield bundle.END
+
+
+class Bundles:
+    def __init__(
+        self, database: Database, repository: Repository, inventory: Inventory, catalogue: Catalogue, assignment: FleetAssignment,
+        blobs: Blobs, journal: Journal, fleet: str, clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._database, self._repository, self._inventory, self._catalogue = database, repository, inventory, catalogue
+        self._assignment, self._blobs, self._journal, self._fleet, self._clock = assignment, blobs, journal, fleet, clock
+
+    def pack(
+        self, actor: Actor, *, models: Sequence[str] = (), devices: Sequence[str] = (), group: str | None = None,
+        valid_days: float | None = None,
+    ) -> Packed:  # fmt: skip
+        """A bundle for these devices (none named: for all, or all of `group`) with what they should run of these models (none named: of
+        all). `valid_days`: how long it is believed; what is in force is signed anew for that.
+
+        Raises: NotFound (no such device, no device at all, a model that nothing is assigned of), Invalid.
+        """
+        chosen = self._devices(devices, group)
+        self._repository.renew_for(valid_days * DAY_S if valid_days is not None else 0.0)
+        documents, targets, valid_until = self._repository.in_force()
+        releases = self._releases(self._assignment.signed(), models, chosen)
+        for ref in releases:
+            documents |= targets(ref.target_path)
+        records = {f"records/{device}.json": self._inventory.record(device) for device in chosen}
+        blobs = self._contents(releases)
+        about = bundle.Bundle(
+            fleet=self._fleet, created=self._clock(), valid_until=valid_until, devices=tuple(chosen),
+            releases=tuple(map(str, releases)), blobs=len(blobs), size_bytes=sum(size for _, size in blobs.values()),
+        )  # fmt: skip
+        with self._database.session() as session:
+            self._journal.audit(session, actor, "bundle", self._fleet, devices=len(chosen), releases=list(about.releases))
+        return Packed(about, {bundle.HEAD: encode(about), **documents, **records}, blobs)
+
+    def _devices(self, devices: Sequence[str], group: str | None) -> dict[str, _Kind]:
+        if devices and group is not None:
+            raise Invalid("name devices or a group, not both")
+        if devices:
+            found: Sequence[DeviceView] = [self._inventory.get(device) for device in dict.fromkeys(devices)]
+        else:
+            found = self._inventory.find(group=group, limit=MAX_DEVICES + 1)
+            if len(found) > MAX_DEVICES:
+                raise Invalid(f"a bundle is for {MAX_DEVICES} devices at most; make one for each group")
+        chosen = {
+            one.id: (one.groups, hardware_class(one.hardware) if one.hardware else None) for one in found if not one.revoked
+        }
+        if not chosen:
+            raise NotFound("there is no device to make a bundle for")
+        return chosen
+
+    def _releases(self, assignment: Assignment, models: Sequence[str], devices: Mapping[str, _Kind]) -> list[ReleaseRef]:
+        for model in models:
+            if model not in assignment.models:
+                raise NotFound(f"nothing is assigned of model {model!r}; start a rollout first")
+        found = set()
+        for model, rules in assignment.models.items():
+            if not models or model in models:
+                numbers = [may_want(rules, device, groups, hardware) for device, (groups, hardware) in devices.items()]
+                found |= {ReleaseRef(model, number) for number in set().union(*numbers)}
+        return sorted(found)
+
+    def _contents(self, releases: Sequence[ReleaseRef]) -> dict[str, tuple[Path, int]]:
+        found = {}
+        for ref in releases:
+            for file in self._catalogue.manifest(ref).files.values():
+                if self._blobs.size(file.sha256) != file.size_bytes:
+                    raise Unavailable(f"blob {file.sha256} of release {ref} is not in the blob store; restore it from a backup")
+                found[file.sha256] = (self._blobs.path(file.sha256), file.size_bytes)
+        return found
+
+
+def may_want(rules: ModelAssignment, device: str, groups: Collection[str], hardware: str | None) -> set[int]:
+    """The releases of a model that the device may want. One without a network has never said what it is (None): then those of every
+    hardware class that is excluded from a release.
+    """
+    kinds = [hardware] if hardware is not None else ["", *(exclusion.hardware for exclusion in rules.excluded)]
+    found = (wanted(rules, device, groups, kind).release for kind in kinds)
+    return {number for number in found if number is not None}
+
+
+def _contents(path: Path, size: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        left = size
+        while left:
+            data = file.read(min(CHUNK_BYTES, left))
+            if not data:
+                raise Unavailable(f"{path} became shorter while it was read")
+            left -= len(data)
+            yield data

@@ -1,0 +1,90 @@
+"""What the rows of rollouts and models mean for the next decision. Nothing here changes a row."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from agent.contract.assignment import Rollout, parse_window
+from agent.contract.codec import convert
+from agent.contract.names import ReleaseRef
+from fleet_server.errors import Conflict, NotFound
+from fleet_server.releases import catalogue
+from fleet_server.rollouts import machine
+from fleet_server.rollouts.machine import Plan, State, Wave
+from fleet_server.storage.models import ModelRow, RolloutRow, Setting
+
+VERSION_SETTING = "assignment_version"
+"""The row of `settings` with the version of the assignment that the database makes necessary."""
+
+ACTIVE = [state.value for state in machine.ACTIVE]
+
+
+def plan_of(row: RolloutRow) -> Plan:
+    """Where the rollout stands in its waves."""
+    waves = tuple(convert(wave, Wave) for wave in row.waves)
+    return Plan(State(row.state), waves, row.wave, row.confirm)
+
+
+def as_assigned(row: RolloutRow) -> Rollout:
+    """The rollout as devices read it: the current wave and all before it."""
+    reached = plan_of(row).waves[: row.wave + 1]
+    groups = dict.fromkeys(group for wave in reached for group in wave.groups)
+    permille = max(wave.permille for wave in reached)
+    return Rollout(
+        id=row.id, release=row.release, previous=row.previous, groups=tuple(groups), permille=permille,
+        mode="shadow" if row.mode == "shadow" else "install", window=parse_window(row.window) if row.window else None,
+        team=row.team,
+    )  # fmt: skip
+
+
+def find(session: Session, rollout_id: str) -> RolloutRow:
+    """Raises: NotFound."""
+    row = session.get(RolloutRow, rollout_id)
+    if row is None:
+        raise NotFound(f"there is no rollout {rollout_id!r}; `edge-fleet rollout list` shows them")
+    return row
+
+
+def active_of(session: Session, model: str) -> RolloutRow | None:
+    """The rollout of the model that is under way; there is one at most."""
+    return session.scalar(select(RolloutRow).where(RolloutRow.model == model, RolloutRow.state.in_(ACTIVE)))
+
+
+def before(session: Session, model: str, release: int) -> int | None:
+    """What every device ran before `release` came to all of them; None when that was nothing or may not be run.
+
+    Never a release that was left by a rollback to `release`: a second rollback would lead to the bad one again.
+    """
+    row = came_to_all(session, model, release)
+    previous = row.previous if row is not None else None
+    if previous is None or previous >= release or catalogue.find(session, ReleaseRef(model, previous)).withdrawn:
+        return None
+    return previous
+
+
+def came_to_all(session: Session, model: str, release: int) -> RolloutRow | None:
+    """The last rollout that brought the release to every device, with every gate passed."""
+    query = select(RolloutRow).where(
+        RolloutRow.model == model, RolloutRow.release == release, RolloutRow.state == State.COMPLETED.value,
+        RolloutRow.mode == "install",
+    )  # fmt: skip
+    return session.scalar(query.order_by(RolloutRow.number.desc()).limit(1))
+
+
+def refuse_forward(session: Session, row: ModelRow, to: int | None) -> None:
+    """Raises: Conflict when `to` is newer than what everybody runs and never passed every gate."""
+    if to is None or (row.release is not None and to <= row.release):
+        return
+    catalogue.find(session, ReleaseRef(row.model, to))
+    if came_to_all(session, row.model, to) is None:
+        raise Conflict(
+            f"{row.model}:{to} is no earlier release; bring it out with `edge-fleet rollout start {row.model}:{to}`",
+            code="not_earlier",
+        )
+
+
+def assignment_version(session: Session) -> int:
+    """The version of the assignment that the database makes necessary. 1 is the empty one that `edge-fleet init` signs."""
+    setting = session.get(Setting, VERSION_SETTING)
+    return int(setting.value) if setting is not None else 1

@@ -1,0 +1,52 @@
+"""One step of a rollout, written down with what it makes of the model and of the assignment. All in the caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy.orm import Session
+
+from fleet_server.errors import Conflict
+from fleet_server.rollouts import machine, rows
+from fleet_server.rollouts.machine import Event, IllegalTransition, State
+from fleet_server.storage.models import ModelRow, RolloutRow, Setting
+
+
+def apply(session: Session, team: Iterable[RolloutRow], event: Event, now: float, *, reason: str = "") -> None:
+    """Lets the event happen to each member.  Raises: Conflict when one of them is in a state in which it cannot."""
+    for row in team:
+        _apply(session, row, event, now, reason)
+
+
+def _apply(session: Session, row: RolloutRow, event: Event, now: float, reason: str) -> None:
+    try:
+        plan = machine.step(rows.plan_of(row), event)
+    except IllegalTransition as error:
+        raise Conflict(f"rollout {row.id}: {error}", code="illegal_transition") from error
+    row.state, row.wave, row.updated = plan.state.value, plan.wave, now
+    row.reason = reason or row.reason
+    if plan.state is State.COMPLETED and row.mode == "install":
+        model = session.get(ModelRow, row.model)
+        assert model is not None
+        model.release, model.previous = row.release, model.release
+    if plan.state in machine.TERMINAL or event in machine.NEXT_WAVE:
+        next_version(session)
+
+
+def next_version(session: Session, *, at_least: int = 2) -> None:
+    """Makes a newer assignment necessary. It is signed after the transaction."""
+    setting = session.get(Setting, rows.VERSION_SETTING)
+    if setting is None:
+        session.add(Setting(name=rows.VERSION_SETTING, value=str(at_least)))
+    else:
+        setting.value = str(max(int(setting.value) + 1, at_least))
+    session.flush()
+
+
+def model_row(session: Session, model: str) -> ModelRow:
+    """What the fleet runs of the model; a new row for one that was never rolled out."""
+    row = session.get(ModelRow, model)
+    if row is None:
+        row = ModelRow(model=model, release=None, previous=None)
+        session.add(row)
+    return row

@@ -1,0 +1,108 @@
+"""How the server is, and what a person must do something about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import msgspec
+
+from fleet_server.config import FleetConfig
+from fleet_server.devices.inventory import Inventory
+from fleet_server.devices.pki import Authority
+from fleet_server.devices.views import DeviceCount
+from fleet_server.ingest.intake import Intake
+from fleet_server.releases.online_keys import ONLINE
+from fleet_server.releases.repository import Repository
+from fleet_server.releases.trust import WARN_BEFORE_S
+
+NAMED = 5  # devices in a warning
+
+
+class Messages(msgspec.Struct, frozen=True):
+    """How many messages of devices were stored since the start, and how many were dropped, by cause."""
+
+    accepted: int
+    dropped: dict[str, int]
+
+
+class StatusView(msgspec.Struct, frozen=True, kw_only=True):
+    """How the server is. `expires`: when each role's signature ends; `warnings`: what a person must do something about, and what."""
+
+    fleet: str
+    version: str
+    started: float
+    devices: DeviceCount
+    broker_connected: bool
+    ca_sha256: str
+    device_url: str
+    expires: dict[str, float]
+    messages: Messages
+    warnings: list[str]
+
+
+def software_version() -> str:
+    """Of the installed package; `0` where it runs uninstalled."""
+    try:
+        return version("edge-inference-agent")
+    except PackageNotFoundError:
+        return "0"
+
+
+class Status:
+    """Asks every part how it is."""
+
+    def __init__(
+        self, config: FleetConfig, authority: Authority, repository: Repository, inventory: Inventory, intake: Intake,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._config, self._authority, self._repository = config, authority, repository
+        self._inventory, self._intake, self._clock = inventory, intake, clock
+        self._started = clock()
+        self.broker_connected: Callable[[], bool] = lambda: False
+
+    def view(self) -> StatusView:
+        expires = self._repository.expirations()
+        return StatusView(
+            fleet=self._config.fleet, version=software_version(), started=self._started, devices=self._inventory.count(),
+            broker_connected=self.broker_connected(), ca_sha256=self._authority.fingerprint, device_url=self._config.device_url,
+            expires=expires, messages=Messages(self._intake.accepted, dict(self._intake.dropped)), warnings=self._warnings(expires),
+        )  # fmt: skip
+
+    def _warnings(self, expires: dict[str, float]) -> list[str]:
+        """What a person must do something about, and what."""
+        found = [] if self.broker_connected() else ["the broker is not connected; its log lines stand in the server's log"]
+        now = self._clock()
+        for role, at in expires.items():
+            if role not in ONLINE and at - now < WARN_BEFORE_S:
+                days, how = int((at - now) / 86400), f"`edge-fleet keys renew {role}`"
+                how = how if role in {"root", "targets"} else f"publish a release, or run {how}"
+                found.append(f"the {role} metadata ends in {days} days and devices stop updating then; {how}")
+        certificates = self._inventory.certificates()
+        if ended := certificates["ended"]:
+            found.append(
+                f"the certificate of {_some(ended)} has ended: `edge-fleet device list --certificate ended` lists them, `edge-fleet device "
+                "allow-renewal NAME` lets one renew it late"
+            )
+        if ending := certificates["ends_soon"]:
+            found.append(
+                f"the certificate of {_some(ending)} ends soon and was not renewed: `edge-fleet device list --certificate ends-soon`; see "
+                "whether they can reach this server"
+            )
+        if shared := self._inventory.shared():
+            found.append(
+                f"several machines report as each of {_some(shared)}: cards that were copied after they had been enrolled; enrol the "
+                "copies as devices of their own (docs/how-to/image-many-devices.md)"
+            )
+        if ahead := self._inventory.ahead():
+            found.append(
+                f"{_some(ahead)} saw newer signed metadata than this server has and follow it no more: if it was restored from a copy, "
+                "stop it and run `edge-fleet keys recover`; if not, somebody else speaks for this fleet"
+            )
+        return found
+
+
+def _some(devices: list[str]) -> str:
+    """`3 devices (a, b, c)`, with no more than a few named."""
+    shown = ", ".join(devices[:NAMED]) + (", …" if len(devices) > NAMED else "")
+    return f"{len(devices)} device{'s' if len(devices) != 1 else ''} ({shown})"
