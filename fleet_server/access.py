@@ -85,7 +85,7 @@ class Access:
             return [_view(row) for row in session.scalars(select(AccessToken).order_by(AccessToken.created))]
 
     def revoke(self, token_id: str) -> AccessTokenView:
-        """Raises: NotFound; Conflict for the last admin, without whom nobody could make another."""
+        """Makes the token useless.  Raises: NotFound; Conflict for the last admin's token, without which nobody could make another."""
         with self._database.session() as session:
             row = session.get(AccessToken, token_id)
             if row is None:
@@ -100,7 +100,7 @@ class Access:
             return _view(row)
 
     def by_token(self, token: str) -> Actor:
-        """Raises: Denied."""
+        """Whoever the access token was made for.  Raises: Denied."""
         if len(token) <= MAX_TOKEN_CHARS:
             with self._database.reading() as session:
                 row = session.scalar(select(AccessToken).where(AccessToken.hash == digest(token)))
@@ -118,7 +118,7 @@ class Access:
         return cookie
 
     def by_session(self, cookie: str) -> Actor:
-        """Raises: Denied."""
+        """Whoever opened the browser session.  Raises: Denied."""
         if len(cookie) <= MAX_TOKEN_CHARS:
             with self._database.reading() as session:
                 row = session.get(BrowserSession, digest(cookie))

@@ -250,11 +250,11 @@ class _Running:
         device_tls = {**tls, "ssl_ca_certs": str(authority.ca_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
         devices = device_api.build(self._fleet)
         found = [
-            _listener(operators, config.listen, config.operator_port, **tls),
-            _listener(devices, config.listen, config.device_port, http=ClientCertificateProtocol, **device_tls),
+            make_listener(operators, config.listen, config.operator_port, **tls),
+            make_listener(devices, config.listen, config.device_port, http=ClientCertificateProtocol, **device_tls),
         ]
         if config.loopback_port is not None:
-            found.append(_listener(operators, config.loopback_address, config.loopback_port))
+            found.append(make_listener(operators, config.loopback_address, config.loopback_port))
         return found
 
     # -- timers ------------------------------------------------------------------------------------------------------------
@@ -307,7 +307,8 @@ async def _watchdog() -> None:
         await asyncio.sleep(interval)
 
 
-def _listener(app: FastAPI, host: str, port: int, **options: Any) -> Listener:
+def make_listener(app: FastAPI, host: str, port: int, **options: Any) -> Listener:
+    """A listener that serves the application once it is run. `options` are uvicorn's."""
     config = uvicorn.Config(
             app, host=host, port=port, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
             proxy_headers=False, timeout_graceful_shutdown=GRACE_S, limit_concurrency=CONNECTIONS, timeout_keep_alive=int(HEAD_WITHIN_S), **{"http": OperatorProtocol, **options},
@@ -316,7 +317,7 @@ def _listener(app: FastAPI, host: str, port: int, **options: Any) -> Listener:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Raises: Unavailable when another program has the port."""
+    """A listening socket.  Raises: Unavailable when another program has the port."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
     except OSError as error:

@@ -27,7 +27,7 @@ UPLOAD_CHUNK = 256 * 1024
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the server is, whom to trust, and the access token. `ca` is a file; its fingerprint pins it."""
+    """Where the server is, whom to trust, and the access token. `ca` is a file with a certificate, `ca_sha256` the fingerprint that it must have."""
 
     url: str
     token: str
@@ -40,7 +40,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def read(cls, path: Path) -> Profile:
-        """Raises: NotFound, Invalid."""
+        """The profile in a file.  Raises: NotFound, Invalid."""
         try:
             profile = convert(yaml.safe_load(path.read_bytes()), cls)
         except FileNotFoundError:
@@ -72,7 +72,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(profile, token=token) if token is not None else profile
 
     def check_ca(self) -> None:
-        """Raises: Invalid when the CA file is not the one that was pinned."""
+        """Raises: Invalid when the CA file does not have the fingerprint that the profile names."""
         if self.ca is None or self.ca_sha256 is None:
             return
         try:
@@ -80,7 +80,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         except (OSError, ValueError) as error:
             raise Invalid(f"the CA file {self.ca} of the profile cannot be read: {error}") from error
         if hashlib.sha256(der).hexdigest() != self.ca_sha256:
-            raise Invalid(f"the CA file {self.ca} is not the one the profile pins (sha256 {self.ca_sha256}); get the right one")
+            raise Invalid(
+                f"the CA file {self.ca} is not the one that the profile names (sha256 {self.ca_sha256}); get the right one"
+            )
 
 
 def default_profile() -> Path:

@@ -35,7 +35,7 @@ class BrokerSettings(Settings, frozen=True, kw_only=True):
     port: int = 8883
     """The TCP port (MQTT over TLS). Devices are told it when they enrol."""
     max_packet_bytes: int = 1024 * 1024
-    """The largest message the broker takes, in bytes; whoever sends a larger one is disconnected."""
+    """The largest message that may be sent, in bytes; whoever sends a larger one is disconnected."""
     max_queued_messages: int = 10_000
     """How many messages the broker keeps for one client that is away; further ones are dropped."""
     max_connections: int = -1

@@ -48,7 +48,7 @@ class Conflict(FleetError):
 
 
 class TooLarge(FleetError):
-    """More bytes than this route takes."""
+    """More bytes than there may be."""
 
     code = "too_large"
 

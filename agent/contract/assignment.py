@@ -28,7 +28,7 @@ knows from it which time is past.
 """
 
 REINSTATED_FIELD = "reinstated"
-"""In a release's TUF target, under `custom`: how often its publisher lifted a withdrawal of it, with the offline key."""
+"""In a release's TUF target, under `custom`: how often its publisher reinstated it, with the offline key."""
 
 EVERYONE = 1000
 """A rollout's `permille` that reaches every device."""

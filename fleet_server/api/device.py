@@ -30,7 +30,9 @@ MAX_RENEWAL_BYTES = 64 * 1024
 
 
 class _File(FileResponse):
-    """With TLS in Python a chunk costs about as much as 200 KB; 400 connections may each hold one or two."""
+    """Sent in chunks of half a MiB: with TLS in Python a chunk costs about as much as sending 200 KB, and 400 connections may each have one
+    or two in memory.
+    """
 
     chunk_size = 512 * 1024
 
@@ -50,7 +52,9 @@ def caller(request: Request) -> str:
 
 
 def late_caller(request: Request) -> str:
-    """The same, also with a certificate that has ended, while an operator allows that. The handshake proved the possession of its key."""
+    """The device whose certificate this connection was made with, also when it has ended, while an operator allows a late renewal. The
+    handshake proved that the device has the key of the certificate.  Raises: Refused.
+    """
     return _fleet(request).inventory.authenticate(_presented(request), to_renew=True)
 
 
@@ -75,7 +79,7 @@ def target(request: Request, name: str, _caller: Caller) -> Response:
 
 
 def blob(request: Request, sha256: str, _caller: Caller) -> Response:
-    """Whole, or the stretch that a Range header asks for."""
+    """A file of a release: the whole of it, or the stretch that a Range header asks for."""
     path = _fleet(request).blobs.path(sha256)
     headers = {"ETag": f'"{sha256}"', "Cache-Control": "public, max-age=31536000, immutable"}
     return _file(path if path.is_file() else None, f"blob {sha256}", "application/octet-stream", headers)

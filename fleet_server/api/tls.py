@@ -1,4 +1,4 @@
-"""uvicorn, with what it leaves open closed: who the client is, and how long and how much it may talk before it has said a request."""
+"""uvicorn with what it does not have: who the client is, and limits to how long and how much a client talks before its request is complete."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ class _Patience:
 
     def __init__(self, connection: _Connection) -> None:
         self._connection, self._last = connection, connection.cycle
-        self._timer = connection.loop.call_later(HEAD_WITHIN_S, self._look)
+        self._timer = connection.loop.call_later(HEAD_WITHIN_S, self._check)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         cycle = self._connection.cycle
         if cycle is self._last and (cycle is None or cycle.response_complete):
             self._connection.transport.abort()
             return
         self._last = cycle
-        self._timer = self._connection.loop.call_later(HEAD_WITHIN_S, self._look)
+        self._timer = self._connection.loop.call_later(HEAD_WITHIN_S, self._check)
 
     def end(self) -> None:
         self._timer.cancel()
 
 
 class OperatorProtocol(H11Protocol):
-    """What people's clients talk to."""
+    """HTTP of the operators' listeners, on which a connection without requests is ended."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -93,8 +93,8 @@ NO_CHECK_TIME = 0x200000
 
 
 def without_dates(config: uvicorn.Config) -> uvicorn.Config:
-    """Client certificates are verified but for their dates, so that who comes with one that has ended is told so in words, or let in to
-    renew it. Whoever uses this looks at the dates itself (`Inventory.authenticate`).
+    """Lets TLS verify client certificates but for their dates, so that a device whose certificate has ended can be told so in words, or be
+    let in to renew it. Whoever uses this checks the dates itself (`Inventory.authenticate`).
     """
     config.load()
     assert config.ssl is not None

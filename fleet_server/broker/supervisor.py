@@ -36,7 +36,7 @@ class Supervisor:
         return self._process.pid if self._process and self._process.returncode is None else None
 
     async def run(self) -> None:
-        """Until `stop`."""
+        """Keeps the broker running until `stop`."""
         delay = BACKOFF_FIRST_S
         self._end_orphan()
         while not self._stopping:
@@ -93,7 +93,7 @@ class Supervisor:
         self._terminate()
 
     async def stop(self) -> None:
-        """Ends the broker; killed when it does not end by itself."""
+        """Ends the broker, and kills it when it does not end by itself."""
         self._stopping = True
         self._again.set()
         process = self._process
@@ -145,7 +145,7 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without what systemd told us: a mosquitto built for systemd would say in our name that everything is ready."""
+    """Our environment without what systemd told us: a mosquitto built for systemd would say in our name that everything is ready."""
     return {name: value for name, value in os.environ.items() if name not in {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}}
 
 

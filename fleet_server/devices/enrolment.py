@@ -104,7 +104,11 @@ class Enrolment:
     # -- joining -----------------------------------------------------------------------------------------------------------
 
     def enrol(self, request: EnrolmentRequest) -> EnrolmentResponse:
-        """Raises: Denied (the token does not let anybody in), Invalid (id, certificate request), Conflict (the id is taken)."""
+        """Lets a device join; its certificate, and what it must know of the fleet.
+
+        Raises: Denied (the token lets nobody in), Invalid (id, certificate request), Refused (the token is for another id), Conflict (another
+        device has the id).
+        """
         csr = pki.read_csr(request.csr_pem) if self._token_is_good(request.token) else None
         with self._lock, self._database.session() as session:
             token = session.scalar(select(EnrolmentToken).where(EnrolmentToken.hash == digest(request.token)))
@@ -127,8 +131,8 @@ class Enrolment:
         return self._answer(device, certificate)
 
     def renew(self, device: str, request: RenewalRequest) -> EnrolmentResponse:
-        """A new certificate for a device that still has a valid one, or the one that was issued for the same key lately: a lost answer
-        harms nobody, and who asks without end has no more than one. The old one stays valid until it ends.
+        """A new certificate for a device that still has a valid one. When one was issued for the same key lately, it is given again: so a lost
+        answer harms nobody, and a device that asks without end gets no more than one. The old certificate stays valid until it ends.
 
         Raises: Invalid (certificate request), Refused (the device was shut out meanwhile).
         """
@@ -141,7 +145,7 @@ class Enrolment:
         return self._answer(device, certificate)
 
     def _still_new(self, session: Session, device: str, csr: x509.CertificateSigningRequest) -> x509.Certificate | None:
-        """The device's certificate for this key of which no more than a third has passed of what a new one would have."""
+        """The device's certificate for this key, if it has at least two thirds of a new one's life left."""
         until = self._clock() + STILL_NEW * self.certificate_s
         good = select(Certificate.pem).where(
             Certificate.device == device, Certificate.revoked.is_(None), Certificate.expires >= until

@@ -36,7 +36,7 @@ _AHEAD = (Reason.METADATA_ROLLBACK.value, Reason.REPLAYED_ASSIGNMENT.value)
 
 
 def class_of(hardware: Mapping[str, Any] | None) -> str | None:
-    """The class of a device by its last report; None when it has not said what it is."""
+    """The hardware class of a device by its last report; None when it has not said what it is."""
     try:
         return hardware_class(convert(hardware, Hardware)) if hardware else None
     except msgspec.ValidationError:
@@ -68,7 +68,7 @@ class Inventory:
     # -- reading -----------------------------------------------------------------------------------------------------------
 
     def is_online(self, present: bool, last_seen: float | None, now: float) -> bool:
-        """Present by the broker's account and heard of lately; a device that is silent is not there, whatever was said of it.
+        """Whether the broker counts the device as present and it was heard of lately: a silent device is not there, whatever was said of it.
 
         A server or broker that was away makes nobody silent: otherwise devices still busy would stop counting and a wave would pass.
         """
@@ -80,7 +80,7 @@ class Inventory:
         self, *, group: str | None = None, model: str | None = None, online: bool | None = None, text: str | None = None,
         certificate: CertificateState | None = None, limit: int = 1000, after: str = "",
     ) -> list[DeviceView]:  # fmt: skip
-        """Devices by id, filtered."""
+        """The devices that pass every filter, in the order of their ids, from behind `after` on."""
         now = self._clock()
         found: list[DeviceView] = []
         with self._database.reading() as session:
@@ -222,7 +222,8 @@ class Inventory:
     # -- certificates and records ------------------------------------------------------------------------------------------
 
     def authenticate(self, certificate: x509.Certificate, *, to_renew: bool = False) -> str:
-        """The device that a TLS client certificate of our CA belongs to. `to_renew`: one that has ended does, while an operator allows it.
+        """The device that a TLS client certificate of our CA belongs to. `to_renew`: the certificate may have ended, while an operator allows a
+        late renewal.
 
         Raises: Refused when it may not come in (any more).
         """
@@ -263,13 +264,15 @@ class Inventory:
         return {device: float(expires) for device, expires in session.execute(query.group_by(Certificate.device))}
 
     def standing(self, expires: float | None, now: float) -> CertificateState:
-        """A certificate by the time that it has left. Devices renew at a third; one with a sixth left has failed to for long."""
+        """How a certificate is that ends at `expires`. Devices renew theirs when a third of its life is left; one with a sixth left has failed to
+        for long.
+        """
         if expires is None or expires <= now:
             return "ended"
         return "ends_soon" if expires - now < self._config.expiry.device_certificate_s / ENDS_SOON else "good"
 
     def certificates(self) -> dict[CertificateState, list[str]]:
-        """Devices by how their certificates are, those shut out left out."""
+        """The devices by how their certificates are, those shut out left out."""
         now = self._clock()
         found: dict[CertificateState, list[str]] = {state: [] for state in get_args(CertificateState)}
         with self._database.reading() as session:
@@ -351,7 +354,7 @@ def _row(session: Session, device: str) -> Device:
 
 
 def check_groups(groups: list[str]) -> None:
-    """Raises: Invalid naming the first group that may not be called so."""
+    """Raises: Invalid that names the first group that may not be called so, or says that there are too many."""
     if len(groups) > 64:
         raise Invalid("a device may be in at most 64 groups")
     for group in groups:

@@ -22,7 +22,7 @@ from fleet_server.errors import Invalid
 
 SERVER_CN = "fleet-server"
 RESERVED_IDS = frozenset({SERVER_CN, "all"})
-"""Names with a meaning on the broker; no device may take one."""
+"""Names with a meaning on the broker; no device may be called so."""
 
 CA_DAYS = 3650
 SERVER_DAYS = 730
@@ -66,7 +66,7 @@ class Authority:
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of the CA certificate's DER bytes: what an enrolment string pins."""
+        """The sha256 of the CA certificate's DER bytes: what an enrolment string names."""
         return hashlib.sha256(self.ca.public_bytes(serialization.Encoding.DER)).hexdigest()
 
     def renew_own(self, hosts: tuple[str, ...], *, force: bool = False) -> bool:
@@ -96,7 +96,7 @@ class Authority:
         return not wanted <= named or left < dt.timedelta(days=RENEW_SERVER_BEFORE_DAYS) or not key_matches
 
     def issue_device(self, device: str, csr: x509.CertificateSigningRequest, lifetime_s: float) -> x509.Certificate:
-        """A client certificate for `device` with the key of `csr`; nothing else of the request is taken over."""
+        """A client certificate for `device` with the key of `csr`; nothing else of the request is used."""
         days = lifetime_s / 86400
         return self._issue(device, csr.public_key(), days, ExtendedKeyUsageOID.CLIENT_AUTH)  # type: ignore[arg-type]
 
@@ -125,7 +125,7 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256())
 
     def write_crl(self, serials: list[int]) -> None:
-        """The list of revoked certificates the broker checks. It is read from this disk only, so it need not expire."""
+        """Writes the list of revoked certificates that the broker checks. It is read from this disk only, so it need not expire."""
         now = _now()
         builder = x509.CertificateRevocationListBuilder().issuer_name(self.ca.subject)
         builder = builder.last_update(now - CLOCK_SKEW).next_update(self.ca.not_valid_after_utc)

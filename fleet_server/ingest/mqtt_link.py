@@ -1,7 +1,7 @@
 """The server's own MQTT client: stores what devices send, in batches, and pokes them.
 
 A message is acknowledged to the broker after it is stored, so a crash of the server loses none: the broker keeps the session and
-delivers again, and everything that is delivered twice is recognised (counters, sessions, event ids). When the database takes
+delivers again, and everything that is delivered twice is recognised (counters, sessions, event ids). When the database stores
 nothing (a full disk), the batch waits here and is tried again, because a broker delivers again only after a reconnect.
 
 The exception is a device with more than SHARE messages waiting: its are acknowledged on arrival. Otherwise they would fill the

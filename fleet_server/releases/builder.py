@@ -12,7 +12,7 @@
     provenance: {source: "…", licence: Apache-2.0}
 
 Paths are relative to the file. A name that `files` does not mention is a path of that name. The other files of an ONNX model that is
-several are found in the model, and are taken from beside it; a variant's `data` may say other ones.
+several are found in the model, and are those beside it; a variant's `data` may say other ones.
 """
 
 from __future__ import annotations

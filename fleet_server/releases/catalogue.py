@@ -1,4 +1,4 @@
-"""The published releases: taking one in, listing them, and what is asked of one often."""
+"""The published releases: publishing one, listing them, and what is asked of one often."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Catalogue:
         self._publishing = threading.Lock()
 
     def publish(self, actor: Actor, manifest: bytes, metadata: bytes) -> ReleaseView:
-        """Takes in a release that a publisher signed, if everything about it holds; nothing is trusted before that.
+        """Publishes a release that a publisher signed, if everything about it holds; nothing is trusted before that.
 
         Raises: see publication.check; Invalid when a file of it was not uploaded or is not what the manifest says.
         """

@@ -76,7 +76,7 @@ class Draft:
             self.root.add_key(key, role)
 
     def use_offline(self, role: str, add: list[Key], remove: list[str], threshold: int | None) -> None:
-        """Other keys for root, targets or a publisher. `root` takes `targets` along where both have the same keys.
+        """Other keys for root, targets or a publisher. A change of `root` changes `targets` too where both have the same keys.
 
         Raises: NotFound, Invalid, Conflict (a threshold that the keys cannot reach).
         """
@@ -101,7 +101,7 @@ class Draft:
             self._touched.add(role)
 
     def add_publisher(self, name: str, patterns: list[str], keys: list[Key], threshold: int, *, published: list[str]) -> None:
-        """Raises: Invalid, Conflict."""
+        """Lets a publisher sign releases of the models that the patterns match.  Raises: Invalid, Conflict."""
         delegations.check_name(name)
         roles = delegations.roles(self.targets)
         if name in roles or name in self._roles:

@@ -81,7 +81,7 @@ class MetadataFiles:
         return found
 
     def root(self) -> Metadata[Root]:
-        """The newest root: what a device pins when it enrols."""
+        """The newest root: what a device trusts from its enrolment on."""
         return self._parsed(self.roots()[-1], Root)
 
     # -- files -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@
 5. the manifest follows the contract and is that of a larger version than every published one of its model;
 6. it does not end before it could be used, and delegates to nobody.
 
-A publisher may also sign a version that adds nothing: to renew it, or to lift the withdrawal of one release (rules 1, 2 and 6, and every
+A publisher may also sign a version that adds nothing: to renew it, or to reinstate one release (rules 1, 2 and 6, and every
 target as it was but for that release's count).
 """
 
@@ -41,7 +41,7 @@ class Publication(msgspec.Struct, frozen=True):
 
 
 class Resigned(msgspec.Struct, frozen=True):
-    """A version of a publisher's role that adds no release. `reinstated`: the release whose withdrawal it lifts."""
+    """A version of a publisher's role that adds no release. `reinstated`: the withdrawn release that may be run again."""
 
     version: int
     signers: tuple[str, ...]
@@ -63,7 +63,7 @@ def published(role: Targets) -> list[ReleaseRef]:
 
 
 def reinstatements(info: TargetFile) -> int:
-    """How often the publisher lifted a withdrawal of this release."""
+    """How often the publisher reinstated this release."""
     count = (info.custom or {}).get(REINSTATED_FIELD, 0)
     return count if isinstance(count, int) else 0
 
@@ -100,19 +100,19 @@ def check(
 
 
 def check_resigned(trusted: Targets, delegator: Targets, metadata: bytes, now: float, publisher: str) -> Resigned:
-    """A version that adds nothing, if every rule above holds.  Raises: as `check`."""
+    """A version that adds no release, if every rule above holds.  Raises: Invalid, Refused, Conflict, TooLarge, each with what is wrong."""
     new, signers = _follows(trusted, delegator, metadata, now, publisher)
     if set(new.targets) != set(trusted.targets):
         raise Refused("this must list the same releases as before", code="changes_published")
-    lifted = [path for path, info in new.targets.items() if info.to_dict() != trusted.targets[path].to_dict()]
-    for path in lifted:
+    reinstated = [path for path, info in new.targets.items() if info.to_dict() != trusted.targets[path].to_dict()]
+    for path in reinstated:
         before, after = trusted.targets[path], new.targets[path]
         same = (after.length, after.hashes) == (before.length, before.hashes)
         if not same or after.custom != {**(before.custom or {}), REINSTATED_FIELD: reinstatements(before) + 1}:
             raise Refused(f"the releases metadata changes {path!r}; published releases stay", code="changes_published")
-    if len(lifted) > 1:
-        raise Refused("one signature lifts the withdrawal of one release", code="not_one_release")
-    return Resigned(new.version, signers, listed(lifted)[0] if lifted else None)
+    if len(reinstated) > 1:
+        raise Refused("one signature reinstates one release", code="not_one_release")
+    return Resigned(new.version, signers, listed(reinstated)[0] if reinstated else None)
 
 
 def _follows(

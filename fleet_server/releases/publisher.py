@@ -62,13 +62,13 @@ def add(
 
 
 def reinstate(role: Metadata[Targets], ref: ReleaseRef, signers: Signer | Sequence[Signer], now: float) -> bytes:
-    """Signed metadata that lifts a withdrawal: the offline signature that devices ask for.  Raises: NotFound."""
+    """Signed metadata that reinstates a withdrawn release: the offline signature that devices ask for.  Raises: NotFound."""
     info = role.signed.targets.get(ref.target_path)
     if info is None:
         raise NotFound(f"release {ref} was never published by this publisher")
-    lifted = TargetFile.from_dict(copy.deepcopy(info.to_dict()), ref.target_path)
-    lifted.unrecognized_fields["custom"] = {**(info.custom or {}), REINSTATED_FIELD: reinstatements(info) + 1}
-    return _signed(role, {**role.signed.targets, ref.target_path: lifted}, signers, now)
+    reinstated = TargetFile.from_dict(copy.deepcopy(info.to_dict()), ref.target_path)
+    reinstated.unrecognized_fields["custom"] = {**(info.custom or {}), REINSTATED_FIELD: reinstatements(info) + 1}
+    return _signed(role, {**role.signed.targets, ref.target_path: reinstated}, signers, now)
 
 
 def renewed(role: Metadata[Targets], signers: Signer | Sequence[Signer], now: float) -> bytes:

@@ -84,7 +84,7 @@ class Repository:
     # -- who is trusted, and for what --------------------------------------------------------------------------------------
 
     def root_role(self) -> Metadata[Root]:
-        """The newest root: what a device pins when it enrols."""
+        """The newest root: what a device trusts from its enrolment on."""
         return self.metadata.root()
 
     def root_bytes(self) -> bytes:

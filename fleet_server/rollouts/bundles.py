@@ -43,7 +43,7 @@ class Packed:
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole file."""
+        """The size of the whole file."""
         sizes = {name: len(data) for name, data in self.documents.items()}
         return bundle.length({**sizes, **{f"blobs/{sha256}": size for sha256, (_, size) in self.blobs.items()}})
 
@@ -129,8 +129,8 @@ class Bundles:
 
 
 def may_want(rules: ModelAssignment, device: str, groups: Collection[str], hardware: str | None) -> set[int]:
-    """The releases of a model that the device may want. One without a network has never said what it is (None): then those of every
-    hardware class that is excluded from a release.
+    """The releases of a model that the device may want. A device without a network has never said what hardware it is (`hardware` None):
+    then what it would want in each of the classes that are excluded from a release counts, too.
     """
     kinds = [hardware] if hardware is not None else ["", *(exclusion.hardware for exclusion in rules.excluded)]
     found = (wanted(rules, device, groups, kind).release for kind in kinds)

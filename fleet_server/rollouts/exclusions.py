@@ -104,7 +104,7 @@ def in_force(session: Session, wanted: Mapping[str, set[int]]) -> dict[str, tupl
 
 
 def end(session: Session, number: int, who: str, now: float) -> ExclusionRow:
-    """Raises: NotFound; Conflict when it was ended already."""
+    """Notes that `who` ended the exclusion.  Raises: NotFound; Conflict when it was ended already."""
     row = session.get(ExclusionRow, number)
     if row is None:
         raise NotFound(f"there is no exclusion {number}; `edge-fleet exclusion list` shows them")

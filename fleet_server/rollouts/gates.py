@@ -62,7 +62,7 @@ class Counts(msgspec.Struct, frozen=True):
 
     @property
     def failures(self) -> int:
-        """What says that the release is bad."""
+        """How many answers say that the release is bad."""
         return self.refused + self.rolled_back
 
 

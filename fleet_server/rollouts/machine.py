@@ -1,7 +1,7 @@
 """The life of a rollout as a table. Pure: nothing here reads a clock, a database or a device.
 
 A rollout reaches its waves one after the other. Each wave adds devices; the gate of a wave decides from signed reports whether
-the next may begin. A failure at any time before the end takes the whole fleet back to the previous release.
+the next may begin. A failure at any time before the end brings the whole fleet back to the previous release.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Blobs:
         return digest.hexdigest() == sha256
 
     async def receive(self, sha256: str, offset: int, body: AsyncIterable[bytes]) -> int:
-        """Takes the bytes of a blob from `offset` on; returns its size once all are here and verified.
+        """Stores the bytes of a blob from `offset` on; its size once all are here and verified.
 
         A connection that breaks leaves what arrived, and the sender goes on from `partial_size`.
         Raises: Conflict (another upload of it is under way, or `offset` is not where it stopped), Invalid (wrong hash), TooLarge.

@@ -121,7 +121,7 @@ def test_the_page(server, browser, connect):
     rollout = server.post("/rollouts", {"release": "digits:1", "groups": ["canary"], "confirm": True})["id"]
     browser.wait(says("Wave 1: canary"), "the rollout appears by itself")
     device.report({"digits": model_state(first, answers=(answer(first, rollout=rollout),))})
-    browser.wait(says("waits for promote", "document.getElementById('rollouts')"), "the gate's verdict appears by itself")
+    browser.wait(says("waits for confirmation", "document.getElementById('rollouts')"), "the gate's verdict appears by itself")
     browser.run(f"document.querySelector('[data-key=\"{rollout}-promote\"]').click()")
     browser.wait("document.getElementById('dialog').open", "it asks first")
     browser.run("document.getElementById('dialog-form').requestSubmit()")

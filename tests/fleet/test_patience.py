@@ -14,8 +14,8 @@ from fleet_server import app
 from fleet_server.access import Role
 from fleet_server.api import device as device_api
 from fleet_server.api import http, tls
-from fleet_server.api import operator as operator_api
-from fleet_server.app import _listener
+from fleet_server.api.operator import app as operator_api
+from fleet_server.app import make_listener
 from tests.fleet.stand import sha256, wait_until
 
 pytestmark = pytest.mark.alone  # who is slower than a fraction of a second is let go, here also a good client
@@ -26,7 +26,7 @@ class Listening:
     """One listener of a fleet in a thread of this process, without TLS."""
 
     def __init__(self, application, protocol):
-        self._listener = _listener(application, "127.0.0.1", 0, http=protocol)
+        self._listener = make_listener(application, "127.0.0.1", 0, http=protocol)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self._thread = threading.Thread(target=self._listener.run, kwargs={"sockets": [self._socket]})

@@ -68,7 +68,7 @@ def test_a_withdrawal_again_is_a_success(server):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("withdraw", "ask:1"), ("devices", "delete", "nobody"), ("devices", "revoke", "nobody")], ids=" ".join
+    "arguments", [("withdraw", "ask:1"), ("device", "delete", "nobody"), ("device", "revoke", "nobody")], ids=" ".join
 )
 def test_where_nobody_can_be_asked(arguments, server):
     done = cli(server, *arguments)

@@ -148,14 +148,14 @@ def test_the_log_says_what_doctor_says(gone, tmp_path, caplog):
 
 def test_a_late_renewal_is_allowed_for_a_time_and_proved_with_the_old_key(gone, server):
     gone.ends()
-    listed = {one["id"] for one in json.loads(server.cli("devices", "--certificate", "ended", "--json").stdout)}
+    listed = {one["id"] for one in json.loads(server.cli("device", "list", "--certificate", "ended", "--json").stdout)}
     assert gone.name in listed
     assert any("allow-renewal" in text for text in server.get("/status")["warnings"])
     with pytest.raises(HttpStatus) as refused:
         gone.renewed()
     assert (refused.value.status, refused.value.code) == (403, "expired")
 
-    done = server.cli("devices", "allow-renewal", gone.name, "--for", "2h")
+    done = server.cli("device", "allow-renewal", gone.name, "--for", "2h")
     assert done.returncode == 0, done.stderr
     assert server.get(f"/devices/{gone.name}")["renewal_allowed_until"] is not None
     http = gone.https()

@@ -87,7 +87,7 @@ def end_exclusion(parts: Parts, request: Request, number: Number) -> ExclusionVi
 
 
 def bundle(parts: Parts, request: Request, body: NewBundle) -> Response:
-    """What devices without a network should run, in one file that `edge-agent import` takes. A tar of signed documents and blobs."""
+    """What devices without a network should run, in one file for `edge-agent import`. A tar of signed documents and blobs."""
     packed = parts.bundles.pack(
         actor_of(request), models=body.models, devices=body.devices, group=body.group, valid_days=body.valid_days
     )
