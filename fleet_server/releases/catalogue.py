@@ -216,11 +216,6 @@ def summary_of(row: ReleaseRow) -> Summary:
     return found
 
 
-def forget_summaries() -> None:
-    """As after a restart."""
-    _summaries.clear()
-
-
 def _summary(manifest: ReleaseManifest) -> Summary:
     return Summary(
         model_hashes={variant.name: manifest.model_sha256(variant) for variant in manifest.variants},

@@ -131,10 +131,10 @@ def test_the_page(server, browser, connect):
     browser.run("document.querySelector('[data-key=\"roll-digits:2\"]').click()")
     browser.wait("document.getElementById('dialog').open", "what to start")
     browser.run("document.getElementById('start-shadow').click(); document.getElementById('dialog-form').requestSubmit()")
-    browser.wait(says("Only looked at", "document.getElementById('rollouts')"), "it says what it is")
-    look = server.get("/rollouts")[0]
-    assert (look["mode"], look["state"]) == ("shadow", "running")
-    server.post(f"/rollouts/{look['id']}/abort")
+    browser.wait(says("Only tried on copies", "document.getElementById('rollouts')"), "it says what it is")
+    tried = server.get("/rollouts")[0]
+    assert (tried["mode"], tried["state"]) == ("shadow", "running")
+    server.post(f"/rollouts/{tried['id']}/abort")
 
     bad = answer(second, Outcome.REFUSED, reason=HOSTILE[:60], message=HOSTILE)
     device.report({"digits": model_state(first, answers=(bad,), variant=HOSTILE[:100])}, problem=HOSTILE)

@@ -416,7 +416,7 @@ function startDialog(release) {
     h("label", { for: "start-percent" }, "First wave: percent of the devices"), percent,
     h("label", { for: "start-failures" }, "Devices that may refuse it or roll back"), failures,
     h("label", { class: "check" }, confirm, "confirm each further wave"),
-    h("label", { class: "check" }, shadow, "only look: run it on copies of live requests, install nothing"),
+    h("label", { class: "check" }, shadow, "only try it: run it on copies of live requests, install nothing"),
   ], "Start", () => call("POST", "/rollouts", {
     release: release.release, groups: groups.value.split(/[\s,]+/).filter(Boolean), percent: percent.value ? Number(percent.value) : null,
     confirm: confirm.checked, mode: shadow.checked ? "shadow" : "install", max_failures: Number(failures.value || 0),
