@@ -103,12 +103,6 @@ class Journal:
         """Says that `what` (devices, rollouts, releases, …) should be read again."""
         self._hub.tell(Change(what))
 
-    def tell(self, happening: Happening) -> None:
-        """Stores and announces at once."""
-        with self._database.session() as session:
-            event = self.record(session, happening)
-        self.announce([event])
-
     def events(
         self, *, after: int | None = None, before: int | None = None, limit: int = 100, device: str | None = None
     ) -> list[EventView]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import msgspec
 import pytest
 
@@ -10,6 +12,7 @@ from agent.contract.manifest import Acceptance
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Answer, Hardware, ModelState, Outcome, Phase, Presence, hardware_class
 from fleet_server.access import SERVER
+from fleet_server.app import Fleet
 from fleet_server.config import RolloutSettings
 from fleet_server.errors import Conflict, Invalid, NotFound
 from fleet_server.releases import keys, publisher
@@ -186,6 +189,28 @@ def test_a_window_of_the_rollout(pair):
     assert pair.assignment.models["arm"].rollout.window == Window(start_minute=120, end_minute=300, days=(5, 6))
     with pytest.raises(Invalid, match="window"):
         pair.start("eye", 2, window="at night")
+
+
+def test_an_assignment_that_was_signed_before_is_read_with_its_teams(pair, clock):
+    """As the version before signed it: a restored database learns from it what devices were told."""
+    said = {
+        "fleet": "test", "format": 1, "kind": "assignment", "version": 99, "together": {"r9-ffff": {"arm": 2, "eye": 2}},
+        "models": {
+            "arm": {"release": 2, "rollout": None, "withdrawn": [], "excluded": []},
+            "eye": {
+                "release": 1, "withdrawn": [], "excluded": [],
+                "rollout": {"id": "r9-ffff", "release": 2, "previous": 1, "groups": [], "permille": 1000, "together": "r9-ffff"},
+            },
+        },
+    }  # fmt: skip
+    pair.fleet.repository.assign(json.dumps(said).encode())
+    restarted = Fleet(pair.fleet.folder, pair.fleet.config, clock)
+    signed = restarted.assignment.signed()
+    assert (signed.teams, signed.models["eye"].rollout.team) == ({"r9-ffff": {"arm": 2, "eye": 2}}, "r9-ffff")
+    restarted.recover()
+    assert restarted.assignment.signed().version == 100
+    assert [(one.model, one.release) for one in restarted.views.models()] == [("arm", 2), ("eye", 1)]
+    restarted.close()
 
 
 # -- exclusions ---------------------------------------------------------------------------------------------------------------------
