@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
-from sqlalchemy import create_engine, event
+from sqlalchemy import column, create_engine, event, inspect, select, table
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+VERSIONS = "alembic_version"
+"""The table in which Alembic keeps the revision of the schema."""
+
+
+def newest_revision() -> str:
+    """The revision that this version works with: the number that the last migration's file name begins with."""
+    return max(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*_*.py"))
 
 
 class DatabaseError(Exception):
@@ -49,6 +51,15 @@ class Database:
 
     def migrate(self, revision: str = "head") -> None:
         """Brings the schema to `revision`, which is this version's.  Raises: DatabaseError when a newer version wrote it or it cannot be changed."""
+        try:
+            if revision == "head" and self.is_current():
+                return
+        except SQLAlchemyError as error:
+            raise DatabaseError(f"the database cannot be read: {error}") from error
+        from alembic import command  # a quarter of the time that a server takes to start; most starts change nothing
+        from alembic.config import Config
+        from alembic.util import CommandError
+
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         try:
@@ -62,9 +73,10 @@ class Database:
 
     def is_current(self) -> bool:
         """Whether the schema is the one this version works with."""
-        head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
         with self.engine.connect() as connection:
-            return MigrationContext.configure(connection).get_current_revision() == head
+            if not inspect(connection).has_table(VERSIONS):
+                return False
+            return connection.execute(select(column("version_num")).select_from(table(VERSIONS))).scalar() == newest_revision()
 
     def close(self) -> None:
         self.engine.dispose()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.long
+
 STEP = re.compile(r"^<!-- (file|change|run)(?:: (\S+))? -->\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -93,3 +95,9 @@ def test_a_reason_and_a_gate(checkout, environment):
     (tested,) = follow("add-a-gate.md", checkout, environment)
     assert "failed" not in tested
     assert "max_turned_away_ratio" in (checkout / "docs/reference/manifest.md").read_text()
+
+
+def test_a_route_and_its_command(checkout, environment):
+    (tested,) = follow("add-a-route.md", checkout, environment)
+    assert "GET /api/v1/hardware" in tested
+    assert "failed" not in tested

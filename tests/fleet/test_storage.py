@@ -1,8 +1,13 @@
 """The schema: migrations make exactly the tables of the models, and a newer database is refused."""
 
+import subprocess
+import sys
+
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
@@ -10,7 +15,7 @@ from sqlalchemy.schema import CreateTable
 from fleet_server.rollouts.gates import Ruling
 from fleet_server.rollouts.machine import State
 from fleet_server.rollouts.views import MemberView, Views
-from fleet_server.storage.database import Database, DatabaseError
+from fleet_server.storage.database import MIGRATIONS, Database, DatabaseError, newest_revision
 from fleet_server.storage.models import Base
 
 
@@ -28,6 +33,32 @@ def test_migrations_make_what_the_models_say(database):
     assert database.is_current()
     with database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+
+
+def test_the_newest_revision_is_the_last_that_alembic_knows():
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    assert ScriptDirectory.from_config(config).get_heads() == [newest_revision()]
+
+
+def test_a_server_whose_schema_is_current_does_not_load_alembic(database, tmp_path):
+    database.migrate()
+    code = f"""
+import sys
+import fleet_server.app
+from fleet_server.storage.database import Database
+Database("sqlite:///{tmp_path}/x.sqlite3").migrate()
+assert "alembic" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_file_that_is_no_database(tmp_path):
+    (tmp_path / "x.sqlite3").write_bytes(b"no database" * 1000)
+    made = Database(f"sqlite:///{tmp_path}/x.sqlite3")
+    with pytest.raises(DatabaseError, match="cannot be"):
+        made.migrate()
+    made.close()
 
 
 def test_a_newer_database_is_refused(database):
