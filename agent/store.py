@@ -4,7 +4,7 @@
     <root>/blobs/<sha256>                  immutable bytes, complete and verified; never written in place
     <root>/releases/<model>/<version>.json the manifest as it was signed; written after all its blobs
     <root>/models/<model>.json             the Selection: what `serve` loads when it starts
-    <root>/models/.together.json           selections of several models that were made at once and are being written there; they count
+    <root>/models/.team.json               selections of a team, made at once, that are being written there; they count
     <root>/staging/                        downloads under way; only `sync` looks here
     <root>/sync/                           what only `sync` reads: update states, trust, outbox
 
@@ -14,6 +14,7 @@ before the next. So whatever a selection names is complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Collection, Mapping
@@ -42,7 +43,7 @@ class Choice(Document, frozen=True, kw_only=True):
 
 
 class Selection(Document, frozen=True, kw_only=True):
-    """Which release of a model serves. `previous` is what a roll-back returns to; None before the second release."""
+    """Which release of a model serves. `previous` is what a rollback returns to; None before the second release."""
 
     model: str
     active: Choice
@@ -50,7 +51,7 @@ class Selection(Document, frozen=True, kw_only=True):
     format: int = FORMAT
 
 
-class _Together(Document, frozen=True, kw_only=True):
+class _Team(Document, frozen=True, kw_only=True):
     selections: dict[str, Selection | None]
     format: int = FORMAT
 
@@ -77,7 +78,8 @@ class Store:
         self.private = root / "sync"
         self._releases = root / "releases"
         self._selections = root / "models"
-        self._together = self._selections / ".together.json"
+        self._team = self._selections / ".team.json"
+        self._team_before = self._selections / ".together.json"  # its name in version 0.1.0, which may have left one
         self._selecting = threading.Lock()
 
     @classmethod
@@ -92,7 +94,7 @@ class Store:
         store.check_format()
         with store._selecting:
             store._put_aside_damaged()
-            store._settle()
+            store._write_out()
         return store
 
     def check_format(self, *, may_be_missing: bool = False) -> None:
@@ -138,14 +140,14 @@ class Store:
         for name, file in manifest.files.items():
             if (needed is None or name in needed) and not self.has_blob(file.sha256):
                 raise StoreError(f"release {manifest.ref}: file {name!r} ({file.sha256}) is not in the store")
-        path = self._manifest_path(manifest.ref)
+        path = self.manifest_path(manifest.ref)
         files.make_directory(path.parent)
         files.write(path, data)
         return manifest
 
     def manifest_bytes(self, ref: names.ReleaseRef) -> bytes:
         """The manifest exactly as it was signed.  Raises: StoreError when the release is not in the store."""
-        path = self._manifest_path(ref)
+        path = self.manifest_path(ref)
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
                 raise StoreError(f"{path} is larger than a manifest may be")
@@ -155,10 +157,22 @@ class Store:
 
     def manifest(self, ref: names.ReleaseRef) -> ReleaseManifest:
         """Raises: StoreError when the release is not in the store or its manifest is damaged."""
+        return self.parse(ref, self.manifest_bytes(ref))
+
+    def manifest_stamp(self, ref: names.ReleaseRef) -> tuple[int, int, int]:
+        """Changes with the manifest's file.  Raises: StoreError when the release is not in the store."""
         try:
-            return parse_manifest(self.manifest_bytes(ref), expected=ref)
+            found = self.manifest_path(ref).stat()
+        except FileNotFoundError:
+            raise StoreError(f"release {ref} is not in the store {self.root}") from None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def parse(self, ref: names.ReleaseRef, data: bytes) -> ReleaseManifest:
+        """The manifest that these bytes of the release's file are.  Raises: StoreError when they are damaged."""
+        try:
+            return parse_manifest(data, expected=ref)
         except ValueError as error:
-            raise StoreError(f"{self._manifest_path(ref)} is damaged: {error}") from error
+            raise StoreError(f"{self.manifest_path(ref)} is damaged: {error}") from error
 
     def release(self, model: str, choice: Choice) -> Release:
         """The release to load, the files of its model checked against the manifest's hashes.
@@ -202,9 +216,9 @@ class Store:
         )
 
     def remove_manifest(self, ref: names.ReleaseRef) -> None:
-        files.remove(self._manifest_path(ref))
+        files.remove(self.manifest_path(ref))
 
-    def _manifest_path(self, ref: names.ReleaseRef) -> Path:
+    def manifest_path(self, ref: names.ReleaseRef) -> Path:
         return self._releases / ref.model / f"{ref.version}.json"
 
     # -- selections --------------------------------------------------------------------------------------------------------
@@ -212,16 +226,16 @@ class Store:
     def select(self, selection: Selection) -> None:
         """Makes `selection` what `serve` loads from its next start on. The running `serve` is told by a control route."""
         with self._selecting:
-            self._settle()
+            self._write_out()
             self._put(selection.model, selection)
 
     def deselect(self, model: str) -> None:
         """The model is no longer served from the next start on."""
         with self._selecting:
-            self._settle()
+            self._write_out()
             self._put(model, None)
 
-    def select_together(self, selections: Mapping[str, Selection | None]) -> None:
+    def select_team(self, selections: Mapping[str, Selection | None]) -> None:
         """`select` for several models, and `deselect` for those with None: all of them or none, whatever happens in between.
 
         Raises: OSError; then either nothing was selected, or all of it counts and is written out by the next change.
@@ -229,22 +243,25 @@ class Store:
         for model in selections:
             names.check_model(model)
         with self._selecting:
-            self._settle()
-            files.write(self._together, encode(_Together(selections=dict(selections))))  # from here on it is so
-            self._settle()
+            self._write_out()
+            files.write(self._team, encode(_Team(selections=dict(selections))))  # from here on it is so
+            self._write_out()
 
-    def _settle(self) -> None:
-        """Writes out what was selected together. Harmless to repeat."""
+    def _write_out(self) -> None:
+        """Writes what was selected for a team to the file of each model. Harmless to repeat."""
         for model, selection in self._pending().items():
             self._put(model, selection)
-        files.remove(self._together)
+        files.remove(self._team)
+        files.remove(self._team_before)
 
     def _put_aside_damaged(self) -> None:
         """A record of several selections that cannot be read says nothing of any: the selections of before count, as `serve` sees it."""
         try:
             self._pending()
         except StoreError:
-            self._together.replace(self._together.with_name(f"{self._together.name}.damaged"))
+            for path in self._team, self._team_before:
+                with contextlib.suppress(FileNotFoundError):
+                    path.replace(path.with_name(f"{path.name}.damaged"))
             files.sync_directory(self._selections)
 
     def _put(self, model: str, selection: Selection | None) -> None:
@@ -255,12 +272,14 @@ class Store:
             files.write(path, encode(selection))
 
     def _pending(self) -> dict[str, Selection | None]:
-        try:
-            return decode(self._together.read_bytes(), _Together, limit_bytes=4 * 1024 * 1024).selections
-        except FileNotFoundError:
-            return {}
-        except ContractError as error:
-            raise StoreError(f"{self._together} is damaged: {error}") from error
+        for path in self._team, self._team_before:
+            try:
+                return decode(path.read_bytes(), _Team, limit_bytes=4 * 1024 * 1024).selections
+            except FileNotFoundError:
+                continue
+            except ContractError as error:
+                raise StoreError(f"{path} is damaged: {error}") from error
+        return {}
 
     def selection(self, model: str) -> Selection | None:
         """None when the model was never activated.  Raises: StoreError when the record is damaged."""

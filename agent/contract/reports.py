@@ -91,7 +91,7 @@ class ModelState(Document, frozen=True, kw_only=True):
     stage: Stage | None = None
     """Of `target`, while it shadows or answers a share."""
     waiting_for: str | None = None
-    """What the update waits for: retry, window, approval, others."""
+    """What the update waits for: retry, window, approval, team."""
     passed: bool = False
     """The watch of `target` ended well; it is committed once this report was delivered."""
     stopped: str | None = None

@@ -51,14 +51,8 @@ from agent.sync.trust.client import Trust
 from agent.sync.trust.follower import Follower
 from agent.sync.trust.leases import Leases
 from agent.sync.trust.metadata import Documents
-from agent.sync.updating.approvals import Approvals
-from agent.sync.updating.holds import Holds
-from agent.sync.updating.journal import Journal
-from agent.sync.updating.model import Surroundings
-from agent.sync.updating.quarantine import Quarantine
-from agent.sync.updating.retention import Housekeeping
-from agent.sync.updating.states import States
-from agent.sync.updating.updater import ModelUpdater
+from agent.sync.updating.machine import Device, Fleet, Machine
+from agent.sync.updating.records import Records
 from agent.sync.updating.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -129,31 +123,28 @@ class SyncApp:
             networked=networked,
         )
         self._serving = ServeClient(config.serve.socket)
-        self._quarantine = Quarantine(private / "quarantine")
-        holds = Holds(private / "holds")
-        self._surroundings = Surroundings(
-            store=store,
-            states=States(private / "updates"),
-            quarantine=self._quarantine,
-            housekeeping=Housekeeping(store, settings.keep_releases, holds.pinned),
-            releases=self._trust,
-            downloader=downloads,
-            trials=TrialProcesses(clock, settings.trial_socket, scratch=private / "scratch"),
-            serving=self._serving,
-            clock=clock,
-            settings=settings,
-            hardware=self._probe_once,
-            desired=lambda: self.follower.current,
-            teller=self,
-            boot=boot_id(),
-            lives=Diary(config.diary_folder).read,
-            holds=holds,
-            journal=Journal(private / "journal"),
-            approvals=Approvals(private / "approvals"),
-            leases=Leases(private / "lease.json", clock, lambda: self.follower.current),
-            deliveries=deliveries,
-            engine_threads=config.serve.engine_threads,
-            colleague=self._colleague,
+        self._records = Records.below(private)
+        self._machine = Machine(
+            Fleet(
+                desired=lambda: self.follower.current,
+                leases=Leases(private / "lease.json", clock, lambda: self.follower.current),
+                deliveries=deliveries,
+                teller=self,
+                releases=self._trust,
+            ),
+            Device(
+                boot=boot_id(),
+                lives=Diary(config.diary_folder).read,
+                hardware=self._probe_once,
+                engine_threads=config.serve.engine_threads,
+            ),
+            store,
+            self._records,
+            downloads,
+            TrialProcesses(clock, settings.trial_socket, scratch=private / "scratch"),
+            self._serving,
+            settings,
+            clock,
         )
         self._workers: dict[str, Worker] = {}
         self._workers_lock = threading.Lock()
@@ -230,7 +221,7 @@ class SyncApp:
 
     def start(self) -> None:
         """Starts every thread; returns at once."""
-        for model in self._surroundings.states.models():
+        for model in self._records.states.models():
             self._worker(model)
         self._fleet_said()
         self._follow.start()
@@ -289,7 +280,7 @@ class SyncApp:
     def _worker(self, model: str) -> None:
         with self._workers_lock:
             if model not in self._workers and not self._stop.is_set():
-                worker = self._workers[model] = Worker(ModelUpdater(model, self._surroundings))
+                worker = self._workers[model] = Worker(self._machine.updater(model))
                 worker.thread.start()
 
     def _lease_pause_s(self) -> float:
@@ -322,10 +313,6 @@ class SyncApp:
             what="a new certificate",
             request=request,
         )
-
-    def _colleague(self, model: str) -> ModelUpdater | None:
-        worker = self._workers.get(model)
-        return worker.updater if worker is not None else None
 
     def _ask_broker(self, ask: bytes) -> bool:
         return self.link.ask(ask)
@@ -360,7 +347,7 @@ class SyncApp:
             model: model_state(
                 updater,
                 said.model(model),
-                tuple(entry.answer for entry in self._quarantine.entries(model)),
+                tuple(entry.answer for entry in self._records.quarantine.entries(model)),
                 self._previous(model),
             )
             for model, updater in updaters.items()

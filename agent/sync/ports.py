@@ -37,3 +37,23 @@ class Releases(Protocol):
 
     def manifest(self, ref: ReleaseRef) -> Signed:
         """Raises: Problem when it is not there, not signed, expired, or not what it says."""
+
+
+class Deliveries(Protocol):
+    """What is known of this device's reports to the fleet. Moments are of the monotonic clock."""
+
+    def since(self, moment: float) -> bool:
+        """Whether the broker has a report that was begun after `moment`."""
+
+    def lately(self, within_s: float) -> bool:
+        """Whether the broker acknowledged a report in the last `within_s` seconds."""
+
+
+class Teller(Protocol):
+    """Where news goes."""
+
+    def changed(self) -> None:
+        """The state of a model changed; a report is due."""
+
+    def say(self, name: str, message: str, *, model: str, release: int | None = None, reason: str | None = None) -> None:
+        """An event for people."""

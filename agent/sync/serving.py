@@ -190,7 +190,7 @@ class ServingPort(Protocol):
 
     def activate(self, model: str, version: int) -> None: ...
 
-    def activate_together(self, versions: Mapping[str, int]) -> None: ...
+    def activate_team(self, versions: Mapping[str, int]) -> None: ...
 
     def swap(self, model: str, version: int, variant: str) -> None: ...
 
@@ -223,7 +223,7 @@ class ServeClient:
     def activate(self, model: str, version: int) -> None:
         self._change(model, "activate", {"version": version})
 
-    def activate_together(self, versions: Mapping[str, int]) -> None:
+    def activate_team(self, versions: Mapping[str, int]) -> None:
         body = msgspec.json.encode({"versions": dict(versions)})
         self._ask("POST", "/control/v1/activate", body, CHANGE_TIMEOUT_S)
 

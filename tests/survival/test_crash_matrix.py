@@ -155,7 +155,7 @@ class Places:
 
 
 def on_disk(bench: Bench) -> str:
-    state = bench.surroundings.states.read(MODEL)
+    state = bench.records.states.read(MODEL)
     return state.phase.value if state else "damaged"
 
 
@@ -282,7 +282,7 @@ class Case:
             assert bench.serving == 1
 
     def _over(self) -> bool:
-        state = self.bench.surroundings.states.read(MODEL)
+        state = self.bench.records.states.read(MODEL)
         assert state is not None
         answered = any(answer.release == 2 and answer.outcome is not Outcome.FAILED for answer in state.answers)
         return answered and state.phase in AT_REST

@@ -33,14 +33,8 @@ from agent.sync.serving import (
 )
 from agent.sync.trust.desired import Desired
 from agent.sync.trust.leases import Leases
-from agent.sync.updating.approvals import Approvals
-from agent.sync.updating.holds import Holds
-from agent.sync.updating.journal import Journal
-from agent.sync.updating.model import Surroundings
-from agent.sync.updating.quarantine import Quarantine
-from agent.sync.updating.retention import Housekeeping
-from agent.sync.updating.states import States
-from agent.sync.updating.updater import ModelUpdater
+from agent.sync.updating.machine import Device, Fleet, Machine
+from agent.sync.updating.records import Records
 from tests.sync.blobs import MemoryBlobs
 from tests.sync.conftest import FakeClock
 from tests.sync.fleet import DAY, DEVICE, FLEET, script_release, sha
@@ -130,8 +124,8 @@ class MemoryServe:
         if self.active.get(model) != version:
             self.previous[model], self.active[model] = self.active.get(model), version
 
-    def activate_together(self, versions: Mapping[str, int]) -> None:
-        self._call("activate_together", None)
+    def activate_team(self, versions: Mapping[str, int]) -> None:
+        self._call("activate_team", None)
         for model, version in versions.items():
             if version not in self.loaded.get(model, {}):
                 raise ServeRefused(409, "not_loaded", f"version {version} of {model} is not loaded")
@@ -234,6 +228,7 @@ class Bench:
         self.metadata = "then"
         self.deliveries = Deliveries(self.clock)
         self.link_up = False
+        self.hardware = Hardware(arch="x86_64", runtimes={"script": "script 1.0"})
         self.settings = SyncSettings(disk_reserve_bytes=0, keep_releases=2)
         self.again()
 
@@ -247,31 +242,22 @@ class Bench:
 
     def again(self) -> None:
         """The process starts (again)."""
-        surroundings = Surroundings(
+        self.records = Records.below(self.store.private)
+        self.leases = Leases(self.store.private / "lease.json", self.clock, self.desired)
+        self.downloader = Downloader(self.store, [self.source], self.clock, reserve_bytes=0, min_bytes_per_s=1)
+        self.machine = Machine(
+            fleet=Fleet(desired=self.desired, leases=self.leases, deliveries=self.deliveries, teller=self, releases=self),
+            device=Device(boot=self.boot, lives=lambda: tuple(self.serve.diary), hardware=lambda: self.hardware),
             store=self.store,
-            states=States(self.store.private / "updates"),
-            quarantine=Quarantine(self.store.private / "quarantine"),
-            housekeeping=Housekeeping(self.store, self.settings.keep_releases),
-            releases=self,
-            downloader=Downloader(self.store, [self.source], self.clock, reserve_bytes=0, min_bytes_per_s=1),
+            records=self.records,
+            downloader=self.downloader,
             trials=self,
             serving=self.serve,
-            clock=self.clock,
             settings=self.settings,
-            hardware=lambda: Hardware(arch="x86_64", runtimes={"script": "script 1.0"}),
-            desired=self.desired,
-            teller=self,
-            boot=self.boot,
-            lives=lambda: tuple(self.serve.diary),
-            holds=Holds(self.store.private / "holds"),
-            journal=Journal(self.store.private / "journal"),
-            approvals=Approvals(self.store.private / "approvals"),
-            leases=Leases(self.store.private / "lease.json", self.clock, self.desired),
-            deliveries=self.deliveries,
+            clock=self.clock,
             jitter=lambda: 1.0,
         )
-        self.surroundings = surroundings
-        self.updater = ModelUpdater(MODEL, surroundings)
+        self.updater = self.machine.updater(MODEL)
 
     # -- what the fleet says ------------------------------------------------------------------------------------------------
 

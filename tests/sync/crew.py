@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from agent.contract.assignment import Assignment, ModelAssignment
@@ -27,9 +26,8 @@ class Crew(Bench):
     def again(self) -> None:
         super().again()
         self.updaters: dict[str, ModelUpdater] = {}
-        self.surroundings = replace(self.surroundings, colleague=self.updaters.get)
         for model in self.models:
-            self.updaters[model] = ModelUpdater(model, self.surroundings)
+            self.updaters[model] = self.machine.updater(model)
 
     def desire(
         self,

@@ -122,7 +122,7 @@ class FakeServe:
         return 200, {"active": entry["active"], "previous": entry["previous"]}
 
     def act_together(self, versions: dict) -> tuple[int, dict]:
-        self.calls.append(("activate_together", ",".join(sorted(versions)), None))
+        self.calls.append(("activate_team", ",".join(sorted(versions)), None))
         with self._lock:
             for model, version in versions.items():
                 if str(version) not in self.models.get(model, {"versions": {}})["versions"]:

@@ -71,7 +71,7 @@ def test_a_release_that_keeps_its_rules_goes_on_by_itself(bench):
     assert seen == [P.SHADOWING, P.ACTIVATING, P.WATCHING, P.STEADY]
     assert bench.serving == 2
     assert bench.serve.shadows == {}
-    assert [e for e in bench.surroundings.journal.entries(MODEL) if e.gate == "shadow"][-1].evidence["samples"] == 40
+    assert [e for e in bench.records.journal.entries(MODEL) if e.gate == "shadow"][-1].evidence["samples"] == 40
 
 
 def test_a_report_has_its_numbers_while_it_runs_and_its_answer_afterwards(bench):
@@ -130,7 +130,7 @@ def test_one_that_breaks_a_rule_is_refused(changes, reason, words, mode, bench):
     assert words in bench.answer.message
     assert bench.serving == 1
     assert set(bench.serve.loaded[MODEL]) == {1}
-    assert bench.surroundings.quarantine.names_version(MODEL, 2)
+    assert bench.records.quarantine.names_version(MODEL, 2)
 
 
 def test_a_release_that_sets_no_rule_may_differ_as_it_likes(bench):
@@ -226,7 +226,7 @@ def test_where_memory_does_not_allow_both_it_is_skipped(bench):
     seen = bench.until(P.ACTIVATING)
 
     assert P.SHADOWING in seen
-    assert any(e.gate == "shadow" and "no room" in e.message for e in bench.surroundings.journal.entries(MODEL))
+    assert any(e.gate == "shadow" and "no room" in e.message for e in bench.records.journal.entries(MODEL))
 
 
 def test_or_waited_for(bench):
@@ -342,7 +342,7 @@ def test_a_release_answers_its_share_first(bench):
     assert seen == [P.CANARYING, P.ACTIVATING, P.WATCHING, P.STEADY]
     assert bench.serving == 2
     assert bench.serve.canaries == {}
-    assert [e for e in bench.surroundings.journal.entries(MODEL) if e.gate == "canary"][-1].verdict == "passed"
+    assert [e for e in bench.records.journal.entries(MODEL) if e.gate == "canary"][-1].verdict == "passed"
 
 
 BAD = [
@@ -362,7 +362,7 @@ def test_one_that_does_worse_than_the_other_goes_at_once(candidate, reason, benc
 
     assert (bench.answer.outcome, bench.answer.reason) == (Outcome.ROLLED_BACK, reason.value)
     assert (bench.serving, set(bench.serve.loaded[MODEL])) == (1, {1})
-    assert bench.surroundings.quarantine.names_version(MODEL, 2)
+    assert bench.records.quarantine.names_version(MODEL, 2)
 
 
 def test_one_that_does_worse_while_the_disk_is_full_goes_too_and_is_remembered_for_that(bench, monkeypatch):
@@ -383,7 +383,7 @@ def test_one_that_does_worse_while_the_disk_is_full_goes_too_and_is_remembered_f
     bench.until(P.QUARANTINED)
 
     assert bench.answer.reason == Reason.ERROR_RATIO.value
-    assert bench.surroundings.quarantine.entries(MODEL)[-1].answer.reason == Reason.ERROR_RATIO.value
+    assert bench.records.quarantine.entries(MODEL)[-1].answer.reason == Reason.ERROR_RATIO.value
 
 
 def test_what_fails_on_both_is_not_its_fault(bench):
@@ -437,7 +437,7 @@ def test_a_canary_that_is_overtaken_goes_and_is_not_remembered(bench):
     bench.until(P.STEADY)
 
     assert (bench.serving, set(bench.serve.loaded[MODEL]), bench.serve.canaries) == (1, {1}, {})
-    assert not bench.surroundings.quarantine.names_version(MODEL, 2)
+    assert not bench.records.quarantine.names_version(MODEL, 2)
 
 
 def test_without_memory_for_both_it_is_activated_without_a_canary(bench):

@@ -116,10 +116,10 @@ def test_an_approval_is_of_the_bytes_that_were_tried(on_one: Bench):
     on_one.until(P.WAITING)
     byhand.approve(on_one.store, MODEL)
     state = on_one.updater.state
-    assert on_one.surroundings.approvals.given(MODEL, 2, state.manifest)
+    assert on_one.records.approvals.given(MODEL, 2, state.manifest)
 
-    assert not on_one.surroundings.approvals.given(MODEL, 2, "0" * 64)
-    assert not on_one.surroundings.approvals.given(MODEL, 3, state.manifest)
+    assert not on_one.records.approvals.given(MODEL, 2, "0" * 64)
+    assert not on_one.records.approvals.given(MODEL, 3, state.manifest)
 
 
 def test_going_back_waits_for_nobody(on_one: Bench):

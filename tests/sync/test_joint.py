@@ -8,15 +8,19 @@ from pathlib import Path
 from agent.contract.reports import Phase
 from agent.store import Choice, Selection
 from agent.sync.serving import ServeAway
+from agent.sync.updating.update import UpdateState
 from tests.sync.crew import Crew
 
 
 def test_a_lease_that_is_renewed_while_a_release_waits_keeps_no_other_model(tmp_path: Path):
     crew = Crew(tmp_path)
-    arm, eye = crew.updaters["arm"], crew.updaters["eye"]
     stopped = Selection(model="arm", active=Choice(version=1, variant="cpu"))
-    arm.state = arm.state.but(phase=Phase.WAITING, waiting_for="window", target=2, stopped=stopped)
-    loading, let_go, saved = threading.Event(), threading.Event(), threading.Event()
+    waits = UpdateState(model="arm", phase=Phase.WAITING, waiting_for="window", target=2, stopped=stopped)
+    crew.records.states.save(waits)
+    crew.records.states.save(UpdateState(model="eye", phase=Phase.WAITING, waiting_for="window", target=3))
+    crew.again()
+    arm, eye = crew.updaters["arm"], crew.updaters["eye"]
+    loading, let_go, stepped = threading.Event(), threading.Event(), threading.Event()
 
     def load(*_):
         loading.set()
@@ -24,14 +28,14 @@ def test_a_lease_that_is_renewed_while_a_release_waits_keeps_no_other_model(tmp_
         raise ServeAway("serve went away", sent=True)
 
     crew.serve.load = load  # type: ignore[method-assign]
-    waits = threading.Thread(target=lambda: arm.step(lambda: False))
-    goes_back = threading.Thread(target=lambda: (eye._apply_all([(eye, eye.state)]), saved.set()))
-    waits.start()
+    loads = threading.Thread(target=lambda: arm.step(lambda: False))
+    other = threading.Thread(target=lambda: (eye.step(lambda: False), stepped.set()))
+    loads.start()
     try:
         assert loading.wait(10.0)
-        goes_back.start()
-        assert saved.wait(5.0)
+        other.start()
+        assert stepped.wait(5.0)
     finally:
         let_go.set()
-        waits.join(10.0)
-        goes_back.join(10.0)
+        loads.join(10.0)
+        other.join(10.0)

@@ -103,7 +103,7 @@ def test_a_release_without_a_lease_serves_on(tmp_path: Path):
 def test_a_death_between_stopping_and_coming_back(leased: Bench):
     """Wherever the process dies, what was to come back comes back, and what is over does not serve."""
     leased.clock.pass_(LEASE + 60)
-    leased.surroundings.states.save(leased.updater.state.but(stopped=leased.store.selection(MODEL)))  # dies before it deselects
+    leased.records.states.save(leased.updater.state.but(stopped=leased.store.selection(MODEL)))  # dies before it deselects
     leased.again()
     steps(leased)
     assert leased.serving is None
@@ -128,7 +128,7 @@ def test_it_goes_back_when_it_ends_during_a_watch(leased: Bench):
 
     assert leased.serving == 2
     assert leased.answer.reason == Reason.LEASE_ENDED.value
-    assert leased.surroundings.quarantine.entries(MODEL) == ()
+    assert leased.records.quarantine.entries(MODEL) == ()
 
 
 @pytest.mark.parametrize("whose", ["what serves", "the candidate"])
@@ -150,7 +150,7 @@ def test_it_ends_while_a_candidate_answers_a_share_of_the_requests(whose: str, l
     assert leased.serve.canaries == {}
     assert leased.serving == (2 if whose == "the candidate" else None)
     assert leased.answer.reason == Reason.LEASE_ENDED.value
-    assert leased.surroundings.quarantine.entries(MODEL) == ()
+    assert leased.records.quarantine.entries(MODEL) == ()
 
 
 def test_it_ends_while_a_download_waits_for_its_hour(leased: Bench):
@@ -158,7 +158,7 @@ def test_it_ends_while_a_download_waits_for_its_hour(leased: Bench):
     opens = dt.datetime.fromtimestamp(leased.clock.wall() + 2 * LEASE).astimezone()
     minute = opens.hour * 60 + opens.minute
     window = Window(start_minute=minute, end_minute=(minute + 60) % 1440)
-    leased.surroundings.downloader.budget = Budget(leased.clock, window=window, pause=leased.clock.pass_)
+    leased.downloader.budget = Budget(leased.clock, window=window, pause=leased.clock.pass_)
     leased.release(2)
     leased.want(2)
     begun = leased.clock.wall()
@@ -340,6 +340,6 @@ def test_a_disk_that_refuses_is_not_asked_all_the_time(leased: Bench, disk: Disk
     disk.full = leased.store.private / "lease.json"
     leased.clock.pass_(120)
     for _ in range(100):
-        leased.surroundings.leases.over(LEASE)
+        leased.leases.over(LEASE)
         leased.clock.pass_(0.05)
     assert 1 < disk.refused < 5

@@ -24,7 +24,7 @@ def test_releases_that_fail_with_much_text_are_remembered(tmp_path: Path):
         bench.want(version)
         bench.step()
         bench.until(Phase.QUARANTINED)
-    assert [entry.answer.release for entry in bench.surroundings.quarantine.entries(MODEL)] == [2, 3]
+    assert [entry.answer.release for entry in bench.records.quarantine.entries(MODEL)] == [2, 3]
 
     committed = bench.updater.state.committed
     bench.again()

@@ -38,7 +38,7 @@ def begin_watch(bench: Bench) -> None:
 
 
 def lines(bench: Bench) -> list[tuple[str, str]]:
-    return [(entry.gate, entry.verdict) for entry in bench.surroundings.journal.entries(MODEL) if entry.release == 2]
+    return [(entry.gate, entry.verdict) for entry in bench.records.journal.entries(MODEL) if entry.release == 2]
 
 
 def test_a_release_is_committed_by_the_report_that_its_watch_ended_well(bench: Bench):
@@ -83,7 +83,7 @@ def test_a_release_that_cuts_the_device_off_goes_back(bench: Bench):
     assert bench.serving == 1
     assert bench.store.selection(MODEL) == Selection(model=MODEL, active=Choice(version=1, variant="cpu"))
     assert (bench.answer.outcome, bench.answer.reason) == (Outcome.ROLLED_BACK, Reason.CANNOT_REPORT.value)
-    assert bench.surroundings.quarantine.entries(MODEL) == ()
+    assert bench.records.quarantine.entries(MODEL) == ()
 
 
 def test_it_is_tried_again_ever_more_seldom(bench: Bench):
@@ -162,7 +162,7 @@ def test_a_release_may_forbid_it_everywhere(bench: Bench):
 
 def test_what_is_held_by_hand_needs_nobody(bench: Bench):
     begin_watch(bench)
-    bench.surroundings.holds.pin(MODEL, 2)
+    bench.records.holds.hold(MODEL, 2)
     bench.link_up = False
     bench.until(P.STEADY)
 

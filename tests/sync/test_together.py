@@ -47,7 +47,7 @@ def test_all_are_tried_first_and_then_switched_at_once(crew: Crew):
     wanted(crew)
     crew.all_in(P.WATCHING)
     switched = [action for action, _ in crew.serve.calls if action.startswith("activate")]
-    assert switched == ["activate_together"]
+    assert switched == ["activate_team"]
     assert sorted(crew.tried) == ["arm:3", "eye:4"]
     assert crew.runs == NEW
     crew.all_in(P.STEADY)
@@ -55,7 +55,7 @@ def test_all_are_tried_first_and_then_switched_at_once(crew: Crew):
     assert crew.runs == crew.on_disk() == NEW
     for updater in crew.updaters.values():
         assert updater.state.answers[-1].outcome is Outcome.COMMITTED
-        assert updater.state.peers == ()
+        assert updater.state.team == ()
 
 
 def test_one_that_is_late_is_waited_for(crew: Crew):
@@ -67,7 +67,7 @@ def test_one_that_is_late_is_waited_for(crew: Crew):
     crew.trial = slow
     wanted(crew)
     crew.rounds(40)
-    assert crew.updaters["arm"].state.waiting_for == "others"
+    assert crew.updaters["arm"].state.waiting_for == "team"
     assert "eye:4" in (crew.updaters["arm"].problem or "")
     desired = crew.desired()
     files.make_directory(crew.store.private / "trust")
@@ -108,7 +108,7 @@ def test_one_that_fails_its_watch_takes_all_back(crew: Crew):
     crew.serve.calls.clear()
     crew.serve.numbers[4] = numbers(50, run=50)
     crew.rounds(5)
-    assert ("activate_together", None) in crew.serve.calls
+    assert ("activate_team", None) in crew.serve.calls
     assert crew.runs == crew.on_disk() == OLD
     crew.rounds(60)
 
@@ -116,8 +116,8 @@ def test_one_that_fails_its_watch_takes_all_back(crew: Crew):
     assert [answer.reason for answer in eye.answers if answer.release == 4] == [Reason.ERROR_RATIO.value]
     assert [answer.reason for answer in arm.answers if answer.release == 3] == [Reason.TOGETHER.value]
     assert "eye:4" in arm.answers[-1].message
-    assert crew.surroundings.quarantine.entries("arm") == ()
-    assert [entry.answer.release for entry in crew.surroundings.quarantine.entries("eye")] == [4]
+    assert crew.records.quarantine.entries("arm") == ()
+    assert [entry.answer.release for entry in crew.records.quarantine.entries("eye")] == [4]
     assert crew.runs == OLD, "what was not bad itself waits for the others, and is not switched alone"
 
 
@@ -164,11 +164,11 @@ def test_one_that_is_wanted_no_more_takes_all_back(gone: str, crew: Crew):
 
 
 def test_one_that_is_held_holds_all(crew: Crew):
-    crew.surroundings.holds.pin("eye", 2)
+    crew.records.holds.hold("eye", 2)
     wanted(crew)
     crew.rounds(60)
     assert crew.runs == OLD
-    crew.surroundings.holds.lift("eye")
+    crew.records.holds.unhold("eye")
     crew.all_in(P.STEADY, within=2000)
     crew.rounds(10)
     crew.all_in(P.STEADY, within=2000)
@@ -410,7 +410,7 @@ def test_several_selections_are_one_for_every_reader(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Store, "_put", dies)
     with pytest.raises(Killed):
-        store.select_together(new)
+        store.select_team(new)
     monkeypatch.setattr(Store, "_put", put)
     reader = Store(store.root)
     assert set(reader.selections()) == {"a", "c"}
@@ -436,7 +436,7 @@ def test_several_states_are_one_for_every_reader(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(States, "_write", dies)
     with pytest.raises(Killed):
-        states.save_together(together)
+        states.save_team(together)
     monkeypatch.setattr(States, "_write", write)
     again = States(tmp_path / "updates")
     assert [again.load(model).phase for model in ("a", "b")] == [P.WATCHING, P.WATCHING]

@@ -27,7 +27,7 @@ def test_states_that_are_large_together_are_saved_together(tmp_path: Path):
     answers = tuple(Answer(release=n, outcome=Outcome.REFUSED, message="x" * 2000) for n in range(1, 21))
     models = [f"m{n}" for n in range(32)]
     states = States(tmp_path)
-    states.save_together([UpdateState(model=m, phase=Phase.ACTIVATING, answers=answers) for m in models])
+    states.save_team([UpdateState(model=m, phase=Phase.ACTIVATING, answers=answers) for m in models])
 
     found = [States(tmp_path).read(model) for model in models]
 

@@ -102,7 +102,7 @@ class Trouble:
         bench.trial = self.trial
         bench.queue = lambda _stop: self.moment()
         bench.serve.fault = self.serve_called
-        save = bench.surroundings.states.__class__.save
+        save = bench.records.states.__class__.save
 
         def counting(states, state) -> None:
             self.moment()  # killed before it is on disk,
@@ -216,7 +216,7 @@ def walk(bench: Bench, steps: int) -> None:
 def check(bench: Bench, trouble: Trouble) -> None:
     selection = bench.store.selection(MODEL)
     state = bench.updater.state
-    for entry in bench.surroundings.quarantine.entries(MODEL):
+    for entry in bench.records.quarantine.entries(MODEL):
         began = f"{MODEL}:{entry.answer.release}" in bench.tried
         assert began or entry.answer.reason != Reason.INTERRUPTED_TOO_OFTEN.value, "rule 8"
     if selection is not None:
@@ -234,7 +234,7 @@ def check(bench: Bench, trouble: Trouble) -> None:
 
 
 def refused(bench: Bench) -> set[int]:
-    return {entry.answer.release for entry in bench.surroundings.quarantine.entries(MODEL)}
+    return {entry.answer.release for entry in bench.records.quarantine.entries(MODEL)}
 
 
 def settle(bench: Bench, trouble: Trouble, withdrawn: set[int]) -> None:

@@ -232,7 +232,7 @@ class Device(RuleBasedStateMachine):
 
     @rule(model=st.sampled_from(MODELS))
     def somebody_lets_go(self, model: str) -> None:
-        self.crew.surroundings.holds.lift(model)
+        self.crew.records.holds.unhold(model)
 
     @rule(model=st.sampled_from(MODELS))
     def somebody_clears_the_quarantine(self, model: str) -> None:
@@ -270,7 +270,7 @@ class Device(RuleBasedStateMachine):
     @invariant()
     def rule_6(self) -> None:
         for model in MODELS:
-            held, updater = self.crew.surroundings.holds.pinned(model), self.crew.updaters[model]
+            held, updater = self.crew.records.holds.held(model), self.crew.updaters[model]
             if held is not None and updater.state.phase in REST and held not in self.withdrawn[model]:
                 assert self.crew.on_disk()[model] in (held, None)
 
@@ -280,10 +280,10 @@ class Device(RuleBasedStateMachine):
         found = {model: states.read(model) for model in MODELS}
         for state in found.values():
             assert state is not None
-            for peer in state.peers:
+            for peer in state.team:
                 other = found[peer]
                 assert other is not None
-                assert (other.phase, other.peers) == (state.phase, state.peers)
+                assert (other.phase, other.team) == (state.phase, state.team)
 
     # -- how it ends ---------------------------------------------------------------------------------------------------------
 
@@ -295,7 +295,7 @@ class Device(RuleBasedStateMachine):
             crew.serve.away = False
             crew.serve.start()
         for model in MODELS:
-            crew.surroundings.holds.lift(model)
+            crew.records.holds.unhold(model)
             if self.wanted[model] == ASKS[model]:
                 self.want(model, 1)
             if self.wanted[model] in self.withdrawn[model]:
@@ -318,12 +318,12 @@ class Device(RuleBasedStateMachine):
         stuck = self.together and any(self.wanted[m] in self.refused(m) for m in self.together)
         return all(
             (updater.state.phase in REST and (self.crew.runs[m] == self.wanted[m] or self.wanted[m] in self.refused(m)))
-            or (stuck and updater.state.waiting_for == "others")
+            or (stuck and updater.state.waiting_for == "team")
             for m, updater in self.crew.updaters.items()
         )
 
     def refused(self, model: str) -> set[int]:
-        return {entry.answer.release for entry in self.crew.surroundings.quarantine.entries(model)}
+        return {entry.answer.release for entry in self.crew.records.quarantine.entries(model)}
 
     def committed(self, model: str, version: int) -> bool:
         manifest = self.crew.signed[ReleaseRef(model, version)].data

@@ -22,7 +22,6 @@ from agent.sync.ports import Signed
 from agent.sync.problems import Problem, Stopped
 from agent.sync.serving import ServeAway, ServeRefused
 from agent.sync.updating import update
-from agent.sync.updating.updater import ModelUpdater
 from tests.sync.bench import MODEL, Bench, Killed, numbers
 from tests.sync.fleet import DAY, script_release, sha
 
@@ -150,7 +149,7 @@ def test_an_operator_on_the_device_can_lift_a_refusal(on_one: Bench):
     on_one.want(2)
     on_one.step()
     on_one.until(P.QUARANTINED)
-    assert on_one.surroundings.quarantine.forget(MODEL, 2)
+    assert on_one.records.quarantine.forget(MODEL, 2)
     on_one.trial = lambda *_: {}
     on_one.step()
     on_one.until(P.STEADY)
@@ -405,7 +404,7 @@ def test_a_newer_release_overtakes(phase, on_one: Bench):
     on_one.until(P.STEADY)
 
     assert on_one.serving == 3
-    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+    assert on_one.records.quarantine.entries(MODEL) == ()
 
 
 @pytest.mark.parametrize("phase", [P.FETCHING, P.TRIALING, P.SHADOWING, P.WAITING, P.ACTIVATING, P.WATCHING])
@@ -420,7 +419,7 @@ def test_back_to_what_serves(phase, on_one: Bench):
     assert on_one.serving == 1
     assert selected(on_one).active.version == 1
     assert on_one.serve.loaded[MODEL].keys() == {1}
-    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+    assert on_one.records.quarantine.entries(MODEL) == ()
 
 
 @pytest.mark.parametrize("phase", [P.FETCHING, P.TRIALING, P.WAITING, P.ACTIVATING, P.WATCHING, P.STEADY])
@@ -499,7 +498,7 @@ def test_trouble_before_a_manifest_is_verified_is_tried_again_later(reason, on_o
 
     expected = Outcome.REFUSED if reason is Reason.BAD_SIGNATURE else Outcome.FAILED
     assert (on_one.answer.outcome, on_one.answer.reason) == (expected, reason.value)
-    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+    assert on_one.records.quarantine.entries(MODEL) == ()
     on_one.manifest_problem = None
     on_one.until(P.STEADY)
     assert on_one.serving == 2
@@ -724,7 +723,7 @@ def test_serve_away_for_long_puts_the_activation_off(on_one: Bench):
     on_one.until(P.WAITING)
 
     assert on_one.answer.outcome is Outcome.FAILED
-    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+    assert on_one.records.quarantine.entries(MODEL) == ()
 
 
 @pytest.mark.parametrize(
@@ -831,7 +830,7 @@ def test_a_held_model_stays_as_it_is(on_one: Bench):
         on_one.step()
     assert on_one.phase is P.STEADY
     assert on_one.updater.held
-    on_one.surroundings.holds.lift(MODEL)
+    on_one.records.holds.unhold(MODEL)
     on_one.step()
     on_one.until(P.STEADY)
 
@@ -979,7 +978,7 @@ def test_a_manifest_damaged_on_the_way(phase, on_one: Bench):
     on_one.until(P.STEADY, steps=2000)
 
     assert on_one.serving == 2
-    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+    assert on_one.records.quarantine.entries(MODEL) == ()
 
 
 FULL_IN = [P.STEADY, P.FETCHING, P.TRIALING, P.ACTIVATING, P.WATCHING, P.ROLLING_BACK]
@@ -1069,7 +1068,7 @@ def test_old_releases_make_room_also_after_a_restart_in_the_middle(on_one: Bench
 def test_a_release_that_cannot_be_found_keeps_no_room_from_another_model(on_one: Bench, monkeypatch: pytest.MonkeyPatch):
     on_one.install(2)
     on_one.install(3)
-    other = ModelUpdater("lift", on_one.surroundings)
+    other = on_one.machine.updater("lift")
     on_one.release(4)
     on_one.want(4)
     models = {**on_one.assignment.models, "lift": ModelAssignment(release=9)}
@@ -1089,7 +1088,7 @@ def test_the_files_of_a_model_that_is_wanted_no_more_may_go(on_one: Bench):
     on_one.step()
     on_one.again()
     on_one.step()
-    on_one.surroundings.housekeeping.collect(short_of_space=True)
+    on_one.machine.housekeeping.collect(short_of_space=True)
 
     assert on_one.store.releases() == []
     assert list(on_one.store.blobs.iterdir()) == []
@@ -1146,7 +1145,7 @@ def test_an_agent_that_is_set_up_wrongly_is_no_fault_of_the_release(code, on_one
     on_one.want(2)
     on_one.step()
     on_one.until(P.WAITING)
-    assert on_one.surroundings.quarantine.entries(MODEL) == ()
+    assert on_one.records.quarantine.entries(MODEL) == ()
     on_one.serve.fault = lambda *_: None
     on_one.until(P.STEADY)
 
@@ -1154,13 +1153,12 @@ def test_an_agent_that_is_set_up_wrongly_is_no_fault_of_the_release(code, on_one
 
 
 def test_a_probe_that_found_no_engine_is_no_fault_of_the_release(on_one: Bench):
-    found = {"runtimes": {}}
-    object.__setattr__(on_one.surroundings, "hardware", lambda: Hardware(arch="x86_64", **found))
+    works, on_one.hardware = on_one.hardware, Hardware(arch="x86_64", runtimes={})
     on_one.want(2)
     on_one.step()
     on_one.until(P.WAITING)
-    assert on_one.surroundings.quarantine.entries(MODEL) == ()
-    found["runtimes"] = {"script": "script 1.0"}
+    assert on_one.records.quarantine.entries(MODEL) == ()
+    on_one.hardware = works
     on_one.until(P.STEADY)
 
     assert on_one.serving == 2

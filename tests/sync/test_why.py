@@ -127,7 +127,7 @@ def test_a_roll_back_is_told_with_its_numbers(tmp_path: Path):
     bench.serve.numbers[2] = numbers(50, run=50)
     bench.until(Phase.QUARANTINED)
 
-    gone = [entry for entry in bench.surroundings.journal.entries(MODEL) if entry.verdict == "rolled back"]
+    gone = [entry for entry in bench.records.journal.entries(MODEL) if entry.verdict == "rolled back"]
     assert [entry.reason for entry in gone] == ["error_ratio"]
     assert gone[0].evidence["failed"] == 50
     assert gone[0].evidence["baseline_requests"] == 1000

@@ -169,7 +169,7 @@ class _Import:
         from agent.sync.updating.states import States
 
         state = States(self._store.private / "updates").read(model)
-        if (held := Holds(self._store.private / "holds").pinned(model)) is not None and held != version:
+        if (held := Holds(self._store.private / "holds").held(model)) is not None and held != version:
             return NOT_DONE, f"{model} is held on release {held} here (edge-agent unhold {model})"
         if state is None:
             return None

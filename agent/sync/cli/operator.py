@@ -136,7 +136,7 @@ def _lift(model: str, config_path: Path | None, *, as_json: bool) -> None:
     from agent.sync.updating.holds import Holds
 
     with _told(), _store(config_path) as store:
-        done = Holds(store.private / "holds").lift(model)
+        done = Holds(store.private / "holds").unhold(model)
     _answer(as_json, {"model": model, "lifted": done}, f"{model} follows the fleet again" if done else f"{model} was not held")
 
 

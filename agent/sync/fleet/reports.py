@@ -53,9 +53,14 @@ class Noted(Protocol):
 class ModelView(Protocol):
     """One model as its updater shows it."""
 
-    state: UpdateState
-    progress: float | None
-    stopped: str | None
+    @property
+    def state(self) -> UpdateState: ...
+
+    @property
+    def progress(self) -> float | None: ...
+
+    @property
+    def stopped(self) -> str | None: ...
 
     @property
     def held(self) -> bool: ...

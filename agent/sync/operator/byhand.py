@@ -28,7 +28,7 @@ def hold(store: Store, model: str, version: int | None = None) -> int:
         raise StoreError(f"model {model!r} serves no release: there is nothing to hold it on")
     if version != active:
         store.manifest(ReleaseRef(model, version))
-    Holds(store.private / "holds").pin(model, version)
+    Holds(store.private / "holds").hold(model, version)
     return version
 
 
@@ -43,7 +43,7 @@ def go_back(store: Store, model: str, version: int | None) -> int:
     if version == active:
         raise StoreError(f"model {model!r} serves release {version} already")
     store.manifest(ReleaseRef(model, version))
-    Holds(store.private / "holds").pin(model, version)
+    Holds(store.private / "holds").hold(model, version)
     return version
 
 

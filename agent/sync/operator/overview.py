@@ -23,7 +23,7 @@ _WAITS = {
     "retry": "the time to try again",
     "window": "its maintenance window",
     "approval": "approval",
-    "others": "the releases that switch together with it",
+    "team": "the other releases of its team, which switch together with it",
 }
 
 
@@ -33,7 +33,7 @@ def read(store: Store) -> dict[str, Any]:
     found = {model: _model(store, states, quarantine, model) for model in states.models()}
     desired = _desired(store)
     for model, said in found.items():
-        members = desired.together(model, said["target"]) if desired is not None and said["target"] is not None else None
+        members = desired.team(model, said["target"]) if desired is not None and said["target"] is not None else None
         said["together"] = members or {}
         said["missing"] = [
             f"{other}:{release}"
@@ -47,7 +47,7 @@ def _ready(other: dict[str, Any] | None, release: int) -> bool:
     """Whether the other one is where this one is, or serves already."""
     if other is None:
         return False
-    return bool(other["active"] == release or (other["target"] == release and other["waiting_for"] == "others"))
+    return bool(other["active"] == release or (other["target"] == release and other["waiting_for"] == "team"))
 
 
 def _desired(store: Store) -> Desired | None:
@@ -78,7 +78,7 @@ def _model(store: Store, states: States, quarantine: Quarantine, model: str) -> 
         "passed": state.watched is not None and state.watched.passed_s is not None,
         "approved": msgspec.to_builtins(Approvals(store.private / "approvals").find(model)),
         "stopped": state.stopped.active.version if state.stopped else None,
-        "held": Holds(store.private / "holds").pinned(model),
+        "held": Holds(store.private / "holds").held(model),
         "answers": msgspec.to_builtins(state.answers),
         "quarantine": [msgspec.to_builtins(entry.answer) for entry in quarantine.entries(model)],
     }
@@ -95,7 +95,7 @@ def text(models: dict[str, Any]) -> str:
         )
         if model["waiting_for"] == "approval":
             lines.append(f"    → it passed its trial; let it serve with: edge-agent approve {name}")
-        if model["waiting_for"] == "others" and model["missing"]:
+        if model["waiting_for"] == "team" and model["missing"]:
             lines.append(
                 f"    → it passed its trial, and waits for {', '.join(model['missing'])}, which switch together with it"
             )

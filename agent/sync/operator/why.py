@@ -53,7 +53,7 @@ def explain(config: AgentConfig, model: str) -> dict[str, Any]:
     return {
         "model": model,
         "serving": _bytes(store, model, serving, problem, selection),
-        "wanted": _wanted(desired, model, Holds(store.private / "holds").pinned(model)),
+        "wanted": _wanted(desired, model, Holds(store.private / "holds").held(model)),
         "assignment": _assignment(desired, trust / "metadata"),
         "release": _release(store, model, active, trust / "metadata"),
         "gates": _gates(known, active),

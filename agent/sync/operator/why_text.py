@@ -8,7 +8,7 @@ from agent.host.clock import text as moment
 
 KEY_SHOWN = 12
 SHA256_DIGITS = 64
-WAITS = {"retry": "for the time to try again", "window": "for its window", "approval": "for `edge-agent approve`", "others": "for the releases that switch with it"}  # fmt: skip
+WAITS = {"retry": "for the time to try again", "window": "for its window", "approval": "for `edge-agent approve`", "team": "for the other releases of its team"}  # fmt: skip
 
 
 def text(found: dict[str, Any]) -> str:

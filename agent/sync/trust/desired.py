@@ -54,7 +54,7 @@ class Desired(Document, frozen=True, kw_only=True):
         """Whether `wanted` has to know the hardware class: some class is left out of a release."""
         return bool(self._rules(model).excluded)
 
-    def together(self, model: str, release: int) -> dict[str, int] | None:
+    def team(self, model: str, release: int) -> dict[str, int] | None:
         """The releases, by model, that switch together with this one, itself among them; None when it switches alone."""
         for members in self.assignment.teams.values():
             if members.get(model) == release and len(members) > 1:

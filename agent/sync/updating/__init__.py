@@ -1,9 +1,14 @@
 """From a release that is wanted to one that serves, or is refused.
 
 update      the machine: what may follow what. Pure
-updater, worker    drive one model through it, in a thread
-model       what all phases share
-preparing, joining, shadowing, canarying, switching    the phases
-states, quarantine, holds, approvals, journal          what is remembered, each on disk
+machine     makes the phases of what they need
+updater, worker    take one model through it, in a thread
+model       one model's update: its state, and what is told of it
+team        releases that switch together
+resting, preparing, trialing, waiting, shadowing, canarying, switching, watching, rollingback    the phases, a class each
+stopping    a lease that ended, in any phase in which nothing switches
+wanted, admission, endings, selected, manifests    what phases share: what is wanted, what may serve, how an update ends early,
+            what is selected on disk, the store's manifests
+records     what is remembered on disk: states, quarantine, holds, approvals, journal
 retention   what may be deleted from the store
 """

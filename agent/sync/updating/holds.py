@@ -28,19 +28,19 @@ class Holds:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def pinned(self, model: str) -> int | None:
+    def held(self, model: str) -> int | None:
         """The release the model is held on; None when it follows the fleet. A hold that cannot be read holds nothing."""
         try:
             return decode(self._path(model).read_bytes(), Hold, limit_bytes=4096).version
         except (OSError, ContractError):
             return None
 
-    def pin(self, model: str, version: int) -> None:
+    def hold(self, model: str, version: int) -> None:
         """Raises: OSError."""
         files.make_directory(self._folder)
         files.write(self._path(model), encode(Hold(version=version)))
 
-    def lift(self, model: str) -> bool:
+    def unhold(self, model: str) -> bool:
         """Lets the model follow the fleet again. False when it was not held.  Raises: OSError."""
         held = self._path(model).exists()
         if held:

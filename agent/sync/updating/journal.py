@@ -14,6 +14,7 @@ import msgspec
 from agent.common import files
 from agent.contract import names
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
+from agent.sync.updating import renamed
 
 ENTRIES_KEPT = 60
 """Per model. An update that goes well writes six of them."""
@@ -29,7 +30,7 @@ Gate = Literal[
     "canary",
     "window",
     "approval",
-    "together",
+    "team",
     "activation",
     "watch",
     "report",
@@ -90,7 +91,7 @@ class Journal:
     def entries(self, model: str) -> tuple[Entry, ...]:
         """Oldest first; none when there is no journal or it cannot be read."""
         try:
-            return decode(self._path(model).read_bytes(), _Book, limit_bytes=_MAX_BYTES).entries
+            return decode(renamed.with_new_words(self._path(model).read_bytes()), _Book, limit_bytes=_MAX_BYTES).entries
         except (OSError, ContractError):
             return ()
 

@@ -45,9 +45,9 @@ def collect(store: Store, remove: Iterable[ReleaseRef], staging_needed: Collecti
 class Housekeeping:
     """Keeps the store within bounds while several models may be fetching. Thread-safe."""
 
-    def __init__(self, store: Store, keep_newest: int, pinned: Callable[[str], int | None] = lambda _: None) -> None:
-        """`pinned`: the release that an operator here holds a model on, which may have to serve without any network."""
-        self._pinned = pinned
+    def __init__(self, store: Store, keep_newest: int, held: Callable[[str], int | None] = lambda _: None) -> None:
+        """`held`: the release that an operator here holds a model on, which may have to serve without any network."""
+        self._held = held
         self._store = store
         self._keep_newest = keep_newest
         self._lock = threading.Lock()
@@ -76,7 +76,7 @@ class Housekeeping:
         with self._lock:
             if None in self._fetching.values() and not short_of_space:
                 return 0
-            needed = {model: {*versions, self._pinned(model)} for model, versions in self._needed.items()}
+            needed = {model: {*versions, self._held(model)} for model, versions in self._needed.items()}
             releases = [ref for ref in self._store.releases() if ref.model in needed]
             remove = {*surplus(releases, needed, 0 if short_of_space else self._keep_newest)}
             remove |= {ref for ref in releases if ref.version not in needed[ref.model] and self._damaged(ref)}

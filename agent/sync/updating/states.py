@@ -1,11 +1,12 @@
 """Where the update states are kept: one file per model, replaced as a whole and durable before anything is done about it.
 
-States of models that go on together are saved together: one file with all of them is written first and counts from then on, whatever
-becomes of the rest. So they are never found apart.
+The states of a team are saved as one: a file with all of them is written first and counts from then on, whatever becomes of the rest. So
+they are never found apart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 from collections.abc import Sequence
@@ -14,13 +15,14 @@ from pathlib import Path
 from agent.common import files
 from agent.contract import names
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
+from agent.sync.updating import renamed
 from agent.sync.updating.update import UpdateState
 
 _MAX_BYTES = 1024 * 1024
-_MAX_TOGETHER_BYTES = 64 * _MAX_BYTES
+_MAX_TEAM_BYTES = 64 * _MAX_BYTES
 
 
-class _Together(Document, frozen=True, kw_only=True):
+class _Team(Document, frozen=True, kw_only=True):
     states: tuple[UpdateState, ...]
     format: int = FORMAT
 
@@ -30,7 +32,7 @@ class States:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._together = folder / ".together.json"
+        self._team = folder / ".team.json"
         self._saving = threading.Lock()
 
     def models(self) -> list[str]:
@@ -43,7 +45,7 @@ class States:
             if state.model == model:
                 return state
         try:
-            return decode(self._path(model).read_bytes(), UpdateState, limit_bytes=_MAX_BYTES)
+            return _decode(self._path(model).read_bytes())
         except FileNotFoundError:
             return UpdateState(model=model)
         except ContractError:
@@ -65,36 +67,43 @@ class States:
     def save(self, state: UpdateState) -> None:
         """Raises: OSError, and then the stored state is still the one before."""
         with self._saving:
-            self._settle()
+            self._write_out()
             self._write(state)
 
-    def save_together(self, states: Sequence[UpdateState]) -> None:
+    def save_team(self, states: Sequence[UpdateState]) -> None:
         """Saves all of them or none.  Raises: OSError; then either none is stored, or all count and are written out by the next save."""
-        data = encode(_Together(states=tuple(states)))
-        if len(data) > _MAX_TOGETHER_BYTES:
+        data = encode(_Team(states=tuple(states)))
+        if len(data) > _MAX_TEAM_BYTES:
             raise OSError(errno.EFBIG, "the states of these models are too large to be saved together")
         with self._saving:
-            self._settle()
+            self._write_out()
             files.make_directory(self.folder, mode=0o700)
-            files.write(self._together, data)  # from here on it is so
-            self._settle()
+            files.write(self._team, data)  # from here on it is so
+            self._write_out()
 
-    def _settle(self) -> None:
+    def _write_out(self) -> None:
         pending = self._pending()
         for state in pending:
             self._write(state)
         if pending:
-            files.remove(self._together)
+            files.remove(self._team)
+            files.remove(self.folder / renamed.TEAM_FILE)
 
     def _write(self, state: UpdateState) -> None:
         files.make_directory(self.folder, mode=0o700)
         files.write(self._path(state.model), encode(state))
 
     def _pending(self) -> tuple[UpdateState, ...]:
-        try:
-            return decode(self._together.read_bytes(), _Together, limit_bytes=_MAX_TOGETHER_BYTES).states
-        except (FileNotFoundError, ContractError):
-            return ()
+        for path in (self._team, self.folder / renamed.TEAM_FILE):
+            with contextlib.suppress(FileNotFoundError, ContractError):
+                data = renamed.with_new_words(path.read_bytes())
+                return decode(data, _Team, limit_bytes=_MAX_TEAM_BYTES).states
+        return ()
 
     def _path(self, model: str) -> Path:
         return self.folder / f"{names.check_model(model)}.json"
+
+
+def _decode(data: bytes) -> UpdateState:
+    """Raises: ContractError."""
+    return decode(renamed.with_new_words(data), UpdateState, limit_bytes=_MAX_BYTES)

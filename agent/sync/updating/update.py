@@ -42,9 +42,15 @@ ANSWERS_KEPT = 20
 COMMITTED_KEPT = 50
 
 
-WaitsFor = Literal["retry", "window", "approval", "others"]
-"""retry: for the time to try again. window: for the hours in which devices may switch. approval: for somebody on the device. others: for
-the releases that switch together with it."""
+WaitsFor = Literal["retry", "window", "approval", "team"]
+"""retry: for the time to try again. window: for the hours in which devices may switch. approval: for somebody on the device. team: for
+the other releases of its team, which switch together with it."""
+
+SWITCHING = frozenset({Phase.CANARYING, Phase.ACTIVATING, Phase.WATCHING, Phase.ROLLING_BACK})
+"""While these go on, they judge by themselves whether what serves may serve."""
+
+OBSERVING = frozenset({Phase.SHADOWING, Phase.CANARYING, Phase.WATCHING})
+"""These count what `serve` says, in memory for a few seconds before it is saved."""
 
 
 class Event(Enum):
@@ -70,7 +76,7 @@ class Event(Enum):
     BACK = "the release before serves again and this one is refused"
     BACK_ONLY = "the release before serves again"
     BACK_FOR_NOW = "the release before serves again, and this one is tried again later"
-    SETTLED = "what is wanted is what serves"
+    IN_PLACE = "what is wanted is what serves"
 
 
 S, E = Phase, Event
@@ -78,7 +84,7 @@ S, E = Phase, Event
 TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = MappingProxyType({
     (S.STEADY, E.WANTED): S.FETCHING,
     (S.QUARANTINED, E.WANTED): S.FETCHING,
-    (S.QUARANTINED, E.SETTLED): S.STEADY,
+    (S.QUARANTINED, E.IN_PLACE): S.STEADY,
 
     (S.FETCHING, E.FETCHED): S.TRIALING,
     (S.FETCHING, E.FETCHED_KNOWN): S.ACTIVATING,
@@ -119,7 +125,7 @@ TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = MappingProxyType({
     (S.WATCHING, E.COMMITTED): S.STEADY,
     (S.WATCHING, E.BAD): S.ROLLING_BACK,
     (S.WATCHING, E.OVERTAKEN): S.ROLLING_BACK,
-    (S.WATCHING, E.SETTLED): S.STEADY,  # overtaken with nothing to go back to: it serves on until the next one does
+    (S.WATCHING, E.IN_PLACE): S.STEADY,  # overtaken with nothing to go back to: it serves on until the next one does
 
     (S.ROLLING_BACK, E.BACK): S.QUARANTINED,
     (S.ROLLING_BACK, E.BACK_ONLY): S.STEADY,  # overtaken: it was not proved bad
@@ -175,7 +181,7 @@ class UpdateState(Document, frozen=True, kw_only=True):
     """The sha256 of the target's manifest, once it is verified."""
     variant: str | None = None
     before: Choice | None = None
-    """What serves while this update runs, and what a roll-back returns to."""
+    """What serves while this update runs, and what a rollback returns to."""
     interruptions: int = 0
     trial_began: bool = False
     """Whether its turn has come, while it is on trial: before that it only waits, and nothing that happens is its doing."""
@@ -192,7 +198,7 @@ class UpdateState(Document, frozen=True, kw_only=True):
     shadowed: Shadowed | None = None
     canaried: Canaried | None = None
     watched: Watched | None = None
-    peers: tuple[str, ...] = ()
+    team: tuple[str, ...] = ()
     """The models that switch together with this one, itself among them, from activation until the watch ends; empty when it is alone."""
     stopped: Selection | None = None
     """What would serve if its lease had not ended."""
@@ -226,7 +232,7 @@ def begin(
         state, Event.WANTED, now,
         wanted=wanted, rollout=rollout, mode=mode, target=wanted, before=before, manifest=None, variant=None, judged_by=None,
         interruptions=0, tries=0, unreported=0, waiting_for=None, retry_at=None, failure=None, activated=False, watched=None,
-        shadowed=None, canaried=None, peers=(),
+        shadowed=None, canaried=None, team=(),
     )  # fmt: skip
 
 
@@ -235,7 +241,7 @@ def rest(state: UpdateState, event: Event, now: float, *answers: Answer, **chang
     return after(
         state, event, now,
         target=None, manifest=None, variant=None, waiting_for=None, retry_at=None, failure=None, judged_by=None, activated=False, watched=None,
-        shadowed=None, canaried=None, peers=(),
+        shadowed=None, canaried=None, team=(),
         interruptions=0, tries=0, unreported=0, answers=keep_answers(state.answers, *answers), **changes,
     )  # fmt: skip
 
@@ -265,7 +271,7 @@ def back_for_now(state: UpdateState, now: float, jitter: float, answer: Answer) 
     delay_s = min(UNREPORTED_LONGEST_S, UNREPORTED_FIRST_S * 2.0 ** min(state.unreported, 20)) * (0.5 + 0.5 * jitter)
     return after(
         state, Event.BACK_FOR_NOW, now,
-        waiting_for="retry", retry_at=now + delay_s, unreported=state.unreported + 1, interruptions=0, activated=False, watched=None, peers=(),
+        waiting_for="retry", retry_at=now + delay_s, unreported=state.unreported + 1, interruptions=0, activated=False, watched=None, team=(),
         answers=keep_answers(state.answers, answer),
     )  # fmt: skip
 
