@@ -19,6 +19,7 @@ import hashlib
 import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -29,6 +30,8 @@ from agent.contract.manifest import MAX_MANIFEST_BYTES, ReleaseManifest, Variant
 from agent.host.priority import rest
 
 HASH_BYTES = 64 * 1024
+
+_T = TypeVar("_T", bound=Document)
 
 
 class StoreError(Exception):
@@ -273,12 +276,8 @@ class Store:
 
     def _pending(self) -> dict[str, Selection | None]:
         for path in self._team, self._team_before:
-            try:
-                return decode(path.read_bytes(), _Team, limit_bytes=4 * 1024 * 1024).selections
-            except FileNotFoundError:
-                continue
-            except ContractError as error:
-                raise StoreError(f"{path} is damaged: {error}") from error
+            if (found := _read(path, _Team, 4 * 1024 * 1024)) is not None:
+                return found.selections
         return {}
 
     def selection(self, model: str) -> Selection | None:
@@ -287,13 +286,7 @@ class Store:
         return pending[model] if model in pending else self._written(model)
 
     def _written(self, model: str) -> Selection | None:
-        path = self._selections / f"{names.check_model(model)}.json"
-        try:
-            return decode(path.read_bytes(), Selection, limit_bytes=64 * 1024)
-        except FileNotFoundError:
-            return None
-        except ContractError as error:
-            raise StoreError(f"{path} is damaged: {error}") from error
+        return _read(self._selections / f"{names.check_model(model)}.json", Selection, 64 * 1024)
 
     def selections(self) -> dict[str, Selection | StoreError]:
         """What is selected for every model; the error in place of a record that cannot be read, so that one does not hide the rest."""
@@ -326,6 +319,16 @@ class Store:
                 if selection is not None:
                     found[path.stem] = selection
         return found
+
+
+def _read(path: Path, kind: type[_T], limit_bytes: int) -> _T | None:
+    """The record in the file; None when there is none.  Raises: StoreError when it is damaged."""
+    try:
+        return decode(path.read_bytes(), kind, limit_bytes=limit_bytes)
+    except FileNotFoundError:
+        return None
+    except ContractError as error:
+        raise StoreError(f"{path} is damaged: {error}") from error
 
 
 def hash_model(path: Path, data: Mapping[str, Path]) -> str:

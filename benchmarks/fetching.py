@@ -33,13 +33,13 @@ from agent.contract.manifest import File, ReleaseManifest, Variant
 from agent.host.clock import SystemClock
 from agent.host.priority import in_background
 from agent.store import Store
+from agent.sync import identity
 from agent.sync.fetching.downloader import Downloader
 from agent.sync.fetching.https import HttpBlobs
 from agent.sync.fetching.mqtt import MqttBlobs, Transfers
-from agent.sync.fleet import identity
-from agent.sync.fleet.http import FleetHttp
 from agent.sync.fleet.link import Broker, Link, tls_context
 from agent.sync.fleet.outbox import Outbox
+from agent.sync.http import FleetHttp
 from agent.sync.problems import Stopped
 from fleet_server.releases import blocks
 

@@ -30,20 +30,21 @@ from agent.host.boot import boot_id
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.host.signals import Ending
 from agent.store import Store, StoreError
+from agent.sync import identity
 from agent.sync.exclusive import exclusive
 from agent.sync.fetching import configured
 from agent.sync.fetching.imports import Imports
 from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers, sized
 from agent.sync.fetching.sharing import Sharing
 from agent.sync.fetching.spool import NoNetwork
-from agent.sync.fleet import identity, link, takeovers
+from agent.sync.fleet import link, takeovers
 from agent.sync.fleet.counters import Counter
 from agent.sync.fleet.delivery import Deliveries
-from agent.sync.fleet.http import NO_CHECK_TIME, FleetHttp
-from agent.sync.fleet.identity import Identity
 from agent.sync.fleet.outbox import Outbox
 from agent.sync.fleet.renewal import Renewal
 from agent.sync.fleet.reports import Reporter, Signer, model_state
+from agent.sync.http import NO_CHECK_TIME, FleetHttp
+from agent.sync.identity import Identity
 from agent.sync.ports import Clock
 from agent.sync.serving import ServeAway, ServeClient, ServeRefused, ServeStatus
 from agent.sync.trials.trial import TrialProcesses

@@ -20,7 +20,7 @@ from agent.contract.codec import encode
 from agent.contract.enrolment import RENEWAL_PAYLOAD_TYPE, SignedRenewal
 from agent.contract.reports import STATE_PAYLOAD_TYPE
 from agent.contract.transfers import Ask, Status, decode_part
-from agent.sync.fleet import identity
+from agent.sync import identity
 from fleet_server.access import SERVER
 from fleet_server.app import Fleet
 from fleet_server.config import Folder, load

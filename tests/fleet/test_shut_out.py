@@ -21,10 +21,11 @@ from sqlalchemy import delete
 
 from agent.host.clock import SystemClock
 from agent.store import Store
-from agent.sync.fleet import enrol, identity, renewal
-from agent.sync.fleet.http import FleetHttp, HttpStatus
+from agent.sync import identity
+from agent.sync.fleet import enrol, renewal
 from agent.sync.fleet.link import Broker, Link, tls_context
 from agent.sync.fleet.outbox import Outbox
+from agent.sync.http import FleetHttp, HttpStatus
 from agent.sync.operator.doctor import examine
 from fleet_server.config import Folder, load
 from fleet_server.devices.pki import Authority, serial_hex

@@ -18,11 +18,11 @@ from agent.contract.manifest import File, WatchRules
 from agent.contract.transfers import Ask, Part, Status, bitmap, decode_part
 from agent.host.clock import SystemClock
 from agent.store import Store
+from agent.sync import identity
 from agent.sync.fetching.downloader import Downloader
 from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers, sized
-from agent.sync.fleet import identity
-from agent.sync.fleet.http import HttpStatus, TooLong
 from agent.sync.fleet.link import Broker, Link, tls_context
+from agent.sync.http import HttpStatus, TooLong
 from agent.sync.problems import Problem
 from fleet_server.releases import blocks
 from tests.fleet.stand import environment, sha256, wait_until

@@ -60,7 +60,7 @@ from agent.contract.manifest import (
     Variant,
     WatchRules,
 )
-from agent.sync.fleet import identity as identities
+from agent.sync import identity as identities
 
 UTC = dt.timezone.utc
 FLEET, DEVICE = "harbour", "crane-7"

@@ -22,8 +22,8 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.store import Store
 from agent.sync.fetching.https import HttpBlobs
-from agent.sync.fleet.http import FleetHttp
-from agent.sync.fleet.identity import Identity
+from agent.sync.http import FleetHttp
+from agent.sync.identity import Identity
 from agent.sync.problems import Problem
 from agent.sync.trust.follower import Follower
 from tests.sync.blobs import downloader

@@ -26,7 +26,7 @@ from agent.sync.fetching.https import GATHER_BYTES, HttpBlobs
 from agent.sync.fetching.layout import Piece, pieces, runs
 from agent.sync.fetching.sources import NotHere, Sources, verdict
 from agent.sync.fetching.staged import BLOCKS_SUFFIX
-from agent.sync.fleet.http import FleetHttp
+from agent.sync.http import FleetHttp
 from agent.sync.problems import Problem, Stopped
 from fleet_server.releases.blocks import describe
 from tests.sync.blobs import MemoryBlobs, blocked, downloader, fetch
@@ -390,10 +390,10 @@ from agent.contract.codec import decode
 from agent.contract.manifest import File
 from agent.host.clock import SystemClock
 from agent.store import Store
-from agent.sync.fleet import identity
+from agent.sync import identity
 from agent.sync.fetching.downloader import Downloader
 from agent.sync.fetching.https import HttpBlobs
-from agent.sync.fleet.http import FleetHttp
+from agent.sync.http import FleetHttp
 
 who = identity.load(Path(sys.argv[1]))
 clock = SystemClock()

@@ -17,7 +17,7 @@ from agent.sync.fetching import downloader as downloading
 from agent.sync.fetching import staged as staging
 from agent.sync.fetching.https import HttpBlobs
 from agent.sync.fetching.sources import TRIES_ON_WRONG_BYTES
-from agent.sync.fleet.http import FleetHttp
+from agent.sync.http import FleetHttp
 from agent.sync.problems import Problem, Stopped
 from tests.sync.blobs import MemoryBlobs, downloader, fetch
 from tests.sync.conftest import FakeClock

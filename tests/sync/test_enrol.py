@@ -17,10 +17,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.contract.codec import encode
 from agent.contract.enrolment import EnrolmentResponse, EnrolmentString
-from agent.sync.fleet import enrol, identity, renewal
+from agent.sync import identity
+from agent.sync.fleet import enrol, renewal
 from agent.sync.fleet.enrol import EnrolmentFailed
-from agent.sync.fleet.http import FleetHttp
-from agent.sync.fleet.identity import IdentityError
+from agent.sync.http import FleetHttp
+from agent.sync.identity import IdentityError
 from tests.sync.conftest import FakeClock
 from tests.sync.fleet import DAY, DEVICE, FLEET, UTC, Authority, Repository, Server, enrolled
 

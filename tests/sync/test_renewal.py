@@ -19,12 +19,13 @@ from agent.contract.codec import decode
 from agent.contract.enrolment import MAX_CERTIFICATE_BYTES
 from agent.contract.reasons import Reason
 from agent.contract.transfers import MAX_ASK_BYTES, Ask, Part, Status
+from agent.sync import identity
 from agent.sync.fetching.mqtt import Transfers
-from agent.sync.fleet import identity, renewal
-from agent.sync.fleet.http import FleetHttp
-from agent.sync.fleet.identity import Identity
+from agent.sync.fleet import renewal
 from agent.sync.fleet.link import Broker, Link, tls_context
 from agent.sync.fleet.renewal import Renewal
+from agent.sync.http import FleetHttp
+from agent.sync.identity import Identity
 from agent.sync.problems import Problem
 from tests.sync.conftest import FakeClock, eventually
 from tests.sync.fleet import DAY, DEVICE, UTC, Authority, Server, enrolled

@@ -21,7 +21,7 @@ from agent.sync.fetching import configured, folders, sharing
 from agent.sync.fetching.budget import Budget, hours
 from agent.sync.fetching.folders import FolderBlobs
 from agent.sync.fetching.sharing import Sharing
-from agent.sync.fleet.http import FleetHttp
+from agent.sync.http import FleetHttp
 from agent.sync.problems import Problem, Stopped
 from tests.sync.blobs import MemoryBlobs, blocked, downloader, fetch
 from tests.sync.conftest import FakeClock, eventually

@@ -11,9 +11,9 @@ import pytest
 
 from agent.host.clock import SystemClock
 from agent.store import Store
+from agent.sync import http
 from agent.sync.fetching.https import HttpBlobs
-from agent.sync.fleet import http
-from agent.sync.fleet.http import FleetHttp
+from agent.sync.http import FleetHttp
 from agent.sync.problems import Problem
 from tests.sync.blobs import blocked, downloader, fetch
 

@@ -13,7 +13,7 @@ from agent.contract.codec import encode
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.host.clock import LastKnownGood, SignedClock
-from agent.sync.fleet.http import FleetHttp
+from agent.sync.http import FleetHttp
 from agent.sync.problems import Problem
 from agent.sync.trust.client import Trust
 from tests.sync.conftest import FakeClock
@@ -433,7 +433,7 @@ def test_one_process_per_trust_folder(trust, make_trust, repository, server):
 
 
 def test_a_server_that_says_nothing_is_given_up(make_trust, server: Server, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("agent.sync.fleet.http.READ_TIMEOUT_S", 0.3)  # read when the client is made
+    monkeypatch.setattr("agent.sync.http.READ_TIMEOUT_S", 0.3)  # read when the client is made
 
     def hang(handler) -> bool:
         handler.server_double.released.wait(20)

@@ -32,7 +32,7 @@ def sync(config_path: Path | None, *, verbose: bool) -> None:
     logs.set_up(logging.DEBUG if verbose else logging.INFO)
     from agent.store import StoreError
     from agent.sync import app
-    from agent.sync.fleet.identity import IdentityError
+    from agent.sync.identity import IdentityError
     from agent.sync.problems import Problem
 
     try:
@@ -62,7 +62,7 @@ def enroll(string: str, device: str | None, config_path: Path | None, *, force: 
     from agent.host import hardware
     from agent.host.clock import SystemClock
     from agent.sync.fleet import enrol
-    from agent.sync.fleet.identity import IdentityError
+    from agent.sync.identity import IdentityError
 
     try:
         who = enrol.enrol(string, config.sync.identity, SystemClock(), device=device, hardware=hardware.probe(), force=force)

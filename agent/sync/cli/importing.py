@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from agent.config import AgentConfig
     from agent.store import Store
     from agent.sync.fetching.spool import Told
-    from agent.sync.fleet.identity import Identity
+    from agent.sync.identity import Identity
 
 FAILED, REFUSED, NOT_WHOLE, RELEASE_REFUSED, NOT_DONE, NO_SPACE = 1, 3, 4, 5, 6, 7
 LOOK_S = 0.2
@@ -49,9 +49,9 @@ def import_(file: Path, config_path: Path | None, timeout_s: float, *, no_wait: 
     """
     from agent.contract.bundle import BundleError
     from agent.store import Store, StoreError
+    from agent.sync import identity
     from agent.sync.fetching.folders import open_regular
-    from agent.sync.fleet import identity
-    from agent.sync.fleet.identity import IdentityError
+    from agent.sync.identity import IdentityError
     from agent.sync.problems import Problem
 
     config = load(config_path)

@@ -12,7 +12,7 @@ from agent.sync.fetching.downloader import Downloader
 from agent.sync.fetching.folders import FolderBlobs
 from agent.sync.fetching.https import PEER_PLACE, HttpBlobs
 from agent.sync.fetching.sources import Source
-from agent.sync.fleet.http import FleetHttp
+from agent.sync.http import FleetHttp
 from agent.sync.ports import Clock
 
 PEER_CONNECT_S = 2.0

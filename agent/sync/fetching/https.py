@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from agent.contract import enrolment
 from agent.contract.reasons import Reason
 from agent.sync.fetching.sources import NotHere, Reader
-from agent.sync.fleet.http import FleetHttp, HttpStatus
+from agent.sync.http import FleetHttp, HttpStatus
 from agent.sync.problems import Problem
 
 PEER_PLACE, WEB_PLACE = 20, 30

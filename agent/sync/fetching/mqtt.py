@@ -18,7 +18,7 @@ from agent.contract.codec import encode
 from agent.contract.reasons import Reason
 from agent.contract.transfers import MIN_PART_BYTES, PART_BYTES, Ask, Kind, Part, Status, bitmap, decode_part
 from agent.sync.fetching.sources import NotHere, Reader
-from agent.sync.fleet.http import HttpStatus, TooLong
+from agent.sync.http import HttpStatus, TooLong
 from agent.sync.problems import Problem
 
 MQTT_PLACE = 40

@@ -26,7 +26,7 @@ from agent.contract.bundle import Bundle, BundleError, Member
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
 from agent.contract.reasons import Reason
 from agent.store import Store, hash_file
-from agent.sync.fleet.http import HttpStatus, TooLong
+from agent.sync.http import HttpStatus, TooLong
 from agent.sync.problems import Problem
 
 TOLD_KEPT = 20

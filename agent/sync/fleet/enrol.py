@@ -23,9 +23,9 @@ from agent.contract.enrolment import (
 )
 from agent.contract.reports import Hardware
 from agent.host import clock as clocks
-from agent.sync.fleet import identity as identities
-from agent.sync.fleet.http import FleetHttp, HttpStatus
-from agent.sync.fleet.identity import Identity
+from agent.sync import identity as identities
+from agent.sync.http import FleetHttp, HttpStatus
+from agent.sync.identity import Identity
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem
 

@@ -25,7 +25,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from agent.contract import topics
 from agent.contract.codec import encode
 from agent.contract.reports import Presence
-from agent.sync.fleet import refusals
+from agent.sync import refusals
 from agent.sync.fleet.outbox import Item
 
 log = logging.getLogger(__name__)

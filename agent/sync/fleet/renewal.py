@@ -19,11 +19,11 @@ from agent.contract.enrolment import (
     SignedRenewal,
 )
 from agent.host import clock as clocks
-from agent.sync.fleet import identity as identities
+from agent.sync import identity as identities
 from agent.sync.fleet.enrol import make_csr
-from agent.sync.fleet.http import FleetHttp, HttpStatus
-from agent.sync.fleet.identity import Identity, IdentityError
 from agent.sync.fleet.reports import Signer
+from agent.sync.http import FleetHttp, HttpStatus
+from agent.sync.identity import Identity, IdentityError
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem
 

@@ -16,9 +16,10 @@ from agent.contract import enrolment
 from agent.host import clock as clocks
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.store import Store, StoreError
-from agent.sync.fleet import identity, link, refusals, takeovers
-from agent.sync.fleet.http import NO_CHECK_TIME, FleetHttp, HttpStatus
-from agent.sync.fleet.identity import Identity, IdentityError
+from agent.sync import identity, refusals
+from agent.sync.fleet import link, takeovers
+from agent.sync.http import NO_CHECK_TIME, FleetHttp, HttpStatus
+from agent.sync.identity import Identity, IdentityError
 from agent.sync.operator import sources
 from agent.sync.operator.findings import Finding
 from agent.sync.ports import Clock

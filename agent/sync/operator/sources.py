@@ -25,9 +25,9 @@ from agent.sync.fetching.budget import hours
 from agent.sync.fetching.configured import PEER_CONNECT_S
 from agent.sync.fetching.folders import MAX_BLOBS, MAX_BUNDLES, open_regular
 from agent.sync.fetching.spool import Spool, Told
-from agent.sync.fleet.http import FleetHttp, HttpStatus
-from agent.sync.fleet.identity import Identity
 from agent.sync.gates import windows
+from agent.sync.http import FleetHttp, HttpStatus
+from agent.sync.identity import Identity
 from agent.sync.operator.findings import Finding
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem

@@ -17,7 +17,7 @@ from tuf.api.metadata import TargetFile  # type: ignore[attr-defined]
 from agent.common import files
 from agent.contract.reasons import Reason
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
-from agent.sync.fleet.http import FleetHttp
+from agent.sync.http import FleetHttp
 from agent.sync.problems import Problem
 from agent.sync.trust.metadata import MetadataClient, Session
 

@@ -41,7 +41,7 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.host import clock as clocks
 from agent.host.clock import SignedClock
-from agent.sync.fleet.identity import Identity
+from agent.sync.identity import Identity
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem
 from agent.sync.trust import seen as seen_versions

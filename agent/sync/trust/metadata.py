@@ -35,7 +35,7 @@ from agent.contract.codec import encode
 from agent.contract.reasons import Reason
 from agent.host import clock as clocks
 from agent.host.clock import SignedClock
-from agent.sync.fleet.http import HttpStatus, TooLong
+from agent.sync.http import HttpStatus, TooLong
 from agent.sync.problems import Problem, store_problem
 from agent.sync.trust import seen as seen_versions
 from agent.sync.trust.seen import Seen

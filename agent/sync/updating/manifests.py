@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
-from agent.store import Store, StoreError
+from agent.store import Store
 from agent.sync.ports import Signed
 
 KEPT_BYTES = 1024 * 1024

@@ -19,7 +19,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from agent.contract.codec import ContractError, decode
 from agent.contract.reasons import Reason
-from agent.sync.fleet import refusals
+from agent.sync import refusals
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem
 
