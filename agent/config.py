@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,13 @@ DEFAULT_PATH = Path("/etc/edge-agent/agent.yaml")
 
 _HOURS = re.compile(r"(?!(\d\d:\d\d)-\1)([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
 _ADDRESS = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}")
+
+RENAMED: Mapping[str, str] = {
+    "sync.peers": "sync.neighbours",
+    "sync.peer_listen": "sync.neighbour_listen",
+    "sync.peer_limit_bytes_per_s": "sync.neighbour_limit_bytes_per_s",
+}
+"""Settings that had another name in version 0.1.0, and what they are called now."""
 
 AccessClass = Literal["predict", "observe", "control"]
 
@@ -139,7 +147,7 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     """The link to the fleet and the updates."""
 
     identity: Path = Path("/var/lib/edge-agent/identity")
-    """The folder that `edge-agent enroll` writes: key, certificate, trusted root, addresses."""
+    """The folder that `edge-agent enrol` writes: key, certificate, trusted root, addresses."""
     poll_interval_s: float = 900.0
     """How often to look for news when no poke comes, with jitter."""
     heartbeat_s: float = 60.0
@@ -163,12 +171,12 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     """Whether metadata and files come over the broker while the fleet server cannot be reached otherwise."""
     local_sources: tuple[Path, ...] = ()
     """Folders that may have bundles (`edge-fleet bundle`) or blobs, such as where sticks are mounted. They are asked before any network."""
-    peers: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
     """Neighbours that lend their blobs, ADDRESS:PORT each. They are asked before the fleet server, and nothing from them is believed unhashed."""
-    peer_listen: str = ""
+    neighbour_listen: str = ""
     """Where this device lends its own blobs to neighbours over plain HTTP, ADDRESS:PORT. Whoever knows the hash of a blob may read it there.
     Empty: nowhere."""
-    peer_limit_bytes_per_s: int = 8 * 1024 * 1024
+    neighbour_limit_bytes_per_s: int = 8 * 1024 * 1024
     """What neighbours together may take. 0: no limit."""
     mirrors: tuple[str, ...] = ()
     """Addresses (https://…) that serve the fleet's blobs below /blobs/: caches, a CDN. Whichever was of use last is asked first, the fleet
@@ -190,13 +198,13 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("poll_interval_s and heartbeat_s must be above 0")
         if self.watch_poll_s <= 0 or self.trial_timeout_s <= 0 or self.download_min_bytes_per_s < 1:
             raise ValueError("watch_poll_s, trial_timeout_s and download_min_bytes_per_s must be above 0")
-        if self.disk_quota_bytes < 0 or self.bandwidth_limit_bytes_per_s < 0 or self.peer_limit_bytes_per_s < 0:
+        if self.disk_quota_bytes < 0 or self.bandwidth_limit_bytes_per_s < 0 or self.neighbour_limit_bytes_per_s < 0:
             raise ValueError(
-                "disk_quota_bytes, bandwidth_limit_bytes_per_s and peer_limit_bytes_per_s must not be negative; 0 means none"
+                "disk_quota_bytes, bandwidth_limit_bytes_per_s and neighbour_limit_bytes_per_s must not be negative; 0 means none"
             )
-        for address in (*self.peers, *([self.peer_listen] if self.peer_listen else [])):
+        for address in (*self.neighbours, *([self.neighbour_listen] if self.neighbour_listen else [])):
             if not _ADDRESS.fullmatch(address):
-                raise ValueError(f"{address!r} in peers or peer_listen must be ADDRESS:PORT, such as 192.0.2.7:8500")
+                raise ValueError(f"{address!r} in neighbours or neighbour_listen must be ADDRESS:PORT, such as 192.0.2.7:8500")
         for url in self.mirrors:
             if not url.startswith("https://"):
                 raise ValueError(f"{url!r} in mirrors must be an https:// address")
@@ -239,6 +247,10 @@ def load(path: Path | None = None) -> AgentConfig:
         raise ConfigError(f"{path} does not exist") from None
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    for old, new in RENAMED.items():
+        section, _, name = old.partition(".")
+        if isinstance(raw, dict) and isinstance(raw.get(section), dict) and name in raw[section]:
+            raise ConfigError(f"{path}: {old} is now called {new}: rename it")
     try:
         return msgspec.convert(raw or {}, AgentConfig, dec_hook=_decode)
     except msgspec.ValidationError as error:

@@ -16,7 +16,7 @@ SYNC_MODULE = "agent.sync.cli"
 SYNC_COMMANDS: Mapping[str, str] = {
     "approve": "Let the release that waits for approval serve.",
     "doctor": "Check this device: store, identity, engines, clock, reachability.",
-    "enroll": "Join a fleet with an enrolment string.",
+    "enrol": "Join a fleet with an enrolment string.",
     "hold": "Keep a model on the release it runs now.",
     "import": "Update this device from a bundle on a stick.",
     "quarantine": "List or clear the releases that this device refuses.",
@@ -28,6 +28,9 @@ SYNC_COMMANDS: Mapping[str, str] = {
     "updates": "Show each model's update, answers and refused releases.",
     "why": "Explain why a model runs what it runs.",
 }
+RENAMED: Mapping[str, str] = {"enroll": "enrol"}
+"""Commands that had another name in version 0.1.0, and what they are called now."""
+
 HIDDEN_SYNC_COMMANDS = frozenset({"trial"})
 
 
@@ -38,6 +41,8 @@ class LazyGroup(click.Group):
         return sorted({*super().list_commands(ctx), *SYNC_COMMANDS})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in RENAMED:
+            ctx.fail(f"{cmd_name!r} is now called {RENAMED[cmd_name]!r}: edge-agent {RENAMED[cmd_name]} …")
         command = super().get_command(ctx, cmd_name)
         if command is not None or cmd_name not in SYNC_COMMANDS:
             return command

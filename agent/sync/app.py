@@ -293,12 +293,12 @@ class SyncApp:
     def _lend(self) -> None:
         """Neighbours are a favour: a port that is taken must not keep this device from its updates."""
         settings = self._config.sync
-        if not settings.peer_listen:
+        if not settings.neighbour_listen:
             return
         try:
-            self._sharing = Sharing(self._store, self._clock, settings.peer_listen, settings.peer_limit_bytes_per_s)
+            self._sharing = Sharing(self._store, self._clock, settings.neighbour_listen, settings.neighbour_limit_bytes_per_s)
         except (OSError, OverflowError) as error:
-            log.warning("neighbours get nothing: cannot listen on %s: %s", settings.peer_listen, error)
+            log.warning("neighbours get nothing: cannot listen on %s: %s", settings.neighbour_listen, error)
             return
         self._sharing.start()
 

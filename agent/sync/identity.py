@@ -92,7 +92,7 @@ class Identity(msgspec.Struct, frozen=True):
 def load(folder: Path) -> Identity:
     """The identity in `folder`.  Raises: IdentityError."""
     if not folder.is_dir():
-        raise IdentityError(f"this device is not enrolled: {folder} does not exist; run `edge-agent enroll STRING`")
+        raise IdentityError(f"this device is not enrolled: {folder} does not exist; run `edge-agent enrol STRING`")
     try:
         address = decode(_read(folder, "fleet.json"), FleetAddress, limit_bytes=_MAX_FILE_BYTES)
     except ContractError as error:

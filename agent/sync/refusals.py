@@ -11,7 +11,7 @@ from types import MappingProxyType
 import msgspec
 
 CHECK_NETWORK = "check the network, the firewall, and that the fleet server runs"
-ENROL_AGAIN = "ask an operator for an enrolment string, and enrol again: edge-agent enroll --force STRING"
+ENROL_AGAIN = "ask an operator for an enrolment string, and enrol again: edge-agent enrol --force STRING"
 ALLOW_RENEWAL = (
     "ask an operator to allow a late renewal (edge-fleet device allow-renewal {device}): this device then renews by itself; "
     "or enrol it again with --force"

@@ -44,7 +44,7 @@ class Device:
         self.config.write_text(yaml.safe_dump(settings))
 
     def enrol(self, string: str) -> None:
-        self._processes.call(*command("edge-agent", "enroll", string, "--device", self.name, "--config", self.config))
+        self._processes.call(*command("edge-agent", "enrol", string, "--device", self.name, "--config", self.config))
 
     def start(self) -> None:
         for part in ("serve", "sync"):

@@ -82,7 +82,7 @@ class Story:
                 self.fleet.run("token", "create", "--device", device.name, *group, quiet=device is not self.devices[0]).strip()
             )
             device.start()
-        self.screen.say("$ edge-agent enroll 'edge://…'   (once on each device)")
+        self.screen.say("$ edge-agent enrol 'edge://…'   (once on each device)")
         self.until("every device is online", lambda: all(self.online(device) for device in self.devices), 30)
         self.fleet.publish(RELEASES / "1.yaml")
         rollout = self.fleet.roll_out(1)

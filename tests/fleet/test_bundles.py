@@ -135,7 +135,7 @@ def test_from_the_server_to_a_device_without_a_network(own_server, tmp_path):
         command = [sys.executable, "-m", "agent.cli", *map(str, line), "--config", str(config)]
         return subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment(), check=False)
 
-    assert agent("enroll", str(server.enrolment_string()), "--device", "crane-9").returncode == 0
+    assert agent("enrol", str(server.enrolment_string()), "--device", "crane-9").returncode == 0
     manifest, contents = onnx_release(tmp_path / "release", 1, 2.0, watch=WatchRules(duration_s=0.2, max_duration_s=5.0))
     assert server.publish(manifest, contents.values()).status_code == 200
     server.post("/rollouts", {"release": "crane:1"})

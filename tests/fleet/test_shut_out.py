@@ -101,9 +101,9 @@ def gone(server, tmp_path, request):
 SHUT_OUT = [
     # what happened, what doctor says of the fleet server and of the broker, and what is to be done
     ("ended", lambda d: d.ends(), "certificate has ended", "certificate has ended", "allow-renewal"),
-    ("revoked", lambda d: d.server.post(f"/devices/{d.name}/revoke"), "shut this device out", "was revoked", "enroll --force"),
-    ("deleted", lambda d: d.server.request("DELETE", f"/devices/{d.name}"), "does not know this device", "was revoked", "enroll --force"),
-    ("of another CA", lambda d: d.comes_from_elsewhere(), "does not know who issued", "does not know who issued", "enroll --force"),
+    ("revoked", lambda d: d.server.post(f"/devices/{d.name}/revoke"), "shut this device out", "was revoked", "enrol --force"),
+    ("deleted", lambda d: d.server.request("DELETE", f"/devices/{d.name}"), "does not know this device", "was revoked", "enrol --force"),
+    ("of another CA", lambda d: d.comes_from_elsewhere(), "does not know who issued", "does not know who issued", "enrol --force"),
 ]  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def enrolled(server, folder: Path, name: str) -> tuple[Path, Path]:
             }
         )
     )  # fmt: skip
-    line = ["enroll", str(server.enrolment_string()), "--device", name, "--config", str(config)]
+    line = ["enrol", str(server.enrolment_string()), "--device", name, "--config", str(config)]
     subprocess.run([sys.executable, "-m", "agent.cli", *line], check=True, capture_output=True, timeout=60, env=environment())
     address = folder / "identity" / "fleet.json"
     said = json.loads(address.read_text())

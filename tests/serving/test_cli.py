@@ -152,7 +152,7 @@ def test_failures_are_1_and_misuse_is_2(server, arguments, code, text):
 def test_help_imports_nothing_heavy():
     script = "import sys; sys.argv[1:] = ['--help']\nfrom agent.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    assert "enroll" in loaded
+    assert "enrol" in loaded
     for name in ("numpy", "rich", "agent.sync.cli", "onnxruntime"):
         assert f" {name} " not in loaded
 

@@ -1,4 +1,4 @@
-"""`edge-agent enroll | doctor | updates | hold | rollback` as an operator meets them: what they say, and how they exit."""
+"""`edge-agent enrol | doctor | updates | hold | rollback` as an operator meets them: what they say, and how they exit."""
 
 from __future__ import annotations
 
@@ -35,16 +35,23 @@ def run(*words: object):
     return CliRunner().invoke(cli, [str(word) for word in words])
 
 
-def test_enroll_says_what_happened_and_what_comes_next(config, server, authority, tmp_path):
+def test_enrol_says_what_happened_and_what_comes_next(config, server, authority, tmp_path):
     office = Office(server, authority)
-    done = run("enroll", office.string(), "--device", "crane-9", "--config", config)
+    done = run("enrol", office.string(), "--device", "crane-9", "--config", config)
 
     assert done.exit_code == 0, done.output
     assert "enrolled as 'crane-9' in fleet 'harbour'" in done.output
     assert office.requests[0]["hardware"]["cpus"] >= 1
-    again = run("enroll", office.string(), "--config", config)
+    again = run("enrol", office.string(), "--config", config)
     assert again.exit_code == 1
     assert "--force" in again.output
+
+
+def test_the_command_of_before_names_the_one_of_now():
+    done = run("enroll", "edge://…")
+
+    assert done.exit_code == 2
+    assert "is now called 'enrol'" in done.output
 
 
 def test_doctor_without_an_identity(config, store):

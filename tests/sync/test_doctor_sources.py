@@ -130,13 +130,13 @@ def neighbour(tmp_path: Path, serving: Store) -> Iterator[Sharing]:
 
 def test_neighbours(serving: Store, neighbour: Sharing):
     address = f"127.0.0.1:{neighbour.port}"
-    said = found(serving, peers=("127.0.0.1:1", address))
+    said = found(serving, neighbours=("127.0.0.1:1", address))
     assert said["neighbour 127.0.0.1:1"].level == "warning"
-    assert "peer_listen" in said["neighbour 127.0.0.1:1"].advice
+    assert "neighbour_listen" in said["neighbour 127.0.0.1:1"].advice
     assert said[f"neighbour {address}"].level == "ok"
     blob = blob_of(serving)
     neighbour.store.blob(blob.name).write_bytes(blob.read_bytes())
-    assert "has crane:1" in the_only(serving, peers=(address,)).message
+    assert "has crane:1" in the_only(serving, neighbours=(address,)).message
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_who_says_nothing_is_not_waited_for_and_holds_nobody_else_up(store, sile
     monkeypatch.setattr(sources, "PATIENCE_S", 0.5)
     address = f"127.0.0.1:{silent.getsockname()[1]}"
     begun = time.monotonic()
-    said = found(store, peers=(address,), local_sources=(tmp_path / "gone",))
+    said = found(store, neighbours=(address,), local_sources=(tmp_path / "gone",))
     assert time.monotonic() - begun < 5
     assert "no answer within" in said[f"neighbour {address}"].message
     assert "it is not there" in said[f"folder {tmp_path / 'gone'}"].message
@@ -192,8 +192,8 @@ def test_a_mirror_of_a_device_that_has_nothing_yet(store: Store, server, identit
 
 
 def test_lending(store: Store, neighbour: Sharing, silent: socket.socket):
-    assert the_only(store, peer_listen=f"0.0.0.0:{neighbour.port}").level == "ok"
-    assert the_only(store, peer_listen="127.0.0.1:1").level == "warning"
+    assert the_only(store, neighbour_listen=f"0.0.0.0:{neighbour.port}").level == "ok"
+    assert the_only(store, neighbour_listen="127.0.0.1:1").level == "warning"
 
 
 # -- what else keeps files away ----------------------------------------------------------------------------------------------------

@@ -322,4 +322,4 @@ def test_not_enrolled_says_what_to_do(tmp_path: Path):
 
     assert done.returncode == 1
     assert "this device is not enrolled" in done.stderr
-    assert "edge-agent enroll" in done.stderr
+    assert "edge-agent enrol" in done.stderr

@@ -106,7 +106,7 @@ def test_what_is_needed_is_never_deleted(active, previous, pinned, fetched, shor
     "setting",
     [
         "transfer_window: 25:00-06:00", "transfer_window: night", "transfer_window: '06:00-06:00'", "disk_quota_bytes: -1",
-        "bandwidth_limit_bytes_per_s: -5", "peers: [nowhere]", "peer_listen: ':'", "mirrors: ['http://cdn.example.com']",
+        "bandwidth_limit_bytes_per_s: -5", "neighbours: [nowhere]", "neighbour_listen: ':'", "mirrors: ['http://cdn.example.com']",
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_meant(setting, tmp_path: Path):
@@ -117,10 +117,19 @@ def test_settings_that_cannot_be_meant(setting, tmp_path: Path):
         load(path)
 
 
+@pytest.mark.parametrize("old", ["peers: []", "peer_listen: ''", "peer_limit_bytes_per_s: 0"])
+def test_settings_of_before_name_those_of_now(old, tmp_path: Path):
+    path = tmp_path / "agent.yaml"
+    path.write_text(f"sync:\n  {old}\n")
+
+    with pytest.raises(ConfigError, match=r"sync.peer\S* is now called sync.neighbour"):
+        load(path)
+
+
 def test_settings_as_they_are_written(tmp_path: Path):
     path = tmp_path / "agent.yaml"
     path.write_text(
-        "sync:\n  transfer_window: 22:00-06:00\n  peers: ['192.0.2.7:8500', '[2001:db8::1]:8500']\n  mirrors: [https://cdn.example.com/fleet]\n"
+        "sync:\n  transfer_window: 22:00-06:00\n  neighbours: ['192.0.2.7:8500', '[2001:db8::1]:8500']\n  mirrors: [https://cdn.example.com/fleet]\n"
         "  local_sources: [/media/usb]\n"
     )
 

@@ -159,7 +159,7 @@ def neighbour(tmp_path: Path):
 
 
 def test_a_neighbour_is_asked_before_the_fleet_server(store: Store, neighbour: Sharing):
-    settings = SyncSettings(peers=("127.0.0.1:1", f"127.0.0.1:{neighbour.port}"))
+    settings = SyncSettings(neighbours=("127.0.0.1:1", f"127.0.0.1:{neighbour.port}"))
     server = MemoryBlobs(DATA, place=30)
     asked = configured.sources(
         settings, lambda: FleetHttp("https://127.0.0.1:1", SystemClock()), SystemClock(), Path("x"), bool

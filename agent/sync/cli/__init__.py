@@ -1,4 +1,4 @@
-"""`edge-agent sync | enroll | trial | doctor | tuf`, and those of `operator`. Nothing heavy is imported before a command runs."""
+"""`edge-agent sync | enrol | trial | doctor | tuf`, and those of `operator`. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -48,25 +48,27 @@ def sync(config_path: Path | None, *, verbose: bool) -> None:
 @click.option("--device", help="The id to ask for; without it the fleet server chooses.")
 @click.option("--force", is_flag=True, help="Replace the identity this device has.")
 @config_option
-def enroll(string: str, device: str | None, config_path: Path | None, *, force: bool) -> None:
+def enrol(string: str, device: str | None, config_path: Path | None, *, force: bool) -> None:
     """Join a fleet with the STRING its operator gave you (edge://TOKEN@HOST:PORT/?ca=...); - reads it from standard input.
 
     \b
     Examples:
-      edge-agent enroll 'edge://…'
-      edge-fleet token create | ssh camera-1 edge-agent enroll -
+      edge-agent enrol 'edge://…'
+      edge-fleet token create | ssh camera-1 edge-agent enrol -
     """
     if string == "-":
         string = sys.stdin.readline().strip()
     config = load(config_path)
     from agent.host import hardware
     from agent.host.clock import SystemClock
-    from agent.sync.fleet import enrol
+    from agent.sync.fleet import enrol as enrolment
     from agent.sync.identity import IdentityError
 
     try:
-        who = enrol.enrol(string, config.sync.identity, SystemClock(), device=device, hardware=hardware.probe(), force=force)
-    except (enrol.EnrolmentFailed, IdentityError, ValueError) as error:
+        who = enrolment.enrol(
+            string, config.sync.identity, SystemClock(), device=device, hardware=hardware.probe(), force=force
+        )
+    except (enrolment.EnrolmentFailed, IdentityError, ValueError) as error:
         fail(str(error))
     except OSError as error:
         fail(f"the identity cannot be written to {config.sync.identity}: {error}")
@@ -188,5 +190,5 @@ def _told() -> Iterator[None]:
         fail(str(error))
 
 
-COMMANDS = (sync, enroll, import_, trial, doctor, updates, why, approve, hold, unhold, rollback, quarantine, tuf)
+COMMANDS = (sync, enrol, import_, trial, doctor, updates, why, approve, hold, unhold, rollback, quarantine, tuf)
 """For `edge-agent`'s group."""

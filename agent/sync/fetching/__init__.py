@@ -4,7 +4,7 @@ layout      what a file is made of, and which stretches to ask for. Pure
 staged      a file that is being put together on disk
 local       blocks that this store holds already
 sources     who may have blobs, in which order, and who is left alone for a while
-https, folders, peers, mqtt    the sources
+https, folders, mqtt    the sources
 budget      the bytes per second and the hours that all downloads share
 downloader  all of it together
 """

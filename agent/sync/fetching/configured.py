@@ -10,12 +10,12 @@ from agent.store import Store
 from agent.sync.fetching.budget import Budget, hours
 from agent.sync.fetching.downloader import Downloader
 from agent.sync.fetching.folders import FolderBlobs
-from agent.sync.fetching.https import PEER_PLACE, HttpBlobs
+from agent.sync.fetching.https import NEIGHBOUR_PLACE, HttpBlobs
 from agent.sync.fetching.sources import Source
 from agent.sync.http import FleetHttp
 from agent.sync.ports import Clock
 
-PEER_CONNECT_S = 2.0
+NEIGHBOUR_CONNECT_S = 2.0
 """A neighbour on the local network answers at once or is switched off."""
 
 
@@ -39,13 +39,16 @@ def sources(
     of the fleet's own (`ca`).
     """
 
-    def peer(address: str) -> Callable[[], FleetHttp]:
-        return lambda: FleetHttp(f"http://{address}", clock, connect_timeout_s=PEER_CONNECT_S)
+    def neighbour(address: str) -> Callable[[], FleetHttp]:
+        return lambda: FleetHttp(f"http://{address}", clock, connect_timeout_s=NEIGHBOUR_CONNECT_S)
 
     def mirror(url: str) -> Callable[[], FleetHttp]:
         return lambda: FleetHttp(url, clock, ca=ca, public=True, unset=unset)
 
     found: list[Source] = [FolderBlobs(folder) for folder in settings.local_sources]
-    found += [HttpBlobs(peer(one), name=f"the neighbour {one}", place=PEER_PLACE, final=False) for one in settings.peers]
+    found += [
+        HttpBlobs(neighbour(one), name=f"the neighbour {one}", place=NEIGHBOUR_PLACE, final=False)
+        for one in settings.neighbours
+    ]
     found += [HttpBlobs(mirror(url), name=f"the mirror {url}", final=False) for url in settings.mirrors]
     return [*found, HttpBlobs(fleet)]

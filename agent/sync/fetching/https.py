@@ -11,7 +11,7 @@ from agent.sync.fetching.sources import NotHere, Reader
 from agent.sync.http import FleetHttp, HttpStatus
 from agent.sync.problems import Problem
 
-PEER_PLACE, WEB_PLACE = 20, 30
+NEIGHBOUR_PLACE, WEB_PLACE = 20, 30
 """Neighbours before the internet."""
 
 LARGE_BYTES = 16 * 1024 * 1024

@@ -17,7 +17,7 @@ from agent.sync.problems import Problem
 
 REST_FIRST_S = 5.0
 REST_LONGEST_S = 600.0
-"""How long a source that failed is left alone, doubling. A stick that was pulled out or a peer that is switched off costs a timeout each time."""
+"""How long a source that failed is left alone, doubling. A stick that was pulled out or a neighbour that is switched off costs a timeout each time."""
 
 TRIES_ON_WRONG_BYTES = 2
 """A proxy or a bad memory cell can damage bytes once; the same wrong bytes twice are what the source has."""

@@ -46,7 +46,7 @@ def finding(folder: Path, now: float) -> str | None:
     return (
         f"another device has this one's identity: it took this one's place at the broker {lately} times within {WITHIN_S / 60:.0f} "
         "minutes. A card or a state folder was copied after it had been enrolled; enrol the copy as a device of its own "
-        "(edge-agent enroll --force STRING)"
+        "(edge-agent enrol --force STRING)"
     )
 
 

@@ -22,7 +22,7 @@ from agent.contract.codec import ContractError
 from agent.contract.names import SHA256, ReleaseRef
 from agent.store import Selection, Store, StoreError
 from agent.sync.fetching.budget import hours
-from agent.sync.fetching.configured import PEER_CONNECT_S
+from agent.sync.fetching.configured import NEIGHBOUR_CONNECT_S
 from agent.sync.fetching.folders import MAX_BLOBS, MAX_BUNDLES, open_regular
 from agent.sync.fetching.spool import Spool, Told
 from agent.sync.gates import windows
@@ -54,10 +54,10 @@ def examine(config: AgentConfig, who: Identity | None, clock: Clock, *, unset: C
     known = _known(store)
     checks: list[tuple[str, Check]] = [("imported bundles", lambda: _imported(Spool(store)))]
     checks += [(f"folder {one}", lambda one=one: _folder(one)) for one in settings.local_sources]  # type: ignore[misc]
-    checks += [(f"neighbour {one}", lambda one=one: _neighbour(one, clock, known)) for one in settings.peers]  # type: ignore[misc]
+    checks += [(f"neighbour {one}", lambda one=one: _neighbour(one, clock, known)) for one in settings.neighbours]  # type: ignore[misc]
     checks += [(f"mirror {url}", lambda url=url: _mirror(url, who, clock, unset, known)) for url in settings.mirrors]  # type: ignore[misc]
-    if settings.peer_listen:
-        checks.append(("lending to neighbours", lambda: _lending(settings.peer_listen)))
+    if settings.neighbour_listen:
+        checks.append(("lending to neighbours", lambda: _lending(settings.neighbour_listen)))
     yield from _at_once(checks)
     if settings.transfer_window:
         yield download_hours(settings, clock)
@@ -217,11 +217,11 @@ def _not_a_bundle(path: Path) -> str | None:
 
 def _neighbour(address: str, clock: Clock, known: Known | None) -> Finding:
     name = f"neighbour {address}"
-    http = FleetHttp(f"http://{address}", clock, connect_timeout_s=PEER_CONNECT_S)
+    http = FleetHttp(f"http://{address}", clock, connect_timeout_s=NEIGHBOUR_CONNECT_S)
     try:
         status = _ask(http, known)
     except Problem as problem:
-        advice = "see whether it is switched on, has sync.peer_listen, and its firewall lets this device in"
+        advice = "see whether it is switched on, has sync.neighbour_listen, and its firewall lets this device in"
         return Finding(name, "warning", problem.message, advice)
     if status in (200, 206) and known is not None:
         return Finding(name, "ok", f"it lends, and has {known[0]}")
@@ -267,7 +267,7 @@ def _lending(listen: str) -> Finding:
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
     try:
-        socket.create_connection((_ANYWHERE.get(host, host), int(port)), timeout=PEER_CONNECT_S).close()
+        socket.create_connection((_ANYWHERE.get(host, host), int(port)), timeout=NEIGHBOUR_CONNECT_S).close()
     except OSError as error:
         message = f"nobody listens at {listen}: {error.strerror or error}"
         return Finding(name, "warning", message, "start `edge-agent sync`; its log says whether the port was taken")
