@@ -32,14 +32,14 @@ from agent.host.signals import Ending
 from agent.store import Store, StoreError
 from agent.sync import identity
 from agent.sync.exclusive import exclusive
-from agent.sync.fetching import configured
+from agent.sync.fetching import factory
 from agent.sync.fetching.imports import Imports
 from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers, sized
 from agent.sync.fetching.sharing import Sharing
 from agent.sync.fetching.spool import NoNetwork
 from agent.sync.fleet import link, takeovers
 from agent.sync.fleet.counters import Counter
-from agent.sync.fleet.delivery import Deliveries
+from agent.sync.fleet.deliveries import Deliveries
 from agent.sync.fleet.outbox import Outbox
 from agent.sync.fleet.renewal import Renewal
 from agent.sync.fleet.reports import Reporter, Signer, model_state
@@ -106,10 +106,10 @@ class SyncApp:
             self._ask_broker, lambda: self.link.connected, **sized(settings.bandwidth_limit_bytes_per_s)
         )
         self._renewal = Renewal(clock, self._http, self._renew_by_broker)
-        sources = configured.sources(settings, self._http, clock, who.ca_file, clock.unset)
+        sources = factory.sources(settings, self._http, clock, who.ca_file, clock.unset)
         if settings.mqtt_transfers:
             sources.append(MqttBlobs(self._transfers))
-        downloads = configured.downloader(
+        downloads = factory.downloader(
             store, settings, clock, [source for source in sources if networked or not source.metered]
         )
         self._imports = Imports(store, who.device, downloads.sources, self._tell)
@@ -120,7 +120,7 @@ class SyncApp:
             self._fleet_said,
             self._renew_when_due if networked else lambda: None,
             at_most_s=self._lease_pause_s,
-            taken=lambda: self._imports.take(self._trust.refresh),
+            imported=lambda: self._imports.accept(self._trust.refresh),
             networked=networked,
         )
         self._serving = ServeClient(config.serve.socket)

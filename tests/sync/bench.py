@@ -16,7 +16,7 @@ from agent.contract.reports import Hardware, Phase
 from agent.lives import Life
 from agent.store import Store
 from agent.sync.fetching.downloader import Downloader
-from agent.sync.fleet.delivery import Deliveries
+from agent.sync.fleet.deliveries import Deliveries
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem
 from agent.sync.serving import (

@@ -21,9 +21,9 @@ from agent.contract.manifest import Block, File, ReleaseManifest, Variant
 from agent.contract.reasons import Reason
 from agent.host.clock import SystemClock
 from agent.store import Store
-from agent.sync.fetching import layout
+from agent.sync.fetching import pieces as stretches
 from agent.sync.fetching.https import GATHER_BYTES, HttpBlobs
-from agent.sync.fetching.layout import Piece, pieces, runs
+from agent.sync.fetching.pieces import Piece, pieces, runs
 from agent.sync.fetching.sources import NotHere, Sources, verdict
 from agent.sync.fetching.staged import BLOCKS_SUFFIX
 from agent.sync.http import FleetHttp
@@ -65,7 +65,7 @@ def test_small_gaps_are_bridged_as_long_as_little_is_wasted():
 
     near = [piece(0, 100_000), piece(101_000, 200_000)]
     far = [piece(0, 100_000), piece(120_000, 200_000)]
-    huge = [piece(0, 10_000_000), piece(10_000_000 + layout.MAX_GAP_BYTES + 1, 20_000_000)]
+    huge = [piece(0, 10_000_000), piece(10_000_000 + stretches.MAX_GAP_BYTES + 1, 20_000_000)]
 
     assert [(run.start, run.end) for run in runs(near)] == [(0, 200_000)]
     assert len(runs(far)) == 2
@@ -84,7 +84,7 @@ def test_runs_cover_what_is_missing_and_little_else(steps):
 
     assert [piece for run in found for piece in run.pieces] == missing
     asked = sum(run.end - run.start for run in found)
-    assert asked <= layout.size_bytes(missing) * (1 + layout.MAX_WASTE) + 1
+    assert asked <= stretches.size_bytes(missing) * (1 + stretches.MAX_WASTE) + 1
     assert all(before.end <= after.start for before, after in itertools.pairwise(found))
 
 

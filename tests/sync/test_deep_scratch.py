@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.host.clock import SystemClock
-from agent.sync.trials.keeping import Keeper, remove_tree
+from agent.sync.trials.supervision import Supervisor, remove_tree
 from agent.sync.trials.trial import TrialProcesses
 
 
@@ -35,6 +35,6 @@ def test_sync_starts_after_a_trial_that_made_deep_folders(scratch: Path, tmp_pat
 
 
 def test_deep_folders_end_a_trial(scratch: Path):
-    found = Keeper(os.getpid(), scratch / "trial-x", 1 << 30).look()
+    found = Supervisor(os.getpid(), scratch / "trial-x", 1 << 30).check()
     assert found is not None
     assert not found.retryable

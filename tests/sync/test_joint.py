@@ -9,17 +9,17 @@ from agent.contract.reports import Phase
 from agent.store import Choice, Selection
 from agent.sync.serving import ServeAway
 from agent.sync.updating.update import UpdateState
-from tests.sync.crew import Crew
+from tests.sync.team_bench import TeamBench
 
 
 def test_a_lease_that_is_renewed_while_a_release_waits_keeps_no_other_model(tmp_path: Path):
-    crew = Crew(tmp_path)
+    bench = TeamBench(tmp_path)
     stopped = Selection(model="arm", active=Choice(version=1, variant="cpu"))
     waits = UpdateState(model="arm", phase=Phase.WAITING, waiting_for="window", target=2, stopped=stopped)
-    crew.records.states.save(waits)
-    crew.records.states.save(UpdateState(model="eye", phase=Phase.WAITING, waiting_for="window", target=3))
-    crew.again()
-    arm, eye = crew.updaters["arm"], crew.updaters["eye"]
+    bench.records.states.save(waits)
+    bench.records.states.save(UpdateState(model="eye", phase=Phase.WAITING, waiting_for="window", target=3))
+    bench.again()
+    arm, eye = bench.updaters["arm"], bench.updaters["eye"]
     loading, let_go, stepped = threading.Event(), threading.Event(), threading.Event()
 
     def load(*_):
@@ -27,7 +27,7 @@ def test_a_lease_that_is_renewed_while_a_release_waits_keeps_no_other_model(tmp_
         let_go.wait(20.0)
         raise ServeAway("serve went away", sent=True)
 
-    crew.serve.load = load  # type: ignore[method-assign]
+    bench.serve.load = load  # type: ignore[method-assign]
     loads = threading.Thread(target=lambda: arm.step(lambda: False))
     other = threading.Thread(target=lambda: (eye.step(lambda: False), stepped.set()))
     loads.start()

@@ -17,7 +17,7 @@ from agent.contract.codec import encode
 from agent.contract.reasons import Reason
 from agent.host.clock import SystemClock
 from agent.store import Store
-from agent.sync.fetching import configured, folders, sharing
+from agent.sync.fetching import factory, folders, sharing
 from agent.sync.fetching.budget import Budget, hours
 from agent.sync.fetching.folders import FolderBlobs
 from agent.sync.fetching.sharing import Sharing
@@ -161,9 +161,7 @@ def neighbour(tmp_path: Path):
 def test_a_neighbour_is_asked_before_the_fleet_server(store: Store, neighbour: Sharing):
     settings = SyncSettings(neighbours=("127.0.0.1:1", f"127.0.0.1:{neighbour.port}"))
     server = MemoryBlobs(DATA, place=30)
-    asked = configured.sources(
-        settings, lambda: FleetHttp("https://127.0.0.1:1", SystemClock()), SystemClock(), Path("x"), bool
-    )
+    asked = factory.sources(settings, lambda: FleetHttp("https://127.0.0.1:1", SystemClock()), SystemClock(), Path("x"), bool)
 
     fetch(downloader(store, *asked[:-1], server), FILE)
 
@@ -232,7 +230,7 @@ def test_a_mirror_is_used_and_sees_no_certificate(
         def fleet() -> FleetHttp:
             return FleetHttp(server.url, clock, ca=who.ca_file, certificate=who.certificate_file, key=who.key_file)
 
-        fetch(downloader(store, *configured.sources(settings, fleet, clock, who.ca_file, bool)), FILE)
+        fetch(downloader(store, *factory.sources(settings, fleet, clock, who.ca_file, bool)), FILE)
 
         assert store.blob(FILE.sha256).read_bytes() == DATA
         assert seen == [None]
@@ -254,9 +252,7 @@ def test_a_mirror_that_nobody_vouches_for_is_passed_over(
         def fleet() -> FleetHttp:
             return FleetHttp(server.url, clock, ca=who.ca_file, certificate=who.certificate_file, key=who.key_file)
 
-        fetch(
-            downloader(store, *configured.sources(SyncSettings(mirrors=(stranger.url,)), fleet, clock, who.ca_file, bool)), FILE
-        )
+        fetch(downloader(store, *factory.sources(SyncSettings(mirrors=(stranger.url,)), fleet, clock, who.ca_file, bool)), FILE)
 
         assert store.blob(FILE.sha256).read_bytes() == DATA
         assert stranger.asked == []
@@ -311,10 +307,10 @@ def test_outside_the_hours_downloads_rest_and_go_on_where_they_were(store: Store
 def test_the_smaller_number_goes_first():
     clock = FakeClock()
     budget = Budget(clock, limit_bytes_per_s=1000, pause=lambda _: threading.Event().wait(0.001))
-    budget.take(2000, 0, lambda: False)  # a debt that all wait for
+    budget.wait_for(2000, 0, lambda: False)  # a debt that all wait for
     order: list[int] = []
     threads = [
-        threading.Thread(target=lambda p=priority: (budget.take(1000, p, lambda: False), order.append(p)))
+        threading.Thread(target=lambda p=priority: (budget.wait_for(1000, p, lambda: False), order.append(p)))
         for priority in (5, 9, 1)
     ]
     for number, thread in enumerate(threads, 1):
@@ -332,11 +328,11 @@ def test_the_smaller_number_goes_first():
 def test_who_waits_can_be_stopped():
     clock = Sleeper()
     budget = Budget(clock, limit_bytes_per_s=1, pause=clock.sleep)
-    budget.take(100, 0, lambda: False)
+    budget.wait_for(100, 0, lambda: False)
     asked = []
 
     with pytest.raises(Stopped):
-        budget.take(100, 0, lambda: bool(asked.append(1)) or len(asked) > 3)
+        budget.wait_for(100, 0, lambda: bool(asked.append(1)) or len(asked) > 3)
     assert budget._queue == []
 
 

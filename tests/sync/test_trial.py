@@ -25,8 +25,8 @@ from agent.host.clock import SystemClock
 from agent.sync.problems import Problem, Stopped
 from agent.sync.trials import containment
 from agent.sync.trials.protocol import Case, Limits, Request
+from agent.sync.trials.queue import TrialQueue
 from agent.sync.trials.trial import TrialProcesses
-from agent.sync.trials.turns import Turns
 from tests.serving import onnx_models, tflite_models
 from tests.sync.conftest import eventually
 from tests.sync.fleet import npz
@@ -187,7 +187,7 @@ def test_helpers_that_end_are_nobodys_business(trials, tmp_path):
 
 @pytest.mark.parametrize("end", ["segfault", "exit 0", "sleep 600"])
 def test_what_it_started_goes_with_it_however_it_ends(end, trials, tmp_path):
-    """The keeper saw it while the trial ran; what left the session only in the last moments before a crash is the unit's to end."""
+    """It was seen it while the trial ran; what left the session only in the last moments before a crash is the unit's to end."""
     found = refused(trials, request(tmp_path, f"run then fork 2 600 then sleep 0.5 then {end}"), timeout_s=3.0)
 
     assert found.reason is (Reason.TRIAL_TIMED_OUT if end.startswith("sleep") else Reason.TRIAL_CRASHED)
@@ -657,8 +657,8 @@ def test_what_the_trial_must_not_load():
 
 
 def test_a_trial_begins_when_its_turn_has_come_and_not_before(tmp_path):
-    turns, marks, order = Turns(cores=1), tmp_path / "scratch", []
-    trials = TrialProcesses(SystemClock(), tmp_path / "no-such.sock", turns, scratch=marks)
+    queue, marks, order = TrialQueue(cores=1), tmp_path / "scratch", []
+    trials = TrialProcesses(SystemClock(), tmp_path / "no-such.sock", queue, scratch=marks)
 
     def begins() -> None:
         order.append("begins")
@@ -667,7 +667,7 @@ def test_a_trial_begins_when_its_turn_has_come_and_not_before(tmp_path):
     thread = threading.Thread(
         target=lambda: trials.run(request(tmp_path, "scale 2"), 30.0, lambda: order.append("asked") is not None, begins)
     )
-    with turns.take(0, 0, 1, lambda: False):
+    with queue.turn(0, 0, 1, lambda: False):
         thread.start()
         eventually(lambda: len(order) > 1, "it to wait")
         assert "begins" not in order

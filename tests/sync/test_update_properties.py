@@ -31,13 +31,13 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
 from agent.store import Selection, Store, StoreError
-from agent.sync.operator import byhand
+from agent.sync.operator import actions
 from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway
 from agent.sync.updating.states import States
 from tests.sync.bench import Killed, numbers
-from tests.sync.crew import Crew
-from tests.sync.test_together import Death
+from tests.sync.team_bench import TeamBench
+from tests.sync.test_teams import Death
 
 WATCH = WatchRules(duration_s=5.0, max_duration_s=20.0, min_requests_to_judge=5, report_within_s=30.0)
 MODELS = ("arm", "eye")
@@ -60,7 +60,7 @@ class Device(RuleBasedStateMachine):
         self.ending = contextlib.ExitStack()
         folder = self.ending.enter_context(tempfile.TemporaryDirectory())
         self.patch = self.ending.enter_context(pytest.MonkeyPatch.context())
-        self.crew = Crew(Path(folder), MODELS)
+        self.crew = TeamBench(Path(folder), MODELS)
         self.passed: set[tuple[str, int]] = set()
         self.approved: set[tuple[str, int]] = set()
         self.withdrawn: dict[str, set[int]] = {model: set() for model in MODELS}
@@ -222,13 +222,13 @@ class Device(RuleBasedStateMachine):
     @rule(model=st.sampled_from(MODELS))
     def somebody_approves(self, model: str) -> None:
         with contextlib.suppress(StoreError):
-            self.approved.add((model, byhand.approve(self.crew.store, model)))
+            self.approved.add((model, actions.approve(self.crew.store, model)))
 
     @rule(model=st.sampled_from(MODELS))
     def somebody_holds(self, model: str) -> None:
         if self.crew.updaters[model].state.phase in REST and not self.crew.serve.away:
             with contextlib.suppress(StoreError):
-                byhand.hold(self.crew.store, model)
+                actions.hold(self.crew.store, model)
 
     @rule(model=st.sampled_from(MODELS))
     def somebody_lets_go(self, model: str) -> None:
@@ -236,7 +236,7 @@ class Device(RuleBasedStateMachine):
 
     @rule(model=st.sampled_from(MODELS))
     def somebody_clears_the_quarantine(self, model: str) -> None:
-        byhand.clear(self.crew.store, model)
+        actions.clear(self.crew.store, model)
 
     # -- what stays true -----------------------------------------------------------------------------------------------------
 

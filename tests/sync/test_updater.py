@@ -17,7 +17,7 @@ from agent.contract.manifest import WatchRules
 from agent.contract.reasons import METADATA, Reason
 from agent.contract.reports import Hardware, Outcome, Phase
 from agent.store import Choice, Selection, StoreError
-from agent.sync.operator import byhand
+from agent.sync.operator import actions
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem, Stopped
 from agent.sync.serving import ServeAway, ServeRefused
@@ -824,7 +824,7 @@ def test_a_shadow_rollout_is_tried_and_does_not_serve_until_it_may(on_one: Bench
 
 
 def test_a_held_model_stays_as_it_is(on_one: Bench):
-    byhand.hold(on_one.store, MODEL)
+    actions.hold(on_one.store, MODEL)
     on_one.want(2)
     for _ in range(5):
         on_one.step()
@@ -841,7 +841,7 @@ def test_an_operator_goes_back_by_hand_without_a_network(on_one: Bench):
     on_one.install(2)
     on_one.manifest_problem = Problem(Reason.DOWNLOAD_FAILED, "unplugged")
     on_one.clock.pass_(30 * DAY)
-    assert byhand.go_back(on_one.store, MODEL, None) == 1
+    assert actions.roll_back(on_one.store, MODEL, None) == 1
     on_one.step()
     on_one.until(P.STEADY)
     for _ in range(5):
@@ -855,7 +855,7 @@ def test_going_back_by_hand_during_a_watch(on_one: Bench):
     on_one.want(2)
     on_one.step()
     on_one.until(P.WATCHING)
-    assert byhand.go_back(on_one.store, MODEL, None) == 1
+    assert actions.roll_back(on_one.store, MODEL, None) == 1
     on_one.until(P.STEADY)
 
     assert on_one.serving == 1
@@ -863,7 +863,7 @@ def test_going_back_by_hand_during_a_watch(on_one: Bench):
 
 def test_a_withdrawal_is_stronger_than_a_hold(on_one: Bench):
     on_one.install(2)
-    byhand.hold(on_one.store, MODEL)
+    actions.hold(on_one.store, MODEL)
     on_one.want(1, withdrawn=(2,))
     on_one.step()
     on_one.until(P.STEADY)
@@ -873,7 +873,7 @@ def test_a_withdrawal_is_stronger_than_a_hold(on_one: Bench):
 
 def test_there_may_be_nothing_to_go_back_to(on_one: Bench):
     with pytest.raises(StoreError, match="nothing to go back to"):
-        byhand.go_back(on_one.store, MODEL, None)
+        actions.roll_back(on_one.store, MODEL, None)
 
 
 def test_a_release_that_serves_already_answers_a_new_rollout(on_one: Bench):

@@ -27,13 +27,13 @@ def updates(config_path: Path | None, forget: str | None, *, as_json: bool) -> N
     """
     config = load(config_path)
     from agent.contract.names import ReleaseRef
-    from agent.sync.operator import byhand, overview
+    from agent.sync.operator import actions, overview
 
     store = Store(config.store)
     try:
         if forget is not None:
             ref = ReleaseRef.parse(forget)
-            done = byhand.clear(store, ref.model, ref.version)
+            done = actions.clear(store, ref.model, ref.version)
             click.echo(f"{ref} may be tried again" if done else f"{ref} was not refused here")
             return
         models = overview.read(store)
@@ -81,10 +81,10 @@ def approve(model: str, release: int | None, config_path: Path | None, *, as_jso
       edge-agent approve digits
       edge-agent approve digits 5
     """
-    from agent.sync.operator import byhand
+    from agent.sync.operator import actions
 
     with _told(), _store(config_path) as store:
-        version = byhand.approve(store, model, release)
+        version = actions.approve(store, model, release)
     _answer(
         as_json,
         {"model": model, "approved": version},
@@ -106,13 +106,13 @@ def hold(model: str, release: int | None, config_path: Path | None, *, lift: boo
       edge-agent hold digits
       edge-agent hold digits 3
     """
-    from agent.sync.operator import byhand
+    from agent.sync.operator import actions
 
     if lift:
         _lift(model, config_path, as_json=as_json)
         return
     with _told(), _store(config_path) as store:
-        version = byhand.hold(store, model, release)
+        version = actions.hold(store, model, release)
     _answer(
         as_json, {"model": model, "held": version}, f"{model} is held on release {version}; `edge-agent unhold {model}` ends it"
     )
@@ -153,10 +153,10 @@ def rollback(model: str, version: int | None, config_path: Path | None, *, as_js
       edge-agent rollback digits
       edge-agent rollback digits --to 2
     """
-    from agent.sync.operator import byhand
+    from agent.sync.operator import actions
 
     with _told(), _store(config_path) as store:
-        version = byhand.go_back(store, model, version)
+        version = actions.roll_back(store, model, version)
     text = f"{model} goes back to release {version} within seconds, and stays there until `edge-agent unhold {model}`"
     _answer(as_json, {"model": model, "held": version}, text)
 
@@ -180,10 +180,10 @@ def quarantine_list(model: str | None, config_path: Path | None, *, as_json: boo
     """
     import msgspec
 
-    from agent.sync.operator import byhand, overview
+    from agent.sync.operator import actions, overview
 
     with _told(), _store(config_path) as store:
-        found = byhand.quarantined(store, model)
+        found = actions.quarantined(store, model)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(found), indent=2))
     elif not found:
@@ -207,10 +207,10 @@ def quarantine_clear(model: str, release: int | None, config_path: Path | None, 
       edge-agent quarantine clear digits 4
       edge-agent quarantine clear digits
     """
-    from agent.sync.operator import byhand
+    from agent.sync.operator import actions
 
     with _told(), _store(config_path) as store:
-        cleared = byhand.clear(store, model, release)
+        cleared = actions.clear(store, model, release)
         if release is not None and not cleared:
             raise StoreError(f"{model}:{release} is not refused here; `edge-agent quarantine list` shows what is")
     text = (

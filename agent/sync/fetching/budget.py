@@ -43,7 +43,7 @@ class Budget:
         self._saved = float(limit_bytes_per_s) * BURST_S
         self._filled = clock.monotonic()
 
-    def take(self, count: int, priority: int, stop: Stop) -> float:
+    def wait_for(self, count: int, priority: int, stop: Stop) -> float:
         """Returns when `count` bytes may pass, a smaller priority first; the seconds that it took.  Raises: Stopped."""
         if self._limit <= 0:
             return 0.0

@@ -14,11 +14,11 @@ from agent.contract.manifest import File
 from agent.contract.reasons import Reason
 from agent.host.priority import in_background, rest
 from agent.store import Store
-from agent.sync.fetching import layout, local
+from agent.sync.fetching import pieces, reuse
 from agent.sync.fetching.budget import Budget
-from agent.sync.fetching.layout import Run
-from agent.sync.fetching.pace import Pace
+from agent.sync.fetching.pieces import Run
 from agent.sync.fetching.sources import TRIES_ON_WRONG_BYTES, NotHere, Reader, Source, Sources, WrongBytes, verdict
+from agent.sync.fetching.speed import MinimumSpeed
 from agent.sync.fetching.staged import BLOCKS_SUFFIX, Staged, allocated_bytes, staging
 from agent.sync.ports import Clock, Stop
 from agent.sync.problems import Problem, Stopped, store_problem
@@ -105,8 +105,8 @@ class Downloader:
             raise store_problem(error, f"writing {file.sha256}") from error
         return one.brought
 
-    def pace(self, bytes_to_go: int) -> Pace:
-        return Pace(self._clock, self._min_bytes_per_s, bytes_to_go)
+    def speed(self, bytes_to_go: int) -> MinimumSpeed:
+        return MinimumSpeed(self._clock, self._min_bytes_per_s, bytes_to_go)
 
     def monotonic(self) -> float:
         return self._clock.monotonic()
@@ -131,7 +131,7 @@ class _Fetch:
         with staging(self._store.staging, file) as staged:
             if file.blocks:
                 staged.look()
-                local.copy(self._store, staged, self._stop)
+                reuse.copy(self._store, staged, self._stop)
             else:
                 staged.look_at_prefix()
             self._progress(staged.have_bytes)
@@ -181,22 +181,22 @@ class _Fetch:
         while True:
             if source.metered:
                 self._downloader.budget.wait_open(self._stop)
-            pace = self._downloader.pace(self._file.size_bytes - staged.have_bytes)
+            speed = self._downloader.speed(self._file.size_bytes - staged.have_bytes)
             try:
                 with source.open(self._file.sha256) as read:
                     if self._file.blocks:
-                        self._fill(source, staged, read, pace)
+                        self._fill(source, staged, read, speed)
                     else:
-                        self._grow(source, staged, read, pace)
+                        self._grow(source, staged, read, speed)
                     return
             except _HoursOver:
                 continue
 
-    def _fill(self, source: Source, staged: Staged, read: Reader, pace: Pace) -> None:
+    def _fill(self, source: Source, staged: Staged, read: Reader, speed: MinimumSpeed) -> None:
         """The missing pieces, stretch after stretch."""
-        for run in layout.runs(staged.missing):
+        for run in pieces.runs(staged.missing):
             with read(run.start, run.end) as (start, chunks):
-                self._cut(source, staged, run, start, self._passing(chunks, source, pace))
+                self._cut(source, staged, run, start, self._passing(chunks, source, speed))
 
     def _cut(self, source: Source, staged: Staged, run: Run, start: int, chunks: Iterator[bytes]) -> None:
         """Cuts bytes that begin at `start` of the file into the pieces of a run; each is written as soon as it is whole and right."""
@@ -221,14 +221,14 @@ class _Fetch:
             at = piece.end
             self._progress(staged.have_bytes)
 
-    def _grow(self, source: Source, staged: Staged, read: Reader, pace: Pace) -> None:
+    def _grow(self, source: Source, staged: Staged, read: Reader, speed: MinimumSpeed) -> None:
         """A file without blocks: from where it stopped to its end, and only then is it known whether it is right."""
         size = self._file.size_bytes
         try:
             with read(staged.have_bytes, size) as (start, chunks):
                 if start != staged.have_bytes:
                     staged.clear()
-                for chunk in self._passing(chunks, source, pace):
+                for chunk in self._passing(chunks, source, speed):
                     staged.append(chunk[: size - staged.have_bytes])
                     self._progress(staged.have_bytes)
                     if staged.have_bytes == size:
@@ -249,15 +249,15 @@ class _Fetch:
             f"blob {self._file.sha256} broke off with {staged.have_bytes} of {self._file.size_bytes} bytes; it will be resumed",
         )
 
-    def _passing(self, chunks: Iterator[bytes], source: Source, pace: Pace) -> Iterator[bytes]:
+    def _passing(self, chunks: Iterator[bytes], source: Source, speed: MinimumSpeed) -> Iterator[bytes]:
         """The chunks as fast as they may come.  Raises: Problem when they come too slowly; Stopped; _HoursOver."""
         budget = self._downloader.budget
         for chunk in chunks:
             self._ask_to_stop(len(chunk))
             self.brought[source.name] += len(chunk)
             if source.metered:
-                pace.check(len(chunk))
-                pace.excuse(budget.take(len(chunk), self._priority, self._stop))
+                speed.check(len(chunk))
+                speed.excuse(budget.wait_for(len(chunk), self._priority, self._stop))
                 if not budget.open():
                     raise _HoursOver
             yield chunk

@@ -53,21 +53,21 @@ class Imports:
             if self.spool.accepted(id_)
         ]
 
-    def take(self, refresh: Callable[[Documents], Desired]) -> Desired | None:
+    def accept(self, refresh: Callable[[Documents], Desired]) -> Desired | None:
         """Verifies what waits; what the fleet says in the last one that was accepted. What is refused is removed. Never raises."""
-        taken = None
+        said = None
         for id_ in self.spool.ids():
             if not self.spool.accepted(id_):
                 try:
-                    taken = self._take(id_, refresh) or taken
+                    said = self._verify(id_, refresh) or said
                 except OSError as error:
                     log.warning("a bundle cannot be looked at: %s; it is tried again", error)
                 except Exception as error:  # whatever a stranger wrote into it, the follower must live
                     log.exception("a bundle failed in a way that was not foreseen")
                     self._refuse(id_, Problem(Reason.UNREADABLE, f"the bundle cannot be read: {type(error).__name__}: {error}"))
-        return taken
+        return said
 
-    def _take(self, id_: str, refresh: Callable[[Documents], Desired]) -> Desired | None:
+    def _verify(self, id_: str, refresh: Callable[[Documents], Desired]) -> Desired | None:
         try:
             releases = sorted(map(ReleaseRef.parse, self.spool.about(id_).releases))  # a label that nobody signed
             desired = refresh(BundleDocuments(self.spool.path(id_), self._device))

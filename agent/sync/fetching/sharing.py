@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if not data:
                     self.close_connection = True
                     return
-                sharing.budget.take(len(data), 0, sharing.ending.is_set)
+                sharing.budget.wait_for(len(data), 0, sharing.ending.is_set)
                 self.wfile.write(data)
                 start += len(data)
                 rest()

@@ -21,7 +21,7 @@ from agent.common import files
 from agent.contract.codec import ContractError, decode, encode
 from agent.contract.manifest import MAX_MANIFEST_BYTES, File
 from agent.host.priority import rest
-from agent.sync.fetching.layout import Piece, pieces
+from agent.sync.fetching.pieces import Piece, pieces
 
 BLOCKS_SUFFIX = ".blocks"
 READ_BYTES = 1 << 16

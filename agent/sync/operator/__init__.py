@@ -2,7 +2,7 @@
 
 overview         `edge-agent updates`
 why, why_text    `edge-agent why`: every gate, with its numbers
-byhand           holding, going back, approving, refusing by hand
+actions          holding, rolling back, approving, trying a refused release again
 doctor           what an update needs and is not there
 sources          its part about those who may have files
 findings         what one of its checks found

@@ -22,7 +22,7 @@ from agent.contract.codec import ContractError
 from agent.contract.names import SHA256, ReleaseRef
 from agent.store import Selection, Store, StoreError
 from agent.sync.fetching.budget import hours
-from agent.sync.fetching.configured import NEIGHBOUR_CONNECT_S
+from agent.sync.fetching.factory import NEIGHBOUR_CONNECT_S
 from agent.sync.fetching.folders import MAX_BLOBS, MAX_BUNDLES, open_regular
 from agent.sync.fetching.spool import Spool, Told
 from agent.sync.gates import windows

@@ -27,9 +27,9 @@ from agent.host import priority
 from agent.store import Store
 from agent.sync.ports import Clock, Stop
 from agent.sync.problems import Problem, Stopped
-from agent.sync.trials.keeping import Keeper, remove_tree
 from agent.sync.trials.protocol import MAX_REPLY_BYTES, Case, Limits, Progress, Request, Verdict, parse_line
-from agent.sync.trials.turns import Turns
+from agent.sync.trials.queue import TrialQueue
+from agent.sync.trials.supervision import Supervisor, remove_tree
 
 TICK_S = 0.2
 """How often a running trial looks whether it should stop."""
@@ -105,7 +105,7 @@ class TrialProcesses:
         self,
         clock: Clock,
         socket_path: Path,
-        turns: Turns | None = None,
+        queue: TrialQueue | None = None,
         *,
         scratch: Path | None = None,
         scratch_bytes: int = SCRATCH_BYTES,
@@ -117,10 +117,10 @@ class TrialProcesses:
         self._scratch_bytes = scratch_bytes
         if scratch is not None:
             remove_tree(scratch)  # of trials that a power cut ended
-        self._turns = turns or Turns()
+        self._queue = queue or TrialQueue()
 
     def run(self, request: Request, timeout_s: float, stop: Stop, begins: Callable[[], None] = lambda: None) -> Evidence:
-        with self._turns.take(request.priority, request.limits.memory_bytes, request.threads, stop):
+        with self._queue.turn(request.priority, request.limits.memory_bytes, request.threads, stop):
             begins()
             return self._run(request, timeout_s, stop)
 
@@ -179,8 +179,8 @@ class TrialProcesses:
         assert child.stdout
         assert child.stderr
         priority.lower_process(child.pid)  # as the unit does: what it competes with answers requests
-        keeper = Keeper(child.pid, scratch, self._scratch_bytes)
-        conversation.look, conversation.gone = keeper.look, keeper.gone
+        supervisor = Supervisor(child.pid, scratch, self._scratch_bytes)
+        conversation.check, conversation.gone = supervisor.check, supervisor.gone
         with child:
             try:
                 with contextlib.suppress(BrokenPipeError):
@@ -190,7 +190,7 @@ class TrialProcesses:
                 if conversation.problem is None and (conversation.timed_out or conversation.verdict is None):
                     conversation.wait(child)
             finally:
-                keeper.end(child)
+                supervisor.end(child)
         return conversation.result("", child.returncode)
 
 
@@ -210,7 +210,7 @@ class _Conversation:
         self.timed_out = False
         self.garbage: str | None = None
         self.gone: Callable[[], bool] = lambda: False
-        self.look: Callable[[], Problem | None] = lambda: None
+        self.check: Callable[[], Problem | None] = lambda: None
         self.problem: Problem | None = None
 
     def listen(self, out: int, err: int | None) -> None:
@@ -239,7 +239,7 @@ class _Conversation:
         if self._stop():
             raise Stopped
         self.timed_out = self._clock.monotonic() >= self._end
-        self.problem = self.look()
+        self.problem = self.check()
         return self.problem is not None or self.timed_out or self.verdict is not None or self.garbage is not None
 
     def _take(self, data: bytes) -> None:

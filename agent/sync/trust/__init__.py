@@ -1,7 +1,7 @@
 """From bytes to what may be believed.
 
 metadata    signed metadata over HTTPS, verified
-seen        the highest versions ever verified
+versions    the highest versions ever verified
 client      the fleet's documents, verified: what else trusts bytes asks here
 follower    asks the fleet, at intervals and when poked
 desired     what this device should run. Pure

@@ -3,7 +3,7 @@
 Rules, in the order they are applied:
  1. the time is the signed clock's: the machine's, but never before what something signed proved to be past;
  2. metadata is verified by the TUF client workflow (`metadata.py`), always from the root received at enrolment;
- 3. no role's version may be lower than the highest this device ever verified (`seen.py`);
+ 3. no role's version may be lower than the highest this device ever verified (`versions.py`);
  4. the assignment comes from the role `assignments`, is of this fleet, and its version never goes down;
  5. the device record is signed by the keys that the trusted `targets` gives to `assignments`, is for this device, has not expired,
     and its serial never goes down;
@@ -44,8 +44,7 @@ from agent.host.clock import SignedClock
 from agent.sync.identity import Identity
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem
-from agent.sync.trust import seen as seen_versions
-from agent.sync.trust import withdrawals
+from agent.sync.trust import versions, withdrawals
 from agent.sync.trust.desired import Desired, read_desired
 from agent.sync.trust.metadata import METADATA_DEADLINE_S, Documents, MetadataClient, Session, as_problems, keep
 
@@ -130,10 +129,10 @@ class Trust:
             raise Problem(Reason.WRONG_RELEASE, str(error)) from error
         return Signed(data, hashlib.sha256(data).hexdigest(), manifest)
 
-    def _advanced(self, session: Session, assignment: Assignment, sha256: str, record: DeviceRecord) -> seen_versions.Seen:
+    def _advanced(self, session: Session, assignment: Assignment, sha256: str, record: DeviceRecord) -> versions.SeenVersions:
         """What this device knows from now on of versions and withdrawals."""
         before = session.seen
-        seen = seen_versions.advance_documents(before, assignment.version, sha256, record.serial)
+        seen = versions.advance_documents(before, assignment.version, sha256, record.serial)
         if assignment.version == before.assignment:
             return seen
 

@@ -28,11 +28,11 @@ class Follower:
         looked: Callable[[], None] = lambda: None,
         jitter: Callable[[], float] = random.random,
         at_most_s: Callable[[], float] = lambda: float("inf"),
-        taken: Callable[[], Desired | None] = lambda: None,
+        imported: Callable[[], Desired | None] = lambda: None,
         networked: bool = True,
     ) -> None:
-        """`taken`: what a bundle that came meanwhile says, if it was accepted. Without `networked` nobody else is asked."""
-        self._taken = taken
+        """`imported`: what a bundle that came meanwhile says, if it was accepted. Without `networked` nobody else is asked."""
+        self._imported = imported
         self._networked = networked
         self._at_most_s = at_most_s
         self._trust = trust
@@ -66,8 +66,8 @@ class Follower:
 
     def look(self) -> None:
         """One round. Never raises: whatever is wrong is in `problem`, and what was known stays."""
-        if (taken := self._taken()) is not None:
-            self.current = taken
+        if (said := self._imported()) is not None:
+            self.current = said
             self._changed()
         if not self._networked:
             return

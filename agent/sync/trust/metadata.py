@@ -3,7 +3,7 @@
 Around python-tuf's client workflow stand four rules of ours:
  1. one process per folder, which a lock file enforces, and every session begins at the root that was pinned;
  2. time is the signed clock's: never before a time that was once proved, so a clock in 1970 neither blinds nor blocks the device;
- 3. no version may be lower than the highest ever verified (`seen.py`), whatever became of python-tuf's own files;
+ 3. no version may be lower than the highest ever verified (`versions.py`), whatever became of python-tuf's own files;
  4. what was renamed into place is synced before anything relies on it.
 """
 
@@ -37,8 +37,8 @@ from agent.host import clock as clocks
 from agent.host.clock import SignedClock
 from agent.sync.http import HttpStatus, TooLong
 from agent.sync.problems import Problem, store_problem
-from agent.sync.trust import seen as seen_versions
-from agent.sync.trust.seen import Seen
+from agent.sync.trust import versions as seen_versions
+from agent.sync.trust.versions import SeenVersions
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class MetadataClient:
                 log.debug("no way to the fleet's documents by %s: %s", other.url(""), error)
         return None
 
-    def keep(self, seen: Seen) -> None:
+    def keep(self, seen: SeenVersions) -> None:
         """Makes `seen` durable.  Raises: OSError."""
         keep(self._memory / "seen.json", encode(seen))
 
@@ -229,7 +229,7 @@ class MetadataClient:
             if role.expires.timestamp() <= self._clock.wall():
                 raise self._expired(f"{role.type} metadata ended at {clocks.text(role.expires.timestamp())}", http)
 
-    def _online_keys_changed(self, seen: Seen) -> bool:
+    def _online_keys_changed(self, seen: SeenVersions) -> bool:
         try:
             root = load(self._metadata, Root.type, Root)
         except (OSError, tuf_errors.RepositoryError):
@@ -237,7 +237,7 @@ class MetadataClient:
         before = seen.keys.get(Timestamp.type)
         return before is not None and before != _keys(root)[Timestamp.type] and self._clock.known > 0
 
-    def _advanced(self, seen: Seen) -> Seen:
+    def _advanced(self, seen: SeenVersions) -> SeenVersions:
         root, targets = load(self._metadata, Root.type, Root), load(self._metadata, Targets.type, Targets)
         versions = {
             Timestamp.type: load(self._metadata, Timestamp.type, Timestamp).version,
@@ -268,7 +268,7 @@ class MetadataClient:
 class Session:
     """The repository as it was verified at one moment. Only inside `MetadataClient.session`."""
 
-    def __init__(self, updater: Updater, seen: Seen, metadata: Path, http: Documents) -> None:
+    def __init__(self, updater: Updater, seen: SeenVersions, metadata: Path, http: Documents) -> None:
         self._updater = updater
         self._metadata = metadata
         self.http = http

@@ -18,7 +18,7 @@ from agent.contract.codec import encode
 from agent.contract.manifest import WatchRules
 from agent.contract.reports import Phase
 from agent.store import StoreError
-from agent.sync.operator import byhand, overview
+from agent.sync.operator import actions, overview
 from agent.sync.problems import Problem
 from tests.sync.bench import MODEL, Bench
 from tests.sync.test_updater import no
@@ -75,7 +75,7 @@ def test_an_approval_survives_a_restart_and_needs_no_network(on_one: Bench):
     on_one.step()
     on_one.until(P.WAITING)
     on_one.manifest_problem = Problem  # type: ignore[assignment]
-    byhand.approve(on_one.store, MODEL, 2)
+    actions.approve(on_one.store, MODEL, 2)
     on_one.again()
     on_one.until(P.STEADY)
 
@@ -95,7 +95,7 @@ def test_an_approval_ends_when_another_release_is_wanted(on_one: Bench):
     on_one.want(2)
     on_one.step()
     on_one.until(P.WAITING)
-    byhand.approve(on_one.store, MODEL)
+    actions.approve(on_one.store, MODEL)
     on_one.release(3)
     on_one.want(3)
     on_one.step()
@@ -114,7 +114,7 @@ def test_an_approval_is_of_the_bytes_that_were_tried(on_one: Bench):
     on_one.want(2)
     on_one.step()
     on_one.until(P.WAITING)
-    byhand.approve(on_one.store, MODEL)
+    actions.approve(on_one.store, MODEL)
     state = on_one.updater.state
     assert on_one.records.approvals.given(MODEL, 2, state.manifest)
 
@@ -168,7 +168,7 @@ def test_a_refused_release_cannot_be_approved_but_tried_again(on_one: Bench):
     on_one.step()
     on_one.until(P.QUARANTINED)
     with pytest.raises(StoreError, match="quarantine clear crane 2"):
-        byhand.approve(on_one.store, MODEL)
+        actions.approve(on_one.store, MODEL)
 
     listed = run(on_one, "quarantine", "list")
     assert "crane:2 refused" in listed.output

@@ -19,7 +19,7 @@ MAX_BYTES = 16 * 1024 * 1024
 """Grows with the withdrawn releases that publishers signed: a few bytes each."""
 
 
-class Seen(Document, frozen=True, kw_only=True):
+class SeenVersions(Document, frozen=True, kw_only=True):
     """`versions` by role; `keys` the key ids that each role had when its version was noted; `withdrawn` per model the releases that
     were ever withdrawn, with how often their publisher had lifted a withdrawal by then.
     """
@@ -36,15 +36,15 @@ class Seen(Document, frozen=True, kw_only=True):
         require_format(self.format, "seen versions")
 
 
-def load(path: Path) -> Seen:
+def load(path: Path) -> SeenVersions:
     """The stored record; an empty one before the first refresh.
 
     Raises: Problem when it is there and damaged: forgetting it silently would forgive a rollback.
     """
     try:
-        return decode(path.read_bytes(), Seen, limit_bytes=MAX_BYTES)
+        return decode(path.read_bytes(), SeenVersions, limit_bytes=MAX_BYTES)
     except FileNotFoundError:
-        return Seen()
+        return SeenVersions()
     except ContractError as error:
         raise Problem(Reason.STORE_FAILED, f"{path} is damaged ({error}): delete it after a look at the disk") from error
 
@@ -60,7 +60,7 @@ the old ones may have signed version one million (the specification's fast-forwa
 """
 
 
-def advance(seen: Seen, versions: Mapping[str, int], keys: Mapping[str, tuple[str, ...]]) -> Seen:
+def advance(seen: SeenVersions, versions: Mapping[str, int], keys: Mapping[str, tuple[str, ...]]) -> SeenVersions:
     """`seen` with the verified `versions` of roles and their `keys` added.
 
     Raises: Problem METADATA_ROLLBACK.
@@ -81,7 +81,7 @@ def advance(seen: Seen, versions: Mapping[str, int], keys: Mapping[str, tuple[st
     )
 
 
-def advance_documents(seen: Seen, assignment: int, sha256: str, record: int) -> Seen:
+def advance_documents(seen: SeenVersions, assignment: int, sha256: str, record: int) -> SeenVersions:
     """`seen` with this assignment, whose bytes have this sha256, and this record.
 
     Raises: Problem REPLAYED_ASSIGNMENT when one of them is older than before, or the assignment says something else under a number

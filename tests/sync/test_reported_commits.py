@@ -12,7 +12,7 @@ from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
 from agent.store import Choice, Selection
 from agent.sync.fleet import reports
-from agent.sync.fleet.delivery import REMEMBERED, Deliveries
+from agent.sync.fleet.deliveries import REMEMBERED, Deliveries
 from agent.sync.serving import ModelStatus
 from tests.sync.bench import MODEL, Bench
 from tests.sync.conftest import FakeClock

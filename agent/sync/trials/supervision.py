@@ -30,7 +30,7 @@ FLAT = 100
 MAX_PASSES = 3
 
 
-class Keeper:
+class Supervisor:
     """Of one trial, which leads a session of its own."""
 
     def __init__(self, pid: int, scratch: Path, scratch_bytes: int) -> None:
@@ -39,7 +39,7 @@ class Keeper:
         self._scratch_bytes = scratch_bytes
         self._seen: dict[int, psutil.Process] = {}
 
-    def look(self) -> Problem | None:
+    def check(self) -> Problem | None:
         """Why it must be ended now."""
         self._count()
         alive = sum(process.is_running() for process in self._seen.values())

@@ -32,7 +32,7 @@ def hold(store: Store, model: str, version: int | None = None) -> int:
     return version
 
 
-def go_back(store: Store, model: str, version: int | None) -> int:
+def roll_back(store: Store, model: str, version: int | None) -> int:
     """Holds the model on `version`, or on the newest other release that was committed here; gives it.
 
     Raises: StoreError when there is none to go back to; OSError.

@@ -13,7 +13,7 @@ RATE_WINDOW_S = 30.0
 """Throughput is judged over this long: mobile links stall for 10 to 20 s when they change cells."""
 
 
-class Pace:
+class MinimumSpeed:
     """Judges one source while it sends. Time in which we did not read, for the sake of our own limit, does not count."""
 
     def __init__(self, clock: Clock, min_bytes_per_s: int, bytes_to_go: int) -> None:

@@ -16,7 +16,7 @@ from tests.sync.fleet import FLEET
 MODELS = ("arm", "eye")
 
 
-class Crew(Bench):
+class TeamBench(Bench):
     """The models `arm` and `eye`, and any others that are named."""
 
     def __init__(self, folder: Path, models: tuple[str, ...] = MODELS) -> None:

@@ -13,7 +13,7 @@ import psutil
 from agent.sync.ports import Stop
 from agent.sync.problems import Stopped
 
-LOOK_S = 0.2
+STOP_ASKED_S = 0.2
 """How often one that waits looks whether it should stop."""
 
 CORES_PER_THREAD = 4
@@ -25,7 +25,7 @@ def available_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-class Turns:
+class TrialQueue:
     """Lets in the smallest priority number first, the first to come among equals. A second one is let in while another runs only when
     memory for the limits of both is free, and cores for both. Thread-safe.
     """
@@ -38,8 +38,18 @@ class Turns:
         self._running: list[tuple[int, int]] = []
         self._tickets = itertools.count()
 
+    @property
+    def waiting(self) -> int:
+        """How many wait for their turn."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many have their turn now."""
+        return len(self._running)
+
     @contextlib.contextmanager
-    def take(self, priority: int, need_bytes: int, threads: int, stop: Stop) -> Iterator[None]:
+    def turn(self, priority: int, need_bytes: int, threads: int, stop: Stop) -> Iterator[None]:
         """Raises: Stopped when `stop` says so before its turn comes."""
         ticket, runs = (priority, next(self._tickets)), (need_bytes, max(1, threads))
         with self._changed:
@@ -48,7 +58,7 @@ class Turns:
                 while min(self._waiting) != ticket or not self._room(runs):
                     if stop():
                         raise Stopped
-                    self._changed.wait(LOOK_S)
+                    self._changed.wait(STOP_ASKED_S)
             finally:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()

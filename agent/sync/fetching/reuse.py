@@ -13,7 +13,7 @@ from pathlib import Path
 from agent.contract.manifest import File
 from agent.host.priority import rest
 from agent.store import Store, StoreError
-from agent.sync.fetching.layout import pieces
+from agent.sync.fetching.pieces import pieces
 from agent.sync.fetching.staged import BLOCKS_SUFFIX, Staged, noted
 from agent.sync.ports import Stop
 from agent.sync.problems import Stopped
