@@ -68,7 +68,7 @@ class MemoryServe:
         self.shadows: dict[str, int] = {}
         self.canaries: dict[str, CanaryStatus] = {}
         for model, selection in self.store.selections().items():
-            self._load(model, selection.active.version, selection.active.variant)  # type: ignore[union-attr]
+            self.bring(model, selection.active.version, selection.active.variant)  # type: ignore[union-attr]
             self.active[model] = selection.active.version  # type: ignore[union-attr]
 
     def end(self) -> None:
@@ -88,7 +88,7 @@ class MemoryServe:
             self.calls.append((action, version))
         self.fault(action, version)
 
-    def _load(self, model: str, version: int, variant: str) -> None:
+    def bring(self, model: str, version: int, variant: str) -> None:
         release = self.store.release(model, _choice(version, variant))
         self.loaded.setdefault(model, {})[version] = release.manifest.files[release.variant.file].sha256
 
@@ -112,7 +112,7 @@ class MemoryServe:
 
     def load(self, model: str, version: int, variant: str) -> VersionStatus:
         self._call("load", version)
-        self._load(model, version, variant)
+        self.bring(model, version, variant)
         return VersionStatus(version=version, variant=variant, state="READY", sha256=self.loaded[model][version])
 
     def activate(self, model: str, version: int) -> None:
@@ -135,14 +135,14 @@ class MemoryServe:
 
     def swap(self, model: str, version: int, variant: str) -> None:
         self._call("swap", version)
-        self._load(model, version, variant)
+        self.bring(model, version, variant)
         self.active[model], self.previous[model] = version, None
         self.loaded[model] = {version: self.loaded[model][version]}
 
     def rollback(self, model: str, version: int) -> None:
         self._call("rollback", version)
         self.canaries.pop(model, None)
-        self._load(model, version, "cpu")
+        self.bring(model, version, "cpu")
         self.active[model], self.previous[model] = version, None
         self.loaded[model] = {version: self.loaded[model][version]}
 

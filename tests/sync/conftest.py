@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from agent.contract.manifest import WatchRules
 from agent.store import Store
 from tests.sync.fleet import Authority, Repository, Server, enrolled
 
 PLUGIN = Path(__file__).parent / "plugin"
 PATIENCE_S = 20.0
+WATCH = WatchRules(duration_s=10.0, max_duration_s=60.0)
 
 
 class FakeClock:
@@ -80,3 +82,22 @@ def identity(authority: Authority, repository: Repository, server: Server, tmp_p
 def script_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the runtime `script` available in child processes."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+
+
+@pytest.fixture
+def bench(tmp_path: Path):
+    """One model's updater on an empty device."""
+    from tests.sync.bench import Bench  # which has its clock from here
+
+    return Bench(tmp_path)
+
+
+@pytest.fixture
+def on_one(bench):
+    """Release 1 is committed and serves; release 2 is published."""
+    bench.install(1)
+    bench.release(2, watch=WATCH)
+    bench.serve.calls.clear()
+    bench.news.clear()
+    bench.tried.clear()
+    return bench
