@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -102,6 +103,22 @@ def _print_runtimes() -> None:
             continue
         sys.stdout.write(json.dumps([name, version]) + "\n")
         sys.stdout.flush()
+
+
+class Probed:
+    """What the machine is, found out once; and again as long as no engine was found to work. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.known: Hardware | None = None
+        """What was found so far; None before the first probe has ended."""
+        self._lock = threading.Lock()
+
+    def get(self) -> Hardware:
+        """Waits for a probe, which may take seconds, when it has to."""
+        with self._lock:
+            if self.known is None or not self.known.runtimes:
+                self.known = probe()
+            return self.known
 
 
 if __name__ == "__main__":

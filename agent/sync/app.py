@@ -23,11 +23,11 @@ from agent.common import files, systemd
 from agent.config import AgentConfig
 from agent.contract.enrolment import MAX_CERTIFICATE_BYTES
 from agent.contract.reasons import Reason
-from agent.contract.reports import Hardware, ModelState, Phase
+from agent.contract.reports import Phase
 from agent.diary import Diary
-from agent.host import hardware
 from agent.host.boot import boot_id
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
+from agent.host.hardware import Probed
 from agent.host.signals import Ending
 from agent.store import Store, StoreError
 from agent.sync import identity
@@ -42,11 +42,11 @@ from agent.sync.fleet.counters import Counter
 from agent.sync.fleet.deliveries import Deliveries
 from agent.sync.fleet.outbox import Outbox
 from agent.sync.fleet.renewal import Renewal
-from agent.sync.fleet.reports import Reporter, Signer, model_state
+from agent.sync.fleet.reports import Reporter, Signer, model_states
 from agent.sync.http import NO_CHECK_TIME, FleetHttp
 from agent.sync.identity import Identity
 from agent.sync.ports import Clock
-from agent.sync.serving import ServeAway, ServeClient, ServeRefused, ServeStatus
+from agent.sync.serving import ServeAway, ServeClient, ServeRefused
 from agent.sync.trials.trial import TrialProcesses
 from agent.sync.trust.client import Trust
 from agent.sync.trust.follower import Follower
@@ -54,7 +54,7 @@ from agent.sync.trust.leases import Leases
 from agent.sync.trust.metadata import Documents
 from agent.sync.updating.machine import Device, Fleet, Machine
 from agent.sync.updating.records import Records
-from agent.sync.updating.worker import Worker
+from agent.sync.updating.worker import Workers
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ REPORT_PAUSE_S = 0.2
 """Changes that come this close together share a report."""
 
 LOOKS_PER_LEASE = 4
+"""How often the fleet is asked within the shortest lease of a model, so that a few answers may be lost."""
 
 RENEWED_WITHIN_S = 30.0
 """How long a new certificate may take over the broker: a message or two, asked for again while nothing comes."""
@@ -84,10 +85,8 @@ class SyncApp:
         files.make_directory(store.private / "approvals", mode=0o700)  # ours, so that we can end what root gave
         known = LastKnownGood(store.private / "trust" / "clock.json", floor=who.not_before)
         self._clock = clock = SignedClock(clock or SystemClock(), known)
-        self._stop = threading.Event()
         self._due = threading.Event()
-        self._hardware: Hardware | None = None
-        self._hardware_lock = threading.Lock()
+        self._hardware = Probed()
         settings, private = config.sync, store.private
 
         self.outbox = Outbox(private / "outbox.db")
@@ -99,7 +98,7 @@ class SyncApp:
             self.outbox,
             Counter(private / "counter.json", clock),
             clock,
-            lambda: self._hardware,
+            lambda: self._hardware.known,
             deliveries,
         )
         self._transfers = Transfers(
@@ -119,7 +118,7 @@ class SyncApp:
             settings.poll_interval_s,
             self._fleet_said,
             self._renew_when_due if networked else lambda: None,
-            at_most_s=self._lease_pause_s,
+            at_most_s=lambda: self._workers.shortest_lease_s() / LOOKS_PER_LEASE,
             imported=lambda: self._imports.accept(self._trust.refresh),
             networked=networked,
         )
@@ -136,7 +135,7 @@ class SyncApp:
             Device(
                 boot=boot_id(),
                 lives=Diary(config.diary_folder).read,
-                hardware=self._probe_once,
+                hardware=self._hardware.get,
                 engine_threads=config.serve.engine_threads,
             ),
             store,
@@ -147,8 +146,7 @@ class SyncApp:
             settings,
             clock,
         )
-        self._workers: dict[str, Worker] = {}
-        self._workers_lock = threading.Lock()
+        self._workers = Workers(self._machine.updater)
         self._sharing: Sharing | None = None
         self._follow = threading.Thread(target=self.follower.run, name="follower", daemon=True)
         self.link = link.Link(
@@ -223,7 +221,7 @@ class SyncApp:
     def start(self) -> None:
         """Starts every thread; returns at once."""
         for model in self._records.states.models():
-            self._worker(model)
+            self._workers.begin(model)
         self._fleet_said()
         self._follow.start()
         threading.Thread(target=self._probe, name="probe", daemon=True).start()
@@ -233,20 +231,17 @@ class SyncApp:
 
     def stop(self, timeout_s: float = GOODBYE_S) -> None:
         """Ends everything in an order in which nobody waits for the network."""
-        self._stop.set()
         if self._sharing is not None:
             self._sharing.stop()
         self.follower.stop()
-        workers = list(self._workers.values())
-        for worker in workers:
-            worker.stop()
+        threads = [*self._workers.stop(), self._follow]
         end = self._clock.monotonic() + timeout_s
-        for thread in (*(worker.thread for worker in workers), self._follow):
+        for thread in threads:
             if thread.ident is not None:
                 thread.join(max(0.0, end - self._clock.monotonic()))
         self.report()
         self.link.stop(timeout_s)
-        if all(not thread.is_alive() for thread in (*(worker.thread for worker in workers), self._follow)):
+        if all(not thread.is_alive() for thread in threads):
             self._trust.close()
             self.outbox.close()
 
@@ -261,7 +256,12 @@ class SyncApp:
             status = None
         try:
             self._reporter.report(
-                self._model_states(status), status, self.follower.current, self.link.session, self._problem(), begun
+                model_states(self._workers.updaters(), status, self._records.quarantine, self._store),
+                status,
+                self.follower.current,
+                self.link.session,
+                self._problem(),
+                begun,
             )
         except OSError as error:
             log.warning("the state report could not be kept for the fleet: %s", error)
@@ -272,23 +272,9 @@ class SyncApp:
         """Makes sure that every model the fleet names has a worker, and wakes them all."""
         desired = self.follower.current
         for model in desired.models() if desired else ():
-            self._worker(model)
-        with self._workers_lock:
-            for worker in self._workers.values():
-                worker.wake()
+            self._workers.begin(model)
+        self._workers.wake()
         self._due.set()
-
-    def _worker(self, model: str) -> None:
-        with self._workers_lock:
-            if model not in self._workers and not self._stop.is_set():
-                worker = self._workers[model] = Worker(self._machine.updater(model))
-                worker.thread.start()
-
-    def _lease_pause_s(self) -> float:
-        """A model with a lease needs several looks at the fleet within it."""
-        with self._workers_lock:
-            leases = [worker.updater.lease_s for worker in self._workers.values() if worker.updater.lease_s is not None]
-        return min(leases, default=float("inf")) / LOOKS_PER_LEASE
 
     def _lend(self) -> None:
         """Neighbours are a favour: a port that is taken must not keep this device from its updates."""
@@ -328,9 +314,8 @@ class SyncApp:
         desired = self.follower.current
         if desired is not None and desired.wanted(model).release != version:
             return False
-        with self._workers_lock:
-            worker = self._workers.get(model)
-        if worker is None or (state := worker.updater.state).phase not in {Phase.STEADY, Phase.QUARANTINED}:
+        updater = self._workers.find(model)
+        if updater is None or (state := updater.state).phase not in {Phase.STEADY, Phase.QUARANTINED}:
             return True
         if state.phase is Phase.QUARANTINED:
             return state.wanted != version
@@ -339,27 +324,6 @@ class SyncApp:
         except StoreError:
             return True
         return selection is None or selection.active.version != version
-
-    def _model_states(self, status: ServeStatus | None) -> dict[str, ModelState]:
-        with self._workers_lock:
-            updaters = {model: worker.updater for model, worker in self._workers.items()}
-        said = status or ServeStatus(instance="")
-        return {
-            model: model_state(
-                updater,
-                said.model(model),
-                tuple(entry.answer for entry in self._records.quarantine.entries(model)),
-                self._previous(model),
-            )
-            for model, updater in updaters.items()
-        }
-
-    def _previous(self, model: str) -> int | None:
-        try:
-            selection = self._store.selection(model)
-        except StoreError:
-            return None
-        return selection.previous.version if selection and selection.previous else None
 
     def _problem(self) -> str | None:
         """The one thing that an operator should know first."""
@@ -376,10 +340,8 @@ class SyncApp:
                 f"{Reason.WITHDRAWN.value}: the fleet wants {names}, which was withdrawn: this device refuses it until its publisher "
                 "signs otherwise (edge-fleet reinstate)"
             )
-        with self._workers_lock:
-            found = [f"model {model!r}: {w.updater.problem}" for model, w in self._workers.items() if w.updater.problem]
-        if found:
-            return found[0]
+        if (found := self._workers.problem()) is not None:
+            return found
         return f"{problem.reason.value}: {problem.message}" if problem else None
 
     def _pause(self, seconds: float, ending: Ending) -> None:
@@ -394,15 +356,8 @@ class SyncApp:
 
     def _probe(self) -> None:
         """In a thread of its own: engines that start slowly must not keep the watchdog or the first report waiting."""
-        self._probe_once()
+        self._hardware.get()
         self._due.set()
-
-    def _probe_once(self) -> Hardware:
-        """What was found once; again as long as no engine was found to work."""
-        with self._hardware_lock:
-            if self._hardware is None or not self._hardware.runtimes:
-                self._hardware = hardware.probe()
-            return self._hardware
 
     def _http(self) -> FleetHttp:
         who = self._who

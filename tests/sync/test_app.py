@@ -103,7 +103,7 @@ def test_a_probe_that_hangs_starves_neither_the_watchdog_nor_the_end(
 ):
     device = Device(tmp_path, identity, repository, server)
     going_on = threading.Event()
-    monkeypatch.setattr("agent.sync.app.hardware.probe", lambda: going_on.wait(20) and Hardware(arch="x86_64"))
+    monkeypatch.setattr("agent.host.hardware.probe", lambda: going_on.wait(20) and Hardware(arch="x86_64"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(tmp_path / "notify"))
         listener.settimeout(10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from agent.contract.reports import (
     Phase,
     StateReport,
 )
+from agent.store import Store, StoreError
 from agent.sync.fleet.counters import Counter
 from agent.sync.fleet.outbox import Kind
 from agent.sync.fleet.stages import stage_of
@@ -32,6 +33,7 @@ from agent.sync.gates.watch import p95_ms
 from agent.sync.ports import Clock
 from agent.sync.serving import ModelStatus, ServeStatus
 from agent.sync.trust.desired import Desired
+from agent.sync.updating.quarantine import Quarantine
 from agent.sync.updating.update import UpdateState
 
 ANSWERS_SENT = 10
@@ -52,6 +54,9 @@ class Noted(Protocol):
 
 class ModelView(Protocol):
     """One model as its updater shows it."""
+
+    @property
+    def model(self) -> str: ...
 
     @property
     def state(self) -> UpdateState: ...
@@ -93,6 +98,30 @@ def model_state(
         passed=state.watched is not None and state.watched.passed_s is not None,
         stopped=view.stopped,
     )
+
+
+def model_states(
+    views: Sequence[ModelView], status: ServeStatus | None, quarantine: Quarantine, store: Store
+) -> dict[str, ModelState]:
+    """What is reported of each model. `status` None: `serve` does not answer."""
+    said = status or ServeStatus(instance="")
+    return {
+        view.model: model_state(
+            view,
+            said.model(view.model),
+            tuple(entry.answer for entry in quarantine.entries(view.model)),
+            _previous(store, view.model),
+        )
+        for view in views
+    }
+
+
+def _previous(store: Store, model: str) -> int | None:
+    try:
+        selection = store.selection(model)
+    except StoreError:
+        return None
+    return selection.previous.version if selection and selection.previous else None
 
 
 class Signer:
