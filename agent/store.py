@@ -71,6 +71,72 @@ class Release(msgspec.Struct, frozen=True):
     libraries: tuple[Path, ...] = ()
 
 
+class SelectionFiles:
+    """The files of selections: one for each model, and one of a team while it is being written there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._team = folder / ".team.json"
+        self._team_before = folder / ".together.json"  # its name in version 0.1.0, which may have left one
+
+    def begin(self, selections: Mapping[str, Selection | None]) -> None:
+        """Makes all of these count at once.  Raises: OSError."""
+        files.write(self._team, encode(_Team(selections=dict(selections))))
+
+    def pending(self) -> dict[str, Selection | None]:
+        """What counts and is not yet in the files of its models.  Raises: StoreError when it cannot be read."""
+        for path in self._team, self._team_before:
+            if (found := _read(path, _Team, 4 * 1024 * 1024)) is not None:
+                return found.selections
+        return {}
+
+    def write_out(self) -> None:
+        """Writes what was selected for a team to the file of each model. Harmless to repeat.  Raises: StoreError, OSError."""
+        for model, selection in self.pending().items():
+            self.put(model, selection)
+        files.remove(self._team)
+        files.remove(self._team_before)
+
+    def put(self, model: str, selection: Selection | None) -> None:
+        """Raises: OSError."""
+        path = self._path(model)
+        if selection is None:
+            files.remove(path)
+        else:
+            files.write(path, encode(selection))
+
+    def written(self, model: str) -> Selection | None:
+        """What the model's own file says; None when there is none.  Raises: StoreError when it is damaged."""
+        return _read(self._path(model), Selection, 64 * 1024)
+
+    def all_written(self) -> dict[str, Selection | StoreError]:
+        found: dict[str, Selection | StoreError] = {}
+        for path in self.folder.glob("*.json"):
+            if path.name.startswith("."):
+                continue
+            try:
+                selection = self.written(path.stem)
+            except (StoreError, ValueError, OSError) as error:
+                found[path.stem] = StoreError(str(error))
+            else:
+                if selection is not None:
+                    found[path.stem] = selection
+        return found
+
+    def put_aside_damaged(self) -> None:
+        """A record of a team that cannot be read says nothing of any member: the selections of before count, as `serve` sees it."""
+        try:
+            self.pending()
+        except StoreError:
+            for path in self._team, self._team_before:
+                with contextlib.suppress(FileNotFoundError):
+                    path.replace(path.with_name(f"{path.name}.damaged"))
+            files.sync_directory(self.folder)
+
+    def _path(self, model: str) -> Path:
+        return self.folder / f"{names.check_model(model)}.json"
+
+
 class Store:
     """Reads and writes one store folder. One process may write at a time: `sync` holds its own lock."""
 
@@ -80,24 +146,22 @@ class Store:
         self.staging = root / "staging"
         self.private = root / "sync"
         self._releases = root / "releases"
-        self._selections = root / "models"
-        self._team = self._selections / ".team.json"
-        self._team_before = self._selections / ".together.json"  # its name in version 0.1.0, which may have left one
+        self._selections = SelectionFiles(root / "models")
         self._selecting = threading.Lock()
 
     @classmethod
     def create(cls, root: Path) -> Store:
         """Opens the store at `root`, making it when it is not there.  Raises: StoreError, OSError."""
         store = cls(root)
-        for directory in (root, store.blobs, store.staging, store._releases, store._selections):
+        for directory in (root, store.blobs, store.staging, store._releases, store._selections.folder):
             files.make_directory(directory)
         files.make_directory(store.private, mode=0o700)
         if not (root / "format.json").exists():
             files.write(root / "format.json", encode({"format": FORMAT}))
         store.check_format()
         with store._selecting:
-            store._put_aside_damaged()
-            store._write_out()
+            store._selections.put_aside_damaged()
+            store._selections.write_out()
         return store
 
     def check_format(self, *, may_be_missing: bool = False) -> None:
@@ -227,16 +291,12 @@ class Store:
     # -- selections --------------------------------------------------------------------------------------------------------
 
     def select(self, selection: Selection) -> None:
-        """Makes `selection` what `serve` loads from its next start on. The running `serve` is told by a control route."""
-        with self._selecting:
-            self._write_out()
-            self._put(selection.model, selection)
+        """Makes `selection` what `serve` loads from its next start on. The running `serve` is told by a control route.  Raises: OSError."""
+        self._change({selection.model: selection})
 
     def deselect(self, model: str) -> None:
-        """The model is no longer served from the next start on."""
-        with self._selecting:
-            self._write_out()
-            self._put(model, None)
+        """The model is no longer served from the next start on.  Raises: OSError."""
+        self._change({model: None})
 
     def select_team(self, selections: Mapping[str, Selection | None]) -> None:
         """`select` for several models, and `deselect` for those with None: all of them or none, whatever happens in between.
@@ -246,79 +306,38 @@ class Store:
         for model in selections:
             names.check_model(model)
         with self._selecting:
-            self._write_out()
-            files.write(self._team, encode(_Team(selections=dict(selections))))  # from here on it is so
-            self._write_out()
+            self._selections.write_out()
+            self._selections.begin(selections)  # from here on it is so
+            self._selections.write_out()
 
-    def _write_out(self) -> None:
-        """Writes what was selected for a team to the file of each model. Harmless to repeat."""
-        for model, selection in self._pending().items():
-            self._put(model, selection)
-        files.remove(self._team)
-        files.remove(self._team_before)
-
-    def _put_aside_damaged(self) -> None:
-        """A record of several selections that cannot be read says nothing of any: the selections of before count, as `serve` sees it."""
-        try:
-            self._pending()
-        except StoreError:
-            for path in self._team, self._team_before:
-                with contextlib.suppress(FileNotFoundError):
-                    path.replace(path.with_name(f"{path.name}.damaged"))
-            files.sync_directory(self._selections)
-
-    def _put(self, model: str, selection: Selection | None) -> None:
-        path = self._selections / f"{names.check_model(model)}.json"
-        if selection is None:
-            files.remove(path)
-        else:
-            files.write(path, encode(selection))
-
-    def _pending(self) -> dict[str, Selection | None]:
-        for path in self._team, self._team_before:
-            if (found := _read(path, _Team, 4 * 1024 * 1024)) is not None:
-                return found.selections
-        return {}
+    def _change(self, selections: Mapping[str, Selection | None]) -> None:
+        with self._selecting:
+            self._selections.write_out()
+            for model, selection in selections.items():
+                self._selections.put(model, selection)
 
     def selection(self, model: str) -> Selection | None:
         """None when the model was never activated.  Raises: StoreError when the record is damaged."""
-        pending = self._pending()
-        return pending[model] if model in pending else self._written(model)
-
-    def _written(self, model: str) -> Selection | None:
-        return _read(self._selections / f"{names.check_model(model)}.json", Selection, 64 * 1024)
+        pending = self._selections.pending()
+        return pending[model] if model in pending else self._selections.written(model)
 
     def selections(self) -> dict[str, Selection | StoreError]:
         """What is selected for every model; the error in place of a record that cannot be read, so that one does not hide the rest."""
         while True:
             pending = self._pending_or_none()
-            found = self._all_written()
+            found = self._selections.all_written()
             for model, selection in pending.items():
                 found.pop(model, None)
                 if selection is not None:
                     found[model] = selection
-            if pending == self._pending_or_none():  # else several were selected at once meanwhile
+            if pending == self._pending_or_none():  # else a team was selected meanwhile
                 return dict(sorted(found.items()))
 
     def _pending_or_none(self) -> dict[str, Selection | None]:
         try:
-            return self._pending()
+            return self._selections.pending()
         except (StoreError, OSError):
             return {}
-
-    def _all_written(self) -> dict[str, Selection | StoreError]:
-        found: dict[str, Selection | StoreError] = {}
-        for path in self._selections.glob("*.json"):
-            if path.name.startswith("."):
-                continue
-            try:
-                selection = self._written(path.stem)
-            except (StoreError, ValueError, OSError) as error:
-                found[path.stem] = StoreError(str(error))
-            else:
-                if selection is not None:
-                    found[path.stem] = selection
-        return found
 
 
 def _read(path: Path, kind: type[_T], limit_bytes: int) -> _T | None:

@@ -13,7 +13,7 @@ from agent.contract.codec import encode
 from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
-from agent.store import Choice, Selection, Store
+from agent.store import Choice, Selection, SelectionFiles, Store
 from agent.sync.operator import overview
 from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway, ServeRefused
@@ -400,7 +400,7 @@ def test_several_selections_are_one_for_every_reader(tmp_path: Path, monkeypatch
     }
     for selection in old.values():
         store.select(selection)
-    put, died = Store._put, []
+    put, died = SelectionFiles.put, []
 
     def dies(self, model, selection):
         died.append(model)
@@ -408,17 +408,17 @@ def test_several_selections_are_one_for_every_reader(tmp_path: Path, monkeypatch
             raise Killed
         put(self, model, selection)
 
-    monkeypatch.setattr(Store, "_put", dies)
+    monkeypatch.setattr(SelectionFiles, "put", dies)
     with pytest.raises(Killed):
         store.select_team(new)
-    monkeypatch.setattr(Store, "_put", put)
+    monkeypatch.setattr(SelectionFiles, "put", put)
     reader = Store(store.root)
     assert set(reader.selections()) == {"a", "c"}
     assert reader.selection("b") is None
     assert reader.selection("a") == new["a"]
 
     Store.create(store.root)
-    assert not (store.root / "models" / ".together.json").exists()
+    assert not (store.root / "models" / ".team.json").exists()
     assert json.loads((store.root / "models" / "a.json").read_bytes())["active"]["version"] == 2
     assert not (store.root / "models" / "b.json").exists()
 
@@ -426,7 +426,7 @@ def test_several_selections_are_one_for_every_reader(tmp_path: Path, monkeypatch
 def test_several_states_are_one_for_every_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     states = States(tmp_path / "updates")
     together = [UpdateState(model=model, phase=P.WATCHING) for model in ("a", "b")]
-    write, count = States._write, []
+    write, count = States.write, []
 
     def dies(self, state):
         count.append(1)
@@ -434,14 +434,14 @@ def test_several_states_are_one_for_every_reader(tmp_path: Path, monkeypatch: py
             raise Killed
         write(self, state)
 
-    monkeypatch.setattr(States, "_write", dies)
+    monkeypatch.setattr(States, "write", dies)
     with pytest.raises(Killed):
         states.save_team(together)
-    monkeypatch.setattr(States, "_write", write)
+    monkeypatch.setattr(States, "write", write)
     again = States(tmp_path / "updates")
     assert [again.load(model).phase for model in ("a", "b")] == [P.WATCHING, P.WATCHING]
     again.save(UpdateState(model="b", phase=P.STEADY))
 
     assert [States(tmp_path / "updates").load(model).phase for model in ("a", "b")] == [P.WATCHING, P.STEADY]
-    assert not (tmp_path / "updates/.together.json").exists()
+    assert not (tmp_path / "updates/.team.json").exists()
     assert sorted(again.models()) == ["a", "b"]

@@ -68,7 +68,7 @@ class States:
         """Raises: OSError, and then the stored state is still the one before."""
         with self._saving:
             self._write_out()
-            self._write(state)
+            self.write(state)
 
     def save_team(self, states: Sequence[UpdateState]) -> None:
         """Saves all of them or none.  Raises: OSError; then either none is stored, or all count and are written out by the next save."""
@@ -84,12 +84,13 @@ class States:
     def _write_out(self) -> None:
         pending = self._pending()
         for state in pending:
-            self._write(state)
+            self.write(state)
         if pending:
             files.remove(self._team)
             files.remove(self.folder / renamed.TEAM_FILE)
 
-    def _write(self, state: UpdateState) -> None:
+    def write(self, state: UpdateState) -> None:
+        """Replaces the file of one model. Until it is written out, what a team's file says counts instead.  Raises: OSError."""
         files.make_directory(self.folder, mode=0o700)
         files.write(self._path(state.model), encode(state))
 
