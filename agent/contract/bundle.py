@@ -114,7 +114,7 @@ def members(file: IO[bytes]) -> Iterator[Member]:
             raise BundleError(f"it is cut off at byte {size}: a bundle ends with two empty blocks")
         if block == b"\0" * BLOCK:
             break
-        member = _member(block, at)
+        member = member_of(block, at)
         if member.name in seen:
             raise BundleError(f"it has {member.name!r} twice")
         if not seen and member.name != HEAD:
@@ -139,7 +139,7 @@ def read(file: IO[bytes], member: Member) -> bytes:
     return data
 
 
-def _member(block: bytes, at: int) -> Member:
+def member_of(block: bytes, at: int) -> Member:
     try:
         said = int(block[148:156].strip(b" \0") or b"-1", 8)
         size = int.from_bytes(block[125:136], "big") if block[124] == 0x80 else int(block[124:136].strip(b" \0") or b"0", 8)

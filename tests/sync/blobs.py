@@ -45,9 +45,9 @@ class MemoryBlobs:
     def read(self, sha256: str, start: int, end: int):
         self.asked.append((start, end))
         begin = start if self.resumes else 0
-        yield begin, self._chunks(begin, end if self.resumes else len(self.data))
+        yield begin, self.chunks(begin, end if self.resumes else len(self.data))
 
-    def _chunks(self, start: int, end: int) -> Iterator[bytes]:
+    def chunks(self, start: int, end: int) -> Iterator[bytes]:
         for at in range(start, min(end, len(self.data)), self.chunk):
             self.on_chunk()
             chunk = self.data[at : min(end, at + self.chunk)]

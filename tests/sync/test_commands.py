@@ -16,7 +16,7 @@ from agent.sync.updating.states import States
 from agent.sync.updating.update import UpdateState
 from tests.sync.fake_serve import FakeServe
 from tests.sync.test_enrol import Office
-from tests.sync.test_parts import fill
+from tests.sync.test_retention import fill
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from agent.sync.fetching.spool import Spool, Told
 from agent.sync.operator import sources
 from agent.sync.operator.findings import Finding
 from tests.sync.conftest import FakeClock
-from tests.sync.test_parts import fill
+from tests.sync.test_retention import fill
 from tests.sync.test_sources import ABOUT, make_bundle
 
 

@@ -50,7 +50,7 @@ def test_what_is_larger_than_a_part_is_not_kept():
     def send(payload: bytes) -> bool:
         id_ = decode(payload, Ask, limit_bytes=4096).id
         transfers.received(id_, Part(Status.OK, 0, 1 << 40, bytes(64 * PART)).encode())
-        kept.append(transfers._open[id_].qsize())
+        kept.append(transfers.unread)
         return True
 
     transfers = Transfers(send, lambda: True, part_bytes=PART, silence_s=0.01)

@@ -24,7 +24,7 @@ class Without(MemoryBlobs):
 def test_a_neighbour_without_the_file_does_not_end_what_the_server_began(store: Store):
     """A file without blocks, from a server whose connection ends after a third of it."""
     server = MemoryBlobs(DATA, name="server", place=9)
-    server._chunks = lambda start, _end: iter([DATA[start : start + 900]])
+    server.chunks = lambda start, _end: iter([DATA[start : start + 900]])
     downloads = downloader(store, Without(b"", name="neighbour", final=False), server)
     file = File(sha256=sha(DATA), size_bytes=len(DATA))
     for _ in range(2):

@@ -17,7 +17,7 @@ from agent.sync.problems import Stopped
 BURST_S = 1.0
 """How much may be saved up: the limit's bytes of this long. A link that is shared with a camera feels longer bursts."""
 
-LOOK_S = 0.25
+STOP_ASKED_S = 0.25
 """How often someone who waits looks whether to give up."""
 
 
@@ -43,6 +43,11 @@ class Budget:
         self._saved = float(limit_bytes_per_s) * BURST_S
         self._filled = clock.monotonic()
 
+    @property
+    def waiting(self) -> int:
+        """How many wait for their bytes."""
+        return len(self._queue)
+
     def wait_for(self, count: int, priority: int, stop: Stop) -> float:
         """Returns when `count` bytes may pass, a smaller priority first; the seconds that it took.  Raises: Stopped."""
         if self._limit <= 0:
@@ -55,7 +60,7 @@ class Budget:
             while (left_s := self._try(ticket, count)) > 0:
                 if stop():
                     raise Stopped
-                self._pause(min(left_s, LOOK_S))
+                self._pause(min(left_s, STOP_ASKED_S))
         finally:
             with self._lock:
                 self._queue.remove(ticket)
@@ -87,7 +92,7 @@ class Budget:
         while not self.open():
             if stop():
                 raise Stopped
-            self._pause(LOOK_S)
+            self._pause(STOP_ASKED_S)
 
 
 def hours(text: str) -> Window | None:

@@ -40,6 +40,11 @@ class FolderBlobs:
         self._lock = threading.Lock()
         self._known: dict[tuple[Path, int, int], dict[str, tuple[int, int]]] = {}
 
+    @property
+    def known(self) -> int:
+        """How many blobs of bundles it knows the place of."""
+        return sum(map(len, self._known.values()))
+
     @contextlib.contextmanager
     def open(self, sha256: str) -> Iterator[Reader]:
         path, offset, size = self._find(sha256)

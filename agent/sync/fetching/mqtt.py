@@ -69,6 +69,12 @@ class Transfers:
         """Whether something is waited for."""
         return bool(self._open)
 
+    @property
+    def unread(self) -> int:
+        """How many parts came that nobody has read yet."""
+        with self._lock:
+            return sum(waiting.qsize() for waiting in self._open.values())
+
     def received(self, id_: str, payload: bytes) -> None:
         """A message came for this transfer. What nobody asked for, or too much of it, is forgotten."""
         with self._lock:

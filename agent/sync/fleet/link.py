@@ -125,6 +125,11 @@ class Link:
         self.asks.append(payload)
         return True
 
+    @property
+    def running(self) -> bool:
+        """Whether its thread is there."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="mqtt-link", daemon=True)
         self._thread.start()
