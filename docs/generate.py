@@ -65,10 +65,10 @@ def edge_fleet() -> str:
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def settings_page(title: str, intro: str, module: ModuleType, root: str) -> str:
+def settings_page(title: str, intro: str, root: str, *modules: ModuleType) -> str:
     """A table for each section: its fields with type, default and the string that follows them in the source."""
-    tree = ast.parse(inspect.getsource(module))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    trees = [ast.parse(inspect.getsource(module)) for module in modules]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     lines = [f"# {title}\n", NOTE.rstrip() + "\n", intro + "\n"]
     waiting = [(root, "")]
     done = set()
@@ -102,17 +102,18 @@ def agent_config() -> str:
     from agent import config
 
     intro = "`/etc/edge-agent/agent.yaml`, or the file named with `--config`. Everything has a default; an unknown or misspelt setting is an error."
-    return settings_page("agent.yaml", intro, config, "AgentConfig")
+    return settings_page("agent.yaml", intro, "AgentConfig", config)
 
 
 def manifest() -> str:
+    from agent.contract import acceptance
     from agent.contract import manifest as module
 
     intro = (
         "What a release's YAML may say, and what a publisher signs: see [write a release](../how-to/write-a-release.md). A field "
         "without default is required; `files`, `blocks` and `kind` are made by `edge-fleet publish`."
     )
-    return settings_page("Release manifest", intro, module, "ReleaseManifest")
+    return settings_page("Release manifest", intro, "ReleaseManifest", module, acceptance)
 
 
 def fleet_config() -> str:
@@ -121,7 +122,7 @@ def fleet_config() -> str:
     intro = (
         "`fleet.yaml` in the server's data folder, written by `edge-fleet init`. An unknown or misspelt setting is an error."
     )
-    return settings_page("fleet.yaml", intro, config, "FleetConfig")
+    return settings_page("fleet.yaml", intro, "FleetConfig", config)
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------

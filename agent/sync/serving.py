@@ -10,8 +10,8 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from agent.contract import names
+from agent.contract.acceptance import ShadowRules
 from agent.contract.codec import ContractError, decode
-from agent.contract.manifest import ShadowRules
 from agent.host import unix
 from agent.sync.gates.shadow import ShadowCounts
 from agent.sync.gates.watch import Stats

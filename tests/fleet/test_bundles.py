@@ -7,9 +7,9 @@ import pytest
 import requests
 
 from agent.contract import bundle
+from agent.contract.acceptance import WatchRules
 from agent.contract.assignment import Exclusion, ModelAssignment
 from agent.contract.codec import decode
-from agent.contract.manifest import WatchRules
 from fleet_server.rollouts.bundles import may_want
 from tests.fleet.stand import sha256
 

@@ -7,8 +7,8 @@ import json
 import msgspec
 import pytest
 
+from agent.contract.acceptance import Acceptance
 from agent.contract.assignment import Window, wanted
-from agent.contract.manifest import Acceptance
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Answer, Hardware, ModelState, Outcome, Phase, Presence, hardware_class
 from fleet_server.access import SERVER

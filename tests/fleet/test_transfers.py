@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from agent.contract import topics, transfers
+from agent.contract.acceptance import WatchRules
 from agent.contract.codec import encode
-from agent.contract.manifest import File, WatchRules
+from agent.contract.manifest import File
 from agent.contract.transfers import Ask, Part, Status, bitmap, decode_part
 from agent.host.clock import SystemClock
 from agent.store import Store

@@ -29,8 +29,8 @@ from typing import Any
 import pytest
 
 from agent.common import files
+from agent.contract.acceptance import CanaryRules, ShadowRules, WatchRules
 from agent.contract.assignment import Rollout, Window
-from agent.contract.manifest import CanaryRules, ShadowRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
 from agent.store import Selection

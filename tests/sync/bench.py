@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from agent.config import SyncSettings
+from agent.contract.acceptance import ShadowRules
 from agent.contract.assignment import Assignment, DeviceRecord, ModelAssignment, Rollout
 from agent.contract.codec import encode
-from agent.contract.manifest import ReleaseManifest, ShadowRules
+from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware, Phase

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.contract.manifest import WatchRules
+from agent.contract.acceptance import WatchRules
 from agent.store import Store
 from tests.sync.fleet import Authority, Repository, Server, enrolled
 

@@ -38,6 +38,7 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
+from agent.contract.acceptance import Acceptance, Close, GoldenCase, WatchRules
 from agent.contract.assignment import (
     ASSIGNMENT_TARGET,
     ISSUED_FIELD,
@@ -50,16 +51,7 @@ from agent.contract.assignment import (
 )
 from agent.contract.codec import encode
 from agent.contract.enrolment import EnrolmentResponse
-from agent.contract.manifest import (
-    Acceptance,
-    Close,
-    File,
-    GoldenCase,
-    ReleaseManifest,
-    Tensor,
-    Variant,
-    WatchRules,
-)
+from agent.contract.manifest import File, ReleaseManifest, Tensor, Variant
 from agent.sync import identity as identities
 
 UTC = dt.timezone.utc

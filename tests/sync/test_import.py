@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from agent.contract import bundle
+from agent.contract.acceptance import WatchRules
 from agent.contract.codec import encode
-from agent.contract.manifest import WatchRules
 from agent.sync.fetching.spool import Spool
 from tests.sync.conftest import eventually
 from tests.sync.fleet import DEVICE, FLEET, Repository, sha

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from agent.common import files
+from agent.contract.acceptance import Acceptance, CanaryRules, WatchRules
 from agent.contract.assignment import Window
-from agent.contract.manifest import Acceptance, CanaryRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
 from agent.sync.fetching.budget import Budget

@@ -13,15 +13,15 @@ from click.testing import CliRunner
 from agent.cli import cli
 from agent.config import ConfigError
 from agent.config import load as load_config
+from agent.contract.acceptance import WatchRules
 from agent.contract.assignment import Rollout, Window, parse_window
 from agent.contract.codec import encode
-from agent.contract.manifest import WatchRules
 from agent.contract.reports import Phase
 from agent.store import StoreError
 from agent.sync.operator import actions, overview
 from agent.sync.problems import Problem
 from tests.sync.bench import MODEL, Bench
-from tests.sync.test_updater import no
+from tests.sync.stories import no
 
 P = Phase
 WATCH = WatchRules(duration_s=10.0, max_duration_s=60.0)
@@ -36,7 +36,7 @@ def on_one(tmp_path: Path) -> Bench:
     return bench
 
 
-def settle(bench: Bench, **settings) -> None:
+def set_up(bench: Bench, **settings) -> None:
     bench.settings = msgspec.structs.replace(bench.settings, **settings)
     bench.again()
 
@@ -83,7 +83,7 @@ def test_an_approval_survives_a_restart_and_needs_no_network(on_one: Bench):
 
 
 def test_the_device_may_ask_for_every_release(on_one: Bench):
-    settle(on_one, approval="always")
+    set_up(on_one, approval="always")
     on_one.release(3)
     on_one.want(3)
     on_one.step()
@@ -125,7 +125,7 @@ def test_an_approval_is_of_the_bytes_that_were_tried(on_one: Bench):
 def test_going_back_waits_for_nobody(on_one: Bench):
     byhand_settings = {"approval": "always", "windows": (f"{hour(on_one, 3):02}:00-{hour(on_one, 4):02}:00",)}
     on_one.install(3)
-    settle(on_one, **byhand_settings)
+    set_up(on_one, **byhand_settings)
     on_one.want(1)
     on_one.step()
     assert on_one.until(P.STEADY) == [P.FETCHING, P.ACTIVATING, P.WATCHING, P.STEADY]
@@ -133,7 +133,7 @@ def test_going_back_waits_for_nobody(on_one: Bench):
 
 
 def test_leaving_what_was_withdrawn_waits_for_nobody(on_one: Bench):
-    settle(on_one, approval="always")
+    set_up(on_one, approval="always")
     on_one.release(3)
     on_one.want(3, withdrawn=(1,))
     on_one.step()
@@ -206,7 +206,7 @@ def test_hold_on_a_release_by_number_and_unhold(on_one: Bench):
 
 def test_the_devices_own_window_is_waited_for(on_one: Bench):
     opens = hour(on_one, 2)
-    settle(on_one, windows=(f"{opens:02}:00-{(opens + 1) % 24:02}:00",))
+    set_up(on_one, windows=(f"{opens:02}:00-{(opens + 1) % 24:02}:00",))
     on_one.release(3, watch=WATCH)
     on_one.want(3)
     on_one.step()
@@ -220,7 +220,7 @@ def test_the_devices_own_window_is_waited_for(on_one: Bench):
 
 def test_both_windows_have_to_be_open(on_one: Bench):
     now = hour(on_one, 0)
-    settle(on_one, windows=(f"{now:02}:00-{(now + 2) % 24:02}:00",))
+    set_up(on_one, windows=(f"{now:02}:00-{(now + 2) % 24:02}:00",))
     later = 60 * ((now + 1) % 24)
     rollout = Rollout(
         id="r", release=3, previous=1, permille=1000, window=Window(start_minute=later, end_minute=(later + 60) % 1440)

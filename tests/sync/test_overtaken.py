@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.contract.manifest import WatchRules
+from agent.contract.acceptance import WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
 from tests.sync.bench import MODEL, Bench

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from agent.contract.acceptance import WatchRules
 from agent.contract.assignment import Exclusion, ModelAssignment, Rollout
-from agent.contract.manifest import WatchRules
 from agent.contract.reports import Outcome, Phase
 from agent.store import Choice
 from tests.sync.bench import MODEL, Bench

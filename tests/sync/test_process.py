@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.contract.manifest import WatchRules
+from agent.contract.acceptance import WatchRules
 from agent.contract.reports import Phase
 from agent.store import Selection, Store
 from tests.sync.conftest import eventually

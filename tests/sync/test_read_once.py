@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from agent import store as stores
-from agent.contract.manifest import WatchRules
+from agent.contract.acceptance import WatchRules
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Phase
 from agent.store import StoreError

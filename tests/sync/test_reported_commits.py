@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.contract.manifest import WatchRules
+from agent.contract.acceptance import WatchRules
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase

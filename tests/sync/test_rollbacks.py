@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from agent.contract.manifest import WatchRules
+from agent.contract.acceptance import WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
 from agent.sync.serving import ServeRefused

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from agent.contract.acceptance import CanaryRules, Close, ShadowRules, WatchRules
 from agent.contract.assignment import Rollout
-from agent.contract.manifest import CanaryRules, Close, ShadowRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
 from agent.sync.fleet.stages import stage_of

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from agent.common import files
+from agent.contract.acceptance import WatchRules
 from agent.contract.codec import encode
-from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome, Phase
 from agent.store import Choice, Selection, SelectionFiles, Store

@@ -19,7 +19,8 @@ import psutil
 import pytest
 from onnx import TensorProto
 
-from agent.contract.manifest import Close, Picture, Serving, Tensor, Top1
+from agent.contract.acceptance import Close, Top1
+from agent.contract.manifest import Picture, Serving, Tensor
 from agent.contract.reasons import Reason
 from agent.host.clock import SystemClock
 from agent.sync.problems import Problem, Stopped

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.contract.manifest import CanaryRules, ShadowRules, WatchRules
+from agent.contract.acceptance import CanaryRules, ShadowRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
 from agent.store import StoreError

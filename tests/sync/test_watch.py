@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.contract.manifest import WatchRules
+from agent.contract.acceptance import WatchRules
 from agent.contract.reasons import Reason
 from agent.lives import Life, ended_with_its_boot
 from agent.sync.gates.watch import (

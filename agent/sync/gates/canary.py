@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from agent.contract.acceptance import CanaryRules, WatchRules
 from agent.contract.codec import Document
-from agent.contract.manifest import CanaryRules, WatchRules
 from agent.contract.reasons import Reason
 from agent.lives import Life
 from agent.sync.gates import watch

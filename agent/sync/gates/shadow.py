@@ -13,8 +13,8 @@ from typing import Literal
 
 import msgspec
 
+from agent.contract.acceptance import ShadowRules
 from agent.contract.codec import Document
-from agent.contract.manifest import ShadowRules
 from agent.contract.reasons import Reason
 from agent.sync.gates.watch import LATENCY_FLOOR_MS, MOST, Commit, Keep, RollBack, Verdict, Watched, percentile
 

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from agent.contract.acceptance import WatchRules
 from agent.contract.codec import Document
-from agent.contract.manifest import WatchRules
 from agent.contract.reasons import Reason
 from agent.lives import Life, crashed, ended_with_its_boot, stopped
 

@@ -14,8 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
+from agent.contract.acceptance import Close
 from agent.contract.codec import ContractError, decode, encode
-from agent.contract.manifest import Close, Tensor
+from agent.contract.manifest import Tensor
 from agent.contract.reasons import Reason
 from agent.host import memory, priority
 from agent.sync.trials import containment

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import msgspec
 
+from agent.contract.acceptance import Close, Top1
 from agent.contract.codec import Document
-from agent.contract.manifest import Close, Picture, Scalar, Serving, Tensor, Top1
+from agent.contract.manifest import Picture, Scalar, Serving, Tensor
 from agent.contract.reasons import Reason
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024

@@ -6,7 +6,7 @@ import datetime as dt
 from typing import Literal
 
 from agent.config import SyncSettings
-from agent.contract.manifest import Acceptance
+from agent.contract.acceptance import Acceptance
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import Reason
 from agent.store import StoreError

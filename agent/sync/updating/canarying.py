@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from agent.config import SyncSettings
-from agent.contract.manifest import CanaryRules
+from agent.contract.acceptance import CanaryRules
 from agent.contract.reasons import Reason
 from agent.lives import Life
 from agent.store import StoreError

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from agent.config import SyncSettings
-from agent.contract.manifest import ShadowRules
+from agent.contract.acceptance import ShadowRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome
 from agent.lives import Life

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from agent.config import SyncSettings
-from agent.contract.manifest import WatchRules
+from agent.contract.acceptance import WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome
 from agent.lives import Life

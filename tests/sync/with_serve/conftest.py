@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agent.client import Client, ClientError, InputRejected
-from agent.contract.manifest import WatchRules
+from agent.contract.acceptance import WatchRules
 from tests.serving.stand import Server as ServeProcess
 from tests.sync.conftest import eventually
 from tests.sync.fleet import Repository, Server, onnx_release

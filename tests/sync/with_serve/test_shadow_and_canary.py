@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.client import Client
-from agent.contract.manifest import CanaryRules, ShadowRules, WatchRules
+from agent.contract.acceptance import CanaryRules, ShadowRules, WatchRules
 from tests.sync.conftest import eventually
 from tests.sync.test_process import MODEL
 from tests.sync.with_serve.conftest import App, Real

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from agent.client import Client
+from agent.contract.acceptance import WatchRules
 from agent.contract.assignment import Assignment, ModelAssignment
-from agent.contract.manifest import WatchRules
 from tests.sync.conftest import eventually
 from tests.sync.fleet import onnx_release
 from tests.sync.test_process import MODEL
