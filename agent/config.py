@@ -185,13 +185,13 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     """Where systemd starts trials. When it is not there, trials are children of `sync`."""
     windows: tuple[str, ...] = ()
     """When a new release may begin to serve here, in local time, such as `mon-fri 22:00-05:00`; a rollout's own window has to be open too.
-    Empty: always. Going back never waits."""
+    Empty: always. A rollback never waits."""
     approval: Literal["never", "always"] = "never"
     """always: a new release serves only after somebody here said so (`edge-agent approve`), whatever the release asks for."""
     watch_poll_s: float = 0.5
-    """How often a release under watch is looked at."""
+    """How often `serve` is asked about a release under watch."""
     keep_releases: int = 2
-    """Committed releases kept for going back, beside the active one and the one before it."""
+    """Committed releases kept for rollbacks, beside the active one and the one before it."""
 
     def __post_init__(self) -> None:
         if self.poll_interval_s <= 0 or self.heartbeat_s <= 0:

@@ -13,7 +13,7 @@ from agent.host.boot import boot_id
 from agent.lives import Life
 
 KEPT = 64
-"""Lives that are remembered. `sync` looks twice a second; this many restarts go by unseen only while it is gone for long."""
+"""Lives that are remembered. `sync` reads it twice a second; this many restarts go by unseen only while it is gone for long."""
 
 _MAX_BYTES = 64 * 1024
 _NAME = "lives.json"

@@ -5,7 +5,7 @@
     <root>/releases/<model>/<version>.json the manifest as it was signed; written after all its blobs
     <root>/models/<model>.json             the Selection: what `serve` loads when it starts
     <root>/models/.team.json               selections of a team, made at once, that are being written there; they count
-    <root>/staging/                        downloads under way; only `sync` looks here
+    <root>/staging/                        downloads under way; only `sync` reads it
     <root>/sync/                           what only `sync` reads: update states, trust, outbox
 
 Order is what makes it crash-proof: blobs before the manifest, the manifest before the selection, and each of them durable

@@ -20,7 +20,7 @@ SYNC_COMMANDS: Mapping[str, str] = {
     "hold": "Keep a model on the release it runs now.",
     "import": "Update this device from a bundle on a stick.",
     "quarantine": "List or clear the releases that this device refuses.",
-    "rollback": "Go back to a model's previous release.",
+    "rollback": "Roll back to a model's previous release.",
     "sync": "Follow the fleet: updates, trials, reports.",
     "trial": "Try one release (started by sync or systemd).",
     "tuf": "Verify any TUF repository as this device verifies its fleet's.",

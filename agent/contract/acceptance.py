@@ -7,7 +7,7 @@ from typing import Literal
 from agent.contract.codec import Document
 
 MIN_LEASE_S = 60.0
-"""A shorter lease would end between two looks at the fleet on a network that works."""
+"""A shorter lease would end between two looks on a network that works."""
 
 
 class Close(Document, frozen=True, kw_only=True, tag_field="kind", tag="close"):
@@ -48,13 +48,13 @@ class WatchRules(Document, frozen=True, kw_only=True):
     """When the watch that follows activation commits, and what makes it roll back.
 
     It commits after `duration_s` once `min_requests` were answered (or `max_duration_s` passed in silence), unless those few failed:
-    then it waits for enough to judge, and goes back when `max_duration_s` ends with most of them failed. It rolls back as soon
+    then it waits for enough to judge, and is rolled back when `max_duration_s` ends with most of them failed. It rolls back as soon
     as the share of failed requests exceeds the device's own baseline by `max_error_ratio_increase` over at least
     `min_requests_to_judge` requests, the p95 exceeds `max_p95_ratio` times the baseline's, or the serving process crashed
     more than `max_crashes` times.
 
     What ended well is committed once a report that says so reached the fleet's broker; `report_within_s` is how long that may take
-    before a device that could report earlier goes back (see Acceptance.offline_commit).
+    before a device that could report earlier rolls back (see Acceptance.offline_commit).
     """
 
     duration_s: float = 300.0
@@ -97,7 +97,7 @@ class ShadowRules(Document, frozen=True, kw_only=True):
     tolerance: dict[str, Close] = {}
     """By output; `*` is every one that is not named. Otherwise 0.001 + 0.01 of the live value."""
     max_latency_ratio: float = 5.0
-    """The median over pairs of runs on the same input; looked at when its runs take a millisecond or more."""
+    """The median over pairs of runs on the same input; judged when its runs take a millisecond or more."""
     max_error_ratio: float = 0.02
     """The share of copies that it fails."""
     max_crashes: int = 0
@@ -107,7 +107,7 @@ class ShadowRules(Document, frozen=True, kw_only=True):
     max_duration_s: float = 3600.0
     """When it is over, with as many samples as came; then only a release of which most went wrong is refused."""
     without_memory: Literal["skip", "wait"] = "skip"
-    """Where memory does not allow both versions: go on without having looked, or wait until it does."""
+    """Where memory does not allow both versions: go on without having compared, or wait until it does."""
 
     def __post_init__(self) -> None:
         for name in ("share", "min_agreement", "max_top1_flips", "max_error_ratio"):
@@ -154,7 +154,7 @@ class Acceptance(Document, frozen=True, kw_only=True):
     max_memory_bytes: int | None = None
     max_trial_s: float = 120.0
     shadow: ShadowRules | None = None
-    """None: a rollout of mode shadow looks with the default rules, any other does not look."""
+    """None: a rollout of mode shadow runs it on copies with the default rules; any other does not."""
     canary: CanaryRules | None = None
     watch: WatchRules = WatchRules()
     offline_commit: bool | None = None

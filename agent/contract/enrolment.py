@@ -113,7 +113,7 @@ class SignedRenewal(Document, frozen=True, kw_only=True):
 
 
 class EnrolmentResponse(Document, frozen=True, kw_only=True):
-    """What a device keeps beside its key. `tuf_root` is the trusted root, pinned here and updated only through TUF."""
+    """What a device keeps beside its key. `tuf_root` is the trusted root, kept from enrolment and updated only through TUF."""
 
     fleet: str
     device: str

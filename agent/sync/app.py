@@ -5,7 +5,7 @@
  3. the outbox, counters and reporter: from here on whatever happens can be told;
  4. trust, download, trial, the port to `serve`;
  5. an updater per model that was ever updated here, each in its own thread: a watch goes on while another model downloads,
-    and an interrupted update is taken up before the network is even asked;
+    and an interrupted update goes on before the network is even asked;
  6. the follower, a thread that asks the fleet what is wanted: at intervals, and whenever a poke comes;
  7. the MQTT link, last, because nothing else needs it.
 
@@ -77,7 +77,7 @@ class SyncApp:
     def __init__(
         self, config: AgentConfig, who: Identity, store: Store, clock: Clock | None = None, *, networked: bool = True
     ) -> None:
-        """`networked` False: only bundles are looked at, and nobody is told anything."""
+        """`networked` False: only bundles are read, and nobody is told anything."""
         self._networked = networked
         self._config = config
         self._who = who

@@ -44,7 +44,7 @@ _TLS: tuple[tuple[tuple[str, ...], Refusal], ...] = (
     ),
     (
         ("alert certificate required", "peer did not return a certificate"),
-        Refusal("the other side saw no certificate of this device", "look at the files in the identity folder; enrol again with --force"),
+        Refusal("the other side saw no certificate of this device", "check the files in the identity folder; enrol again with --force"),
     ),
     # what we say of theirs
     (

@@ -81,7 +81,7 @@ def test_away_for_three_releases_and_new_keys(world: World) -> None:
 
     world.restart("sync")
 
-    world.until(f"release {world.version} is committed", lambda: world.settled(world.version))
+    world.until(f"release {world.version} is committed", lambda: world.committed(world.version))
     world.until("the fleet sees it", lambda: world.fleet.devices()["device"]["online"])
     assert world.traffic.failed[failed:] == []
 
@@ -98,7 +98,7 @@ def test_a_board_that_wakes_up_in_1970(world: World) -> None:
 
     with the_clock_says(world, IN_1970):
         world.restart("sync")
-        world.until(f"release {release} is committed", lambda: world.settled(release))
+        world.until(f"release {release} is committed", lambda: world.committed(release))
 
     world.until("the fleet sees it", lambda: world.fleet.devices()["device"]["online"])
     assert world.answer(release)["at"] > 1_700_000_000, "it says when it was by the signed time"
@@ -128,7 +128,7 @@ def test_a_clock_that_is_years_ahead(world: World) -> None:
 
     world.kill("sync")
     world.restart("sync")
-    world.until(f"release {world.version} is committed", lambda: world.settled(world.version))
+    world.until(f"release {world.version} is committed", lambda: world.committed(world.version))
 
 
 def _doctor(world: World, environment: dict[str, str]) -> str:

@@ -32,7 +32,7 @@ def test_the_update_is_completed_all_the_same(world: World, victim: str, phase: 
     if victim != "serve":
         assert world.serving() in {release - 1, release}
     world.restart(victim)
-    world.until(f"release {release} is committed", lambda: world.settled(release))
+    world.until(f"release {release} is committed", lambda: world.committed(release))
     assert world.traffic.failed[failed:] == []
     assert world.traffic.answered > answered + 50
 
@@ -86,7 +86,7 @@ def test_an_orderly_restart_is_no_crash(world: World, parts: tuple[str, ...], ph
     world.end(*parts)
     for part in parts:
         world.restart(part)
-    world.until(f"release {release} is committed", lambda: world.settled(release))
+    world.until(f"release {release} is committed", lambda: world.committed(release))
     assert world.answer(release)["evidence"]["crashes"] == 0
     world.until("the rollout is complete", lambda: world.fleet.get("rollouts")[0]["state"] == "completed")
     assert world.traffic.failed[failed:] == []
@@ -122,4 +122,4 @@ def test_killed_sync_in_rolling_back(world: World) -> None:
 
 def test_the_fleet_still_works_after_all_this(world: World) -> None:
     release = world.update(GOOD)
-    world.until(f"release {release} is committed", lambda: world.settled(release))
+    world.until(f"release {release} is committed", lambda: world.committed(release))

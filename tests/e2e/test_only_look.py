@@ -25,7 +25,7 @@ def test_a_release_is_looked_at_and_then_installed(tmp_path: Path) -> None:
         world.until("the device rests", world.at_rest)
 
         world.fleet.roll_out(2)
-        world.until("release 2 is committed", lambda: world.settled(2))
+        world.until("release 2 is committed", lambda: world.committed(2))
         assert world.traffic.failed == []
         assert world.traffic.wrong == []
 

@@ -33,7 +33,7 @@ def test_publish_copy_publish_restore_recover_publish(world: World) -> None:
     shutil.copytree(fleet.data, copy)
     world.restart("fleet")
     release = world.update(WEAK)
-    world.until(f"release {release} is committed", lambda: world.settled(release))
+    world.until(f"release {release} is committed", lambda: world.committed(release))
     failed = len(world.traffic.failed)
 
     world.kill("fleet")
@@ -49,7 +49,7 @@ def test_publish_copy_publish_restore_recover_publish(world: World) -> None:
     world.restart("fleet")
     again = world.update(GOOD)  # its publisher's list has a number that the device holds too, with the lost release in it
     world.restart("sync")
-    world.until(f"release {again} is committed", lambda: world.settled(again))
+    world.until(f"release {again} is committed", lambda: world.committed(again))
     world.until("the rollout is complete", lambda: fleet.get("rollouts")[0]["state"] == "completed")
     assert fleet.get("status")["warnings"] == []
     assert world.traffic.failed[failed:] == []
@@ -62,7 +62,7 @@ def test_a_number_that_devices_know_as_another_release_is_not_given_again(world:
     shutil.copytree(fleet.data, copy)
     world.restart("fleet")
     release = world.update(WEAK)
-    world.until(f"release {release} is committed", lambda: world.settled(release))
+    world.until(f"release {release} is committed", lambda: world.committed(release))
     world.kill("sync")
     world.processes.call(*command("edge-agent", "hold", MODEL, "--config", world.device.config))  # else it soon goes back
     world.kill("fleet")

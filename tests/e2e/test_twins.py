@@ -59,6 +59,6 @@ def test_two_devices_with_one_identity_are_told_apart(world: World) -> None:
         world.processes.kill(f"{twin.name}-{part}")  # for an hour the server takes both for what they were
     world.until("the device is back", world.device_is_connected)
     release = world.update()
-    world.until(f"the first device serves release {release}", lambda: world.settled(release))
+    world.until(f"the first device serves release {release}", lambda: world.committed(release))
     verdict = fleet.get("rollouts")[0]
     assert (verdict["state"], verdict["verdict"]["counts"]["committed"]) == ("running", 0), "nobody's success"

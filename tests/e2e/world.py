@@ -78,7 +78,7 @@ class World:
         self.until("the device is online", lambda: bool(self.fleet.devices()["device"]["online"]))
         self.publish()
         self.fleet.roll_out(1)
-        self.until("release 1 is committed", lambda: self.settled(1))
+        self.until("release 1 is committed", lambda: self.committed(1))
         self.traffic = Traffic(self.device.socket, self.models)
         self._stack.callback(self.traffic.stop)
 
@@ -170,7 +170,7 @@ class World:
 
         self.until(f"{phase} of release {release}", there, every_s=0.0005)
 
-    def settled(self, release: int) -> bool:
+    def committed(self, release: int) -> bool:
         """The device has committed the release, and serves it, and nothing is under way."""
         last = self.answer(release)
         return bool(last) and last["outcome"] == "committed" and self.state()["phase"] == "steady" and self.serving() == release

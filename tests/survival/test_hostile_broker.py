@@ -54,7 +54,7 @@ def test_an_update_is_completed_and_the_fleet_knows(world: Besieged, manner: str
     passed, failed = world.broker.passed, len(world.traffic.failed)
     world.broker.manner = manner
     release = world.update(other_than_now(world))
-    world.until(f"release {release} is committed", lambda: world.settled(release))
+    world.until(f"release {release} is committed", lambda: world.committed(release))
     world.until("the rollout is complete", lambda: world.fleet.get("rollouts")[0]["state"] == "completed")
     assert world.broker.passed > passed + 3, "the messages of this update came by here"
     assert_agreed(world, failed)
@@ -76,7 +76,7 @@ def test_reports_that_the_broker_acknowledges_and_keeps(world: Besieged) -> None
     failed = len(world.traffic.failed)
     world.broker.manner = "swallowing"
     release = world.update(other_than_now(world))
-    world.until(f"release {release} is committed", lambda: world.settled(release))
+    world.until(f"release {release} is committed", lambda: world.committed(release))
     assert world.fleet.get("rollouts")[0]["state"] not in {"completed", "aborted"}, "the fleet has not heard of it"
     world.broker.manner = "honest"
     world.until("the rollout is complete", lambda: world.fleet.get("rollouts")[0]["state"] == "completed")

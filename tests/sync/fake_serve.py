@@ -121,7 +121,7 @@ class FakeServe:
             return 200, {}
         return 200, {"active": entry["active"], "previous": entry["previous"]}
 
-    def act_together(self, versions: dict) -> tuple[int, dict]:
+    def activate_team(self, versions: dict) -> tuple[int, dict]:
         self.calls.append(("activate_team", ",".join(sorted(versions)), None))
         with self._lock:
             for model, version in versions.items():
@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         if self.path == "/control/v1/activate":
-            self._answer(*self.serve.act_together(body["versions"]))
+            self._answer(*self.serve.activate_team(body["versions"]))
             return
         self._answer(*self.serve.act(model, action, body))
 

@@ -32,13 +32,13 @@ class TeamBench(Bench):
     def desire(
         self,
         releases: Mapping[str, int | None],
-        together: tuple[str, ...] = (),
+        team: tuple[str, ...] = (),
         withdrawn: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        """The fleet wants these; the models in `together` switch together."""
+        """The fleet wants these; the models in `team` switch together."""
         gone = withdrawn or {}
         models = {m: ModelAssignment(release=release, withdrawn=gone.get(m, ())) for m, release in releases.items()}
-        group = {model: releases[model] for model in together}
+        group = {model: releases[model] for model in team}
         named = {"g1": {m: r for m, r in group.items() if r is not None}} if group else {}
         self.assignment = Assignment(fleet=FLEET, version=self.assignment.version + 1, models=models, teams=named)
         self.verified_at, self.known = self.clock.wall(), True

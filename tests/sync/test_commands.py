@@ -118,7 +118,7 @@ def test_updates_shows_the_refusal_and_lifts_it(config, lived):
 
 def test_hold_and_rollback(config, lived):
     assert "held on release 2" in run("hold", "crane", "--config", config).output
-    assert "goes back to release 1" in run("rollback", "crane", "--config", config).output
+    assert "rolls back to release 1" in run("rollback", "crane", "--config", config).output
     assert json.loads(run("updates", "--json", "--config", config).output)["crane"]["held"] == 1
     assert "follows the fleet again" in run("hold", "crane", "--lift", "--config", config).output
     assert run("rollback", "crane", "--to", "2", "--config", config).exit_code == 1

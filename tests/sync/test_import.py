@@ -76,11 +76,11 @@ def test_with_sync_running(alone: Device):
     assert done.returncode == 0, done.stderr
     assert "crane:1" in json.loads(done.stdout)["message"]
     assert alone.active == 1
-    eventually(lambda: alone.settled_on(1), "the end of the watch")
+    eventually(lambda: alone.serves_at_rest(1), "the end of the watch")
     eventually(lambda: list((alone.store.private / "imports").glob("*/blobs")) == [], "the bundle's files are gone")
     assert run(alone, path).returncode == 0  # again, and the next one
     assert run(alone, packed(alone, 2)).returncode == 0
-    eventually(lambda: alone.settled_on(2), "release 2")
+    eventually(lambda: alone.serves_at_rest(2), "release 2")
     alone.check_store()
 
 
@@ -90,7 +90,7 @@ def test_without_sync(alone: Device):
     done = run(alone, path)
 
     assert done.returncode == 0, done.stderr
-    assert alone.settled_on(1)
+    assert alone.serves_at_rest(1)
     assert "crane:1 serves" in done.stdout
     assert alone.server.asked == []
     alone.check_store()
@@ -104,14 +104,14 @@ def test_the_same_bundle_again_changes_nothing(alone: Device):
     again = run(alone, path)
 
     assert again.returncode == 0, again.stderr
-    assert alone.settled_on(1)
+    assert alone.serves_at_rest(1)
     assert sorted(one.name for one in alone.store.blobs.iterdir()) == before
 
 
 def test_one_bundle_after_the_other(alone: Device):
     assert run(alone, packed(alone, 1)).returncode == 0
     assert run(alone, packed(alone, 2)).returncode == 0
-    assert alone.settled_on(2)
+    assert alone.serves_at_rest(2)
 
 
 def test_a_release_that_does_not_pass_is_refused_here(alone: Device):
@@ -327,7 +327,7 @@ def test_killed_anywhere_the_next_import_completes_it(delay_s, alone: Device):
     done = run(alone, path)
 
     assert done.returncode == 0, done.stderr
-    assert alone.settled_on(1)
+    assert alone.serves_at_rest(1)
     alone.check_store()
 
 
@@ -337,4 +337,4 @@ def test_sync_completes_what_a_killed_import_left(alone: Device):
 
     alone.start()
 
-    eventually(lambda: alone.settled_on(1), "release 1", 30)
+    eventually(lambda: alone.serves_at_rest(1), "release 1", 30)

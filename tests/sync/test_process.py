@@ -92,9 +92,9 @@ class Device:
         self.publish(version, **options)
         self.repository.assign(MODEL, version)
         self.start()
-        eventually(lambda: self.settled_on(version), f"release {version}", 30)
+        eventually(lambda: self.serves_at_rest(version), f"release {version}", 30)
 
-    def settled_on(self, version: int) -> bool:
+    def serves_at_rest(self, version: int) -> bool:
         state = self.state()
         refused = state["phase"] == "quarantined" and state["target"] == version
         assert not refused, f"release {version} is refused: {state['answers'][-1]}"
@@ -201,7 +201,7 @@ def test_killed_in_the_middle_the_update_is_completed_after_a_restart(kill, devi
     assert device.active in (1, 2)
 
     device.start()
-    eventually(lambda: device.settled_on(2), "release 2", 30)
+    eventually(lambda: device.serves_at_rest(2), "release 2", 30)
 
     device.check_store()
     assert device.answer()["outcome"] == "committed"
@@ -304,7 +304,7 @@ def test_without_a_network_it_keeps_quiet_and_goes_on(device: Device):
     kill_in_trialing(device)
     device.server.faults[""] = lambda handler: handler.answer(503, b"{}") or True
     device.start()
-    eventually(lambda: device.settled_on(2), "release 2 from what is on disk", 30)
+    eventually(lambda: device.serves_at_rest(2), "release 2 from what is on disk", 30)
     refreshes = len(device.server.asked)
     eventually(lambda: len(device.server.asked) > refreshes, "another look")
 

@@ -78,23 +78,23 @@ def test_room_is_made_before_it_is_refused(store: Store):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    active=st.integers(1, 6), previous=st.integers(1, 6) | st.none(), pinned=st.integers(1, 6) | st.none(),
+    active=st.integers(1, 6), previous=st.integers(1, 6) | st.none(), held=st.integers(1, 6) | st.none(),
     fetched=st.sets(st.integers(0, 2)), short=st.booleans(), keep_newest=st.integers(0, 3),
 )  # fmt: skip
-def test_what_is_needed_is_never_deleted(active, previous, pinned, fetched, short, keep_newest):
+def test_what_is_needed_is_never_deleted(active, previous, held, fetched, short, keep_newest):
     with tempfile.TemporaryDirectory() as folder:
         store = Store.create(Path(folder) / "store")
         blobs = {version: keep(store, "crane", version, f"{version}".encode() * 50) for version in range(1, 7)}
         wanted = [sha(f"part {number}".encode()) for number in range(3)]
         for name in wanted:
             (store.staging / name).write_bytes(b"x")
-        keeping = Housekeeping(store, keep_newest, lambda _: pinned)
+        keeping = Housekeeping(store, keep_newest, lambda _: held)
         keeping.need("crane", {active} | ({previous} if previous else set()))
         keeping.fetching("lift", [wanted[number] for number in fetched])
 
         keeping.collect(short_of_space=short)
 
-        stays = {active, previous, pinned} - {None}
+        stays = {active, previous, held} - {None}
         assert all(store.has_blob(blobs[version]) for version in stays)
         assert {ref.version for ref in store.releases()} >= stays
         assert all((store.staging / wanted[number]).exists() for number in fetched)

@@ -51,7 +51,7 @@ def trickling(begin: bytes) -> Iterator[str]:
 def test_a_neighbour_that_trickles_is_given_up(begin, store: Store, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(http, "HEAD_S", 0.3)
     with trickling(begin) as url:
-        peer = HttpBlobs(lambda: FleetHttp(url, SystemClock()), name="neighbour", final=False)
+        neighbour = HttpBlobs(lambda: FleetHttp(url, SystemClock()), name="neighbour", final=False)
         with pytest.raises(Problem) as caught:
-            fetch(downloader(store, peer), FILE)
+            fetch(downloader(store, neighbour), FILE)
     assert caught.value.retryable

@@ -41,7 +41,7 @@ def bench(tmp_path: Path) -> TeamBench:
 
 
 def wanted(bench: TeamBench) -> None:
-    bench.desire(NEW, together=("arm", "eye"))
+    bench.desire(NEW, team=("arm", "eye"))
 
 
 def test_all_are_tried_first_and_then_switched_at_once(bench: TeamBench):
@@ -73,7 +73,7 @@ def test_one_that_is_late_is_waited_for(bench: TeamBench):
     desired = bench.desired()
     files.make_directory(bench.store.private / "trust")
     (bench.store.private / "trust/desired.json").write_bytes(encode(desired))
-    assert "waits for eye:4, which switch together with it" in overview.text(overview.read(bench.store))
+    assert "waits for eye:4, of its team" in overview.text(overview.read(bench.store))
     assert bench.runs == OLD
     bench.trial = lambda *_: {}
     bench.all_in(P.STEADY, within=4000)
@@ -94,7 +94,7 @@ def test_nobody_waits_for_a_refused_one_with_what_nobody_may_run(bench: TeamBenc
     bench.trial = bad_for("eye")
     wanted(bench)
     bench.rounds(100)
-    bench.desire(NEW, together=("arm", "eye"), withdrawn={"arm": (1,)})
+    bench.desire(NEW, team=("arm", "eye"), withdrawn={"arm": (1,)})
     bench.rounds(20)
 
     assert bench.serve.active.get("arm") is None
@@ -335,8 +335,8 @@ def killed_at(folder: Path, moment: int, *, bad: bool, serve_too: bool, patch: p
         return False
     assert bench.on_disk() in (OLD, NEW), f"a serve that starts now has a mixture: {bench.on_disk()}"
     phases = set(bench.phases_on_disk().values())
-    joint = {P.ACTIVATING, P.WATCHING, P.ROLLING_BACK}
-    assert len(phases) == 1 or not phases & joint, f"apart: {phases}"
+    switching = {P.ACTIVATING, P.WATCHING, P.ROLLING_BACK}
+    assert len(phases) == 1 or not phases & switching, f"apart: {phases}"
     if serve_too:
         bench.serve.start()
         assert bench.runs in (OLD, NEW)
@@ -426,7 +426,7 @@ def test_several_selections_are_one_for_every_reader(tmp_path: Path, monkeypatch
 
 def test_several_states_are_one_for_every_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     states = States(tmp_path / "updates")
-    together = [UpdateState(model=model, phase=P.WATCHING) for model in ("a", "b")]
+    team = [UpdateState(model=model, phase=P.WATCHING) for model in ("a", "b")]
     write, count = States.write, []
 
     def dies(self, state):
@@ -437,7 +437,7 @@ def test_several_states_are_one_for_every_reader(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(States, "write", dies)
     with pytest.raises(Killed):
-        states.save_team(together)
+        states.save_team(team)
     monkeypatch.setattr(States, "write", write)
     again = States(tmp_path / "updates")
     assert [again.load(model).phase for model in ("a", "b")] == [P.WATCHING, P.WATCHING]

@@ -170,7 +170,7 @@ def run(bench: Bench, actions: list, patch: pytest.MonkeyPatch) -> None:
     for action, value in actions:
         perform(bench, trouble, action, value, withdrawn)
         check(bench, trouble)
-    settle(bench, trouble, withdrawn)
+    come_to_rest(bench, trouble, withdrawn)
 
 
 def perform(bench: Bench, trouble: Trouble, action: str, value, withdrawn: set[int]) -> None:
@@ -237,7 +237,7 @@ def refused(bench: Bench) -> set[int]:
     return {entry.answer.release for entry in bench.records.quarantine.entries(MODEL)}
 
 
-def settle(bench: Bench, trouble: Trouble, withdrawn: set[int]) -> None:
+def come_to_rest(bench: Bench, trouble: Trouble, withdrawn: set[int]) -> None:
     """The trouble ends: within bounded steps the device is where it should be."""
     trouble.die_in = trouble.cut_off = bench.manifest_problem = None
     if bench.serve.away:

@@ -60,26 +60,26 @@ class Device(RuleBasedStateMachine):
         self.ending = contextlib.ExitStack()
         folder = self.ending.enter_context(tempfile.TemporaryDirectory())
         self.patch = self.ending.enter_context(pytest.MonkeyPatch.context())
-        self.crew = TeamBench(Path(folder), MODELS)
+        self.bench = TeamBench(Path(folder), MODELS)
         self.passed: set[tuple[str, int]] = set()
         self.approved: set[tuple[str, int]] = set()
         self.withdrawn: dict[str, set[int]] = {model: set() for model in MODELS}
         self.wanted: dict[str, int | None] = dict.fromkeys(MODELS)
-        self.together: tuple[str, ...] = ()
+        self.team: tuple[str, ...] = ()
         self.calls_until_cut: int | None = None
-        self.crew.trial = self.trial
-        self.crew.link_up = True
+        self.bench.trial = self.trial
+        self.bench.link_up = True
         for model in MODELS:
             for version in (*SINGLE[model], TEAM[model], BAD_TEAM[model]):
-                self.crew.release(version, model=model, watch=WATCH, approval=version == ASKS[model])
-                self.crew.serve.numbers[version] = numbers(50, run=50) if version in FAILS else numbers(100)
-        self.death = Death(self.patch, self.crew)
-        self.crew.serve.fault = self.called
+                self.bench.release(version, model=model, watch=WATCH, approval=version == ASKS[model])
+                self.bench.serve.numbers[version] = numbers(50, run=50) if version in FAILS else numbers(100)
+        self.death = Death(self.patch, self.bench)
+        self.bench.serve.fault = self.called
 
     def teardown(self) -> None:
         self.death.left = None
         try:
-            self.settle()
+            self.come_to_rest()
         finally:
             self.ending.close()
 
@@ -106,16 +106,16 @@ class Device(RuleBasedStateMachine):
     def go(self, rounds: int) -> None:
         for _ in range(rounds):
             try:
-                self.crew.round()
+                self.bench.round()
             except Killed:
                 self.rules_2_and_3()
                 self.rule_7()
                 self.rule_4()  # what another process finds right now, before this one mends anything
-                self.crew.again()
+                self.bench.again()
 
     def desire(self) -> None:
         gone = {model: tuple(sorted(numbers)) for model, numbers in self.withdrawn.items()}
-        self.crew.desire(self.wanted, self.together, gone)
+        self.bench.desire(self.wanted, self.team, gone)
 
     # -- what may happen -----------------------------------------------------------------------------------------------------
 
@@ -134,16 +134,16 @@ class Device(RuleBasedStateMachine):
         for other in MODELS:  # whoever was one of a team leaves it with the others
             if self.wanted[other] in (TEAM[other], BAD_TEAM[other]):
                 self.wanted[other] = GOOD[other][0]
-        self.wanted[model], self.together = SINGLE[model][choice], ()
+        self.wanted[model], self.team = SINGLE[model][choice], ()
         self.desire()
 
     @rule(good=st.booleans(), rounds=st.integers(0, 40))
     def want_all(self, good: bool, rounds: int) -> None:
-        self.want_together(good)
+        self.want_team(good)
         self.go(rounds)
 
-    def want_together(self, good: bool) -> None:
-        self.wanted, self.together = dict(TEAM if good else BAD_TEAM), MODELS
+    def want_team(self, good: bool) -> None:
+        self.wanted, self.team = dict(TEAM if good else BAD_TEAM), MODELS
         self.desire()
 
     @rule(model=st.sampled_from(MODELS))
@@ -168,7 +168,7 @@ class Device(RuleBasedStateMachine):
         self.go(12)
         self.death.left = None
         if serve_too:
-            self.crew.serve.start()
+            self.bench.serve.start()
 
     @rule(
         good=st.booleans(),
@@ -176,9 +176,9 @@ class Device(RuleBasedStateMachine):
         moment=st.integers(0, 25),
     )
     def dies_in_a_switch_of_all(self, good: bool, phase: Phase, moment: int) -> None:
-        self.want_together(good)
+        self.want_team(good)
         for _ in range(40):
-            if any(updater.state.phase is phase for updater in self.crew.updaters.values()):
+            if any(updater.state.phase is phase for updater in self.bench.updaters.values()):
                 break
             self.go(1)
         self.death.left = moment
@@ -187,19 +187,19 @@ class Device(RuleBasedStateMachine):
 
     @rule()
     def reboots(self) -> None:
-        self.crew.boot += "'"
-        self.crew.serve.start()
-        self.crew.again()
+        self.bench.boot += "'"
+        self.bench.serve.start()
+        self.bench.again()
 
     @rule()
     def serve_crashes(self) -> None:
-        self.crew.serve.start()
+        self.bench.serve.start()
 
     @rule(away=st.sampled_from((False, False, True)))
     def serve_goes(self, away: bool) -> None:
-        if self.crew.serve.away and not away:
-            self.crew.serve.start()
-        self.crew.serve.away = away
+        if self.bench.serve.away and not away:
+            self.bench.serve.start()
+        self.bench.serve.away = away
 
     @rule(calls=st.integers(0, 4))
     def a_word_to_serve_is_cut_off(self, calls: int) -> None:
@@ -209,53 +209,53 @@ class Device(RuleBasedStateMachine):
 
     @rule(up=st.booleans())
     def the_broker(self, up: bool) -> None:
-        self.crew.link_up = up
+        self.bench.link_up = up
 
     @rule(up=st.sampled_from((True, True, False)))
     def the_network(self, up: bool) -> None:
-        self.crew.manifest_problem = None if up else Problem(Reason.DOWNLOAD_FAILED, "unplugged")
+        self.bench.manifest_problem = None if up else Problem(Reason.DOWNLOAD_FAILED, "unplugged")
 
     @rule(hours=st.integers(-24, 24))
     def the_clock_is_set(self, hours: int) -> None:
-        self.crew.clock.set_wall(self.crew.clock.wall() + 3600 * hours)
+        self.bench.clock.set_wall(self.bench.clock.wall() + 3600 * hours)
 
     @rule(model=st.sampled_from(MODELS))
     def somebody_approves(self, model: str) -> None:
         with contextlib.suppress(StoreError):
-            self.approved.add((model, actions.approve(self.crew.store, model)))
+            self.approved.add((model, actions.approve(self.bench.store, model)))
 
     @rule(model=st.sampled_from(MODELS))
     def somebody_holds(self, model: str) -> None:
-        if self.crew.updaters[model].state.phase in REST and not self.crew.serve.away:
+        if self.bench.updaters[model].state.phase in REST and not self.bench.serve.away:
             with contextlib.suppress(StoreError):
-                actions.hold(self.crew.store, model)
+                actions.hold(self.bench.store, model)
 
     @rule(model=st.sampled_from(MODELS))
     def somebody_lets_go(self, model: str) -> None:
-        self.crew.records.holds.unhold(model)
+        self.bench.records.holds.unhold(model)
 
     @rule(model=st.sampled_from(MODELS))
     def somebody_clears_the_quarantine(self, model: str) -> None:
-        actions.clear(self.crew.store, model)
+        actions.clear(self.bench.store, model)
 
     # -- what stays true -----------------------------------------------------------------------------------------------------
 
     @invariant()
     def rule_1(self) -> None:
-        for model, version in self.crew.runs.items():
+        for model, version in self.bench.runs.items():
             assert version is None or (model, version) in self.passed
 
     @invariant()
     def rules_2_and_3(self) -> None:
-        for model, selection in Store(self.crew.store.root).selections().items():
+        for model, selection in Store(self.bench.store.root).selections().items():
             assert isinstance(selection, Selection)
-            self.crew.store.release(model, selection.active)
-            if self.crew.updaters[model].state.phase in REST:
+            self.bench.store.release(model, selection.active)
+            if self.bench.updaters[model].state.phase in REST:
                 assert selection.active.version not in self.refused(model)
 
     @invariant()
     def rule_4(self) -> None:
-        for found in (self.crew.on_disk(), self.crew.runs):
+        for found in (self.bench.on_disk(), self.bench.runs):
             for team in (TEAM, BAD_TEAM):
                 there = [model for model in MODELS if found[model] == team[model]]
                 if there and len(there) < len(MODELS):
@@ -263,71 +263,71 @@ class Device(RuleBasedStateMachine):
 
     @invariant()
     def rule_5(self) -> None:
-        for found in (self.crew.on_disk(), self.crew.runs):
+        for found in (self.bench.on_disk(), self.bench.runs):
             for model in MODELS:
                 assert found[model] != ASKS[model] or (model, ASKS[model]) in self.approved
 
     @invariant()
     def rule_6(self) -> None:
         for model in MODELS:
-            held, updater = self.crew.records.holds.held(model), self.crew.updaters[model]
+            held, updater = self.bench.records.holds.held(model), self.bench.updaters[model]
             if held is not None and updater.state.phase in REST and held not in self.withdrawn[model]:
-                assert self.crew.on_disk()[model] in (held, None)
+                assert self.bench.on_disk()[model] in (held, None)
 
     @invariant()
     def rule_7(self) -> None:
-        states = States(self.crew.store.private / "updates")
+        states = States(self.bench.store.private / "updates")
         found = {model: states.read(model) for model in MODELS}
         for state in found.values():
             assert state is not None
-            for peer in state.team:
-                other = found[peer]
+            for member in state.team:
+                other = found[member]
                 assert other is not None
                 assert (other.phase, other.team) == (state.phase, state.team)
 
     # -- how it ends ---------------------------------------------------------------------------------------------------------
 
-    def settle(self) -> None:
+    def come_to_rest(self) -> None:
         """Rule 8."""
-        crew = self.crew
-        crew.manifest_problem, crew.link_up, self.calls_until_cut = None, True, None
-        if crew.serve.away:
-            crew.serve.away = False
-            crew.serve.start()
+        bench = self.bench
+        bench.manifest_problem, bench.link_up, self.calls_until_cut = None, True, None
+        if bench.serve.away:
+            bench.serve.away = False
+            bench.serve.start()
         for model in MODELS:
-            crew.records.holds.unhold(model)
+            bench.records.holds.unhold(model)
             if self.wanted[model] == ASKS[model]:
                 self.want(model, 1)
             if self.wanted[model] in self.withdrawn[model]:
                 self.want(model, 0)
         self.desire()
         for _ in range(6000):
-            crew.round()
+            bench.round()
             if self.still():
                 break
-        crew.rounds(3)
-        assert self.still(), {model: (u.state.phase, u.state.target, u.problem) for model, u in crew.updaters.items()}
-        assert crew.runs == crew.on_disk()
+        bench.rounds(3)
+        assert self.still(), {model: (u.state.phase, u.state.target, u.problem) for model, u in bench.updaters.items()}
+        assert bench.runs == bench.on_disk()
         for model in MODELS:
-            assert crew.runs[model] not in self.withdrawn[model]
+            assert bench.runs[model] not in self.withdrawn[model]
         self.rule_1()
         self.rule_4()
 
     def still(self) -> bool:
         """Every model rests on what is wanted, or waits for another of its team that this device refuses."""
-        stuck = self.together and any(self.wanted[m] in self.refused(m) for m in self.together)
+        stuck = self.team and any(self.wanted[m] in self.refused(m) for m in self.team)
         return all(
-            (updater.state.phase in REST and (self.crew.runs[m] == self.wanted[m] or self.wanted[m] in self.refused(m)))
+            (updater.state.phase in REST and (self.bench.runs[m] == self.wanted[m] or self.wanted[m] in self.refused(m)))
             or (stuck and updater.state.waiting_for == "team")
-            for m, updater in self.crew.updaters.items()
+            for m, updater in self.bench.updaters.items()
         )
 
     def refused(self, model: str) -> set[int]:
-        return {entry.answer.release for entry in self.crew.records.quarantine.entries(model)}
+        return {entry.answer.release for entry in self.bench.records.quarantine.entries(model)}
 
     def committed(self, model: str, version: int) -> bool:
-        manifest = self.crew.signed[ReleaseRef(model, version)].data
-        return hashlib.sha256(manifest).hexdigest() in self.crew.updaters[model].state.committed
+        manifest = self.bench.signed[ReleaseRef(model, version)].data
+        return hashlib.sha256(manifest).hexdigest() in self.bench.updaters[model].state.committed
 
 
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]

@@ -102,5 +102,5 @@ def test_a_withdrawal_is_stronger_than_a_hold(on_one: Bench):
 
 
 def test_there_may_be_nothing_to_go_back_to(on_one: Bench):
-    with pytest.raises(StoreError, match="nothing to go back to"):
+    with pytest.raises(StoreError, match="nothing to roll back to"):
         actions.roll_back(on_one.store, MODEL, None)

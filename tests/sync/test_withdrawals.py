@@ -49,7 +49,7 @@ ROWS = [
     ("lifted twice", [((2,), signed(r2=1)), ((), signed(r2=2))], ()),
     ("a lower number lifts nothing", [((2,), signed(r2=3)), ((), signed(r2=1))], (2,)),
     ("while it cannot be learnt nothing is lifted", [((2,), signed(r2=0)), ((), away)], (2,)),
-    ("an unknown number is settled by the first that is known", [((2,), away), ((), signed(r2=5)), ((), signed(r2=5))], (2,)),
+    ("an unknown number is decided by the first that is known", [((2,), away), ((), signed(r2=5)), ((), signed(r2=5))], (2,)),
     ("and lifted by a higher one", [((2,), away), ((), signed(r2=5)), ((), signed(r2=6))], ()),
     ("a publisher that vanished lifts nothing", [((2,), signed(r2=0)), ((), signed())], (2,)),
 ]

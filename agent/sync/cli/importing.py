@@ -1,7 +1,7 @@
-"""`edge-agent import`: a bundle from a stick, by the way every update takes. With `sync` running it does the work; without, this process is it.
+"""`edge-agent import`: a bundle from a stick, updated from as from the fleet server. `sync` does the work when it runs; else this process does.
 
 Exit status: 0 it serves (or is under watch, with `sync` running), 1 something here failed, 2 usage, 3 refused: of another fleet, older than
-what this device knows, wrongly signed, expired; 4 not a whole bundle; 5 accepted, but this device refused a release or went back; 6 accepted,
+what this device knows, wrongly signed, expired; 4 not a whole bundle; 5 accepted, but this device refused a release or rolled it back; 6 accepted,
 and not done yet: it waits for something; 7 no space.
 """
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from agent.sync.identity import Identity
 
 FAILED, REFUSED, NOT_WHOLE, RELEASE_REFUSED, NOT_DONE, NO_SPACE = 1, 3, 4, 5, 6, 7
-LOOK_S = 0.2
+POLL_S = 0.2
 TOLD_WITHIN_S = 120.0
-"""`sync` may be in the middle of a look at its server, which a network that swallows everything draws out."""
+"""`sync` may be asking its server just then, and a network that swallows everything draws that out."""
 
 
 @click.command("import")
@@ -135,8 +135,8 @@ class _Import:
         spool, began = Spool(self._store), time.monotonic()
         while (told := spool.told(self._id)) is None:
             if time.monotonic() - began > TOLD_WITHIN_S:
-                return NOT_DONE, "sync has not looked at the bundle yet; it will"
-            time.sleep(LOOK_S)
+                return NOT_DONE, "sync has not read the bundle yet; it will"
+            time.sleep(POLL_S)
         if not told.accepted:
             return REFUSED, f"{told.reason.value if told.reason else 'refused'}: {told.message}"
         if timeout_s is None:
@@ -154,7 +154,7 @@ class _Import:
                     messages.append(found[1])
                     del waiting[model]
             if waiting:
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
         if waiting:
             return NOT_DONE, "; ".join(
                 [*messages, *(f"{model}:{version} is not done yet" for model, version in waiting.items())]

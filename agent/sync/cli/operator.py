@@ -142,11 +142,11 @@ def _lift(model: str, config_path: Path | None, *, as_json: bool) -> None:
 
 @click.command()
 @model_argument
-@click.option("--to", "version", type=int, help="The release to go back to  [default: the last other one committed here].")
+@click.option("--to", "version", type=int, help="The release to roll back to  [default: the last other one committed here].")
 @config_option
 @json_option
 def rollback(model: str, version: int | None, config_path: Path | None, *, as_json: bool) -> None:
-    """Go back to a release that was committed on this device, and stay on it. Works without any network.
+    """Roll back to a release that was committed on this device, and stay on it. Works without any network.
 
     \b
     Examples:
@@ -157,7 +157,7 @@ def rollback(model: str, version: int | None, config_path: Path | None, *, as_js
 
     with _told(), _store(config_path) as store:
         version = actions.roll_back(store, model, version)
-    text = f"{model} goes back to release {version} within seconds, and stays there until `edge-agent unhold {model}`"
+    text = f"{model} rolls back to release {version} within seconds, and stays there until `edge-agent unhold {model}`"
     _answer(as_json, {"model": model, "held": version}, text)
 
 

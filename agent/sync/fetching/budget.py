@@ -18,7 +18,7 @@ BURST_S = 1.0
 """How much may be saved up: the limit's bytes of this long. A link that is shared with a camera feels longer bursts."""
 
 STOP_ASKED_S = 0.25
-"""How often someone who waits looks whether to give up."""
+"""How often someone who waits asks whether to give up."""
 
 
 class Budget:
@@ -68,7 +68,7 @@ class Budget:
         return self._clock.monotonic() - began
 
     def _try(self, ticket: tuple[int, int], count: int) -> float:
-        """Seconds to wait before asking again; 0 when the bytes were taken. What is saved up may go below zero once for one that asks
+        """Seconds to wait before asking again; 0 when the bytes may pass. What is saved up may go below zero once for one that asks
         for more than ever is: everybody else waits for that.
         """
         with self._lock:

@@ -25,7 +25,7 @@ from agent.sync.problems import Problem, Stopped, store_problem
 
 ASK_EVERY_S = 0.05
 ASK_EVERY_BYTES = 1 << 20
-"""How often a download asks whether to give up: whoever answers may have to look at a file."""
+"""How often a download asks whether to give up: whoever answers may have to read a file."""
 
 Progress = Callable[[int], None]
 """Called with the bytes that are there so far."""
@@ -130,7 +130,7 @@ class _Fetch:
         file = self._file
         with staging(self._store.staging, file) as staged:
             if file.blocks:
-                staged.look()
+                staged.check()
                 reuse.copy(self._store, staged, self._stop)
             else:
                 staged.look_at_prefix()

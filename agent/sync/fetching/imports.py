@@ -61,7 +61,7 @@ class Imports:
                 try:
                     said = self._verify(id_, refresh) or said
                 except OSError as error:
-                    log.warning("a bundle cannot be looked at: %s; it is tried again", error)
+                    log.warning("a bundle cannot be read: %s; it is tried again", error)
                 except Exception as error:  # whatever a stranger wrote into it, the follower must live
                     log.exception("a bundle failed in a way that was not foreseen")
                     self._refuse(id_, Problem(Reason.UNREADABLE, f"the bundle cannot be read: {type(error).__name__}: {error}"))

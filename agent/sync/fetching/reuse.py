@@ -19,7 +19,7 @@ from agent.sync.ports import Stop
 from agent.sync.problems import Stopped
 
 ASK_EVERY = 64
-"""Blocks between two looks at whether to give up."""
+"""Blocks between two questions whether to give up."""
 
 
 def copy(store: Store, staged: Staged, stop: Stop) -> None:

@@ -52,7 +52,7 @@ class Told(Document, frozen=True, kw_only=True):
 
 
 class Spool:
-    """The folder of imports. `edge-agent import` puts in, `sync` takes out."""
+    """The folder of imports. `edge-agent import` puts bundles in, `sync` uses them."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -110,7 +110,7 @@ class Spool:
     # -- putting in --------------------------------------------------------------------------------------------------------
 
     def unpack(self, file: IO[bytes], fleet: str, device: str, *, reserve_bytes: int, progress: Progress) -> str:
-        """Takes what the bundle has for this device and the store lacks; its id. What an earlier attempt brought is not copied again.
+        """Copies what the bundle has for this device and the store lacks; gives its id. What an earlier attempt brought is not copied again.
 
         Raises: BundleError (not a whole bundle), Problem (of another fleet or for other devices; no space; another import is under way),
         OSError.
@@ -132,7 +132,7 @@ class Spool:
             wanted = [member for member in blobs if not self._store.has_blob(member.name.removeprefix("blobs/"))]
             if self.accepted(id_):
                 if not wanted:
-                    (self.path(id_) / "accepted").unlink()  # look once more; it costs little
+                    (self.path(id_) / "accepted").unlink()  # verify it once more; it costs little
                     return id_
                 self.remove(id_)
             part = self.folder / f".part-{id_}"

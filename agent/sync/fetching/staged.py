@@ -57,7 +57,7 @@ class Staged:
 
     # -- a file of blocks --------------------------------------------------------------------------------------------------
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Finds out which pieces are there, by hashing what is.  Raises: OSError."""
         self._missing = {piece.start: piece for piece in pieces(self.file)}
         there = _data(self._fd, os.fstat(self._fd).st_size)

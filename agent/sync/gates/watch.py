@@ -166,7 +166,7 @@ def _crashes_before(sample: Sample, watched: Watched, lives: Sequence[Life]) -> 
 
 
 def torn_away(watched: Watched, boot: str, lives: Sequence[Life]) -> bool:
-    """Whether the machine went down since the last look without ending `serve` in order: the supply, a kernel, or what the release did."""
+    """Whether the machine went down since `serve` was last asked without ending `serve` in order: the supply, a kernel, or what the release did."""
     return boot != watched.boot and not ended_with_its_boot(lives, watched.instance)
 
 
@@ -186,7 +186,7 @@ def judge(watched: Watched, rules: WatchRules, serving_it: bool) -> Verdict:
             evidence,
         )
     if watched.elsewhere_s >= SERVE_GONE_S:
-        message = f"serve has not had it active for {watched.elsewhere_s:.0f} s: it could not load it again, or somebody went back by hand"
+        message = f"serve has not had it active for {watched.elsewhere_s:.0f} s: it could not load it again, or somebody rolled back by hand"
         return RollBack(Reason.ACTIVATION_FAILED, message, evidence)
     ratio, allowed, enough = _error_ratio(total, baseline, rules)
     if enough and ratio > allowed:
@@ -198,13 +198,13 @@ def judge(watched: Watched, rules: WatchRules, serving_it: bool) -> Verdict:
     slow = _too_slow(total, baseline, rules)
     if slow:
         return RollBack(Reason.LATENCY_RATIO, slow, evidence)
-    last_look = watched.elapsed_s >= rules.max_duration_s
-    if last_look and ratio > max(allowed, MOST):
+    last_chance = watched.elapsed_s >= rules.max_duration_s
+    if last_chance and ratio > max(allowed, MOST):
         message = f"{ratio:.1%} of only {total.answered} requests failed in {watched.elapsed_s:.0f} s"
         return RollBack(Reason.ERROR_RATIO, message, evidence)
     # A release that fails its few callers does not become good because time passed: it is watched until there are enough.
-    heard = watched.elapsed_s >= rules.duration_s and total.answered >= rules.min_requests and ratio <= allowed
-    if serving_it and (heard or last_look):
+    enough_time = watched.elapsed_s >= rules.duration_s and total.answered >= rules.min_requests and ratio <= allowed
+    if serving_it and (enough_time or last_chance):
         return Commit(f"watched {watched.elapsed_s:.0f} s and {total.answered} requests", evidence)
     return Keep()
 

@@ -35,7 +35,7 @@ def hold(store: Store, model: str, version: int | None = None) -> int:
 def roll_back(store: Store, model: str, version: int | None) -> int:
     """Holds the model on `version`, or on the newest other release that was committed here; gives it.
 
-    Raises: StoreError when there is none to go back to; OSError.
+    Raises: StoreError when there is none to roll back to; OSError.
     """
     active = _active(store, model)
     if version is None:
@@ -97,7 +97,7 @@ def _before(store: Store, model: str, active: int | None) -> int:
         and hashlib.sha256(store.manifest_bytes(ref)).hexdigest() in state.committed
     ]
     if not proved:
-        raise StoreError(f"no other release of model {model!r} was committed on this device: there is nothing to go back to")
+        raise StoreError(f"no other release of model {model!r} was committed on this device: there is nothing to roll back to")
     return max((version for version in proved if active is None or version < active), default=max(proved))
 
 

@@ -164,7 +164,7 @@ def machine_clock(machine: Clock, signed: SignedClock) -> Finding:
             "clock",
             "warning",
             f"it says {clocks.text(now)}, and the last signed time is {clocks.text(signed.known)}: either this device was away for that "
-            "long, or the clock is ahead and everything that is signed looks expired",
+            "long, or the clock is ahead and everything that is signed seems expired",
             "compare it with a watch; if it is ahead, set it (NTP, timedatectl)",
         )
     return Finding("clock", "ok", clocks.text(now))

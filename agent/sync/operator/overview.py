@@ -23,7 +23,7 @@ _WAITS = {
     "retry": "the time to try again",
     "window": "its maintenance window",
     "approval": "approval",
-    "team": "the other releases of its team, which switch together with it",
+    "team": "the other releases of its team",
 }
 
 
@@ -34,7 +34,7 @@ def read(store: Store) -> dict[str, Any]:
     desired = _desired(store)
     for model, said in found.items():
         members = desired.team(model, said["target"]) if desired is not None and said["target"] is not None else None
-        said["together"] = members or {}
+        said["team"] = members or {}
         said["missing"] = [
             f"{other}:{release}"
             for other, release in sorted((members or {}).items())
@@ -96,9 +96,7 @@ def text(models: dict[str, Any]) -> str:
         if model["waiting_for"] == "approval":
             lines.append(f"    → it passed its trial; let it serve with: edge-agent approve {name}")
         if model["waiting_for"] == "team" and model["missing"]:
-            lines.append(
-                f"    → it passed its trial, and waits for {', '.join(model['missing'])}, which switch together with it"
-            )
+            lines.append(f"    → it passed its trial, and waits for {', '.join(model['missing'])}, of its team")
         if model["approved"]:
             lines.append(f"    release {model['approved']['version']} was approved here {moment(model['approved']['at'])}")
         lines += [f"    {_answer(answer)}" for answer in model["answers"][-ANSWERS_SHOWN:]]

@@ -1,7 +1,7 @@
 """What `edge-agent doctor` says of everybody who may have a release's files: which of them are configured, and whether each can be used now.
 
 Nobody is asked whom agent.yaml does not name, and nobody for more than a byte. All are asked at once, and waited for no longer than
-PATIENCE_S. None of them has to be there, so nothing here fails the device: the fleet server is looked at elsewhere.
+PATIENCE_S. None of them has to be there, so nothing here fails the device: the fleet server is checked elsewhere.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _imported(spool: Spool) -> Finding | None:
         return Finding(
             name,
             "warning",
-            f"{_count(len(waiting), 'bundle')} not looked at yet",
+            f"{_count(len(waiting), 'bundle')} not read yet",
             "start `edge-agent sync`, which verifies them within seconds",
         )
     if told is not None and not told.accepted:

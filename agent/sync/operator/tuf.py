@@ -30,7 +30,7 @@ PRIVATE = ".edge-agent"
 
 
 def init(folder: Path, root: Path) -> None:
-    """Pins `root` for the repository whose metadata `folder` will hold. Asks nobody.  Raises: OSError, Problem."""
+    """Makes `root` the trusted root for the repository whose metadata `folder` will hold. Asks nobody.  Raises: OSError, Problem."""
     data = root.read_bytes()
     if len(data) > MAX_ROOT_BYTES:
         raise Problem(Reason.BAD_SIGNATURE, f"{root} has {len(data)} bytes, a root has at most {MAX_ROOT_BYTES}")

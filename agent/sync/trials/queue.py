@@ -14,7 +14,7 @@ from agent.sync.ports import Stop
 from agent.sync.problems import Stopped
 
 STOP_ASKED_S = 0.2
-"""How often one that waits looks whether it should stop."""
+"""How often one that waits asks whether it should stop."""
 
 CORES_PER_THREAD = 4
 """A second trial begins only where this many cores are there for every thread of all trials: fewer, and they would measure each other."""
@@ -73,6 +73,6 @@ class TrialQueue:
     def _room(self, runs: tuple[int, int]) -> bool:
         if not self._running:
             return True
-        together = [*self._running, runs]
-        cores = CORES_PER_THREAD * sum(threads for _, threads in together)
-        return cores <= self._cores and sum(need for need, _ in together) <= self._free_bytes()
+        all_of_them = [*self._running, runs]
+        cores = CORES_PER_THREAD * sum(threads for _, threads in all_of_them)
+        return cores <= self._cores and sum(need for need, _ in all_of_them) <= self._free_bytes()

@@ -1,4 +1,4 @@
-"""A trial that is a child of ours: what it starts and what it writes is looked at while it runs, and gone when it has ended."""
+"""A trial that is a child of ours: what it starts and what it writes is checked while it runs, and removed when it has ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_PROCESSES = 32
 """Beside the trial itself. An engine starts none or a few helpers."""
 
 MAX_FILES = 50_000
-"""An engine's cache has a few. Each look at a running trial counts them."""
+"""An engine's cache has a few. Each check of a running trial counts them."""
 
 MAX_PATH = 3000
 """Longer paths cannot be used much longer (PATH_MAX), and no engine has any."""
@@ -31,7 +31,7 @@ MAX_PASSES = 3
 
 
 class Supervisor:
-    """Of one trial, which leads a session of its own."""
+    """Checks one trial, which leads a session of its own, and clears up after it."""
 
     def __init__(self, pid: int, scratch: Path, scratch_bytes: int) -> None:
         self._pid = pid

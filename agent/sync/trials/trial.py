@@ -32,7 +32,7 @@ from agent.sync.trials.queue import TrialQueue
 from agent.sync.trials.supervision import Supervisor, remove_tree
 
 TICK_S = 0.2
-"""How often a running trial looks whether it should stop."""
+"""How often a running trial asks whether it should stop."""
 
 ENDINGS = frozenset({-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP})
 ENDING_S = 1.0

@@ -55,7 +55,7 @@ class Leases:
         self._lock = threading.Lock()
         self._saved = _read(path)
         self._issued, self._ran_s = self._saved.issued, self._saved.ran_s
-        self._looked = clock.monotonic()
+        self._counted_at = clock.monotonic()
         self._tried = float("-inf")
         self._could_save = False
         self._trouble: str | None = None
@@ -80,10 +80,10 @@ class Leases:
         if desired is None:
             return float("inf")
         if desired.issued == self._issued:
-            self._ran_s += now - self._looked
+            self._ran_s += now - self._counted_at
         else:
             self._issued, self._ran_s = desired.issued, 0.0
-        self._looked = now
+        self._counted_at = now
         if (self._issued != self._saved.issued or self._unsaved_s >= SAVE_EVERY_S) and now >= self._tried + AGAIN_S:
             self._save(now)
         return max(self._clock.wall() - desired.heard_at, self._ran_s)
@@ -93,7 +93,7 @@ class Leases:
         return self._ran_s - (self._saved.ran_s if self._issued == self._saved.issued else 0.0)
 
     def _save(self, now: float) -> None:
-        """What the disk refuses is tried again at a later look."""
+        """What the disk refuses is tried again a little later."""
         ran = _Ran(issued=self._issued, ran_s=self._ran_s)
         try:
             files.write(self._path, encode(ran), mode=0o600)

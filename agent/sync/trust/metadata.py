@@ -1,7 +1,7 @@
 """TUF metadata over our own HTTPS client: one verification path, used by `trust` for the fleet and by `edge-agent tuf` for any repository.
 
 Around python-tuf's client workflow stand four rules of ours:
- 1. one process per folder, which a lock file enforces, and every session begins at the root that was pinned;
+ 1. one process per folder, which a lock file enforces, and every session begins at the trusted root;
  2. time is the signed clock's: never before a time that was once proved, so a clock in 1970 neither blinds nor blocks the device;
  3. no version may be lower than the highest ever verified (`versions.py`), whatever became of python-tuf's own files;
  4. what was renamed into place is synced before anything relies on it.
@@ -248,7 +248,7 @@ class MetadataClient:
         return seen_versions.advance(seen, versions, {**_keys(root), **_delegated_keys(targets)})
 
     def _expired(self, what: str, http: Documents) -> Problem:
-        """Old metadata and a clock that is ahead look alike; the server's own clock says which is likelier."""
+        """Old metadata and a clock that is ahead show the same error; the server's own clock says which is likelier."""
         now, server = self._clock.wall(), http.server_time
         if server is not None and now - server > clocks.STEP_BACK_S:
             return Problem(

@@ -1,4 +1,4 @@
-"""An operator's word on the device itself: this model stays on, or goes back to, this release, whatever the fleet wants.
+"""An operator's word on the device itself: this model stays on this release, or rolls back to it, whatever the fleet wants.
 
 A file per held model; the command line writes it, `sync` reads it. Only a withdrawal is stronger.
 """

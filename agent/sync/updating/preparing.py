@@ -134,7 +134,7 @@ class Preparing:
 
     def _proved_in_store(self, one: ModelUpdate) -> Signed | None:
         """The target's manifest from our own store, for a hold: its signature was verified when it was stored, and it was committed here.
-        So an operator can go back without any network. What the fleet wants is always asked for anew.
+        So an operator can roll back without any network. What the fleet wants is always asked for anew.
         """
         if not self._wanted.held(one.model):
             return None

@@ -95,7 +95,7 @@ def _answered(one: ModelUpdate, wanted: Wanted) -> bool:
 
 
 def _other_than(release: int, selection: Selection | None) -> Choice | None:
-    """What to go back to should `release` fail: what serves, or what served before when `release` itself has to be repaired."""
+    """What to roll back to should `release` fail: what serves, or what served before when `release` itself has to be repaired."""
     if selection is None or selection.active.version != release:
         return selection.active if selection else None
     return selection.previous

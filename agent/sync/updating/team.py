@@ -50,7 +50,7 @@ class Team:
         self._teams.select({one.model: selection(one) for one in self.members})
 
     def leave(self, event: Event, failures: Mapping[str, Failure]) -> float:
-        """The whole team goes back. Who has no failure of its own goes because of the others.  Raises: OSError."""
+        """The whole team is overtaken or bad. A member without a failure of its own leaves because of the others.  Raises: OSError."""
         whose = ", ".join(
             f"{one.model}:{one.state.target} ({failures[one.model].reason.value})"
             for one in self.members

@@ -4,7 +4,7 @@ Rules that the table and the functions below keep:
  1. A release is activated only after it was fetched whole and passed its trial, or was committed on this device before.
  2. What serves before an update is what serves after a failed one.
  3. A refused or rolled-back release is not tried again here until its manifest changes or an operator says so.
- 4. Whatever was interrupted is taken up where its phase is safe to repeat; what is interrupted too often counts as bad.
+ 4. Whatever was interrupted goes on where its phase is safe to repeat; what is interrupted too often counts as bad.
  5. Rolling back cannot fail; it can only take longer.
 """
 
@@ -44,7 +44,7 @@ COMMITTED_KEPT = 50
 
 WaitsFor = Literal["retry", "window", "approval", "team"]
 """retry: for the time to try again. window: for the hours in which devices may switch. approval: for somebody on the device. team: for
-the other releases of its team, which switch together with it."""
+the other members of its team."""
 
 SWITCHING = frozenset({Phase.CANARYING, Phase.ACTIVATING, Phase.WATCHING, Phase.ROLLING_BACK})
 """While these go on, they judge by themselves whether what serves may serve."""
@@ -125,7 +125,7 @@ TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = MappingProxyType({
     (S.WATCHING, E.COMMITTED): S.STEADY,
     (S.WATCHING, E.BAD): S.ROLLING_BACK,
     (S.WATCHING, E.OVERTAKEN): S.ROLLING_BACK,
-    (S.WATCHING, E.IN_PLACE): S.STEADY,  # overtaken with nothing to go back to: it serves on until the next one does
+    (S.WATCHING, E.IN_PLACE): S.STEADY,  # overtaken with nothing to roll back to: it serves on until the next one does
 
     (S.ROLLING_BACK, E.BACK): S.QUARANTINED,
     (S.ROLLING_BACK, E.BACK_ONLY): S.STEADY,  # overtaken: it was not proved bad
@@ -145,12 +145,12 @@ RESUME: Mapping[Phase, Resume] = MappingProxyType({
     S.STEADY: Resume(S.STEADY, False, "nothing was under way"),
     S.FETCHING: Resume(S.FETCHING, False, "what is staged is hashed again and continued; power cuts during a long download are no fault of it"),
     S.TRIALING: Resume(S.TRIALING, True, "a trial changes nothing here, so it is done again; once begun, it may be what took the machine down"),
-    S.SHADOWING: Resume(S.SHADOWING, False, "copies are taken again beside the stored numbers; crashes of `serve` are counted by the phase itself"),
+    S.SHADOWING: Resume(S.SHADOWING, False, "copies are made again beside the stored numbers; crashes of `serve` are counted by the phase itself"),
     S.WAITING: Resume(S.WAITING, False, "its timer is a stored time of day"),
     S.CANARYING: Resume(S.CANARYING, False, "its share is set again beside the stored numbers; crashes of `serve` are counted as in a watch"),
     S.ACTIVATING: Resume(S.ACTIVATING, True, "loading, selecting and activating are each harmless to repeat; loading may be what crashed"),
     S.WATCHING: Resume(S.WATCHING, False, "the watch goes on with its stored baseline; crashes of `serve` are counted by the watch itself"),
-    S.ROLLING_BACK: Resume(S.ROLLING_BACK, False, "going back is repeated until it is done, however often"),
+    S.ROLLING_BACK: Resume(S.ROLLING_BACK, False, "a rollback is repeated until it is done, however often"),
     S.QUARANTINED: Resume(S.QUARANTINED, False, "nothing was under way"),
 })  # fmt: skip
 
@@ -187,7 +187,7 @@ class UpdateState(Document, frozen=True, kw_only=True):
     """Whether its turn has come, while it is on trial: before that it only waits, and nothing that happens is its doing."""
     tries: int = 0
     unreported: int = 0
-    """How often it went back because no report of it could be delivered."""
+    """How often it was rolled back because no report of it could be delivered."""
     waiting_for: WaitsFor | None = None
     retry_at: float | None = None
     failure: Failure | None = None
@@ -199,7 +199,7 @@ class UpdateState(Document, frozen=True, kw_only=True):
     canaried: Canaried | None = None
     watched: Watched | None = None
     team: tuple[str, ...] = ()
-    """The models that switch together with this one, itself among them, from activation until the watch ends; empty when it is alone."""
+    """The models of its team, itself among them, from activation until the watch ends; empty when it switches alone."""
     stopped: Selection | None = None
     """What would serve if its lease had not ended."""
     committed: tuple[str, ...] = ()

@@ -136,7 +136,7 @@ class Watching:
             return True
         if waited_s <= self._rules(one).report_within_s:
             return False
-        if one.state.before is None:  # with nothing to go back to, a model that serves is better than none
+        if one.state.before is None:  # with nothing to roll back to, a model that serves is better than none
             return True
         message = f"its watch ended well, but no report of it reached the fleet in {waited_s:.0f} s: it may be what cut this device off"
         evidence = {**verdict.evidence, "waited_s": round(waited_s, 1)}
@@ -171,7 +171,7 @@ class Watching:
         return AT_ONCE
 
     def _condemn(self, team: Team, failures: Mapping[str, Failure]) -> float:
-        """BAD, persisted. When nothing can be persisted the callers come first: `serve` goes back all the same, and what is
+        """BAD, persisted. When nothing can be persisted the callers come first: `serve` rolls back all the same, and what is
         selected on disk follows as soon as it can be written.
         """
         try:
@@ -183,8 +183,8 @@ class Watching:
             raise
 
     def _overtaken(self, team: Team, gone: Mapping[str, Failure]) -> float:
-        """Something else is wanted. Go back first, so that the next one is compared with a proved release; with nothing to go back
-        to it serves on, uncommitted, until the next one serves, unless nobody may run it.
+        """Something else is wanted. The release before serves first, so that the next one is compared with a proved one. With nothing to
+        roll back to, it serves on uncommitted until the next one serves, unless nobody may run it.
         """
         one = team.leader
         wanted = self._wanted.of(one.model)

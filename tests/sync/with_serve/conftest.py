@@ -50,7 +50,7 @@ class Real(Device):
     def begin(self) -> None:
         self.offer(1, 1.0, watch=WatchRules(duration_s=0.2))
         self.start()
-        eventually(lambda: self.settled_on(1), "release 1", 30)
+        eventually(lambda: self.serves_at_rest(1), "release 1", 30)
 
 
 class App:

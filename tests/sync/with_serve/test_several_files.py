@@ -56,8 +56,8 @@ def served(device: Real) -> dict:
         return status["versions"][str(status["active"])]
 
 
-def settled(device: Real, version: int) -> None:
-    eventually(lambda: device.settled_on(version), f"release {version}", 30)
+def serves_at_rest(device: Real, version: int) -> None:
+    eventually(lambda: device.serves_at_rest(version), f"release {version}", 30)
 
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
@@ -65,13 +65,13 @@ def test_all_the_way(device: Real, isolation: str):
     apart = {"serving": {"isolation": isolation}}
     first = offer(device, 1, (1, 2, 4), **apart)
     device.start()
-    settled(device, 1)
+    serves_at_rest(device, 1)
     assert factor(device) == 7
     assert served(device)["sha256"] == first.model_sha256(first.variants[0])
 
     second = offer(device, 2, (1, 2, 8), **apart)  # the model itself is the same, byte for byte
     assert first.files["model.onnx"] == second.files["model.onnx"]
-    settled(device, 2)
+    serves_at_rest(device, 2)
     journal = Journal(device.store.private / "journal").entries(MODEL)
     fetched = next(entry.evidence for entry in reversed(journal) if entry.gate == "fetch" and entry.release == 2)
     brought = sum(float(count) for name, count in fetched.items() if name.startswith("from "))
@@ -86,7 +86,7 @@ def test_all_the_way(device: Real, isolation: str):
     assert factor(device) == 11
 
     device.repository.assign(MODEL, 1)
-    settled(device, 1)
+    serves_at_rest(device, 1)
     assert factor(device) == 7
     kept = {file.sha256 for manifest in (first, second) for file in manifest.files.values()}
     assert all(hash_file(device.store.blob(sha256)) == sha256 for sha256 in kept)
@@ -95,7 +95,7 @@ def test_all_the_way(device: Real, isolation: str):
 def test_one_that_is_rolled_back_leaves_all_files_of_the_one_before(device: Real):
     offer(device, 1, (1, 2, 4))
     device.start()
-    settled(device, 1)
+    serves_at_rest(device, 1)
     offer(device, 2, (3, 2, 8), watch={"duration_s": 60.0, "max_crashes": 0})
     eventually(lambda: device.phase() == "watching", "the watch", 30)
     device.real.kill()
@@ -109,7 +109,7 @@ def test_one_that_is_rolled_back_leaves_all_files_of_the_one_before(device: Real
 def test_a_data_file_that_was_damaged_is_not_served_and_is_fetched_again(device: Real):
     manifest = offer(device, 1, (1, 2, 4))
     device.start()
-    settled(device, 1)
+    serves_at_rest(device, 1)
     device.kill()
     device.real.stop()
     damaged = device.store.file(manifest, "weights.bin")

@@ -37,7 +37,7 @@ def test_one_that_answers_otherwise_is_refused_and_no_app_saw_it(device: Real, a
 def test_one_that_answers_alike_goes_on_and_answers_a_share_before_all(device: Real, app: App):
     device.offer(2, 1.001, shadow=SHADOW, canary=CANARY)
     eventually(lambda: device.phase() == "canarying", "its share", 30)
-    eventually(lambda: device.settled_on(2), "release 2", 30)
+    eventually(lambda: device.serves_at_rest(2), "release 2", 30)
 
     first = next(i for i, factor in enumerate(app.factors) if factor > 1.0)
     assert 1.0 in app.factors[first:], "for a while both answered"
@@ -79,7 +79,7 @@ def test_sync_killed_while_it_looks_goes_on(device: Real, app: App):
     eventually(lambda: device.phase() in ("shadowing", "canarying"), "the look", 30)
     device.kill()
     device.start()
-    eventually(lambda: device.settled_on(2), "release 2", 30)
+    eventually(lambda: device.serves_at_rest(2), "release 2", 30)
 
     assert app.errors == []
     assert app.rejected == 0

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(90)
 
 def test_an_update_under_load_fails_no_request(device: Real, app: App):
     device.offer(2, 2.0)
-    eventually(lambda: device.settled_on(2), "release 2", 30)
+    eventually(lambda: device.serves_at_rest(2), "release 2", 30)
     seen = len(app.factors)
     eventually(lambda: len(app.factors) > seen + 20, "more answers")
 
@@ -73,7 +73,7 @@ def test_serve_killed_less_often_than_allowed_does_not(device: Real, app: App):
     eventually(lambda: device.phase() == "watching", "the watch", 30)
     device.real.kill()
     device.real.start()
-    eventually(lambda: device.settled_on(2), "release 2", 30)
+    eventually(lambda: device.serves_at_rest(2), "release 2", 30)
 
     assert device.answer()["evidence"]["crashes"] == 1
 
@@ -96,7 +96,7 @@ def test_two_models_switch_together(device: Real):
     eventually(lambda: serving(device) == {"arm": 1, "eye": 1}, "the first releases", 30)
     for model, factor in (("arm", 2.0), ("eye", 20.0)):
         device.repository.publish(*onnx_release(device.folder / model, 2, factor, model=model, watch=first))
-    want(device, {"arm": 2, "eye": 2}, together=True)
+    want(device, {"arm": 2, "eye": 2}, team=True)
     seen = set()
 
     def done() -> bool:
@@ -107,11 +107,11 @@ def test_two_models_switch_together(device: Real):
     assert seen <= {(("arm", 1), ("eye", 1)), (("arm", 2), ("eye", 2))}, "one status of serve never shows a mixture"
 
 
-def want(device: Real, releases: dict[str, int], *, together: bool = False) -> None:
+def want(device: Real, releases: dict[str, int], *, team: bool = False) -> None:
     before = device.repository.assignment
     models = {model: ModelAssignment(release=release) for model, release in releases.items()}
-    groups = {"g": releases} if together else {}
-    device.repository.assignment = Assignment(fleet=before.fleet, version=before.version + 1, models=models, teams=groups)
+    teams = {"g": releases} if team else {}
+    device.repository.assignment = Assignment(fleet=before.fleet, version=before.version + 1, models=models, teams=teams)
     device.repository.sign()
 
 
