@@ -1,4 +1,6 @@
-"""Where `serve` notes that it began and that it ended in order, and `sync` reads it. The only file that `serve` writes for others."""
+"""Where `serve` notes that it began and that it ended in order, and `sync` reads it. The only file that `serve` writes for
+others.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,19 @@ class _Record(Document, frozen=True, kw_only=True):
 
 
 class Diary:
-    """The file in `folder`. What cannot be written is logged and never keeps `serve` from serving: its restarts then count as crashes."""
+    """The file in `folder`. What cannot be written is logged and never keeps `serve` from serving: its restarts then count as
+    crashes.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _NAME
 
     def begin(self, instance: str) -> None:
-        """A process of this name serves from now on."""
+        """Notes that a process of this name serves from now on."""
         self._write((*self.read(), Life(instance=instance, boot=boot_id())))
 
     def end(self, instance: str) -> None:
-        """It has ended in order. The last thing it does: whatever goes wrong before is a crash."""
+        """Notes that the process ends in order. The last thing it does: whatever goes wrong before is a crash."""
         self._write(
             tuple(msgspec.structs.replace(life, ended=True) if life.instance == instance else life for life in self.read())
         )

@@ -1,7 +1,8 @@
 """The lives of `serve`: the processes that served on this device one after the other, and which of them ended in order. Pure.
 
-A life that nobody ended, on a machine that went on running, was a crash: killed, out of memory, a fault in an engine, the watchdog, or an
-end that was begun and not finished. A life that noted its end was not, and one that went with its machine says nothing about itself.
+A life that nobody ended, on a machine that went on running, was a crash: killed, out of memory, a fault in an engine, the
+watchdog, or an end that was begun and not finished. A life that noted its end was not, and one that went with its machine says
+nothing about itself.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def stopped(lives: Sequence[Life], since: str) -> bool:
 
 
 def ended_with_its_boot(lives: Sequence[Life], since: str) -> bool:
-    """Whether the last life of the boot that `since` lived in ended in order: then that machine was not torn away from under it."""
+    """Whether the last life of the boot that `since` lived in ended in order: then that machine was not torn away from under
+    it.
+    """
     boot = next((life.boot for life in lives if life.instance == since), None)
     of_boot = [life for life in lives if life.boot == boot]
     return bool(of_boot) and of_boot[-1].ended

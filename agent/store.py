@@ -124,7 +124,9 @@ class SelectionFiles:
         return found
 
     def put_aside_damaged(self) -> None:
-        """A record of a team that cannot be read says nothing of any member: the selections of before count, as `serve` sees it."""
+        """A record of a team that cannot be read says nothing of any member: the selections of before count, as `serve` sees
+        it.
+        """
         try:
             self.pending()
         except StoreError:
@@ -198,8 +200,8 @@ class Store:
     # -- releases ----------------------------------------------------------------------------------------------------------
 
     def write_manifest(self, data: bytes, needed: Collection[str] | None = None) -> ReleaseManifest:
-        """Keeps a verified manifest. The blobs of its `needed` files (None: of all of them) must be in the store already; a device
-        does not need the files of variants that it does not run.
+        """Keeps a verified manifest. The blobs of its `needed` files (None: of all of them) must be in the store already; a
+        device does not need the files of variants that it does not run.
 
         Raises: ContractError; StoreError when a blob is missing; OSError.
         """
@@ -291,7 +293,9 @@ class Store:
     # -- selections --------------------------------------------------------------------------------------------------------
 
     def select(self, selection: Selection) -> None:
-        """Makes `selection` what `serve` loads from its next start on. The running `serve` is told by a control route.  Raises: OSError."""
+        """Makes `selection` what `serve` loads from its next start on. The running `serve` is told by a control route.  Raises:
+        OSError.
+        """
         self._change({selection.model: selection})
 
     def deselect(self, model: str) -> None:
@@ -322,7 +326,9 @@ class Store:
         return pending[model] if model in pending else self._selections.written(model)
 
     def selections(self) -> dict[str, Selection | StoreError]:
-        """What is selected for every model; the error in place of a record that cannot be read, so that one does not hide the rest."""
+        """What is selected for every model; the error in place of a record that cannot be read, so that one does not hide the
+        rest.
+        """
         while True:
             pending = self._pending_or_none()
             found = self._selections.all_written()

@@ -1,7 +1,8 @@
-"""From a loaded model to the one that its variant declares: with its state, and fit for batches and pictures where these are declared.
+"""From a loaded model to the one that its variant declares: with its state, and fit for batches and pictures where these are
+declared.
 
-`serve` and the trial both come through here, so that a release passes its trial only if it can be served as it says. Light imports:
-the library for pictures is loaded only when a variant declares them.
+`serve` and the trial both come through here, so that a release passes its trial only if it can be served as it says. Light
+imports: the library for pictures is loaded only when a variant declares them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a device demands of a release before and after it serves: golden cases and limits, and the rules of shadow, canary and watch."""
+"""What a device demands of a release before and after it serves: golden cases and limits, and the rules of shadow, canary and
+watch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ class Close(Document, frozen=True, kw_only=True, tag_field="kind", tag="close"):
 
 
 class Top1(Document, frozen=True, kw_only=True, tag_field="kind", tag="top1"):
-    """The expected array holds one class index per row; at least `min_agreement` of the rows have it as their largest output."""
+    """The expected array holds one class index per row; at least `min_agreement` of the rows have it as their largest
+    output.
+    """
 
     min_agreement: float = 1.0
 
@@ -28,8 +32,8 @@ class Top1(Document, frozen=True, kw_only=True, tag_field="kind", tag="top1"):
 
 
 class GoldenCase(Document, frozen=True, kw_only=True):
-    """Inputs and what must come out. Both files are .npz without pickled objects, an array per tensor under its name; texts are arrays of
-    NumPy's kinds S and U.
+    """Inputs and what must come out. Both files are .npz without pickled objects, an array per tensor under its name; texts are
+    arrays of NumPy's kinds S and U.
     """
 
     name: str
@@ -47,14 +51,14 @@ class GoldenCase(Document, frozen=True, kw_only=True):
 class WatchRules(Document, frozen=True, kw_only=True):
     """When the watch that follows activation commits, and what makes it roll back.
 
-    It commits after `duration_s` once `min_requests` were answered (or `max_duration_s` passed in silence), unless those few failed:
-    then it waits for enough to judge, and is rolled back when `max_duration_s` ends with most of them failed. It rolls back as soon
-    as the share of failed requests exceeds the device's own baseline by `max_error_ratio_increase` over at least
-    `min_requests_to_judge` requests, the p95 exceeds `max_p95_ratio` times the baseline's, or the serving process crashed
-    more than `max_crashes` times.
+    It commits after `duration_s` once `min_requests` were answered (or `max_duration_s` passed in silence), unless those few
+    failed: then it waits for enough to judge, and is rolled back when `max_duration_s` ends with most of them failed. It rolls
+    back as soon as the share of failed requests exceeds the device's own baseline by `max_error_ratio_increase` over at least
+    `min_requests_to_judge` requests, the p95 exceeds `max_p95_ratio` times the baseline's, or the serving process crashed more
+    than `max_crashes` times.
 
-    What ended well is committed once a report that says so reached the fleet's broker; `report_within_s` is how long that may take
-    before a device that could report earlier rolls back (see Acceptance.offline_commit).
+    What ended well is committed once a report that says so reached the fleet's broker; `report_within_s` is how long that may
+    take before a device that could report earlier rolls back (see Acceptance.offline_commit).
     """
 
     duration_s: float = 300.0
@@ -78,8 +82,8 @@ class WatchRules(Document, frozen=True, kw_only=True):
 class ShadowRules(Document, frozen=True, kw_only=True):
     """What is demanded of the release while it runs on copies of live requests beside the one that answers them.
 
-    Its rules are judged once `min_samples` were tried, and all the time from then on. How much a new release may differ only its publisher
-    knows, so agreement and flips are judged only where a rule is set.
+    Its rules are judged once `min_samples` were tried, and all the time from then on. How much a new release may differ only
+    its publisher knows, so agreement and flips are judged only where a rule is set.
     """
 
     required: bool = False
@@ -124,8 +128,8 @@ class ShadowRules(Document, frozen=True, kw_only=True):
 class CanaryRules(Document, frozen=True, kw_only=True):
     """The release answers `share` of the requests before it is activated.
 
-    It is judged by the watch's rules against the active version over the same time. It ends well after `duration_s` with `min_requests`
-    answered, or after `max_duration_s`.
+    It is judged by the watch's rules against the active version over the same time. It ends well after `duration_s` with
+    `min_requests` answered, or after `max_duration_s`.
     """
 
     share: float = 0.1
@@ -158,14 +162,15 @@ class Acceptance(Document, frozen=True, kw_only=True):
     canary: CanaryRules | None = None
     watch: WatchRules = WatchRules()
     offline_commit: bool | None = None
-    """Whether the release may stay on a device that cannot report that its watch ended well. None: on one that could not report before
-    either, because then it is not the release that cut it off. True: always. False: nowhere."""
+    """Whether the release may stay on a device that cannot report that its watch ended well. None: on one that could not report
+    before either, because then it is not the release that cut it off. True: always. False: nowhere."""
     approval: bool = False
     """It serves only after somebody on the device has said so: `edge-agent approve`."""
     priority: int = 100
     """When several models are updated at once, the smaller number is fetched and tried first."""
     lease_s: float | None = None
-    """The model is stopped when the fleet's last signed word is older than this, and comes back with the next one. None: it serves on."""
+    """The model is stopped when the fleet's last signed word is older than this, and comes back with the next one. None: it
+    serves on."""
 
     def __post_init__(self) -> None:
         if self.lease_s is not None and self.lease_s < MIN_LEASE_S:

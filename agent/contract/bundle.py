@@ -105,7 +105,9 @@ def length(members: dict[str, int]) -> int:
 
 
 def members(file: IO[bytes]) -> Iterator[Member]:
-    """The members in order, without their bytes; the first is `bundle.json`. Reads headers only.  Raises: BundleError, OSError."""
+    """The members in order, without their bytes; the first is `bundle.json`. Reads headers only.  Raises: BundleError,
+    OSError.
+    """
     size = os.fstat(file.fileno()).st_size
     at, seen, documents = 0, set[str](), 0
     while True:

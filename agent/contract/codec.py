@@ -33,7 +33,8 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
 def decode(data: bytes | bytearray | memoryview | str, kind: type[T], *, limit_bytes: int) -> T:
     """The document of type `kind` in `data` (JSON, UTF-8).
 
-    Raises: ContractError when `data` breaks a rule of `kind`; its kind Unreadable when it is larger than `limit_bytes` or is not JSON.
+    Raises: ContractError when `data` breaks a rule of `kind`; its kind Unreadable when it is larger than `limit_bytes` or is
+    not JSON.
     """
     if len(data) > limit_bytes:
         raise Unreadable(f"document of {len(data)} bytes is larger than the {limit_bytes} bytes allowed")
@@ -48,8 +49,9 @@ def decode(data: bytes | bytearray | memoryview | str, kind: type[T], *, limit_b
 def decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
     """The decoder of `kind`, made once.
 
-    msgspec works out what a type looks like at its first use; a second thread that uses the type meanwhile takes the process down
-    (seen with 0.22). So types are worked out under one lock, and whatever is decoded at run time goes through here or `convert`.
+    msgspec works out what a type looks like at its first use; a second thread that uses the type meanwhile takes the process
+    down (seen with 0.22). So types are worked out under one lock, and whatever is decoded at run time goes through here or
+    `convert`.
     """
     found = _decoders.get(kind)
     if found is None:

@@ -1,8 +1,8 @@
 """How a device joins a fleet: one string to paste, one HTTPS exchange. Nothing is trusted on first use.
 
 The string is `edge://TOKEN@HOST:PORT/?ca=SHA256`. The device fetches the fleet's CA certificate from
-`https://HOST:PORT/enrolment/ca` without trusting the connection, compares its hash with the string's, and only then sends the token
-and a certificate request over a connection that this CA verifies. The private key never leaves the device.
+`https://HOST:PORT/enrolment/ca` without trusting the connection, compares its hash with the string's, and only then sends the
+token and a certificate request over a connection that this CA verifies. The private key never leaves the device.
 """
 
 from __future__ import annotations

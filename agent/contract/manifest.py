@@ -59,7 +59,9 @@ class Requires(Document, frozen=True, kw_only=True):
 
 
 class Serving(Document, frozen=True, kw_only=True):
-    """How a device lets requests wait for a variant, and how it runs them. Every default leaves a model as fast as it is alone."""
+    """How a device lets requests wait for a variant, and how it runs them. Every default leaves a model as fast as it is
+    alone.
+    """
 
     max_batch_size: int = 1
     """Rows that one run takes at most. Above 1, requests of equal shapes are gathered; the first size of every input and output
@@ -81,9 +83,9 @@ class Serving(Document, frozen=True, kw_only=True):
     warm_up: str = ""
     """The golden case whose inputs the model is run on when it is loaded. Empty: zeros."""
     isolation: Literal["auto", "process", "in-process"] = "auto"
-    """process: the engine runs in a process of its own. A run takes some 50 µs longer; a crash, or a run that does not end, costs this model
-    and no other, and memory goes back to the machine when it is unloaded. auto: where the file has operators with which a request could end
-    or hang the process. in-process: never, and that risk is accepted."""
+    """process: the engine runs in a process of its own. A run takes some 50 µs longer; a crash, or a run that does not end,
+    costs this model and no other, and memory goes back to the machine when it is unloaded. auto: where the file has operators
+    with which a request could end or hang the process. in-process: never, and that risk is accepted."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_batch_size", 1), ("max_queue_size", 1), ("priority_levels", 1)):
@@ -102,9 +104,9 @@ class Serving(Document, frozen=True, kw_only=True):
 
 
 class Picture(Document, frozen=True, kw_only=True):
-    """What becomes of a JPEG or PNG before the model, and of the model's scores after it. Each value is (pixel * scale - mean) / std,
-    pixels being 0 to 255; an input that is quantized is quantized with its own scale and zero point. Without scale, mean and std an
-    input of whole numbers gets the pixels as they are.
+    """What becomes of a JPEG or PNG before the model, and of the model's scores after it. Each value is (pixel * scale - mean)
+    / std, pixels being 0 to 255; an input that is quantized is quantized with its own scale and zero point. Without scale, mean
+    and std an input of whole numbers gets the pixels as they are.
     """
 
     width: int
@@ -112,7 +114,8 @@ class Picture(Document, frozen=True, kw_only=True):
     input: str = ""
     """Empty: the only one."""
     fit: Literal["cover", "contain", "stretch"] = "cover"
-    """cover: fill the size and cut off what is over, evenly. contain: all of the picture, with bars of `fill`. stretch: as it comes."""
+    """cover: fill the size and cut off what is over, evenly. contain: all of the picture, with bars of `fill`. stretch: as it
+    comes."""
     fill: int = 0
     filter: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     color: Literal["rgb", "bgr", "gray"] = "rgb"
@@ -147,9 +150,10 @@ class Picture(Document, frozen=True, kw_only=True):
 class Variant(Document, frozen=True, kw_only=True):
     """One model of the release for one runtime and hardware. Devices take the first variant that fits, in order.
 
-    A model may be several files, as one over 2 GB always is. `data` lists those besides `file`: the name by which `file` itself calls each,
-    and the file of the release that it is. Publishing finds them in an ONNX file. `libraries` are files with operators that the engine does
-    not have (onnxruntime-extensions): native code, which is loaded with the model into a process of its own unless `isolation` says otherwise.
+    A model may be several files, as one over 2 GB always is. `data` lists those besides `file`: the name by which `file` itself
+    calls each, and the file of the release that it is. Publishing finds them in an ONNX file. `libraries` are files with
+    operators that the engine does not have (onnxruntime-extensions): native code, which is loaded with the model into a process
+    of its own unless `isolation` says otherwise.
 
     `state` names inputs that carry what a model remembers from one run of a sequence to the next, and for each the output that
     it is fed from. Callers do not see these inputs.
@@ -282,7 +286,9 @@ def listed(libraries: Sequence[T]) -> dict[str, T]:
 
 
 def model_sha256(file: str, data: Mapping[str, str]) -> str:
-    """One hash for a model: that of its `file`; where it has `data` besides, that of the list of all their hashes, with the model's names."""
+    """One hash for a model: that of its `file`; where it has `data` besides, that of the list of all their hashes, with the
+    model's names.
+    """
     if not data:
         return file
     lines = [file, *(f"{data[location]} {location}" for location in sorted(data))]

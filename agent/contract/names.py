@@ -32,7 +32,9 @@ def check_model(name: str) -> str:
 
 
 def check_location(location: str) -> str:
-    """`location` itself: a model's own name for another file of it.  Raises: ValueError when that is no path below the model's folder."""
+    """`location` itself: a model's own name for another file of it.  Raises: ValueError when that is no path below the model's
+    folder.
+    """
     steps = location.split("/")
     if (
         not location

@@ -1,4 +1,6 @@
-"""Why a device refused, failed or rolled back: one code per cause, the same on the device, in reports, in the API and on the page."""
+"""Why a device refused, failed or rolled back: one code per cause, the same on the device, in reports, in the API and on the
+page.
+"""
 
 from __future__ import annotations
 
@@ -78,9 +80,8 @@ METADATA = frozenset(
         Reason.BAD_MANIFEST,
     }
 )
-"""Refused for what was signed about the release, before a byte of it was used: judged anew as soon as the signed metadata changes, and by
-every rollout for itself.
-"""
+"""Refused for what was signed about the release, before a byte of it was used: judged anew as soon as the signed metadata
+changes, and by every rollout for itself."""
 
 RETRYABLE = frozenset(
     {

@@ -1,8 +1,8 @@
 """What devices tell the fleet server.
 
-A state report is signed with the device's key (a DSSE envelope) and carries a counter that only grows and the digest that really
-serves; only such a report counts as success. Events are for people, and signed likewise: their words are the device's. Presence comes
-from the broker's last will, which nobody can sign.
+A state report is signed with the device's key (a DSSE envelope) and carries a counter that only grows and the digest that
+really serves; only such a report counts as success. Events are for people, and signed likewise: their words are the device's.
+Presence comes from the broker's last will, which nobody can sign.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def hardware_class(hardware: Hardware) -> str:
 
 
 class StateReport(Document, frozen=True, kw_only=True):
-    """Everything a device says about itself. `counter` grows with every report of this identity, across restarts and reboots."""
+    """Everything a device says about itself. `counter` grows with every report of this identity, across restarts and
+    reboots.
+    """
 
     device: str
     counter: int

@@ -1,6 +1,7 @@
 """MQTT topics. The broker lets a device write below its own `up` and read its own `down` and `all`, by its certificate's CN.
 
-A poke says "look again" and nothing more: what to do is always fetched and verified, so lost, doubled or forged pokes are harmless.
+A poke says "look again" and nothing more: what to do is always fetched and verified, so lost, doubled or forged pokes are
+harmless.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Documents, blobs and new certificates over MQTT, for devices that reach only the broker's port. The device pulls, the server answers;
-nothing is trusted.
+"""Documents, blobs and new certificates over MQTT, for devices that reach only the broker's port. The device pulls, the server
+answers; nothing is trusted.
 
-The device publishes an Ask on `v1/d/<device>/up/blocks`: which parts of which thing it lacks, as a bitmap. The server publishes each part
-as a message of its own on `v1/d/<device>/down/blocks/<id>`: a fixed head, then bytes. Both at most once: what got lost is asked for again,
-so the device sets the pace, and a part's bytes are as good from a second answer as from the first.
+The device publishes an Ask on `v1/d/<device>/up/blocks`: which parts of which thing it lacks, as a bitmap. The server publishes
+each part as a message of its own on `v1/d/<device>/down/blocks/<id>`: a fixed head, then bytes. Both at most once: what got
+lost is asked for again, so the device sets the pace, and a part's bytes are as good from a second answer as from the first.
 """
 
 from __future__ import annotations

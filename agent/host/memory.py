@@ -17,7 +17,9 @@ def peak_bytes() -> int:
 
 
 def give_back() -> None:
-    """Lets the allocator return what it keeps for later, after something large went. Does nothing where the C library cannot."""
+    """Lets the allocator return what it keeps for later, after something large went. Does nothing where the C library
+    cannot.
+    """
     import ctypes
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -28,20 +28,23 @@ def lower() -> None:
 
 
 def lower_process(pid: int) -> None:
-    """The same for a process that has just been started: threads that it makes from now on, and what it starts, give way too.
+    """Lets a process that has just been started give way to the others: threads that it makes from now on, and what it starts,
+    give way too.
 
-    Where the kernel shares the processors between sessions first (autogroups), that counts within one only. Lowering a whole session was tried
-    for trials: on two busy cores they took four times as long, and no request was answered sooner.
+    Where the kernel shares the processors between sessions first (autogroups), that counts within one only. Lowering a whole
+    session was tried for trials: on two busy cores they took four times as long, and no request was answered sooner.
     """
     with contextlib.suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, pid, max(NICE, os.getpriority(os.PRIO_PROCESS, pid)))
 
 
 def rest() -> None:
-    """To be called between the steps of long work that can wait: sleeps a moment after each STRETCH_S for which the calling thread has worked.
+    """To be called between the steps of long work that can wait: sleeps a moment after each STRETCH_S for which the calling
+    thread has worked.
 
-    However small its weight: while a thread has some of its share left, the kernel lets it have its whole turn of 1 to 4 ms, and who wakes up on that
-    processor waits for it, be it a client whose answer is there. A thread that sleeps gives up the rest of its turn.
+    However small its weight: while a thread has some of its share left, the kernel lets it have its whole turn of 1 to 4 ms,
+    and who wakes up on that processor waits for it, be it a client whose answer is there. A thread that sleeps gives up the
+    rest of its turn.
     """
     worked_s = time.thread_time()
     if worked_s - getattr(_rested, "at_s", 0.0) >= STRETCH_S:
@@ -50,7 +53,9 @@ def rest() -> None:
 
 
 def waited_s() -> float:
-    """How long the calling thread has been ready to run while others ran, in all its life; 0 where the kernel does not count it."""
+    """How long the calling thread has been ready to run while others ran, in all its life; 0 where the kernel does not count
+    it.
+    """
     try:
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     except (OSError, ValueError, IndexError):
@@ -58,8 +63,8 @@ def waited_s() -> float:
 
 
 def giving_way(act: Callable[P, T]) -> Callable[P, T]:
-    """`act`, during which the calling thread, and each thread and process that it starts, gives way to the other threads of this process.
-    As it is where the thread could not come back from that.
+    """`act`, during which the calling thread, and each thread and process that it starts, gives way to the other threads of
+    this process. As it is where the thread could not come back from that.
     """
     return functools.partial(_give_way, act) if can_come_back() else act
 

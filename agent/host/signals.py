@@ -14,8 +14,9 @@ class Ending:
     """Set by the first SIGTERM or SIGINT while the `with` block runs; only for the main thread.
 
     Not a threading.Event: a handler runs between any two steps of the main thread, also while that holds the event's own lock.
-    And not only something that the handler writes to: a signal that arrives right before the main thread begins to wait, or that the
-    kernel gives to another thread, does not end that wait. The interpreter itself writes to the pipe, whichever thread it is in.
+    And not only something that the handler writes to: a signal that arrives right before the main thread begins to wait, or
+    that the kernel gives to another thread, does not end that wait. The interpreter itself writes to the pipe, whichever thread
+    it is in.
     """
 
     def __init__(self) -> None:

@@ -11,8 +11,8 @@ LOOK_S = 1.0  # temperatures move in seconds, and reading a zone may ask a slow 
 
 
 class Throttle:
-    """`max_load` is the load average of the last minute per core, `max_celsius` that of the hottest zone; 0: not looked at. Any thread
-    may ask.
+    """`max_load` is the load average of the last minute per core, `max_celsius` that of the hottest zone; 0: not asked. Any
+    thread may ask.
     """
 
     def __init__(self, max_load: float, max_celsius: float, thermal: Path = THERMAL) -> None:
@@ -40,7 +40,7 @@ class Throttle:
         return None
 
     def celsius(self) -> float | None:
-        """Of the hottest zone; None where there is none that can be read."""
+        """The temperature of the hottest zone; None where there is none that can be read."""
         found = [_celsius(zone) for zone in self._thermal.glob("thermal_zone*/temp")]
         return max((value for value in found if value is not None), default=None)
 

@@ -11,7 +11,8 @@ AGAIN_S = 0.005
 def connect(path: str | bytes, timeout_s: float) -> socket.socket:
     """A connection to the socket at `path`, with this timeout for what comes after, too.
 
-    A server whose queue of connections is full makes only those wait who block without limit; for all others waiting is done here.
+    A server whose queue of connections is full makes only those wait who block without limit; for all others waiting is done
+    here.
     Raises: TimeoutError, OSError.
     """
     end = time.monotonic() + timeout_s

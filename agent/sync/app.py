@@ -9,8 +9,8 @@
  6. the follower, a thread that asks the fleet what is wanted: at intervals, and whenever a poke comes;
  7. the MQTT link, last, because nothing else needs it.
 
-The main thread reports and feeds the watchdog. Every thread but it may block on a network or a disk; all state is on disk before it
-matters, so ending never waits for them.
+The main thread reports and feeds the watchdog. Every thread but it may block on a network or a disk; all state is on disk
+before it matters, so ending never waits for them.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class SyncApp:
     # -- life ---------------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until SIGTERM or SIGINT. Only in the main thread."""
+        """Works until SIGTERM or SIGINT. Only in the main thread."""
         with Ending() as ending:
             self._run(ending)
 
@@ -277,7 +277,7 @@ class SyncApp:
         self._due.set()
 
     def _lend(self) -> None:
-        """Neighbours are a favour: a port that is taken must not keep this device from its updates."""
+        """Begins to lend to neighbours. A port that is taken must not keep this device from its updates."""
         settings = self._config.sync
         if not settings.neighbour_listen:
             return
@@ -289,7 +289,7 @@ class SyncApp:
         self._sharing.start()
 
     def _renew_when_due(self) -> None:
-        self._who = self._renewal.looked_after(self._who)
+        self._who = self._renewal.renewed(self._who)
 
     def _renew_by_broker(self, request: str) -> bytes:
         return self._transfers.whole(
@@ -305,7 +305,7 @@ class SyncApp:
         return self.link.ask(ask)
 
     def _ways(self) -> list[Documents]:
-        """To the fleet's documents, while its server cannot be reached."""
+        """The ways to the fleet's documents while its server cannot be reached."""
         broker = [MqttDocuments(self._transfers)] if self._config.sync.mqtt_transfers and self.link.connected else []
         return [*broker, *self._imports.ways()]
 
@@ -345,7 +345,7 @@ class SyncApp:
         return f"{problem.reason.value}: {problem.message}" if problem else None
 
     def _pause(self, seconds: float, ending: Ending) -> None:
-        """Until something is due, the time has passed, or the end."""
+        """Waits until something is due, the time has passed, or the process ends."""
         end = self._clock.monotonic() + seconds
         while not ending.is_set() and self._clock.monotonic() < end:
             if self._imports.news():
@@ -355,7 +355,9 @@ class SyncApp:
                 return
 
     def _probe(self) -> None:
-        """In a thread of its own: engines that start slowly must not keep the watchdog or the first report waiting."""
+        """Finds out the hardware in a thread of its own: engines that start slowly must not keep the watchdog or the first
+        report waiting.
+        """
         self._hardware.get()
         self._due.set()
 

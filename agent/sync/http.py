@@ -32,7 +32,8 @@ HEAD_S = 60.0
 
 CHUNK_BYTES = 256 * 1024
 FAST_BYTES_PER_S = 4 * 1024 * 1024
-"""From here on chunks are gathered: even a large one then takes no longer than some hundredths of a second."""
+"""Chunks of an answer that arrives at least this fast are gathered: even a large one then takes only some hundredths of a
+second."""
 
 _MAX_ERROR_BYTES = 8 * 1024
 
@@ -54,8 +55,8 @@ class TooLong(Problem):
 
 
 class _Adapter(HTTPAdapter):
-    """Verifies the chain and the name; `untimed`: not the dates, which cannot be judged with a clock that stands in 1970. `ca`: one more
-    authority beside the machine's.
+    """Verifies the chain and the name; `untimed`: not the dates, which cannot be judged with a clock that stands in 1970. `ca`:
+    one more authority beside the machine's.
     """
 
     def __init__(self, *, untimed: bool, ca: Path | None) -> None:
@@ -72,7 +73,9 @@ class _Adapter(HTTPAdapter):
 
 
 def _hurried(kind: type[HTTPConnection]) -> type[HTTPConnection]:
-    """Connections whose answers' heads come within HEAD_S: a limit on the silence between two packets lets a byte every 19 s pass."""
+    """Connections whose answers' heads come within HEAD_S: a limit on the silence between two packets lets a byte every 19 s
+    pass.
+    """
 
     class Hurried(kind):  # type: ignore[misc, valid-type]
         def getresponse(self) -> Any:
@@ -119,7 +122,9 @@ class FleetHttp:
         public: bool = False,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        """`public`: whoever the machine's own certificate authorities vouch for is believed too, as mirrors on the internet need."""
+        """`public`: whoever the machine's own certificate authorities vouch for is believed too, as mirrors on the internet
+        need.
+        """
         self.base_url = base_url.rstrip("/")
         self.server_time: float | None = None
         self._clock = clock
@@ -164,8 +169,8 @@ class FleetHttp:
                 response.raw.release_conn()  # read to its end: the next request needs no handshake
 
     def chunks(self, response: requests.Response, *, deadline_s: float, gather_bytes: int = 0) -> Iterator[bytes]:
-        """The body as it arrives, or while it arrives fast in chunks of `gather_bytes`: with TLS no read brings more than 16 KiB, and the
-        way to each through Python costs more than its bytes.
+        """The body as it arrives, or while it arrives fast in chunks of `gather_bytes`: with TLS no read brings more than 16
+        KiB, and the way to each through Python costs more than its bytes.
 
         Raises: Problem when it breaks off or takes longer than `deadline_s`.
         """

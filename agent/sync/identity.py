@@ -127,10 +127,11 @@ def write(folder: Path, response: EnrolmentResponse, key: ec.EllipticCurvePrivat
 
 
 def replace_certificate(identity: Identity, pem: bytes) -> Identity:
-    """Keeps a renewed certificate, which may come from anybody: what is kept is the certificate alone, whatever stood around it.
+    """Keeps a renewed certificate, which may come from anybody: what is kept is the certificate alone, whatever stood around
+    it.
 
-    Raises: IdentityError when this device's CA did not issue it, it is not for this key and device, or it ends before the one there
-    is; OSError.
+    Raises: IdentityError when this device's CA did not issue it, it is not for this key and device, or it ends before the one
+    there is; OSError.
     """
     authority = _parse_certificate(_read(identity.folder, "ca.pem"), str(identity.ca_file))
     try:

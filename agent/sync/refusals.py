@@ -1,6 +1,8 @@
-"""Why the other side does not let this device in, or why this device does not believe the other side: in words, with what to do. Pure.
+"""Why the other side does not let this device in, or why this device does not believe the other side: in words, with what to
+do. Pure.
 
-With TLS 1.3 a server refuses a client's certificate after the handshake, so the reason stands in whatever is read first; OpenSSL names it.
+With TLS 1.3 a server refuses a client's certificate after the handshake, so the reason stands in whatever is read first;
+OpenSSL names it.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ _Answer = TypeVar("_Answer", bound=msgspec.Struct)
 class ServeAway(Exception):
     """`serve` does not answer. It may be restarting; says nothing about any model.
 
-    `sent`: a change had been delivered, so what was asked may be what took the process down. A question never is: a `serve` that
-    still loads its models lets everybody wait.
+    `sent`: a change had been delivered, so what was asked may be what took the process down. A question never is: a `serve`
+    that still loads its models lets everybody wait.
     """
 
     def __init__(self, message: str, *, sent: bool) -> None:
@@ -208,7 +208,9 @@ class ServingPort(Protocol):
 
 
 class ServeClient:
-    """ServingPort over HTTP on a Unix socket, a connection per request: they are rare, and `serve` may restart between any two."""
+    """ServingPort over HTTP on a Unix socket, a connection per request: they are rare, and `serve` may restart between any
+    two.
+    """
 
     def __init__(self, socket_path: Path) -> None:
         self._socket_path = socket_path

@@ -69,7 +69,7 @@ class Ways:
         return self.answer or self.authority.issue(DEVICE, self.who.key.public_key(), begins=days_ago(0)).encode()
 
     def look(self) -> Identity:
-        return self.renewal.looked_after(self.who)
+        return self.renewal.renewed(self.who)
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""`edge-agent sync | enrol | trial | doctor | tuf`, and those of `operator`. Nothing heavy is imported before a command runs."""
+"""`edge-agent sync | enrol | trial | doctor | tuf`, and those of `operator`. Nothing heavy is imported before a command
+runs.
+"""
 
 from __future__ import annotations
 
@@ -191,4 +193,4 @@ def _told() -> Iterator[None]:
 
 
 COMMANDS = (sync, enrol, import_, trial, doctor, updates, why, approve, hold, unhold, rollback, quarantine, tuf)
-"""For `edge-agent`'s group."""
+"""The commands that `edge-agent` has from here."""

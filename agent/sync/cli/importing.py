@@ -1,8 +1,9 @@
-"""`edge-agent import`: a bundle from a stick, updated from as from the fleet server. `sync` does the work when it runs; else this process does.
+"""`edge-agent import`: a bundle from a stick, updated from as from the fleet server. `sync` does the work when it runs; else
+this process does.
 
-Exit status: 0 it serves (or is under watch, with `sync` running), 1 something here failed, 2 usage, 3 refused: of another fleet, older than
-what this device knows, wrongly signed, expired; 4 not a whole bundle; 5 accepted, but this device refused a release or rolled it back; 6 accepted,
-and not done yet: it waits for something; 7 no space.
+Exit status: 0 it serves (or is under watch, with `sync` running), 1 something here failed, 2 usage, 3 refused: of another
+fleet, older than what this device knows, wrongly signed, expired; 4 not a whole bundle; 5 accepted, but this device refused a
+release or rolled it back; 6 accepted, and not done yet: it waits for something; 7 no space.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _unpack(file: IO[bytes], store: Store, who: Identity, config: AgentConfig, *
 
 
 class _Import:
-    """What follows once the bundle is in the spool."""
+    """Follows a bundle that is in the spool until it is known what becomes of it."""
 
     def __init__(self, config: AgentConfig, who: Identity, store: Store, id_: str, *, as_json: bool) -> None:
         self._config, self._who, self._store, self._id, self._as_json = config, who, store, id_, as_json
@@ -148,7 +149,7 @@ class _Import:
         worst, messages = 0, []
         while waiting and time.monotonic() < end:
             for model, version in list(waiting.items()):
-                found = self._look(model, version, alone=alone)
+                found = self._outcome(model, version, alone=alone)
                 if found is not None:
                     worst = max(worst, found[0])
                     messages.append(found[1])
@@ -161,7 +162,7 @@ class _Import:
             )
         return worst, "; ".join(messages) or "verified; there is nothing new in it for this device"
 
-    def _look(self, model: str, version: int, *, alone: bool) -> tuple[int, str] | None:
+    def _outcome(self, model: str, version: int, *, alone: bool) -> tuple[int, str] | None:
         """The exit code and a sentence once there is nothing more to wait for here."""
         from agent.contract.reports import Phase
         from agent.store import StoreError

@@ -1,4 +1,6 @@
-"""`edge-agent updates | why | approve | hold | unhold | rollback | quarantine`: an operator on the device itself. All work without a network."""
+"""`edge-agent updates | why | approve | hold | unhold | rollback | quarantine`: an operator on the device itself. All work
+without a network.
+"""
 
 from __future__ import annotations
 

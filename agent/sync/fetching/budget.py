@@ -15,14 +15,14 @@ from agent.sync.ports import Clock, Stop
 from agent.sync.problems import Stopped
 
 BURST_S = 1.0
-"""How much may be saved up: the limit's bytes of this long. A link that is shared with a camera feels longer bursts."""
+"""What was not used may be saved up, for this many seconds of the limit. Longer bursts disturb a camera on the same link."""
 
 STOP_ASKED_S = 0.25
 """How often someone who waits asks whether to give up."""
 
 
 class Budget:
-    """Thread-safe. Without a limit and hours it costs a comparison."""
+    """Thread-safe. Without a limit and without hours it costs one comparison."""
 
     def __init__(
         self,
@@ -68,8 +68,8 @@ class Budget:
         return self._clock.monotonic() - began
 
     def _try(self, ticket: tuple[int, int], count: int) -> float:
-        """Seconds to wait before asking again; 0 when the bytes may pass. What is saved up may go below zero once for one that asks
-        for more than ever is: everybody else waits for that.
+        """Seconds to wait before asking again; 0 when the bytes may pass. What is saved up may go below zero once for one that
+        asks for more than ever is: everybody else waits for that.
         """
         with self._lock:
             now = self._clock.monotonic()

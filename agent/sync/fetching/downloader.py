@@ -1,4 +1,5 @@
-"""Brings the files of a release into the store: what is here already is copied, what is not is asked for, nothing is believed unhashed.
+"""Brings the files of a release into the store: what is here already is copied, what is not is asked for, nothing is believed
+unhashed.
 
 A file with blocks is put together from whatever has them: other releases in the store, what an earlier attempt staged, and one
 source after the other for what is still missing. A file without is fetched from its beginning, or from where it stopped.
@@ -91,8 +92,8 @@ class Downloader:
     # -- fetching ----------------------------------------------------------------------------------------------------------
 
     def fetch(self, file: File, progress: Progress, stop: Stop, priority: int = 0) -> Mapping[str, int]:
-        """Brings one blob into the store; nothing to do when it is there. When bytes are short, a smaller `priority` goes first.
-        Gives how many bytes came from which source; the rest was here.
+        """Brings one blob into the store; nothing to do when it is there. When bytes are short, a smaller `priority` goes
+        first. Gives how many bytes came from which source; the rest was here.
 
         Raises: Problem, Stopped.
         """
@@ -133,7 +134,7 @@ class _Fetch:
                 staged.check()
                 reuse.copy(self._store, staged, self._stop)
             else:
-                staged.look_at_prefix()
+                staged.check_prefix()
             self._progress(staged.have_bytes)
             if staged.have_bytes < file.size_bytes:
                 self._ask_around(staged)
@@ -161,7 +162,9 @@ class _Fetch:
         raise verdict(problems, f"blob {self._file.sha256}")
 
     def _try(self, source: Source, staged: Staged) -> Problem | None:
-        """Everything that is missing, from one source: None. Why not, otherwise; what came stays.  Raises: Stopped, OSError."""
+        """Fetches everything that is missing from one source. None when all of it came, else why not; what came stays.  Raises:
+        Stopped, OSError.
+        """
         wrong: Problem | None = None
         for _ in range(TRIES_ON_WRONG_BYTES):
             wrong = self._try_once(source, staged)
@@ -193,13 +196,15 @@ class _Fetch:
                 continue
 
     def _fill(self, source: Source, staged: Staged, read: Reader, speed: MinimumSpeed) -> None:
-        """The missing pieces, stretch after stretch."""
+        """Fetches the missing pieces, stretch after stretch."""
         for run in pieces.runs(staged.missing):
             with read(run.start, run.end) as (start, chunks):
                 self._cut(source, staged, run, start, self._passing(chunks, source, speed))
 
     def _cut(self, source: Source, staged: Staged, run: Run, start: int, chunks: Iterator[bytes]) -> None:
-        """Cuts bytes that begin at `start` of the file into the pieces of a run; each is written as soon as it is whole and right."""
+        """Cuts bytes that begin at `start` of the file into the pieces of a run; each is written as soon as it is whole and
+        right.
+        """
         at, held = start, bytearray()  # `held` begins at `at`
         for piece in run.pieces:
             while at + len(held) < piece.end:
@@ -222,7 +227,7 @@ class _Fetch:
             self._progress(staged.have_bytes)
 
     def _grow(self, source: Source, staged: Staged, read: Reader, speed: MinimumSpeed) -> None:
-        """A file without blocks: from where it stopped to its end, and only then is it known whether it is right."""
+        """Fetches a file without blocks, from where it stopped to its end. Only then is it known whether it is right."""
         size = self._file.size_bytes
         try:
             with read(staged.have_bytes, size) as (start, chunks):

@@ -35,8 +35,8 @@ def downloader(store: Store, settings: SyncSettings, clock: Clock, sources: list
 def sources(
     settings: SyncSettings, fleet: Callable[[], FleetHttp], clock: Clock, ca: Path, unset: Callable[[], bool]
 ) -> list[Source]:
-    """Folders, neighbours, mirrors and the fleet server. A mirror may have a certificate of any authority that the machine trusts, or
-    of the fleet's own (`ca`).
+    """Folders, neighbours, mirrors and the fleet server. A mirror may have a certificate of any authority that the machine
+    trusts, or of the fleet's own (`ca`).
     """
 
     def neighbour(address: str) -> Callable[[], FleetHttp]:

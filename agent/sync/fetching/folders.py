@@ -18,17 +18,19 @@ from agent.sync.problems import Problem
 FOLDER_PLACE = 10
 READ_BYTES = 256 * 1024
 MAX_BUNDLES = 64
-"""Looked into per folder, newest first: a stick full of films must not cost an hour."""
+"""Bundles read per folder, the newest first: a stick full of films must not cost an hour."""
 
 MAX_BLOBS = 100_000
-"""Remembered per folder. A bundle may name as many as it likes."""
+"""Blobs whose place is remembered per folder. A bundle may name as many as it likes."""
 
 _Place = tuple[Path, int, int]
 """A file, and where in it the blob begins and how long it is."""
 
 
 class FolderBlobs:
-    """A folder that has bundles (`*.bundle`, `*.tar`), or blobs as `blobs/<sha256>`. It may be away, and full of anything."""
+    """A folder that has bundles (`*.bundle`, `*.tar`), or blobs as `blobs/<sha256>`. It may be missing, and may hold
+    anything.
+    """
 
     metered = False
     final = False
@@ -90,7 +92,7 @@ class FolderBlobs:
 
 
 def _index(path: Path, most: int) -> dict[str, tuple[int, int]]:
-    """Where a bundle has its blobs, `most` of them; nowhere in something that is none."""
+    """sha256 → where the blob lies in the bundle, for at most `most` blobs. Empty for a file that is no bundle."""
     found: dict[str, tuple[int, int]] = {}
     with contextlib.suppress(OSError, bundle.BundleError), open_regular(path) as file:
         for member in bundle.members(file):

@@ -16,11 +16,14 @@ NEIGHBOUR_PLACE, WEB_PLACE = 20, 30
 
 LARGE_BYTES = 16 * 1024 * 1024
 GATHER_BYTES = 64 * 1024
-"""Of stretches from LARGE_BYTES on, whose blocks are about as large: what is read and not yet written when the power goes is fetched again."""
+"""Of stretches from LARGE_BYTES on, whose blocks are about as large: what is read and not yet written when the power goes is
+fetched again."""
 
 
 class HttpBlobs:
-    """Blobs of a server that answers `GET /blobs/<sha256>` with Range. A connection for each blob, since several models may download at once."""
+    """Blobs of a server that answers `GET /blobs/<sha256>` with Range. A connection for each blob, since several models may
+    download at once.
+    """
 
     metered = True
 

@@ -1,4 +1,6 @@
-"""What `sync` does with bundles: verifies them as it verifies its server, then uses their documents and files as one more way and source."""
+"""What `sync` does with bundles: verifies them as it verifies its server, then uses their documents and files as one more way
+and source.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ class Imports:
         ]
 
     def accept(self, refresh: Callable[[Documents], Desired]) -> Desired | None:
-        """Verifies what waits; what the fleet says in the last one that was accepted. What is refused is removed. Never raises."""
+        """Verifies what waits; what the fleet says in the last one that was accepted. What is refused is removed. Never
+        raises.
+        """
         said = None
         for id_ in self.spool.ids():
             if not self.spool.accepted(id_):
@@ -101,14 +105,18 @@ class Imports:
         self._sources.add(FolderBlobs(self.spool.path(id_), name=_name(id_), place=IMPORT_PLACE))
 
     def _link(self, id_: str) -> None:
-        """Puts the blobs where downloads look for what they began, so that nothing is copied twice; they are hashed there as ever."""
+        """Puts the blobs where downloads look for what they began, so that nothing is copied twice; they are hashed there as
+        ever.
+        """
         for path in (self.spool.path(id_) / "blobs").glob("[!.]*"):
             if not self._store.has_blob(path.name):
                 with contextlib.suppress(OSError):
                     os.link(path, self._store.staging / path.name)
 
     def tidy(self, needed: Callable[[str, int], bool]) -> None:
-        """Removes the files of bundles whose releases are all done with; their documents stay, for what has to be fetched anew offline."""
+        """Removes the files of bundles whose releases are all done with; their documents stay, for what has to be fetched anew
+        offline.
+        """
         for id_ in self.spool.ids():
             told = self.spool.told(id_)
             if self.spool.accepted(id_) and told is not None and not any(needed(*wanted) for wanted in told.wanted.items()):

@@ -1,7 +1,7 @@
 """Documents, blobs and new certificates over the broker, where its port is the only one that is open.
 
-Parts are asked for in windows, the next one while the last is arriving; what does not come is asked for again. Slower than HTTPS and a burden
-to the broker, so it is asked last.
+Parts are asked for in windows, the next one while the last is arriving; what does not come is asked for again. Slower than
+HTTPS and a burden to the broker, so it is asked last.
 """
 
 from __future__ import annotations
@@ -26,20 +26,24 @@ WINDOW = 32
 """Parts that are asked for and not there yet: 2 MiB, what a link of 100 Mbit/s carries in 160 ms."""
 
 SILENCE_S = 3.0
-"""How long nothing may come before what is missing is asked for again: beyond any round trip, and the time that a busy broker holds a message."""
+"""How long nothing may come before what is missing is asked for again: beyond any round trip, and the time that a busy broker
+holds a message."""
 
 IGNORED = 4 * WINDOW
-"""How many parts that are there already, or of no use, may come one after the other: an ask that was repeated doubles a window."""
+"""How many parts that are there already, or of no use, may come one after the other: an ask that was repeated doubles a
+window."""
 
 MOST_OF_A_MESSAGE_BYTES = 1024
 """What a message has beside the bytes of its part, or that says why there is none."""
 
 SILENCES = 6
-"""How often in a row. A broker that restarts is back by then."""
+"""So many silences in a row (SILENCE_S each) end a transfer. A broker that restarts is back by then."""
 
 
 def sized(limit_bytes_per_s: int) -> dict[str, int]:
-    """The window and the size of parts for a bandwidth limit (0: none): what is asked for comes at once, so it is a second's worth."""
+    """The window and the size of parts for a bandwidth limit (0: none): what is asked for comes at once, so it is a second's
+    worth.
+    """
     if limit_bytes_per_s <= 0:
         return {"window": WINDOW, "part_bytes": PART_BYTES}
     part = PART_BYTES
@@ -76,7 +80,7 @@ class Transfers:
             return sum(waiting.qsize() for waiting in self._open.values())
 
     def received(self, id_: str, payload: bytes) -> None:
-        """A message came for this transfer. What nobody asked for, or too much of it, is forgotten."""
+        """Hands on a message that came for a transfer. One that nobody asked for, or one too many, is dropped."""
         with self._lock:
             waiting = self._open.get(id_)
         asked_for = waiting is not None and len(payload) <= MOST_OF_A_MESSAGE_BYTES + self._part_bytes
@@ -86,7 +90,9 @@ class Transfers:
                 waiting.put_nowait(part)
 
     def whole(self, thing: Kind, name: str, *, limit_bytes: int, deadline_s: float, what: str, request: str = "") -> bytes:
-        """All of a thing; `what` it is called in messages.  Raises: HttpStatus 404 when there is none of that name; Problem."""
+        """All bytes of a thing. `what`: its name in messages.  Raises: HttpStatus 404 when there is none of that name;
+        Problem.
+        """
         end = time.monotonic() + deadline_s
         body = bytearray()
         for size, data in self.parts(thing, name, 0, None, request):

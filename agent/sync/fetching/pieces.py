@@ -12,7 +12,7 @@ MAX_GAP_BYTES = 64 * 1024
 """Asking once more costs a round trip: some 50 ms on a mobile link, in which that many bytes would have come."""
 
 MAX_WASTE = 0.02
-"""Nor are gaps bridged that make up more than this share of what is asked for: the fewest bytes are the point of blocks."""
+"""Gaps are bridged up to this share of what is asked for: blocks are there to fetch few bytes."""
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -28,7 +28,9 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """A stretch of a file to ask for at once: missing pieces in order, perhaps with something between them that is there already."""
+    """A stretch of a file to ask for at once: missing pieces in order, perhaps with something between them that is there
+    already.
+    """
 
     start: int
     end: int

@@ -1,6 +1,7 @@
 """Blocks that this store holds already: in files of any release, and in downloads that are not finished.
 
-Where a block should be is what manifests say; whether it is there is found by hashing. So damaged files cost a download and no more.
+Where a block should be is what manifests say; whether it is there is found by hashing. So damaged files cost a download and no
+more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Lends this device's blobs to its neighbours on the local network: complete, verified blobs by their hash, read only, and nothing else.
+"""Lends this device's blobs to its neighbours on the local network: complete, verified blobs by their hash, read only, and
+nothing else.
 
-Off by default. Plain HTTP, because whoever asks verifies what it gets, and a hash that nobody told you opens nothing. Connections,
-their time and the bytes per second are bounded, so that neighbours cannot take this device away from its own work.
+Off by default. Plain HTTP, because whoever asks verifies what it gets, and a hash that nobody told you opens nothing.
+Connections, their time and the bytes per second are bounded, so that neighbours cannot take this device away from its own work.
 """
 
 from __future__ import annotations

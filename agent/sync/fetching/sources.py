@@ -1,5 +1,5 @@
-"""Who may have blobs, in which order they are asked, and who is left alone for a while. Nobody here is trusted: bytes are believed
-when their hash is right.
+"""Who may have blobs, in which order they are asked, and who is left alone for a while. Nobody here is trusted: bytes are
+believed when their hash is right.
 """
 
 from __future__ import annotations
@@ -17,29 +17,32 @@ from agent.sync.problems import Problem
 
 REST_FIRST_S = 5.0
 REST_LONGEST_S = 600.0
-"""How long a source that failed is left alone, doubling. A stick that was pulled out or a neighbour that is switched off costs a timeout each time."""
+"""How long a source that failed is left alone, doubling. A stick that was pulled out or a neighbour that is switched off costs
+a timeout each time."""
 
 TRIES_ON_WRONG_BYTES = 2
 """A proxy or a bad memory cell can damage bytes once; the same wrong bytes twice are what the source has."""
 
 Reader = Callable[[int, int], AbstractContextManager[tuple[int, Iterator[bytes]]]]
-"""(start, end) → where the bytes begin (`start`, or 0 from a source that has no ranges) and the bytes.  Raises: NotHere, Problem."""
+"""(start, end) → where the bytes begin (`start`, or 0 from a source that has no ranges) and the bytes.  Raises: NotHere,
+Problem."""
 
 
 class Source(Protocol):
     """Somewhere untrusted that may have blobs."""
 
     name: str
-    """For messages."""
+    """What it is called in messages."""
     metered: bool
-    """Whether its bytes come over a network: then they count against the bandwidth limit, the hours and the least throughput."""
+    """Whether its bytes come over a network: then they count against the bandwidth limit, the hours and the least
+    throughput."""
     place: int
     """Lower ones are asked first; among equals whoever was of use last."""
     final: bool
     """Whether it is the fleet's own: what it has wrong twice is wrong."""
 
     def open(self, sha256: str) -> AbstractContextManager[Reader]:
-        """For reading stretches of one blob, one after the other.  Raises: NotHere, Problem."""
+        """Gives a reader for stretches of one blob, one after the other.  Raises: NotHere, Problem."""
 
 
 class NotHere(Problem):
@@ -63,7 +66,9 @@ class _Health(msgspec.Struct):
 
 
 class Sources:
-    """All of them, and how they did lately. Thread-safe. Remembered in memory only: a restart is a good time to ask everybody again."""
+    """All sources of this device, and how they did lately. Thread-safe. Remembered in memory only: a restart is a good time to
+    ask everybody again.
+    """
 
     def __init__(self, sources: Sequence[Source], clock: Clock) -> None:
         self._sources = list(sources)
@@ -73,7 +78,7 @@ class Sources:
         self._uses = 0
 
     def add(self, source: Source) -> None:
-        """One more, such as a bundle that is being imported. It replaces one of the same name."""
+        """Adds a source, such as a bundle that is being imported. It replaces one of the same name."""
         with self._lock:
             self._sources = [one for one in self._sources if one.name != source.name] + [source]
 
@@ -108,8 +113,8 @@ class Sources:
 
 
 def verdict(problems: Sequence[tuple[Source, Problem]], what: str) -> Problem:
-    """What it means that everybody failed. Wrong bytes only when the fleet's own source insists on them: from anybody else they say
-    nothing about the release.
+    """What it means that everybody failed. Wrong bytes only when the fleet's own source insists on them: from anybody else they
+    say nothing about the release.
     """
     if len(problems) == 1 and (problems[0][0].final or problems[0][1].reason is not Reason.HASH_MISMATCH):
         return problems[0][1]

@@ -14,7 +14,7 @@ RATE_WINDOW_S = 30.0
 
 
 class MinimumSpeed:
-    """Judges one source while it sends. Time in which we did not read, for the sake of our own limit, does not count."""
+    """Judges one source while it sends. Time in which this device did not read, because of its own limit, does not count."""
 
     def __init__(self, clock: Clock, min_bytes_per_s: int, bytes_to_go: int) -> None:
         self._clock = clock
@@ -25,11 +25,13 @@ class MinimumSpeed:
         self._window: tuple[float, int] | None = None
 
     def excuse(self, seconds: float) -> None:
-        """We made the source wait."""
+        """Leaves out seconds for which this device made the source wait."""
         self._excused_s += seconds
 
     def check(self, count: int) -> None:
-        """`count` more bytes came.  Raises: Problem when the last window was slower than allowed, or the whole takes too long."""
+        """Notes that `count` more bytes came.  Raises: Problem when the last window was slower than allowed, or the whole takes
+        too long.
+        """
         now = self._now()
         self._received += count
         if self._window is None:

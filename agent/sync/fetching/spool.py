@@ -86,14 +86,14 @@ class Spool:
             old.unlink(missing_ok=True)
 
     def told(self, id_: str) -> Told | None:
-        """None while nobody said anything."""
+        """What became of the bundle; None while it waits."""
         try:
             return decode((self.folder / f"{id_}.told").read_bytes(), Told, limit_bytes=1 << 20)
         except (FileNotFoundError, ContractError):
             return None
 
     def remove(self, id_: str) -> None:
-        """First out of sight, then piece by piece."""
+        """Removes the bundle: first from its name, then piece by piece."""
         gone = self.folder / f".gone-{id_}"
         with contextlib.suppress(FileNotFoundError):
             self.path(id_).rename(gone)
@@ -110,10 +110,11 @@ class Spool:
     # -- putting in --------------------------------------------------------------------------------------------------------
 
     def unpack(self, file: IO[bytes], fleet: str, device: str, *, reserve_bytes: int, progress: Progress) -> str:
-        """Copies what the bundle has for this device and the store lacks; gives its id. What an earlier attempt brought is not copied again.
+        """Copies what the bundle has for this device and the store lacks; gives its id. What an earlier attempt brought is not
+        copied again.
 
-        Raises: BundleError (not a whole bundle), Problem (of another fleet or for other devices; no space; another import is under way),
-        OSError.
+        Raises: BundleError (not a whole bundle), Problem (of another fleet or for other devices; no space; another import is
+        under way), OSError.
         """
         files.make_directory(self.folder, mode=0o700)
         members = list(bundle.members(file))

@@ -1,8 +1,8 @@
 """A file that is being put together in `staging/<sha256>`: bytes get into it only verified, and only whole files get out of it.
 
-What a killed process left is hashed again, block by block, and what is right stays: no note of what is there is kept or believed.
-Holes that were never written are skipped. Beside it lies `<sha256>.blocks`, which says what the file will be made of, so that
-another download may take blocks from one that is not finished.
+What a killed process left is hashed again, block by block, and what is right stays: no note of what is there is kept or
+believed. Holes that were never written are skipped. Beside it lies `<sha256>.blocks`, which says what the file will be made of,
+so that another download may take blocks from one that is not finished.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from agent.sync.fetching.pieces import Piece, pieces
 BLOCKS_SUFFIX = ".blocks"
 READ_BYTES = 1 << 16
 LAG_BYTES = 1 << 20
-"""How much more there must be for the second hash to go on."""
+"""How many bytes the hash of the whole file stays behind the writer before it reads on."""
 
 WRITE_BACK_BYTES = 8 << 20
-"""How often the disk is told to begin: otherwise a large file goes to it all at once, when the download waits for nothing else."""
+"""After so many bytes the disk is told to begin writing. Otherwise a large file goes to it all at once in the end, and the
+download waits for that."""
 
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -84,8 +85,8 @@ class Staged:
 
     # -- a file without grows from its beginning ---------------------------------------------------------------------------
 
-    def look_at_prefix(self) -> None:
-        """Takes what is staged for the file's beginning, unless it cannot be: then it goes.  Raises: OSError."""
+    def check_prefix(self) -> None:
+        """Treats what is staged as the file's beginning. What cannot be that is removed.  Raises: OSError."""
         self._have = os.fstat(self._fd).st_size
         if self._have > self.file.size_bytes or (self._have == self.file.size_bytes and self.sha256() != self.file.sha256):
             self.clear()
@@ -125,8 +126,8 @@ class Staged:
 
 
 class _Whole:
-    """The hash of a whole file that is being written, read behind the writer while it is still in the page cache: in a thread of its own,
-    so that a download does not wait for a second hash beside that of its blocks.
+    """The hash of a whole file that is being written, read behind the writer while it is still in the page cache: in a thread
+    of its own, so that a download does not wait for a second hash beside that of its blocks.
     """
 
     def __init__(self, fd: int) -> None:
@@ -138,7 +139,7 @@ class _Whole:
         self._thread: threading.Thread | None = None
 
     def may_read_up_to(self, end: int) -> None:
-        """The file has its bytes before `end`."""
+        """Says that the file has its bytes before `end`."""
         if end - self._end < LAG_BYTES:
             return
         with self._changed:
@@ -231,7 +232,9 @@ def pwrite(fd: int, data: bytes | bytearray | memoryview, at: int) -> None:
 
 
 def begin_write_back(fd: int, start: int, count: int) -> None:
-    """Lets the disk begin with a stretch, without waiting for it. A hint: where the kernel has no such call, nothing is lost."""
+    """Lets the disk begin with a stretch, without waiting for it. A hint: where the kernel has no such call, nothing is
+    lost.
+    """
     call = _sync_file_range()
     if call is not None:
         call(fd, ctypes.c_longlong(start), ctypes.c_longlong(count), _SYNC_FILE_RANGE_WRITE)

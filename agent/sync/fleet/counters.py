@@ -11,8 +11,8 @@ from agent.sync.ports import Clock
 
 
 class Counter:
-    """A number larger than every one before it. It follows the clock (milliseconds since the epoch), so that a device whose disk was
-    replaced goes on above what the fleet has seen; and it grows by one where the clock does not.
+    """A number larger than every one before it. It follows the clock (milliseconds since the epoch), so that a device whose
+    disk was replaced goes on above what the fleet has seen; and it grows by one where the clock does not.
     """
 
     def __init__(self, path: Path, clock: Clock) -> None:

@@ -11,7 +11,9 @@ REMEMBERED = 16
 
 
 class Deliveries:
-    """Thread-safe. Times are of the monotonic clock; nothing is remembered over a restart, after which the next report tells."""
+    """Thread-safe. Times are of the monotonic clock; nothing is remembered over a restart, after which the next report
+    tells.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

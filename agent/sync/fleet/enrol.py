@@ -66,7 +66,9 @@ def enrol(
 
 
 def fetch_ca(string: EnrolmentString) -> str:
-    """The fleet's CA certificate (PEM), proved by the fingerprint in the string and by nothing else.  Raises: EnrolmentFailed."""
+    """The fleet's CA certificate (PEM), proved by the fingerprint in the string and by nothing else.  Raises:
+    EnrolmentFailed.
+    """
     pem = _fetch_unverified(string)
     try:
         certificate = x509.load_pem_x509_certificate(pem)

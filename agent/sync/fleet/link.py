@@ -1,7 +1,7 @@
 """The MQTT link: pokes come in, what is in the outbox goes out, presence says that this device is there.
 
-It owns one thread. A broker that is away, slow or refuses delays reports and nothing else. paho keeps its session in memory only,
-so the outbox stays the truth: a message leaves it when the broker has acknowledged it, and not before.
+It owns one thread. A broker that is away, slow or refuses delays reports and nothing else. paho keeps its session in memory
+only, so the outbox stays the truth: a message leaves it when the broker has acknowledged it, and not before.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 KEEPALIVE_S = 60
 CONNECT_TIMEOUT_S = 10.0
 LOOP_S = 0.5
-"""How long the loop sleeps when nothing arrives; also the longest a new message waits. Two wake-ups a second cost nothing measurable."""
+"""How long the loop sleeps when nothing arrives; also the longest a new message waits. Two wake-ups a second cost nothing
+measurable."""
 
 BUSY_LOOP_S = 0.02
 """The same while a transfer is under way, which asks for its next parts."""
@@ -42,15 +43,16 @@ CONNACK_TIMEOUT_S = 15.0
 FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 120.0
 STEADY_AFTER_S = 10.0
-"""A connection that lasted this long ends an outage; one that is thrown out sooner belongs to it (two devices with one identity, say)."""
+"""A connection that lasted this long ends an outage; one that is thrown out sooner belongs to it (two devices with one
+identity, say)."""
 
 IN_FLIGHT = 10
 """Below the receive maximum that brokers offer (mosquitto: 20)."""
 
 SILENCE_S = 30.0
-"""When nothing of what waits for the broker's word was acknowledged for so long, the connection is given up, and all of it sent again on the next
-one. Else a broker that lost IN_FLIGHT messages, and kept the connection, would hear nothing of this device any more.
-"""
+"""When nothing of what waits for the broker's word was acknowledged for so long, the connection is given up, and all of it sent
+again on the next one. Else a broker that lost IN_FLIGHT messages, and kept the connection, would hear nothing of this device
+any more."""
 
 SESSION_TAKEN_OVER = 0x8E
 """Said by some brokers of MQTT 5; mosquitto 2.0 and all of 3.1.1 close the connection without a word."""
@@ -93,9 +95,9 @@ class Link:
         busy: Callable[[], bool] = lambda: False,
         on_taken_over: Callable[[bool], None] = lambda _certain: None,
     ) -> None:
-        """`on_taken_over`: the broker ended an accepted connection and took the next one at once, as it does when another connection with
-        the same identity takes the place of this one; that is certain when the argument is true. `on_blocks` gets the parts of
-        transfers by their id; `busy` says whether one is under way.
+        """`on_taken_over`: the broker ended an accepted connection and took the next one at once, as it does when another
+        connection with the same identity takes the place of this one; that is certain when the argument is true. `on_blocks`
+        gets the parts of transfers by their id; `busy` says whether one is under way.
         """
         self.on_delivered = on_delivered
         self.on_blocks = on_blocks
@@ -333,10 +335,11 @@ class _Conversation:
 
 
 def delay_s(outage_s: float, jitter: float) -> float:
-    """How long to wait before the next attempt: up to as long as the outage has lasted, with full jitter (`jitter` from 0 to 1).
+    """How long to wait before the next attempt: up to as long as the outage has lasted, with full jitter (`jitter` from 0 to
+    1).
 
-    It grows like any exponential backoff, a fleet that lost its broker does not come back in step, and a device is back at the latest
-    after twice the time that the broker was away.
+    It grows like any exponential backoff, a fleet that lost its broker does not come back in step, and a device is back at the
+    latest after twice the time that the broker was away.
     """
     return max(0.05, min(LONGEST_DELAY_S, max(FIRST_DELAY_S, outage_s)) * jitter)
 

@@ -1,7 +1,8 @@
 """What is still to be told to the fleet, on disk until the broker has it.
 
-Bounded: when it is full the oldest telemetry goes first, then the oldest events, and how many went is counted. State reports replace
-each other: only the newest says anything. A damaged database is put aside and a new one begun; telling is less than serving.
+Bounded: when it is full the oldest telemetry goes first, then the oldest events, and how many went is counted. State reports
+replace each other: only the newest says anything. A damaged database is put aside and a new one begun; telling is less than
+serving.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Renewing the certificate before it ends: over HTTPS, and over the broker where HTTPS leads nowhere.
 
-Over HTTPS the connection says who asks and who answers. Over the broker neither is known: the request is signed with the device's key,
-and what comes back is kept only when the fleet's CA issued it for this key and name and it lasts no shorter (`identity.py`).
+Over HTTPS the connection says who asks and who answers. Over the broker neither is known: the request is signed with the
+device's key, and what comes back is kept only when the fleet's CA issued it for this key and name and it lasts no shorter
+(`identity.py`).
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def over_https(who: Identity, http: FleetHttp) -> Identity:
 
 
 def over_broker(who: Identity, broker: Broker) -> Identity:
-    """The same through whoever has the broker.  Raises: Problem, IdentityError, OSError."""
+    """A new certificate for the same key by way of the broker, written and loaded. Whoever runs the broker may answer, so only
+    what the fleet's CA issued is believed.  Raises: Problem, IdentityError, OSError.
+    """
     return identities.replace_certificate(who, broker(signed_request(who)))
 
 
@@ -75,7 +78,7 @@ class Renewal:
         self._fruitless = 0
         self._rest_until = float("-inf")
 
-    def looked_after(self, who: Identity) -> Identity:
+    def renewed(self, who: Identity) -> Identity:
         """`who`, with a new certificate if one was due and could be had."""
         if not due(who, self._clock.wall()) or self._clock.monotonic() < self._rest_until:
             return who

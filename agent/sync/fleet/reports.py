@@ -1,4 +1,6 @@
-"""What this device says about itself, built from the update states and from what `serve` says, and signed with the device's key."""
+"""What this device says about itself, built from the update states and from what `serve` says, and signed with the device's
+key.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ class ModelView(Protocol):
 def model_state(
     view: ModelView, status: ModelStatus, quarantined: tuple[Answer, ...], selected_before: int | None
 ) -> ModelState:
-    """What is reported of one model. `serving` and `sha256` are what `serve` says it can answer with, never what was asked of it."""
+    """What is reported of one model. `serving` and `sha256` are what `serve` says it can answer with, never what was asked of
+    it.
+    """
     state, serving = view.state, status.serving
     stats = serving.stats.for_watch() if serving else None
     return ModelState(
@@ -222,7 +226,9 @@ class Reporter:
 
 
 def _bounded(report: StateReport) -> bytes:
-    """The report's bytes; without its history of answers when a device with very many models would exceed what the fleet reads."""
+    """The report's bytes; without its history of answers when a device with very many models would exceed what the fleet
+    reads.
+    """
     payload = encode(report)
     if len(payload) * 4 // 3 + 1024 <= MAX_REPORT_BYTES:  # base64 in the envelope
         return payload

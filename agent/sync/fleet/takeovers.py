@@ -1,4 +1,6 @@
-"""How often somebody else with this device's identity took its place at the broker. Kept on disk, for `doctor` and for the next start."""
+"""How often somebody else with this device's identity took its place at the broker. Kept on disk, for `doctor` and for the next
+start.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
 
 WITHIN_S = 600.0
 MANY = 3
-"""Two devices with one identity throw each other out every few seconds, and at least every two minutes. A broker that is restarted ends
-connections too, but refuses the next attempt or comes back for longer."""
+"""Two devices with one identity throw each other out every few seconds, and at least every two minutes. A broker that is
+restarted ends connections too, but refuses the next attempt or comes back for longer."""
 
 CERTAIN = 2
 """One can be a connection of our own that the broker had not given up yet."""
@@ -31,14 +33,16 @@ class _Record(Document, frozen=True, kw_only=True):
 
 
 def note(folder: Path, now: float, *, certain: bool) -> None:
-    """It happened once more.  Raises: OSError."""
+    """Notes one more take-over.  Raises: OSError."""
     known = _read(folder)
     told = (*known.certain, now)[-_KEPT:] if certain else known.certain
     files.write(folder / _NAME, encode(_Record(at=(*known.at, now)[-_KEPT:], certain=told)), mode=0o600)
 
 
 def finding(folder: Path, now: float) -> str | None:
-    """What is to be said of it; None while there is nothing. A damaged record counts as empty.  Raises: OSError."""
+    """What an operator should know of take-overs; None while there were few. A damaged record counts as empty.  Raises:
+    OSError.
+    """
     known = _read(folder)
     lately, certain = (len([at for at in times if 0 <= now - at < WITHIN_S]) for times in (known.at, known.certain))
     if lately < MANY and certain < CERTAIN:

@@ -20,8 +20,8 @@ from agent.sync.gates.watch import RollBack, Sample, Stats, Verdict, Watched
 class Canaried(Document, frozen=True, kw_only=True):
     """The memory of a canary, persisted so that it survives a restart of `sync`.
 
-    `begun` is what the active version had counted when the canary began in this life of `serve`, `latest` what it counts now; `earlier`
-    adds up what it did in lives that ended.
+    `begun` is what the active version had counted when the canary began in this life of `serve`, `latest` what it counts now;
+    `earlier` adds up what it did in lives that ended.
     """
 
     watched: Watched

@@ -3,8 +3,10 @@
 Rules, in the order they are judged:
  1. Crashes of `serve` count against the release, as in a watch: it runs in the same process.
  2. What `serve` gave up (a run that never ended, failure after failure) is refused.
- 3. Once `min_samples` were tried: the share of failed runs, the share of samples that agree, flips of the best class, the ratio of times.
- 4. It ends well after `duration_s` with `min_samples`, or after `max_duration_s` with fewer, unless most of those few went wrong.
+ 3. Once `min_samples` were tried: the share of failed runs, the share of samples that agree, flips of the best class, the ratio
+    of times.
+ 4. It ends well after `duration_s` with `min_samples`, or after `max_duration_s` with fewer, unless most of those few went
+    wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ Evidence = dict[str, float | str]
 
 
 class ShadowCounts(Document, frozen=True, kw_only=True):
-    """What came of copies since a shadow began; sums of several add up. Times are totals over `pairs`; `counts` has one more than `bounds`."""
+    """What came of copies since a shadow began; sums of several add up. Times are totals over `pairs`; `counts` has one more
+    than `bounds`.
+    """
 
     samples: int = 0
     agreed: int = 0
@@ -76,7 +80,9 @@ class ShadowCounts(Document, frozen=True, kw_only=True):
 
 
 class Shadowed(Document, frozen=True, kw_only=True):
-    """The memory of a shadow, persisted so that it survives a restart of `sync`. `earlier` adds up those that ended with a life of `serve`."""
+    """The memory of a shadow, persisted so that it survives a restart of `sync`. `earlier` adds up those that ended with a life
+    of `serve`.
+    """
 
     watched: Watched
     earlier: ShadowCounts = ShadowCounts()
@@ -91,7 +97,7 @@ class Shadowed(Document, frozen=True, kw_only=True):
         return self.earlier.plus(self.current)
 
     def anew(self) -> Shadowed:
-        """Another one begins, which counts from 0."""
+        """The memory after another shadow began, which counts from 0."""
         return msgspec.structs.replace(self, earlier=self.total, current=ShadowCounts())
 
     def ended(self, verdict: Literal["passed", "skipped"], message: str) -> Shadowed:
@@ -140,7 +146,7 @@ def _broken(total: ShadowCounts, rules: ShadowRules) -> tuple[Reason, str] | Non
 
 
 def _mostly_wrong(total: ShadowCounts, rules: ShadowRules) -> tuple[Reason, str] | None:
-    """When it is over with too few samples for the rules."""
+    """Why it does not pass although there were too few samples for the rules; None when it may."""
     if total.tried == 0:
         return None
     if total.error_ratio > max(MOST, rules.max_error_ratio):

@@ -1,17 +1,17 @@
 """The watch that follows an activation. Pure: samples of what `serve` says go in, one verdict comes out.
 
 Rules, in the order they are judged:
- 1. Crashes of `serve` count against the release: a life that did not end in order (see `agent.lives`), or no answer for SERVE_GONE_S.
-    A reboot of the machine or another version of the agent explains a new instance and is not a crash; nor is one whose forerunner
-    noted its end. While `serve` is stopped in order nothing is watched, and no time passes. Where nothing is known of its lives, another
-    instance in the same boot is a crash.
+ 1. Crashes of `serve` count against the release: a life that did not end in order (see `agent.lives`), or no answer for
+    SERVE_GONE_S. A reboot of the machine or another version of the agent explains a new instance and is not a crash; nor is one
+    whose forerunner noted its end. While `serve` is stopped in order nothing is watched, and no time passes. Where nothing is
+    known of its lives, another instance in the same boot is a crash.
  2. The share of failed requests may exceed the device's own baseline by `max_error_ratio_increase`, once enough were answered.
     Requests refused as invalid count, because a release that narrows what it accepts breaks its callers; without a baseline to
     compare with (a first release) they do not, because nobody knows then how callers behave.
  3. p95 may be `max_p95_ratio` times the baseline's, once enough were answered on both sides.
  4. `serve` saying for SERVE_GONE_S that another release is active means that this one is not there to be watched.
- 5. It commits after `duration_s` with `min_requests` answered, or after `max_duration_s` however quiet it was; never while `serve`
-    does not answer, and never while `serve` says that another release is active.
+ 5. It commits after `duration_s` with `min_requests` answered, or after `max_duration_s` however quiet it was; never while
+    `serve` does not answer, and never while `serve` says that another release is active.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from agent.contract.reasons import Reason
 from agent.lives import Life, crashed, ended_with_its_boot, stopped
 
 MOST = 0.5
-"""Above this share of failures a release goes when its longest watch ends, even with too few requests to judge by its own rules."""
+"""Above this share of failures a release goes when its longest watch ends, even with too few requests to judge by its own
+rules."""
 
 SERVE_GONE_S = 30.0
-"""No answer for this long is a crash even if the process is not seen to come back. systemd restarts it within 1 to 5 s; loading a
-large engine takes up to 20 s more."""
+"""No answer for this long is a crash even if the process is not seen to come back. systemd restarts it within 1 to 5 s; loading
+a large engine takes up to 20 s more."""
 
 LATENCY_FLOOR_MS = 1.0
 """Below this a p95 is never called slow: a cold cache makes a 20 µs model five times slower for its first hundred requests."""
@@ -82,7 +83,9 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Watched(Document, frozen=True, kw_only=True):
-    """The memory of a watch, persisted so that it survives a restart of `sync`. `earlier` adds up lives of `serve` that ended."""
+    """The memory of a watch, persisted so that it survives a restart of `sync`. `earlier` adds up lives of `serve` that
+    ended.
+    """
 
     baseline: Stats | None
     instance: str
@@ -99,7 +102,7 @@ class Watched(Document, frozen=True, kw_only=True):
     could_report: bool = False
     """Whether the device could be heard by the fleet when the release began to serve."""
     passed_s: float | None = None
-    """When (of `elapsed_s`) it had passed but for the report that says so."""
+    """At which `elapsed_s` it had passed, while the report that says so is still on its way."""
 
     @property
     def total(self) -> Stats:
@@ -156,7 +159,9 @@ def observe(
 
 
 def _crashes_before(sample: Sample, watched: Watched, lives: Sequence[Life]) -> int:
-    """How many crashes lie between the instance that was watched and the one that answers now, those counted already left out."""
+    """How many crashes lie between the instance that was watched and the one that answers now, those counted already left
+    out.
+    """
     found = crashed(lives, watched.instance, sample.instance)
     if found is None:
         found = (watched.instance,) if watched.instance else ()
@@ -166,7 +171,9 @@ def _crashes_before(sample: Sample, watched: Watched, lives: Sequence[Life]) -> 
 
 
 def torn_away(watched: Watched, boot: str, lives: Sequence[Life]) -> bool:
-    """Whether the machine went down since `serve` was last asked without ending `serve` in order: the supply, a kernel, or what the release did."""
+    """Whether the machine went down since `serve` was last asked without ending `serve` in order: the supply, a kernel, or what
+    the release did.
+    """
     return boot != watched.boot and not ended_with_its_boot(lives, watched.instance)
 
 
@@ -229,7 +236,9 @@ def _too_slow(total: Stats, baseline: Stats | None, rules: WatchRules) -> str | 
 
 
 def p95_ms(stats: Stats) -> float | None:
-    """The 95th percentile, by straight line inside its histogram bucket; None without requests. Beyond the last bound: that bound."""
+    """The 95th percentile, by straight line inside its histogram bucket; None without requests. Beyond the last bound: that
+    bound.
+    """
     return percentile(stats.bounds_ms, stats.counts, 0.95)
 
 

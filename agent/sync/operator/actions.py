@@ -1,4 +1,5 @@
-"""What an operator does on the device itself, read from and written to the store alone: it works while `sync` is stopped and without any network.
+"""What an operator does on the device itself, read from and written to the store alone: it works while `sync` is stopped and
+without any network.
 
 `sync` reads what is written here within seconds. Whatever cannot be done raises StoreError with a sentence that says why.
 """

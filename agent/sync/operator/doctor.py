@@ -29,8 +29,8 @@ from agent.sync.serving import ServeAway, ServeClient, ServeRefused
 DEADLINE_S = 15.0
 WARN_CERTIFICATE_DAYS = 30
 NO_SUCH_MQTT = b"\x10\x0c\x00\x04MQTT\x7f\x02\x00\x05\x00\x00"
-"""A CONNECT of MQTT version 127, which every broker refuses in words. One of a real version would take the place of the agent's own
-connection."""
+"""A CONNECT of MQTT version 127, which every broker refuses in words. One of a real version would take the place of the agent's
+own connection."""
 AHEAD_WARN_S = 8 * 86400.0
 """A fleet server signs the time at least every half day, and nothing online is good for longer than a week."""
 

@@ -44,7 +44,7 @@ def read(store: Store) -> dict[str, Any]:
 
 
 def _ready(other: dict[str, Any] | None, release: int) -> bool:
-    """Whether the other one is where this one is, or serves already."""
+    """Whether the other member of a team is ready to switch, or serves already."""
     if other is None:
         return False
     return bool(other["active"] == release or (other["target"] == release and other["waiting_for"] == "team"))
@@ -85,7 +85,7 @@ def _model(store: Store, states: States, quarantine: Quarantine, model: str) -> 
 
 
 def text(models: dict[str, Any]) -> str:
-    """The same for people."""
+    """What `read` gives, as a page for people."""
     if not models:
         return "no model was updated on this device yet\n"
     lines: list[str] = []

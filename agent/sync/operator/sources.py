@@ -1,7 +1,8 @@
-"""What `edge-agent doctor` says of everybody who may have a release's files: which of them are configured, and whether each can be used now.
+"""What `edge-agent doctor` says of everybody who may have a release's files: which of them are configured, and whether each can
+be used now.
 
-Nobody is asked whom agent.yaml does not name, and nobody for more than a byte. All are asked at once, and waited for no longer than
-PATIENCE_S. None of them has to be there, so nothing here fails the device: the fleet server is checked elsewhere.
+Nobody is asked whom agent.yaml does not name, and nobody for more than a byte. All are asked at once, and waited for no longer
+than PATIENCE_S. None of them has to be there, so nothing here fails the device: the fleet server is checked elsewhere.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from agent.sync.ports import Clock
 from agent.sync.problems import Problem
 
 PATIENCE_S = 8.0
-"""Longer than a mirror on the other side of the world takes to answer; a share whose server is gone would take for ever."""
+"""How long an answer is waited for: longer than a mirror on the other side of the world takes. A share whose server is gone
+never answers."""
 
 NAMED = 3
-"""So many are named of many."""
+"""Of a long list so many are named."""
 
 NOBODYS = "0" * 64
 """No file has this hash: who is asked for it answers that it is not there."""
@@ -87,7 +89,7 @@ def download_hours(settings: SyncSettings, clock: Clock) -> Finding:
 
 
 def _at_once(checks: list[tuple[str, Check]]) -> Iterator[Finding]:
-    """What they found, in order."""
+    """What all checks found, in order; they run at once."""
     end = time.monotonic() + PATIENCE_S
     for asked in [_Asked(name, check) for name, check in checks]:
         asked.thread.join(max(0.0, end - time.monotonic()))
@@ -96,7 +98,9 @@ def _at_once(checks: list[tuple[str, Check]]) -> Iterator[Finding]:
 
 
 class _Asked:
-    """A check in a thread of its own, which ends with the process if it never does: a folder of a server that is gone cannot be left."""
+    """A check in a thread of its own, which ends with the process if it never does: a folder of a server that is gone cannot be
+    left.
+    """
 
     def __init__(self, name: str, check: Check) -> None:
         self.name = name
@@ -249,7 +253,9 @@ def _mirror(url: str, who: Identity | None, clock: Clock, unset: Callable[[], bo
 
 
 def _ask(http: FleetHttp, known: Known | None) -> int:
-    """The status of an answer to who asks for the first byte of a file.  Raises: Problem for any but those that a source gives."""
+    """The status of an answer to who asks for the first byte of a file.  Raises: Problem for any but those that a source
+    gives.
+    """
     try:
         sha256 = known[1] if known else NOBODYS
         with http.open(http.url(enrolment.BLOBS_PATH + sha256), headers={"Range": "bytes=0-0"}, accept=(200, 206)) as answer:

@@ -30,7 +30,9 @@ PRIVATE = ".edge-agent"
 
 
 def init(folder: Path, root: Path) -> None:
-    """Makes `root` the trusted root for the repository whose metadata `folder` will hold. Asks nobody.  Raises: OSError, Problem."""
+    """Makes `root` the trusted root for the repository whose metadata `folder` will hold. Asks nobody.  Raises: OSError,
+    Problem.
+    """
     data = root.read_bytes()
     if len(data) > MAX_ROOT_BYTES:
         raise Problem(Reason.BAD_SIGNATURE, f"{root} has {len(data)} bytes, a root has at most {MAX_ROOT_BYTES}")
@@ -46,7 +48,9 @@ def refresh(folder: Path, url: str) -> None:
 
 
 def download(folder: Path, url: str, base_url: str, into: Path, names: Sequence[str]) -> None:
-    """The targets, one after the other; one that is there already is not asked for.  Raises: Problem at the first that fails; OSError."""
+    """The targets, one after the other; one that is there already is not asked for.  Raises: Problem at the first that fails;
+    OSError.
+    """
     with _opened(folder, url) as client, client.session() as session:
         client.keep(session.seen)
         for name in names:

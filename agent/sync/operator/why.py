@@ -1,4 +1,5 @@
-"""`edge-agent why`: from the fleet's word over every gate to the bytes that serve, read from disk and from `serve`. It changes nothing.
+"""`edge-agent why`: from the fleet's word over every gate to the bytes that serve, read from disk and from `serve`. It changes
+nothing.
 
 What is said of signatures is what was verified when it was stored: the files are python-tuf's own, below `sync/trust`.
 """

@@ -1,8 +1,9 @@
 """The throw-away process of a trial: it loads a model that nobody has run here yet, and says whether it keeps its promises.
 
-`python -m agent.sync.trials.child` reads one request from stdin and writes progress and a verdict to stdout; it serves a pipe and a
-socket alike. It expects to die: a hostile or broken model may take it down at any line, and the parent makes a reason of that.
-Imported here: the runtimes, numpy, msgspec. Neither TUF nor MQTT nor an HTTP client, so that little is there to be misused.
+`python -m agent.sync.trials.child` reads one request from stdin and writes progress and a verdict to stdout; it serves a pipe
+and a socket alike. It expects to die: a hostile or broken model may take it down at any line, and the parent makes a reason of
+that. Imported here: the runtimes, numpy, msgspec. Neither TUF nor MQTT nor an HTTP client, so that little is there to be
+misused.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def _judged(request: Request, witness: containment.Witness, say: Any) -> Verdict
 
 
 def try_release(request: Request, say: Any) -> dict[str, float | str]:
-    """Loads, checks the interface, warms up, runs every golden case, measures. Gives the numbers.  Raises: Refused, MemoryError."""
+    """Loads, checks the interface, warms up, runs every golden case, measures. Gives the numbers.  Raises: Refused,
+    MemoryError.
+    """
     from agent.variants import prepared
     from runtimes import registry
     from runtimes.contract import ModelInvalid, RuntimeFailure
@@ -167,8 +170,8 @@ def _load(runtime: Any, request: Request) -> tuple[Model, float]:
 
 
 def check_interface(declared: Sequence[Tensor], actual: Mapping[str, TensorSpec], what: str) -> None:
-    """What the manifest says about tensors must be what the file has; `actual` is by every name that requests may use. A manifest that
-    declares none promises nothing, and it need not list optional inputs.
+    """Checks that what the manifest says about tensors is what the file has; `actual` is by every name that requests may use. A
+    manifest that declares none promises nothing, and it need not list optional inputs.
 
     Raises: Refused WRONG_INTERFACE.
     """
@@ -205,7 +208,8 @@ def _is_seen(name: str, interface: Interface, request: Request) -> bool:
 
 
 def run_sequence(model: Any, cases: Sequence[Case]) -> None:
-    """What a run leaves as state must be what the next one takes: two runs of one sequence, on the first golden case or on zeros.
+    """What a run leaves as state must be what the next one takes: two runs of one sequence, on the first golden case or on
+    zeros.
 
     Raises: RuntimeFailure.
     """
@@ -227,7 +231,9 @@ def run_sequence(model: Any, cases: Sequence[Case]) -> None:
 
 
 def run_case(model: Model, case: Case) -> None:
-    """Cases are independent: one of a model with state begins a sequence of its own.  Raises: Refused GOLDEN_MISMATCH; RuntimeFailure."""
+    """Cases are independent: one of a model with state begins a sequence of its own.  Raises: Refused GOLDEN_MISMATCH;
+    RuntimeFailure.
+    """
     interface = _interface(model, case)
     feeds = interface.own_names(_arrays(case, case.inputs))
     expected = _arrays(case, case.expected)

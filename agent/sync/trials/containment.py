@@ -1,7 +1,8 @@
-"""What a trial does to its own process before it touches the model, and what it notices of attempts to get out. Best effort each: under
-systemd the unit does most of it too, and with more right.
+"""What a trial does to its own process before it touches the model, and what it notices of attempts to get out. Best effort
+each: under systemd the unit does most of it too, and with more right.
 
- 1. No new privileges, no core file, death with the parent, and adoption of whatever is started, so that nothing outlives it unseen.
+ 1. No new privileges, no core file, death with the parent, and adoption of whatever is started, so that nothing outlives it
+    unseen.
  2. No network: a network namespace of its own where the kernel allows that, and TCP refused by Landlock where it knows how.
  3. No file is written but in the scratch folder and in /dev (Landlock); no process outside is signalled.
  4. Bounds on memory, processor time, files, tasks and the time by the clock.
@@ -31,10 +32,10 @@ from agent.contract.reasons import Reason
 from agent.sync.trials.protocol import Limits
 
 GRACE_S = 5.0
-"""Beyond the time that its parent allows: then the parent is not there to end it."""
+"""So long after the time that its parent allows a trial ends itself: the parent is gone then."""
 
 LINGER_S = 0.5
-"""Helpers that were told to end may take so long."""
+"""How long helpers that were told to end may take."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -45,7 +46,8 @@ _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same 
 _LANDLOCK_VERSION = 1
 _BENEATH = 1
 _WRITES = {1: sum(1 << bit for bit in (1, *range(4, 13))), 2: 1 << 13, 3: 1 << 14}
-"""What the kernel can forbid of files, by the version that brought it: writing, removing, making, linking across folders, truncating."""
+"""What the kernel can forbid of files, by the version that brought it: writing, removing, making, linking across folders,
+truncating."""
 _TCP = 0b11
 _SCOPES = 0b11  # abstract Unix sockets and signals
 _OPENS_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -53,12 +55,14 @@ _FULL = ("No space left on device", "File too large", "Disk quota exceeded")
 
 
 def scratch() -> Path:
-    """Where it may write."""
+    """The folder in which the trial may write."""
     return Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
 
 
 def sandbox_process() -> None:
-    """Before the first thread exists: a process with threads may not enter a user namespace, and other threads would stay free."""
+    """Before the first thread exists: a process with threads may not enter a user namespace, and other threads would stay
+    free.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -95,7 +99,9 @@ def _landlock(libc: Any, writable: Sequence[Path]) -> None:
 
 
 def limit_process(limits: Limits) -> None:
-    """Bounds on memory, processor time, open files and tasks. Address space stays free: GPU drivers reserve hundreds of GB of it."""
+    """Bounds on memory, processor time, open files and tasks. Address space stays free: GPU drivers reserve hundreds of GB of
+    it.
+    """
     wanted = (
         (resource.RLIMIT_DATA, limits.memory_bytes),
         (resource.RLIMIT_CPU, limits.cpu_s),
@@ -114,7 +120,8 @@ def limit_process(limits: Limits) -> None:
 
 
 def end_with(channel: int) -> None:
-    """The process ends when the other side of this socket does, whatever it is doing: systemd knows nothing of who asked for it.
+    """The process ends when the other side of this socket does, whatever it is doing: systemd knows nothing of who asked for
+    it.
 
     The request must have been read to its end, or that would be taken for it. A pipe tells nothing, and is not needed to.
     """

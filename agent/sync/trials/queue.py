@@ -17,7 +17,8 @@ STOP_ASKED_S = 0.2
 """How often one that waits asks whether it should stop."""
 
 CORES_PER_THREAD = 4
-"""A second trial begins only where this many cores are there for every thread of all trials: fewer, and they would measure each other."""
+"""A second trial begins only where this many cores are there for every thread of all trials: fewer, and they would measure each
+other."""
 
 
 def available_bytes() -> int:
@@ -26,8 +27,8 @@ def available_bytes() -> int:
 
 
 class TrialQueue:
-    """Lets in the smallest priority number first, the first to come among equals. A second one is let in while another runs only when
-    memory for the limits of both is free, and cores for both. Thread-safe.
+    """Lets in the smallest priority number first, the first to come among equals. A second one is let in while another runs
+    only when memory for the limits of both is free, and cores for both. Thread-safe.
     """
 
     def __init__(self, free_bytes: Callable[[], int] = available_bytes, cores: int = os.cpu_count() or 1) -> None:
@@ -50,7 +51,7 @@ class TrialQueue:
 
     @contextlib.contextmanager
     def turn(self, priority: int, need_bytes: int, threads: int, stop: Stop) -> Iterator[None]:
-        """Raises: Stopped when `stop` says so before its turn comes."""
+        """Waits for a turn, which lasts as long as the block.  Raises: Stopped when `stop` says so before it comes."""
         ticket, runs = (priority, next(self._tickets)), (need_bytes, max(1, threads))
         with self._changed:
             self._waiting.append(ticket)

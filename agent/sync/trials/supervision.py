@@ -1,4 +1,6 @@
-"""A trial that is a child of ours: what it starts and what it writes is checked while it runs, and removed when it has ended."""
+"""A trial that is a child of ours: what it starts and what it writes is checked while it runs, and removed when it has
+ended.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from agent.contract.reasons import Reason
 from agent.sync.problems import Problem
 
 MAX_PROCESSES = 32
-"""Beside the trial itself. An engine starts none or a few helpers."""
+"""Processes that a trial may have beside itself. An engine starts none or a few helpers."""
 
 MAX_FILES = 50_000
-"""An engine's cache has a few. Each check of a running trial counts them."""
+"""Files and folders that a trial may make. An engine's cache has a few. Each check of a running trial counts them."""
 
 MAX_PATH = 3000
 """Longer paths cannot be used much longer (PATH_MAX), and no engine has any."""
@@ -40,7 +42,7 @@ class Supervisor:
         self._seen: dict[int, psutil.Process] = {}
 
     def check(self) -> Problem | None:
-        """Why it must be ended now."""
+        """Why the trial must be ended now; None when it may go on."""
         self._count()
         alive = sum(process.is_running() for process in self._seen.values())
         if alive > MAX_PROCESSES:
@@ -63,7 +65,9 @@ class Supervisor:
             return True
 
     def end(self, child: subprocess.Popen[bytes]) -> None:
-        """Ends the child and whatever it started, also what left its session: the child adopts that, so it was seen below it."""
+        """Ends the child and whatever it started, also what left its session: the child adopts that, so it was seen below
+        it.
+        """
         self._count()
         if child.returncode is None:  # not reaped yet: its session id, which is its pid, is nobody else's
             with contextlib.suppress(ProcessLookupError):
@@ -88,8 +92,8 @@ class Supervisor:
 
 
 def _taken(folder: Path) -> tuple[int, int]:
-    """What is below it, in bytes on the disk (a hole takes nothing) and in number; of too many only that there are. However deep they are,
-    and whatever comes and goes meanwhile.
+    """What is below it, in bytes on the disk (a hole takes nothing) and in number; of too many only that there are. However
+    deep they are, and whatever comes and goes meanwhile.
     """
     size, count, left = 0, 0, [str(folder)]
     while left and count <= MAX_FILES:

@@ -1,7 +1,8 @@
-"""The parent's side of a trial: starts the throw-away process, listens, stops it in time, and makes a reason of however it ended.
+"""The parent's side of a trial: starts the throw-away process, listens, stops it in time, and makes a reason of however it
+ended.
 
-Where `trial_socket` exists, systemd starts the process (`edge-agent-trial@.service`, its own memory limit, no network); elsewhere it
-is a child of ours in its own session, killed whole at the time limit.
+Where `trial_socket` exists, systemd starts the process (`edge-agent-trial@.service`, its own memory limit, no network);
+elsewhere it is a child of ours in its own session, killed whole at the time limit.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ TICK_S = 0.2
 
 ENDINGS = frozenset({-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP})
 ENDING_S = 1.0
-"""Who ends us in order may end our children at the same moment (systemd a whole service, a shutdown everybody), and they hear it first."""
+"""Who ends us in order may end our children at the same moment (systemd a whole service, a shutdown everybody), and they hear
+it first."""
 
 SCRATCH_BYTES = 1 << 30
 """Room for an engine's cache."""
@@ -97,8 +99,8 @@ def make_request(
 
 
 class TrialProcesses:
-    """Trials on this machine, in turns: those of a smaller priority number first, and several at once only where they cannot disturb
-    each other.
+    """Trials on this machine, in turns: those of a smaller priority number first, and several at once only where they cannot
+    disturb each other.
     """
 
     def __init__(
@@ -286,10 +288,10 @@ class _Conversation:
                 "a release that needs longer says so (acceptance: {max_trial_s: SECONDS})",
             )
         if returncode in ENDINGS:
-            self._look_whether_we_end()
+            self._stop_with_us()
         raise self._death(hint, returncode)
 
-    def _look_whether_we_end(self) -> None:
+    def _stop_with_us(self) -> None:
         """Raises: Stopped when we are to stop too: then the trial was ended with us, and nothing is known about the release."""
         for _ in range(int(ENDING_S / TICK_S)):
             if self._stop():

@@ -5,11 +5,11 @@ Rules, in the order they are applied:
  2. metadata is verified by the TUF client workflow (`metadata.py`), always from the root received at enrolment;
  3. no role's version may be lower than the highest this device ever verified (`versions.py`);
  4. the assignment comes from the role `assignments`, is of this fleet, and its version never goes down;
- 5. the device record is signed by the keys that the trusted `targets` gives to `assignments`, is for this device, has not expired,
-    and its serial never goes down;
+ 5. the device record is signed by the keys that the trusted `targets` gives to `assignments`, is for this device, has not
+    expired, and its serial never goes down;
  6. what an assignment once withdrew stays withdrawn, until the publisher signs otherwise (`withdrawals.py`);
- 7. a manifest comes from the role of the publisher that may sign its model, has the length and hash listed there, and describes the
-    release asked for.
+ 7. a manifest comes from the role of the publisher that may sign its model, has the length and hash listed there, and describes
+    the release asked for.
 """
 
 from __future__ import annotations
@@ -184,7 +184,9 @@ class Trust:
 
 
 def _identity(session: Session) -> str:
-    """Changes with whatever is signed about releases and keys, and not with each renewal of the timestamp or of the assignment."""
+    """Changes with whatever is signed about releases and keys, and not with each renewal of the timestamp or of the
+    assignment.
+    """
     snapshot, root = session.role(Snapshot.type, Snapshot), session.role(Root.type, Root)
     roles = {name: (info.version, info.hashes) for name, info in snapshot.meta.items() if name != f"{ASSIGNMENTS_ROLE}.json"}
     said = json.dumps([root.version, sorted(roles.items())], sort_keys=True)

@@ -21,9 +21,10 @@ from agent.contract.names import ReleaseRef
 
 
 class Desired(Document, frozen=True, kw_only=True):
-    """The last verified word of the fleet. `valid_until` is when the first signature behind it expires: from then on nothing new
-    is installed, and what runs keeps running. `withdrawn_before` are the releases that earlier assignments withdrew and no publisher reinstated.
-    `issued` is when the server signed its timestamp, `heard_at` when one of that moment was first verified here.
+    """The last verified word of the fleet. `valid_until` is when the first signature behind it expires: from then on nothing
+    new is installed, and what runs keeps running. `withdrawn_before` are the releases that earlier assignments withdrew and no
+    publisher reinstated. `issued` is when the server signed its timestamp, `heard_at` when one of that moment was first
+    verified here.
     """
 
     assignment: Assignment

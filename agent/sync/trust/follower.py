@@ -18,7 +18,9 @@ FIRST_RETRY_S = 5.0
 
 
 class Follower:
-    """Knows what the fleet wants. `current` is the last verified word, also of an earlier process; `problem` why there is no newer."""
+    """Knows what the fleet wants. `current` is the last verified word, also of an earlier process; `problem` why there is no
+    newer.
+    """
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class Follower:
         self.problem: Problem | None = None
 
     def poke(self) -> None:
-        """Look again, now."""
+        """Makes the next look due now."""
         self._poked.set()
 
     def stop(self) -> None:
@@ -65,7 +67,7 @@ class Follower:
             self._poked.wait(self.pause_s())
 
     def look(self) -> None:
-        """One round. Never raises: whatever is wrong is in `problem`, and what was known stays."""
+        """Asks the fleet once. Never raises: whatever is wrong is in `problem`, and what was known stays."""
         if (said := self._imported()) is not None:
             self.current = said
             self._changed()
@@ -92,14 +94,17 @@ class Follower:
         except Problem:
             raise
         except Exception as error:
-            # A bug of ours, or a document that a library did not foresee: this thread must live, or the device would never update again.
+            # A bug of ours, or a document that a library did not foresee: this thread must live, or the device would never
+            # update again.
             log.exception("asking the fleet failed in a way that was not foreseen")
             raise Problem(
                 Reason.BAD_SIGNATURE, f"the fleet's documents cannot be read: {type(error).__name__}: {error}"
             ) from error
 
     def pause_s(self) -> float:
-        """Until the next round: the interval, spread so that a fleet does not ask in step; sooner after a failure."""
+        """The seconds until the next look: the interval, spread so that a fleet does not ask in step; sooner after a
+        failure.
+        """
         pause_s = min(self._interval_s, self._at_most_s())
         if self._failures:
             pause_s = min(pause_s, FIRST_RETRY_S * 2.0 ** min(self._failures - 1, 16))

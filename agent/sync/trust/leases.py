@@ -2,13 +2,13 @@
 
 Rules:
  1. a word counts once, from when it was first verified here: the same word again renews nothing;
- 2. its age is the larger of what the (signed) clock says and how long this device ran since: a clock that is set back, or a board without
-    one that is switched off and on, makes nothing younger;
+ 2. its age is the larger of what the (signed) clock says and how long this device ran since: a clock that is set back, or a
+    board without one that is switched off and on, makes nothing younger;
  3. a newer word ends it, whatever the clock says;
- 4. running time that cannot be written down (a full disk) counts all the same. But a power cut takes it away, so half a lease of it ends
-    the lease until it is written; and two minutes of it, in a process that could not write any. Else a board without a clock could be
-    switched off and on for ever, each time for a whole lease.
-Asked only for releases that have a lease; a device without such releases writes nothing.
+ 4. running time that cannot be written down (a full disk) counts all the same. But a power cut takes it away, so half a lease
+    of it ends the lease until it is written; and two minutes of it, in a process that could not write any. Else a board without
+    a clock could be switched off and on for ever, each time for a whole lease. Asked only for releases that have a lease; a
+    device without such releases writes nothing.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SAVE_EVERY_S = 60.0
 
 UNSAVED_SHARE = 0.5
 UNSAVED_FROM_THE_START_S = 2 * SAVE_EVERY_S
-"""And what it may take while the disk refuses the save: of a lease, where this process could write before; a quarter of it may pass
-between two words of a fleet that is heard (LOOKS_PER_LEASE). Or altogether, where it never could.
-"""
+"""How much running time may be unsaved while the disk refuses it, since a power cut would take it away. UNSAVED_SHARE of a
+lease, where this process could write before: a quarter of a lease may pass between two words of a fleet that is heard
+(LOOKS_PER_LEASE). UNSAVED_FROM_THE_START_S altogether, where it never could."""
 
 AGAIN_S = 2.0
 """How soon a save that was refused is tried again. A download asks twenty times a second."""
@@ -93,7 +93,7 @@ class Leases:
         return self._ran_s - (self._saved.ran_s if self._issued == self._saved.issued else 0.0)
 
     def _save(self, now: float) -> None:
-        """What the disk refuses is tried again a little later."""
+        """Saves how long this device ran. What the disk refuses is tried again after AGAIN_S."""
         ran = _Ran(issued=self._issued, ran_s=self._ran_s)
         try:
             files.write(self._path, encode(ran), mode=0o600)

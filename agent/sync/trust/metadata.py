@@ -1,8 +1,10 @@
-"""TUF metadata over our own HTTPS client: one verification path, used by `trust` for the fleet and by `edge-agent tuf` for any repository.
+"""TUF metadata over our own HTTPS client: one verification path, used by `trust` for the fleet and by `edge-agent tuf` for any
+repository.
 
 Around python-tuf's client workflow stand four rules of ours:
  1. one process per folder, which a lock file enforces, and every session begins at the trusted root;
- 2. time is the signed clock's: never before a time that was once proved, so a clock in 1970 neither blinds nor blocks the device;
+ 2. time is the signed clock's: never before a time that was once proved, so a clock in 1970 neither blinds nor blocks the
+    device;
  3. no version may be lower than the highest ever verified (`versions.py`), whatever became of python-tuf's own files;
  4. what was renamed into place is synced before anything relies on it.
 """
@@ -43,17 +45,20 @@ from agent.sync.trust.versions import SeenVersions
 log = logging.getLogger(__name__)
 
 AWAY_S = 120.0
-"""How long the other ways are asked first after the fleet server could not be reached: each attempt to reach it costs a timeout."""
+"""How long the other ways are asked first after the fleet server could not be reached: each attempt to reach it costs a
+timeout."""
 
 METADATA_DEADLINE_S = 60.0
-"""For one metadata file. The largest allowed is 5 MB; a link that needs longer than a minute for it will not fetch a model either."""
+"""How long one metadata file may take. The largest allowed is 5 MB; a link that needs longer than a minute for it will not
+fetch a model either."""
 
 MAX_ROOT_ROTATIONS = 64
 LOOK_AGAIN_S = (0.001, 0.01, 0.1)
 MIXED = re.compile(r"Expected (snapshot version |.+ v[0-9]+, got v)")
-"""How python-tuf says that a rightly signed role is not the version that snapshot or timestamp name; it has no type of its own for it."""
+"""How python-tuf says that a rightly signed role is not the version that snapshot or timestamp name; it has no type of its own
+for it."""
 SOME_SIGNED = re.compile(r"signed by [1-9][0-9]*/")
-"""… and that some of the keys signed, but too few."""
+"""How python-tuf says that some of a role's keys signed, but too few."""
 END_OF_TIME = 253_370_764_800.0  # the year 9999: no datetime is later
 _Role = TypeVar("_Role", Root, Timestamp, Snapshot, Targets)
 _TOP_LEVEL = (Timestamp.type, Snapshot.type, Targets.type)
@@ -125,13 +130,15 @@ class MetadataClient:
 
     @contextlib.contextmanager
     def session(self, only: Documents | None = None) -> Iterator[Session]:
-        """A refreshed state of the repository, its own until the block ends; with `only`, by that way alone.  Raises: Problem."""
+        """A refreshed state of the repository, its own until the block ends; with `only`, by that way alone.  Raises:
+        Problem.
+        """
         with self._mutex, self._file_lock(), as_problems("the metadata"):
             yield self._reached() if only is None else self._refreshed(only, only.url(enrolment.METADATA_PATH))
 
     def _reached(self) -> Session:
-        """By the first way that leads there. What goes wrong on another than the first is told of nobody's release or fleet: the first
-        one's problem is the one to see to.
+        """By the first way that leads there. What goes wrong on another than the first is told of nobody's release or fleet:
+        the first one's problem is the one to see to.
         """
         others = list(self._others())
         if others and self._clock.monotonic() < self._away_until and (found := self._by_others(others)) is not None:
@@ -311,7 +318,9 @@ def load(folder: Path, role: str, kind: type[_Role]) -> _Role:
 
 
 def stored(folder: Path, role: str) -> Metadata[Any]:
-    """The same with its signatures, for any process. python-tuf takes root.json away for a moment whenever it looks for a newer one."""
+    """A role that python-tuf stored, with its signatures; for any process. python-tuf takes root.json away for a moment
+    whenever it looks for a newer one.
+    """
     path = folder / f"{role}.json"
     for pause_s in LOOK_AGAIN_S:
         try:
@@ -349,7 +358,9 @@ def sync_metadata(metadata: Path) -> None:
 
 @contextlib.contextmanager
 def as_problems(what: str) -> Iterator[None]:
-    """What python-tuf raises, by whose fault it is. The order matters: special errors before the general ones they derive from."""
+    """What python-tuf raises, by whose fault it is. The order matters: special errors before the general ones they derive
+    from.
+    """
     try:
         yield
     except tuf_errors.ExpiredMetadataError as error:

@@ -1,7 +1,8 @@
 """The highest versions this device ever verified, kept beside python-tuf's own files.
 
-python-tuf renames its metadata into place without fsync, so a power cut can leave them empty, and with them goes the memory that
-makes a rollback visible. This record is written durably after every refresh and checked against every refresh. Pure but for load.
+python-tuf renames its metadata into place without fsync, so a power cut can leave them empty, and with them goes the memory
+that makes a rollback visible. This record is written durably after every refresh and checked against every refresh. Pure but
+for load.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ MAX_BYTES = 16 * 1024 * 1024
 
 
 class SeenVersions(Document, frozen=True, kw_only=True):
-    """`versions` by role; `keys` the key ids that each role had when its version was noted; `withdrawn` per model the releases that
-    were ever withdrawn, with how often their publisher had lifted a withdrawal by then.
+    """`versions` by role; `keys` the key ids that each role had when its version was noted; `withdrawn` per model the releases
+    that were ever withdrawn, with how often their publisher had lifted a withdrawal by then.
     """
 
     versions: dict[str, int] = {}
@@ -55,9 +56,8 @@ VOUCHED_BY: Mapping[str, tuple[str, ...]] = {
     "snapshot": ("timestamp", "snapshot"),
     "targets": ("timestamp", "snapshot", "targets"),
 }
-"""Whose signatures a role's version number rests on. When the root gave one of them other keys, the numbers may start again: a thief of
-the old ones may have signed version one million (the specification's fast-forward recovery, section 5.3.11).
-"""
+"""Whose signatures a role's version number rests on. When the root gave one of them other keys, the numbers may start again: a
+thief of the old ones may have signed version one million (the specification's fast-forward recovery, section 5.3.11)."""
 
 
 def advance(seen: SeenVersions, versions: Mapping[str, int], keys: Mapping[str, tuple[str, ...]]) -> SeenVersions:
@@ -84,8 +84,8 @@ def advance(seen: SeenVersions, versions: Mapping[str, int], keys: Mapping[str, 
 def advance_documents(seen: SeenVersions, assignment: int, sha256: str, record: int) -> SeenVersions:
     """`seen` with this assignment, whose bytes have this sha256, and this record.
 
-    Raises: Problem REPLAYED_ASSIGNMENT when one of them is older than before, or the assignment says something else under a number
-    that was seen: then two servers speak for the fleet, or one that forgot what it said.
+    Raises: Problem REPLAYED_ASSIGNMENT when one of them is older than before, or the assignment says something else under a
+    number that was seen: then two servers speak for the fleet, or one that forgot what it said.
     """
     if assignment < seen.assignment:
         raise Problem(Reason.REPLAYED_ASSIGNMENT, f"the assignment went back from version {seen.assignment} to {assignment}")

@@ -21,8 +21,8 @@ from agent.sync.updating.update import Event, Failure, WaitsFor
 from agent.sync.updating.wanted import WantedReleases
 
 WhyNot = Literal["shadow", "overtaken"] | WaitsFor
-"""Why a release may not serve right now. shadow: its rollout only wants it to run on copies of requests. overtaken: something else is
-wanted since this step began. The others: what it waits for."""
+"""Why a release may not serve right now. shadow: its rollout only wants it to run on copies of requests. overtaken: something
+else is wanted since this step began. The others: what it waits for."""
 
 
 class Admission:
@@ -47,8 +47,8 @@ class Admission:
     def why_not(self, one: ModelUpdate, manifest: str | None = None) -> WhyNot | None:
         """None when the target may serve right now. `manifest`: the sha256 of its manifest, while the state has none yet.
 
-        Windows and approvals of this device are about what is new: going back, leaving what was withdrawn, and what is held by hand do not
-        wait for them.
+        Windows and approvals of this device are about what is new: going back, leaving what was withdrawn, and what is held by
+        hand do not wait for them.
         """
         desired = self._wanted.desired
         wanted = self._wanted.by(desired, one.model)
@@ -75,7 +75,9 @@ class Admission:
             one.note(gates[waits_for], "waits", message)
 
     def shadows_first(self, one: ModelUpdate) -> bool:
-        """Whether the release asks to run on copies of requests before it may serve, and something serves that has such requests."""
+        """Whether the release asks to run on copies of requests before it may serve, and something serves that has such
+        requests.
+        """
         shadowed = one.state.shadowed
         if shadowed is not None and shadowed.verdict != "running":
             return False
@@ -87,7 +89,9 @@ class Admission:
         return Event.TO_CANARY if self.acceptance(one).canary is not None and self._is_new(one) else event
 
     def lease_over(self, one: ModelUpdate, version: int) -> Failure | None:
-        """Why the release may not serve now although nothing is wrong with it; None when it may. Its lease is kept in `one.lease_s`."""
+        """Why the release may not serve now although nothing is wrong with it; None when it may. Its lease is kept in
+        `one.lease_s`.
+        """
         try:
             one.lease_s = self._manifests.get(ReleaseRef(one.model, version)).acceptance.lease_s
         except StoreError:
@@ -96,7 +100,9 @@ class Admission:
         return Failure(reason=Reason.LEASE_ENDED, message=f"release {version}: {why_not}") if why_not else None
 
     def lease_of_either_over(self, one: ModelUpdate) -> Failure | None:
-        """Why one of the two that answer requests may not serve: the target, or the release before. The shorter lease is in `one.lease_s`."""
+        """Why one of the two that answer requests may not serve: the target, or the release before. The shorter lease is in
+        `one.lease_s`.
+        """
         over, leases = [], []
         for version in (one.version, *([one.state.before.version] if one.state.before else [])):
             over.append(self.lease_over(one, version))

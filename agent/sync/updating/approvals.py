@@ -1,4 +1,5 @@
-"""An operator's word on the device itself: this release may serve here. Durable; it needs no network, and ends when another release is wanted.
+"""An operator's word on the device itself: this release may serve here. Durable; it needs no network, and ends when another
+release is wanted.
 
 A file per model; the command line writes it, `sync` reads it and removes it.
 """
@@ -13,7 +14,9 @@ from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
 
 
 class Approval(Document, frozen=True, kw_only=True):
-    """The release that may serve. `manifest`: the sha256 of what was approved, when that was known; another one is not approved."""
+    """The release that may serve. `manifest`: the sha256 of what was approved, when that was known; another one is not
+    approved.
+    """
 
     version: int
     manifest: str | None = None

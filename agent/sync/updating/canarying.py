@@ -1,4 +1,6 @@
-"""CANARYING: the candidate answers a share of the requests before it is activated. Each step persists, then acts, and may be repeated."""
+"""CANARYING: the candidate answers a share of the requests before it is activated. Each step persists, then acts, and may be
+repeated.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
 from agent.sync.updating import renamed
 
 ENTRIES_KEPT = 60
-"""Per model. An update that goes well writes six of them."""
+"""Entries kept per model. An update that goes well writes six of them."""
 
 MESSAGE_KEPT = 500
 _MAX_BYTES = 512 * 1024

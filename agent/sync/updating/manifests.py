@@ -13,8 +13,8 @@ from agent.store import Store
 from agent.sync.ports import Signed
 
 KEPT_BYTES = 1024 * 1024
-"""Manifests are kept up to this size together, measured as they are on disk. One of a small release has 2 kB; one with a list of blocks may
-have megabytes, and is then the only one that is kept."""
+"""Manifests are kept up to this size together, measured as they are on disk. One of a small release has 2 kB; one with a list
+of blocks may have megabytes, and is then the only one that is kept."""
 
 
 @dataclass(frozen=True)

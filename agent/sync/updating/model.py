@@ -52,7 +52,9 @@ class Memory:
 
 
 class ModelUpdate:
-    """The update of one model. One thread works on it; `state`, `progress`, `problem`, `stopped` and `lease_s` may be read by others."""
+    """The update of one model. One thread works on it; `state`, `progress`, `problem`, `stopped` and `lease_s` may be read by
+    others.
+    """
 
     def __init__(self, model: str, records: Records, teller: Teller, clock: Clock) -> None:
         """Goes on where the stored state says.  Raises: OSError."""
@@ -107,7 +109,9 @@ class ModelUpdate:
     # -- its state ---------------------------------------------------------------------------------------------------------
 
     def apply(self, state: UpdateState) -> None:
-        """Goes on to another phase, or to another stage of this one: on disk first, then everybody is told.  Raises: OSError."""
+        """Goes on to another phase, or to another stage of this one: on disk first, then everybody is told.  Raises:
+        OSError.
+        """
         self._records.states.save(state)
         self.adopt(state)
         self._teller.changed()
@@ -128,7 +132,9 @@ class ModelUpdate:
         self.apply(update.rest(self.state, event, self._clock.wall(), *answers))
 
     def save(self, state: UpdateState, *, quietly: bool = False) -> None:
-        """Keeps the state, on disk and then here. `quietly`: nobody is told.  Raises: OSError, and then it is the one before."""
+        """Keeps the state, on disk and then here. `quietly`: nobody is told.  Raises: OSError, and then it is the one
+        before.
+        """
         self._records.states.save(state)
         self.state = state
         if not quietly:
@@ -200,7 +206,9 @@ class ModelUpdate:
         self._teller.say(name, message, model=self.model, release=release, reason=reason)
 
     def asked(self, question: Callable[[], _T]) -> _T | None:
-        """The answer of `serve`; None when it is away or refuses, and then `problem` says why. What it was asked to do is asked again at rest."""
+        """The answer of `serve`; None when it is away or refuses, and then `problem` says why. What it was asked to do is asked
+        again at rest.
+        """
         try:
             return question()
         except (ServeAway, ServeRefused) as error:

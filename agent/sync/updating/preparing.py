@@ -1,4 +1,6 @@
-"""FETCHING: everything that this device needs of a release is brought into the store. Nothing here changes what `serve` does."""
+"""FETCHING: everything that this device needs of a release is brought into the store. Nothing here changes what `serve`
+does.
+"""
 
 from __future__ import annotations
 
@@ -133,8 +135,8 @@ class Preparing:
         )
 
     def _proved_in_store(self, one: ModelUpdate) -> Signed | None:
-        """The target's manifest from our own store, for a hold: its signature was verified when it was stored, and it was committed here.
-        So an operator can roll back without any network. What the fleet wants is always asked for anew.
+        """The target's manifest from our own store, for a hold: its signature was verified when it was stored, and it was
+        committed here. So an operator can roll back without any network. What the fleet wants is always asked for anew.
         """
         if not self._wanted.held(one.model):
             return None

@@ -14,7 +14,7 @@ from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
 from agent.contract.reports import Answer
 
 ENTRIES_KEPT = 100
-"""Per model, newest last. Versions only grow, so what falls out is long gone from any assignment."""
+"""Entries kept per model, the newest last. Versions only grow, so what falls out is long gone from any assignment."""
 
 _MAX_BYTES = 1024 * 1024
 

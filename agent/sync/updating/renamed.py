@@ -1,4 +1,6 @@
-"""Words that records on disk had in version 0.1.0, and what they are called now. May go when no device comes from that version any more."""
+"""Words that records on disk had in version 0.1.0, and what they are called now. May go when no device comes from that version
+any more.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ TEAM_FILE = ".together.json"
 
 
 def with_new_words(data: bytes) -> bytes:
-    """The JSON of a state or of a journal, with the words of now. A text in it is never changed: its quotation marks are escaped."""
+    """The JSON of a state or of a journal, with the words of now. A text in it is never changed: its quotation marks are
+    escaped.
+    """
     for old, new in _WORDS:
         data = data.replace(old, new)
     return data

@@ -85,7 +85,9 @@ class Resting:
         return self._selected.serve_it(one, selection, status)
 
     def _refused_already(self, one: ModelUpdate, wanted: Wanted) -> bool:
-        """A new rollout of a refused release gets an answer of its own: then the manifest is fetched and compared, and no more."""
+        """A new rollout of a refused release gets an answer of its own: then the manifest is fetched and compared, and no
+        more.
+        """
         assert wanted.release is not None
         return self._quarantine.names_version(one.model, wanted.release) and _answered(one, wanted)
 
@@ -95,7 +97,9 @@ def _answered(one: ModelUpdate, wanted: Wanted) -> bool:
 
 
 def _other_than(release: int, selection: Selection | None) -> Choice | None:
-    """What to roll back to should `release` fail: what serves, or what served before when `release` itself has to be repaired."""
+    """What to roll back to should `release` fail: what serves, or what served before when `release` itself has to be
+    repaired.
+    """
     if selection is None or selection.active.version != release:
         return selection.active if selection else None
     return selection.previous

@@ -1,4 +1,6 @@
-"""What may be deleted from the store. Deciding is pure; deleting goes manifests first, so that no manifest names a missing blob."""
+"""What may be deleted from the store. Deciding is pure; deleting goes manifests first, so that no manifest names a missing
+blob.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class Housekeeping:
             self._needed[model] = frozenset(versions)
 
     def fetching(self, model: str, blobs: Collection[str] | None) -> None:
-        """The blobs the model's download needs; None while it is not known yet, which postpones collections until the disk is short."""
+        """The blobs the model's download needs; None while it is not known yet, which postpones collections until the disk is
+        short.
+        """
         with self._lock:
             self._fetching[model] = None if blobs is None else frozenset(blobs)
 

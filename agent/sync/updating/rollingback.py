@@ -1,4 +1,6 @@
-"""ROLLING_BACK: what served before a team's releases serves again. Repeated until it is done; it cannot fail, only take longer."""
+"""ROLLING_BACK: what served before a team's releases serves again. Repeated until it is done; it cannot fail, only take
+longer.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ class RollingBack:
                 one.asked(lambda model=member.model, version=before.version: self._serving.rollback(model, version))  # type: ignore[misc]
 
     def _back_at_once(self, team: Team) -> None:
-        """One switch for all, while all that served before is still loaded; else each goes back by itself.  Raises: ServeAway."""
+        """One switch for all, while all that served before is still loaded; else each goes back by itself.  Raises:
+        ServeAway.
+        """
         befores = {one.model: one.state.before.version for one in team.members if one.state.before is not None}
         with contextlib.suppress(ServeRefused):
             self._serving.activate_team(befores)

@@ -72,8 +72,8 @@ class Selected:
         return REST_S
 
     def damaged(self, one: ModelUpdate, selection: Selection, status: ServeStatus | None) -> bool:
-        """Whether the active release has to be fetched again: `serve` cannot run it, and the disk does not hold what was signed. What is
-        damaged of it is removed.
+        """Whether the active release has to be fetched again: `serve` cannot run it, and the disk does not hold what was
+        signed. What is damaged of it is removed.
         """
         model = status.model(one.model) if status else None
         if model is None or (model.active == selection.active.version and model.serving is not None):

@@ -1,7 +1,7 @@
 """SHADOWING: the candidate runs beside the active release, on copies of live requests; afterwards it waits for the rollout.
 
-Nobody's answer comes from it, so whatever goes wrong here costs memory and idle time only. What it waits for ends it: its rules say for
-how long it is compared, the rollout when it may serve, and something else being wanted ends both.
+Nobody's answer comes from it, so whatever goes wrong here costs memory and idle time only. What it waits for ends it: its rules
+say for how long it is compared, the rollout when it may serve, and something else being wanted ends both.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class Shadowing:
         return self._judge(one, shadowed, rules, numbers)
 
     def _numbers(self, one: ModelUpdate, status: ServeStatus, rules: ShadowRules) -> ShadowStatus | None:
-        """What came of it so far, from a shadow that runs: it is begun where there is none. None when there is nothing to be beside.
+        """What came of it so far, from a shadow that runs: it is begun where there is none. None when there is nothing to be
+        beside.
 
         Raises: ServeAway, ServeRefused.
         """

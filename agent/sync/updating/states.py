@@ -1,7 +1,7 @@
 """Where the update states are kept: one file per model, replaced as a whole and durable before anything is done about it.
 
-The states of a team are saved as one: a file with all of them is written first and counts from then on, whatever becomes of the rest. So
-they are never found apart.
+The states of a team are saved as one: a file with all of them is written first and counts from then on, whatever becomes of the
+rest. So they are never found apart.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class States:
             self.write(state)
 
     def save_team(self, states: Sequence[UpdateState]) -> None:
-        """Saves all of them or none.  Raises: OSError; then either none is stored, or all count and are written out by the next save."""
+        """Saves all of them or none.  Raises: OSError; then either none is stored, or all count and are written out by the next
+        save.
+        """
         data = encode(_Team(states=tuple(states)))
         if len(data) > _MAX_TEAM_BYTES:
             raise OSError(errno.EFBIG, "the states of these models are too large to be saved together")

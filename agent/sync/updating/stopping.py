@@ -64,8 +64,8 @@ class Stopping:
             one.busy = False
 
     def _stop(self, one: ModelUpdate, selection: Selection, over: Failure) -> bool:
-        """Whether it stopped. A disk that refuses the word of it must not keep the model alive: `serve` unloads it all the same, as often as
-        it comes back, until what is on disk can follow.
+        """Whether it stopped. A disk that refuses the word of it must not keep the model alive: `serve` unloads it all the
+        same, as often as it comes back, until what is on disk can follow.
         """
         with self._teams.lock:
             if one.state.phase in SWITCHING:

@@ -1,4 +1,6 @@
-"""ACTIVATING: a team's releases are loaded, selected and made the ones that answer. Each step persists, then acts, and may be repeated."""
+"""ACTIVATING: a team's releases are loaded, selected and made the ones that answer. Each step persists, then acts, and may be
+repeated.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,8 @@ class Switching:
         team.apply(lambda one: update.after(one.state, Event.ACTIVATED, now, interruptions=0))
 
     def _load(self, one: ModelUpdate, *, alone: bool) -> VersionStatus | None:
-        """None when `serve` has no memory for it beside what serves, which then has to make room for it. A team needs room for all.
+        """None when `serve` has no memory for it beside what serves, which then has to make room for it. A team needs room for
+        all.
 
         Raises: MemberFailed, ServeAway.
         """
@@ -148,7 +151,9 @@ class Switching:
         return None
 
     def _activate(self, team: Team, *, swap: bool) -> None:
-        """Raises: ServeAway; ServeRefused, which concerns the only member when there is one, and the switch as a whole otherwise."""
+        """Raises: ServeAway; ServeRefused, which concerns the only member when there is one, and the switch as a whole
+        otherwise.
+        """
         one = team.leader
         if not team.alone:
             self._serving.activate_team({member.model: member.version for member in team.members})
@@ -184,7 +189,9 @@ class Switching:
         team.apply(lambda one: one.state.but(interruptions=one.state.interruptions + 1))
 
     def _forgive_restart(self, team: Team, instance: str) -> None:
-        """A `serve` that went away in the middle is counted at once, and taken back when it turns out that it was told to end."""
+        """A `serve` that went away in the middle is counted at once, and taken back when it turns out that it was told to
+        end.
+        """
         memory = team.leader.memory
         lost, memory.lost_instance = memory.lost_instance, None
         if lost is not None and crashed(self._lives(), lost, instance) == ():

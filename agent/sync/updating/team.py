@@ -1,5 +1,5 @@
-"""Releases that switch together. Each waits until the others are fetched and tried; then all begin at once, and go on, stay or roll back
-as one.
+"""Releases that switch together. Each waits until the others are fetched and tried; then all begin at once, and go on, stay or
+roll back as one.
 
 A release that switches alone is a team of one. So activating, watching and rolling back know teams only.
 """
@@ -50,7 +50,9 @@ class Team:
         self._teams.select({one.model: selection(one) for one in self.members})
 
     def leave(self, event: Event, failures: Mapping[str, Failure]) -> float:
-        """The whole team is overtaken or bad. A member without a failure of its own leaves because of the others.  Raises: OSError."""
+        """The whole team is overtaken or bad. A member without a failure of its own leaves because of the others.  Raises:
+        OSError.
+        """
         whose = ", ".join(
             f"{one.model}:{one.state.target} ({failures[one.model].reason.value})"
             for one in self.members

@@ -73,7 +73,9 @@ class Trialing:
         )
 
         def begins() -> None:
-            """Its turn has come. On disk before it starts, because what it does to the machine is put down to it.  Raises: OSError."""
+            """Its turn has come. On disk before it starts, because what it does to the machine is put down to it.  Raises:
+            OSError.
+            """
             one.save(one.state.but(trial_began=True), quietly=True)
 
         numbers = self._trials.run(request, timeout_s, lambda: self._endings.should_stop(one), begins)

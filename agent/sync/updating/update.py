@@ -28,23 +28,23 @@ from agent.sync.gates.shadow import Shadowed
 from agent.sync.gates.watch import Watched
 
 MAX_INTERRUPTIONS = 3
-"""How often a trial or an activation may be cut off by a crash or a power cut. A device on a weak supply reboots twice in a row now
-and then; a model that takes the machine down does so every time."""
+"""How often a trial or an activation may be cut off by a crash or a power cut. A device on a weak supply reboots twice in a row
+now and then; a model that takes the machine down does so every time."""
 
 RETRY_FIRST_S = 10.0
 RETRY_LONGEST_S = 3600.0
 UNREPORTED_FIRST_S = 300.0
 UNREPORTED_LONGEST_S = 86400.0
-"""A release that could not be reported is tried again: soon at first, because most outages are not its doing, and once a day in the
-end, because each time may cut the device off for as long as its watch lasts."""
+"""A release that could not be reported is tried again: soon at first, because most outages are not its doing, and once a day in
+the end, because each time may cut the device off for as long as its watch lasts."""
 
 ANSWERS_KEPT = 20
 COMMITTED_KEPT = 50
 
 
 WaitsFor = Literal["retry", "window", "approval", "team"]
-"""retry: for the time to try again. window: for the hours in which devices may switch. approval: for somebody on the device. team: for
-the other members of its team."""
+"""retry: for the time to try again. window: for the hours in which devices may switch. approval: for somebody on the device.
+team: for the other members of its team."""
 
 SWITCHING = frozenset({Phase.CANARYING, Phase.ACTIVATING, Phase.WATCHING, Phase.ROLLING_BACK})
 """While these go on, they judge by themselves whether what serves may serve."""
@@ -134,7 +134,9 @@ TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = MappingProxyType({
 
 
 class Resume(msgspec.Struct, frozen=True):
-    """Where a persisted phase goes on after the process died in it. `counts`: the interruption is counted against the release."""
+    """Where a persisted phase goes on after the process died in it. `counts`: the interruption is counted against the
+    release.
+    """
 
     phase: Phase
     counts: bool
@@ -255,8 +257,8 @@ def committed(state: UpdateState, now: float, answer: Answer) -> UpdateState:
 def put_off(
     state: UpdateState, now: float, failure: Failure, jitter: float, *answers: Answer, judged_by: str | None = None
 ) -> UpdateState:
-    """PUT_OFF until a time that doubles with every try, or until there is other metadata than `judged_by`. `jitter` (0 to 1) spreads a
-    fleet that failed together.
+    """PUT_OFF until a time that doubles with every try, or until there is other metadata than `judged_by`. `jitter` (0 to 1)
+    spreads a fleet that failed together.
     """
     delay_s = min(RETRY_LONGEST_S, RETRY_FIRST_S * 2.0 ** min(state.tries, 20)) * (0.5 + 0.5 * jitter)
     return after(

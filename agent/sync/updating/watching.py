@@ -111,14 +111,16 @@ class Watching:
         return watch.judge(watched, self._rules(one), serving is not None and serving.version == state.target)
 
     def _rules(self, one: ModelUpdate) -> WatchRules:
-        """The publisher's; the default ones when the manifest was damaged on disk meanwhile: a watch without rules would never end."""
+        """The publisher's; the default ones when the manifest was damaged on disk meanwhile: a watch without rules would never
+        end.
+        """
         return self._admission.acceptance(one).watch
 
     # -- telling the fleet -------------------------------------------------------------------------------------------------
 
     def _told(self, one: ModelUpdate, verdict: Commit) -> bool | Failure:
-        """The watch ended well. It goes on while the report that says so is on its way: whom a release cut off from the fleet, nobody
-        could help from there. True: the fleet knows, or need not; a Failure: it could not be told in time.
+        """The watch ended well. It goes on while the report that says so is on its way: whom a release cut off from the fleet,
+        nobody could help from there. True: the fleet knows, or need not; a Failure: it could not be told in time.
         """
         watched = one.state.watched
         assert watched is not None
@@ -183,8 +185,8 @@ class Watching:
             raise
 
     def _overtaken(self, team: Team, gone: Mapping[str, Failure]) -> float:
-        """Something else is wanted. The release before serves first, so that the next one is compared with a proved one. With nothing to
-        roll back to, it serves on uncommitted until the next one serves, unless nobody may run it.
+        """Something else is wanted. The release before serves first, so that the next one is compared with a proved one. With
+        nothing to roll back to, it serves on uncommitted until the next one serves, unless nobody may run it.
         """
         one = team.leader
         wanted = self._wanted.of(one.model)
