@@ -52,7 +52,8 @@ from agent.sync.trust.client import Trust
 from agent.sync.trust.follower import Follower
 from agent.sync.trust.leases import Leases
 from agent.sync.trust.metadata import Documents
-from agent.sync.updating.machine import Device, Fleet, Machine
+from agent.sync.updating.device import Device
+from agent.sync.updating.machine import Fleet, Machine
 from agent.sync.updating.records import Records
 from agent.sync.updating.worker import Workers
 

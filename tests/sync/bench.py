@@ -34,7 +34,8 @@ from agent.sync.serving import (
 )
 from agent.sync.trust.desired import Desired
 from agent.sync.trust.leases import Leases
-from agent.sync.updating.machine import Device, Fleet, Machine
+from agent.sync.updating.device import Device
+from agent.sync.updating.machine import Fleet, Machine
 from agent.sync.updating.records import Records
 from tests.sync.blobs import MemoryBlobs
 from tests.sync.conftest import FakeClock

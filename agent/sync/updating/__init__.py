@@ -10,5 +10,5 @@ stopping    a lease that ended, in any phase in which nothing switches
 wanted, admission, endings, selected, manifests    what phases share: what is wanted, what may serve, how an update ends early,
             what is selected on disk, the store's manifests
 records     what is remembered on disk: states, quarantine, holds, approvals, journal
-retention   what may be deleted from the store
+retention   what may be deleted from the store. `device`: the machine under it all. `renamed`: words of before
 """

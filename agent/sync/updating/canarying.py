@@ -4,12 +4,9 @@ repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from agent.config import SyncSettings
 from agent.contract.acceptance import CanaryRules
 from agent.contract.reasons import Reason
-from agent.lives import Life
 from agent.store import StoreError
 from agent.sync.gates import canary, watch
 from agent.sync.gates.canary import Canaried
@@ -18,6 +15,7 @@ from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway, ServeRefused, ServeStatus, ServingPort
 from agent.sync.updating import update
 from agent.sync.updating.admission import Admission
+from agent.sync.updating.device import Device
 from agent.sync.updating.endings import Endings
 from agent.sync.updating.manifests import Manifests, missing
 from agent.sync.updating.model import AGAIN_S, AT_ONCE, ModelUpdate
@@ -41,8 +39,7 @@ class Canarying:
         serving: ServingPort,
         settings: SyncSettings,
         clock: Clock,
-        boot: str,
-        lives: Callable[[], Sequence[Life]],
+        device: Device,
     ) -> None:
         self._wanted = wanted
         self._admission = admission
@@ -51,8 +48,7 @@ class Canarying:
         self._serving = serving
         self._settings = settings
         self._clock = clock
-        self._boot = boot
-        self._lives = lives
+        self._device = device
 
     def step(self, one: ModelUpdate) -> float:
         if (done := self._why_not(one)) is not None:
@@ -109,7 +105,7 @@ class Canarying:
         if one.state.canaried is None:
             counted = before.stats.for_watch()
             watched = watch.Watched(
-                baseline=None, instance=status.instance, agent_version=status.agent_version, boot=self._boot
+                baseline=None, instance=status.instance, agent_version=status.agent_version, boot=self._device.boot
             )
             one.memory.observed_at = None
             one.save(one.state.but(canaried=Canaried(watched=watched, begun=counted, latest=counted), activated=True))
@@ -117,10 +113,10 @@ class Canarying:
         return None
 
     def _observe(self, one: ModelUpdate, canaried: Canaried, status: ServeStatus | None, rules: CanaryRules) -> float:
-        rebooted, lives = canaried.watched.boot != self._boot, self._lives()
-        torn_away = watch.torn_away(canaried.watched, self._boot, lives)
+        rebooted, lives = canaried.watched.boot != self._device.boot, self._device.lives()
+        torn_away = watch.torn_away(canaried.watched, self._device.boot, lives)
         sample, active, in_place = _sample(one, status)
-        canaried = canary.observe(canaried, one.version, sample, active, one.passed_s(), self._boot, lives)
+        canaried = canary.observe(canaried, one.version, sample, active, one.passed_s(), self._device.boot, lives)
         one.state = one.state.but(canaried=canaried, interruptions=one.state.interruptions + torn_away)
         if update.interrupted_too_often(one.state):
             message = f"the machine was restarted {one.state.interruptions} times while it answered a share of the requests"

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 from agent.contract.reasons import METADATA
 from agent.contract.reports import Outcome
-from agent.store import Store
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem, Stopped
 from agent.sync.updating import update
 from agent.sync.updating.admission import Admission
-from agent.sync.updating.model import AT_ONCE, ModelUpdate, versions
+from agent.sync.updating.model import AT_ONCE, ModelUpdate
 from agent.sync.updating.quarantine import Quarantine
 from agent.sync.updating.retention import Housekeeping
 from agent.sync.updating.update import Event, Failure, UpdateState
@@ -27,7 +26,6 @@ class Endings:
         admission: Admission,
         quarantine: Quarantine,
         housekeeping: Housekeeping,
-        store: Store,
         clock: Clock,
         jitter: Callable[[], float],
     ) -> None:
@@ -36,7 +34,6 @@ class Endings:
         self._admission = admission
         self._quarantine = quarantine
         self._housekeeping = housekeeping
-        self._store = store
         self._clock = clock
         self._jitter = jitter
 
@@ -73,7 +70,7 @@ class Endings:
         one.note(one.gate, "refused", problem.message, reason=problem.reason, evidence=problem.evidence)
         one.rest(Event.REFUSED, answer)
         one.say("refused", problem.message, release=answer.release, reason=answer.reason)
-        self._housekeeping.need(one.model, versions(self._store.selection(one.model)))
+        self._housekeeping.need_selected(one.model)
         self._housekeeping.collect()
         return AT_ONCE
 

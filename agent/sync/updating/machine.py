@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from agent.config import SyncSettings
-from agent.contract.reports import Hardware, Phase
-from agent.lives import Life
+from agent.contract.reports import Phase
 from agent.store import Store
 from agent.sync.fetching.downloader import Downloader
 from agent.sync.ports import Clock, Deliveries, Releases, Teller
@@ -18,6 +17,7 @@ from agent.sync.trust.desired import Desired
 from agent.sync.trust.leases import Leases
 from agent.sync.updating.admission import Admission
 from agent.sync.updating.canarying import Canarying
+from agent.sync.updating.device import Device
 from agent.sync.updating.endings import Endings
 from agent.sync.updating.manifests import Manifests
 from agent.sync.updating.model import ModelUpdate
@@ -49,18 +49,6 @@ class Fleet:
     releases: Releases
 
 
-@dataclass(frozen=True)
-class Device:
-    """The machine that this runs on."""
-
-    boot: str
-    """Changes with every start of the machine."""
-    lives: Callable[[], Sequence[Life]]
-    """The processes that served here, oldest first, as `serve` noted them."""
-    hardware: Callable[[], Hardware]
-    engine_threads: int = 1
-
-
 class Machine:
     """Everything that brings releases to serve on this device; one for all its models."""
 
@@ -84,7 +72,7 @@ class Machine:
         manifests = Manifests(store)
         wanted = WantedReleases(fleet.desired, records.holds, device.hardware, clock)
         admission = Admission(wanted, manifests, records.approvals, fleet.leases, settings, clock)
-        endings = Endings(wanted, admission, records.quarantine, housekeeping, store, clock, jitter)
+        endings = Endings(wanted, admission, records.quarantine, housekeeping, clock, jitter)
         selected = Selected(store, serving, housekeeping)
         self.teams = teams = Teams(records.states, store, fleet.teller, clock, wanted, endings)
         self._stopping = Stopping(admission, selected, teams, store, serving)
@@ -103,12 +91,10 @@ class Machine:
         )
         trialing = Trialing(admission, endings, manifests, trials, store, settings, device.engine_threads)
         waiting = Waiting(wanted, admission, endings, teams, selected, records.quarantine, fleet.deliveries, serving, clock)
-        shadowing = Shadowing(wanted, admission, endings, serving, settings, device.boot, device.lives)
-        canarying = Canarying(wanted, admission, endings, manifests, serving, settings, clock, device.boot, device.lives)
-        switching = Switching(
-            wanted, admission, teams, manifests, serving, fleet.deliveries, settings, clock, device.boot, device.lives
-        )
-        rolling_back = RollingBack(teams, records.quarantine, housekeeping, store, serving, clock, jitter)
+        shadowing = Shadowing(wanted, admission, endings, serving, settings, device)
+        canarying = Canarying(wanted, admission, endings, manifests, serving, settings, clock, device)
+        switching = Switching(wanted, admission, teams, manifests, serving, fleet.deliveries, settings, clock, device)
+        rolling_back = RollingBack(teams, records.quarantine, housekeeping, serving, clock, jitter)
         watching = Watching(
             wanted,
             admission,
@@ -116,14 +102,12 @@ class Machine:
             rolling_back,
             manifests,
             housekeeping,
-            store,
             serving,
             fleet.deliveries,
             fleet.teller,
             settings,
             clock,
-            device.boot,
-            device.lives,
+            device,
         )
         self._steps: Mapping[Phase, Step] = {
             Phase.STEADY: resting.step,

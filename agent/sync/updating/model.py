@@ -225,10 +225,3 @@ _GATES: Mapping[Phase, Gate] = MappingProxyType({
     Phase.WATCHING: "watch",
     Phase.ROLLING_BACK: "watch",
 })  # fmt: skip
-
-
-def versions(selection: Selection | None) -> set[int]:
-    """The releases that a selection names."""
-    if selection is None:
-        return set()
-    return {selection.active.version} | ({selection.previous.version} if selection.previous else set())

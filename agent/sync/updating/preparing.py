@@ -18,7 +18,7 @@ from agent.sync.problems import NoEngine, Problem, Stopped, store_problem
 from agent.sync.updating.admission import Admission
 from agent.sync.updating.endings import Endings
 from agent.sync.updating.manifests import Manifests
-from agent.sync.updating.model import AT_ONCE, ModelUpdate, versions
+from agent.sync.updating.model import AT_ONCE, ModelUpdate
 from agent.sync.updating.quarantine import Quarantine
 from agent.sync.updating.retention import Housekeeping
 from agent.sync.updating.update import Event
@@ -91,13 +91,13 @@ class Preparing:
         choice = Choice(version=manifest.version, variant=variant.name)
         event = Event.FETCHED_KNOWN if self._proved_here(one, signed, choice) else Event.FETCHED
         one.to(event, manifest=signed.sha256, variant=variant.name, waiting_for=None, retry_at=None, failure=None)
-        self._housekeeping.need(one.model, {*versions(self._store.selection(one.model)), choice.version})
+        self._housekeeping.need_selected(one.model, choice.version)
         self._housekeeping.fetched(one.model)
 
     def _make_room(self, one: ModelUpdate, wanted: Sequence[File]) -> None:
         """Raises: Problem NO_SPACE when the files do not fit even after all that is not needed was deleted; OSError."""
         if self._downloader.shortage_bytes(wanted) > 0:
-            self._housekeeping.need(one.model, versions(self._store.selection(one.model)))
+            self._housekeeping.need_selected(one.model)
             self._housekeeping.collect(short_of_space=True)
             self._downloader.require_space(wanted)
 

@@ -9,8 +9,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from agent.common import files
 from agent.contract.names import SHA256, ReleaseRef
-from agent.store import Store, StoreError
+from agent.store import Selection, Store, StoreError
 from agent.sync.fetching.staged import BLOCKS_SUFFIX
+
+
+def named_by(selection: Selection | None) -> set[int]:
+    """The releases that a selection names."""
+    if selection is None:
+        return set()
+    return {selection.active.version} | ({selection.previous.version} if selection.previous else set())
 
 
 def surplus(releases: Iterable[ReleaseRef], needed: Mapping[str, Collection[int | None]], keep_newest: int) -> list[ReleaseRef]:
@@ -60,6 +67,10 @@ class Housekeeping:
         """The releases of the model that must stay: active, previous, target."""
         with self._lock:
             self._needed[model] = frozenset(versions)
+
+    def need_selected(self, model: str, also: int | None = None) -> None:
+        """What is selected for the model must stay, and `also` that release.  Raises: StoreError, OSError."""
+        self.need(model, named_by(self._store.selection(model)) | ({also} if also is not None else set()))
 
     def fetching(self, model: str, blobs: Collection[str] | None) -> None:
         """The blobs the model's download needs; None while it is not known yet, which postpones collections until the disk is

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 
 from agent.contract.reasons import RETRYABLE, Reason
 from agent.contract.reports import Answer, Outcome
-from agent.store import Store
 from agent.sync.ports import Clock
 from agent.sync.serving import ServeAway, ServeRefused, ServingPort
 from agent.sync.updating import update
 from agent.sync.updating.journal import Gate
-from agent.sync.updating.model import AGAIN_S, AT_ONCE, ModelUpdate, versions
+from agent.sync.updating.model import AGAIN_S, AT_ONCE, ModelUpdate
 from agent.sync.updating.quarantine import Quarantine
 from agent.sync.updating.retention import Housekeeping
 from agent.sync.updating.team import Team, Teams
@@ -35,7 +34,6 @@ class RollingBack:
         teams: Teams,
         quarantine: Quarantine,
         housekeeping: Housekeeping,
-        store: Store,
         serving: ServingPort,
         clock: Clock,
         jitter: Callable[[], float],
@@ -43,7 +41,6 @@ class RollingBack:
         self._teams = teams
         self._quarantine = quarantine
         self._housekeeping = housekeeping
-        self._store = store
         self._serving = serving
         self._clock = clock
         self._jitter = jitter
@@ -112,8 +109,7 @@ class RollingBack:
             one.memory.rollback_refusals = 0
             before = f"release {state.before.version}" if state.before else "nothing"
             one.say("rolled-back", f"{before} serves again: {answer.message}", release=answer.release, reason=answer.reason)
-            again = {one.state.target} if one.state.target is not None else set()
-            self._housekeeping.need(one.model, versions(self._store.selection(one.model)) | again)
+            self._housekeeping.need_selected(one.model, one.state.target)
 
     def _end_of(self, one: ModelUpdate, trouble: str) -> tuple[UpdateState, Answer]:
         """The state after the rollback, and its answer. What proved bad is refused, durably, from here on."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from agent.contract.names import ReleaseRef
 from agent.store import Choice, Selection, Store, StoreError, hash_file
 from agent.sync.serving import ServeStatus, ServingPort
-from agent.sync.updating.model import REST_S, ModelUpdate, versions
-from agent.sync.updating.retention import Housekeeping
+from agent.sync.updating.model import REST_S, ModelUpdate
+from agent.sync.updating.retention import Housekeeping, named_by
 
 
 class Selected:
@@ -41,7 +41,7 @@ class Selected:
     def serve_it(self, one: ModelUpdate, selection: Selection | None, status: ServeStatus | None) -> float:
         """Asks `serve` for the next thing in which it differs from what is selected. Gives the seconds until the next step."""
         one.progress = None
-        self._housekeeping.need(one.model, versions(selection))
+        self._housekeeping.need(one.model, named_by(selection))
         if selection is None or status is None:
             return REST_S
         model, active = status.model(one.model), selection.active

@@ -6,15 +6,12 @@ say for how long it is compared, the rollout when it may serve, and something el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import msgspec
 
 from agent.config import SyncSettings
 from agent.contract.acceptance import ShadowRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome
-from agent.lives import Life
 from agent.store import StoreError
 from agent.sync.gates import shadow, watch
 from agent.sync.gates.shadow import Shadowed
@@ -22,6 +19,7 @@ from agent.sync.problems import Problem, store_problem
 from agent.sync.serving import ServeAway, ServeRefused, ServeStatus, ServingPort, ShadowStatus
 from agent.sync.updating import update
 from agent.sync.updating.admission import Admission
+from agent.sync.updating.device import Device
 from agent.sync.updating.endings import Endings
 from agent.sync.updating.manifests import missing
 from agent.sync.updating.model import AGAIN_S, AT_ONCE, REST_S, ModelUpdate
@@ -45,16 +43,14 @@ class Shadowing:
         endings: Endings,
         serving: ServingPort,
         settings: SyncSettings,
-        boot: str,
-        lives: Callable[[], Sequence[Life]],
+        device: Device,
     ) -> None:
         self._wanted = wanted
         self._admission = admission
         self._endings = endings
         self._serving = serving
         self._settings = settings
-        self._boot = boot
-        self._lives = lives
+        self._device = device
 
     def step(self, one: ModelUpdate) -> float:
         if self._wanted.overtaken(one):
@@ -95,7 +91,7 @@ class Shadowing:
         shadowed = one.state.shadowed
         if shadowed is None or shadowed.verdict != "running":
             return AGAIN_S if shadowed is None else None
-        torn_away = watch.torn_away(shadowed.watched, self._boot, self._lives())
+        torn_away = watch.torn_away(shadowed.watched, self._device.boot, self._device.lives())
         shadowed = self._observe(one, shadowed, status, numbers)
         if torn_away:
             one.save(one.state.but(interruptions=one.state.interruptions + 1))
@@ -116,7 +112,7 @@ class Shadowing:
             return None
         if one.state.shadowed is None:
             watched = watch.Watched(
-                baseline=None, instance=status.instance, agent_version=status.agent_version, boot=self._boot
+                baseline=None, instance=status.instance, agent_version=status.agent_version, boot=self._device.boot
             )
             one.memory.observed_at = None
             one.save(one.state.but(shadowed=Shadowed(watched=watched)))
@@ -134,7 +130,7 @@ class Shadowing:
     ) -> Shadowed:
         """Adds what `serve` says to what is in memory; saves it now and then."""
         sample = watch.Sample(status.instance, status.agent_version, one.version, None) if status else None
-        watched = watch.observe(shadowed.watched, one.version, sample, one.passed_s(), self._boot, self._lives())
+        watched = watch.observe(shadowed.watched, one.version, sample, one.passed_s(), self._device.boot, self._device.lives())
         shadowed = msgspec.structs.replace(shadowed, watched=watched)
         if numbers is not None:
             shadowed = msgspec.structs.replace(shadowed, current=numbers.counts(), throttled=numbers.throttled)
@@ -171,7 +167,7 @@ class Shadowing:
 
     def _skip(self, one: ModelUpdate, why: str) -> None:
         shadowed = one.state.shadowed or Shadowed(
-            watched=watch.Watched(baseline=None, instance="", agent_version="", boot=self._boot)
+            watched=watch.Watched(baseline=None, instance="", agent_version="", boot=self._device.boot)
         )
         message = f"not run beside the active release: {why}"
         one.note("shadow", "passed", message)

@@ -4,13 +4,13 @@ repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from agent.config import SyncSettings
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.reasons import Reason
-from agent.lives import Life, crashed
+from agent.lives import crashed
 from agent.store import Choice, Selection, StoreError
 from agent.sync.gates import watch
 from agent.sync.ports import Clock, Deliveries
@@ -18,6 +18,7 @@ from agent.sync.problems import Problem
 from agent.sync.serving import ModelStatus, ServeAway, ServeRefused, ServeStatus, ServingPort, VersionStatus
 from agent.sync.updating import update
 from agent.sync.updating.admission import Admission
+from agent.sync.updating.device import Device
 from agent.sync.updating.manifests import Manifests, missing
 from agent.sync.updating.model import AGAIN_S, AT_ONCE, ModelUpdate
 from agent.sync.updating.team import Team, Teams
@@ -60,8 +61,7 @@ class Switching:
         deliveries: Deliveries,
         settings: SyncSettings,
         clock: Clock,
-        boot: str,
-        lives: Callable[[], Sequence[Life]],
+        device: Device,
     ) -> None:
         self._wanted = wanted
         self._admission = admission
@@ -71,8 +71,7 @@ class Switching:
         self._deliveries = deliveries
         self._settings = settings
         self._clock = clock
-        self._boot = boot
-        self._lives = lives
+        self._device = device
 
     def step(self, one: ModelUpdate) -> float:
         team = self._teams.led_by(one)
@@ -169,7 +168,7 @@ class Switching:
             baseline=_baseline(one, status.model(one.model)),
             instance=status.instance,
             agent_version=status.agent_version,
-            boot=self._boot,
+            boot=self._device.boot,
             could_report=self._deliveries.lately(max(HEARD_BEATS * self._settings.heartbeat_s, HEARD_LATELY_S)),
         )
         return one.state.but(watched=watched, activated=True, stopped=None)
@@ -194,7 +193,7 @@ class Switching:
         """
         memory = team.leader.memory
         lost, memory.lost_instance = memory.lost_instance, None
-        if lost is not None and crashed(self._lives(), lost, instance) == ():
+        if lost is not None and crashed(self._device.lives(), lost, instance) == ():
             team.apply(lambda one: one.state.but(interruptions=max(0, one.state.interruptions - 1)))
 
     def _member_failed(self, team: Team, failed: MemberFailed) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -10,8 +10,7 @@ from agent.config import SyncSettings
 from agent.contract.acceptance import WatchRules
 from agent.contract.reasons import Reason
 from agent.contract.reports import Outcome
-from agent.lives import Life
-from agent.store import Store, StoreError
+from agent.store import StoreError
 from agent.sync.gates import watch
 from agent.sync.gates.watch import Commit, RollBack, Watched
 from agent.sync.ports import Clock, Deliveries, Teller
@@ -19,8 +18,9 @@ from agent.sync.problems import store_problem
 from agent.sync.serving import ServeStatus, ServingPort
 from agent.sync.updating import update
 from agent.sync.updating.admission import Admission
+from agent.sync.updating.device import Device
 from agent.sync.updating.manifests import Manifests
-from agent.sync.updating.model import AT_ONCE, ModelUpdate, versions
+from agent.sync.updating.model import AT_ONCE, ModelUpdate
 from agent.sync.updating.retention import Housekeeping
 from agent.sync.updating.rollingback import RollingBack
 from agent.sync.updating.team import Team, Teams
@@ -42,14 +42,12 @@ class Watching:
         rolling_back: RollingBack,
         manifests: Manifests,
         housekeeping: Housekeeping,
-        store: Store,
         serving: ServingPort,
         deliveries: Deliveries,
         teller: Teller,
         settings: SyncSettings,
         clock: Clock,
-        boot: str,
-        lives: Callable[[], Sequence[Life]],
+        device: Device,
     ) -> None:
         self._wanted = wanted
         self._admission = admission
@@ -57,14 +55,12 @@ class Watching:
         self._rolling_back = rolling_back
         self._manifests = manifests
         self._housekeeping = housekeeping
-        self._store = store
         self._serving = serving
         self._deliveries = deliveries
         self._teller = teller
         self._settings = settings
         self._clock = clock
-        self._boot = boot
-        self._lives = lives
+        self._device = device
 
     def step(self, one: ModelUpdate) -> float:
         team = self._teams.led_by(one)
@@ -96,9 +92,9 @@ class Watching:
         """What `serve` says now is added to what the watch knows, and judged."""
         state, known = one.state, one.state.watched
         assert known is not None
-        rebooted, lives = known.boot != self._boot, self._lives()
-        torn_away = watch.torn_away(known, self._boot, lives)
-        watched = watch.observe(known, one.version, _sample(one, status), one.passed_s(), self._boot, lives)
+        rebooted, lives = known.boot != self._device.boot, self._device.lives()
+        torn_away = watch.torn_away(known, self._device.boot, lives)
+        watched = watch.observe(known, one.version, _sample(one, status), one.passed_s(), self._device.boot, lives)
         one.state = state = state.but(watched=watched, interruptions=state.interruptions + torn_away)
         if update.interrupted_too_often(state):
             message = f"the machine was restarted {state.interruptions} times during its watch"
@@ -168,7 +164,7 @@ class Watching:
             answer = answers[one.model]
             one.say("committed", f"release {answer.release} stays: {answer.message}", release=answer.release)
             team.leader.asked(lambda model=one.model: self._serving.commit(model))  # type: ignore[misc]
-            self._housekeeping.need(one.model, versions(self._store.selection(one.model)))
+            self._housekeeping.need_selected(one.model)
         self._housekeeping.collect()
         return AT_ONCE
 
