@@ -72,8 +72,12 @@ def test_one_that_is_late_is_waited_for(bench: TeamBench):
     assert "eye:4" in (bench.updaters["arm"].problem or "")
     desired = bench.desired()
     files.make_directory(bench.store.private / "trust")
-    (bench.store.private / "trust/desired.json").write_bytes(encode(desired))
-    assert "waits for eye:4, of its team" in overview.text(overview.read(bench.store))
+    for written in (
+        encode(desired),
+        encode(desired).replace(b'"teams":', b'"together":'),
+    ):  # as it is now, and as it was in 0.1.0
+        (bench.store.private / "trust/desired.json").write_bytes(written)
+        assert "waits for eye:4, of its team" in overview.text(overview.read(bench.store))
     assert bench.runs == OLD
     bench.trial = lambda *_: {}
     bench.all_in(P.STEADY, within=4000)

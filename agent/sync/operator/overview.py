@@ -6,11 +6,10 @@ from typing import Any
 
 import msgspec
 
-from agent.contract.assignment import MAX_ASSIGNMENT_BYTES
-from agent.contract.codec import ContractError, decode
+from agent.contract.codec import ContractError
 from agent.host.clock import text as moment
 from agent.store import Store, StoreError
-from agent.sync.trust.desired import Desired
+from agent.sync.trust.desired import Desired, read_desired
 from agent.sync.updating.approvals import Approvals
 from agent.sync.updating.holds import Holds
 from agent.sync.updating.quarantine import Entry, Quarantine
@@ -52,7 +51,7 @@ def _ready(other: dict[str, Any] | None, release: int) -> bool:
 
 def _desired(store: Store) -> Desired | None:
     try:
-        return decode((store.private / "trust" / "desired.json").read_bytes(), Desired, limit_bytes=2 * MAX_ASSIGNMENT_BYTES)
+        return read_desired((store.private / "trust" / "desired.json").read_bytes())
     except (OSError, ContractError):
         return None
 

@@ -16,14 +16,14 @@ from tuf.api.metadata import DelegatedRole, Metadata, Root, Targets  # type: ign
 
 from agent.config import AgentConfig
 from agent.contract.assignment import Rollout, slot
-from agent.contract.codec import ContractError, decode
+from agent.contract.codec import ContractError
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import hardware_class
 from agent.host import hardware
 from agent.store import Selection, Store, StoreError
 from agent.sync.serving import ServeAway, ServeClient, ServeRefused, VersionStatus
-from agent.sync.trust.desired import Desired
+from agent.sync.trust.desired import Desired, read_desired
 from agent.sync.trust.metadata import load, stored
 from agent.sync.updating.approvals import Approvals
 from agent.sync.updating.holds import Holds
@@ -31,8 +31,6 @@ from agent.sync.updating.journal import Entry, Journal
 from agent.sync.updating.quarantine import Quarantine
 from agent.sync.updating.states import States
 from agent.sync.updating.update import UpdateState
-
-MAX_DESIRED_BYTES = 16 * 1024 * 1024
 
 
 def explain(config: AgentConfig, model: str) -> dict[str, Any]:
@@ -76,7 +74,7 @@ def explain(config: AgentConfig, model: str) -> dict[str, Any]:
 
 def _desired(trust: Path) -> Desired | None:
     try:
-        return decode((trust / "desired.json").read_bytes(), Desired, limit_bytes=MAX_DESIRED_BYTES)
+        return read_desired((trust / "desired.json").read_bytes())
     except (OSError, ContractError):
         return None
 
