@@ -85,7 +85,9 @@ class Access:
             return [_view(row) for row in session.scalars(select(AccessToken).order_by(AccessToken.created))]
 
     def revoke(self, token_id: str) -> AccessTokenView:
-        """Makes the token useless.  Raises: NotFound; Conflict for the last admin's token, without which nobody could make another."""
+        """Makes the token useless.  Raises: NotFound; Conflict for the last admin's token, without which nobody could make
+        another.
+        """
         with self._database.session() as session:
             row = session.get(AccessToken, token_id)
             if row is None:

@@ -1,7 +1,7 @@
 """The composition root of `edge-fleet serve`: makes every part, wires them, starts and stops them in order.
 
-Start: lock, configuration, database, certificates, repository (checked, renewed, reconciled with the database), broker, MQTT link,
-listeners, READY. Stop is the reverse, so that nothing is asked of a part that is gone.
+Start: lock, configuration, database, certificates, repository (checked, renewed, reconciled with the database), broker, MQTT
+link, listeners, READY. Stop is the reverse, so that nothing is asked of a part that is gone.
 """
 
 from __future__ import annotations
@@ -61,8 +61,11 @@ BROKER_TRIES = 4  # a broker that ends as often while the server starts will not
 LEASES_READ_S = 15.0  # a lease that is shorter than before is kept from the next reading on
 RENEWALS_PER_LEASE = 4  # so that a device that misses one still has its lease
 RENEW_EVERY_S = 60.0
-CONNECTIONS = 400  # of each listener, further ones are told to come later: together below the 1024 descriptors a process has by
-# default and select() in the MQTT library can watch; without a bound, idle strangers would cut the server off its database and broker
+CONNECTIONS = 400
+"""Of each listener; further ones are told to come later. Together they stay below the 1024 descriptors that a process has by
+default and that select() in the MQTT library can wait for. Without a bound, idle strangers would cut the server off its database
+and broker.
+"""
 GRACE_S = 3  # for requests under way when the server stops
 
 
@@ -278,8 +281,8 @@ class _Running:
 
 
 async def until_stopped(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
-    """Returns when `stop` is set.  Raises: Unavailable when a part ended by itself: half a server helps nobody, and systemd starts a whole
-    one.
+    """Returns when `stop` is set.  Raises: Unavailable when a part ended by itself: half a server helps nobody, and systemd
+    starts a whole one.
     """
     stopped = asyncio.create_task(stop.wait())
     try:
@@ -293,7 +296,9 @@ async def until_stopped(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) ->
 
 
 async def _guarded(action: Callable[[], object], what: str) -> None:
-    """A timer's work: a failure is logged, and the timer's next turn tries again, because stopping the server would help nobody."""
+    """A timer's work: a failure is logged, and the timer's next turn tries again, because stopping the server would help
+    nobody.
+    """
     try:
         await asyncio.to_thread(action)
     except Exception:  # noqa: BLE001 - whatever it was

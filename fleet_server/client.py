@@ -27,7 +27,9 @@ UPLOAD_CHUNK = 256 * 1024
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the server is, whom to trust, and the access token. `ca` is a file with a certificate, `ca_sha256` the fingerprint that it must have."""
+    """Where the server is, whom to trust, and the access token. `ca` is a file with a certificate, `ca_sha256` the fingerprint
+    that it must have.
+    """
 
     url: str
     token: str
@@ -54,8 +56,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def chosen(cls, path: Path | None) -> Profile:
-        """The profile in `path`; without one, what the environment says (EDGE_FLEET_URL, EDGE_FLEET_TOKEN, EDGE_FLEET_CA) over the
-        profile that stands where profiles do. A token goes to the address that it came with: another address needs a token of its own.
+        """The profile in `path`; without one, what the environment says (EDGE_FLEET_URL, EDGE_FLEET_TOKEN, EDGE_FLEET_CA) over
+        the profile that stands where profiles do. A token goes to the address that it came with: another address needs a token
+        of its own.
 
         Raises: NotFound, Invalid.
         """
@@ -119,7 +122,7 @@ class Client:
         return self._json("DELETE", path)
 
     def upload(self, sha256: str, path: Path, progress: Callable[[int], None]) -> None:
-        """Sends the file unless the server has it, from where an earlier upload stopped. `progress` gets the bytes done so far."""
+        """Sends the file unless the server has it, from where an upload stopped. `progress` gets the bytes done so far."""
         with self._request("HEAD", f"/blobs/{sha256}", allowed=(404,)) as response:
             offset = int(response.headers.get("Upload-Offset", "0"))
             if response.status_code == 200:

@@ -45,14 +45,17 @@ class BrokerSettings(Settings, frozen=True, kw_only=True):
 
 
 class ExpirySettings(Settings, frozen=True, kw_only=True):
-    """How long signed metadata is believed. Online metadata is renewed when less than half is left: it is the bound of a freeze."""
+    """How long signed metadata is believed. Online metadata is renewed when less than half is left: it is the bound of a
+    freeze.
+    """
 
     assignments_s: float = 7 * DAY_S
     """Seconds for which a signed assignment (what the fleet should run) is believed."""
     snapshot_s: float = 7 * DAY_S
     """Seconds for which the signed list of current metadata is believed."""
     timestamp_s: float = 1 * DAY_S
-    """Seconds for which the newest signature is believed: a device that is shown old metadata notices after at most this long."""
+    """Seconds for which the newest signature is believed: a device that is shown old metadata notices after at most this long.
+    """
     record_s: float = 30 * DAY_S
     """Seconds for which a device's signed record (its groups and labels) is believed."""
     device_certificate_s: float = 365 * DAY_S
@@ -75,7 +78,9 @@ class RolloutSettings(Settings, frozen=True, kw_only=True):
     exclude_after: int = 3
     """How many devices of one hardware class must have quarantined a release for the class to be excluded from it. 0: never."""
     exclude_share: float = 0.02
-    """And which part of the class's devices that run or quarantined the release: a few that are broken do not speak for a thousand."""
+    """And which part of the class's devices that run or quarantined the release: a few that are broken do not speak for a
+    thousand.
+    """
 
     def __post_init__(self) -> None:
         if self.tick_s <= 0 or self.silence_s <= 0 or self.min_devices < 1 or self.exclude_after < 0:

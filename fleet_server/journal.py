@@ -32,7 +32,9 @@ class Happening(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventView(msgspec.Struct, frozen=True):
-    """An event as operators see it. `device` is None when the server itself says it; `at` is the teller's clock, `received` the server's."""
+    """An event as operators see it. `device` is None when the server itself says it; `at` is the teller's clock, `received` the
+    server's.
+    """
 
     seq: int
     id: str

@@ -35,7 +35,9 @@ class Made(msgspec.Struct, frozen=True):
 
 
 def init(folder: Folder, config: FleetConfig, *, offline_keys: Path, profile: Path, passphrase: str | None = None) -> Made:
-    """Makes the folder, the offline keys and the operator's profile.  Raises: Invalid when any of them is there already; OSError."""
+    """Makes the folder, the offline keys and the operator's profile.  Raises: Invalid when any of them is there already;
+    OSError.
+    """
     names.check(names.GROUP_NAME, config.fleet, "fleet")
     root_path, releases_path = offline_keys / "root.key", offline_keys / "releases.key"
     _refuse_existing(folder, (root_path, releases_path), profile)

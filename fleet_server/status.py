@@ -27,7 +27,9 @@ class Messages(msgspec.Struct, frozen=True):
 
 
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
-    """How the server is. `expires`: when each role's signature ends; `warnings`: what a person must do something about, and what."""
+    """How the server is. `expires`: when each role's signature ends; `warnings`: what a person must do something about, and
+    what.
+    """
 
     fleet: str
     version: str

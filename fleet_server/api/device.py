@@ -30,8 +30,8 @@ MAX_RENEWAL_BYTES = 64 * 1024
 
 
 class _File(FileResponse):
-    """Sent in chunks of half a MiB: with TLS in Python a chunk costs about as much as sending 200 KB, and 400 connections may each have one
-    or two in memory.
+    """Sent in chunks of half a MiB: with TLS in Python a chunk costs about as much as sending 200 KB, and 400 connections may
+    each have one or two in memory.
     """
 
     chunk_size = 512 * 1024
@@ -52,8 +52,8 @@ def caller(request: Request) -> str:
 
 
 def late_caller(request: Request) -> str:
-    """The device whose certificate this connection was made with, also when it has ended, while an operator allows a late renewal. The
-    handshake proved that the device has the key of the certificate.  Raises: Refused.
+    """The device whose certificate this connection was made with, also when it has ended, while an operator allows a late
+    renewal. The handshake proved that the device has the key of the certificate.  Raises: Refused.
     """
     return _fleet(request).inventory.authenticate(_presented(request), to_renew=True)
 

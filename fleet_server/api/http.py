@@ -66,8 +66,8 @@ def answer(status: int, text: str, code: str) -> Response:
 
 
 def install(app: FastAPI, *, unlimited: str | None = None, renamed: Mapping[str, str] | None = None) -> None:
-    """Error answers, limits and headers. Paths that begin with `unlimited` may receive bodies of any length. `renamed`: beginnings of
-    paths that were called otherwise → what they are called now.
+    """Error answers, limits and headers. Paths that begin with `unlimited` may receive bodies of any length. `renamed`:
+    beginnings of paths that were called otherwise → what they are called now.
     """
 
     @app.exception_handler(errors.FleetError)
@@ -117,7 +117,7 @@ def install(app: FastAPI, *, unlimited: str | None = None, renamed: Mapping[str,
 
 
 class Frame:
-    """Refuses bodies that are too large or of unknown length before reading them, and those that do not come; adds the headers."""
+    """Refuses bodies that are too large or of unknown length before it reads them, and those that do not come; adds headers."""
 
     def __init__(self, app: ASGIApp, unlimited: str | None) -> None:
         self._app, self._unlimited = app, unlimited

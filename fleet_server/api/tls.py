@@ -1,4 +1,6 @@
-"""uvicorn with what it does not have: who the client is, and limits to how long and how much a client talks before its request is complete."""
+"""uvicorn with what it does not have: who the client is, and limits to how long and how much a client talks before its request
+is complete.
+"""
 
 from __future__ import annotations
 
@@ -93,8 +95,8 @@ NO_CHECK_TIME = 0x200000
 
 
 def without_dates(config: uvicorn.Config) -> uvicorn.Config:
-    """Lets TLS verify client certificates but for their dates, so that a device whose certificate has ended can be told so in words, or be
-    let in to renew it. Whoever uses this checks the dates itself (`Inventory.authenticate`).
+    """Lets TLS verify client certificates but for their dates, so that a device whose certificate has ended can be told so in
+    words, or be let in to renew it. Whoever uses this checks the dates itself (`Inventory.authenticate`).
     """
     config.load()
     assert config.ssl is not None

@@ -145,7 +145,9 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
 
 
 def _environment() -> dict[str, str]:
-    """Our environment without what systemd told us: a mosquitto built for systemd would say in our name that everything is ready."""
+    """Our environment without what systemd told us: a mosquitto built for systemd would say in our name that everything is
+    ready.
+    """
     return {name: value for name, value in os.environ.items() if name not in {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}}
 
 

@@ -1,5 +1,5 @@
-"""edge-fleet: makes and runs the fleet server, and is its operators' command line. Exit codes: 0 ok, 1 failed, 2 usage, 3 refused by the server,
-4 the time ran out.
+"""edge-fleet: makes and runs the fleet server, and is its operators' command line. Exit codes: 0 ok, 1 failed, 2 usage, 3
+refused by the server, 4 the time ran out.
 """
 
 from __future__ import annotations

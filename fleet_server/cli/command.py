@@ -144,7 +144,9 @@ def show(data: Any, as_json: bool, table: Callable[[Any], None]) -> None:
 
 
 def agreed(question: str, *, yes: bool) -> None:
-    """Returns when `yes` was said on the command line or is said now.  Raises: click.Abort; Invalid when there is nobody to ask."""
+    """Returns when `yes` was said on the command line or is said now.  Raises: click.Abort; Invalid when there is nobody to
+    ask.
+    """
     if yes:
         return
     try:

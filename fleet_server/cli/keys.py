@@ -40,7 +40,8 @@ _threshold_option = click.option("--threshold", type=click.IntRange(1, 16), help
 def keys() -> None:
     """Who is trusted: keys, thresholds, renewal, replacement.
 
-    A change is a file that travels: proposed where the server is, signed where the offline keys are, applied where the server is.
+    A change is a file that travels: proposed where the server is, signed where the offline keys are, applied where the server
+    is.
 
     edge-fleet keys rotate online --out change.json
     edge-fleet keys sign change.json --key /media/usb/root.key
@@ -149,7 +150,8 @@ def keys_rotate(
 ) -> None:
     """Replaces keys of a role: root, targets, a publisher; or assignments, snapshot, timestamp, or all three as `online`.
 
-    For the online roles the server makes new keys itself. For the others say which come and go; old and new root keys both sign.
+    For the online roles the server makes new keys itself. For the others say which come and go; old and new root keys both
+    sign.
 
     edge-fleet keys rotate root --add root-2.pub --add root-3.pub --threshold 2 --out change.json
     edge-fleet keys rotate releases --add new.pub --remove 3f2a --out change.json

@@ -53,7 +53,7 @@ def new_secret(what: str) -> str:
 
 
 def _ask(what: str, *, twice: bool = False) -> str:
-    """A secret from the environment or a file (for programs), else from whoever sits there.  Raises: Invalid when it is empty."""
+    """A secret from the environment or a file (for programs), else from whoever sits there.  Raises: Invalid when empty."""
     given = _given_secret()
     if given is None:
         given = str(click.prompt(what, hide_input=True, confirmation_prompt=twice, err=True))
@@ -78,7 +78,7 @@ def _given_secret() -> str | None:
 def publishing(
     client: Client, signing: tuple[str, ...], *, model: str | None = None, publisher: str | None = None
 ) -> tuple[dict[str, Any], Any, list[Any]]:
-    """What the server holds, the publisher's verified role, and the signers. Keys behind URIs are found among those that count."""
+    """What the server holds, the publisher's verified role, and the signers. Keys behind URIs are among those that count."""
     from tuf.api.metadata import Metadata, Targets  # type: ignore[attr-defined]
 
     from fleet_server.releases import publisher as publishers

@@ -26,7 +26,8 @@ from fleet_server.storage.models import Certificate, Device, EnrolmentToken
 MAX_USES = 100_000
 MAX_TTL_S = 365 * 86400.0
 STILL_NEW = 2 / 3
-"""A certificate with this share of a life before it is given again instead of a further one. Devices ask when a third is left."""
+"""A certificate with this share of a life before it is given again instead of a further one. Devices ask when a third is left.
+"""
 
 
 class EnrolmentTokenView(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,8 +107,8 @@ class Enrolment:
     def enrol(self, request: EnrolmentRequest) -> EnrolmentResponse:
         """Lets a device join; its certificate, and what it must know of the fleet.
 
-        Raises: Denied (the token lets nobody in), Invalid (id, certificate request), Refused (the token is for another id), Conflict (another
-        device has the id).
+        Raises: Denied (the token lets nobody in), Invalid (id, certificate request), Refused (the token is for another id),
+        Conflict (another device has the id).
         """
         csr = pki.read_csr(request.csr_pem) if self._token_is_good(request.token) else None
         with self._lock, self._database.session() as session:
@@ -131,8 +132,9 @@ class Enrolment:
         return self._answer(device, certificate)
 
     def renew(self, device: str, request: RenewalRequest) -> EnrolmentResponse:
-        """A new certificate for a device that still has a valid one. When one was issued for the same key lately, it is given again: so a lost
-        answer harms nobody, and a device that asks without end gets no more than one. The old certificate stays valid until it ends.
+        """A new certificate for a device that still has a valid one. When one was issued for the same key lately, it is given
+        again: so a lost answer harms nobody, and a device that asks without end gets no more than one. The old certificate
+        stays valid until it ends.
 
         Raises: Invalid (certificate request), Refused (the device was shut out meanwhile).
         """

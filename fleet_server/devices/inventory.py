@@ -68,9 +68,11 @@ class Inventory:
     # -- reading -----------------------------------------------------------------------------------------------------------
 
     def is_online(self, present: bool, last_seen: float | None, now: float) -> bool:
-        """Whether the broker counts the device as present and it was heard of lately: a silent device is not there, whatever was said of it.
+        """Whether the broker counts the device as present and it was heard of lately: a silent device is not there, whatever
+        was said of it.
 
-        A server or broker that was away makes nobody silent: otherwise devices still busy would stop counting and a wave would pass.
+        A server or broker that was away makes nobody silent: otherwise devices still busy would stop counting and a wave would
+        pass.
         """
         if not present or last_seen is None:
             return False
@@ -118,7 +120,9 @@ class Inventory:
             return list(session.scalars(query.order_by(Device.id)))
 
     def ahead(self) -> list[str]:
-        """Devices that have seen newer signed documents than this server has, and so refuse its word: it was restored from a copy."""
+        """Devices that have seen newer signed documents than this server has, and so refuse its word: it was restored from a
+        copy.
+        """
         problem = Device.state["problem"].as_string()
         with self._database.reading() as session:
             query = select(Device.id).where(Device.revoked.is_(False), or_(*(problem.like(f"{word}:%") for word in _AHEAD)))
@@ -222,8 +226,8 @@ class Inventory:
     # -- certificates and records ------------------------------------------------------------------------------------------
 
     def authenticate(self, certificate: x509.Certificate, *, to_renew: bool = False) -> str:
-        """The device that a TLS client certificate of our CA belongs to. `to_renew`: the certificate may have ended, while an operator allows a
-        late renewal.
+        """The device that a TLS client certificate of our CA belongs to. `to_renew`: the certificate may have ended, while an
+        operator allows a late renewal.
 
         Raises: Refused when it may not come in (any more).
         """
@@ -264,8 +268,8 @@ class Inventory:
         return {device: float(expires) for device, expires in session.execute(query.group_by(Certificate.device))}
 
     def standing(self, expires: float | None, now: float) -> CertificateState:
-        """How a certificate is that ends at `expires`. Devices renew theirs when a third of its life is left; one with a sixth left has failed to
-        for long.
+        """How a certificate is that ends at `expires`. Devices renew theirs when a third of its life is left; one with a sixth
+        left has failed to for long.
         """
         if expires is None or expires <= now:
             return "ended"

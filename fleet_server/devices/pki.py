@@ -32,7 +32,9 @@ CLOCK_SKEW = dt.timedelta(hours=24)  # boards without a clock chip come up in th
 
 
 class Authority:
-    """The CA in `folder`: ca.crt, ca.key, server.crt/key (both HTTPS listeners and the broker), client.crt/key (our own MQTT client)."""
+    """The CA in `folder`: ca.crt, ca.key, server.crt/key (both HTTPS listeners and the broker), client.crt/key (our own MQTT
+    client).
+    """
 
     def __init__(self, folder: Path) -> None:
         self.ca_path, self._ca_key_path = folder / "ca.crt", folder / "ca.key"
@@ -125,7 +127,9 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256())
 
     def write_crl(self, serials: list[int]) -> None:
-        """Writes the list of revoked certificates that the broker checks. It is read from this disk only, so it need not expire."""
+        """Writes the list of revoked certificates that the broker checks. It is read from this disk only, so it need not
+        expire.
+        """
         now = _now()
         builder = x509.CertificateRevocationListBuilder().issuer_name(self.ca.subject)
         builder = builder.last_update(now - CLOCK_SKEW).next_update(self.ca.not_valid_after_utc)

@@ -1,8 +1,10 @@
-"""New certificates for devices that ask over the broker, where no connection proves who asks; the signature of the request does.
+"""New certificates for devices that ask over the broker, where no connection proves who asks; the signature of the request
+does.
 
 Rules, in order:
  1. a key of a certificate of this device that is still good signed the request; so a device that was shut out gets nothing;
- 2. it is of the device that the broker's access list says asks, and names the certificate to be replaced, which is that device's and
+ 2. it is of the device that the broker's access list says asks, and names the certificate to be replaced, which is that
+ device's and
     is still good: a request that somebody kept is worth nothing once that certificate has ended;
  3. the new certificate is for the same key and name.
 What is then issued is what the device listener issues (`Enrolment.renew`), and the same again while it is new.

@@ -1,8 +1,8 @@
 """Several machines with one identity: a card that was copied after its device had enrolled. Pure.
 
-Nothing on a card tells them apart, so each agent makes up a word when it starts (`run`), and signs it with every report. One device never
-says an earlier word again; two that report in turns do. A rightly signed report that is no newer than the last one, of a process that was
-never heard of, is the other sign: its clock is behind, and whatever it says would be dropped unseen.
+Nothing on a card tells them apart, so each agent makes up a word when it starts (`run`), and signs it with every report. One
+device never says an earlier word again; two that report in turns do. A rightly signed report that is no newer than the last
+one, of a process that was never heard of, is the other sign: its clock is behind, and whatever it says would be dropped unseen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ KEPT = 8
 """Words remembered per device: more machines than that would still come back to one of them now and then."""
 
 SHARED_S = 3600.0
-"""How long after the last sign a device counts as several. Reports come every minute, so two that run show themselves much sooner."""
+"""How long after the last sign a device counts as several. Reports come every minute, so two that run show themselves much
+sooner.
+"""
 
 
 def heard(runs: Sequence[str], run: str) -> tuple[list[str], bool]:

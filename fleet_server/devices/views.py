@@ -12,7 +12,9 @@ CertificateState = Literal["good", "ends_soon", "ended"]
 
 
 class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
-    """A device as operators see it in lists. `shared`: several machines report under its identity; times are seconds since the epoch."""
+    """A device as operators see it in lists. `shared`: several machines report under its identity; times are seconds since the
+    epoch.
+    """
 
     id: str
     groups: list[str]

@@ -1,11 +1,11 @@
 """Messages of devices → the database.
 
-A state report or an event counts only when it is signed with the key of a certificate that was issued to the device of its topic, and
-names that device; a report also only when its counter is above the last one's, an event only once. Everything else that does not fit
-is counted by cause, logged once per cause, and dropped: no message of a device can stop the intake.
+A state report or an event counts only when it is signed with the key of a certificate that was issued to the device of its
+topic, and names that device; a report also only when its counter is above the last one's, an event only once. Everything else
+that does not fit is counted by cause, logged once per cause, and dropped: no message of a device can stop the intake.
 
-A batch is read, judged and written as a whole (three queries, three statements), because the database's cost is per statement. A report that
-says of a model what the last one said writes nothing of the model, and no rollout of it is judged for that.
+A batch is read, judged and written as a whole (three queries, three statements), because the database's cost is per statement.
+A report that says of a model what the last one said writes nothing of the model, and no rollout of it is judged for that.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Dropped(Exception):
 
 
 class Changes(msgspec.Struct):
-    """What a batch changed: models of which a device says something else than before, devices that were heard, and new events."""
+    """What a batch changed: models of which a device says something else than before, devices that were heard, new events."""
 
     models: set[str] = msgspec.field(default_factory=set)
     devices: set[str] = msgspec.field(default_factory=set)
@@ -102,7 +102,8 @@ class Intake:
         self.dropped: collections.Counter[str] = collections.Counter()
 
     def store(self, batch: Sequence[Message]) -> Changes:
-        """Stores a batch in one transaction and tells whoever reads along; what it changed, for the rollouts to be judged again.
+        """Stores a batch in one transaction and tells whoever reads along; what it changed, for the rollouts to be judged
+        again.
 
         Raises: OperationalError when the database stores nothing now (disk full, locked, unreachable); nothing is lost then.
         """
@@ -261,7 +262,7 @@ def _read_state(device: Known, payload: bytes, changes: Changes) -> None:
         if state.serving is not None and abs(state.serving) > MAX_INTEGER:
             raise Dropped("bad_report", f"{device.id!r} reports version {state.serving}, which is out of range")
     if device.counter < 0 and report.session < device.session:
-        # The first word of a newly enrolled device: the session came from what an earlier device of this id left with the broker.
+        # The first word of a newly enrolled device: the session is from what an earlier device of this id left at the broker.
         device.session, device.present = report.session, True
     device.runs, back = shared_identity.heard(device.runs, report.run[:MAX_NAME])
     device.several |= back

@@ -1,8 +1,8 @@
 """The server's own MQTT client: stores what devices send, in batches, and pokes them.
 
-A message is acknowledged to the broker after it is stored, so a crash of the server loses none: the broker keeps the session and
-delivers again, and everything that is delivered twice is recognised (counters, sessions, event ids). When the database stores
-nothing (a full disk), the batch waits here and is tried again, because a broker delivers again only after a reconnect.
+A message is acknowledged to the broker after it is stored, so a crash of the server loses none: the broker keeps the session
+and delivers again, and everything that is delivered twice is recognised (counters, sessions, event ids). When the database
+stores nothing (a full disk), the batch waits here and is tried again, because a broker delivers again only after a reconnect.
 
 The exception is a device with more than SHARE messages waiting: its are acknowledged on arrival. Otherwise they would fill the
 broker's window of unacknowledged messages, and everybody else's would wait, or be lost, behind them.
@@ -162,7 +162,9 @@ class MqttLink:
             self.store(batch)
 
     def store(self, batch: list[Received]) -> None:
-        """Stores a batch, however often that must be tried, acknowledges it, and lets the rollouts be judged that it concerns. Until `stop`."""
+        """Stores a batch, however often that must be tried, acknowledges it, and lets the rollouts be judged that it concerns.
+        Until `stop`.
+        """
         changes = self._stored(batch)
         if changes is None:
             return

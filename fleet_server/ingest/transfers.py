@@ -1,7 +1,8 @@
 """Answers devices that ask for documents, blobs and new certificates over MQTT: what the device listener serves, part by part.
 
-Devices wait in turn (a queue for each, one ask after the other), and what is published waits for the broker's socket: a device that asks for
-much waits behind itself, and never fills this process's memory. Which device asks is what the broker's access list vouches for.
+Devices wait in turn (a queue for each, one ask after the other), and what is published waits for the broker's socket: a device
+that asks for much waits behind itself, and never fills this process's memory. Which device asks is what the broker's access
+list vouches for.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from agent.contract.manifest import Block, File
 WINDOW = 32
 AVERAGE_BYTES = 4 * 1024  # of the smallest files
 BLOCKS_PER_AVERAGE = 16
-"""A block costs some 100 bytes of the manifest, and each changed stretch of a file about one block more than changed. Both are least
-together when the number of blocks grows with the root of the size: 4 KiB up to 1 MiB, 16 KiB up to 16 MiB, 64 KiB up to 256 MiB.
+"""A block costs some 100 bytes of the manifest, and each changed stretch of a file about one block more than changed. Both are
+least together when the number of blocks grows with the root of the size: 4 KiB up to 1 MiB, 16 KiB up to 16 MiB, 64 KiB up to
+256 MiB.
 """
 MAX_BLOCKS = 24_576  # of all files of a release: about 2.5 MB of manifest, which may have 4
 MIN_FILE_BYTES = 2 * AVERAGE_BYTES  # smaller ones are fetched whole

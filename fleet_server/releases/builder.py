@@ -11,8 +11,8 @@
       golden: [{name: a, inputs: a.in.npz, expected: a.out.npz, compare: {y: {kind: close, atol: 0.001}}}]
     provenance: {source: "…", licence: Apache-2.0}
 
-Paths are relative to the file. A name that `files` does not mention is a path of that name. The other files of an ONNX model that is
-several are found in the model, and are those beside it; a variant's `data` may say other ones.
+Paths are relative to the file. A name that `files` does not mention is a path of that name. The other files of an ONNX model
+that is several are found in the model, and are those beside it; a variant's `data` may say other ones.
 """
 
 from __future__ import annotations

@@ -188,7 +188,8 @@ def find(session: Session, ref: ReleaseRef) -> ReleaseRow:
 
 
 def refuse_other_bytes(session: Session, ref: ReleaseRef, files: Collection[str]) -> None:
-    """A server that was restored from a copy has forgotten what was published since; devices have not. `files`: the sha256 of each.
+    """A server that was restored from a copy has forgotten what was published since; devices have not. `files`: the sha256 of
+    each.
 
     Raises: Conflict when a device serves a release of this name that is another one.
     """

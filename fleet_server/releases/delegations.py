@@ -1,8 +1,8 @@
 """Who may sign which releases: the delegations of the top-level `targets`.
 
-Each publisher is a delegated role with patterns of model names: a name, or a beginning and `*`. Every delegation ends the search and no
-two patterns may meet, so each model has exactly one publisher. The one called `releases` has every name that no other one has;
-it stands last.
+Each publisher is a delegated role with patterns of model names: a name, or a beginning and `*`. Every delegation ends the
+search and no two patterns may meet, so each model has exactly one publisher. The one called `releases` has every name that no
+other one has; it stands last.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A change of who is trusted, as a file: proposed where the server is, signed where the offline keys are, applied by the server.
+"""A change of who is trusted, as a file: proposed where the server is, signed where the offline keys are, applied by the
+server.
 
-Nothing in the file is secret and nothing in it is believed: signers see the difference between the metadata that is in force and the new one,
-computed from both, and the server applies it only when every document has the signatures it needs. Pure.
+Nothing in the file is secret and nothing in it is believed: signers see the difference between the metadata that is in force
+and the new one, computed from both, and the server applies it only when every document has the signatures it needs. Pure.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ T = TypeVar("T", Root, Targets)
 
 
 class Change(Document, frozen=True, kw_only=True):
-    """Metadata as text. `base_*` is what was in force when the change was proposed; `roles` are publishers' roles to sign anew."""
+    """Metadata as text. `base_*` is what was in force when the change was proposed; `roles` are publishers' roles to be signed."""
 
     base_root: str
     base_targets: str

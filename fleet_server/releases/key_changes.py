@@ -18,7 +18,7 @@ from fleet_server.releases.repository import Repository
 
 
 class KeyChanges:
-    """Drafts and applies changes of one repository. A change that was begun is kept in a file and finished at the next start."""
+    """Drafts and applies changes of one repository. A change that was begun is kept in a file, for the next start."""
 
     def __init__(self, repository: Repository, clock: Callable[[], float]) -> None:
         self._repository, self._clock = repository, clock
@@ -63,7 +63,9 @@ class KeyChanges:
             return True
 
     def renew_offline(self, root: Signer, releases: Signer | None) -> list[str]:
-        """Signs root and targets for another year, with its own key the role `releases` too; what it renewed.  Raises: see `apply`."""
+        """Signs root and targets for another year, with its own key the role `releases` too; what it renewed.  Raises: see
+        `apply`.
+        """
         renewed = ["root", "targets", *([RELEASES] if releases else [])]
         draft = self.draft()
         for role in renewed:
@@ -84,7 +86,9 @@ class KeyChanges:
         return self.apply(opened.closed())
 
     def _carry_out(self, opened: Opened) -> None:
-        """Every step can be done again. A device that asks between two of them is told to try later by a signature that does not fit."""
+        """Every step can be done again. A device that asks between two of them is told to try later by a signature that does
+        not fit.
+        """
         metadata, online = self._repository.metadata, self._repository.online
         changed: dict[str, int] = {}
         documents = {**opened.roles, **({"targets": opened.targets} if opened.targets is not None else {})}

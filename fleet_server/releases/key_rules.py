@@ -1,4 +1,6 @@
-"""The rules that a change of keys must keep, so that devices follow it and a mistake in it cannot end the fleet's updates. Pure."""
+"""The rules that a change of keys must keep, so that devices follow it and a mistake in it cannot end the fleet's updates.
+Pure.
+"""
 
 from __future__ import annotations
 

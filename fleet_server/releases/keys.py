@@ -1,8 +1,8 @@
-"""Signing keys: in files (PEM, PKCS#8, with or without a passphrase), or wherever securesystemslib's signers reach: a hardware module,
-a cloud's key service.
+"""Signing keys: in files (PEM, PKCS#8, with or without a passphrase), or wherever securesystemslib's signers reach: a hardware
+module, a cloud's key service.
 
-A key is named by a path, or by a URI of securesystemslib: `hsm:2?label=fleet`, `awskms:ARN`, `gcpkms:…`, `azurekms:…`, `hv:NAME`,
-`file2:PATH`. What needs a library of its own says so when it is missing.
+A key is named by a path, or by a URI of securesystemslib: `hsm:2?label=fleet`, `awskms:ARN`, `gcpkms:…`, `azurekms:…`,
+`hv:NAME`, `file2:PATH`. What needs a library of its own says so when it is missing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def is_uri(name: str) -> bool:
 
 
 def open_uri(uri: str, candidates: Iterable[Key], secret: Callable[[str], str]) -> Signer:
-    """The signer behind a URI. A URI does not tell its public key, so it is the one of `candidates` that verifies what it signs.
+    """The signer behind a URI. A URI does not tell its public key, so it is the one of `candidates` that verifies what it
+    signs.
 
     Raises: Invalid (cannot be reached, or is none of the keys that would count here).
     """

@@ -1,7 +1,7 @@
 """The metadata files of the repository, as devices fetch them, and what of them is trusted: what timestamp.json leads to.
 
-A file is read and parsed once, and again when it is another one (another name, time, size or inode). What is parsed is shared: nobody
-changes it.
+A file is read and parsed once, and again when it is another one (another name, time, size or inode). What is parsed is shared:
+nobody changes it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The three keys that the server itself signs with, and those that shall follow them.
 
 <role>.key        in use
-next/<role>.key   made for a change of keys that the offline keys have not signed yet; the latest proposal counts, earlier ones are void
+next/<role>.key   made for a change of keys that the offline keys have not signed yet; the latest proposal counts, earlier ones
+are void
 """
 
 from __future__ import annotations

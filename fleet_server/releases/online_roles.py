@@ -1,6 +1,7 @@
 """What the server signs itself, with its online keys: assignments, snapshot, timestamp.
 
-A new version of a role is trusted once a snapshot names it and a timestamp names that snapshot, so they are written in this order.
+A new version of a role is trusted once a snapshot names it and a timestamp names that snapshot, so they are written in this
+order.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class OnlineRoles:
         self._prune(version)
 
     def write_snapshot(self, version: int, roles: dict[str, int]) -> None:
-        """Names each role's version and the hash of its bytes. A number alone is not enough: after a restore the next version of a
-        publisher's role has a number that devices may hold already, rightly signed and with other releases in it.
+        """Names each role's version and the hash of its bytes. A number alone is not enough: after a restore the next version
+        of a publisher's role has a number that devices may hold already, rightly signed and with other releases in it.
         """
         meta = {}
         for name, number in roles.items():

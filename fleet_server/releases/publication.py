@@ -100,7 +100,9 @@ def check(
 
 
 def check_resigned(trusted: Targets, delegator: Targets, metadata: bytes, now: float, publisher: str) -> Resigned:
-    """A version that adds no release, if every rule above holds.  Raises: Invalid, Refused, Conflict, TooLarge, each with what is wrong."""
+    """A version that adds no release, if every rule above holds.  Raises: Invalid, Refused, Conflict, TooLarge, each with what
+    is wrong.
+    """
     new, signers = _follows(trusted, delegator, metadata, now, publisher)
     if set(new.targets) != set(trusted.targets):
         raise Refused("this must list the same releases as before", code="changes_published")

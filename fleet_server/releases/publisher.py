@@ -47,7 +47,9 @@ def verified(root: bytes, targets: bytes, releases: bytes | None, publisher: str
 def add(
     role: Metadata[Targets] | None, manifest: ReleaseManifest, signers: Signer | Sequence[Signer], now: float
 ) -> tuple[bytes, bytes]:
-    """(manifest, signed metadata) of the role with the release added.  Raises: Conflict when its version is not larger than the newest."""
+    """(manifest, signed metadata) of the role with the release added.  Raises: Conflict when its version is not larger than the
+    newest.
+    """
     targets = dict(role.signed.targets) if role is not None else {}
     newest = max((ref.version for ref in listed(targets) if ref.model == manifest.model), default=0)
     if manifest.version <= newest:

@@ -1,8 +1,8 @@
 """The TUF repository on disk, as devices fetch it.
 
-What is trusted is what timestamp.json leads to: timestamp → snapshot → targets, releases, assignments. A version that nothing leads
-to was left by an interrupted change; nobody ever saw it and the next change writes over it. So every change is: target files,
-role metadata, snapshot, timestamp, each durable before the next.
+What is trusted is what timestamp.json leads to: timestamp → snapshot → targets, releases, assignments. A version that nothing
+leads to was left by an interrupted change; nobody ever saw it and the next change writes over it. So every change is: target
+files, role metadata, snapshot, timestamp, each durable before the next.
 
     root, targets   signed offline; targets only delegates
     releases, …     one role per publisher, signed offline, one version per publication
@@ -156,8 +156,8 @@ class Repository:
         return self.targets.served(name)
 
     def in_force(self) -> tuple[dict[str, bytes], Callable[[str], dict[str, bytes]], float]:
-        """What a device needs to verify the current state, by the paths it asks for; what adds a target of that name; and until when it
-        is believed (seconds since the epoch).
+        """What a device needs to verify the current state, by the paths it asks for; what adds a target of that name; and until
+        when it is believed (seconds since the epoch).
         """
         with self.lock:
             names = [*self.metadata.roots(), "timestamp.json", f"{self.metadata.snapshot().signed.version}.snapshot.json"]
@@ -189,7 +189,9 @@ class Repository:
     # -- changing ----------------------------------------------------------------------------------------------------------
 
     def publish(self, target: TargetFile, manifest: bytes, metadata: bytes, version: int, publisher: str = RELEASES) -> None:
-        """Makes an already verified version of a publisher's role trusted: the manifest, then the role, then snapshot and timestamp."""
+        """Makes an already verified version of a publisher's role trusted: the manifest, then the role, then snapshot and
+        timestamp.
+        """
         with self.lock:
             self.targets.write(target, manifest)
             self.publish_role(publisher, metadata, version)
@@ -206,12 +208,13 @@ class Repository:
             self.online.assign(document)
 
     def renew(self, *, oldest_s: float | None = None) -> list[str]:
-        """Signs again what has less than half of its time left, and a timestamp that is older than `oldest_s`; what it renewed."""
+        """Signs again what has less than half of its time left, and a timestamp older than `oldest_s`; what it renewed."""
         with self.lock:
             return self.online.renew(oldest_s)
 
     def renew_for(self, seconds: float) -> None:
-        """Signs what is signed online anew, to be believed for the usual time or for these seconds if they are more, until the next change.
+        """Signs what is signed online anew, to be believed for the usual time or for these seconds if they are more, until the
+        next change.
 
         Raises: Invalid.
         """
@@ -221,7 +224,9 @@ class Repository:
             self.online.renew_for(seconds)
 
     def check(self) -> None:
-        """Raises: RepositoryDamaged when what timestamp.json leads to is not complete; Unavailable when it was signed by other keys."""
+        """Raises: RepositoryDamaged when what timestamp.json leads to is not complete; Unavailable when it was signed by other
+        keys.
+        """
         root, targets = self.root_role().signed, self.targets_role()
         timestamp, snapshot = self.metadata.timestamp(), self.metadata.snapshot()
         try:

@@ -1,7 +1,8 @@
 """Signing through a URI of securesystemslib, in a process of its own.
 
-A token's PKCS#11 library is loaded into whoever uses it, and shares OpenSSL with it: after SoftHSM2 was asked for a signature, the TLS of the
-same process failed with the errors it had left behind. So the library lives in a child, which is asked in lines of JSON:
+A token's PKCS#11 library is loaded into whoever uses it, and shares OpenSSL with it: after SoftHSM2 was asked for a signature,
+the TLS of the same process failed with the errors it had left behind. So the library lives in a child, which is asked in lines
+of JSON:
 
     parent: {"uri": …, "candidates": [public keys], "payload": hex}     or {"uri": …, "import": true}
     child:  {"ask": what}, answered by {"secret": …}, any number of times; then {"signature": …}, {"key": …} or {"error": text}
@@ -22,7 +23,8 @@ from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, Key, Signature, Signe
 from fleet_server.errors import Invalid
 
 END_S = 10.0
-"""For the child to end after its answer. How long the answer takes is not limited: a token may wait for a finger on its button."""
+"""For the child to end after its answer. How long the answer takes is not limited: a token may wait for a finger on its button.
+"""
 
 PROBE = b"edge-fleet asks whether this is the right key"
 Ask = Callable[[str], str]

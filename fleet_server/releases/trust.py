@@ -1,4 +1,6 @@
-"""Who is trusted: showing it, proposing a change of it, and applying what the offline keys signed. What a change may be: `key_rules.py`."""
+"""Who is trusted: showing it, proposing a change of it, and applying what the offline keys signed. What a change may be:
+`key_rules.py`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ EVERY_ONLINE = "online"
 
 
 class Wish(msgspec.Struct, frozen=True):
-    """A change that an operator asks for. `role`: root, targets, a publisher, an online role, or `online` for all three of those."""
+    """A change that an operator asks for. `role`: root, targets, a publisher, an online role, or `online` for all three of
+    those.
+    """
 
     action: str
     role: str
@@ -46,8 +50,8 @@ class KeyView(msgspec.Struct, frozen=True):
 
 
 class RoleView(msgspec.Struct, frozen=True, kw_only=True):
-    """A role with its keys. `expires`: when what it signed ends, None when it signed nothing yet; `patterns`: of a publisher, the models that
-    it may sign.
+    """A role with its keys. `expires`: when what it signed ends, None when it signed nothing yet; `patterns`: of a publisher,
+    the models that it may sign.
     """
 
     role: str
@@ -132,7 +136,9 @@ class Trust:
         return done
 
     def resign(self, actor: Actor, publisher: str, metadata: bytes) -> publication.Resigned:
-        """Makes a publisher's role trusted that adds no release: renewed, or with one release reinstated.  Raises: see publication."""
+        """Makes a publisher's role trusted that adds no release: renewed, or with one release reinstated.  Raises: see
+        publication.
+        """
         trusted = self._repository.releases(publisher)
         delegator = self._repository.targets_role().signed
         if trusted is None or publisher not in delegations.roles(delegator):

@@ -1,6 +1,7 @@
 """What devices are told: the assignment, made from the database, signed, and poked about.
 
-The database decides. The signed document follows from it, so a crash between a decision and its signature is made good at the next start.
+The database decides. The signed document follows from it, so a crash between a decision and its signature is made good at the
+next start.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ class FleetAssignment:
             self.poker.poke_all(wanted)
 
     def catch_up(self) -> bool:
-        """Brings a database that is older than the signed assignment (restored from a backup) to what devices were told last; whether it
-        had to.
+        """Brings a database that is older than the signed assignment (restored from a backup) to what devices were told last;
+        whether it had to.
 
-        Otherwise every decision would get a version that devices have seen already, and no device would follow it. What is signed wins,
-        above all what was withdrawn; a rollout of which only one side knows is over.
+        Otherwise every decision would get a version that devices have seen already, and no device would follow it. What is
+        signed wins, above all what was withdrawn; a rollout of which only one side knows is over.
         """
         with self._lock, self._database.session() as session:
             signed = self.signed()

@@ -1,6 +1,8 @@
-"""Bundles: what some devices should run, in one file for a stick. Signed documents as they are in force, and the blobs that they name.
+"""Bundles: what some devices should run, in one file for a stick. Signed documents as they are in force, and the blobs that
+they name.
 
-Nothing in it is secret from the devices it is for, and nothing is believed for being in it: they verify it as they verify the server.
+Nothing in it is secret from the devices it is for, and nothing is believed for being in it: they verify it as they verify the
+server.
 """
 
 from __future__ import annotations
@@ -70,8 +72,8 @@ class Bundles:
         self, actor: Actor, *, models: Sequence[str] = (), devices: Sequence[str] = (), group: str | None = None,
         valid_days: float | None = None,
     ) -> Packed:  # fmt: skip
-        """A bundle for these devices (none named: for all, or all of `group`) with what they should run of these models (none named: of
-        all). `valid_days`: how long it is believed; what is in force is signed anew for that.
+        """A bundle for these devices (none named: for all, or all of `group`) with what they should run of these models (none
+        named: of all). `valid_days`: how long it is believed; what is in force is signed anew for that.
 
         Raises: NotFound (no such device, no device at all, a model that nothing is assigned of), Invalid.
         """
@@ -129,8 +131,8 @@ class Bundles:
 
 
 def may_want(rules: ModelAssignment, device: str, groups: Collection[str], hardware: str | None) -> set[int]:
-    """The releases of a model that the device may want. A device without a network has never said what hardware it is (`hardware` None):
-    then what it would want in each of the classes that are excluded from a release counts, too.
+    """The releases of a model that the device may want. A device without a network has never said what hardware it is
+    (`hardware` None): then what it would want in each of the classes that are excluded from a release counts, too.
     """
     kinds = [hardware] if hardware is not None else ["", *(exclusion.hardware for exclusion in rules.excluded)]
     found = (wanted(rules, device, groups, kind).release for kind in kinds)

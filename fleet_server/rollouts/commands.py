@@ -1,4 +1,4 @@
-"""What operators ask for: starting, promoting, pausing and aborting rollouts, rollbacks, withdrawals, the end of an exclusion."""
+"""What operators ask for: starting, promoting, pausing and aborting rollouts, rollbacks, withdrawals, ending exclusions."""
 
 from __future__ import annotations
 
@@ -65,10 +65,11 @@ class Rollouts:
         self, actor: Actor, ref: ReleaseRef, *, groups: Iterable[str] = (), permille: int | None = None, confirm: bool = False,
         max_failures: int = 0, team: Iterable[ReleaseRef] = (), window: str | None = None, mode: Mode = "install",
     ) -> RolloutDetail:  # fmt: skip
-        """Begins a rollout. `team`: releases of other models that switch with it on each device, all or none. `confirm`: a person confirms
-        each further wave. In mode shadow devices run it on copies of live requests and install nothing.
+        """Begins a rollout. `team`: releases of other models that switch with it on each device, all or none. `confirm`: a
+        person confirms each further wave. In mode shadow devices run it on copies of live requests and install nothing.
 
-        Raises: NotFound, Conflict (another one is under way, withdrawn, not signed any more, already what everyone runs), Invalid.
+        Raises: NotFound, Conflict (another one is under way, withdrawn, not signed any more, already what everyone runs),
+        Invalid.
         """
         refs = [ref, *team]
         plans = _plans(refs, tuple(dict.fromkeys(groups)), permille, confirm, max_failures, mode, window)
@@ -156,7 +157,9 @@ class Rollouts:
     # -- models and releases -----------------------------------------------------------------------------------------------
 
     def roll_back(self, actor: Actor, model: str, to: int | None) -> RolledBack:
-        """Takes every device to an earlier release of the model at once, ending a rollout that is under way.  Raises: NotFound, Conflict."""
+        """Takes every device to an earlier release of the model at once, ending a rollout that is under way.  Raises: NotFound,
+        Conflict.
+        """
         with self._decisions.one() as decision:
             session = decision.session
             row = session.get(ModelRow, model)
@@ -191,7 +194,9 @@ class Rollouts:
         return target
 
     def withdraw(self, actor: Actor, ref: ReleaseRef) -> Withdrawal:
-        """Nobody may run the release any more, in this fleet, ever. Devices that do go back to the one before.  Raises: NotFound, Conflict."""
+        """Nobody may run the release any more, in this fleet, ever. Devices that do go back to the one before.  Raises:
+        NotFound, Conflict.
+        """
         with self._decisions.one() as decision:
             session = decision.session
             release = catalogue.find(session, ref)
@@ -211,7 +216,7 @@ class Rollouts:
         return Withdrawal(str(ref), True)
 
     def reinstate(self, actor: Actor, ref: ReleaseRef) -> Withdrawal:
-        """The release may be rolled out again: its publisher signed so. Nothing is rolled out by this alone.  Raises: NotFound."""
+        """The release may be rolled out again: its publisher signed so. Nothing is rolled out by that.  Raises: NotFound."""
         with self._decisions.one() as decision:
             session = decision.session
             catalogue.find(session, ref).withdrawn = False
@@ -222,7 +227,9 @@ class Rollouts:
         return Withdrawal(str(ref), False)
 
     def end_exclusion(self, actor: Actor, number: int) -> ExclusionView:
-        """Lets an excluded hardware class have the release after all. The class is not excluded from it again.  Raises: NotFound, Conflict."""
+        """Lets an excluded hardware class have the release after all. The class is not excluded from it again.  Raises:
+        NotFound, Conflict.
+        """
         with self._decisions.one() as decision:
             session = decision.session
             row = exclusions.end(session, number, actor.name, self._clock())

@@ -1,7 +1,7 @@
 """One decision at a time.
 
-The order of each: the decision is committed, together with the number of the assignment that it makes necessary; then the assignment is
-signed; then devices are poked, and people are told.
+The order of each: the decision is committed, together with the number of the assignment that it makes necessary; then the
+assignment is signed; then devices are poked, and people are told.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Exclusions: hardware classes that do not run a release, because devices of the class refuse it while others may be well.
 
-Three devices (`rollouts.exclude_after`) of one class that quarantine a release exclude the class, if they are no small part of those that
-had to do with it (`rollouts.exclude_share`): a few devices that are broken, or lie, must not take it from a thousand that run it well.
-The assignment then leaves the class out, its devices go back to the release before, and the rollout goes on for the others. An operator
-may end an exclusion, once and for all.
+Three devices (`rollouts.exclude_after`) of one class that quarantine a release exclude the class, if they are no small part of
+those that had to do with it (`rollouts.exclude_share`): a few devices that are broken, or lie, must not take it from a thousand
+that run it well. The assignment then leaves the class out, its devices go back to the release before, and the rollout goes on
+for the others. An operator may end an exclusion, once and for all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class ExclusionView(msgspec.Struct, frozen=True):
-    """A hardware class that does not run a release, as operators see it. `instead`: what it runs; `ended`: when an operator ended it."""
+    """A hardware class that does not run a release, as operators see it. `instead`: what it runs; `ended`: when an operator
+    ended it.
+    """
 
     id: int
     model: str
@@ -89,7 +91,9 @@ def exclude(session: Session, row: RolloutRow, hardware: str, refused: list[Fact
 
 
 def known(session: Session, model: str, release: int) -> dict[str, ExclusionRow]:
-    """Class → what was decided about it for this release. Exclusions that were ended are among them: such a class is not excluded again."""
+    """Class → what was decided about it for this release. Exclusions that were ended are among them: such a class is not
+    excluded again.
+    """
     rows = session.scalars(select(ExclusionRow).where(ExclusionRow.model == model, ExclusionRow.release == release))
     return {row.hardware: row for row in rows}
 

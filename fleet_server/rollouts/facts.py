@@ -20,7 +20,7 @@ ABOUT_METADATA = frozenset(reason.value for reason in METADATA)
 
 
 def of_wave(session: Session, row: RolloutRow, inventory: Inventory, now: float) -> list[Fact]:
-    """A fact for each device that the rollout reaches by now, but for those whose hardware class is excluded from the release."""
+    """A fact for each device that the rollout reaches by now, but for those in a class that is excluded from the release."""
     wave = rows.as_assigned(row)
     hashes = catalogue.summary_of(catalogue.find(session, ReleaseRef(row.model, row.release))).model_hashes
     said = {d.device: d for d in session.scalars(select(DeviceModel).where(DeviceModel.model == row.model))}
@@ -42,8 +42,8 @@ def of_wave(session: Session, row: RolloutRow, inventory: Inventory, now: float)
 
 
 def of_one(fact: Fact, *, several: bool) -> Fact:
-    """What is left of a fact when `several` machines report under one identity: only what is bad. What one of them does well says nothing
-    of the others, so it is no success, and it keeps no wave waiting.
+    """What is left of a fact when `several` machines report under one identity: only what is bad. What one of them does well
+    says nothing of the others, so it is no success, and it keeps no wave waiting.
     """
     if not several or fact.outcome in (Outcome.REFUSED, Outcome.ROLLED_BACK):
         return fact
@@ -60,8 +60,8 @@ def refusals(session: Session, row: RolloutRow) -> list[Fact]:
 
 
 def fact_of(device: str, online: bool, said: DeviceModel | None, release: int, hashes: dict[str, str], rollout: str) -> Fact:
-    """What a device's last signed report says about the release. `hashes`: variant → the sha256 of its model. An answer that was about
-    the metadata of its time counts only in the `rollout` that it was given to.
+    """What a device's last signed report says about the release. `hashes`: variant → the sha256 of its model. An answer that
+    was about the metadata of its time counts only in the `rollout` that it was given to.
     """
     if said is None:
         return Fact(device, online, serving_it=False)

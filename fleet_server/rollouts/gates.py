@@ -1,7 +1,8 @@
 """What the devices of a wave answered, and what follows. Pure.
 
-Only what a device signed counts, and only together with the digest that it really serves: a device that says "committed" and serves
-other bytes is pending, not a success. Offline devices and failed downloads say nothing about a release and neither pass nor stop it.
+Only what a device signed counts, and only together with the digest that it really serves: a device that says "committed" and
+serves other bytes is pending, not a success. Offline devices and failed downloads say nothing about a release and neither pass
+nor stop it.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def standing(fact: Fact, *, shadow: bool = False) -> Standing:
-    """How one device stands. A bad answer counts whether the device is still there or not; a good one counts only while the right bytes
-    serve. `shadow`: the rollout has mode shadow, and a release that kept its rules beside what serves is a success.
+    """How one device stands. A bad answer counts whether the device is still there or not; a good one counts only while the
+    right bytes serve. `shadow`: the rollout has mode shadow, and a release that kept its rules beside what serves is a success.
     """
     if fact.outcome is Outcome.REFUSED:
         return Standing.REFUSED
@@ -102,8 +103,8 @@ def standing(fact: Fact, *, shadow: bool = False) -> Standing:
 
 
 def judge(facts: Iterable[Fact], *, max_failures: int, min_devices: int = 1, shadow: bool = False) -> Verdict:
-    """The verdict on a wave: FAIL above `max_failures`; PASS when `min_devices` committed and no online device is still to answer.
-    `shadow`: the rollout has mode shadow, and devices need not commit to pass.
+    """The verdict on a wave: FAIL above `max_failures`; PASS when `min_devices` committed and no online device is still to
+    answer. `shadow`: the rollout has mode shadow, and devices need not commit to pass.
     """
     found = dict.fromkeys(Standing, 0)
     witnesses = []

@@ -34,8 +34,8 @@ class Judge:
         self._what_runs_judged = 0.0
 
     def evaluate(self, models: Iterable[str] | None = None) -> None:
-        """Judges the running rollouts of `models`, or all of them, and acts on it. All of them is what the timer asks for: then a decision
-        whose signing failed (a full disk) is signed, too.
+        """Judges the running rollouts of `models`, or all of them, and acts on it. All of them is what the timer asks for: then
+        a decision whose signing failed (a full disk) is signed, too.
         """
         query = select(RolloutRow.id).where(RolloutRow.state.in_(rows.ACTIVE))
         if models is not None:
@@ -50,7 +50,9 @@ class Judge:
                 self._assignment.publish()
 
     def evaluate_one(self, rollout_id: str) -> None:
-        """Judges one rollout, and again as long as gates pass: a wave whose devices all serve the release already takes no time."""
+        """Judges one rollout, and again as long as gates pass: a wave whose devices all serve the release already takes no
+        time.
+        """
         while self._decided(rollout_id):
             pass
 
@@ -71,7 +73,9 @@ class Judge:
             return bool(decision.events)
 
     def _judge_what_runs(self) -> None:
-        """Devices that were away refuse what every device runs after its rollout is over: their class may be excluded then, too."""
+        """Devices that were away refuse what every device runs after its rollout is over: their class may be excluded then,
+        too.
+        """
         if self._clock() - self._what_runs_judged < WHAT_RUNS_JUDGED_S:
             return
         self._what_runs_judged = self._clock()

@@ -1,4 +1,4 @@
-"""One step of a rollout, written down with what it makes of the model and of the assignment. All in the caller's transaction."""
+"""One step of a rollout, written down with what it makes of the model and of the assignment. In the caller's transaction."""
 
 from __future__ import annotations
 

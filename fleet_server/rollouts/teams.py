@@ -1,6 +1,8 @@
-"""Teams: rollouts whose releases switch together on every device. One decision for all members, and what the assignment says of them.
+"""Teams: rollouts whose releases switch together on every device. One decision for all members, and what the assignment says of
+them.
 
-Each member is a rollout of a model of its own; the team's name is the id of the first one. They have the same waves and reach the same devices.
+Each member is a rollout of a model of its own; the team's name is the id of the first one. They have the same waves and reach
+the same devices.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ ROWS_READ = 200
 
 
 def of(session: Session, row: RolloutRow) -> list[RolloutRow]:
-    """The members of the rollout's team, itself among them, in the order in which they were named. A rollout without a team is alone."""
+    """The members of the rollout's team, itself among them, in the order in which they were named. A rollout without a team is
+    alone.
+    """
     if row.team is None:
         return [row]
     return list(session.scalars(select(RolloutRow).where(RolloutRow.team == row.team).order_by(RolloutRow.number)))
 
 
 def assigned(session: Session, models: Mapping[str, ModelRow]) -> dict[str, dict[str, int]]:
-    """Name → model → release of the teams that the assignment has: those under way, those that are what every device runs, and the
-    releases that devices go back to as a team after theirs was aborted.
+    """Name → model → release of the teams that the assignment has: those under way, those that are what every device runs, and
+    the releases that devices go back to as a team after theirs was aborted.
     """
     query = select(RolloutRow).where(RolloutRow.team.is_not(None)).order_by(RolloutRow.number.desc()).limit(ROWS_READ)
     teams: dict[str, list[RolloutRow]] = {}

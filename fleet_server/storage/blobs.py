@@ -64,7 +64,8 @@ class Blobs:
         """Stores the bytes of a blob from `offset` on; its size once all are here and verified.
 
         A connection that breaks leaves what arrived, and the sender goes on from `partial_size`.
-        Raises: Conflict (another upload of it is under way, or `offset` is not where it stopped), Invalid (wrong hash), TooLarge.
+        Raises: Conflict (another upload of it is under way, or `offset` is not where it stopped), Invalid (wrong hash),
+        TooLarge.
         """
         target, partial = self.path(sha256), self.uploads / sha256
         if target.is_file():

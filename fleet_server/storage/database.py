@@ -50,7 +50,9 @@ class Database:
             yield session
 
     def migrate(self, revision: str = "head") -> None:
-        """Brings the schema to `revision`, which is this version's.  Raises: DatabaseError when a newer version wrote it or it cannot be changed."""
+        """Brings the schema to `revision`, which is this version's.  Raises: DatabaseError when a newer version wrote it or it
+        cannot be changed.
+        """
         try:
             if revision == "head" and self.is_current():
                 return

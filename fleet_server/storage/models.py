@@ -1,4 +1,6 @@
-"""The tables. Plain types only, so that the same schema serves SQLite now and PostgreSQL later; times are seconds since the epoch."""
+"""The tables. Plain types only, so that the same schema serves SQLite now and PostgreSQL later; times are seconds since the
+epoch.
+"""
 
 from __future__ import annotations
 
@@ -159,8 +161,8 @@ class RolloutRow(Base):
 
 
 class ExclusionRow(Base):
-    """A hardware class that does not run a release, with the devices that refused it. One that was ended is kept: the class is not excluded
-    again.
+    """A hardware class that does not run a release, with the devices that refused it. One that was ended is kept: the class is
+    not excluded again.
     """
 
     __tablename__ = "exclusions"

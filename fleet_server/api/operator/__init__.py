@@ -1,1 +1,3 @@
-"""The operators' REST API, the page, and the two routes by which a device joins: a module for each subject, `app` for all of them."""
+"""The operators' REST API, the page, and the two routes by which a device joins: a module for each subject, `app` for all of
+them.
+"""

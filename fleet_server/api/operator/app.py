@@ -87,8 +87,8 @@ def build(parts: Parts, *, title: str = "edge-fleet", version: str = "0") -> Fas
 
 
 def described_api() -> dict[str, Any]:
-    """What `edge-fleet openapi` prints and the server serves; made without a server, as no route is called. `x-role` of an operation is the
-    least role that may use it.
+    """What `edge-fleet openapi` prints and the server serves; made without a server, as no route is called. `x-role` of an
+    operation is the least role that may use it.
     """
 
     class NoParts:

@@ -76,7 +76,9 @@ class PublicKey(BaseModel):
 
 
 class KeyWish(Body):
-    """A change of who is trusted. `role`: root, targets, a publisher, assignments, snapshot, timestamp, or `online` for those three."""
+    """A change of who is trusted. `role`: root, targets, a publisher, assignments, snapshot, timestamp, or `online` for those
+    three.
+    """
 
     action: Annotated[str, Field(pattern="^(renew|rotate|add-publisher|remove-publisher)$")]
     role: Name
@@ -97,9 +99,9 @@ RENAMED = {"hold": "confirm", "together": "team"}
 
 
 class NewRollout(Body):
-    """Neither `groups` nor `percent`: every device at once. `confirm`: wait for promote between waves. `team`: releases of other models
-    that switch with it on each device, all or none. `window`: when devices may switch, in their local time. `mode` shadow: devices run it
-    on copies of live requests and install nothing.
+    """Neither `groups` nor `percent`: every device at once. `confirm`: wait for promote between waves. `team`: releases of
+    other models that switch with it on each device, all or none. `window`: when devices may switch, in their local time. `mode`
+    shadow: devices run it on copies of live requests and install nothing.
     """
 
     release: Annotated[str, Field(max_length=100, examples=["digits:4"])]

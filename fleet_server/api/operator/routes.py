@@ -1,6 +1,7 @@
 """What a route is, and how a handler with types becomes an endpoint that FastAPI calls.
 
-A handler is a function of the server's parts. What it returns is its answer's type in the OpenAPI document, so the two cannot differ.
+A handler is a function of the server's parts. What it returns is its answer's type in the OpenAPI document, so the two cannot
+differ.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """one word for one thing: teams, confirmation between waves, exclusions that are ended
 
-Columns are renamed in place: SQLite would make the table anew otherwise, and dropping the old one takes along the verdicts that refer to it.
-Events and audit entries of before stay as they were written down: they are history.
+Columns are renamed in place: SQLite would make the table anew otherwise, and dropping the old one takes along the verdicts that
+refer to it. Events and audit entries of before stay as they were written down: they are history.
 """
 
 from alembic import op
