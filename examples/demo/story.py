@@ -215,13 +215,13 @@ class Story:
         return (device.folder / f"store/releases/{MODEL}/{release}.json").exists()
 
     def failures(self) -> dict[str, int]:
-        self.settle()
+        self.wait_for_apps()
         return {device.name: device.tally["failed"] for device in self.devices}
 
     def requests(self) -> dict[str, int]:
         return {device.name: device.tally["requests"] for device in self.devices}
 
-    def settle(self) -> None:
+    def wait_for_apps(self) -> None:
         """Waits for the next word of every app, so that what it saw so far is counted."""
         before = {device.name: device.tally for device in self.devices}
         self.until(

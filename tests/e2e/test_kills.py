@@ -62,7 +62,7 @@ def test_killed_serve_in_watching_rolls_back(world: World) -> None:
     world.reaches("watching", release)
     world.kill("serve")
     world.restart("serve")
-    world.until("a roll-back", lambda: world.answer(release) and world.serving() == before)
+    world.until("a rollback", lambda: world.answer(release) and world.serving() == before)
     assert (world.answer(release)["outcome"], world.answer(release)["reason"]) == ("rolled_back", "serve_crashed")
 
 
@@ -105,18 +105,18 @@ def test_a_crash_after_an_orderly_restart_is_one(world: World) -> None:
     world.restart("serve")
     world.until("serve answers", lambda: world.serving() == release)
     world.restart("sync")
-    world.until("a roll-back", lambda: world.answer(release) and world.serving() == before)
+    world.until("a rollback", lambda: world.answer(release) and world.serving() == before)
     assert (world.answer(release)["outcome"], world.answer(release)["reason"]) == ("rolled_back", "serve_crashed")
 
 
 def test_killed_sync_in_rolling_back(world: World) -> None:
-    """The roll-back is taken up again: nothing can leave a bad release in place."""
+    """The rollback is taken up again: nothing can leave a bad release in place."""
     before = world.serving()
     release = world.update(TREACHEROUS)
     world.reaches("rolling_back", release)
     world.kill("sync")
     world.restart("sync")
-    world.until("a roll-back", lambda: world.answer(release) and world.serving() == before)
+    world.until("a rollback", lambda: world.answer(release) and world.serving() == before)
     assert (world.answer(release)["outcome"], world.answer(release)["reason"]) == ("rolled_back", "error_ratio")
 
 

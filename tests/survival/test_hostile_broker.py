@@ -65,7 +65,7 @@ def test_a_bad_release_is_rolled_back_and_the_fleet_knows(world: Besieged, manne
     before = world.serving()
     world.broker.manner = manner
     release = world.update(TREACHEROUS)
-    world.until("a roll-back", lambda: world.answer(release) and world.serving() == before)
+    world.until("a rollback", lambda: world.answer(release) and world.serving() == before)
     assert world.answer(release)["reason"] == "error_ratio"
     world.until("the rollout is over", lambda: world.fleet.get("rollouts")[0]["state"] == "aborted")
     assert_agreed(world, None)

@@ -120,10 +120,12 @@ def test_hold_and_rollback(config, lived):
     assert "held on release 2" in run("hold", "crane", "--config", config).output
     assert "rolls back to release 1" in run("rollback", "crane", "--config", config).output
     assert json.loads(run("updates", "--json", "--config", config).output)["crane"]["held"] == 1
-    assert "follows the fleet again" in run("hold", "crane", "--lift", "--config", config).output
+    assert "edge-agent unhold" in run("hold", "crane", "--lift", "--config", config).output
+    assert json.loads(run("updates", "--json", "--config", config).output)["crane"]["held"] == 1
+    assert "follows the fleet again" in run("unhold", "crane", "--config", config).output
     assert run("rollback", "crane", "--to", "2", "--config", config).exit_code == 1
     assert run("rollback", "crane", "--to", "7", "--config", config).exit_code == 1
-    assert run("hold", "lift", "--config", config).exit_code == 1
+    assert run("hold", "unknown", "--config", config).exit_code == 1
 
 
 def test_before_any_store(config):

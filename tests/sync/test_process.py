@@ -217,7 +217,7 @@ def test_killed_while_rolling_back(device: Device):
     device.repository.assign(MODEL, 2)
     eventually(lambda: device.phase() == "watching", "the watch")
     device.serve.answer_with(MODEL, 2, stats(ok=10, run=90))
-    eventually(lambda: ("rollback", MODEL, 1) in device.serve.calls, "the roll-back")
+    eventually(lambda: ("rollback", MODEL, 1) in device.serve.calls, "the rollback")
     device.kill()
     device.check_store()
     selection = device.store.selection(MODEL)
@@ -226,7 +226,7 @@ def test_killed_while_rolling_back(device: Device):
     device.serve.block.pop("rollback").set()
 
     device.start()
-    eventually(lambda: device.phase() == "quarantined", "the roll-back to end")
+    eventually(lambda: device.phase() == "quarantined", "the rollback to end")
     assert device.active == 1
     assert device.answer()["reason"] == "error_ratio"
 

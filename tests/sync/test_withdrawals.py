@@ -39,19 +39,19 @@ def away(_: ReleaseRef) -> int | None:
 ROWS = [
     ("it is remembered", [((2,), signed(r2=0)), ((), signed(r2=0))], (2,)),
     ("nothing that nobody signed is remembered", [((2, 3, 4), signed(r2=0))], (2,)),
-    ("the publisher lifts it", [((2,), signed(r2=0)), ((), signed(r2=1))], ()),
+    ("the publisher reinstates it", [((2,), signed(r2=0)), ((), signed(r2=1))], ()),
     ("withdrawn again after that", [((2,), signed(r2=0)), ((), signed(r2=1)), ((2,), signed(r2=1)), ((), signed(r2=1))], (2,)),
     (
-        "lifted and withdrawn again while the device was away",
+        "reinstated and withdrawn again while the device was away",
         [((2,), signed(r2=0)), ((2,), signed(r2=1)), ((), signed(r2=1))],
         (2,),
     ),
-    ("lifted twice", [((2,), signed(r2=1)), ((), signed(r2=2))], ()),
-    ("a lower number lifts nothing", [((2,), signed(r2=3)), ((), signed(r2=1))], (2,)),
-    ("while it cannot be learnt nothing is lifted", [((2,), signed(r2=0)), ((), away)], (2,)),
+    ("reinstated twice", [((2,), signed(r2=1)), ((), signed(r2=2))], ()),
+    ("a lower number reinstates nothing", [((2,), signed(r2=3)), ((), signed(r2=1))], (2,)),
+    ("while it cannot be learnt nothing is reinstated", [((2,), signed(r2=0)), ((), away)], (2,)),
     ("an unknown number is decided by the first that is known", [((2,), away), ((), signed(r2=5)), ((), signed(r2=5))], (2,)),
-    ("and lifted by a higher one", [((2,), away), ((), signed(r2=5)), ((), signed(r2=6))], ()),
-    ("a publisher that vanished lifts nothing", [((2,), signed(r2=0)), ((), signed())], (2,)),
+    ("and reinstated by a higher one", [((2,), away), ((), signed(r2=5)), ((), signed(r2=6))], ()),
+    ("a publisher that vanished reinstates nothing", [((2,), signed(r2=0)), ((), signed())], (2,)),
 ]
 
 

@@ -94,13 +94,21 @@ def approve(model: str, release: int | None, config_path: Path | None, *, as_jso
     )
 
 
+def _is_unhold(ctx: click.Context, _parameter: click.Parameter, value: object) -> None:
+    """`hold --lift` was a second name of `unhold`."""
+    if value:
+        raise click.UsageError(
+            f"`edge-agent hold {ctx.params.get('model', 'MODEL')} --lift` is called `edge-agent unhold` now", ctx
+        )
+
+
 @click.command()
 @model_argument
 @click.argument("release", type=int, required=False)
-@click.option("--lift", is_flag=True, help="The same as `edge-agent unhold`.")
+@click.option("--lift", is_flag=True, hidden=True, expose_value=False, callback=_is_unhold)
 @config_option
 @json_option
-def hold(model: str, release: int | None, config_path: Path | None, *, lift: bool, as_json: bool) -> None:
+def hold(model: str, release: int | None, config_path: Path | None, *, as_json: bool) -> None:
     """Keep a model on RELEASE, or on what serves now, whatever the fleet wants. Only a withdrawal is stronger.
 
     \b
@@ -110,9 +118,6 @@ def hold(model: str, release: int | None, config_path: Path | None, *, lift: boo
     """
     from agent.sync.operator import actions
 
-    if lift:
-        _lift(model, config_path, as_json=as_json)
-        return
     with _told(), _store(config_path) as store:
         version = actions.hold(store, model, release)
     _answer(
@@ -131,15 +136,11 @@ def unhold(model: str, config_path: Path | None, *, as_json: bool) -> None:
     Example:
       edge-agent unhold digits
     """
-    _lift(model, config_path, as_json=as_json)
-
-
-def _lift(model: str, config_path: Path | None, *, as_json: bool) -> None:
     from agent.sync.updating.holds import Holds
 
     with _told(), _store(config_path) as store:
         done = Holds(store.private / "holds").unhold(model)
-    _answer(as_json, {"model": model, "lifted": done}, f"{model} follows the fleet again" if done else f"{model} was not held")
+    _answer(as_json, {"model": model, "unheld": done}, f"{model} follows the fleet again" if done else f"{model} was not held")
 
 
 @click.command()

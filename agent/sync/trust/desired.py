@@ -66,7 +66,7 @@ class Desired(Document, frozen=True, kw_only=True):
         return release in self._rules(model).withdrawn
 
     def contradicted(self) -> tuple[ReleaseRef, ...]:
-        """Releases that the fleet wants although they were withdrawn and nobody who may has lifted that: they are refused."""
+        """Releases that the fleet wants although they were withdrawn and nobody who may has reinstated them: they are refused."""
         found = set()
         for model, rules in self.assignment.models.items():
             named = {rules.release, rules.rollout.release if rules.rollout else None}

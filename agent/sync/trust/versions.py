@@ -22,7 +22,7 @@ MAX_BYTES = 16 * 1024 * 1024
 
 class SeenVersions(Document, frozen=True, kw_only=True):
     """`versions` by role; `keys` the key ids that each role had when its version was noted; `withdrawn` per model the releases
-    that were ever withdrawn, with how often their publisher had lifted a withdrawal by then.
+    that were ever withdrawn, with how often their publisher had reinstated them by then.
     """
 
     versions: dict[str, int] = {}

@@ -3,10 +3,10 @@
 The assignment is the server's word, so a thief of the online keys could withdraw the withdrawal and offer a bad release again.
 He cannot:
  1. every release that a verified assignment ever listed as withdrawn is remembered, if a publisher signed such a release at
-    all, with the number of times its publisher had lifted a withdrawal of it by then (`reinstated`, in the signed list of
+    all, with the number of times its publisher had reinstated it by then (`reinstated`, in the signed list of
     releases);
  2. it is refused, whatever later assignments say, while that number has not grown;
- 3. while the number cannot be learnt (the publisher's metadata has expired, or cannot be fetched), nothing is lifted.
+ 3. while the number cannot be learnt (the publisher's metadata has expired, or cannot be fetched), nothing is reinstated.
 Pure but for what `count` asks.
 """
 
@@ -18,7 +18,7 @@ from agent.contract.assignment import REINSTATED_FIELD, Assignment
 from agent.contract.names import ReleaseRef
 
 Count = Callable[[ReleaseRef], int | None]
-"""How often the publisher lifted a withdrawal; None when nobody signed such a release.  Raises: LookupError when it cannot be
+"""How often the publisher reinstated a release; None when nobody signed such a one.  Raises: LookupError when it cannot be
 learnt now."""
 
 Withdrawn = Mapping[str, Mapping[str, int]]

@@ -100,7 +100,7 @@ def test_one_that_is_rolled_back_leaves_all_files_of_the_one_before(device: Real
     eventually(lambda: device.phase() == "watching", "the watch", 30)
     device.real.kill()
     device.real.start()
-    eventually(lambda: device.phase() == "quarantined", "the roll-back", 30)
+    eventually(lambda: device.phase() == "quarantined", "the rollback", 30)
     assert device.answer()["outcome"] == "rolled_back"
     eventually(lambda: device.active == 1, "release 1", 30)
     assert factor(device) == 7

@@ -51,7 +51,7 @@ def test_a_share_that_is_refused_ends_at_once(device: Real, app: App):
     """A model for inputs that nobody here sends: a fifth of the requests meets it until ten have."""
     watch = WatchRules(duration_s=30.0, min_requests_to_judge=10)
     device.offer(2, 1.0, width=5, canary=CANARY, watch=watch)
-    eventually(lambda: device.phase() == "quarantined", "the roll-back", 30)
+    eventually(lambda: device.phase() == "quarantined", "the rollback", 30)
     rejected, seen = app.rejected, len(app.factors)
     eventually(lambda: len(app.factors) > seen + 20, "answers again")
 

@@ -43,7 +43,7 @@ def test_a_release_that_answers_wrong_never_serves(device: Real, app: App):
 def test_a_release_that_refuses_its_callers_is_rolled_back(device: Real, app: App):
     """It is a good model, for inputs that nobody here sends."""
     device.offer(2, 2.0, width=5, watch=WatchRules(duration_s=30.0, min_requests_to_judge=10))
-    eventually(lambda: device.phase() == "quarantined", "the roll-back", 30)
+    eventually(lambda: device.phase() == "quarantined", "the rollback", 30)
     seen = len(app.factors)
     eventually(lambda: len(app.factors) > seen + 20, "answers again")
 
@@ -59,7 +59,7 @@ def test_serve_killed_in_the_watch_costs_the_release_its_place(device: Real, app
     eventually(lambda: device.phase() == "watching", "the watch", 30)
     device.real.kill()
     device.real.start()
-    eventually(lambda: device.phase() == "quarantined", "the roll-back", 30)
+    eventually(lambda: device.phase() == "quarantined", "the rollback", 30)
     seen = len(app.factors)
     eventually(lambda: len(app.factors) > seen + 20, "answers again")
 
