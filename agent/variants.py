@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from agent.contract.manifest import Picture, Serving
-from runtimes.contract import Model, ModelInvalid, RuntimeUnavailable, TensorSpec
+from runtimes.contract import Model, ModelInvalid, RuntimeUnavailable, TensorSpec, is_stateful
 from runtimes.naming import Interfaces
 from runtimes.state import DeclaredState
 
@@ -44,7 +44,7 @@ def check_batches(model: Model, max_batch_size: int) -> None:
                     f"max_batch_size {max_batch_size} needs a first dimension of any size in all inputs and outputs, "
                     f"but {role} {spec.name!r} has shape {list(spec.shape)}; export the model so, or leave max_batch_size out"
                 )
-    if getattr(model, "stateful", False):
+    if is_stateful(model):
         raise ModelInvalid(f"max_batch_size {max_batch_size} cannot be had: the model keeps state, so its requests stay apart")
 
 

@@ -18,8 +18,9 @@ os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["ORT_TELEMETRY_DISABLED"] = "1"
 from agent.config import ServeSettings
 from agent.serving import app
 from agent.serving.access import Access, Grant
-from agent.serving.api.oip import read_request, write_response
-from agent.serving.dataplane import OIP
+from agent.serving.api.oip import OIP
+from agent.serving.api.oip_request import read_request
+from agent.serving.api.oip_response import write_response
 from agent.serving.models import loading
 from agent.serving.models.loading import Source
 from agent.serving.routes import Request
@@ -56,8 +57,8 @@ class Bench:
             scheduler=self.parts.dataplane.scheduler, memory_of=lambda _: memory,
         )  # fmt: skip
         self.client, sock = socket.socketpair()
-        self.loop._doors.admit(sock)
-        (self.connection,) = self.loop._doors.open.values()
+        self.loop._admission.admit(sock)
+        (self.connection,) = self.loop._admission.open.values()
         self.request = models.request("tiny", models.tiny_input())
         version = self.parts.host.models["tiny"].active
         assert version is not None
@@ -91,7 +92,7 @@ class Bench:
         bare = best_ns(echo)
         request = self.arrive()
         version, stats, body = self.version, self.version.stats, request.body
-        _, plan, feeds = request.known
+        plan, feeds = request.known.plan, request.known.feeds
         assert version.model is not None
         arrays = version.model.run(feeds)
         answer = write_response(plan, arrays, "tiny", "1")

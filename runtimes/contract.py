@@ -107,6 +107,18 @@ class LoadOptions:
     libraries: tuple[Path, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What is inside a model file. `providers` says of each provider that this machine's engine has how many of the file's operators it
+    takes; `weights_bytes` is None where it is not known.
+    """
+
+    format: str = ""
+    operators: Mapping[str, int] = field(default_factory=dict)
+    weights_bytes: int | None = None
+    providers: Mapping[str, int] = field(default_factory=dict)
+
+
 class RuntimeFailure(Exception):
     """Root of what a runtime raises; foreign exceptions are translated into one of these."""
 
@@ -204,3 +216,26 @@ class Runtime(Protocol):
 
     def load(self, path: Path, options: LoadOptions) -> Model:
         """Raises: ModelInvalid, RuntimeUnavailable. May crash the process on a hostile file: try it in a child first."""
+
+
+@runtime_checkable
+class Describing(Protocol):
+    """What a Runtime has in addition when it can say what is inside a model file, for people who look at a file before they serve it."""
+
+    def outline(self, path: Path) -> Description:
+        """What the file itself says, without any engine: its providers are not known."""
+
+    def describe(self, path: Path, options: LoadOptions) -> Description:
+        """What the engine says, too. Loads the model, so it belongs into a process that may die."""
+
+
+def is_stateful(model: Model | None) -> bool:
+    """Whether runs of the model can belong to sequences, which share state."""
+    found: object = model
+    return isinstance(found, Stateful) and found.stateful
+
+
+def signatures_of(model: Model) -> tuple[Signature, ...]:
+    """The ways to ask the model that its file names; none where it names none."""
+    found: object = model
+    return found.signatures if isinstance(found, Signed) else ()

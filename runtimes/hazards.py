@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-CALL = "a function of the file"
+from runtimes import onnx_dataflow, ort_dataflow, tflite_dataflow
+from runtimes.dataflow import CALL, Graph, Node
+
 DIVIDES = frozenset({"Div", "Mod", "FLOOR_MOD"})
 TRAPS = frozenset({"INT32", "INT64"})
 
@@ -39,8 +40,8 @@ SIZES: Mapping[str, Sequence[int]] = {
 SHAPES = frozenset({"Shape", "Size", "SHAPE", "RANK", "ConstantOfShape", "ZEROS_LIKE", "EyeLike"})
 """Operators whose results depend on the shapes of what they are given, not on its values."""
 
-MOST_LOOKS = 300_000
-"""At nodes. Bodies within loops are looked at again and again: 24 loops within each other, a file of 3 KB, would take days. This is a second."""
+MOST_STEPS = 300_000
+"""At nodes. Bodies within loops are walked again and again: 24 loops within each other, a file of 3 KB, would take days. This is a second."""
 
 UNSEEN = "it is nested too deeply to see what a request could do"
 
@@ -52,36 +53,12 @@ TRUTHS = frozenset(
 )
 
 
-@dataclass(slots=True)
-class Node:
-    """`bodies` are the graphs that it runs: an If's branches; a Loop's body; a WHILE's condition and body, in this order."""
-
-    op: str
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    bodies: Sequence[Graph] = ()
-    type: str = ""  # of its first output, where the operator itself says it
-
-
-@dataclass(slots=True)
-class Graph:
-    """Names are of values; in the bodies of ONNX the names outside are visible too. `types` are those that the file tells."""
-
-    inputs: Sequence[str] = ()
-    outputs: Sequence[str] = ()
-    nodes: list[Node] = field(default_factory=list)
-    constants: dict[str, Collection[int]] = field(default_factory=dict)  # the values of small integer ones
-    types: dict[str, str] = field(default_factory=dict)
-
-
 def find(runtime: str, path: Path) -> tuple[str, ...]:
     """What a request could do, in words, each once; empty when nothing was found."""
-    if runtime == "onnx" and _is_of_ort(path):
-        from runtimes.ort_hazards import read
-    elif runtime == "onnx":
-        from runtimes.onnx_hazards import read
+    if runtime == "onnx":
+        read = ort_dataflow.read if _is_of_ort(path) else onnx_dataflow.read
     elif runtime == "tflite":
-        from runtimes.tflite_hazards import read
+        read = tflite_dataflow.read
     else:
         return ()
     try:
@@ -103,32 +80,32 @@ def _is_of_ort(path: Path) -> bool:
 def judge(graphs: Sequence[Graph], *, traps: bool) -> tuple[str, ...]:
     """The same of graphs that a request may run. `traps`: whether an integer division without a result ends a process on this machine."""
     found: dict[str, None] = {}
-    looks = iter(range(MOST_LOOKS))
+    steps = iter(range(MOST_STEPS))
     try:
         for graph in graphs:
-            _Walk(found, looks, traps=traps).graph(graph, set(graph.inputs), dict(graph.types), {})
+            _Walk(found, steps, traps=traps).graph(graph, set(graph.inputs), dict(graph.types), {})
     except (_TooMuch, RecursionError):
         found[UNSEEN] = None
     return tuple(found)
 
 
 class _TooMuch(Exception):
-    """MOST_LOOKS are through."""
+    """MOST_STEPS are through."""
 
 
 class _Walk:
     """Follows the values that depend on those of a request (`told`) through a graph and what it runs."""
 
-    def __init__(self, found: dict[str, None], looks: Iterator[int], *, traps: bool) -> None:
+    def __init__(self, found: dict[str, None], steps: Iterator[int], *, traps: bool) -> None:
         self._found = found
-        self._looks = looks
+        self._steps = steps
         self._traps = traps
 
     def graph(self, graph: Graph, told: set[str], types: dict[str, str], constants: Mapping[str, Collection[int]]) -> set[str]:
         """Adds to `told` what depends on it, and gives it back."""
         constants = {**constants, **graph.constants}
         for node in graph.nodes:
-            if next(self._looks, None) is None:
+            if next(self._steps, None) is None:
                 raise _TooMuch
             known = next((types[name] for name in node.inputs if name in types), "")
             for name in node.outputs[:1]:
@@ -137,12 +114,12 @@ class _Walk:
                 depends = self._with_bodies(node, told, types, constants)
                 told.update(name for name, does in zip(node.outputs, depends, strict=False) if does)
                 continue
-            self._look(node, told, types, constants)
+            self._judge(node, told, types, constants)
             if node.op not in SHAPES and not told.isdisjoint(node.inputs):
                 told.update(node.outputs)
         return told
 
-    def _look(
+    def _judge(
         self, node: Node, told: Collection[str], types: Mapping[str, str], constants: Mapping[str, Collection[int]]
     ) -> None:
         inputs = node.inputs
@@ -202,7 +179,7 @@ class _Walk:
         depends, before = [name in told for name in carried], None
         while depends != before:
             before = depends
-            after = go_round(_Walk({}, self._looks, traps=self._traps), body, depends, inner)
+            after = go_round(_Walk({}, self._steps, traps=self._traps), body, depends, inner)
             depends = [does or name in after for does, name in zip(depends, outer, strict=False)]
         after = go_round(self, body, depends, inner)
         if of_onnx:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from runtimes.contract import Model, Signature, TensorSpec
+from runtimes.contract import Model, Signature, TensorSpec, signatures_of
 
 SERVING_DEFAULT = "serving_default"  # how TensorFlow calls the signature of a model that has only one
 
@@ -69,7 +69,7 @@ class Interfaces:
 
     @classmethod
     def of(cls, model: Model) -> Interfaces:
-        return cls(model.inputs, model.outputs, getattr(model, "signatures", ()))
+        return cls(model.inputs, model.outputs, signatures_of(model))
 
     @property
     def default(self) -> Interface:

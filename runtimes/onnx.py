@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from runtimes import onnx_external, sums
+from runtimes import int8_sums, onnx_description, onnx_external
 from runtimes.check import check_feeds
 from runtimes.contract import (
     CONTRACT_VERSION,
     Array,
+    Description,
     InputInvalid,
     LoadOptions,
     ModelInvalid,
@@ -26,11 +27,11 @@ from runtimes.contract import (
     RuntimeUnavailable,
     TensorSpec,
 )
+from runtimes.messages import plain
 from runtimes.onnx_graph import read_quantization, read_rankless
 from runtimes.onnx_refusals import left_out, no_tensor, not_loaded
 from runtimes.onnx_weights import has_wide_weights
-from runtimes.usual import Usual, resident_bytes
-from runtimes.words import plain
+from runtimes.usual_sizes import UsualSizes, resident_bytes
 
 INSTALL = "install it with: pip install 'edge-inference-agent[onnx]'"
 
@@ -42,7 +43,6 @@ ELEMENT_TYPES = {
 }  # fmt: skip
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 FALLBACKS = {"cpu": (), "cuda": ("cpu",), "tensorrt": ("cuda", "cpu")}
-EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 BFLOAT16 = 16  # its number among ONNX's element types
 ORT_FORMAT_MAGIC = b"ORTM"  # flatbuffer identifier at byte 4; blobs have no suffix that would tell
 INEXACT = (
@@ -77,30 +77,25 @@ class OnnxRuntime:
         head = _head(path)
         requested = str(options.extra.get("provider", "auto"))
         wanted, missing = _choose(requested, ort)
-        model, folder = content(path, options.data)
+        model, folder = onnx_external.content(path, options.data)
         session, inexact = _exact_session(
             ort, path, model, lambda: _settings(ort, options, head, folder), [PROVIDERS[p] for p in wanted]
         )
         placement = _placement(requested, wanted, missing, session, (inexact, left_out(session.get_outputs(), ELEMENT_TYPES)))
         return OnnxModel(session, read_quantization(path), read_rankless(path), placement)
 
+    def outline(self, path: Path) -> Description:
+        return onnx_description.outline(path)
 
-def content(path: Path, data: Mapping[str, Path] | None) -> tuple[Path | bytes, Path | None]:
-    """What to give to the engine for the model, and the folder from which it finds its other files, where it has some.
-
-    Raises: ModelInvalid when one is missing, or is where no file of a model may be.
-    """
-    found = onnx_external.all_beside(path) if data is None else onnx_external.given(path, data)
-    if all(file == path.parent.absolute() / location for location, file in found.items()):
-        return path, None  # the engine finds them by itself
-    return onnx_external.assembled(path, found)
+    def describe(self, path: Path, options: LoadOptions) -> Description:
+        return onnx_description.describe(path, options, PROVIDERS.values())
 
 
 def _exact_session(
     ort: Any, path: Path, model: Path | bytes, settings: Callable[[], Any], providers: Sequence[str]
 ) -> tuple[Any, str | None]:
     """The session, and in words why its int8 sums may be wrong; None when they are not."""
-    if not (has_wide_weights(path) and sums.overflow(ort)):
+    if not (has_wide_weights(path) and int8_sums.overflow(ort)):
         return _session(ort, path, model, settings(), providers), None
     exact = settings()
     exact.add_session_config_entry("session.x64quantprecision", "1")  # kernels that hold two products of such weights
@@ -154,7 +149,7 @@ def _settings(ort: Any, options: LoadOptions, head: bytes, folder: Path | None) 
     for library in options.libraries:
         _register(ort, settings, library)
     if folder is not None:
-        settings.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
+        settings.add_session_config_entry(onnx_external.FOLDER_SETTING, str(folder))
     if head[4:8] == ORT_FORMAT_MAGIC:
         settings.add_session_config_entry("session.load_model_format", "ORT")
     return settings
@@ -209,7 +204,7 @@ class OnnxModel:
         self._options = _engine().RunOptions()  # the defaults: making them for every run takes most of a microsecond
         self._giving_back = _engine().RunOptions()
         self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._usual = Usual() if any(-1 in spec.shape for spec in self._inputs) else None
+        self._usual = UsualSizes() if any(-1 in spec.shape for spec in self._inputs) else None
         self._run = _run_of(session)
 
     @property
@@ -240,7 +235,7 @@ class OnnxModel:
         """What runs have left with the engine, beyond what loading took."""
         return 0 if self._usual is None else self._usual.grown_bytes
 
-    def _run_of_any_size(self, usual: Usual, outputs: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
+    def _run_of_any_size(self, usual: UsualSizes, outputs: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
         """A run of a model whose inputs have any size; after an unusual one the engine gives back what it keeps."""
         size_bytes = 0
         for array in feeds.values():

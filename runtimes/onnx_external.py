@@ -17,6 +17,9 @@ from pathlib import Path, PurePosixPath
 from runtimes.contract import ModelInvalid
 from runtimes.protobuf import UNREADABLE, Wire, encoded, fields, mapped, message, parts, text
 
+FOLDER_SETTING = "session.model_external_initializers_file_folder_path"
+"""What the engine calls the folder from which it finds a model's other files."""
+
 PARTS: Mapping[str, Mapping[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -151,3 +154,14 @@ def _entry(data: memoryview) -> tuple[str, str]:
         elif number == ENTRY_VALUE:
             value = text(content)
     return key, value
+
+
+def content(path: Path, data: Mapping[str, Path] | None) -> tuple[Path | bytes, Path | None]:
+    """What to give to the engine for the model, and the folder from which it finds its other files, where it has some.
+
+    Raises: ModelInvalid when one is missing, or is where no file of a model may be.
+    """
+    found = all_beside(path) if data is None else given(path, data)
+    if all(file == path.parent.absolute() / location for location, file in found.items()):
+        return path, None  # the engine finds them by itself
+    return assembled(path, found)

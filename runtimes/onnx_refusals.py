@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtimes.file_kinds import is_tflite, what_it_is
+from runtimes.messages import plain
 from runtimes.onnx_outline import read_outline
-from runtimes.recognizing import is_tflite, what_it_is
-from runtimes.words import plain
 
 EXTENSIONS = "ai.onnx.contrib"
 ITS_OWN = frozenset(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from runtimes.contract import CONTRACT_VERSION, ModelInvalid, Runtime, RuntimeUnavailable
-from runtimes.recognizing import what_it_is
+from runtimes.file_kinds import what_it_is
 
 GROUP = "edge_agent.runtimes"
 

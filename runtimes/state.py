@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from runtimes.check import shape_text
-from runtimes.contract import Array, Growing, Model, ModelInvalid, Placement, Signature, TensorSpec
+from runtimes.contract import Array, Growing, Model, ModelInvalid, Placement, Signature, TensorSpec, signatures_of
 from runtimes.naming import Interfaces
 
 
@@ -30,7 +30,7 @@ class DeclaredState:
         self.initial = _initial(model, self.pairs)
         self.inputs = tuple(spec for spec in model.inputs if spec.name not in self.pairs)
         self.all_outputs = [spec.name for spec in model.outputs]
-        self.signatures = tuple(self._without_state(signature) for signature in getattr(model, "signatures", ()))
+        self.signatures = tuple(self._without_state(signature) for signature in signatures_of(model))
         self._own_outputs = frozenset(self.all_outputs)
 
     def _without_state(self, signature: Signature) -> Signature:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from runtimes.contract import CONTRACT_VERSION, LoadOptions, ModelInvalid, Placement, RuntimeUnavailable
+from runtimes import tflite_description
+from runtimes.contract import CONTRACT_VERSION, Description, LoadOptions, ModelInvalid, Placement, RuntimeUnavailable
 from runtimes.tflite_graph import read_facts
 from runtimes.tflite_interface import methods_of
 from runtimes.tflite_model import BrokenEngine, NewInterpreter, TfliteModel, create
@@ -53,6 +54,12 @@ class TfliteRuntime:
             self._engine = (label, new_interpreter)
             return model
         raise RuntimeUnavailable(f"no TFLite engine works here ({'; '.join(reasons)}); {INSTALL}")
+
+    def outline(self, path: Path) -> Description:
+        return tflite_description.outline(path)
+
+    def describe(self, path: Path, _options: LoadOptions) -> Description:
+        return tflite_description.describe(path)
 
 
 def _load(label: str, new_interpreter: NewInterpreter, path: Path, options: LoadOptions) -> TfliteModel:

@@ -17,11 +17,11 @@ import numpy as np
 
 from runtimes.check import check_feeds
 from runtimes.contract import Array, InputInvalid, ModelInvalid, Placement, RunFailed, Signature, TensorSpec
+from runtimes.messages import plain
 from runtimes.tflite_graph import Facts
 from runtimes.tflite_interface import Method
 from runtimes.tflite_refusals import not_loaded
-from runtimes.usual import Usual, resident_bytes
-from runtimes.words import plain
+from runtimes.usual_sizes import UsualSizes, resident_bytes
 
 MAX_INTERPRETERS = 8  # kept per signature; each has its own arena, so more would cost memory for callers that come rarely
 SIZES = tuple(1 << n for n in range(1, 17))  # tried for free dimensions where 1, which the file has for them, is too small
@@ -119,7 +119,7 @@ class TfliteModel:
             first.last = None
         self._default.idle.append(first)
         free = any(-1 in spec.shape for method in methods for spec in method.inputs)
-        self._usual = Usual() if free else None
+        self._usual = UsualSizes() if free else None
         self._signatures = tuple(method.signature for method in methods if method.signature is not None)
         self._placement = placement
 

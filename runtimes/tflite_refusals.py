@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtimes.contract import ModelInvalid
+from runtimes.file_kinds import what_it_is
+from runtimes.messages import plain
 from runtimes.onnx_outline import read_outline
-from runtimes.recognizing import what_it_is
 from runtimes.tflite_graph import Facts, read_facts
-from runtimes.words import plain
 
 KEPT_INSIDE = {13: "RESOURCE", 14: "VARIANT"}
 WITHOUT_ARRAYS = {18: "BFLOAT16", 21: "FLOAT8_E4M3FN", 22: "FLOAT8_E5M2"}

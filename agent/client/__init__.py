@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from agent.client.blocking import DEFAULT_SOCKET, DEFAULT_TIMEOUT_S, Client, StatefulSequence
 from agent.client.errors import (
     ClientError,
     Forbidden,
@@ -23,7 +24,6 @@ from agent.client.errors import (
     Unavailable,
 )
 from agent.client.quantization import dequantize, quantize
-from agent.client.sync import DEFAULT_SOCKET, DEFAULT_TIMEOUT_S, Client, StatefulSequence
 from agent.client.tensors import DTYPES, Array
 
 if TYPE_CHECKING:

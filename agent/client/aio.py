@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from agent.client import calls, wire
+from agent.client.blocking import DEFAULT_SOCKET, DEFAULT_TIMEOUT_S, new_sequence_id
 from agent.client.errors import ClientError, ServerFailed, TimedOut, Unavailable
 from agent.client.inference import SHARE_FROM_BYTES, Inference, Link, Models, Options, Steps, get, model_path
 from agent.client.memory import Arrays
-from agent.client.sync import DEFAULT_SOCKET, DEFAULT_TIMEOUT_S, new_sequence_id
 from agent.client.tensors import Array
 from agent.client.wire import Answer, AnswerReader, Message
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from agent.client.sync import DEFAULT_SOCKET
+from agent.client.blocking import DEFAULT_SOCKET
 
 HOST = "localhost"  # what stands in the requests; nothing is looked up
 

@@ -28,26 +28,26 @@ from agent.serving.access import AccessTable
 from agent.serving.api import memoryroutes
 from agent.serving.api.control import Control
 from agent.serving.api.extensions import Extensions, Repository
+from agent.serving.api.metrics import Metrics
 from agent.serving.api.pictures import Pictures
 from agent.serving.api.protocol import Protocol
+from agent.serving.api.settings import LogSettings, TraceSettings
 from agent.serving.api.tfserving import TensorFlowServing
+from agent.serving.buffers import LARGE_BODIES_AT_ONCE, BufferPool
 from agent.serving.candidates.shadowing import Shadows
 from agent.serving.dataplane import Dataplane
 from agent.serving.models.host import ModelHost
 from agent.serving.models.loading import Limits, Source
+from agent.serving.models.loading_note import LoadingNote
 from agent.serving.models.residency import Residency
 from agent.serving.models.swapping import Swapper
-from agent.serving.models.unfinished import Unfinished
 from agent.serving.routes import Route, Router
 from agent.serving.scheduling.scheduler import Scheduler, busy_threads
 from agent.serving.service import Service
-from agent.serving.settings import LogSettings, TraceSettings
 from agent.serving.shared.memory import ClientMemory, MemoryBudget
 from agent.serving.shared.systemmemory import SystemMemory
-from agent.serving.starting import FilesStart, Start, StoreStart
-from agent.serving.telemetry.metrics import Metrics
+from agent.serving.start import FilesStart, Start, StoreStart
 from agent.serving.telemetry.observing import ObservedService, Observer
-from agent.serving.transport.buffers import LARGE_BODIES_AT_ONCE, BufferPool
 from agent.serving.transport.loop import Loop
 from agent.serving.transport.sockets import Listeners, open_listeners
 from agent.store import Store
@@ -98,17 +98,19 @@ def assemble(store: Store | None, settings: ServeSettings, notes: Path | None = 
     dataplane = Dataplane(host, scheduler)
     residency = Residency(
         host,
+        scheduler,
         dataplane,
         engine_threads=settings.engine_threads,
         budget_bytes=settings.memory_budget_bytes,
         pinned=settings.pinned,
         min_residency_s=settings.min_residency_s,
         limits=limits_of(settings),
-        unfinished=Unfinished(notes),
+        note=LoadingNote(notes),
     )
+    dataplane.summon = residency.summon
     protocol = Protocol(host, dataplane, shared_memory=settings.shared_memory != "off")
     shadows = Shadows(host, scheduler, Throttle(settings.shadow_max_load, settings.shadow_max_celsius))
-    control = Control(host, store, residency, Swapper(host, dataplane, residency), shadows)
+    control = Control(host, store, residency, Swapper(host, scheduler, residency), shadows)
     repository, logs, traces = (
         Repository(control),
         LogSettings(),
@@ -170,7 +172,7 @@ def serve_store(config: AgentConfig) -> int:
         parts.host,
         parts.residency,
         store,
-        parts.residency.unfinished,
+        parts.residency.note,
         threads=config.serve.engine_threads,
         limits=limits_of(config.serve),
         before=lambda: diary.begin(instance),  # a second server has failed at the socket

@@ -8,74 +8,36 @@ Then the answer may be given by another thread, to the request's `seat`.
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from agent.serving.answers import Answer, FilledTemplate, Refusal
-from agent.serving.api import oip
-from agent.serving.inference import Demand, Result, SequenceDemand
+from agent.serving.answers import Answer, Refusal
 from agent.serving.models.host import INLINE_BODY_BYTES, ModelHost, Version
+from agent.serving.prediction import Call, Direct, Form, Prediction, refusal
 from agent.serving.routes import Match, Pace, Request
-from agent.serving.running import Runner, demands
-from agent.serving.scheduling import batching
-from agent.serving.scheduling.jobs import Caller, Job
-from agent.serving.scheduling.lanes import INLINE_RUN_S
+from agent.serving.runner import Runner, demands
+from agent.serving.scheduling.demand import Demand, SequenceDemand
+from agent.serving.scheduling.lanes import INLINE_RUN_S, Caller, Job
 from agent.serving.scheduling.scheduler import LaneClosed, Scheduler
-from agent.serving.tasks import Call, Direct, Form, Task, expired, refusal
 from runtimes.contract import Array
 
-MAX_PLAN_KEY_BYTES = 2048  # JSON parts without data are far smaller
-MAX_PLANS = 64  # per version; callers use a few shapes
 INLINE_TEXT_BYTES = 8 * 1024  # of BYTES elements, each of which is an object
 LEADER_JSON_BYTES = 16 * 1024  # the JSON that the polling thread reads
 ALIVE_S = 0.1  # how often a caller that waits in a thread of its own is asked whether it is still there
 SHORTEST_S = 100e-6
 GONE = 499  # nobody sees this status: its caller has gone
-SEQUENCE_ID = b'"sequence_id"'
 
 
-class OipForm:
-    """The Open Inference Protocol."""
-
-    def read(self, version: Version, call: Request) -> oip.Plan:
-        if call.plan is not None and call.plan[0] is version:
-            known: oip.Plan = call.plan[1]
-            return known
-        plan = self._read(version, call)
-        if plan.reusable:
-            call.plan = (version, plan)
-        return plan
-
-    @staticmethod
-    def _read(version: Version, call: Request) -> oip.Plan:
-        body, length = call.body, call.header_length
-        if length is not None and length > len(body):
-            raise Refusal(400, f"inference header size should be in range (0, {len(body)}), got: {length}")
-        key = b""
-        if length and length <= MAX_PLAN_KEY_BYTES:
-            key = bytes(body[:length])
-            plan: oip.Plan | None = version.plans.get(key)
-            if plan is not None and plan.size_bytes == len(body):
-                return plan
-        if call.allowance is not None and call.allowance.made:
-            call.allowance.again()
-        plan = oip.read_request(body, length, version.name, version.inputs, version.outputs, version.interfaces, call.allowance)
-        if key and plan.reusable:
-            if len(version.plans) >= MAX_PLANS:
-                version.plans.clear()
-            version.plans[key] = plan
-        return plan
-
-    def feeds(self, plan: oip.Plan, call: Request) -> Mapping[str, Array]:
-        return plan.feeds(call.body, call.regions, strays=call.strays, allowance=call.allowance)
-
-    def write(self, version: Version, plan: oip.Plan, call: Request, arrays: Any) -> Answer:
-        return oip.write_response(plan, arrays, version.name, version.number_text, version.labels, call.regions)
-
-
-OIP = OipForm()
 _RUN, _READ, _PARK = Pace.RUN, Pace.READ, Pace.PARK
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`arrays` are in the order of the outputs demanded (None: all, in the model's order) and belong to the caller."""
+
+    version: Version
+    arrays: Sequence[Array]
 
 
 class Dataplane:
@@ -110,7 +72,7 @@ class Dataplane:
         canary = version.canary
         return version.lane.sequences is not None or (canary is not None and canary.candidate.lane.sequences is not None)
 
-    def infer(self, call: Request, form: Form = OIP) -> Answer | None:
+    def infer(self, call: Request, form: Form) -> Answer | None:
         """The prediction that an HTTP request asks for; its arrays may not outlive the body. None: it waits, and `call.seat` will be
         given the answer.  Raises: Refusal.
         """
@@ -118,54 +80,37 @@ class Dataplane:
         assert match.model is not None
         version = self._host.enter(match.model, match.version)
         if version.canary is not None and match.version is None:
-            return self._infer_in_turn(self._divert(version, _sequence_of(version, call, form)), call, form)
+            version = self._divert(version, form.sequence(version, call))
+            return self._infer_in_turn(version, call, form)
         lane = version.lane
         if lane.gated or call.pace is not _RUN:
             return self._infer_in_turn(version, call, form)
-        keeper: Version | None = None
+        known: Call | None = call.known
+        if known is not None and known.version is version:
+            task = known
+            task.again(call)
+        else:
+            task = Call(version, call, form)
+        waits = False
         try:
-            begun = time.perf_counter()
-            if call.known is not None and call.known[0] is version:
-                _, plan, feeds = call.known
-            else:
-                plan = form.read(version, call)
-                feeds = form.feeds(plan, call)
-                if form is OIP and plan.lasting and not call.strays:
-                    call.known = (version, plan, feeds)
-            if plan.sequence is not None:
-                keeper = self._keeper(version, match.version, plan.sequence)
-                if keeper is not None:
-                    return self._infer_in_turn(keeper, call, form)
-            rows = 1
-            if lane.batches:
-                rows = batching.rows_of(version.name, version.inputs, feeds, lane.rules.max_batch_size)
-            started = time.perf_counter()
-            timeout_s = plan.timeout_s or lane.timeout_s
-            if timeout_s is not None and started - call.arrived_s > timeout_s:
-                raise expired()  # noqa: TRY301
-            arrays = version.run(feeds, plan.outputs)
-            ended = time.perf_counter()
-            answer = form.write(version, plan, call, arrays)
-            done = ended if type(answer) is FilledTemplate else time.perf_counter()  # filling one in takes nothing
-            tap = version.tap  # once: another thread may take it off
-            if tap is not None:
-                tap.take(plan, feeds, arrays, ended - started)
+            now_s = task.unpack()
+            plan = task.plan
+            assert plan is not None
+            if plan.sequence is not None:  # which may have begun on another version
+                waits = True
+                return self._infer_in_turn(version, call, form)
+            task.run(lane.deadline_s(task.arrived_s, plan.timeout_s), now_s)
+            answer = task.finish(task.ended_s)
         except Exception as error:
-            if keeper is not None:
+            if waits:
                 raise  # it was counted there
+            task.release()
             raise refusal(version, error) from error
         finally:
-            version.leave()
-        run_s = ended - started
-        version.measured(run_s)
-        if run_s <= INLINE_RUN_S and version.inline_bytes < INLINE_BODY_BYTES:
+            if not waits:
+                version.leave()
+        if task.run_s <= INLINE_RUN_S and version.inline_bytes < INLINE_BODY_BYTES:
             version.learn(_tensor_bytes(call))
-        stats = version.stats
-        stats.executions += 1
-        stats.inferences += rows
-        if lane.batches:
-            stats.batched(rows, started - begun, run_s, done - ended)
-        stats.succeeded(call.arrived_s, started - begun, run_s, done - ended, done)
         return answer
 
     def predict(
@@ -220,27 +165,34 @@ class Dataplane:
         return chosen
 
     def _infer_in_turn(self, version: Version, call: Request, form: Form) -> Answer | None:
-        """The long way. It leaves `version`."""
+        """By the scheduler. It leaves `version`."""
         caller: Caller = call.seat if call.seat is not None else Waiter()
-        job, work = self._admit(Call(version, call, form), caller, call.match.version, call.pace)
+        known: Call | None = call.known
+        if known is not None and known.version is version:
+            task = known
+            task.again(call)
+        else:
+            task = Call(version, call, form)
+        job, work = self._admit(task, caller, call.match.version, call.pace)
         if work:
             self.runner.run(work, mine=job)
         answer: Answer | None = self.runner.conclude(job) if job in work else None
         return answer
 
-    def _admit(self, task: Task, caller: Caller, wanted: str | None, pace: Pace) -> tuple[Job, list[Job]]:
-        """Its job, and the jobs to run now in this thread.  Raises: Refusal, and the task's version is left."""
+    def _admit(self, task: Prediction, caller: Caller, wanted: str | None, pace: Pace) -> tuple[Job, list[Job]]:
+        """Its job, and the jobs to run now in this thread.  Raises: Refusal, and the prediction's version is left."""
         task.wanted = wanted
         try:
             if pace is not _PARK or task.version.lane.sequences is not None or task.is_short(LEADER_JSON_BYTES):
                 task.understand()
-                self._settle(task, wanted)
+                self._follow_sequence(task)
             job = Job(task.version.lane, caller, task, task.arrived_s)
             demands(job, task)
             return job, self._put(job, pace)
         except Exception as error:
             refused = refusal(task.version, error)
             task.version.leave()
+            task.release()
             raise refused from error
 
     def _put(self, job: Job, pace: Pace | None) -> list[Job]:
@@ -254,15 +206,14 @@ class Dataplane:
         return work
 
     def _again(self, job: Job, pace: Pace | None) -> list[Job]:
-        """Puts a job whose version has gone to the one that answers now.  Raises: Refusal, with the task's version entered."""
-        task: Task = job.task
+        """Puts a job whose version has gone to the one that answers now.  Raises: Refusal, with the prediction's version entered."""
+        task: Prediction = job.task
         old = task.version
-        task.version = self._host.enter(old.name, task.wanted)
+        task.move(self._host.enter(old.name, task.wanted))
         old.leave()
-        task.feeds = None
         job.move(task.version.lane)
         task.understand()
-        self._settle(task, task.wanted)
+        self._follow_sequence(task)
         job.move(task.version.lane)
         demands(job, task)
         return self._put(job, pace)
@@ -279,18 +230,18 @@ class Dataplane:
         job.task.error = error
         job.caller.deliver(self.runner.conclude(job))
 
-    def _settle(self, task: Task, wanted: str | None) -> None:
-        """Moves a request of a sequence to the version that the sequence began on, while that one is there."""
+    def _follow_sequence(self, task: Prediction) -> None:
+        """Moves a request of a sequence to the version that the sequence began on, while that one is there.  Raises: Refusal."""
         assert task.plan is not None
         if task.plan.sequence is None:
             return
-        keeper = self._keeper(task.version, wanted, task.plan.sequence)
-        if keeper is not None:
+        owner = self._owner_of(task.version, task.wanted, task.plan.sequence)
+        if owner is not None:
             task.version.leave()
-            task.version = keeper
+            task.move(owner)
             task.understand()
 
-    def _keeper(self, version: Version, wanted: str | None, sequence: SequenceDemand) -> Version | None:
+    def _owner_of(self, version: Version, wanted: str | None, sequence: SequenceDemand) -> Version | None:
         """Another version than this one that has the sequence, entered; None when there is none, or when it begins here anew."""
         served = self._host.get(version.name)
         if served is None or wanted not in (None, "stable"):
@@ -316,17 +267,6 @@ class Dataplane:
         waiter.event.clear()
         work, waiter.work = waiter.work, []
         return work
-
-
-def _sequence_of(version: Version, call: Request, form: Form) -> SequenceDemand | None:
-    """The place in a sequence that a request demands, before it is known which version answers it."""
-    length = len(call.body) if call.header_length is None else call.header_length
-    if form is not OIP or SEQUENCE_ID not in bytes(call.body[:length]):
-        return None
-    try:
-        return OIP.read(version, call).sequence
-    except Refusal:
-        return None  # whichever version answers says what is wrong with it
 
 
 def _is_soon_read(version: Version, call: Request) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from agent.serving.access import Access
+from agent.serving.allowance import Allowance
 from agent.serving.answers import Answer, Refusal
-from agent.serving.scheduling.jobs import Caller
+from agent.serving.compression import Coding
+from agent.serving.scheduling.lanes import Caller
 from agent.serving.shared.regions import ConnectionRegions
-from agent.serving.transport.allowance import Allowance
-from agent.serving.transport.compression import Coding
 
 MAX_CACHED_URLS = 1024
 WHOLE_SERVER = (b"*", b"/")  # what OPTIONS may name besides a resource

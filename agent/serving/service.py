@@ -6,12 +6,12 @@ import functools
 import logging
 from collections.abc import Callable
 
+from agent.serving import compression
 from agent.serving.access import Grant
 from agent.serving.answers import Answer, Refusal, refusal_answer
 from agent.serving.dataplane import Dataplane
 from agent.serving.routes import Kind, Request
-from agent.serving.scheduling.jobs import Job
-from agent.serving.transport import compression
+from agent.serving.scheduling.lanes import Job
 
 log = logging.getLogger(__name__)
 

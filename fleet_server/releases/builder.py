@@ -34,7 +34,7 @@ from fleet_server.errors import Invalid, NotFound
 from fleet_server.releases import blocks
 from runtimes import onnx_external
 from runtimes.contract import ModelInvalid
-from runtimes.recognizing import what_it_is
+from runtimes.file_kinds import what_it_is
 
 MAX_RELEASE_YAML_BYTES = 1024 * 1024
 ODD = re.compile(r"[^A-Za-z0-9._-]")  # what the names of a release's files have not

@@ -75,6 +75,7 @@ class Child:
 
     def _load(self, order: wire.Load) -> wire.Loaded | wire.Failed:
         from runtimes import registry
+        from runtimes.contract import is_stateful, signatures_of
 
         try:
             runtime = registry.find(order.runtime)
@@ -85,8 +86,8 @@ class Child:
                 model.placement.requested,
                 model.placement.actual,
                 model.placement.fallback,
-                bool(getattr(model, "stateful", False)),
-                tuple(wire.Signed.of(signature) for signature in getattr(model, "signatures", ())),
+                is_stateful(model),
+                tuple(wire.Signed.of(signature) for signature in signatures_of(model)),
             )
             if len(wire.encode(found)) > wire.MAX_MESSAGE_BYTES:  # of thousands of weights that may be given as inputs
                 found.inputs = tuple(spec for spec in found.inputs if not spec.optional)

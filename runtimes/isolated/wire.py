@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from runtimes import contract
 from runtimes.contract import Array, Quantization, Scalar, Signature, TensorSpec
 
 MAX_MESSAGE_BYTES = 128 * 1024  # names and shapes only; more does not fit into a socket's buffer
@@ -195,3 +196,13 @@ def _array(data: bytes, shape: tuple[int, ...]) -> Array:
     array = np.empty(len(elements), np.object_)
     array[:] = elements
     return array.reshape(shape)
+
+
+def error_of(failed: Failed) -> Exception:
+    """The exception that the child had, of the contract where it is one."""
+    if failed.kind == "MemoryError":
+        return MemoryError(failed.text)
+    kind = getattr(contract, failed.kind, None)
+    if isinstance(kind, type) and issubclass(kind, contract.RuntimeFailure):
+        return kind(failed.text)
+    return contract.RunFailed(f"{failed.kind}: {failed.text}")

@@ -20,13 +20,15 @@ with atheris.instrument_imports(include=["agent.serving", "agent.contract"], ena
     from agent.contract.codec import ContractError, decode
     from agent.contract.manifest import parse_manifest
     from agent.contract.reports import StateReport
+    from agent.serving import compression
     from agent.serving.access import Access, Grant
     from agent.serving.answers import Answer, Refusal
-    from agent.serving.api import oip, tfserving
+    from agent.serving.api import oip_request, oip_response
+    from agent.serving.api.tfserving_body import Body
+    from agent.serving.api.tfserving_forms import FORMS
+    from agent.serving.buffers import BufferPool
     from agent.serving.models.host import Version
     from agent.serving.routes import Route, Router
-    from agent.serving.transport import compression
-    from agent.serving.transport.buffers import BufferPool
     from agent.serving.transport.connection import NOTHING, Connection
     from runtimes.contract import TensorSpec
     from runtimes.naming import Interfaces
@@ -51,7 +53,7 @@ def request(data):
     if length > len(body):  # refused by whoever calls
         return
     try:
-        plan = oip.read_request(body, None if length < 0 else length, "m", inputs, OUTPUTS)
+        plan = oip_request.read_request(body, None if length < 0 else length, "m", inputs, OUTPUTS)
         feeds = plan.feeds(body)
     except Refusal as refusal:
         assert refusal.status in (400, 404, 501), refusal.status
@@ -61,7 +63,7 @@ def request(data):
         assert feeds[spec.name].flags.c_contiguous
     arrays = [ARRAYS[OUTPUTS.index(spec)] for spec in plan.specs]
     try:
-        oip.write_response(plan, arrays, "m", "1")
+        oip_response.write_response(plan, arrays, "m", "1")
     except Refusal as refusal:
         assert refusal.status == 500, refusal.status
 
@@ -110,9 +112,9 @@ def columns(data):
     version = Version("m", 1, "v", "", "onnx")
     version.inputs, version.outputs = INPUTS[: choose.ConsumeIntInRange(1, len(INPUTS))], OUTPUTS[:1]
     version.interfaces = Interfaces(version.inputs, version.outputs)
-    read = (tfserving._read_predict, tfserving._read_classify, tfserving._read_regress)[choose.ConsumeIntInRange(0, 2)]
+    read = tuple(form.read_body for form in FORMS.values())[choose.ConsumeIntInRange(0, 2)]
     try:
-        plan = read(version, tfserving.Body(choose.ConsumeBytes(LIMIT)))
+        plan = read(version, Body(choose.ConsumeBytes(LIMIT)))
     except Refusal as refusal:
         assert refusal.status == 400, refusal.status
         return

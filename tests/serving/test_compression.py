@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.serving import compression
 from agent.serving.access import WebRules
+from agent.serving.allowance import Allowance
 from agent.serving.answers import Refusal
+from agent.serving.buffers import BufferPool
 from agent.serving.routes import Router
-from agent.serving.transport import compression
-from agent.serving.transport.allowance import Allowance
-from agent.serving.transport.buffers import BufferPool
 from agent.serving.transport.http import HeadReader, encode
 from tests.serving.stand import request
 

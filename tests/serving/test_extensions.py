@@ -8,7 +8,7 @@ import pytest
 
 from agent.contract.codec import encode
 from agent.serving.answers import Refusal
-from agent.serving.settings import LogSettings, TraceSettings
+from agent.serving.api.settings import LogSettings, TraceSettings
 from agent.store import hash_file
 from tests.serving import onnx_models
 from tests.serving.stand import request

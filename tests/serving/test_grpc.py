@@ -432,7 +432,7 @@ def test_names_and_numbers_are_the_stock_clients():
 
 
 def test_grpc_is_loaded_only_when_it_is_asked_for():
-    script = "import sys, agent.serving.app, agent.cli.serving; print(*{name.split('.')[0] for name in sys.modules})"
+    script = "import sys, agent.serving.app, agent.cli.serve; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
     assert "agent" in loaded
     assert not {"grpc", "google"} & set(loaded)

@@ -12,8 +12,8 @@ from agent.contract.manifest import Serving
 from agent.host import priority
 from agent.serving.answers import Refusal
 from agent.serving.dataplane import Dataplane
-from agent.serving.inference import Demand, SequenceDemand
 from agent.serving.models.host import ModelHost, Version
+from agent.serving.scheduling.demand import Demand, SequenceDemand
 from agent.variants import check_batches
 from runtimes.contract import ModelInvalid, Placement, RunFailed, TensorSpec
 

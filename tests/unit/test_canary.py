@@ -2,9 +2,9 @@
 
 import pytest
 
-from agent.serving.candidates.canary import MAX_SEQUENCES, Canary
-from agent.serving.inference import SequenceDemand
+from agent.serving.models.canary import MAX_SEQUENCES, Canary
 from agent.serving.models.host import Version
+from agent.serving.scheduling.demand import SequenceDemand
 
 
 def canary(share):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from agent.serving.access import Access, Grant
 from agent.serving.answers import Answer
+from agent.serving.buffers import ALIGNMENT, BufferPool
 from agent.serving.routes import Route, Router
-from agent.serving.transport.buffers import ALIGNMENT, BufferPool
 from agent.serving.transport.chunked import ChunkedBody
 from agent.serving.transport.connection import BUFFER_BYTES, NOTHING, Connection
 from agent.serving.transport.http import MAX_HEAD_BYTES, BadRequest

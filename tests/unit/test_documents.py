@@ -2,13 +2,13 @@
 
 from importlib import metadata
 
-from agent.serving.api import documents
+from agent.serving.api import descriptions
 
 
 def test_the_version_is_looked_up_once(monkeypatch):
     """The thread that polls answers with it, and the lookup reads files."""
-    documents.agent_version.cache_clear()
-    assert documents.agent_version() == metadata.version("edge-inference-agent")
+    descriptions.agent_version.cache_clear()
+    assert descriptions.agent_version() == metadata.version("edge-inference-agent")
 
-    monkeypatch.setattr(documents, "version", lambda _: "looked up again")
-    assert documents.server(shared_memory=False)["version"] == metadata.version("edge-inference-agent")
+    monkeypatch.setattr(descriptions, "version", lambda _: "looked up again")
+    assert descriptions.server(shared_memory=False)["version"] == metadata.version("edge-inference-agent")

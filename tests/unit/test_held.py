@@ -3,9 +3,8 @@
 import pytest
 
 from agent.contract.manifest import Serving
-from agent.serving.inference import SequenceDemand
-from agent.serving.scheduling.jobs import NEVER, Place
-from agent.serving.scheduling.lanes import Lane
+from agent.serving.scheduling.demand import SequenceDemand
+from agent.serving.scheduling.lanes import NEVER, Lane, Place
 from agent.serving.scheduling.scheduler import LaneClosed
 from agent.serving.scheduling.sequences import Sequences
 from tests.unit.test_scheduling import Bench

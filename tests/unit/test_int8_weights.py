@@ -7,8 +7,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, external_data_helper, helper, load_model, numpy_helper, save_model
 
+from runtimes import int8_sums, registry
 from runtimes import onnx as onnx_runtime
-from runtimes import registry, sums
 from runtimes.contract import LoadOptions, ModelInvalid
 from runtimes.onnx_weights import has_wide_weights
 from tests.serving import onnx_models
@@ -42,20 +42,20 @@ def precision(model):
 
 
 def test_where_sums_overflow_the_engine_is_told_of_weights_that_can(tmp_path, monkeypatch):
-    monkeypatch.setattr(sums, "overflow", lambda _: True)
+    monkeypatch.setattr(int8_sums, "overflow", lambda _: True)
     assert precision(load(with_weights(tmp_path, 65))) == "1"
     assert precision(load(with_weights(tmp_path, 64))) is None
 
 
 def test_where_sums_are_exact_nothing_makes_the_engine_slower(tmp_path, monkeypatch):
-    monkeypatch.setattr(sums, "overflow", lambda _: False)
+    monkeypatch.setattr(int8_sums, "overflow", lambda _: False)
     assert precision(load(with_weights(tmp_path, 127))) is None
 
 
 def test_whether_sums_overflow_is_asked_once_and_only_for_weights_that_can(tmp_path, monkeypatch):
-    asked, whole = [], sums.product_model()
-    monkeypatch.setattr(sums, "product_model", lambda: asked.append(1) or whole)
-    sums.overflow.cache_clear()
+    asked, whole = [], int8_sums.product_model()
+    monkeypatch.setattr(int8_sums, "product_model", lambda: asked.append(1) or whole)
+    int8_sums.overflow.cache_clear()
     load(onnx_models.scale(tmp_path / "floats.onnx", 2.0))
     load(with_weights(tmp_path, 64))
     assert not asked
@@ -83,11 +83,11 @@ class Engine:
 
 @pytest.mark.parametrize(("limit", "wrong"), [(1 << 15, True), (1 << 31, False)])
 def test_sums_that_overflow_are_seen(limit, wrong):
-    assert sums.overflow(Engine(limit)) is wrong
+    assert int8_sums.overflow(Engine(limit)) is wrong
 
 
 def test_an_engine_that_cannot_be_asked_is_taken_to_overflow():
-    assert sums.overflow(object.__new__(type("Reduced", (), {"SessionOptions": onnxruntime.SessionOptions})))
+    assert int8_sums.overflow(object.__new__(type("Reduced", (), {"SessionOptions": onnxruntime.SessionOptions})))
 
 
 def test_what_the_probe_says_is_what_the_engine_does():
@@ -95,7 +95,7 @@ def test_what_the_probe_says_is_what_the_engine_does():
     path = DIGITS / "models/digits-v2-int8-qdq.onnx"
     (integers,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"image": digits()})
     step = load(path).outputs[0].quantization.scales[0]
-    assert sums.overflow(onnxruntime) == bool(np.abs(integers - in_floats(path)).max() > 1.5 * step)
+    assert int8_sums.overflow(onnxruntime) == bool(np.abs(integers - in_floats(path)).max() > 1.5 * step)
 
 
 def qlinear(path, activations):
@@ -115,7 +115,7 @@ def qlinear(path, activations):
 
 
 def test_a_model_that_cannot_be_made_exact_is_loaded_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(sums, "overflow", lambda _: True)
+    monkeypatch.setattr(int8_sums, "overflow", lambda _: True)
     path = qlinear(tmp_path / "m.onnx", np.int8)
     model = load(path)
     assert (model.placement.actual, model.placement.fallback) == ("cpu", onnx_runtime.INEXACT)

@@ -14,7 +14,7 @@ import pytest
 
 from runtimes import isolated
 from runtimes.contract import LoadOptions, ModelInvalid, RunFailed
-from runtimes.isolated.parent import Process
+from runtimes.isolated.process import Process
 from tests.serving import onnx_models
 
 DEADLINE_S = 20.0

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from agent.serving.answers import Refusal
+from agent.serving.api.oip import OIP
 from agent.serving.dataplane import Dataplane
-from agent.serving.inference import Demand, SequenceDemand
 from agent.serving.models.host import ModelHost, Version
 from agent.serving.routes import Match, Request
+from agent.serving.scheduling.demand import Demand, SequenceDemand
 from agent.serving.scheduling.scheduler import Scheduler
 from runtimes.contract import Placement, TensorSpec
 
@@ -56,7 +57,7 @@ def ask(dataplane, elements):
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [elements], "data": [1.0] * elements}],
     }
     data = memoryview(bytearray(json.dumps(body).encode()))
-    return dataplane.infer(Request(Match(None, {}, model="m"), data, len(data), time.perf_counter()))
+    return dataplane.infer(Request(Match(None, {}, model="m"), data, len(data), time.perf_counter()), OIP)
 
 
 def counted(dataplane):

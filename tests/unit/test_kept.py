@@ -4,6 +4,7 @@ import gc
 import json
 import time
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,18 +12,19 @@ import pytest
 from agent.contract.manifest import Serving
 from agent.serving.access import Access, Grant
 from agent.serving.answers import Answer, Refusal
+from agent.serving.api.oip import OIP
+from agent.serving.buffers import BufferPool
 from agent.serving.dataplane import Dataplane
-from agent.serving.inference import Demand, SequenceDemand
 from agent.serving.models.host import ModelHost, Version
 from agent.serving.routes import Kind, Match, Pace, Request, Route, Router
+from agent.serving.scheduling.demand import Demand, SequenceDemand
 from agent.serving.scheduling.lanes import Lane
 from agent.serving.scheduling.scheduler import Scheduler
 from agent.serving.scheduling.sequences import Sequences
 from agent.serving.service import Service
 from agent.serving.telemetry.observing import ObservedService
-from agent.serving.transport.buffers import BufferPool
+from agent.serving.transport.admission import Admission
 from agent.serving.transport.connection import Connection
-from agent.serving.transport.doors import Doors
 from runtimes.contract import Placement, RunFailed, TensorSpec
 from tests.unit.test_connection import Pipe
 
@@ -86,7 +88,7 @@ def dataplane():
 def ask(dataplane, service, value, pace):
     """The status, and the body."""
     body = Body(JSON + np.array([value, 1], np.float32).tobytes())
-    route = Route("POST", "/{model}", Access.PREDICT, dataplane.infer, Kind.PREDICT, parks=True)
+    route = Route("POST", "/{model}", Access.PREDICT, partial(dataplane.infer, form=OIP), Kind.PREDICT, parks=True)
     request = Request(Match(route, {"model": "m"}, model="m"), memoryview(body), len(JSON), time.perf_counter())
     request.pace, request.seat = pace, Seat()
     seat = request.seat
@@ -157,8 +159,8 @@ def test_a_closed_connection_goes(no_collection):
 
 def test_closing_twice_leaves_the_next_of_its_number_alone():
     with Pipe() as pipe:
-        doors = Doors([], None, None, 8)
+        admission = Admission([], None, None, 8)
         first, second = pipe.connection, object()
-        doors.open[first.fd] = second
-        doors.close(first)
-        assert doors.open[first.fd] is second
+        admission.open[first.fd] = second
+        admission.close(first)
+        assert admission.open[first.fd] is second

@@ -11,8 +11,7 @@ from agent.contract.manifest import Serving
 from agent.serving.access import Access, Grant
 from agent.serving.answers import Answer
 from agent.serving.routes import Kind, Pace, Route, Router
-from agent.serving.scheduling.jobs import Job
-from agent.serving.scheduling.lanes import Lane
+from agent.serving.scheduling.lanes import Job, Lane
 from agent.serving.scheduling.scheduler import Scheduler
 from agent.serving.transport import loop as loops
 from agent.serving.transport import spinning
@@ -61,7 +60,7 @@ class Begun:
             scheduler=scheduler,
         )
         if epoll is not None:
-            self.loop._epoll = self.loop._doors._epoll = epoll(self.loop._epoll)
+            self.loop._epoll = self.loop._admission._epoll = epoll(self.loop._epoll)
         self.loop.start()
 
     def connect(self):

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.serving.allowance import Allowance
 from agent.serving.answers import Answer, FilledTemplate, Refusal
-from agent.serving.api import lists, oip, pieces, tensors
-from agent.serving.api.resting import Resting
-from agent.serving.inference import SequenceDemand
+from agent.serving.api import list_pieces, lists, oip_request, oip_response, tensors
+from agent.serving.api.pauses import Pauses
+from agent.serving.buffers import ALIGNMENT, BufferPool
 from agent.serving.models.host import Version
+from agent.serving.prediction import refusal
+from agent.serving.scheduling.demand import SequenceDemand
 from agent.serving.shared.regions import check_fits, check_range, not_found
-from agent.serving.tasks import refusal
-from agent.serving.transport.allowance import Allowance
-from agent.serving.transport.buffers import ALIGNMENT, BufferPool
 from runtimes.contract import DATATYPES, DTYPES, TensorSpec
 
 X = TensorSpec("x", "FP32", (-1, 2))
@@ -37,7 +37,7 @@ def body(inputs, *parts, **fields):
 
 def read(inputs, *parts, specs=(X,), produces=(Y,), **fields):
     data, length = body(inputs, *parts, **fields)
-    plan = oip.read_request(data, length, "m", specs, produces)
+    plan = oip_request.read_request(data, length, "m", specs, produces)
     return plan, plan.feeds(data, strays=True)
 
 
@@ -183,7 +183,7 @@ def test_json_that_the_world_writes(name, filler):
     text = "[" + f"{more}," * filler + text[1:]
     size = len(expected) + filler
     request = f'{{"inputs":[{{"name":"v","shape":[{size}],"datatype":"{datatype}","data":{text}}}]}}'.encode()
-    plan = oip.read_request(memoryview(request), None, "m", (TensorSpec("v", datatype, (-1,)),), (Y,))
+    plan = oip_request.read_request(memoryview(request), None, "m", (TensorSpec("v", datatype, (-1,)),), (Y,))
     found = plan.feeds(memoryview(request))["v"]
     assert found.dtype == DTYPES[datatype]
     if datatype == "BYTES":
@@ -242,16 +242,16 @@ def test_a_long_list_is_read_as_a_short_one(data):
     said = data.draw(st.sampled_from([tuple(shape), None]))
     size = data.draw(st.integers(1, 60))
 
-    class Steady(Resting):
+    class Steady(Pauses):
         def rest(self):
             self.size = size
 
     def outcome(short_bytes):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lists, "SHORT_BYTES", short_bytes)
-            patch.setattr(pieces, "WINDOW", 64)
-            patch.setattr(pieces, "LONGEST", 256)
-            patch.setattr(lists, "Resting", Steady)
+            patch.setattr(list_pieces, "WINDOW", 64)
+            patch.setattr(list_pieces, "LONGEST", 256)
+            patch.setattr(lists, "Pauses", Steady)
             try:
                 found = lists.read("x", bytes(text), datatype, said)
             except Refusal:
@@ -307,21 +307,21 @@ def test_tensors_in_shared_memory_come_and_go_there():
         "parameters": {"shared_memory_region": "b", "shared_memory_byte_size": 12, "shared_memory_offset": 8},
     }
     data, length = body([given_tensor], outputs=[wanted])
-    plan = oip.read_request(data, length, "m", (X,), (Y,))
+    plan = oip_request.read_request(data, length, "m", (X,), (Y,))
     feeds = plan.feeds(data, memory)
     assert np.array_equal(feeds["x"], x)
     assert feeds["x"].size == 0 or feeds["x"].ctypes.data % ALIGNMENT == 0
-    answer = oip.write_response(plan, [2 * x], "m", "1", {}, memory)
+    answer = oip_response.write_response(plan, [2 * x], "m", "1", {}, memory)
     assert memory.regions["b"] == bytes(8) + (2 * x).tobytes() + bytes(4)
     used = {"shared_memory_region": "b", "shared_memory_byte_size": 8}
     assert json.loads(answer.parts[0])["outputs"] == [{"name": "y", "datatype": "FP32", "shape": [1, 2], "parameters": used}]
     with pytest.raises(Refusal, match="does not fit the 12 bytes"):
-        oip.write_response(plan, [np.zeros((2, 2), np.float32)], "m", "1", {}, memory)
+        oip_response.write_response(plan, [np.zeros((2, 2), np.float32)], "m", "1", {}, memory)
 
 
 def test_a_region_for_an_output_is_looked_for_before_the_run():
     data, length = body([tensor(data=[1, 2])], outputs=[{"name": "y", "parameters": REGION}])
-    plan = oip.read_request(data, length, "m", (X,), (Y,))
+    plan = oip_request.read_request(data, length, "m", (X,), (Y,))
     with pytest.raises(Refusal, match="Unable to find shared memory region: 'r'"):
         plan.feeds(data, Memory())
     with pytest.raises(Refusal, match="Invalid offset"):
@@ -332,7 +332,7 @@ def test_checked_values_in_shared_memory_cannot_change_after_the_check():
     spec = TensorSpec("b", "BOOL", (2,))
     memory = Memory(r=b"\0\1")
     data, length = body([tensor("b", (2,), "BOOL", parameters={"shared_memory_region": "r", "shared_memory_byte_size": 2})])
-    feeds = oip.read_request(data, length, "m", (spec,), (Y,)).feeds(data, memory)
+    feeds = oip_request.read_request(data, length, "m", (spec,), (Y,)).feeds(data, memory)
     memory.regions["r"][:] = b"\2\2"
     assert feeds["b"].tolist() == [False, True]
 
@@ -342,7 +342,7 @@ def classify(array, count, spec=None, labels=None, **parameters):
     spec = spec or TensorSpec("y", DATATYPES[array.dtype], array.shape)
     wanted = {"name": "y", "parameters": {"classification": count, **parameters}}
     plan, _ = read([tensor(data=[1, 2])], produces=(spec,), outputs=[wanted])
-    return oip.write_response(plan, [array], "m", "1", labels or {})
+    return oip_response.write_response(plan, [array], "m", "1", labels or {})
 
 
 CLASSES = {
@@ -418,7 +418,7 @@ def test_hostile_json_is_refused_soon(name):
     data = memoryview(text if isinstance(text, bytes) else text.encode())
     started = time.process_time()
     with pytest.raises(Refusal, match=re.escape(said)) as refused:
-        oip.read_request(data, None, "m", (TensorSpec("x", "FP32", (-1, 2)),), (Y,))
+        oip_request.read_request(data, None, "m", (TensorSpec("x", "FP32", (-1, 2)),), (Y,))
     assert refused.value.status == 400
     assert len(str(refused.value)) < 400
     assert time.process_time() - started < 2.0
@@ -461,7 +461,7 @@ def test_any_tensor_goes_through_binary_unchanged(datatype, shape, seed):
                        parameters={"binary_data_output": True})  # fmt: skip
     assert feeds["x"].tobytes() == array.tobytes()
     assert feeds["x"].size == 0 or feeds["x"].ctypes.data % ALIGNMENT == 0
-    head, *sent = parts_of(oip.write_response(plan, [array], "m", "1"))
+    head, *sent = parts_of(oip_response.write_response(plan, [array], "m", "1"))
     assert b"".join(sent) == array.tobytes()
     assert json.loads(head)["outputs"] == [{"name": "x", "datatype": datatype, "shape": list(shape), "parameters": parameters}]
 
@@ -474,7 +474,7 @@ def test_byte_elements_go_through_binary_unchanged(elements):
     given_tensor = tensor("s", (len(elements),), "BYTES", parameters={"binary_data_size": len(packed)})
     plan, feeds = read([given_tensor], packed, specs=(spec,), produces=(spec,), parameters={"binary_data_output": True})
     assert list(feeds["s"]) == elements
-    _, *rest = parts_of(oip.write_response(plan, [feeds["s"]], "m", "1"))
+    _, *rest = parts_of(oip_response.write_response(plan, [feeds["s"]], "m", "1"))
     assert b"".join(rest) == packed
 
 
@@ -500,7 +500,7 @@ def parts_of(answer):
 
 def test_the_answer_in_json_has_the_fields_in_order():
     plan, _ = read([tensor(data=[1, 2])], id="a7")
-    answer = oip.write_response(plan, [np.array([[1.5, 2]], np.float32)], "m", "3")
+    answer = oip_response.write_response(plan, [np.array([[1.5, 2]], np.float32)], "m", "3")
     assert parts_of(answer) == [
         b'{"id":"a7","model_name":"m","model_version":"3","outputs":[{"name":"y","datatype":"FP32","shape":[1,2],"data":[1.5,2.0]}]}'
     ]
@@ -514,7 +514,7 @@ def test_each_output_has_the_form_it_was_asked_for():
     plan, _ = read([tensor(data=[1, 2])], produces=outputs, outputs=wanted)
     assert plan.outputs == ["n", "y"]
     assert plan.binary == (True, False)
-    answer = oip.write_response(plan, [np.array([1, 2], np.int8), np.zeros((1, 2), np.float32)], "m", "1")
+    answer = oip_response.write_response(plan, [np.array([1, 2], np.int8), np.zeros((1, 2), np.float32)], "m", "1")
     document = json.loads(parts_of(answer)[0])
     assert document["outputs"][0]["parameters"] == {"binary_data_size": 2}
     assert document["outputs"][1]["data"] == [0, 0]
@@ -524,9 +524,9 @@ def test_a_template_stands_for_answers_of_the_same_shapes_only():
     parameters = {"binary_data_output": True}
     plan, _ = read([tensor(data=[1, 2])], parameters=parameters)
     plan.values.clear()
-    first = oip.write_response(plan, [np.zeros((1, 2), np.float32)], "m", "1")
-    second = oip.write_response(plan, [np.ones((1, 2), np.float32)], "m", "1")
-    other = oip.write_response(plan, [np.ones((3, 2), np.float32)], "m", "1")
+    first = oip_response.write_response(plan, [np.zeros((1, 2), np.float32)], "m", "1")
+    second = oip_response.write_response(plan, [np.ones((1, 2), np.float32)], "m", "1")
+    other = oip_response.write_response(plan, [np.ones((3, 2), np.float32)], "m", "1")
     assert (type(first), type(second), type(other)) == (Answer, FilledTemplate, Answer)
     assert parts_of(first)[0] == parts_of(second)[0]
     assert json.loads(parts_of(other)[0])["outputs"][0]["shape"] == [3, 2]
@@ -537,7 +537,7 @@ def test_what_is_not_finite_is_written_as_triton_writes_it(count):
     plan, _ = read([tensor(data=[1, 2])])
     array = np.full((count // 4, 4), 0.5, np.float32)
     array[-1] = [np.nan, np.inf, -np.inf, 1]
-    (text,) = parts_of(oip.write_response(plan, [array], "m", "1"))
+    (text,) = parts_of(oip_response.write_response(plan, [array], "m", "1"))
     assert text.endswith(b"NaN,Infinity,-Infinity,1.0]}]}")
     assert np.array_equal(np.array(json.loads(text)["outputs"][0]["data"], np.float32), array.reshape(-1), equal_nan=True)
 
@@ -545,7 +545,7 @@ def test_what_is_not_finite_is_written_as_triton_writes_it(count):
 def test_an_answer_that_json_cannot_say_is_not_the_callers_mistake():
     plan, _ = read([tensor(data=[1, 2])], produces=(TensorSpec("y", "BYTES", (1,)),))
     with pytest.raises(Refusal, match="output 'y' is not UTF-8 text") as refused:
-        oip.write_response(plan, [np.array([b"\xff"], np.object_)], "m", "1")
+        oip_response.write_response(plan, [np.array([b"\xff"], np.object_)], "m", "1")
     version = Version("m", 1, "cpu", "", "onnx")
     assert refusal(version, refused.value).status == 500
     assert version.stats.failures == {"invalid": 0, "run": 1, "unavailable": 0}, "a watch is to see it"
@@ -585,7 +585,7 @@ def test_what_a_body_becomes_is_charged_to_the_pool():
 
     def ask():
         allowance = Allowance(pool, len(data))
-        oip.read_request(data, None, "m", (TensorSpec("s", "BYTES", (-1,)),), (Y,), allowance=allowance)
+        oip_request.read_request(data, None, "m", (TensorSpec("s", "BYTES", (-1,)),), (Y,), allowance=allowance)
         return allowance
 
     one = ask()
@@ -603,7 +603,7 @@ def test_what_a_body_becomes_is_charged_to_the_pool():
 )
 def test_a_raw_body_is_the_only_input(shape, size, expected):
     data = memoryview(np.arange(size // 4, dtype=np.float32).tobytes())
-    plan = oip.read_request(data, 0, "m", (TensorSpec("x", "FP32", shape),), (Y,))
+    plan = oip_request.read_request(data, 0, "m", (TensorSpec("x", "FP32", shape),), (Y,))
     assert plan.feeds(data)["x"].shape == expected
     assert plan.binary == (True,)
 
@@ -614,7 +614,7 @@ def test_a_raw_body_is_the_only_input(shape, size, expected):
 )
 def test_a_raw_body_that_does_not_fit(specs, size, text):
     with pytest.raises(Refusal, match=text):
-        oip.read_request(memoryview(bytes(size)), 0, "m", specs, (Y,))
+        oip_request.read_request(memoryview(bytes(size)), 0, "m", specs, (Y,))
 
 
 @pytest.mark.alone  # each example has a deadline
@@ -622,7 +622,7 @@ def test_a_raw_body_that_does_not_fit(specs, size, text):
 def test_no_bytes_break_the_reader(data, length):
     """Whatever the body is, it is read or refused; nothing else is raised."""
     try:
-        plan = oip.read_request(memoryview(data), min(length, len(data)), "m", (X,), (Y,))
+        plan = oip_request.read_request(memoryview(data), min(length, len(data)), "m", (X,), (Y,))
         plan.feeds(memoryview(data))
     except Refusal:
         pass

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 
 from runtimes import registry
 from runtimes.contract import InputInvalid, LoadOptions, ModelInvalid
-from runtimes.recognizing import what_folder, what_it_is
-from runtimes.words import plain, without_paths
+from runtimes.file_kinds import what_folder, what_it_is
+from runtimes.messages import plain, without_paths
 from tests.serving import onnx_models, tflite_models
 from tests.serving.onnx_models import value
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from agent.serving.api import resting
-from agent.serving.api.resting import ALONE_S, AMONG_S, LARGEST, QUIET_S, RESTS, SMALLEST, Resting
+from agent.serving.api import pauses
+from agent.serving.api.pauses import ALONE_S, AMONG_S, LARGEST, QUIET_S, RESTS, SMALLEST, Pauses
 
 
 class Clocks:
@@ -47,13 +47,13 @@ class Clocks:
 @pytest.fixture
 def clocks(monkeypatch):
     made = Clocks()
-    monkeypatch.setattr(resting, "time", made)
-    monkeypatch.setattr(resting, "threading", made)
+    monkeypatch.setattr(pauses, "time", made)
+    monkeypatch.setattr(pauses, "threading", made)
     return made
 
 
 def test_alone_pieces_grow_and_nobody_rests(clocks):
-    one = Resting()
+    one = Pauses()
     for _ in range(10):
         clocks.work(ALONE_S / 10)
         one.rest()
@@ -61,7 +61,7 @@ def test_alone_pieces_grow_and_nobody_rests(clocks):
 
 
 def test_among_others_pieces_shrink_and_each_is_followed_by_rests(clocks):
-    one, clocks.others_s = Resting(), 20e-6
+    one, clocks.others_s = Pauses(), 20e-6
     for _ in range(10):
         clocks.work(2 * AMONG_S, others=20e-6)
         one.rest()
@@ -69,7 +69,7 @@ def test_among_others_pieces_shrink_and_each_is_followed_by_rests(clocks):
 
 
 def test_a_while_after_others_it_is_as_before(clocks):
-    one = Resting()
+    one = Pauses()
     clocks.work(1e-6, others=20e-6)
     one.rest()
     assert clocks.rests == 1, "nobody was heard while it rested"
@@ -80,9 +80,9 @@ def test_a_while_after_others_it_is_as_before(clocks):
 
 def test_readers_are_no_others_and_rest_in_turns(clocks):
     """Two of them would else wait for one another; together they leave as much room as one."""
-    one = Resting()
+    one = Pauses()
     clocks.ident = 2
-    two = Resting()
+    two = Pauses()
     one.rest()
     for _ in range(5):
         clocks.work(50e-6, thread=2)
@@ -99,9 +99,9 @@ def test_readers_are_no_others_and_rest_in_turns(clocks):
 
 
 def test_a_reader_whose_thread_has_ended_is_passed_over(clocks):
-    one = Resting()
+    one = Pauses()
     clocks.ident = 3  # which has no clock
-    two = Resting()
+    two = Pauses()
     clocks.work(ALONE_S / 10)
     one.rest()
     two.rest()

@@ -8,10 +8,10 @@ import pytest
 
 from agent.serving.answers import Refusal
 from agent.serving.dataplane import Dataplane
-from agent.serving.inference import Demand, SequenceDemand
 from agent.serving.models.host import ModelHost, Version
 from agent.serving.models.loading import Source
 from agent.serving.models.residency import NoRoom, Residency
+from agent.serving.scheduling.demand import Demand, SequenceDemand
 from runtimes.contract import Placement, TensorSpec
 
 FEEDS = {"x": np.zeros(1, np.float32)}
@@ -38,9 +38,15 @@ def host():
 
 
 @pytest.fixture
-def residency(host, tmp_path):
+def dataplane(host):
+    return Dataplane(host)
+
+
+@pytest.fixture
+def residency(host, dataplane, tmp_path):
     """A model of 80 bytes in a budget of 100."""
-    made = Residency(host, Dataplane(host), engine_threads=1, budget_bytes=100, min_residency_s=0.0)
+    made = Residency(host, dataplane.scheduler, dataplane, engine_threads=1, budget_bytes=100, min_residency_s=0.0)
+    dataplane.summon = made.summon
     version = Version("old", 1, "cpu", "0" * 64, "fake")
     version.source = Source("old", 1, tmp_path / "old", "")
     version.memory_bytes = 80
@@ -51,15 +57,15 @@ def residency(host, tmp_path):
 
 
 @pytest.mark.alone  # it measures
-def test_who_has_sequences_under_way_is_no_room_to_wait_for(host, residency, tmp_path):
+def test_who_has_sequences_under_way_is_no_room_to_wait_for(host, dataplane, residency, tmp_path):
     """Nobody is inside between two requests of one, and yet the model may not go."""
     (tmp_path / "new").write_bytes(b"x" * 50)
-    residency._dataplane.predict("old", None, FEEDS, Demand(sequence=SequenceDemand(7, start=True)))
+    dataplane.predict("old", None, FEEDS, Demand(sequence=SequenceDemand(7, start=True)))
     begun = time.monotonic()
     with pytest.raises(NoRoom, match="may not be unloaded now"):
         residency.load(Source("new", 1, tmp_path / "new", ""))
     assert time.monotonic() - begun < 5.0
-    residency._dataplane.predict("old", None, FEEDS, Demand(sequence=SequenceDemand(7, end=True)))
+    dataplane.predict("old", None, FEEDS, Demand(sequence=SequenceDemand(7, end=True)))
     with pytest.raises(Exception, match="no runtime"):  # there is room, but it is no model
         residency.load(Source("new", 1, tmp_path / "new", ""))
     assert host.get("old").active.evictions == 1
@@ -105,13 +111,13 @@ def ended(host, residency, monkeypatch):
     return version, work
 
 
-def test_a_request_that_does_not_see_that_its_process_ended_keeps_nobody_else(host, residency, ended):
+def test_a_request_that_does_not_see_that_its_process_ended_keeps_nobody_else(dataplane, residency, ended):
     version, work = ended
     refused = []
 
     def ask():
         try:
-            residency._dataplane.predict("old", None, FEEDS, Demand())
+            dataplane.predict("old", None, FEEDS, Demand())
         except Refusal as refusal:
             refused.append(refusal)
 

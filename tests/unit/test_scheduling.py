@@ -6,9 +6,8 @@ import pytest
 
 from agent.contract.manifest import Serving
 from agent.serving.answers import Refusal
-from agent.serving.inference import SequenceDemand
-from agent.serving.scheduling.jobs import Job
-from agent.serving.scheduling.lanes import Lane
+from agent.serving.scheduling.demand import SequenceDemand
+from agent.serving.scheduling.lanes import Job, Lane
 from agent.serving.scheduling.scheduler import Scheduler, busy_threads
 from agent.serving.scheduling.sequences import Sequences
 

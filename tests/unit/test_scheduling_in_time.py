@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from agent.contract.manifest import Serving
 from agent.serving.answers import Refusal
-from agent.serving.scheduling.jobs import NEVER, WAITING, Job
-from agent.serving.scheduling.lanes import INLINE_RUN_S, Lane
+from agent.serving.scheduling.lanes import INLINE_RUN_S, NEVER, WAITING, Job, Lane
 from agent.serving.scheduling.scheduler import Scheduler, busy_threads
 
 LONGEST_POLL_S = 5.0  # as the loop's

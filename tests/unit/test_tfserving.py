@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.serving.answers import Refusal
-from agent.serving.api import lists, tfserving
+from agent.serving.api import lists
+from agent.serving.api.tfserving_body import Body
+from agent.serving.api.tfserving_forms import FORMS
 from agent.serving.models.host import Version
 from runtimes.contract import DTYPES, TensorSpec
 from runtimes.naming import Interfaces
@@ -19,7 +21,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("xyb"), inner, max_size=3)
 )
-READERS = (tfserving._read_predict, tfserving._read_classify, tfserving._read_regress)
+READERS = tuple(form.read_body for form in FORMS.values())
 
 
 def version(datatype):
@@ -35,14 +37,14 @@ def test_no_document_breaks_a_reader(datatype, key, document):
     body = json.dumps({key: document}).encode()
     for read in READERS:
         with contextlib.suppress(Refusal):
-            assert set(read(version(datatype), tfserving.Body(body)).feeds) == {"x", "y"}
+            assert set(read(version(datatype), Body(body)).feeds) == {"x", "y"}
 
 
 @given(st.binary(max_size=100))
 def test_no_bytes_break_a_reader(body):
     for read in READERS:
         with contextlib.suppress(Refusal):
-            read(version("FP32"), tfserving.Body(body))
+            read(version("FP32"), Body(body))
 
 
 @given(st.sampled_from(sorted(DTYPES)), VALUES)

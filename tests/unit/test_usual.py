@@ -5,14 +5,14 @@ import pytest
 
 from runtimes import registry
 from runtimes.contract import LoadOptions
-from runtimes.usual import AMONG, LEAST_BYTES, OFTEN, Usual, resident_bytes
+from runtimes.usual_sizes import AMONG, LEAST_BYTES, OFTEN, UsualSizes, resident_bytes
 from tests.serving import onnx_models, tflite_models
 
 SMALL, LARGE = LEAST_BYTES * 2, LEAST_BYTES * 100
 
 
 def keeps(sizes, usual=None):
-    usual = usual or Usual()
+    usual = usual or UsualSizes()
     return "".join("k" if usual.keeps(size) else "-" for size in sizes)
 
 
@@ -32,14 +32,14 @@ def test_what_is_kept(sizes, kept):
 
 
 def test_large_ones_far_apart_are_not_usual():
-    usual = Usual()
+    usual = UsualSizes()
     usual.keeps(SMALL)
     for _ in range(2 * OFTEN):
         assert keeps([LARGE] + [SMALL] * AMONG, usual) == "-" + "k" * AMONG
 
 
 def test_once_they_do_not_come_any_more_their_memory_goes_back_once():
-    usual = Usual()
+    usual = UsualSizes()
     keeps([LARGE] * 3, usual)
     assert keeps([SMALL] * (AMONG + 5), usual) == "k" * (AMONG - 1) + "-" + "k" * 5
     assert keeps([SMALL] * (AMONG - 1) + [LARGE] + [SMALL] * (AMONG - 1), usual).count("-") == 1

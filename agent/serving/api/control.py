@@ -13,19 +13,19 @@ import msgspec
 from agent.contract.names import MAX_VERSION, check_model
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
-from agent.serving.api.documents import agent_version
-from agent.serving.api.strict import read_body
-from agent.serving.candidates.canary import Canary
+from agent.serving.api.descriptions import agent_version
+from agent.serving.api.json_body import read_body
 from agent.serving.candidates.comparing import Tolerance
 from agent.serving.candidates.shadowing import Shadows, pair
 from agent.serving.models import loading
+from agent.serving.models.canary import Canary
 from agent.serving.models.host import ModelHost, Served, Version
 from agent.serving.models.residency import Residency
 from agent.serving.models.swapping import SwapLost, Swapper
 from agent.serving.routes import Handler, Kind, Request, Route
 from agent.store import Choice, Selection, Store, StoreError
 from runtimes.contract import ModelInvalid, RuntimeUnavailable
-from runtimes.words import without_paths
+from runtimes.messages import without_paths
 
 log = logging.getLogger(__name__)
 

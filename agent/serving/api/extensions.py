@@ -11,11 +11,11 @@ from agent.contract.names import check_model
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
 from agent.serving.api.control import Control
+from agent.serving.api.json_body import read_body
 from agent.serving.api.parameters import shown
-from agent.serving.api.strict import read_body
+from agent.serving.api.settings import LogSettings, TraceSettings
 from agent.serving.models.host import ModelHost
 from agent.serving.routes import Kind, Request, Route
-from agent.serving.settings import LogSettings, TraceSettings
 
 T = TypeVar("T")
 

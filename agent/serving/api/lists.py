@@ -18,11 +18,11 @@ import msgspec
 import numpy as np
 
 from agent.contract.codec import decoder
+from agent.serving.allowance import Allowance
 from agent.serving.answers import Refusal
-from agent.serving.api import pieces
-from agent.serving.api.resting import Resting
-from agent.serving.transport.allowance import Allowance
-from agent.serving.transport.buffers import aligned, empty
+from agent.serving.api import list_pieces
+from agent.serving.api.pauses import Pauses
+from agent.serving.buffers import aligned, empty
 from runtimes.check import shape_text
 from runtimes.contract import DTYPES, Array
 
@@ -190,7 +190,7 @@ class _Reader:
     # -- long lists ----------------------------------------------------------------------------------------------------------------
 
     def long(self, text: memoryview, shape: tuple[int, ...] | None, allowance: Allowance) -> Array:
-        resting = Resting()
+        pauses = Pauses()
         rank = _rank(bytes(text[:HEAD_BYTES]))
         if rank > MAX_RANK:
             self._irregular(shape)
@@ -201,13 +201,13 @@ class _Reader:
                 self._count(1, shape)
             return array.reshape(shape or ())
         if shape is None:
-            shape = pieces.shape_of(text, resting) or self._irregular(None)
+            shape = list_pieces.shape_of(text, pauses) or self._irregular(None)
         found = shape if rank > 1 else (math.prod(shape),)
         if rank != len(_nested(found)):
             self._irregular(shape)
         count = math.prod(found)
         if not count:
-            return self._empty(text, shape, resting)
+            return self._empty(text, shape, pauses)
         if 2 * count > len(text) + 1:
             raise Refusal(400, f"input '{self._name}' has fewer elements than shape {shape_text(shape)}, which needs {count}")
         if self._datatype == "BYTES":
@@ -216,19 +216,19 @@ class _Reader:
         else:
             allowance.take(count * self._dtype.itemsize, f"input '{self._name}'")
             array = empty(count * self._dtype.itemsize).view(self._dtype)
-        self._read_into(array, text, found, resting, shape)
+        self._read_into(array, text, found, pauses, shape)
         return array.reshape(shape)
 
     def _read_into(
-        self, array: Array, text: memoryview, found: tuple[int, ...], resting: Resting, shape: tuple[int, ...]
+        self, array: Array, text: memoryview, found: tuple[int, ...], pauses: Pauses, shape: tuple[int, ...]
     ) -> None:
-        form, at = pieces.Form(found), 0
-        for piece in pieces.pieces(text, resting):
+        form, at = list_pieces.Form(found), 0
+        for piece in list_pieces.pieces(text, pauses):
             if not form.fits(piece.outline):
                 if form.commas >= len(array):
                     self._too_many(shape)
                 self._irregular(shape)
-            inner = pieces.without_brackets(piece)
+            inner = list_pieces.without_brackets(piece)
             values = [self._values(inner, 0)] if piece.lone else self._values(b"".join((b"[", inner, b"]")), 1)
             if at + len(values) > len(array):
                 self._too_many(shape)
@@ -239,11 +239,11 @@ class _Reader:
         if not form.ended():
             self._irregular(shape)
 
-    def _empty(self, text: memoryview, shape: tuple[int, ...], resting: Resting) -> Array:
+    def _empty(self, text: memoryview, shape: tuple[int, ...], pauses: Pauses) -> Array:
         """Of a long text without elements, such as [[],[],…]: its innermost lists are the elements of one that has some."""
         rows = _nested(shape)[:-1]
-        form = pieces.Form(rows)
-        for piece in pieces.pieces(text, resting):
+        form = list_pieces.Form(rows)
+        for piece in list_pieces.pieces(text, pauses):
             tight = piece.outline.translate(None, b" ")
             if b"0" in tight:
                 self._too_many(shape)
@@ -317,7 +317,7 @@ def _rank(text: bytes) -> int:
     """How many lists the first element is in, or the first list without elements."""
     rank = 0
     for code in text:
-        if code == pieces.OPEN:
+        if code == list_pieces.OPEN:
             rank += 1
         elif code not in _WHITE:
             break

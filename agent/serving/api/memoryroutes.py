@@ -8,7 +8,7 @@ import msgspec
 
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
-from agent.serving.api.strict import read_body
+from agent.serving.api.json_body import read_body
 from agent.serving.routes import Request, Route
 from agent.serving.shared.memory import ClientMemory
 

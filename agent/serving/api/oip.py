@@ -1,411 +1,72 @@
-"""The Open Inference Protocol's inference request and response as bytes, with the binary tensor extension. No I/O, no model.
-
-A request body is JSON, or JSON followed by the bytes of its binary tensors in the order of the inputs (little-endian, row-major,
-unpadded); the header length says where the JSON ends. `read_request` checks all of it against the model's inputs and gives a Plan;
-`Plan.feeds` makes arrays that are views into the body. A Plan holds nothing of the body, so the same JSON part needs to be read
-only once. `write_response` is the way back.
-"""
+"""The Open Inference Protocol as the form of a prediction."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-import msgspec
-import numpy as np
+from agent.serving.answers import Answer, Refusal
+from agent.serving.api.oip_request import Plan, read_request
+from agent.serving.api.oip_response import write_response
+from agent.serving.models.host import Version
+from agent.serving.prediction import Form
+from agent.serving.routes import Request
+from agent.serving.scheduling.demand import SequenceDemand
+from runtimes.contract import Array
 
-from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal, Template
-from agent.serving.api import classification, lists, skim, tensors
-from agent.serving.api.checks import Inputs, as_asked, check_input, check_size, refuse_output
-from agent.serving.api.parameters import (
-    OutputRule,
-    Place,
-    Value,
-    check_reserved,
-    flag,
-    interface_of,
-    output_rule,
-    place_of,
-    priority_of,
-    sequence_of,
-    timeout_of,
-    whole,
-)
-from agent.serving.api.strict import check_keys
-from agent.serving.inference import SequenceDemand
-from agent.serving.shared.regions import ConnectionRegions, Regions
-from agent.serving.transport.allowance import Allowance
-from agent.serving.transport.buffers import ALIGNMENT, aligned
-from runtimes.check import shape_text
-from runtimes.contract import Array, TensorSpec
-from runtimes.naming import Interface, Interfaces
-
-ONE_SOURCE = (
-    "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
-    "'shared_memory_region' in 'parameters'. But "
-)
-NO_SHARED_MEMORY = "Client shared memory is disabled: send the tensor's bytes after the JSON instead"
-MAX_TEMPLATES = 16
-Parameters = dict[str, Value]
+MAX_PLAN_KEY_BYTES = 2048  # JSON parts without data are far smaller
+MAX_PLANS = 64  # per version; callers use a few shapes
+SEQUENCE_ID = b'"sequence_id"'
 
 
-class InputDocument(msgspec.Struct):
-    name: str
-    shape: list[int]
-    datatype: str
-    parameters: Parameters = {}
-    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+class OipForm(Form):
+    """A request with the same JSON part as an earlier one is not read again: its plan is remembered with the version."""
+
+    def read(self, version: Version, call: Request) -> Plan:
+        if call.plan is not None and call.plan[0] is version:
+            known: Plan = call.plan[1]
+            return known
+        plan = self._read(version, call)
+        if plan.reusable:
+            call.plan = (version, plan)
+        return plan
+
+    @staticmethod
+    def _read(version: Version, call: Request) -> Plan:
+        body, length = call.body, call.header_length
+        if length is not None and length > len(body):
+            raise Refusal(400, f"inference header size should be in range (0, {len(body)}), got: {length}")
+        key = b""
+        if length and length <= MAX_PLAN_KEY_BYTES:
+            key = bytes(body[:length])
+            plan: Plan | None = version.plans.get(key)
+            if plan is not None and plan.size_bytes == len(body):
+                return plan
+        if call.allowance is not None and call.allowance.made:
+            call.allowance.again()
+        plan = read_request(body, length, version.name, version.inputs, version.outputs, version.interfaces, call.allowance)
+        if key and plan.reusable:
+            if len(version.plans) >= MAX_PLANS:
+                version.plans.clear()
+            version.plans[key] = plan
+        return plan
+
+    def feeds(self, plan: Plan, call: Request) -> Mapping[str, Array]:
+        return plan.feeds(call.body, call.regions, strays=call.strays, allowance=call.allowance)
+
+    def lasts(self, plan: Plan, call: Request) -> bool:
+        return plan.lasting and not call.strays
+
+    def sequence(self, version: Version, call: Request) -> SequenceDemand | None:
+        length = len(call.body) if call.header_length is None else call.header_length
+        if SEQUENCE_ID not in bytes(call.body[:length]):
+            return None
+        try:
+            return self.read(version, call).sequence
+        except Refusal:
+            return None  # whichever version answers says what is wrong with it
+
+    def write(self, version: Version, plan: Plan, call: Request, arrays: Sequence[Array]) -> Answer:
+        return write_response(plan, arrays, version.name, version.number_text, version.labels, call.regions)
 
 
-class OutputDocument(msgspec.Struct):
-    name: str
-    parameters: Parameters = {}
-
-
-class RequestDocument(msgspec.Struct):
-    inputs: list[InputDocument]
-    id: str = ""
-    outputs: list[OutputDocument] = []
-    parameters: Parameters = {}
-
-
-_decoder = msgspec.json.Decoder(RequestDocument)
-_encode = msgspec.json.encode
-
-
-@dataclass(slots=True)
-class Plan:
-    """A request, understood: where each tensor lies in the body and how the answer is wanted."""
-
-    id: str
-    views: list[
-        tuple[str, np.dtype[Any], tuple[int, ...], int, int, bool]
-    ]  # name, dtype, shape, offset in the body, bytes, strays
-    values: dict[str, Array]  # inputs that came as JSON
-    outputs: list[str] | None
-    specs: tuple[TensorSpec, ...]  # of the outputs, in the order of the answer
-    binary: tuple[bool, ...]  # for each of them
-    size_bytes: int = 0  # of the whole body
-    timeout_s: float | None = None
-    priority: int = 0  # 1 is the highest, 0 the model's default
-    sequence: SequenceDemand | None = None
-    shared: tuple[tuple[TensorSpec, tuple[int, ...], Place], ...] = ()  # inputs in shared memory, with their shapes
-    rules: tuple[OutputRule | None, ...] = ()  # for each output, when there is any
-    templates: dict[Any, Template] = field(default_factory=dict)
-
-    @property
-    def reusable(self) -> bool:
-        return not self.values and not self.id
-
-    @property
-    def lasting(self) -> bool:
-        """Whether its feeds hold for whatever tensors come to lie in the same body: nothing of them is read, copied or looked up."""
-        plain = all(dtype.kind not in "Ob" and not alone for _, dtype, _, _, _, alone in self.views)
-        return plain and not (self.values or self.shared or self.rules)
-
-    @property
-    def _only_views(self) -> bool:
-        """Whether its feeds are views of the client's memory, and nothing else is looked up."""
-        views = all(tensors.is_view(spec, place.offset) for spec, _, place in self.shared)
-        return views and not (self.views or self.values or self.rules)
-
-    def feeds(
-        self,
-        body: memoryview,
-        regions: ConnectionRegions | None = None,
-        *,
-        strays: bool = False,
-        allowance: Allowance | None = None,
-    ) -> dict[str, Array]:
-        """The inputs as arrays. They are views into `body` and `regions`, valid as long as these are. `strays` says that the tensors in
-        `body` do not begin at a multiple of ALIGNMENT: then they are copied to where they do, as is each one that strays by itself.
-
-        Raises: Refusal (400; 404 for a region that is not there, also for one that an output is to go to; 413, 503 for BYTES that
-        `allowance` does not allow).
-        """
-        if self.shared and regions is not None:
-            known: dict[str, Array] | None = regions.recall(self)
-            if known is not None:
-                return known
-        feeds: dict[str, Array] = self.values.copy()
-        for name, dtype, shape, offset, size, alone in self.views:
-            if dtype.kind == "O":
-                feeds[name] = tensors.read_bytes(name, body[offset : offset + size], shape, allowance)
-                continue
-            array: Array = np.ndarray(shape, dtype, body, offset)
-            if strays or alone:
-                array = aligned(array)
-            if dtype.kind == "b":
-                tensors.check_bool(name, array)
-            feeds[name] = array
-        if self.shared or self.rules:
-            self._look_up(feeds, regions, allowance)
-        return feeds
-
-    def _look_up(self, feeds: dict[str, Array], regions: ConnectionRegions | None, allowance: Allowance | None) -> None:
-        if allowance is not None and self.shared:
-            allowance.body_bytes = max(allowance.body_bytes, sum(place.size for _, _, place in self.shared))
-        for spec, shape, place in self.shared:
-            view = _offered(regions).view(place.region, place.offset, place.size)
-            feeds[spec.name] = tensors.from_memory(spec, shape, view, allowance)
-        if regions is not None and self._only_views:
-            regions.keep(self, feeds, [place.region for _, _, place in self.shared])
-        for rule in self.rules:
-            if rule is not None and rule.place is not None:
-                _offered(regions).check(rule.place.region, rule.place.offset, rule.place.size)
-
-
-def _offered(regions: Regions | None) -> Regions:
-    if regions is None:
-        raise Refusal(501, NO_SHARED_MEMORY)
-    return regions
-
-
-def read_request(
-    body: memoryview,
-    header_length: int | None,
-    model: str,
-    inputs: Sequence[TensorSpec],
-    outputs: Sequence[TensorSpec],
-    interfaces: Interfaces | None = None,
-    allowance: Allowance | None = None,
-) -> Plan:
-    """The plan of the request in `body`, whose JSON part has `header_length` bytes (all of it when None). `interfaces` are those of the
-    model; without, there are the names in `inputs` and `outputs` alone.
-
-    Raises: Refusal (400, 501; 413, 503 where `allowance` does not allow what it would become) that says what is wrong with it.
-    """
-    if header_length == 0:
-        return _raw_plan(body, model, inputs, outputs)
-    size = len(body) if header_length is None else header_length
-    try:
-        document, rest, skimmed = skim.read(body[:size], _decoder)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refusal(400, f"the body is not an inference request: {error}") from error
-    _check_keys(document, body[:size], rest, skimmed)
-    plan = Plan(document.id, [], {}, None, (), (), len(body))
-    interface = interface_of(document.parameters, interfaces or Interfaces(inputs, outputs), model)
-    end = _Inputs(plan, body, size, skimmed, allowance).place(document, model, interface)
-    if skimmed is not None:
-        skimmed.check_unread()
-    if end != len(body):
-        raise Refusal(
-            400, f"unexpected additional input data for model '{model}': {len(body) - end} bytes after the last tensor"
-        )
-    _place_outputs(plan, document, model, interface)
-    if document.parameters:
-        check_reserved(document.parameters)
-        plan.priority = priority_of(document.parameters)
-        plan.timeout_s = timeout_of(document.parameters)
-        plan.sequence = sequence_of(document.parameters)
-    return plan
-
-
-def _check_keys(document: RequestDocument, text: memoryview, rest: bytes, skimmed: skim.Skimmed | None) -> None:
-    """A colon for every key that is there for certain; more of them may be a key twice, of which JSON readers take either."""
-    keys = 1 + bool(document.id) + bool(document.outputs) + bool(document.parameters) + len(document.parameters)
-    for given in document.inputs:
-        keys += 3 + (given.data is not msgspec.UNSET) + bool(given.parameters) + len(given.parameters)
-    for wanted in document.outputs:
-        keys += 1 + bool(wanted.parameters) + len(wanted.parameters)
-    raw = bytes(text) if skimmed is None else rest
-    if skimmed is not None:
-        keys += len(skimmed.found)
-    if raw.count(b":") > keys:
-        check_keys(raw, [given.data for given in document.inputs if given.data is not msgspec.UNSET])
-
-
-class _Inputs:
-    """Fills in a plan where each input lies, of a request whose JSON ends `at` a byte of `body`."""
-
-    def __init__(
-        self, plan: Plan, body: memoryview, at: int, skimmed: skim.Skimmed | None, allowance: Allowance | None
-    ) -> None:
-        self._plan = plan
-        self._body = body
-        self._begin = self._at = at
-        self._skimmed = skimmed
-        self._allowance = allowance
-
-    def place(self, document: RequestDocument, model: str, interface: Interface) -> int:
-        """Gives the end of the last one.  Raises: Refusal (400, 413, 503)."""
-        plan = self._plan
-        waiting = Inputs(interface, model)
-        shared = []
-        for given in document.inputs:
-            spec = waiting.take(given.name)
-            check_input(given.name, given.datatype, given.shape, spec, model)
-            shape = tuple(given.shape)
-            source = _source(given)
-            if source is None:
-                plan.values[spec.name] = self._values(given, shape)
-            elif isinstance(source, Place):
-                check_size(given.name, source.size, shape, spec, model)
-                shared.append((spec, shape, source))
-            else:
-                check_size(given.name, source, shape, spec, model)
-                self._behind(given.name, spec, shape, source)
-        waiting.check()
-        plan.shared = tuple(shared)
-        return self._at
-
-    def _values(self, given: InputDocument, shape: tuple[int, ...]) -> Array:
-        assert given.data is not msgspec.UNSET
-        if given.datatype in tensors.NOT_IN_JSON:
-            raise Refusal(
-                400,
-                f"receiving {given.datatype} data via JSON is not supported. Please use the binary data format for input {given.name}",
-            )
-        text = bytes(given.data) if self._skimmed is None else self._skimmed.text_of(given.data)
-        return lists.read(given.name, text, given.datatype, shape, allowance=self._allowance)
-
-    def _behind(self, name: str, spec: TensorSpec, shape: tuple[int, ...], size: int) -> None:
-        at = self._at
-        if at + size > len(self._body):
-            left = len(self._body) - at
-            raise Refusal(400, f"input '{name}' should have {size} bytes after the JSON, but only {left} bytes are left")
-        self._plan.views.append((spec.name, spec.dtype, shape, at, size, bool((at - self._begin) % ALIGNMENT)))
-        self._at += size
-
-
-def _source(given: InputDocument) -> int | Place | None:
-    """How many bytes of the body are this input's, or its place in shared memory; None when its data is in the JSON.
-
-    Raises: Refusal (400) when it says none of these or more than one.
-    """
-    binary = "binary_data_size" in given.parameters
-    shared = "shared_memory_region" in given.parameters
-    has_data = given.data is not msgspec.UNSET
-    if binary + shared + has_data != 1:
-        said = [n for n, there in (("data", has_data), ("binary_data_size", binary), ("shared_memory_region", shared)) if there]
-        raise Refusal(400, f"{ONE_SOURCE}input '{given.name}' sets {' and '.join(said) or 'none of them'}")
-    if shared:
-        return place_of(given.parameters, given.name)
-    return whole(given.parameters, "binary_data_size", given.name) if binary else None
-
-
-def _place_outputs(plan: Plan, document: RequestDocument, model: str, interface: Interface) -> None:
-    default = flag(document.parameters, "binary_data_output")
-    if not document.outputs:
-        plan.outputs, plan.specs = interface.asked, interface.said_outputs
-        plan.binary = (default,) * len(plan.specs)
-        if not default:
-            for output in plan.specs:
-                tensors.check_in_json(output.name, output.datatype)
-        return
-    specs = dict(interface.outputs)
-    chosen, binary, rules = [], [], []
-    names = []
-    for wanted in document.outputs:
-        found = specs.pop(wanted.name, None)
-        if found is None:
-            refuse_output(wanted.name, model, interface)
-        names.append(found.name)
-        spec = as_asked(found, wanted.name)
-        rule = output_rule(wanted.parameters, wanted.name)
-        if rule is not None and rule.classes:
-            classification.check(spec)
-        rules.append(rule)
-        chosen.append(spec)
-        binary.append(flag(wanted.parameters, "binary_data", default=default))
-        if not binary[-1] and rule is None:
-            tensors.check_in_json(spec.name, spec.datatype)
-    plan.outputs = names
-    plan.specs, plan.binary = tuple(chosen), tuple(binary)
-    if any(rule is not None for rule in rules):
-        plan.rules = tuple(rules)
-
-
-def _raw_plan(body: memoryview, model: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Plan:
-    """Header length 0: the whole body is the model's only input, every output comes back as bytes."""
-    required = [spec for spec in inputs if not spec.optional]
-    if len(required) != 1:
-        raise Refusal(400, f"a raw body is for models with one input; model '{model}' has {len(required)}")
-    spec = required[0]
-    shape = list(spec.shape)
-    if spec.datatype == "BYTES":
-        if any(size not in (-1, 1) for size in shape):
-            raise Refusal(
-                400, f"a raw body for BYTES input '{spec.name}' needs a shape of one element, it has {shape_text(shape)}"
-            )
-        value = np.empty((1,) * len(shape), np.object_)
-        value[...] = bytes(body)
-        return Plan("", [], {spec.name: value}, None, tuple(outputs), (True,) * len(outputs))
-    if shape and shape[0] == -1 and shape.count(-1) > 1:
-        shape[0] = 1
-    if shape.count(-1) > 1:
-        raise Refusal(
-            400,
-            f"the shape of input '{spec.name}', {shape_text(spec.shape)}, cannot be told from a raw body: send a JSON header",
-        )
-    known = math.prod(size for size in shape if size != -1) * spec.dtype.itemsize
-    if -1 in shape and known and len(body) % known == 0:
-        shape[shape.index(-1)] = len(body) // known
-    if math.prod(shape) * spec.dtype.itemsize != len(body) or -1 in shape:
-        raise Refusal(
-            400,
-            f"unexpected size for input '{spec.name}' for model '{model}': "
-            f"{len(body)} bytes do not make {spec.datatype} {shape_text(spec.shape)}",
-        )
-    view = (spec.name, spec.dtype, tuple(shape), 0, len(body), False)
-    return Plan("", [view], {}, None, tuple(outputs), (True,) * len(outputs))
-
-
-def write_response(
-    plan: Plan,
-    arrays: Sequence[Array],
-    model: str,
-    version: str,
-    labels: Mapping[str, Sequence[str]] = {},
-    regions: Regions | None = None,
-) -> Answer:
-    """The answer with `arrays`, which are in the order of `plan.specs`. `labels` has the classes' names of some outputs.
-
-    Raises: Refusal (500 when JSON cannot carry one, 400 when it does not fit its region).
-    """
-    key = arrays[0].shape if len(arrays) == 1 else tuple([a.shape for a in arrays])
-    template = plan.templates.get(key)
-    if template is not None:
-        return FilledTemplate(template, arrays)
-    documents: list[dict[str, Any]] = []
-    parts: list[Buffer] = []
-    fixed = not plan.id and not plan.rules
-    size = 0
-    for at, (spec, array, binary) in enumerate(zip(plan.specs, arrays, plan.binary, strict=True)):
-        rule = plan.rules[at] if plan.rules else None
-        datatype = spec.datatype
-        if rule is not None and rule.classes:
-            array, datatype = classification.classify(array, spec, rule.classes, labels.get(spec.name, ())), "BYTES"  # noqa: PLW2901
-        document: dict[str, Any] = {"name": spec.name, "datatype": datatype, "shape": array.shape}
-        if rule is not None and rule.place is not None:
-            document["parameters"] = _store(rule.place, _bytes_of(array, datatype), regions)
-        elif binary:
-            part = _bytes_of(array, datatype)
-            count = len(part) if isinstance(part, bytes) else part.nbytes
-            document["parameters"] = {"binary_data_size": count}
-            size += count
-            parts.append(part)
-        else:
-            document["data"] = tensors.to_json(spec.name, array, datatype)
-        fixed = fixed and binary and datatype != "BYTES"
-        documents.append(document)
-    head = {"id": plan.id} if plan.id else {}
-    json = _encode({**head, "model_name": model, "model_version": version, "outputs": documents})
-    if size == 0:
-        return Answer((json,))
-    if fixed and len(plan.templates) < MAX_TEMPLATES and all(a.flags.c_contiguous for a in arrays):
-        plan.templates[key] = Template(json, len(json) + size)
-    return Answer((json, *parts), content_type=BINARY, json_bytes=len(json))
-
-
-def _bytes_of(array: Array, datatype: str) -> Any:
-    return tensors.write_bytes(array) if datatype == "BYTES" else np.ascontiguousarray(array)
-
-
-def _store(place: Place, part: Any, regions: Regions | None) -> dict[str, Any]:
-    """Puts an output where its caller wants it, and gives what the answer says of that."""
-    _offered(regions).store(place.region, place.offset, place.size, part)
-    used = len(part) if isinstance(part, bytes) else part.nbytes
-    return {"shared_memory_region": place.region, "shared_memory_byte_size": used}
+OIP = OipForm()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.serving.answers import Refusal
-from agent.serving.inference import SequenceDemand
+from agent.serving.scheduling.demand import SequenceDemand
 from runtimes.naming import SERVING_DEFAULT, Interface, Interfaces
 
 MAX_PRIORITY = 2**32 - 1

@@ -20,9 +20,10 @@ from agent.serving.answers import Answer, Refusal
 from agent.serving.api import pixels, tensors
 from agent.serving.api.classification import floats, largest
 from agent.serving.api.protocol import VERSION
-from agent.serving.inference import SequenceDemand
 from agent.serving.models.host import Version
+from agent.serving.prediction import Form
 from agent.serving.routes import Kind, Request, Route
+from agent.serving.scheduling.demand import SequenceDemand
 from agent.variants import named
 from runtimes.contract import Array, TensorSpec
 
@@ -43,7 +44,7 @@ class Plan:
     sequence: SequenceDemand | None = None
 
 
-class PictureForm:
+class PictureForm(Form):
     """A picture as the form of a prediction."""
 
     def read(self, version: Version, call: Request) -> Plan:

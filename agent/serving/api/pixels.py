@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from agent.contract.manifest import Picture
+from agent.serving.allowance import Allowance
 from agent.serving.answers import Refusal
-from agent.serving.transport.allowance import Allowance
 from runtimes.contract import Array, TensorSpec
 
 FORMATS = ("JPEG", "PNG")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import msgspec
 
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
-from agent.serving.api import documents
-from agent.serving.api.strict import read_body
+from agent.serving.api import descriptions
+from agent.serving.api.json_body import read_body
+from agent.serving.api.oip import OIP
 from agent.serving.dataplane import Dataplane
 from agent.serving.models.host import LABELS, ModelHost
 from agent.serving.routes import Kind, Request, Route
@@ -24,7 +27,7 @@ class Protocol:
 
     def __init__(self, host: ModelHost, dataplane: Dataplane, *, shared_memory: bool = False) -> None:
         self._host = host
-        self._dataplane = dataplane
+        self._infer = functools.partial(dataplane.infer, form=OIP)
         self._shared_memory = shared_memory
         self.is_ready = False
 
@@ -42,13 +45,13 @@ class Protocol:
                 Route("GET", base, Access.PREDICT, self.metadata),
                 Route("GET", base + "/config", Access.PREDICT, self.config),
                 Route("GET", base + "/ready", Access.PREDICT, self.model_ready),
-                Route("POST", base + "/infer", Access.PREDICT, self._dataplane.infer, Kind.PREDICT, parks=True),
+                Route("POST", base + "/infer", Access.PREDICT, self._infer, Kind.PREDICT, parks=True),
                 Route("GET", base + "/stats", Access.OBSERVE, self.stats),
             ]
         return found
 
     def server(self, _request: Request) -> Answer:
-        return json_answer(documents.server(shared_memory=self._shared_memory))
+        return json_answer(descriptions.server(shared_memory=self._shared_memory))
 
     def live(self, _request: Request) -> Answer:
         return Answer()
@@ -60,10 +63,10 @@ class Protocol:
         return Answer()
 
     def metadata(self, call: Request) -> Answer:
-        return json_answer(documents.metadata(self._host, call.params["model"], call.params.get("version")))
+        return json_answer(descriptions.metadata(self._host, call.params["model"], call.params.get("version")))
 
     def config(self, call: Request) -> Answer:
-        return json_answer(documents.config(self._host, call.params["model"], call.params.get("version")))
+        return json_answer(descriptions.config(self._host, call.params["model"], call.params.get("version")))
 
     def model_ready(self, call: Request) -> Answer:
         if not self._host.look(call.params["model"], call.params.get("version")).answers:
@@ -72,8 +75,8 @@ class Protocol:
 
     def index(self, call: Request) -> Answer:
         only_ready = read_body(call.body, IndexRequest, "an index request").ready
-        return json_answer(documents.index(self._host, only_ready=only_ready))
+        return json_answer(descriptions.index(self._host, only_ready=only_ready))
 
     def stats(self, call: Request) -> Answer:
-        found = documents.statistics(self._host, call.params.get("model"), call.params.get("version"))
+        found = descriptions.statistics(self._host, call.params.get("model"), call.params.get("version"))
         return json_answer({"model_stats": found})

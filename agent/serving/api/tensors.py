@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from agent.serving.allowance import Allowance
 from agent.serving.answers import Refusal
-from agent.serving.api.resting import Resting
-from agent.serving.transport.allowance import Allowance
-from agent.serving.transport.buffers import aligned
+from agent.serving.api.pauses import Pauses
+from agent.serving.buffers import aligned
 from runtimes.check import shape_text
 from runtimes.contract import Array, TensorSpec
 
@@ -66,16 +66,16 @@ def check_in_json(name: str, datatype: str) -> None:
         )
 
 
-def numbers(array: Array, resting: Resting | None = None) -> msgspec.Raw:
+def numbers(array: Array, pauses: Pauses | None = None) -> msgspec.Raw:
     """Numbers or truth values as lists that are nested as deep as there are dimensions."""
     if array.size <= FEW_NUMBERS:
         return msgspec.Raw(finite_or_not(array.tolist(), finite=array.dtype.kind != "f" or bool(np.isfinite(array).all())))
-    resting = resting or Resting()
+    pauses = pauses or Pauses()
     rows = array if array.ndim > 1 else [array[at : at + FEW_NUMBERS] for at in range(0, len(array), FEW_NUMBERS)]
     parts = []
     for row in rows:
-        parts.append(bytes(numbers(row, resting)))
-        resting.rest()
+        parts.append(bytes(numbers(row, pauses)))
+        pauses.rest()
     return msgspec.Raw(b"[%b]" % b",".join(parts if array.ndim > 1 else [part[1:-1] for part in parts]))
 
 
@@ -88,12 +88,12 @@ def finite_or_not(document: Any, *, finite: bool = False) -> bytes:
 def read_bytes(name: str, data: memoryview, shape: tuple[int, ...], allowance: Allowance | None = None) -> Array:
     """BYTES elements, each after its length as 4 little-endian bytes.  Raises: Refusal (400; 413, 503 as `allowance` has it)."""
     at, end, count, found = 0, len(data), math.prod(shape), 0
-    resting: Resting | None = None
+    pauses: Pauses | None = None
     if count > FEW_ELEMENTS or end > FEW_BYTES:
         if count * _LENGTH.size > end:
             raise Refusal(400, f"input '{name}' has fewer elements than shape {shape_text(shape)} needs, which are {count}")
         (allowance or Allowance(body_bytes=end)).elements(count, end, f"input '{name}'")
-        resting = Resting()
+        pauses = Pauses()
     array = np.empty(count, np.object_)
     while at < end:
         if end - at < _LENGTH.size:
@@ -107,8 +107,8 @@ def read_bytes(name: str, data: memoryview, shape: tuple[int, ...], allowance: A
         array[found] = bytes(data[at : at + size])
         found += 1
         at += size
-        if resting is not None and found % FEW_ELEMENTS == 0:
-            resting.rest()
+        if pauses is not None and found % FEW_ELEMENTS == 0:
+            pauses.rest()
     if found != count:
         raise Refusal(400, f"input '{name}' has {found} elements, shape {shape_text(shape)} needs {count}")
     return array.reshape(shape)

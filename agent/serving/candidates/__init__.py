@@ -1,6 +1,5 @@
-"""A version that is tried on live requests beside the one that answers them.
+"""A version that is tried on copies of live requests beside the one that answers them.
 
-shadowing   on copies, whose answers nobody gets
-canary      on a share of them
-comparing   two versions' answers to the same inputs, as numbers. Pure
+shadowing    takes the copies, whose answers nobody gets, and runs them
+comparing    two versions' answers to the same inputs, as numbers. Pure
 """

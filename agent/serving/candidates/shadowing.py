@@ -31,7 +31,7 @@ from agent.serving.candidates.comparing import Comparison, Tolerance
 from agent.serving.models.host import ModelHost, Served, Version
 from agent.serving.scheduling.scheduler import Scheduler
 from runtimes.check import check_feeds
-from runtimes.contract import Array, InputInvalid
+from runtimes.contract import Array, InputInvalid, is_stateful
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Sample:
 
 
 class Shadow:
-    """One candidate beside one active version. `take` is called by threads that answer, the rest by its own thread and the control thread."""
+    """One candidate beside one active version. `copy` is called by threads that answer, the rest by its own thread and the control thread."""
 
     def __init__(
         self, served: Served, active: Version, candidate: Version, tolerances: Mapping[str, Tolerance], scheduler: Scheduler,
@@ -165,7 +165,7 @@ class Shadow:
 
     # -- by threads that answer --------------------------------------------------------------------------------------------------
 
-    def take(self, plan: Any, feeds: Mapping[str, Array], arrays: Sequence[Array], run_s: float) -> None:
+    def copy(self, plan: Any, feeds: Mapping[str, Array], arrays: Sequence[Array], run_s: float) -> None:
         """Copies a request that was answered.  Never raises, never waits."""
         if not self._lock.acquire(blocking=False):
             return
@@ -315,7 +315,7 @@ class Shadows:
                 shadow.change(share, max_rate)
                 return shadow
         active, candidate = pair(served, number, "compared with")
-        if getattr(active.model, "stateful", False) or getattr(candidate.model, "stateful", False):
+        if is_stateful(active.model) or is_stateful(candidate.model):
             raise Refusal(
                 409, f"model {model!r} has state, so single requests of it cannot be run again beside it", code="stateful"
             )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from agent.serving.allowance import Allowance
 from agent.serving.answers import Refusal
 from agent.serving.api import classification, tensors
 from agent.serving.api.checks import Inputs, as_asked, check_input, check_size, refuse_output
@@ -23,16 +24,15 @@ from agent.serving.api.parameters import (
     sequence_of,
     timeout_of,
 )
+from agent.serving.api.pauses import Pauses
 from agent.serving.api.protocol import VERSION
-from agent.serving.api.resting import Resting
+from agent.serving.buffers import BufferPool, aligned, empty
 from agent.serving.dataplane import Dataplane
 from agent.serving.grpc import wire
 from agent.serving.grpc.messages import ModelInferRequest, ModelInferResponse
-from agent.serving.inference import Demand
 from agent.serving.models.host import ModelHost
+from agent.serving.scheduling.demand import Demand
 from agent.serving.shared.regions import Regions
-from agent.serving.transport.allowance import Allowance
-from agent.serving.transport.buffers import BufferPool, aligned, empty
 from runtimes.contract import Array, TensorSpec
 from runtimes.naming import Interface
 
@@ -239,10 +239,10 @@ def _from_contents(given: Any, shape: tuple[int, ...], spec: TensorSpec, allowan
     else:
         allowance.take(count * spec.dtype.itemsize, f"input '{spec.name}'")
         array = empty(count * spec.dtype.itemsize).view(spec.dtype)
-    resting = Resting()
+    pauses = Pauses()
     for at in range(0, count, AT_ONCE):
         array[at : at + AT_ONCE] = _values(values[at : at + AT_ONCE], spec)
-        resting.rest()
+        pauses.rest()
     return array.reshape(shape)
 
 

@@ -17,15 +17,15 @@ from agent.config import ServeSettings
 from agent.serving.access import Access
 from agent.serving.answers import Refusal
 from agent.serving.api.extensions import Repository
+from agent.serving.api.settings import LogSettings, TraceSettings
+from agent.serving.buffers import BufferPool
 from agent.serving.dataplane import Dataplane
 from agent.serving.grpc.inference import Came, Inference
 from agent.serving.grpc.messages import HEALTH, INFERENCE, classes_of
 from agent.serving.grpc.regions import SocketRegions
 from agent.serving.grpc.services import Health, Services
 from agent.serving.models.host import ModelHost
-from agent.serving.settings import LogSettings, TraceSettings
 from agent.serving.shared.systemmemory import SystemMemory
-from agent.serving.transport.buffers import BufferPool
 from agent.serving.transport.sockets import MAX_PATH_BYTES, SocketError, make_way
 
 log = logging.getLogger(__name__)

@@ -10,13 +10,13 @@ from typing import Any
 
 from agent.serving.access import Access, Grant
 from agent.serving.answers import Refusal
-from agent.serving.api import documents
+from agent.serving.api import descriptions
 from agent.serving.api.extensions import NO_CUDA, NO_REPOSITORY, Repository
+from agent.serving.api.settings import LogSettings, TraceSettings
 from agent.serving.grpc.inference import Inference, version_of
 from agent.serving.grpc.messages import HealthCheckResponse, ModelStreamInferResponse
 from agent.serving.grpc.regions import SocketRegions
 from agent.serving.models.host import ModelHost
-from agent.serving.settings import LogSettings, TraceSettings
 
 NO_SHARED_MEMORY = "Client shared memory is disabled on this socket: it needs serve.shared_memory and serve.grpc_access control"
 ACCESS = {
@@ -70,23 +70,23 @@ class Services:
         return answer(ready=self._host.look(request.name, version_of(request.version)).answers)
 
     def ServerMetadata(self, _request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
-        return answer(**documents.server(shared_memory=self._regions is not None))
+        return answer(**descriptions.server(shared_memory=self._regions is not None))
 
     def ModelMetadata(self, request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
-        found = documents.metadata(self._host, request.name, version_of(request.version))
+        found = descriptions.metadata(self._host, request.name, version_of(request.version))
         for tensor in (*found["inputs"], *found["outputs"]):
             tensor.pop("parameters", None)  # they have no place in this message; the configuration has them
         found.pop("parameters", None)
         return answer(**found)
 
     def ModelConfig(self, request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
-        found = documents.config(self._host, request.name, version_of(request.version))
+        found = descriptions.config(self._host, request.name, version_of(request.version))
         made = answer()
         fill(made.config, found)
         return made
 
     def ModelStatistics(self, request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
-        found = documents.statistics(self._host, request.name or None, version_of(request.version))
+        found = descriptions.statistics(self._host, request.name or None, version_of(request.version))
         made = answer()
         fill(made, {"model_stats": found})
         return made
@@ -117,7 +117,7 @@ class Services:
 
     def RepositoryIndex(self, request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
         _one_repository(request)
-        return answer(models=documents.index(self._host, only_ready=request.ready))
+        return answer(models=descriptions.index(self._host, only_ready=request.ready))
 
     def RepositoryModelLoad(self, request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
         _one_repository(request)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from agent.serving.allowance import Allowance
 from agent.serving.answers import Refusal
-from agent.serving.api.resting import Resting
-from agent.serving.transport.allowance import Allowance
+from agent.serving.api.pauses import Pauses
 
 # What upb takes, measured with a million of each: 31 bytes for an empty string, 85 for an empty input, 153 for a parameter, 15 for a
 # packed number, which may have one byte on the wire.
@@ -37,7 +37,7 @@ class Scale:
     def __init__(self, allowance: Allowance, what: str) -> None:
         self._allowance = allowance
         self._what = what
-        self._resting = Resting()
+        self._pauses = Pauses()
         self._weight = self._fields = 0
 
     def weigh(self, data: memoryview, fields: Fields) -> None:
@@ -79,7 +79,7 @@ class Scale:
         if self._fields % TAKEN_AT_ONCE == 0:
             self._allowance.take(self._weight, self._what)
             self._weight = 0
-            self._resting.rest()
+            self._pauses.rest()
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:

@@ -20,20 +20,20 @@ from typing import Any, Literal, Protocol
 from agent.contract.manifest import Picture, Serving
 from agent.host import priority
 from agent.serving.answers import Refusal
-from agent.serving.candidates.canary import Canary
-from agent.serving.scheduling.lanes import INLINE_RUN_S, LONG_RUN_S, Lane
+from agent.serving.models.canary import Canary
+from agent.serving.models.stats import Stats
+from agent.serving.scheduling.lanes import INLINE_RUN_S, LONG_RUN_S, Job, Lane
 from agent.serving.scheduling.sequences import Sequences
-from agent.serving.telemetry.stats import Stats
-from runtimes.contract import Array, Growing, Model, Placement, TensorSpec
+from runtimes.contract import Array, Growing, Model, Placement, TensorSpec, is_stateful
 from runtimes.naming import Interfaces
 
 log = logging.getLogger(__name__)
 
 
 class Tap(Protocol):
-    """Takes copies of requests: see `shadowing`."""
+    """Copies requests: see `shadowing`."""
 
-    def take(self, plan: Any, feeds: Mapping[str, Array], arrays: Sequence[Array], run_s: float) -> None:
+    def copy(self, plan: Any, feeds: Mapping[str, Array], arrays: Sequence[Array], run_s: float) -> None:
         """Of a request that was answered with `arrays`.  Never raises, never waits."""
 
 
@@ -111,7 +111,7 @@ class Version:
         self.stats = Stats()
         self.plans: dict[bytes, Any] = {}  # the protocol's: requests seen before, understood
         self.tap: Tap | None = None  # is to be given the next request that it answered
-        self.canary: Canary | None = None  # of the active version: another one answers a share of its requests
+        self.canary: Canary[Version] | None = None  # of the active version: another one answers a share of its requests
         self._guests: list[None] = []  # one for each request inside: adding and removing one is one step, and needs no lock
         self._lock = threading.Lock()  # for what becomes of it
         self._empty = threading.Condition(self._lock)
@@ -136,8 +136,8 @@ class Version:
 
     def arrange(self, *, max_sequences: int, sequence_idle_s: float) -> None:
         """How requests wait for it. Before the first one."""
-        sequences = None
-        if getattr(self.model, "stateful", False):
+        sequences: Sequences[Job] | None = None
+        if is_stateful(self.model):
             sequences = Sequences(self.name, self.number, limit=max_sequences, idle_s=sequence_idle_s)
         with self._lock:  # its process may end at any time
             self.lane = Lane(self.serving, sequences)
@@ -323,7 +323,7 @@ class Served:
         return self.versions.get(int(wanted))
 
     @property
-    def canary(self) -> Canary | None:
+    def canary(self) -> Canary[Version] | None:
         return self.active.canary if self.active is not None else None
 
     def end_canary(self) -> None:

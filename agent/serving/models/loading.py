@@ -19,8 +19,8 @@ from agent.variants import prepared
 from runtimes import hazards, onnx_external, registry
 from runtimes.check import read_npz, zeros
 from runtimes.contract import Array, InputInvalid, LoadOptions, Model, ModelInvalid, RunFailed, Runtime, RuntimeFailure, Scalar
+from runtimes.messages import without_paths
 from runtimes.naming import Interfaces
-from runtimes.words import without_paths
 
 log = logging.getLogger(__name__)
 

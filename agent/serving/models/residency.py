@@ -23,12 +23,13 @@ from msgspec import structs
 
 from agent.host import memory
 from agent.serving.answers import Refusal
-from agent.serving.dataplane import Dataplane
 from agent.serving.models import budget, loading
 from agent.serving.models.budget import Resident
 from agent.serving.models.host import ModelHost, Process, Served, Version
 from agent.serving.models.loading import DEFAULT_LIMITS, Limits, Source
-from agent.serving.models.unfinished import Unfinished
+from agent.serving.models.loading_note import LoadingNote
+from agent.serving.scheduling.lanes import Job
+from agent.serving.scheduling.scheduler import Scheduler
 from runtimes.contract import ModelInvalid
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,16 @@ class Defer(Protocol):
     def __call__(self, do: Callable[[], None], delay_s: float) -> None: ...
 
 
+class Waiting(Protocol):
+    """What becomes of jobs that were taken out of the lane of a version."""
+
+    def follow(self, job: Job) -> None:
+        """Has it wait for the version that answers now."""
+
+    def refuse(self, job: Job, error: Exception) -> None:
+        """Answers it with the error."""
+
+
 class NoRoom(MemoryError):
     """The budget does not allow it. `retry_s`: when that may be different."""
 
@@ -63,23 +74,24 @@ class Residency:
     def __init__(
         self,
         host: ModelHost,
-        dataplane: Dataplane,
+        scheduler: Scheduler,
+        waiting: Waiting,
         *,
         engine_threads: int,
         budget_bytes: int = 0,
         pinned: Sequence[str] = (),
         min_residency_s: float = 10.0,
         limits: Limits = DEFAULT_LIMITS,
-        unfinished: Unfinished | None = None,
+        note: LoadingNote | None = None,
     ) -> None:
         self._host = host
-        self._dataplane = dataplane
-        self._scheduler = dataplane.scheduler
+        self._scheduler = scheduler
+        self._waiting = waiting
         self._engine_threads = engine_threads
         self._pinned = frozenset(pinned)
         self._min_residency_s = min_residency_s
         self._limits = limits
-        self.unfinished = unfinished or Unfinished()
+        self.note = note or LoadingNote()
         self._summoned: set[Version] = set()
         self._lock = threading.Lock()  # of `_summoned`
         self._stuck: set[Version] = set()  # whose process ended, and a request in it did not
@@ -88,7 +100,6 @@ class Residency:
         self.changing = threading.Lock()
         self._early: list[tuple[Callable[[], None], float]] = []  # work that came before there was a control thread
         self.defer: Defer = lambda do, delay_s: self._early.append((do, delay_s))
-        dataplane.summon = self.summon
         host.on_close = self._closing
 
     def begin(self, defer: Defer) -> None:
@@ -116,8 +127,8 @@ class Residency:
         return version
 
     def _load(self, source: Source) -> Version:
-        self.unfinished.check(source)
-        return loading.load(source, threads=self._engine_threads, limits=self._limits, guard=self.unfinished.during)
+        self.note.check(source)
+        return loading.load(source, threads=self._engine_threads, limits=self._limits, guard=self.note.during)
 
     def try_apart(self, source: Source) -> None:
         """Loads it and runs it once in a process that ends then: nobody has tried the file as it is now.  Raises: as `loading.load`."""
@@ -127,7 +138,7 @@ class Residency:
 
     def is_overdue(self) -> bool:
         """Whether loading a model takes longer than it may, so that nothing else can be loaded: only a restart ends that."""
-        what = self.unfinished.overdue(self._limits.load_s)
+        what = self.note.overdue(self._limits.load_s)
         if what is not None:
             log.error("loading %s has taken more than %g s", what, self._limits.load_s)
         return what is not None
@@ -226,7 +237,7 @@ class Residency:
     def _closing(self, version: Version) -> None:
         """A held version goes for good: who waits for it looks for another one."""
         for job in self._scheduler.evacuate(version.lane, close=True):
-            self._dataplane.follow(job)
+            self._waiting.follow(job)
 
     def end(self) -> None:
         """Nothing is brought back any more, and nobody waits for it."""
@@ -386,7 +397,7 @@ class Residency:
         headers = ((b"retry-after", b"%d" % max(1, round(retry_s + 0.5))),)
         for job in self._scheduler.evacuate(version.lane, close=False):
             text = f"model '{version.name}' version {version.number} is not in memory: {why}"
-            self._dataplane.refuse(job, Refusal(503, text, code="evicted", headers=headers))
+            self._waiting.refuse(job, Refusal(503, text, code="evicted", headers=headers))
 
 
 def size_of(version: Version) -> int:

@@ -9,19 +9,19 @@ from __future__ import annotations
 import time
 
 from agent.serving.answers import Refusal
-from agent.serving.dataplane import Dataplane
 from agent.serving.models import loading
 from agent.serving.models.host import DRAIN_TIMEOUT_S, ModelHost, Served, Version
 from agent.serving.models.loading import Source
 from agent.serving.models.residency import LOOK_S, Residency, close
+from agent.serving.scheduling.scheduler import Scheduler
 
 
 class Swapper:
     """With the residency's `changing` held."""
 
-    def __init__(self, host: ModelHost, dataplane: Dataplane, residency: Residency) -> None:
+    def __init__(self, host: ModelHost, scheduler: Scheduler, residency: Residency) -> None:
         self._host = host
-        self._scheduler = dataplane.scheduler
+        self._scheduler = scheduler
         self._residency = residency
 
     def swap(self, served: Served, old: Version, source: Source) -> Served:

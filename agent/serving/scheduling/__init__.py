@@ -1,1 +1,8 @@
-"""Who runs when. `scheduler` has the rules; the rest are its parts: jobs, the lane of each version, batches, sequences."""
+"""Who runs when.
+
+scheduler    the rules, and the one lock
+lanes        the lane of each version, and the jobs that wait in it
+batching     many requests, one run
+sequences    requests that share state, one after another
+demand       what a request asks for besides its tensors
+"""

@@ -24,8 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agent.serving.answers import Refusal
-from agent.serving.scheduling.jobs import GONE, NEVER, TAKEN, WAITING, Job
-from agent.serving.scheduling.lanes import INLINE_RUN_S, Lane
+from agent.serving.scheduling.lanes import GONE, INLINE_RUN_S, NEVER, TAKEN, WAITING, Job, Lane
 
 RETRY = ((b"retry-after", b"1"),)
 DEFAULT_LIMIT = 1024

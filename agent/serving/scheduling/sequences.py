@@ -12,25 +12,32 @@ Nothing here locks: the scheduler's lock is held by whoever calls, except for `s
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import Any, Generic, Protocol, TypeVar
 
 from agent.serving.answers import Refusal
-from agent.serving.inference import SequenceDemand
+from agent.serving.scheduling.demand import SequenceDemand
 from runtimes.contract import ModelSequence
-
-if TYPE_CHECKING:
-    from agent.serving.scheduling.jobs import Job
 
 RETRY = ((b"retry-after", b"1"),)
 
 
-class Sequence:
+class Member(Protocol):
+    """A request of a sequence, with what it demands; None for one that belongs to no sequence."""
+
+    demand: SequenceDemand | None
+    sequence: Sequence[Any] | None
+
+
+M = TypeVar("M", bound=Member)
+
+
+class Sequence(Generic[M]):
     __slots__ = ("current", "ending", "id", "queue", "started", "state", "used_s")
 
     def __init__(self, number: int | str, now_s: float) -> None:
         self.id = number
-        self.current: Job | None = None
-        self.queue: deque[Job] = deque()  # those whose turn comes later
+        self.current: M | None = None
+        self.queue: deque[M] = deque()  # those whose turn comes later
         self.state: ModelSequence | None = None
         self.started = False  # a start was answered and nothing ended it since
         self.ending = False  # an end waits or runs: only a start may come behind it
@@ -44,14 +51,14 @@ class Sequence:
             state.close()
 
 
-class Sequences:
+class Sequences(Generic[M]):
     """`model` and `version` name them in messages."""
 
     def __init__(self, model: str, version: int, *, limit: int, idle_s: float) -> None:
         self._what = f"model '{model}' version {version}"
         self.limit = limit
         self.idle_s = idle_s
-        self._found: dict[int | str, Sequence] = {}
+        self._found: dict[int | str, Sequence[M]] = {}
 
     def __len__(self) -> int:
         return len(self._found)
@@ -59,7 +66,7 @@ class Sequences:
     def holds(self, number: int | str) -> bool:
         return number in self._found
 
-    def join(self, job: Job, demand: SequenceDemand, now_s: float) -> bool:
+    def join(self, job: M, demand: SequenceDemand, now_s: float) -> bool:
         """Whether the job has its turn at once; else `release` of an earlier one gives it.  Raises: Refusal (400, 503)."""
         sequence = self._found.get(demand.id)
         if sequence is not None and sequence.current is None and now_s - sequence.used_s > self.idle_s:
@@ -79,7 +86,7 @@ class Sequences:
         sequence.queue.append(job)
         return False
 
-    def release(self, job: Job, now_s: float, *, ran: bool = True) -> Job | None:
+    def release(self, job: M, now_s: float, *, ran: bool = True) -> M | None:
         """The job has run, or goes without a run. The one whose turn comes by that, if any."""
         sequence = job.sequence
         assert sequence is not None
@@ -98,7 +105,7 @@ class Sequences:
             self._remove(sequence)
         return following
 
-    def queued(self) -> list[Job]:
+    def queued(self) -> list[M]:
         """Those whose turn comes later."""
         return [job for sequence in self._found.values() for job in sequence.queue]
 
@@ -132,7 +139,7 @@ class Sequences:
             else:
                 sequence.end()
 
-    def _new(self, number: int | str, now_s: float) -> Sequence:
+    def _new(self, number: int | str, now_s: float) -> Sequence[M]:
         if len(self._found) >= self.limit:
             self.expire(now_s)
         if len(self._found) >= self.limit:
@@ -144,7 +151,7 @@ class Sequences:
         sequence = self._found[number] = Sequence(number, now_s)
         return sequence
 
-    def _remove(self, sequence: Sequence) -> None:
+    def _remove(self, sequence: Sequence[M]) -> None:
         if self._found.get(sequence.id) is sequence:
             del self._found[sequence.id]
         sequence.end()

@@ -1,7 +1,6 @@
-"""What is told about predictions.
+"""What is told of every request, and to whom.
 
-stats       counts and times of one version
-metrics     all of them as Prometheus text
-observing   who wants to see every request
-accesslog, tracing    who does
+observing     the service that tells, and what is told
+accesslog     a line per request
+tracing       a span per request
 """

@@ -16,7 +16,7 @@ from agent.serving.access import Grant
 from agent.serving.answers import Answer
 from agent.serving.dataplane import Dataplane
 from agent.serving.routes import Kind, Request
-from agent.serving.scheduling.jobs import Caller, Job
+from agent.serving.scheduling.lanes import Caller, Job
 from agent.serving.service import Service
 
 MAX_ID_JSON_BYTES = 64 * 1024  # a request's id is looked for in JSON up to this

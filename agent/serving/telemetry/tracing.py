@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from agent.serving.api.documents import agent_version
+from agent.serving.api.descriptions import agent_version
 from agent.serving.telemetry.observing import Seen
 
 UNIX = "unix:"

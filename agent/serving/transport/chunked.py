@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.serving.transport.buffers import BufferPool
+from agent.serving.buffers import BufferPool
 from agent.serving.transport.http import BadRequest
 
 MAX_LINE_BYTES = 1024  # a chunk's size line with its extensions, and each trailer line

@@ -13,13 +13,13 @@ import time
 from collections.abc import Sequence
 
 from agent.serving.access import Grant
+from agent.serving.allowance import Allowance
 from agent.serving.answers import Buffer
+from agent.serving.buffers import ALIGNMENT, TOO_MANY, BufferPool, Bytes, Exhausted
 from agent.serving.routes import Match, Request, Router
-from agent.serving.scheduling.jobs import Caller, Job
+from agent.serving.scheduling.lanes import Caller, Job
 from agent.serving.shared.memory import ClientMemory
 from agent.serving.transport import http
-from agent.serving.transport.allowance import Allowance
-from agent.serving.transport.buffers import ALIGNMENT, TOO_MANY, BufferPool, Bytes, Exhausted
 from agent.serving.transport.chunked import ChunkedBody
 from agent.serving.transport.http import MAX_HEAD_BYTES, BadRequest, Head, HeadReader
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import httptools
 
+from agent.serving import compression
 from agent.serving.access import Access, WebRules
 from agent.serving.answers import BINARY, Answer, Buffer, FilledTemplate, Refusal
+from agent.serving.compression import Coding
 from agent.serving.routes import Kind, Match, Route, Router
-from agent.serving.transport import compression
-from agent.serving.transport.compression import Coding
 
 MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 100

@@ -35,15 +35,15 @@ from typing import Protocol
 
 from agent.serving.access import Grant
 from agent.serving.answers import Answer
+from agent.serving.buffers import LARGE_BODIES_AT_ONCE, BufferPool
 from agent.serving.routes import Kind, Pace, Request, Router
-from agent.serving.scheduling.jobs import Job
+from agent.serving.scheduling.lanes import Job
 from agent.serving.scheduling.scheduler import Scheduler, busy_threads, loop_threads
 from agent.serving.shared.memory import ClientMemory
 from agent.serving.transport import http
-from agent.serving.transport.buffers import LARGE_BODIES_AT_ONCE, BufferPool
-from agent.serving.transport.chores import Chores
+from agent.serving.transport.admission import Admission
 from agent.serving.transport.connection import END, NOTHING, Connection
-from agent.serving.transport.doors import Doors
+from agent.serving.transport.control_thread import ControlThread
 from agent.serving.transport.spinning import Spinner
 
 log = logging.getLogger(__name__)
@@ -124,9 +124,9 @@ class Loop:
         self._max_body = max_body_bytes
         self._pool = pool or BufferPool(LARGE_BODIES_AT_ONCE * max_body_bytes)
         self._epoll = select.epoll()
-        self._doors = Doors(listeners, self._epoll, self._connection, max_connections)
-        self._connections = self._doors.open
-        self._close = self._doors.close
+        self._admission = Admission(listeners, self._epoll, self._connection, max_connections)
+        self._connections = self._admission.open
+        self._close = self._admission.close
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lead = threading.Lock()
         self._kept: dict[int, deque[Connection]] = {}  # of each thread at long work; whoever takes one out owns it
@@ -134,17 +134,17 @@ class Loop:
         self._spinner = Spinner()
         self._swept_s = time.perf_counter()
         self._scheduler = scheduler or Scheduler(busy_threads(threads))
-        self._chores = Chores(functools.partial(self._safely, functools.partial(self._finish, control=True)))
-        self.defer = self._chores.defer
+        self._control = ControlThread(functools.partial(self._safely, functools.partial(self._finish, control=True)))
+        self.defer = self._control.defer
         self._stopping_s = 0.0
         self._stopping = False
         self._stopped = False
         self._drained = threading.Event()
         self._threads = [threading.Thread(target=self._serve, name=f"serve-{n}") for n in range(loop_threads(threads))]
-        self._threads.append(threading.Thread(target=self._chores.work, name="control"))
+        self._threads.append(threading.Thread(target=self._control.work, name="control"))
 
     def start(self) -> None:
-        self._doors.unlock()
+        self._admission.unlock()
         self._epoll.register(self._wake, select.EPOLLIN)
         self._scheduler.wake = self._wake_up
         for thread in self._threads:
@@ -158,7 +158,7 @@ class Loop:
         clean = self._drained.wait(grace_s)
         self._stopped = True
         os.eventfd_write(self._wake, 1)
-        self._chores.end()
+        self._control.end()
         deadline = time.monotonic() + grace_s + 1
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -285,7 +285,7 @@ class Loop:
 
     def _attend_other(self, fd: int) -> None:
         if fd != self._wake:
-            self._doors.accept(fd)
+            self._admission.accept(fd)
             return
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
@@ -348,7 +348,7 @@ class Loop:
         """Whether another thread still works for it. The one that puts it back may not have come to say so yet: looking at the epoll
         until it has would take the processor that it needs.
         """
-        with self._doors.lock:
+        with self._admission.lock:
             return connection.busy
 
     def _attend_parked(self, connection: Connection, event: int) -> None:
@@ -362,7 +362,7 @@ class Loop:
         """Takes the connection out of the epoll. True when this thread is to finish it, False when another one will."""
         self._let_go(connection)
         if control:
-            self._chores.put(connection)
+            self._control.put(connection)
             return False
         return self._scheduler.begin(connection)
 
@@ -396,7 +396,7 @@ class Loop:
                 kind = self._service.kind(request, connection.grant)
                 if kind is _CONTROL:
                     connection.request = request
-                    self._chores.put(connection)
+                    self._control.put(connection)
                     return
                 prompt = kind is not _QUICK and connection.arrived_s - connection.answered_s < PROMPT_S
             answer = self._service.answer(request, connection.grant)
@@ -458,7 +458,7 @@ class Loop:
     def _put_back(self, connection: Connection) -> None:
         connection.seen_s = time.perf_counter()
         buffered = connection.buffered and not connection.sending
-        with self._doors.lock:  # to whoever closes idle connections it is either busy or back
+        with self._admission.lock:  # to whoever closes idle connections it is either busy or back
             self._epoll.register(connection.fd, select.EPOLLOUT if connection.sending else select.EPOLLIN)
             connection.busy = False
         if buffered:  # the epoll does not know of what was received already
@@ -525,11 +525,11 @@ class Loop:
             if job is not None:
                 self._scheduler.while_it_waits(job, functools.partial(self._watch, connection))
         self._scheduler.sweep()
-        self._doors.sweep()
+        self._admission.sweep()
 
     def _drain(self) -> None:
         """On the way out: nobody comes in, connections that are idle or do not move are closed, and when all have gone it is done."""
-        self._doors.shut()
+        self._admission.shut()
         late = time.perf_counter() - self._stopping_s > STOP_LONGEST_S
-        if self._doors.clear(STOP_PATIENCE_S, spared={fd for fd, _ in self._ready}, late=late):
+        if self._admission.clear(STOP_PATIENCE_S, spared={fd for fd, _ in self._ready}, late=late):
             self._drained.set()

@@ -114,7 +114,7 @@ def try_release(request: Request, say: Any) -> dict[str, float | str]:
     """
     from agent.variants import prepared
     from runtimes import registry
-    from runtimes.contract import ModelInvalid, RuntimeFailure
+    from runtimes.contract import ModelInvalid, RuntimeFailure, is_stateful
     from runtimes.naming import Interfaces
 
     say("starting the runtime")
@@ -142,7 +142,7 @@ def try_release(request: Request, say: Any) -> dict[str, float | str]:
         say("running golden cases")
         for case in request.cases:
             run_case(model, case)
-        if getattr(model, "stateful", False):
+        if is_stateful(model):
             say("running a sequence")
             run_sequence(model, request.cases)
         say("measuring" if request.cases else "measuring it on zeros, having no golden case")

@@ -3,38 +3,37 @@
 The rules:
 - Whoever takes jobs runs them here, and by that gives their instance back and their sequence's turn on.
 - A batch that fails is run again one by one, so that a bad request fails nobody but its caller.
-- The deadline is looked at once more right before the run.
+- The deadline is checked once more right before the run.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agent.serving.models.host import Version
+from agent.serving.prediction import Prediction, expired
 from agent.serving.scheduling import batching
-from agent.serving.scheduling.jobs import Job
+from agent.serving.scheduling.lanes import Job
 from agent.serving.scheduling.scheduler import Scheduler
-from agent.serving.tasks import Task, expired
 from runtimes.contract import Array, InputInvalid
 
 
-def demands(job: Job, task: Task) -> None:
-    """Tells the job what its task demands, as far as that was read.  Raises: Refusal, InputInvalid."""
+def demands(job: Job, task: Prediction) -> None:
+    """Tells the job what its prediction demands, as far as that was read.  Raises: Refusal, InputInvalid."""
     plan, lane = task.plan, job.lane
     if plan is None:
         return
     if plan.priority or plan.timeout_s is not None or plan.sequence is not None:
         job.wants(plan.priority, plan.timeout_s, plan.sequence)
     if lane.batches:
-        if task.feeds is None:
-            task.unpack()
+        task.unpack()
         assert task.feeds is not None
-        specs = task.version.inputs
-        job.rows = batching.rows_of(task.version.name, specs, task.feeds, lane.rules.max_batch_size)
+        job.rows = task.rows
         if job.rows:
-            job.key = batching.key_of(specs, task.feeds, plan.outputs)
+            job.key = batching.key_of(task.version.inputs, task.feeds, plan.outputs)
 
 
 class Runner:
@@ -59,9 +58,9 @@ class Runner:
     @staticmethod
     def conclude(job: Job) -> Any:
         """The answer of a job that ran or failed; its version is left. Once for each job."""
-        task: Task = job.task
+        task: Prediction = job.task
         try:
-            return task.answer()
+            return task.conclude()
         finally:
             task.version.leave()
 
@@ -74,21 +73,23 @@ class Runner:
     @staticmethod
     def drop(job: Job) -> None:
         """Of a job that was cancelled: nobody waits for an answer."""
-        job.task.version.stats.cancelled += 1
-        job.task.version.leave()
+        task: Prediction = job.task
+        task.version.stats.cancelled += 1
+        task.version.leave()
+        task.release()
 
     def _batch(self, work: list[Job]) -> None:
         now = time.perf_counter()
         timely = [job for job in work if job.deadline_s >= now]
-        together = len(timely) > 1 and self._together(timely)
+        as_one = len(timely) > 1 and self._run_as_one(timely)
         for job in work:
-            if not together or job.deadline_s < now:
+            if not as_one or job.deadline_s < now:
                 self._alone(job)
 
-    def _together(self, work: list[Job]) -> bool:
+    def _run_as_one(self, work: list[Job]) -> bool:
         """One run for all of them. False when it failed."""
         version: Version = work[0].task.version
-        tasks: list[Task] = [job.task for job in work]
+        tasks: list[Prediction] = [job.task for job in work]
         rows = [job.rows for job in work]
         begun = time.perf_counter()
         try:
@@ -103,43 +104,25 @@ class Runner:
         version.stats.executed(sum(rows))
         version.stats.batched(sum(rows), started - begun, ended - started, time.perf_counter() - ended)
         for task, part in zip(tasks, parts, strict=True):
-            task.arrays, task.run_s = part, ended - started
-            task.input_s += started - begun
+            task.ran_with_others(part, started - begun, ended - started)
         return True
 
-    def _alone(self, job: Job) -> None:
-        task: Task = job.task
-        version = task.version
+    @staticmethod
+    def _alone(job: Job) -> None:
+        task: Prediction = job.task
         try:
             if task.plan is None:
                 task.understand()
                 demands(job, task)
-            if task.feeds is None:
-                task.unpack()
-            started = time.perf_counter()
-            if started > job.deadline_s:
-                raise expired()  # noqa: TRY301
-            assert task.feeds is not None
-            outputs = task.plan.outputs if task.plan is not None else None
-            if job.sequence is None:
-                task.arrays = version.run(task.feeds, outputs)
-            else:
-                task.arrays = _in_sequence(job, version, outputs)
-            task.run_s = time.perf_counter() - started
+            now_s = task.unpack()
+            task.run(job.deadline_s, now_s, None if job.sequence is None else functools.partial(_run_in_sequence, job))
         except Exception as error:  # noqa: BLE001 - it is said to the caller
             task.error = error
-            return
-        version.measured(task.run_s)
-        stats = version.stats
-        stats.executions += 1
-        stats.inferences += job.rows
-        if job.lane.batches:
-            stats.batched(job.rows, task.input_s, task.run_s, 0.0)
 
 
-def _in_sequence(job: Job, version: Version, outputs: Sequence[str] | None) -> list[Array]:
+def _run_in_sequence(job: Job, feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
     """One step of a sequence, whose turn it is.  Raises: as the model, and Refusal (400) when the sequence is not under way."""
-    sequence, demand = job.sequence, job.demand
+    sequence, demand, version = job.sequence, job.demand, job.task.version
     assert sequence is not None
     assert demand is not None
     if demand.start:
@@ -151,7 +134,7 @@ def _in_sequence(job: Job, version: Version, outputs: Sequence[str] | None) -> l
         raise job.lane.sequences.unknown(sequence.id)
     assert sequence.state is not None
     try:
-        arrays: list[Array] = version.way(sequence.state.run)(job.task.feeds, outputs)
+        arrays: list[Array] = version.way(sequence.state.run)(feeds, outputs)
     except InputInvalid:
         raise
     except BaseException:

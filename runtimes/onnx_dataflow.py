@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.hazards import CALL, Graph, Node
+from runtimes.dataflow import CALL, Graph, Node
 from runtimes.protobuf import UNREADABLE, fields, mapped, message, packed, signed, text, text_of
 
 MODEL_GRAPH, MODEL_FUNCTIONS = 7, 25

@@ -1,16 +1,10 @@
-"""What a prediction asks for besides its tensors, and what comes back, whatever transport brought it."""
+"""What a prediction asks for besides its tensors, whatever transport brought it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from runtimes.contract import Array
-
-if TYPE_CHECKING:
-    from agent.serving.models.host import Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +25,3 @@ class Demand:
     timeout_s: float | None = None
     sequence: SequenceDemand | None = None
     arrived_s: float = field(default_factory=time.perf_counter)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """`arrays` are in the order of the outputs demanded (None: all, in the model's order) and belong to the caller."""
-
-    version: Version
-    arrays: list[Array]

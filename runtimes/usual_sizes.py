@@ -14,7 +14,7 @@ OFTEN = 3  # large ones come often when there are so many
 AMONG = 64  # among so many; and after so many small ones, large ones do not come any more
 
 
-class Usual:
+class UsualSizes:
     """Of one model whose inputs have any size. Called by the threads that run it; that they count past each other does no harm."""
 
     def __init__(self) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from runtimes.dataflow import Graph, Node
 from runtimes.flatbuffer import UNREADABLE, Data, number_of, place, tables, text, u32, vector
-from runtimes.hazards import Graph, Node
-from runtimes.onnx_hazards import GIVES, INTEGERS, MAX_CONSTANT_BYTES, TYPED, TYPES, WITH_BODIES
+from runtimes.onnx_dataflow import GIVES, INTEGERS, MAX_CONSTANT_BYTES, TYPED, TYPES, WITH_BODIES
 
 SESSION_MODEL, MODEL_GRAPH = 1, 7
 GRAPH_INITIALIZERS, GRAPH_VALUES, GRAPH_NODES, GRAPH_INPUTS, GRAPH_OUTPUTS = 0, 1, 2, 5, 6

@@ -19,8 +19,7 @@ from agent.cli.asking import json_option
 from agent.cli.common import fail
 
 if TYPE_CHECKING:
-    from runtimes.contract import TensorSpec
-    from runtimes.describing import Description
+    from runtimes.contract import Description, TensorSpec
 
 
 @click.command()
@@ -119,8 +118,8 @@ def _told(lines: bytes) -> dict[str, Any]:
 def _answer(file: Path, threads: int, libraries: tuple[Path, ...]) -> None:
     """Prints what was found as lines of JSON, each as soon as it is known: the next step may be the last."""
     from agent.host import memory
-    from runtimes import describing, hazards, onnx_external, registry
-    from runtimes.contract import LoadOptions, RuntimeFailure
+    from runtimes import hazards, onnx_external, registry
+    from runtimes.contract import Describing, Description, LoadOptions, RuntimeFailure
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
@@ -128,7 +127,7 @@ def _answer(file: Path, threads: int, libraries: tuple[Path, ...]) -> None:
         engine = runtime.version()
         data = onnx_external.all_beside(file) if runtime.name == "onnx" else {}
         sizes = {location: path.stat().st_size for location, path in data.items()}
-        about = describing.outline(runtime, file)
+        about = runtime.outline(file) if isinstance(runtime, Describing) else Description()
         _say(
             **_inside(about), runtime=runtime.name, engine=engine, size_bytes=file.stat().st_size + sum(sizes.values()),
             other_files=sizes, hazards=list(hazards.find(runtime.name, file)), step="loading",
@@ -154,7 +153,8 @@ def _answer(file: Path, threads: int, libraries: tuple[Path, ...]) -> None:
             step="describing",
         )
         model.close()
-        _say(**_inside(describing.describe(runtime, file, options)))
+        if isinstance(runtime, Describing):
+            _say(**_inside(runtime.describe(file, options)))
     except (RuntimeFailure, MemoryError, OSError) as error:
         fail(error)
 

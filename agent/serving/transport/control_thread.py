@@ -21,7 +21,7 @@ class Chore:
     do: Callable[[], None] = field(compare=False)
 
 
-class Chores:
+class ControlThread:
     """One thread is in `work`, any other may `put`, `defer` and `end`."""
 
     def __init__(self, attend: Callable[[Any], None]) -> None:

@@ -22,9 +22,9 @@ from agent.host.signals import Ending
 from agent.serving.models import loading
 from agent.serving.models.host import ModelHost, Version
 from agent.serving.models.loading import Guard, Limits, Source, unguarded
+from agent.serving.models.loading_note import LoadingNote
 from agent.serving.models.rehearsal import MOST_LATE, PATIENCE_S, Rehearsals
 from agent.serving.models.residency import Residency, discard, file_bytes
-from agent.serving.models.unfinished import Unfinished
 from agent.store import Choice, Selection, Store, StoreError
 from runtimes.contract import RuntimeFailure
 
@@ -213,15 +213,15 @@ class StoreStart(_Loading):
         host: ModelHost,
         residency: Residency,
         store: Store,
-        unfinished: Unfinished,
+        note: LoadingNote,
         *,
         threads: int,
         limits: Limits,
         before: Callable[[], None],
     ) -> None:
-        super().__init__(host, residency, threads, limits, unfinished.during)
+        super().__init__(host, residency, threads, limits, note.during)
         self._store = store
-        self._unfinished = unfinished
+        self._note = note
         self._before = before
         self._rest_s: float | None = None  # monotonic; since when only suspects are left
 
@@ -239,7 +239,7 @@ class StoreStart(_Loading):
             if self._rest_s is not None and time.monotonic() - self._rest_s > SUSPECTS_PATIENCE_S:
                 break
             self._await_change(end, 1.0)
-            what = self._unfinished.overdue(self._limits.load_s)
+            what = self._note.overdue(self._limits.load_s)
             if what is not None:
                 log.error(
                     "loading %s has taken more than %g s: this process ends, and the next one tries it apart",
@@ -259,11 +259,11 @@ class StoreStart(_Loading):
             if choice is not None
         }
         found = []
-        for model, version in sorted(self._unfinished.left(choices)):
+        for model, version in sorted(self._note.left(choices)):
             log.warning(
                 "a process before this one ended while it loaded model %r version %d: it is tried apart first", model, version
             )
-            self._unfinished.suspect((model, version), "it is being tried apart")
+            self._note.suspect((model, version), "it is being tried apart")
             with contextlib.suppress(StoreError):  # which is said where it is loaded
                 found.append(loading.source_of(self._store.release(model, choices[model, version])))
         return found
@@ -289,7 +289,7 @@ class StoreStart(_Loading):
         self._tell()
         for source, reason in rehearsals.verdicts():
             why = reason and f"tried apart, {reason}; it is tried again when this program starts again"
-            self._unfinished.suspect((source.name, source.version), why)
+            self._note.suspect((source.name, source.version), why)
         for name in sorted(later):
             now = self._store.selections().get(name)  # others are served meanwhile, and `sync` may have gone back
             if isinstance(now, Selection) and not self._ended:
@@ -313,7 +313,7 @@ class StoreStart(_Loading):
         source = Source(model, choice.version, self._store.root, "", variant=choice.variant)
         try:
             source = loading.source_of(self._store.release(model, choice))
-            self._unfinished.check(source)
+            self._note.check(source)
             version = self._load(source)
         except EXPECTED as error:
             text = f"cannot load model {model!r} version {choice.version}: {loading.reason(source, error)}"

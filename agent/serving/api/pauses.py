@@ -20,11 +20,11 @@ REST_S = 1e-6  # the kernel makes some 55 µs of it: long enough for another thr
 RESTS = 3  # at most, after one piece, while others go on
 SMALLEST, LARGEST = 512, 64 * 1024
 
-_at_work: dict[int, int] = {}  # the clocks of threads that read large requests, by their Resting
+_at_work: dict[int, int] = {}  # the clocks of threads that read large requests, by their Pauses
 _numbers = itertools.count()
 
 
-class Resting:
+class Pauses:
     """`size` is how many bytes the next piece should have; call `rest` after each. It counts as at work until nobody refers to it."""
 
     __slots__ = ("_began_s", "_number", "_others_s", "_quiet_s", "size")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from agent.serving.access import Access
 from agent.serving.answers import TEXT, Answer
-from agent.serving.api.documents import agent_version
+from agent.serving.api.descriptions import agent_version
 from agent.serving.candidates.shadowing import Shadow, Shadows
 from agent.serving.models.host import ModelHost, Served, Version
 from agent.serving.models.residency import Residency
+from agent.serving.models.stats import BOUNDS_MS
 from agent.serving.routes import Request, Route
-from agent.serving.telemetry.stats import BOUNDS_MS
 
 Row = tuple[str, str, Callable[[Version], float]]
 

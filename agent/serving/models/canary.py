@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from agent.serving.inference import SequenceDemand
-    from agent.serving.models.host import Version
+from agent.serving.scheduling.demand import SequenceDemand
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
 WHOLE = 1 << 64
@@ -25,10 +23,18 @@ MAX_SEQUENCES = 4096
 """Sequences on the candidate that are remembered; the oldest is forgotten first, and goes on with the active version."""
 
 
-class Canary:
+class Numbered(Protocol):
+    @property
+    def number(self) -> int: ...
+
+
+V = TypeVar("V", bound=Numbered)
+
+
+class Canary(Generic[V]):
     """Belongs to the version that is active while it lasts. Any thread may call `choose`."""
 
-    def __init__(self, active: Version, candidate: Version, share: float) -> None:
+    def __init__(self, active: V, candidate: V, share: float) -> None:
         self.active = active
         self.candidate = candidate
         self._numbers = itertools.count(1)
@@ -40,7 +46,7 @@ class Canary:
         self.share = share
         self._below = int(share * WHOLE)
 
-    def choose(self, sequence: SequenceDemand | None = None) -> Version:
+    def choose(self, sequence: SequenceDemand | None = None) -> V:
         """Which version answers the next request."""
         if sequence is None or sequence.start:
             diverted = next(self._numbers) * GOLDEN % WHOLE < self._below

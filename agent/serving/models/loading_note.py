@@ -33,7 +33,7 @@ def _plain(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
 
 
-class Unfinished:
+class LoadingNote:
     """`folder` is where the note lies between two processes; None: nobody is told after this one."""
 
     def __init__(self, folder: Path | None = None) -> None:

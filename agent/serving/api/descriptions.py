@@ -242,7 +242,7 @@ def _scheduling(found: Version) -> Document:
     }
 
 
-def _sequences(sequences: Sequences) -> Document:
+def _sequences(sequences: Sequences[Any]) -> Document:
     return {
         "max_sequence_idle_microseconds": int(sequences.idle_s * 1e6),
         "control_input": [],

@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from agent.serving.allowance import Allowance
 from agent.serving.answers import Buffer, Refusal
-from agent.serving.transport.allowance import Allowance
 
 OFFERED = b"gzip, deflate"
 USEFUL_BYTES = 1024  # a smaller answer fits one segment anyway

@@ -27,7 +27,7 @@ LINGER_S = 5.0  # how long a connection that is to be closed is read from, so th
 ACCEPTS_IN_A_ROW = 64
 
 
-class Doors:
+class Admission:
     """`make` gives the connection of a new, non-blocking socket, and may raise OSError when its peer cannot be known."""
 
     def __init__(

@@ -16,8 +16,8 @@ import msgspec
 
 from agent.contract.codec import decoder
 from agent.serving.answers import Refusal
-from agent.serving.api import pieces
-from agent.serving.api.resting import Resting
+from agent.serving.api import list_pieces
+from agent.serving.api.pauses import Pauses
 
 WHOLE_BYTES = 16 * 1024  # JSON that is read as it is: a fraction of a millisecond, whatever it says
 LONG_BYTES = 1024  # of a list or string that is taken out
@@ -34,7 +34,7 @@ def is_strange(text: bytes) -> bool:
     return b"NaN" in text or b"Infinity" in text
 
 
-class Skimmed:
+class Excerpt:
     """`rest` is JSON with places in it; `found` is what was there."""
 
     def __init__(self, text: memoryview, rest_bytes: int = REST_BYTES) -> None:
@@ -43,7 +43,7 @@ class Skimmed:
         self._asked: set[int] = set()
         self._text = text
         self._limit = rest_bytes
-        self._resting = Resting()
+        self._pauses = Pauses()
         self.rest = self._take_numbers(self._take_long())
 
     def text_of(self, raw: msgspec.Raw | bytes) -> bytes | memoryview:
@@ -88,18 +88,18 @@ class Skimmed:
             kept += len(piece)
             if kept > self._limit:
                 self._too_long(kept)
-            self._resting.rest()
+            self._pauses.rest()
         return b"".join(out)
 
     def _next(self, at: int, end: int) -> tuple[bytes, int]:
         """A piece of the rest from `at` on, and where the next one begins."""
-        size = max(self._resting.size, 2 * LONG_BYTES)
-        part = pieces.whole(bytes(self._text[at : at + size]), last=at + size >= end)
-        outline, begins = pieces.outside(part, part.translate(pieces.OUTLINE))
+        size = max(self._pauses.size, 2 * LONG_BYTES)
+        part = list_pieces.whole(bytes(self._text[at : at + size]), last=at + size >= end)
+        outline, begins = list_pieces.outside(part, part.translate(list_pieces.OUTLINE))
         if begins > 0:
             part, outline = part[:begins], outline[:begins]
         elif begins == 0:
-            stop = pieces.string_end(self._text, at + 1, self._resting)
+            stop = list_pieces.string_end(self._text, at + 1, self._pauses)
             behind = bytes(self._text[stop : stop + LONG_BYTES]).lstrip()
             if stop - at <= LONG_BYTES or behind.startswith(b":"):  # short, or a name
                 return bytes(self._text[at : min(stop, at + self._limit + 1)]), stop
@@ -122,13 +122,13 @@ class Skimmed:
         close = outline.find(b"]", start)
         if close > 0 and outline.find(b"[", start + 1, close) < 0:
             return at + close + 1
-        return pieces.list_end(self._text, at + start, self._resting)
+        return list_pieces.list_end(self._text, at + start, self._pauses)
 
     def _take_numbers(self, rest: bytes) -> bytes:
         """Places instead of NaN and Infinity that stand alone."""
         if not is_strange(rest):
             return rest
-        outline, _ = pieces.outside(rest, bytes(rest))  # its strings become zeros
+        outline, _ = list_pieces.outside(rest, bytes(rest))  # its strings become zeros
         out, at = [], 0
         for match in _STRANGE.finditer(outline):
             self.found.append(memoryview(match[0]))
@@ -150,7 +150,7 @@ def _check_surrogates(text: bytes) -> None:
             raise Refusal(400, "a string of the JSON has half of a surrogate pair, which is no text")
 
 
-def read(text: memoryview, reader: Any, rest_bytes: int = REST_BYTES) -> tuple[Any, bytes, Skimmed | None]:
+def read_excerpt(text: memoryview, reader: Any, rest_bytes: int = REST_BYTES) -> tuple[Any, bytes, Excerpt | None]:
     """What `reader` makes of it, the JSON that it was given, and what was taken out of that before: None for nothing.
 
     Raises: Refusal (400); as the reader.
@@ -164,5 +164,5 @@ def read(text: memoryview, reader: Any, rest_bytes: int = REST_BYTES) -> tuple[A
             _check_surrogates(bytes(text))
             if not is_strange(bytes(text)):
                 raise
-    skimmed = Skimmed(text, rest_bytes)
-    return reader.decode(skimmed.rest), skimmed.rest, skimmed
+    excerpt = Excerpt(text, rest_bytes)
+    return reader.decode(excerpt.rest), excerpt.rest, excerpt

@@ -6,8 +6,8 @@ import mmap
 import struct
 from pathlib import Path
 
+from runtimes.dataflow import Graph, Node
 from runtimes.flatbuffer import UNREADABLE, Data, integers, number_of, place, tables, u32, vector
-from runtimes.hazards import Graph, Node
 
 MODEL_OPERATOR_CODES, MODEL_SUBGRAPHS, MODEL_BUFFERS, MODEL_SIGNATURES = 1, 2, 4, 7
 CODE_OLD_BUILTIN, CODE_BUILTIN = 0, 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent.serving.answers import Refusal
-from agent.serving.transport.buffers import TOO_MANY, BufferPool, Exhausted
+from agent.serving.buffers import TOO_MANY, BufferPool, Exhausted
 
 RATIO = 3  # of what is made of a body to its bytes: with the body itself that is four times as much
 SMALL_BYTES = 16 * 1024 * 1024  # what may be made of any body, however small: many short texts take more than they say

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agent.serving.answers import Refusal
-from agent.serving.api.documents import NO_TRACE
+from agent.serving.api.descriptions import NO_TRACE
 from agent.serving.api.parameters import shown
 
 Document = dict[str, Any]

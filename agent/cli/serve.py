@@ -196,7 +196,7 @@ def _sources(
 def _named(text: str) -> list[tuple[str, Path]]:
     from runtimes import registry
     from runtimes.contract import ModelInvalid
-    from runtimes.recognizing import what_folder
+    from runtimes.file_kinds import what_folder
 
     name, equals, rest = text.partition("=")
     path = Path(text)

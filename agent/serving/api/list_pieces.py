@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from agent.serving.answers import Refusal
-from agent.serving.api.resting import LARGEST, Resting
+from agent.serving.api.pauses import LARGEST, Pauses
 from runtimes.contract import Array
 
 OUTLINE = bytes(code if (code := ord(chr(n))) in b"[]," else 32 if n in b" \t\r\n" else 48 for n in range(256))
@@ -46,11 +46,11 @@ def outside(text: bytes, outline: bytes, *, inside: bool = False) -> tuple[bytes
     return filled.tobytes(), max(text.rfind(b'"'), 0) if within[-1] else -1
 
 
-def pieces(text: memoryview, resting: Resting) -> Iterator[Piece]:
+def pieces(text: memoryview, pauses: Pauses) -> Iterator[Piece]:
     """All of it.  Raises: Refusal (400) where a single number is longer than any that means something."""
     at, end = 0, len(text)
     while at < end:
-        size = resting.size
+        size = pauses.size
         while True:
             stop = min(at + size, end)
             part = bytes(text[at:stop])
@@ -65,14 +65,14 @@ def pieces(text: memoryview, resting: Resting) -> Iterator[Piece]:
         else:
             if begins < 0:
                 raise Refusal(400, f"an element of a list goes on for more than {size} bytes")
-            piece, at = _lone(text, at, outline, begins, resting)
+            piece, at = _lone(text, at, outline, begins, pauses)
             yield piece
-        resting.rest()
+        pauses.rest()
 
 
-def _lone(text: memoryview, at: int, outline: bytes, begins: int, resting: Resting) -> tuple[Piece, int]:
+def _lone(text: memoryview, at: int, outline: bytes, begins: int, pauses: Pauses) -> tuple[Piece, int]:
     """The one element whose string begins `begins` bytes behind `at`, and where the next one does."""
-    close = string_end(text, at + begins + 1, resting)
+    close = string_end(text, at + begins + 1, pauses)
     rest = bytes(text[close : close + WINDOW])
     behind, more = outside(rest, rest.translate(OUTLINE))
     cut = behind.find(b",") + 1 or len(rest)
@@ -89,11 +89,11 @@ def whole(part: bytes, *, last: bool) -> bytes:
     return part[:-1] if cut else part
 
 
-def list_end(text: memoryview, at: int, resting: Resting) -> int:
+def list_end(text: memoryview, at: int, pauses: Pauses) -> int:
     """Just behind the bracket that closes the one at `at`.  Raises: Refusal (400) when none does."""
     depth, inside = 0, False
     while at < len(text):
-        part = whole(bytes(text[at : at + resting.size]), last=at + resting.size >= len(text))
+        part = whole(bytes(text[at : at + pauses.size]), last=at + pauses.size >= len(text))
         closes = part.count(b"]")
         if depth > closes and not inside and QUOTE not in part:
             depth += part.count(b"[") - closes
@@ -106,19 +106,19 @@ def list_end(text: memoryview, at: int, resting: Resting) -> int:
                 return at + int(ends[0]) + 1
             depth, inside = int(depths[-1]), begins >= 0
         at += len(part)
-        resting.rest()
+        pauses.rest()
     raise Refusal(400, "a list of the JSON does not end")
 
 
-def string_end(text: memoryview, at: int, resting: Resting) -> int:
+def string_end(text: memoryview, at: int, pauses: Pauses) -> int:
     """Just behind the quote that ends the string whose content begins at `at`.  Raises: Refusal (400) when none does."""
     while at < len(text):
-        part = whole(bytes(text[at : at + resting.size]), last=at + resting.size >= len(text))
+        part = whole(bytes(text[at : at + pauses.size]), last=at + pauses.size >= len(text))
         found = part.replace(b"\\\\", b"00").replace(b'\\"', b"00").find(b'"') if b"\\" in part else part.find(b'"')
         if found >= 0:
             return at + found + 1
         at += len(part)
-        resting.rest()
+        pauses.rest()
     raise Refusal(400, "a string of a list does not end")
 
 
@@ -192,7 +192,7 @@ class Form:
         return self.commas == self._count - 1 and self._opened == self._closed == lists and self._last == b"]"
 
 
-def shape_of(text: memoryview, resting: Resting) -> tuple[int, ...] | None:
+def shape_of(text: memoryview, pauses: Pauses) -> tuple[int, ...] | None:
     """The only shape that the list can have, if it is regular; None when it cannot be."""
     first = bytes(text[:WINDOW]).translate(OUTLINE)
     rank = 0
@@ -202,7 +202,7 @@ def shape_of(text: memoryview, resting: Resting) -> tuple[int, ...] | None:
         rank += code == OPEN
     commas, elements = 0, False
     sizes: list[int] = []
-    for piece in pieces(text, resting):
+    for piece in pieces(text, pauses):
         tight = piece.outline.translate(None, b" ")
         elements = elements or b"0" in tight
         while len(sizes) < rank - 1 and (found := tight.find(b"]" * (len(sizes) + 1) + b",")) >= 0:
