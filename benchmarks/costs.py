@@ -111,7 +111,7 @@ class Bench:
             "the answer, from its template": best_ns(lambda: write_response(plan, arrays, "tiny", "1")),
             "its head and its bytes in one piece": best_ns(lambda: b"".join(http.encode(answer, head, keep_alive=True)[0])),
             "not repeated: the JSON looked up among the plans": best_ns(lambda: OIP.read(version, request)),
-            "not repeated: arrays over the body": best_ns(lambda: OIP.feeds(plan, request)),
+            "not repeated: arrays over the body": best_ns(lambda: OIP.feeds(version, plan, request)),
             "never seen: the JSON read and checked": best_ns(
                 lambda: read_request(body, size, "tiny", version.inputs, version.outputs, version.interfaces)
             ),

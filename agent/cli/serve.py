@@ -237,8 +237,8 @@ def _announce(host: ModelHost, path: Path, http: list[str]) -> None:
                 continue
             example = example or version
             click.echo(
-                f"  {served.name}  {version.runtime} on {version.placement.actual}, loaded in {version.load_s * 1e3:.0f} ms"
-                + (", unloaded until it is asked for" if version.held else "")
+                f"  {served.name}  {version.runtime} on {version.placement.actual}, loaded in {version.loaded.load_s * 1e3:.0f} ms"
+                + (", unloaded until it is asked for" if version.away else "")
             )
             for role, specs in (("in ", version.inputs), ("out", version.outputs)):
                 for spec in specs:

@@ -18,13 +18,13 @@ class Allowance:
     What was taken is charged to `pool` until `end`. Without a pool nothing is charged, and the bound is the same.
     """
 
-    __slots__ = ("_pool", "body_bytes", "held", "made")
+    __slots__ = ("_pool", "body_bytes", "charged", "made")
 
     def __init__(self, pool: BufferPool | None = None, body_bytes: int = 0) -> None:
         self._pool = pool
         self.body_bytes = body_bytes
         self.made = 0  # what tensors take
-        self.held = 0  # and with it what else was charged
+        self.charged = 0  # and with it what else was charged
 
     def take(self, size: int, what: str) -> None:
         """`size` bytes more are about to be made, of `what`.  Raises: Refusal (413 too much for its body, 503 others have so much)."""
@@ -49,7 +49,7 @@ class Allowance:
                 self._pool.charge(size)
             except Exhausted:
                 raise Refusal(503, TOO_MANY, headers=((b"retry-after", b"1"),)) from None
-        self.held += size
+        self.charged += size
 
     def again(self) -> None:
         """Its tensors are gone, and made anew: another version answers."""
@@ -57,10 +57,10 @@ class Allowance:
 
     def end(self) -> None:
         """All that was made is gone, or about to go."""
-        self._refund(self.held)
+        self._refund(self.charged)
 
     def _refund(self, size: int) -> None:
         self.made = 0
-        self.held -= size
+        self.charged -= size
         if size and self._pool is not None:
             self._pool.refund(size)

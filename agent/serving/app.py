@@ -94,7 +94,7 @@ class Parts:
 def assemble(store: Store | None, settings: ServeSettings, notes: Path | None = None) -> Parts:
     """`notes` is the folder where it stands which model is being loaded."""
     host = ModelHost(max_sequences=settings.max_sequences, sequence_idle_s=settings.sequence_idle_s)
-    scheduler = Scheduler(busy_threads(settings.threads), limit=settings.max_queue_size, held_s=settings.reload_timeout_s)
+    scheduler = Scheduler(busy_threads(settings.threads), limit=settings.max_queue_size, away_s=settings.reload_timeout_s)
     dataplane = Dataplane(host, scheduler)
     residency = Residency(
         host,
@@ -125,7 +125,7 @@ def assemble(store: Store | None, settings: ServeSettings, notes: Path | None = 
             *Pictures(dataplane).routes(),
             *extensions.routes(),
             *control.routes(),
-            *Metrics(host, residency, shadows).routes(),
+            *Metrics(host, residency.room, shadows).routes(),
             *memoryroutes.routes(),
         ]
     )

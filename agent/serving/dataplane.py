@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.serving.answers import Answer, Refusal
-from agent.serving.models.host import INLINE_BODY_BYTES, ModelHost, Version
-from agent.serving.prediction import Call, Direct, Form, Prediction, refusal
+from agent.serving.models.cost import INLINE_BODY_BYTES
+from agent.serving.models.host import ModelHost
+from agent.serving.models.version import Version
+from agent.serving.prediction import Form, Prediction, refusal
 from agent.serving.routes import Match, Pace, Request
 from agent.serving.runner import Runner, demands
 from agent.serving.scheduling.demand import Demand, SequenceDemand
-from agent.serving.scheduling.lanes import INLINE_RUN_S, Caller, Job
-from agent.serving.scheduling.scheduler import LaneClosed, Scheduler
+from agent.serving.scheduling.lanes import INLINE_RUN_S, NEVER, Caller, Job
+from agent.serving.scheduling.scheduler import LaneRetired, Scheduler
+from runtimes.check import check_feeds
 from runtimes.contract import Array
 
 INLINE_TEXT_BYTES = 8 * 1024  # of BYTES elements, each of which is an object
@@ -40,6 +43,37 @@ class Result:
     arrays: Sequence[Array]
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The request of a caller that has arrays and wants arrays."""
+
+    feeds: Mapping[str, Array]
+    demand: Demand
+
+
+class ArraysForm(Form):
+    """Its answers are a Result, or the Refusal."""
+
+    def read(self, _version: Version, request: Given) -> Demand:
+        return request.demand
+
+    def feeds(self, version: Version, _plan: Demand, request: Given) -> Mapping[str, Array]:
+        check_feeds(version.interfaces.inputs_for(request.feeds), request.feeds)
+        return request.feeds
+
+    def write(self, version: Version, _plan: Demand, _request: Given, arrays: Sequence[Array]) -> Result:
+        return Result(version, arrays)
+
+    def refuse(self, refusal: Refusal) -> Refusal:
+        return refusal
+
+    def is_short(self, _request: Given, _json_bytes: int) -> bool:
+        return True
+
+
+ARRAYS = ArraysForm()
+
+
 class Dataplane:
     """Answers predictions from the models of a host. Any number of threads may call it."""
 
@@ -47,7 +81,7 @@ class Dataplane:
         self._host = host
         self.scheduler = scheduler or Scheduler(0)
         self.runner = Runner(self.scheduler)
-        self.summon: Callable[[Version], None] = lambda _: None  # somebody waits for a version that is held
+        self.summon: Callable[[Version], None] = lambda _: None  # somebody waits for a version that is away
 
     def is_cheap(self, call: Request) -> bool:
         """Whether the answer takes so little that the thread which polls should give it at once."""
@@ -59,9 +93,9 @@ class Dataplane:
         if version is None:
             return True
         canary = version.canary
-        if canary is not None and not canary.candidate.is_cheap:
+        if canary is not None and not canary.candidate.cost.is_cheap:
             return False
-        return version.is_cheap and (call.known is not None or _is_soon_read(version, call))
+        return version.cost.is_cheap and (call.known is not None or _is_soon_read(version, call))
 
     def keeps_order(self, match: Match) -> bool:
         """Whether requests must be admitted in the order in which they come: they may belong to sequences."""
@@ -72,7 +106,7 @@ class Dataplane:
         canary = version.canary
         return version.lane.sequences is not None or (canary is not None and canary.candidate.lane.sequences is not None)
 
-    def infer(self, call: Request, form: Form) -> Answer | None:
+    def infer(self, form: Form, call: Request) -> Answer | None:
         """The prediction that an HTTP request asks for; its arrays may not outlive the body. None: it waits, and `call.seat` will be
         given the answer.  Raises: Refusal.
         """
@@ -85,32 +119,32 @@ class Dataplane:
         lane = version.lane
         if lane.gated or call.pace is not _RUN:
             return self._infer_in_turn(version, call, form)
-        known: Call | None = call.known
-        if known is not None and known.version is version:
-            task = known
-            task.again(call)
-        else:
-            task = Call(version, call, form)
         waits = False
+        task: Prediction | None = call.known
         try:
-            now_s = task.unpack()
-            plan = task.plan
-            assert plan is not None
+            if task is not None and task.version is version:
+                now_s = task.again(call)
+            else:
+                task = Prediction(version, call, form, call.arrived_s)
+                now_s = task.unpack()
+            plan: Any = task.plan
             if plan.sequence is not None:  # which may have begun on another version
                 waits = True
                 return self._infer_in_turn(version, call, form)
-            task.run(lane.deadline_s(task.arrived_s, plan.timeout_s), now_s)
-            answer = task.finish(task.ended_s)
+            limited = plan.timeout_s is not None or lane.timeout_s is not None
+            task.run(lane.deadline_s(call.arrived_s, plan.timeout_s) if limited else NEVER, now_s)
+            answer: Answer = task.finish(task.ended_s)
         except Exception as error:
             if waits:
                 raise  # it was counted there
-            task.release()
+            if task is not None:
+                task.release()
             raise refusal(version, error) from error
         finally:
             if not waits:
                 version.leave()
-        if task.run_s <= INLINE_RUN_S and version.inline_bytes < INLINE_BODY_BYTES:
-            version.learn(_tensor_bytes(call))
+        if task.run_s <= INLINE_RUN_S and version.cost.inline_bytes < INLINE_BODY_BYTES:
+            version.cost.learn(_tensor_bytes(call))
         return answer
 
     def predict(
@@ -139,20 +173,21 @@ class Dataplane:
         version = self._host.enter(model, wanted)
         if version.canary is not None and wanted is None:
             version = self._divert(version, demand.sequence)
-        task = Direct(version, feeds, demand)
+        task = Prediction(version, Given(feeds, demand), ARRAYS, demand.arrived_s)
         job, work = self._admit(task, waiter, wanted, Pace.RUN)
         while True:
             if work:
                 self.runner.run(work, mine=job)
             if job in work:
-                self.runner.conclude(job)
+                waiter.answer = self.runner.conclude(job)
                 break
             work = self._await(job, waiter, alive)
             if not work:
                 break
-        if task.refused is not None:
-            raise task.refused
-        return Result(task.version, task.arrays)
+        if isinstance(waiter.answer, Refusal):
+            raise waiter.answer
+        assert isinstance(waiter.answer, Result)
+        return waiter.answer
 
     @staticmethod
     def _divert(version: Version, sequence: SequenceDemand | None) -> Version:
@@ -167,12 +202,11 @@ class Dataplane:
     def _infer_in_turn(self, version: Version, call: Request, form: Form) -> Answer | None:
         """By the scheduler. It leaves `version`."""
         caller: Caller = call.seat if call.seat is not None else Waiter()
-        known: Call | None = call.known
-        if known is not None and known.version is version:
-            task = known
+        task: Prediction | None = call.known
+        if task is not None and task.version is version:
             task.again(call)
         else:
-            task = Call(version, call, form)
+            task = Prediction(version, call, form, call.arrived_s)
         job, work = self._admit(task, caller, call.match.version, call.pace)
         if work:
             self.runner.run(work, mine=job)
@@ -183,7 +217,11 @@ class Dataplane:
         """Its job, and the jobs to run now in this thread.  Raises: Refusal, and the prediction's version is left."""
         task.wanted = wanted
         try:
-            if pace is not _PARK or task.version.lane.sequences is not None or task.is_short(LEADER_JSON_BYTES):
+            if (
+                pace is not _PARK
+                or task.version.lane.sequences is not None
+                or task.form.is_short(task.request, LEADER_JSON_BYTES)
+            ):
                 task.understand()
                 self._follow_sequence(task)
             job = Job(task.version.lane, caller, task, task.arrived_s)
@@ -199,9 +237,9 @@ class Dataplane:
         """`pace` None: it waits, and this thread does nothing more for it."""
         try:
             work = self.scheduler.admit(job, may_run=pace is _RUN, polls=pace is _PARK, goes_on=pace is _READ)
-        except LaneClosed:
+        except LaneRetired:
             return self._again(job, pace)
-        if job.lane.held:
+        if job.lane.closed:
             self.summon(job.task.version)
         return work
 
@@ -250,9 +288,9 @@ class Dataplane:
         if sequence.start:
             for other in others:
                 self.scheduler.forget(other.lane, sequence.id)
-        elif version.lane.sequences is None or not version.lane.sequences.holds(sequence.id):
+        elif version.lane.sequences is None or not version.lane.sequences.knows(sequence.id):
             for other in others:
-                if other.lane.sequences is not None and other.lane.sequences.holds(sequence.id) and other.enter():
+                if other.lane.sequences is not None and other.lane.sequences.knows(sequence.id) and other.enter():
                     return other
         return None
 
@@ -263,7 +301,7 @@ class Dataplane:
                 self.runner.drop(job)
                 raise Refusal(GONE, "the caller has gone")
             self.runner.expire()
-            self.scheduler.settle()
+            self.scheduler.grant_ready()
         waiter.event.clear()
         work, waiter.work = waiter.work, []
         return work
@@ -275,7 +313,7 @@ def _is_soon_read(version: Version, call: Request) -> bool:
     if length > LEADER_JSON_BYTES:
         return False
     size = _tensor_bytes(call)
-    return size <= version.inline_bytes and (size <= INLINE_TEXT_BYTES or not version.takes_text)
+    return size <= version.cost.inline_bytes and (size <= INLINE_TEXT_BYTES or not version.takes_text)
 
 
 def _tensor_bytes(call: Request) -> int:
@@ -292,6 +330,7 @@ class Waiter:
     def __init__(self) -> None:
         self.event = threading.Event()
         self.work: list[Job] = []
+        self.answer: Any = None
 
     def parked(self, job: Job) -> None: ...
 
@@ -301,5 +340,6 @@ class Waiter:
         self.work = work
         self.event.set()
 
-    def deliver(self, answer: Any) -> None:  # noqa: ARG002 - it is in the task
+    def deliver(self, answer: Any) -> None:
+        self.answer = answer
         self.event.set()

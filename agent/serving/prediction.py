@@ -16,12 +16,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from agent.serving.answers import Answer, FilledTemplate, Refusal, refusal_answer
-from agent.serving.models.host import Run, Version
+from agent.serving.answers import FilledTemplate, Refusal, refusal_answer
+from agent.serving.models.version import Run, Version
 from agent.serving.routes import Request
 from agent.serving.scheduling import batching
-from agent.serving.scheduling.demand import Demand, SequenceDemand
-from runtimes.check import check_feeds
+from agent.serving.scheduling.demand import SequenceDemand
 from runtimes.contract import Array, InputInvalid, RunFailed
 
 log = logging.getLogger(__name__)
@@ -44,49 +43,78 @@ class Plan(Protocol):
 
 
 class Form(ABC):
-    """How one API writes a prediction over HTTP. Any thread may call it; `read`, `feeds` and `write` raise Refusal."""
+    """How one API writes a prediction. Any thread may call it; `read`, `feeds` and `write` raise Refusal. A request is whatever the API's
+    callers bring: over HTTP, a `Request`.
+    """
 
     @abstractmethod
-    def read(self, version: Version, call: Request) -> Any:
+    def read(self, version: Version, request: Any) -> Any:
         """The plan of the request."""
 
     @abstractmethod
-    def feeds(self, plan: Any, call: Request) -> Mapping[str, Array]:
-        """Its inputs; they may be views into the body."""
+    def feeds(self, version: Version, plan: Any, request: Any) -> Mapping[str, Array]:
+        """Its inputs; they may be views into a body."""
 
     @abstractmethod
-    def write(self, version: Version, plan: Any, call: Request, arrays: Sequence[Array]) -> Answer:
+    def write(self, version: Version, plan: Any, request: Any, arrays: Sequence[Array]) -> Any:
         """The answer with the outputs that the plan demands."""
 
-    def lasts(self, plan: Any, call: Request) -> bool:  # noqa: ARG002
+    def refuse(self, refusal: Refusal) -> Any:
+        """The answer that says why there is no other."""
+        return refusal_answer(refusal)
+
+    def lasts(self, plan: Any, request: Any) -> bool:  # noqa: ARG002
         """Whether plan and feeds hold for the connection's next request too, if nothing but the bytes of its tensors is different."""
         return False
 
-    def sequence(self, version: Version, call: Request) -> SequenceDemand | None:  # noqa: ARG002
+    def is_short(self, request: Any, json_bytes: int) -> bool:
+        """Whether reading it takes no more than reading so much JSON."""
+        length: int | None = request.header_length
+        return length == 0 or (len(request.body) if length is None else length) <= json_bytes
+
+    def sequence(self, version: Version, request: Any) -> SequenceDemand | None:  # noqa: ARG002
         """The place in a sequence that a request demands, before it is known which version answers it. Never raises."""
         return None
 
 
-class Prediction(ABC):
-    """Times are perf_counters. `input_s` is what reading it and joining it with others took so far, `run_s` the run."""
+NOTHING: Sequence[Array] = ()
+
+
+class Prediction:
+    """Times are perf_counters. `input_s` is what reading it and joining it with others took so far, `run_s` the run.
+
+    When plan and feeds last (see `Form.lasts`) the request knows this prediction, and the connection's next request takes it over.
+    """
 
     __slots__ = (
-        "alone", "arrays", "arrived_s", "ended_s", "error", "feeds", "input_s", "plan", "rows", "run_s", "version", "wanted",
+        "alone", "arrays", "arrived_s", "ended_s", "error", "feeds", "form", "input_s", "lasts", "plan", "request", "rows", "run_s",
+        "version", "wanted",
     )  # fmt: skip
 
-    def __init__(self, version: Version, arrived_s: float) -> None:
+    def __init__(self, version: Version, request: Any, form: Form, arrived_s: float) -> None:
         self.version = version
-        self.wanted: str | None = None  # the number or label that was asked for
+        self.request = request
+        self.form = form
         self.arrived_s = arrived_s
+        self.wanted: str | None = None  # the number or label that was asked for
         self.plan: Plan | None = None
         self.feeds: Mapping[str, Array] | None = None
+        self.lasts = False
         self.rows = 1
         self.alone = True  # whether its run was for no other one
         self.input_s = 0.0
         self.run_s = 0.0
         self.ended_s = 0.0  # when its run ended
-        self.arrays: Sequence[Array] = ()
+        self.arrays = NOTHING
         self.error: Exception | None = None
+
+    def again(self, request: Request) -> float:
+        """It stands for this request now, of which all but the bytes of the tensors is as it was. When it was ready to run."""
+        self.request = request
+        self.arrived_s = request.arrived_s
+        self.input_s = 0.0
+        self.alone = True
+        return time.perf_counter()
 
     # -- the steps ---------------------------------------------------------------------------------------------------------
 
@@ -94,7 +122,7 @@ class Prediction(ABC):
         """Makes `plan`, once.  Raises: Refusal."""
         if self.plan is None:
             begun = time.perf_counter()
-            self.plan = self._read()
+            self.plan = self.form.read(self.version, self.request)
             self.input_s += time.perf_counter() - begun
 
     def unpack(self) -> float:
@@ -102,10 +130,13 @@ class Prediction(ABC):
         begun = time.perf_counter()
         if self.feeds is not None:
             return begun
-        if self.plan is None:
-            self.plan = self._read()
-        self.feeds = feeds = self._make_feeds()
-        version = self.version
+        version, request, form = self.version, self.request, self.form
+        plan = self.plan
+        if plan is None:
+            plan = self.plan = form.read(version, request)
+        self.feeds = feeds = form.feeds(version, plan, request)
+        if form.lasts(plan, request):
+            self.lasts, request.known = True, self
         if version.lane.batches:
             self.rows = batching.rows_of(version.name, version.inputs, feeds, version.lane.rules.max_batch_size)
         ended = time.perf_counter()
@@ -119,10 +150,8 @@ class Prediction(ABC):
         """
         if now_s > deadline_s:
             raise expired()
-        version, feeds, plan = self.version, self.feeds, self.plan
-        assert feeds is not None
-        assert plan is not None
-        self.arrays = (run or version.run)(feeds, plan.outputs)
+        version = self.version
+        self.arrays = (run or version.run)(self.feeds, self.plan.outputs)  # type: ignore[arg-type, union-attr]
         self.ended_s = ended_s = time.perf_counter()
         self.run_s = run_s = ended_s - now_s
         version.measured(run_s)
@@ -135,30 +164,31 @@ class Prediction(ABC):
         self.arrays, self.run_s, self.alone = arrays, run_s, False
         self.input_s += input_s
 
-    def finish(self, begun_s: float) -> Answer | None:
-        """The answer, written since `begun_s`; None where the caller wants arrays alone.  Raises: Refusal, and then nothing is counted."""
-        answer = self._write()
+    def finish(self, begun_s: float) -> Any:
+        """The answer, written since `begun_s`, with everything counted.  Raises: Refusal, and then the answer is not counted."""
+        version, plan, arrays = self.version, self.plan, self.arrays
+        answer = self.form.write(version, plan, self.request, arrays)
         done_s = begun_s if type(answer) is FilledTemplate else time.perf_counter()  # filling one in takes nothing
-        version, stats, output_s = self.version, self.version.stats, done_s - begun_s
+        stats, output_s = version.stats, done_s - begun_s
         if self.alone and version.lane.batches:
             stats.batched(self.rows, self.input_s, self.run_s, output_s)
         stats.succeeded(self.arrived_s, self.input_s, self.run_s, output_s, done_s)
         tap = version.tap  # once: another thread may remove it
         if tap is not None and self.feeds is not None:
-            tap.copy(self.plan, self.feeds, self.arrays, self.run_s)
-        self.release()
+            tap.copy(plan, self.feeds, arrays, self.run_s)
+        self.request, self.arrays = None, NOTHING  # as `release` does
         return answer
 
     # -- by who has it wait --------------------------------------------------------------------------------------------------
 
-    def conclude(self) -> Answer | None:
+    def conclude(self) -> Any:
         """What its caller is given, once it ran or `error` says why not.  Never raises."""
         try:
             if self.error is not None:
                 raise self.error  # noqa: TRY301
             return self.finish(time.perf_counter())
         except Exception as error:  # noqa: BLE001 - it is said to the caller
-            answer = self._refuse(refusal(self.version, error))
+            answer = self.form.refuse(refusal(self.version, error))
             # What led to it refers to this prediction, which refers to it: see `Refusal.forget`.
             self.error = error.__traceback__ = error.__cause__ = error.__context__ = None
             self.release()
@@ -166,115 +196,15 @@ class Prediction(ABC):
 
     def move(self, version: Version) -> None:
         """Begins anew on another version."""
+        if self.lasts:
+            self.lasts, self.request.known = False, None
         self.version = version
-        self.feeds = None
+        self.plan = self.feeds = None
         self.rows = 1
 
-    def is_short(self, json_bytes: int) -> bool:  # noqa: ARG002
-        """Whether reading it takes no more than that of so much JSON."""
-        return True
-
-    # -- what kinds of predictions do otherwise --------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _read(self) -> Plan: ...
-
-    @abstractmethod
-    def _make_feeds(self) -> Mapping[str, Array]: ...
-
-    @abstractmethod
-    def _write(self) -> Answer | None: ...
-
-    @abstractmethod
-    def _refuse(self, refusal: Refusal) -> Answer | None: ...
-
-    @abstractmethod
     def release(self) -> None:
-        """It is through, one way or another: what it refers to may go."""
-
-
-NOTHING: Sequence[Array] = ()
-
-
-class Call(Prediction):
-    """A prediction that came as an HTTP request. The connection's next request may take it over: see `Form.lasts`."""
-
-    __slots__ = ("form", "request")
-
-    def __init__(self, version: Version, request: Request, form: Form) -> None:
-        super().__init__(version, request.arrived_s)
-        self.request: Request | None = request
-        self.form = form
-
-    def again(self, request: Request) -> None:
-        """It stands for this request now, of which all but the bytes of the tensors is as it was."""
-        self.request = request
-        self.arrived_s = request.arrived_s
-        self.input_s = 0.0
-        self.alone = True
-
-    def move(self, version: Version) -> None:
-        super().move(version)
-        self.plan = None
-        if self.request is not None:
-            self.request.known = None
-
-    def is_short(self, json_bytes: int) -> bool:
-        request = self.request
-        assert request is not None
-        length = request.header_length
-        return length == 0 or (len(request.body) if length is None else length) <= json_bytes
-
-    def release(self) -> None:
-        self.request = None  # which may know this prediction, for the next request
-        self.arrays = NOTHING
-
-    def _read(self) -> Plan:
-        assert self.request is not None
-        plan: Plan = self.form.read(self.version, self.request)
-        return plan
-
-    def _make_feeds(self) -> Mapping[str, Array]:
-        request = self.request
-        assert request is not None
-        feeds = self.form.feeds(self.plan, request)
-        request.known = self if self.form.lasts(self.plan, request) else None
-        return feeds
-
-    def _write(self) -> Answer:
-        assert self.request is not None
-        return self.form.write(self.version, self.plan, self.request, self.arrays)
-
-    def _refuse(self, refusal: Refusal) -> Answer:
-        return refusal_answer(refusal)
-
-
-class Direct(Prediction):
-    """A prediction of a caller that has arrays and wants arrays: `arrays`, or why it was refused."""
-
-    __slots__ = ("_given", "refused")
-
-    def __init__(self, version: Version, feeds: Mapping[str, Array], demand: Demand) -> None:
-        super().__init__(version, demand.arrived_s)
-        self.plan = demand
-        self.refused: Refusal | None = None
-        self._given = feeds
-
-    def release(self) -> None:
-        """Its arrays are the caller's."""
-
-    def _read(self) -> Plan:
-        raise AssertionError("what it demands was known from the beginning")
-
-    def _make_feeds(self) -> Mapping[str, Array]:
-        check_feeds(self.version.interfaces.inputs_for(self._given), self._given)
-        return self._given
-
-    def _write(self) -> None:
-        return None
-
-    def _refuse(self, refusal: Refusal) -> None:
-        self.refused = refusal
+        """It is through, one way or another: its request may know it, and is not to be known by it."""
+        self.request, self.arrays = None, NOTHING
 
 
 def expired(away: Version | None = None) -> Refusal:

@@ -44,7 +44,10 @@ _RUN = Pace.RUN  # looking a member up at its class takes as long as all else th
 
 
 class Request:
-    """A complete request. `body` is valid until its answer is sent; `arrived_s` is a perf_counter."""
+    """A complete request. `body` is valid until its answer is sent; `arrived_s` is a perf_counter.
+
+    It may come to stand for the connection's next request, when all bytes but those of the tensors are the same and lie in the same place.
+    """
 
     __slots__ = (
         "allowance", "arrived_s", "body", "coding", "header_length", "known", "match", "pace", "plan", "regions", "seat", "strays", "trace",
@@ -69,15 +72,10 @@ class Request:
         self.pace = _RUN
         self.trace = b""  # the caller's traceparent
         self.strays = False  # the tensors in the body do not begin where vector instructions like it
-        # What whoever answers made of all but the tensors, if it holds for any tensors in this place: see `renew`.
+        # What whoever answers made of all but the tensors, if it holds for any tensors in this place.
         self.known: Any = None
         self.plan: Any = None  # the same of its JSON alone, which holds wherever the tensors are
         self.seat: Caller | None = None  # who is given the answer of a prediction that waits; None: the thread waits for it
-
-    def renew(self, arrived_s: float) -> None:
-        """It stands for the next request, of which all bytes but those of the tensors are the same and lie in the same place."""
-        self.arrived_s = arrived_s
-        self.pace = _RUN
 
     @property
     def params(self) -> Mapping[str, str]:

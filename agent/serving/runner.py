@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agent.serving.models.host import Version
+from agent.serving.models.version import Version
 from agent.serving.prediction import Prediction, expired
 from agent.serving.scheduling import batching
 from agent.serving.scheduling.lanes import Job
@@ -67,7 +67,7 @@ class Runner:
     def expire(self) -> None:
         """Answers those that have waited until their deadline."""
         for job in self._scheduler.expired():
-            job.task.error = expired(job.task.version if job.lane.held else None)
+            job.task.error = expired(job.task.version if job.lane.closed else None)
             job.caller.deliver(self.conclude(job))
 
     @staticmethod

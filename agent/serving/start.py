@@ -20,11 +20,13 @@ from typing import Protocol
 
 from agent.host.signals import Ending
 from agent.serving.models import loading
-from agent.serving.models.host import ModelHost, Version
+from agent.serving.models.host import ModelHost
 from agent.serving.models.loading import Guard, Limits, Source, unguarded
 from agent.serving.models.loading_note import LoadingNote
 from agent.serving.models.rehearsal import MOST_LATE, PATIENCE_S, Rehearsals
-from agent.serving.models.residency import Residency, discard, file_bytes
+from agent.serving.models.residency import Residency
+from agent.serving.models.room import discard, file_bytes
+from agent.serving.models.version import Version
 from agent.store import Choice, Selection, Store, StoreError
 from runtimes.contract import RuntimeFailure
 
@@ -100,9 +102,9 @@ class _Loading:
         return False
 
     def _load(self, source: Source) -> Version:
-        """Without regard to the budget, which is settled when it is active.  Raises: as `loading.load`."""
+        """Without regard to the budget, which is applied when it is active.  Raises: as `loading.load`."""
         version = loading.load(source, threads=self._threads, limits=self._limits, guard=self._guard)
-        self._residency.watch(version)
+        self._residency.restarts.follow(version)
         return version
 
     def _put(self, version: Version, *, active: bool) -> None:
@@ -118,7 +120,7 @@ class _Loading:
             self._host.add(version)
             if active:
                 self._host.activate(version.name, version.number)
-                self._residency.settle()
+                self._residency.room.trim()
 
 
 class FilesStart(_Loading):
@@ -185,7 +187,7 @@ class FilesStart(_Loading):
 
     def _load_one(self, source: Source) -> None:
         with self._residency.changing:
-            self._residency.settle(file_bytes(source))
+            self._residency.room.trim(file_bytes(source))
         try:
             version = self._load(source)
         except EXPECTED as error:
@@ -304,7 +306,7 @@ class StoreStart(_Loading):
             if error is None:
                 served = self._host.get(selection.model)
                 if reason and served is not None and served.active is not None:
-                    served.active.reason = f"serves in place of the active release: {reason}"
+                    served.active.say(f"serves in place of the active release: {reason}")
                 return
             reason = reason or error
 
@@ -333,7 +335,7 @@ class StoreStart(_Loading):
 def _listed(source: Source) -> Version:
     version = Version(source.name, source.version, source.variant, source.sha256, source.runtime)
     version.source = source
-    version.reason = "it is being loaded"
+    version.say("it is being loaded")
     return version
 
 

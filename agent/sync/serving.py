@@ -85,13 +85,13 @@ class Placement(msgspec.Struct, frozen=True):
 
 
 class VersionStatus(msgspec.Struct, frozen=True):
-    """One version of a model as `serve` has it. `held`: it is not in memory now, and who asks for it waits until it is."""
+    """One version of a model as `serve` has it. `away`: it is not in memory now, and who asks for it waits until it is."""
 
     version: int
     variant: str = ""
     state: str = ""
     reason: str = ""
-    held: bool = False
+    away: bool = False
     sha256: str | None = None
     placement: Placement | None = None
     memory_bytes: int = 0
@@ -165,9 +165,9 @@ class ModelStatus(msgspec.Struct, frozen=True):
 
     @property
     def serving(self) -> VersionStatus | None:
-        """The active version, if it can answer; one that is held does, after a while."""
+        """The active version, if it can answer; one that is away does, after a while."""
         active = self.version(self.active)
-        return active if active is not None and (active.state == "READY" or active.held) else None
+        return active if active is not None and (active.state == "READY" or active.away) else None
 
 
 class ServeStatus(msgspec.Struct, frozen=True):

@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["agent.serving", "agent.contract"], ena
     from agent.serving.api.tfserving_body import Body
     from agent.serving.api.tfserving_forms import FORMS
     from agent.serving.buffers import BufferPool
-    from agent.serving.models.host import Version
+    from agent.serving.models.version import Version
     from agent.serving.routes import Route, Router
     from agent.serving.transport.connection import NOTHING, Connection
     from runtimes.contract import TensorSpec

@@ -168,7 +168,7 @@ def test_one_that_crashes_again_and_again_is_started_less_and_less_often(pair):
             break
     assert "is started again after" in refused[0]
     state = entry(client, "frail")
-    assert (state["state"], state["held"]) == ("UNAVAILABLE", True)
+    assert (state["state"], state["away"]) == ("UNAVAILABLE", True)
     assert "SIGSEGV" in state["reason"]
     eventually(lambda: entry(client, "frail")["state"] == "READY", "it was not started again")
     assert client.infer("frail", X)["x"][0, 0] == 2

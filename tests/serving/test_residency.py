@@ -60,7 +60,7 @@ def test_what_is_over_the_budget_is_known_and_comes_when_asked_for(tables):
         assert [index(client)[name][0] for name in "bc"] == ["READY", "READY"]
         assert client.metadata("a")["inputs"][0]["name"] == "x", "its tensors stay known"
         assert client.ready("a"), "a prediction will be answered"
-        assert entry(client, "a")["held"]
+        assert entry(client, "a")["away"]
         assert ask(client, "a") == 107
         assert index(client)["a"][0] == "READY"
         assert index(client)["b"] == ("UNAVAILABLE", "evicted")

@@ -12,7 +12,8 @@ from agent.contract.manifest import Serving
 from agent.host import priority
 from agent.serving.answers import Refusal
 from agent.serving.dataplane import Dataplane
-from agent.serving.models.host import ModelHost, Version
+from agent.serving.models.host import ModelHost
+from agent.serving.models.version import Version
 from agent.serving.scheduling.demand import Demand, SequenceDemand
 from agent.variants import check_batches
 from runtimes.contract import ModelInvalid, Placement, RunFailed, TensorSpec
@@ -78,7 +79,7 @@ def dataplane_of(model, **rules):
     host = ModelHost()
     version = Version("m", 1, "cpu", "", "test")
     version.serving = Serving(**rules)
-    version.cost_s = 1e-6
+    version.cost.run_s = 1e-6
     version.ready(model)
     host.add(version)
     host.activate("m", 1)
@@ -166,7 +167,7 @@ def test_many_callers_make_few_runs(monkeypatch):
         priority, "giving_way", lambda run: lambda feeds, names: long.append(len(feeds["x"])) or run(feeds, names)
     )
     plane, version = dataplane_of(model, max_batch_size=8, max_delay_us=10_000_000)
-    while not version.is_long:
+    while not version.cost.is_long:
         version.measured(1.0)
     threads = [threading.Thread(target=plane.predict, args=("m", None, {"x": np.full((2, 1), n)}, Demand())) for n in range(4)]
     for thread in threads:

@@ -3,7 +3,7 @@
 import pytest
 
 from agent.serving.models.canary import MAX_SEQUENCES, Canary
-from agent.serving.models.host import Version
+from agent.serving.models.version import Version
 from agent.serving.scheduling.demand import SequenceDemand
 
 

@@ -8,7 +8,9 @@ import pytest
 
 from agent.host import priority
 from agent.serving.answers import Refusal
-from agent.serving.models.host import INLINE_BODY_BYTES, UNKNOWN_BODY_BYTES, ModelHost, NeverInlineVersion, Version
+from agent.serving.models.cost import INLINE_BODY_BYTES, UNKNOWN_BODY_BYTES, NeverCheap
+from agent.serving.models.host import ModelHost
+from agent.serving.models.version import Version
 from agent.serving.scheduling.lanes import INLINE_RUN_S, LONG_RUN_S
 from runtimes.contract import Placement, TensorSpec
 
@@ -134,23 +136,23 @@ def test_a_request_that_never_ends_keeps_its_model_open(host):
 
 def test_what_was_cheap_stays_so_through_a_bad_moment():
     version = Version("m", 1, "cpu", "0" * 64, "fake")
-    version.cost_s = INLINE_RUN_S / 10
+    version.cost.run_s = INLINE_RUN_S / 10
     version.ready(Constant(1))
     for run_s, is_cheap in ((4, True), (9, False), (2, False), (0.5, True)):
         for _ in range(100):
             version.measured(run_s * INLINE_RUN_S - 1e-6)
-        assert version.is_cheap is is_cheap, run_s
+        assert version.cost.is_cheap is is_cheap, run_s
 
 
 def test_an_isolated_model_is_never_cheap():
-    version = NeverInlineVersion("m", 1, "cpu", "0" * 64, "fake")
-    version.cost_s = INLINE_RUN_S / 10
+    version = Version("m", 1, "cpu", "0" * 64, "fake", NeverCheap())
+    version.cost.run_s = INLINE_RUN_S / 10
     version.ready(Constant(1))
     version.arrange(max_sequences=1, sequence_idle_s=1.0)
-    assert not version.is_cheap
+    assert not version.cost.is_cheap
     for _ in range(100):
         version.measured(INLINE_RUN_S / 10)
-    assert not version.is_cheap
+    assert not version.cost.is_cheap
 
 
 @pytest.mark.parametrize(("shape", "begins"), [((1, 4), INLINE_BODY_BYTES), ((-1, 4), UNKNOWN_BODY_BYTES)])
@@ -158,10 +160,10 @@ def test_how_large_a_request_is_cheap_is_learnt_where_a_model_takes_any_size(sha
     version, model = Version("m", 1, "cpu", "0" * 64, "fake"), Constant(1)
     model.inputs = (TensorSpec("x", "FP32", shape),)
     version.ready(model)
-    assert version.inline_bytes == begins
+    assert version.cost.inline_bytes == begins
     for size, known in ((5000, max(begins, 5000)), (300, max(begins, 5000)), (1 << 30, INLINE_BODY_BYTES)):
-        version.learn(size)
-        assert version.inline_bytes == known
+        version.cost.learn(size)
+        assert version.cost.inline_bytes == known
 
 
 def test_only_a_long_run_gives_way(monkeypatch):
@@ -175,8 +177,8 @@ def test_only_a_long_run_gives_way(monkeypatch):
         version.measured(LONG_RUN_S * 2)
     assert version.run({}, None) == ["gave way", 5.0]
     assert version.way(lambda *_: [6])({}, None) == ["gave way", 6]
-    version.hold("it rests")
-    version.take_model()
+    version.send_away("it leaves memory")
+    version.remove_model()
     version.measured(0.0)
     with pytest.raises(AssertionError, match="not in memory"):
         version.run({}, None)
@@ -215,10 +217,10 @@ def test_requests_and_swaps_at_once(host):
 
 
 @pytest.mark.timeout(30)
-def test_nobody_runs_in_a_version_that_rests():
-    """A thread comes and goes while it is held and brought back: it is let in each time, and when it may run the model is there."""
+def test_nobody_runs_in_a_version_that_is_away():
+    """A thread comes and goes while it goes away and comes back: it is let in each time, and when it may run the model is there."""
     version = loaded(1)
-    ended, broken, rests = threading.Event(), [], 0
+    ended, broken, times = threading.Event(), [], 0
 
     def come_and_go():
         while not ended.is_set():
@@ -235,31 +237,40 @@ def test_nobody_runs_in_a_version_that_rests():
     thread = threading.Thread(target=come_and_go)
     thread.start()
     deadline = time.monotonic() + 10
-    while rests < 50 and time.monotonic() < deadline:
-        if version.rest("evicted"):
-            rests += 1
-            version.take_model().close()
-            version.ready(Constant(1))
-            version.lane.resume()
-            version.resume()
+    while times < 50 and time.monotonic() < deadline:
+        if version.send_away_if_empty("evicted"):
+            times += 1
+            version.remove_model().close()
+            version.install(loaded(1))
+            version.lane.open()
+            version.come_back()
     ended.set()
     thread.join()
     assert (broken, version.inside) == ([], 0)
-    assert rests
+    assert times
 
 
-def test_a_version_that_somebody_enters_just_then_does_not_rest(monkeypatch):
+def test_a_version_that_somebody_enters_just_then_stays(monkeypatch):
     version = loaded(1)
-    hold = version.lane.hold
-    monkeypatch.setattr(version.lane, "hold", lambda: (hold(), version._guests.append(None)))  # as `enter` begins
-    assert not version.rest("evicted")
-    assert (version.state, version.held, version.lane.held, version.lane.gated) == ("READY", False, False, False)
+    close = version.lane.close
+    comer = threading.Thread(target=version.enter)
+
+    def close_as_somebody_comes():
+        close()
+        comer.start()
+        while not version.inside:
+            threading.Event().wait(0.001)
+
+    monkeypatch.setattr(version.lane, "close", close_as_somebody_comes)
+    assert not version.send_away_if_empty("evicted")
+    comer.join(5)
+    assert (version.state, version.away, version.lane.closed, version.lane.gated) == ("READY", False, False, False)
 
 
-def test_a_version_whose_process_ended_before_it_was_listed_is_held():
+def test_a_version_whose_process_ended_before_it_was_listed_is_away():
     """Who comes waits for it, as for any other, instead of running into what is left."""
     version = loaded(4)
-    assert version.hold("its process ended (SIGSEGV)")
+    assert version.send_away("its process ended (SIGSEGV)")
     version.arrange(max_sequences=1, sequence_idle_s=1.0)
-    assert version.lane.held
+    assert version.lane.closed
     assert version.lane.gated

@@ -39,7 +39,7 @@ def test_what_a_model_is_warmed_up_with(content, warm, picky, tmp_path):
         np.savez(path, x=np.array(content, np.int64))
     version = loading.load(Source("picky", 1, picky, "", warm_up=path), threads=1)
     assert version.state == "READY"
-    assert version.is_warm is warm
+    assert version.loaded.is_warm is warm
     version.retire()
 
 
@@ -50,7 +50,7 @@ def test_inputs_to_warm_up_with_may_be_texts_and_have_no_dimensions(kind, x, tmp
     path = onnx_models.identity(tmp_path / "m.onnx", kind, ())
     np.savez(tmp_path / "x.npz", x=x)
     version = loading.load(Source("m", 1, path, "", warm_up=tmp_path / "x.npz"), threads=1)
-    assert version.is_warm
+    assert version.loaded.is_warm
     version.retire()
 
 
@@ -75,8 +75,8 @@ def test_what_takes_the_engine_long_gives_way(isolation, tmp_path, monkeypatch):
     try:
         assert steps == [("load", STEP_BACK), ("warm up", STEP_BACK)][isolation == "process" :]
         assert nice() == 0
-        if version.process is not None:
-            assert nice(version.process.pid) == STEP_BACK
+        if version.loaded.process is not None:
+            assert nice(version.loaded.process.pid) == STEP_BACK
     finally:
         version.retire()
 

@@ -524,7 +524,7 @@ def test_a_client_that_goes_during_a_wait_that_may_be_long_is_let_go_at_once(cro
     loop, service, asking = crowd(1e-3 if held else 1.0)
     service.one(asking)
     service.wait_for_run(3)  # a held lane lets none begin
-    service.lane.held = held
+    service.lane.closed = held
     service.one(asking)
     service.wait_for(5)
     asking.pop(-2).close()
@@ -532,7 +532,7 @@ def test_a_client_that_goes_during_a_wait_that_may_be_long_is_let_go_at_once(cro
     while len(loop._connections) > 2:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    service.lane.held = False
+    service.lane.closed = False
 
 
 @pytest.mark.timeout(60)

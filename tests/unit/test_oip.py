@@ -15,7 +15,7 @@ from agent.serving.answers import Answer, FilledTemplate, Refusal
 from agent.serving.api import list_pieces, lists, oip_request, oip_response, tensors
 from agent.serving.api.pauses import Pauses
 from agent.serving.buffers import ALIGNMENT, BufferPool
-from agent.serving.models.host import Version
+from agent.serving.models.version import Version
 from agent.serving.prediction import refusal
 from agent.serving.scheduling.demand import SequenceDemand
 from agent.serving.shared.regions import check_fits, check_range, not_found

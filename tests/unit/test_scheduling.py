@@ -139,7 +139,7 @@ def test_deadlines_end_what_waits_and_nothing_else():
     early, default, late = bench.park(a, timeout_s=1.0), bench.park(a), bench.park(a, timeout_s=9.0)
     bench.scheduler.begin()
     bench.scheduler.begin()
-    assert bench.scheduler.look() == ([], False)
+    assert bench.scheduler.next_for_poller() == ([], False)
     assert bench.scheduler.poll_s(60.0) == pytest.approx(1.0)
     assert bench.scheduler.expired() == []
     bench.clock.now += 2.0
@@ -185,11 +185,11 @@ def test_instances_bound_one_model_and_leave_threads_to_others():
     for name in ("a1", "a2"):
         bench.park(a, name)
     bench.park(b, "b1", priority=9)
-    first, is_long = bench.scheduler.look()
+    first, is_long = bench.scheduler.next_for_poller()
     assert (bench.names(first), is_long) == (["a1"], True)
-    second, _ = bench.scheduler.look()
+    second, _ = bench.scheduler.next_for_poller()
     assert bench.names(second) == ["b1"]
-    assert bench.scheduler.look() == ([], False)
+    assert bench.scheduler.next_for_poller() == ([], False)
     bench.scheduler.finished(first)
     assert bench.names(bench.scheduler.next_for_thread()) == ["a2"]
 
@@ -199,7 +199,7 @@ def test_chores_go_first_and_take_threads():
     assert bench.scheduler.begin("chore")
     assert not bench.scheduler.begin("another")
     bench.park(a, "job")
-    assert bench.scheduler.look() == ([], False)
+    assert bench.scheduler.next_for_poller() == ([], False)
     assert bench.scheduler.stuck(0.0) is False, "no time has passed"
     bench.clock.now += 1
     assert bench.scheduler.stuck(0.5)
@@ -214,9 +214,9 @@ def test_cheap_work_is_done_by_who_polls_although_no_thread_is_free():
     bench, tiny = Bench(threads=1), lane(instances=1)
     bench.scheduler.begin()
     bench.park(tiny, "tiny")
-    assert bench.scheduler.look() == ([], False)
+    assert bench.scheduler.next_for_poller() == ([], False)
     tiny.cost_s = 20e-6
-    work, is_long = bench.scheduler.look()
+    work, is_long = bench.scheduler.next_for_poller()
     assert (bench.names(work), is_long) == (["tiny"], False)
 
 
@@ -225,11 +225,11 @@ def test_who_polls_is_woken_when_it_would_look_too_late():
     bench.scheduler.begin()
     bench.park(a)
     assert bench.woken == 1
-    bench.scheduler.look()
+    bench.scheduler.next_for_poller()
     before = bench.woken
     bench.park(a, timeout_s=5.0)
     assert bench.woken == before + 1, "for its deadline"
-    assert bench.scheduler.look() == ([], False)
+    assert bench.scheduler.next_for_poller() == ([], False)
     bench.park(a, timeout_s=9.0)
     assert bench.woken == before + 2, "that it might run at once"
     before = bench.woken
@@ -267,10 +267,10 @@ def test_a_batch_waits_for_its_delay_or_until_it_is_full():
     bench.park(a, "1", key="x")
     bench.clock.now += 0.6
     bench.park(a, "2", key="x")
-    assert bench.scheduler.look() == ([], False)
+    assert bench.scheduler.next_for_poller() == ([], False)
     assert bench.scheduler.poll_s(60.0) == pytest.approx(0.4)
     bench.clock.now += 0.41
-    work, _ = bench.scheduler.look()
+    work, _ = bench.scheduler.next_for_poller()
     assert bench.names(work) == ["1", "2"]
     bench.park(a, "3", key="x", rows=3)
     job = bench.job(a, "4", key="x")
@@ -280,19 +280,19 @@ def test_a_batch_waits_for_its_delay_or_until_it_is_full():
 def test_a_preferred_size_does_not_wait():
     bench, a = Bench(), lane(max_batch_size=8, max_delay_us=1_000_000, preferred_batch_sizes=(2, 4))
     bench.park(a, "1", key="x")
-    assert bench.scheduler.look() == ([], False)
+    assert bench.scheduler.next_for_poller() == ([], False)
     bench.park(a, "2", key="x")
-    assert bench.names(bench.scheduler.look()[0]) == ["1", "2"]
+    assert bench.names(bench.scheduler.next_for_poller()[0]) == ["1", "2"]
 
 
 def test_a_batch_does_not_wait_beyond_a_members_deadline():
     bench, a = Bench(), lane(max_batch_size=8, max_delay_us=10_000_000)
     bench.park(a, "1", key="x")
     bench.park(a, "2", key="x", timeout_s=1.05)
-    bench.scheduler.look()
+    bench.scheduler.next_for_poller()
     assert bench.scheduler.poll_s(60.0) == pytest.approx(0.5), "half of the time that its run leaves"
     bench.clock.now += 0.5
-    assert bench.names(bench.scheduler.look()[0]) == ["1", "2"]
+    assert bench.names(bench.scheduler.next_for_poller()[0]) == ["1", "2"]
 
 
 def test_another_shape_does_not_wait_behind_a_batch_that_waits():
@@ -300,8 +300,8 @@ def test_another_shape_does_not_wait_behind_a_batch_that_waits():
     bench.park(a, "x1", key="x")
     bench.park(a, "y1", key="y")
     bench.park(a, "y2", key="y")
-    assert bench.names(bench.scheduler.look()[0]) == ["y1", "y2"]
-    assert bench.scheduler.look() == ([], False)
+    assert bench.names(bench.scheduler.next_for_poller()[0]) == ["y1", "y2"]
+    assert bench.scheduler.next_for_poller() == ([], False)
 
 
 def test_callers_with_threads_are_granted_their_runs():
@@ -319,11 +319,11 @@ def test_callers_with_threads_are_granted_their_runs():
 def test_a_callers_batch_becomes_due_where_nobody_polls():
     bench, a = Bench(), lane(max_batch_size=4, max_delay_us=1_000_000)
     waiters = [bench.park(a, n, key="x", caller=Waiter()) for n in range(2)]
-    bench.scheduler.settle()
+    bench.scheduler.grant_ready()
     assert waiters[0].caller.work == ()
     assert bench.scheduler.patience_s(waiters[0]) == pytest.approx(1.0)
     bench.clock.now += 1.0
-    bench.scheduler.settle()
+    bench.scheduler.grant_ready()
     assert waiters[0].caller.work == waiters
 
 
@@ -394,9 +394,9 @@ def test_only_what_was_started_goes_on():
     assert bench.scheduler.admit(again, may_run=True) == []
     ran(bench, end)
     assert not sequence.started
-    assert bench.scheduler.look()[0] == [again]
+    assert bench.scheduler.next_for_poller()[0] == [again]
     ran(bench, again)
-    assert a.sequences.holds(1)
+    assert a.sequences.knows(1)
 
 
 def test_a_start_that_never_ran_leaves_no_sequence():
@@ -431,7 +431,7 @@ def test_the_turn_goes_on_when_who_waits_in_the_middle_gives_up():
         bench.scheduler.admit(job, may_run=True)
     assert bench.scheduler.cancel(second)
     ran(bench, first)
-    assert bench.scheduler.look()[0] == [third]
+    assert bench.scheduler.next_for_poller()[0] == [third]
 
 
 def test_they_are_bounded_and_idle_ones_give_way():
@@ -457,4 +457,4 @@ def test_one_that_begins_elsewhere_is_forgotten():
     state = begin(bench, a).state
     bench.scheduler.forget(a, 1)
     assert state.closed
-    assert not a.sequences.holds(1)
+    assert not a.sequences.knows(1)

@@ -159,7 +159,7 @@ class Play:
                 self.poll_ends = self.clock.now + LONGEST_POLL_S
                 return
             scheduler.expired()
-            work, is_long = scheduler.look()
+            work, is_long = scheduler.next_for_poller()
             if is_long:
                 self.free -= 1
                 self.begin(work)
@@ -236,7 +236,7 @@ class Play:
     def looked(self, job):
         if not job.caller.work:
             self.scheduler.expired()
-            self.scheduler.settle()
+            self.scheduler.grant_ready()
         work, job.caller.work = job.caller.work, None
         self.wait(job, work or [])
 

@@ -12,7 +12,7 @@ from agent.serving.answers import Refusal
 from agent.serving.api import lists
 from agent.serving.api.tfserving_body import Body
 from agent.serving.api.tfserving_forms import FORMS
-from agent.serving.models.host import Version
+from agent.serving.models.version import Version
 from runtimes.contract import DTYPES, TensorSpec
 from runtimes.naming import Interfaces
 

@@ -19,9 +19,10 @@ from agent.serving.candidates.comparing import Tolerance
 from agent.serving.candidates.shadowing import Shadows, pair
 from agent.serving.models import loading
 from agent.serving.models.canary import Canary
-from agent.serving.models.host import ModelHost, Served, Version
+from agent.serving.models.host import ModelHost, Served
 from agent.serving.models.residency import Residency
 from agent.serving.models.swapping import SwapLost, Swapper
+from agent.serving.models.version import Version
 from agent.serving.routes import Handler, Kind, Request, Route
 from agent.store import Choice, Selection, Store, StoreError
 from runtimes.contract import ModelInvalid, RuntimeUnavailable
@@ -116,7 +117,7 @@ class Control:
             "pid": os.getpid(),
             "started": self._started,
             "agent_version": agent_version(),
-            "memory": {"budget_bytes": self._residency.budget_bytes, "used_bytes": self._residency.used_bytes},
+            "memory": {"budget_bytes": self._residency.room.budget_bytes, "used_bytes": self._residency.room.used_bytes},
             "models": {served.name: served.document() for served in self._host},
         })  # fmt: skip
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from agent.serving.models.host import ModelHost, Served, Version
+from agent.serving.models.host import ModelHost, Served
+from agent.serving.models.version import Version
 from agent.serving.scheduling.sequences import Sequences
 from runtimes.contract import Quantization, TensorSpec
 from runtimes.naming import Interfaces
@@ -58,7 +59,7 @@ def server(*, shared_memory: bool) -> Document:
 
 def find_ready(host: ModelHost, name: str, wanted: str | None) -> tuple[Served, Version]:
     """Raises: Refusal (404 unknown, 503 not ready)."""
-    found = host.look(name, wanted)
+    found = host.find(name, wanted)
     if not found.answers:
         host.enter(found.name, str(found.number)).leave()
     return host.served(name), found
@@ -172,7 +173,9 @@ def config(host: ModelHost, name: str, wanted: str | None) -> Document:
         "cc_model_filenames": {},
         "metric_tags": {},
         "parameters": {key: {"string_value": value} for key, value in _parameters(found).items()},
-        "model_warmup": [{"name": found.serving.warm_up or "zeros", "batch_size": 1, "count": 2}] if found.is_warm else [],
+        "model_warmup": [{"name": found.serving.warm_up or "zeros", "batch_size": 1, "count": 2}]
+        if found.loaded.is_warm
+        else [],
         "model_transaction_policy": {"decoupled": False},
     }
     document.update(_scheduling(found))
@@ -258,7 +261,7 @@ def statistics(host: ModelHost, name: str | None, wanted: str | None) -> list[Do
     elif wanted is None:
         versions = list(host.served(name).versions.values())
     else:
-        versions = [host.look(name, wanted)]
+        versions = [host.find(name, wanted)]
     return [_statistics(v) for v in sorted(versions, key=lambda v: (v.name, v.number))]
 
 
@@ -291,7 +294,7 @@ def _statistics(item: Version) -> Document:
             }
             for batch in stats.batches
         ],
-        "memory_usage": [{"type": "CPU", "id": 0, "byte_size": item.now_bytes}],
+        "memory_usage": [{"type": "CPU", "id": 0, "byte_size": item.loaded.now_bytes}],
     }
 
 

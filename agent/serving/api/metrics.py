@@ -12,9 +12,10 @@ from agent.serving.access import Access
 from agent.serving.answers import TEXT, Answer
 from agent.serving.api.descriptions import agent_version
 from agent.serving.candidates.shadowing import Shadow, Shadows
-from agent.serving.models.host import ModelHost, Served, Version
-from agent.serving.models.residency import Residency
+from agent.serving.models.host import ModelHost, Served
+from agent.serving.models.room import Room
 from agent.serving.models.stats import BOUNDS_MS
+from agent.serving.models.version import Version
 from agent.serving.routes import Request, Route
 
 Row = tuple[str, str, Callable[[Version], float]]
@@ -32,17 +33,21 @@ COUNTERS: tuple[Row, ...] = (
     ),
     ("nv_inference_compute_infer_duration_us", "Of it, in the engine", lambda v: v.stats.run_s * 1e6),
     ("nv_inference_compute_output_duration_us", "Of it, writing the answer", lambda v: v.stats.output_s * 1e6),
-    ("edge_model_evictions_total", "Times that it was unloaded to make room for others", lambda v: v.evictions),
-    ("edge_model_restarts_total", "Times that the process of an isolated model was started again", lambda v: v.restarts),
-    ("edge_model_reloads_total", "Times that it was loaded again because it was asked for", lambda v: v.reloads),
+    ("edge_model_evictions_total", "Times that it was unloaded to make room for others", lambda v: v.history.evictions),
+    (
+        "edge_model_restarts_total",
+        "Times that the process of an isolated model was started again",
+        lambda v: v.history.restarts,
+    ),
+    ("edge_model_reloads_total", "Times that it was loaded again because it was asked for", lambda v: v.history.reloads),
 )
 GAUGES: tuple[Row, ...] = (
     ("nv_inference_pending_request_count", "Predictions that wait for their run", lambda v: v.lane.waiting),
-    ("nv_model_load_duration_secs", "Time to load and warm up the model", lambda v: v.load_s),
+    ("nv_model_load_duration_secs", "Time to load and warm up the model", lambda v: v.loaded.load_s),
     (
         "edge_model_memory_bytes",
         "Resident memory that loading the model took",
-        lambda v: v.now_bytes,
+        lambda v: v.loaded.now_bytes,
     ),
     ("edge_model_ready", "1 for a version that can answer", lambda v: int(v.state == "READY")),
 )
@@ -69,9 +74,9 @@ STARTED_S = time.time()
 
 
 class Metrics:
-    def __init__(self, host: ModelHost, residency: Residency, shadows: Shadows) -> None:
+    def __init__(self, host: ModelHost, room: Room, shadows: Shadows) -> None:
         self._host = host
-        self._residency = residency
+        self._room = room
         self._shadows = shadows
 
     def routes(self) -> list[Route]:
@@ -93,7 +98,7 @@ class Metrics:
         yield from _beside(host, list(self._shadows))
         for phase in versions[0].stats.phases if versions else ():
             yield from _histogram(phase, versions)
-        yield from _budget(self._residency)
+        yield from _budget(self._room)
         yield from _process()
 
 
@@ -163,10 +168,10 @@ def _histogram(phase: str, versions: Iterable[Version]) -> Iterator[str]:
         yield f"{name}_count{{{labels}}} {total}"
 
 
-def _budget(residency: Residency) -> Iterator[str]:
+def _budget(room: Room) -> Iterator[str]:
     for name, text, value in (
-        ("edge_memory_budget_bytes", "What models may take together; 0 is no bound", residency.budget_bytes),
-        ("edge_memory_used_bytes", "What those in memory count with", residency.used_bytes),
+        ("edge_memory_budget_bytes", "What models may take together; 0 is no bound", room.budget_bytes),
+        ("edge_memory_used_bytes", "What those in memory count with", room.used_bytes),
     ):
         yield from _head(name, text, "gauge")
         yield f"{name} {value}"

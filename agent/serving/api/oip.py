@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from agent.serving.answers import Answer, Refusal
+from agent.serving.answers import Answer, FilledTemplate, Refusal
 from agent.serving.api.oip_request import Plan, read_request
 from agent.serving.api.oip_response import write_response
-from agent.serving.models.host import Version
+from agent.serving.models.version import Version
 from agent.serving.prediction import Form
 from agent.serving.routes import Request
 from agent.serving.scheduling.demand import SequenceDemand
@@ -50,7 +50,7 @@ class OipForm(Form):
             version.plans[key] = plan
         return plan
 
-    def feeds(self, plan: Plan, call: Request) -> Mapping[str, Array]:
+    def feeds(self, _version: Version, plan: Plan, call: Request) -> Mapping[str, Array]:
         return plan.feeds(call.body, call.regions, strays=call.strays, allowance=call.allowance)
 
     def lasts(self, plan: Plan, call: Request) -> bool:
@@ -66,6 +66,9 @@ class OipForm(Form):
             return None  # whichever version answers says what is wrong with it
 
     def write(self, version: Version, plan: Plan, call: Request, arrays: Sequence[Array]) -> Answer:
+        template = plan.templates.get(arrays[0].shape if len(arrays) == 1 else tuple([a.shape for a in arrays]))
+        if template is not None:
+            return FilledTemplate(template, arrays)
         return write_response(plan, arrays, version.name, version.number_text, version.labels, call.regions)
 
 

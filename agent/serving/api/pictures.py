@@ -20,7 +20,7 @@ from agent.serving.answers import Answer, Refusal
 from agent.serving.api import pixels, tensors
 from agent.serving.api.classification import floats, largest
 from agent.serving.api.protocol import VERSION
-from agent.serving.models.host import Version
+from agent.serving.models.version import Version
 from agent.serving.prediction import Form
 from agent.serving.routes import Kind, Request, Route
 from agent.serving.scheduling.demand import SequenceDemand
@@ -56,7 +56,7 @@ class PictureForm(Form):
         output = named(picture.output, interface.outputs, interface.said_outputs, "output")
         return Plan(picture, source, output, _top(call.match.query, picture.top), [output.name])
 
-    def feeds(self, plan: Plan, call: Request) -> Mapping[str, Array]:
+    def feeds(self, _version: Version, plan: Plan, call: Request) -> Mapping[str, Array]:
         return {plan.input.name: pixels.read(call.body, plan.picture, plan.input, call.allowance)}
 
     def write(self, version: Version, plan: Plan, _call: Request, arrays: Sequence[Array]) -> Answer:
@@ -94,7 +94,7 @@ def _scores(array: Array, plan: Plan) -> Array:
 
 
 class Predictions(Protocol):
-    def infer(self, call: Request, form: Any) -> Answer | None: ...
+    def infer(self, form: Any, call: Request) -> Answer | None: ...
 
 
 class Pictures:
@@ -107,4 +107,4 @@ class Pictures:
         return [Route("POST", path, Access.PREDICT, self._answer, Kind.HEAVY, parks=True) for path in paths]
 
     def _answer(self, call: Request) -> Answer | None:
-        return self._dataplane.infer(call, self._form)
+        return self._dataplane.infer(self._form, call)

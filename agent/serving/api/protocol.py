@@ -27,7 +27,7 @@ class Protocol:
 
     def __init__(self, host: ModelHost, dataplane: Dataplane, *, shared_memory: bool = False) -> None:
         self._host = host
-        self._infer = functools.partial(dataplane.infer, form=OIP)
+        self._infer = functools.partial(dataplane.infer, OIP)
         self._shared_memory = shared_memory
         self.is_ready = False
 
@@ -69,7 +69,7 @@ class Protocol:
         return json_answer(descriptions.config(self._host, call.params["model"], call.params.get("version")))
 
     def model_ready(self, call: Request) -> Answer:
-        if not self._host.look(call.params["model"], call.params.get("version")).answers:
+        if not self._host.find(call.params["model"], call.params.get("version")).answers:
             raise Refusal(400, "Model version not ready")
         return Answer()
 

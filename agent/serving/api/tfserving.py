@@ -27,7 +27,7 @@ TYPES = {
 
 
 class Predictions(Protocol):
-    def infer(self, call: Request, form: Any) -> Answer | None: ...
+    def infer(self, form: Any, call: Request) -> Answer | None: ...
 
 
 class TensorFlowServing:
@@ -55,13 +55,13 @@ class TensorFlowServing:
         form = FORMS[verb]
 
         def answer(call: Request) -> Answer | None:
-            return self._dataplane.infer(call, form)
+            return self._dataplane.infer(form, call)
 
         return answer
 
     def status(self, call: Request) -> Answer:
         name, wanted = call.params["model"], call.params.get("version")
-        versions = [self._host.look(name, wanted)] if wanted else list(self._host.served(name).versions.values())
+        versions = [self._host.find(name, wanted)] if wanted else list(self._host.served(name).versions.values())
         return json_answer({
             "model_version_status": [
                 {

@@ -18,7 +18,7 @@ from agent.serving.api import lists, tensors
 from agent.serving.api.classification import floats
 from agent.serving.api.parameters import shown
 from agent.serving.api.tfserving_body import Body, Text
-from agent.serving.models.host import Version
+from agent.serving.models.version import Version
 from agent.serving.prediction import Form
 from agent.serving.routes import Request
 from agent.serving.scheduling.demand import SequenceDemand
@@ -69,7 +69,7 @@ class RestForm(Form):
         """The plan of a request with this body.  Raises: Refusal."""
         return self._read(version, body)
 
-    def feeds(self, plan: Plan, _call: Request) -> Mapping[str, Array]:
+    def feeds(self, _version: Version, plan: Plan, _call: Request) -> Mapping[str, Array]:
         return plan.feeds
 
     def write(self, version: Version, plan: Plan, _call: Request, arrays: Sequence[Array]) -> Answer:

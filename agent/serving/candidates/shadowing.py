@@ -28,7 +28,8 @@ from agent.host import priority
 from agent.host.throttle import Throttle
 from agent.serving.answers import Refusal
 from agent.serving.candidates.comparing import Comparison, Tolerance
-from agent.serving.models.host import ModelHost, Served, Version
+from agent.serving.models.host import ModelHost, Served
+from agent.serving.models.version import Version
 from agent.serving.scheduling.scheduler import Scheduler
 from runtimes.check import check_feeds
 from runtimes.contract import Array, InputInvalid, is_stateful
@@ -87,7 +88,7 @@ class Shadow:
         self.failed = False  # whether that it ended is the candidate's fault
         self.comparison = Comparison(active.interfaces.every_output, tolerances)
         self.begun_s = time.monotonic()
-        self._restarts = candidate.restarts
+        self._restarts = candidate.history.restarts
         self._names = [spec.name for spec in active.outputs]
         self._pictures_differ = active.picture != candidate.picture
         self._scheduler = scheduler
@@ -138,7 +139,7 @@ class Shadow:
             self.end(f"version {self.active.number} is not active any more")
         elif self.served.versions.get(self.candidate.number) is not self.candidate:
             self.end(f"version {self.candidate.number} was unloaded")
-        elif self.candidate.held or self.candidate.restarts != self._restarts:
+        elif self.candidate.away or self.candidate.history.restarts != self._restarts:
             self.end(f"the process of version {self.candidate.number} ended", failed=True)
         elif self.running_s > HUNG_S:
             self.end(f"a run of version {self.candidate.number} has not ended for {HUNG_S:g} s", failed=True)

@@ -110,7 +110,7 @@ class Inference:
         self, request: Any, allowance: Allowance, arrived_s: float, deadline_s: float | None, alive: Callable[[], bool]
     ) -> Any:
         wanted = version_of(request.model_version)
-        version = self._host.look(request.model_name, wanted)
+        version = self._host.find(request.model_name, wanted)
         if not version.answers:
             self._host.enter(version.name, wanted).leave()
         parameters = parameters_of(request.parameters)

@@ -67,7 +67,7 @@ class Services:
         return answer(ready=self._is_ready())
 
     def ModelReady(self, request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
-        return answer(ready=self._host.look(request.name, version_of(request.version)).answers)
+        return answer(ready=self._host.find(request.name, version_of(request.version)).answers)
 
     def ServerMetadata(self, _request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
         return answer(**descriptions.server(shared_memory=self._regions is not None))

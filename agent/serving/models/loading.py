@@ -13,7 +13,8 @@ from pathlib import Path
 
 from agent.contract.manifest import Picture, Serving, listed
 from agent.host import memory, priority
-from agent.serving.models.host import NeverInlineVersion, Version
+from agent.serving.models.cost import Cost, NeverCheap
+from agent.serving.models.version import Version
 from agent.store import Release, hash_model
 from agent.variants import prepared
 from runtimes import hazards, onnx_external, registry
@@ -145,10 +146,10 @@ def load(source: Source, *, threads: int, limits: Limits = DEFAULT_LIMITS, guard
     before = memory.resident_bytes()
     with guard(source):
         raw = priority.giving_way(runtime.load)(source.path, _options(source, threads))
-        version = _finished(source, runtime, raw, NeverInlineVersion if dangers else Version)
-    version.load_s = time.perf_counter() - started
+        version = _finished(source, runtime, raw, NeverCheap() if dangers else Cost())
+    load_s = time.perf_counter() - started
     memory.give_back()  # engines read the file into memory that they do not need afterwards
-    version.memory_bytes = max(0, memory.resident_bytes() - before)
+    version.took(load_s, max(0, memory.resident_bytes() - before))
     _keep_from_the_collector()
     _log_loaded(version)
     return version
@@ -185,7 +186,7 @@ def _load_isolated(
         runtime.name, source.path, _options(source, threads), slots=source.serving.instances, limit_s=limits.load_s
     )
     raw.run_limit_s = limits.load_s  # its first run may optimise
-    version = _finished(source, runtime, raw, NeverInlineVersion)
+    version = _finished(source, runtime, raw, NeverCheap())
     if not raw.is_alive:
         raw.close()
         raise ModelInvalid(f"its process ended in its first run ({raw.ending}){_other_inputs(source)}")
@@ -195,9 +196,7 @@ def _load_isolated(
             "model %r version %d has a process of its own (serving: {isolation: in-process} accepts the risk): %s",
             source.name, source.version, "; ".join(dangers),
         )  # fmt: skip
-    version.process = raw
-    version.load_s = time.perf_counter() - started
-    version.memory_bytes = raw.memory_bytes
+    version.took(time.perf_counter() - started, raw.memory_bytes, raw)
     _log_loaded(version)
     return version
 
@@ -215,21 +214,21 @@ def _options(source: Source, threads: int) -> LoadOptions:
     )
 
 
-def _finished(source: Source, runtime: Runtime, raw: Model, kind: type[Version] = Version) -> Version:
+def _finished(source: Source, runtime: Runtime, raw: Model, cost: Cost) -> Version:
     """The version with this model, as it is declared, warm.  Raises: ModelInvalid, RuntimeUnavailable, and `raw` is closed."""
     model = prepared(raw, state=source.state, serving=source.serving, picture=source.picture)
-    version = kind(source.name, source.version, source.variant or runtime.name, source.sha256, runtime.name)
+    version = Version(source.name, source.version, source.variant or runtime.name, source.sha256, runtime.name, cost)
     version.source = source
     version.serving = source.serving
     version.picture = source.picture
     version.filename = source.filename or source.path.name
     version.labels = {output: _read_labels(version, output, path) for output, path in source.labels.items()}
     try:
-        priority.giving_way(_warm_up)(version, model, source)
+        run_s = priority.giving_way(_warm_up)(version, model, source)
     except BaseException:
         model.close()
         raise
-    version.ready(model)
+    version.ready(model, run_s)
     return version
 
 
@@ -262,8 +261,10 @@ def failed(source: Source, why: str) -> Version:
     return version
 
 
-def _warm_up(version: Version, model: Model, source: Source) -> None:
-    """One run, on zeros where its release names no `inputs`, fills the engine's caches; a second one tells what a run costs.
+def _warm_up(version: Version, model: Model, source: Source) -> float | None:
+    """One run, on zeros where its release names no `inputs`, fills the engine's caches; a second one tells what a run costs: its time in seconds.
+
+    None when there was no run that worked.
 
     A model may fail on them and be good: zero means nothing as a size, a position, a factor to resize by.
     """
@@ -278,23 +279,25 @@ def _warm_up(version: Version, model: Model, source: Source) -> None:
             raise ModelInvalid(f"it is to be warmed up with signature {source.warm_up_signature!r}, which it has not") from None
         feeds, outputs = interface.own_names(feeds), interface.asked
     if feeds is None:
-        return
+        return None
+    run_s = None
     try:
         for _ in range(2):
             started = time.perf_counter()
             model.run(feeds, outputs)
-            version.cost_s = time.perf_counter() - started
-        version.is_warm = True
+            run_s = time.perf_counter() - started
     except (InputInvalid, RunFailed) as error:
         what = "its inputs" if inputs is not None else "inputs of zeros"
         log.info("model %r version %d was not warmed up, it fails on %s: %s", version.name, version.number, what, error)
+        return None
+    return run_s
 
 
 def _log_loaded(version: Version) -> None:
     placement = version.placement
     log.info(
         "loaded model %r version %d (%s on %s) in %.1f ms, %.1f MB",
-        version.name, version.number, version.runtime, placement.actual, version.load_s * 1e3, version.memory_bytes / 1e6,
+        version.name, version.number, version.runtime, placement.actual, version.loaded.load_s * 1e3, version.loaded.memory_bytes / 1e6,
     )  # fmt: skip
     if placement.fallback:
         log.warning("model %r version %d: %s", version.name, version.number, placement.fallback)

@@ -1,6 +1,6 @@
 """One version in place of another where memory has no room for both: callers wait meanwhile, and none fails because of it.
 
-The order: the old one is held, so that who comes waits; those under way end; the old one is closed, the new one loaded; who waited goes
+The order: the old one is sent away, so that who comes waits; those under way end; the old one is closed, the new one loaded; who waited goes
 to the new one. When the new one cannot be loaded, the old one is loaded again, and the one who asked for the swap is told so.
 """
 
@@ -10,9 +10,11 @@ import time
 
 from agent.serving.answers import Refusal
 from agent.serving.models import loading
-from agent.serving.models.host import DRAIN_TIMEOUT_S, ModelHost, Served, Version
+from agent.serving.models.host import ModelHost, Served
 from agent.serving.models.loading import Source
-from agent.serving.models.residency import LOOK_S, Residency, close
+from agent.serving.models.residency import Residency
+from agent.serving.models.room import AGAIN_S, close
+from agent.serving.models.version import DRAIN_TIMEOUT_S, Version
 from agent.serving.scheduling.scheduler import Scheduler
 
 
@@ -31,11 +33,11 @@ class Swapper:
         """
         self._host.commit(served.name)
         reason = f"being replaced by version {source.version}"
-        if not old.hold(reason):
+        if not old.send_away(reason):
             raise Refusal(503, f"model {old.name!r} version {old.number} has just gone: {old.reason}", code="busy")
         if not self._drained(old):
-            old.resume()
-            self._scheduler.resume(old.lane)
+            old.come_back()
+            self._scheduler.open(old.lane)
             raise Refusal(
                 503,
                 f"model {old.name!r} version {old.number} still runs a request after {DRAIN_TIMEOUT_S:.0f} s, so it was not replaced",
@@ -55,7 +57,7 @@ class Swapper:
         while not self._scheduler.is_drained(old.lane, lambda: old.inside):
             if time.monotonic() > deadline:
                 return False
-            time.sleep(LOOK_S)
+            time.sleep(AGAIN_S)
         return True
 
     def _go_back(self, old: Version, refused: Exception) -> None:

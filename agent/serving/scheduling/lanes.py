@@ -3,7 +3,7 @@
 Nothing here locks or looks at a clock. The rules:
 - Jobs run by priority, then by arrival. `instances` bounds how many runs go on at once.
 - A job with a key waits until `due_s` for others of its key: for the version's delay, and for no more than half of the time it has.
-- A held lane runs nothing: its model is not in memory and comes back, or is being replaced.
+- A closed lane runs nothing: its model is not in memory and comes back, or is being replaced.
 - A batch is the first job, and those of its key that come next in order, as many as fit. It is ready when it is full, has a
   preferred size, or one of its jobs is due.
 """
@@ -80,7 +80,7 @@ class Job:
         self.lane = lane
         self.level = lane.rules.default_priority
         self.deadline_s = NEVER if lane.timeout_s is None else lane.deadline_s(self.arrived_s, None)
-        self.is_limited = False  # whether the deadline is only for the time that the lane is held
+        self.is_limited = False  # whether the deadline is only for the time that the lane is closed
         self.demand: SequenceDemand | None = None
         self.sequence: Sequence[Job] | None = None
         self.key: Hashable = None  # jobs of equal keys may run together; None: alone
@@ -121,8 +121,8 @@ class Lane:
         self.timeout_s = rules.default_timeout_us / 1e6 or None
         self._bounded = bool(rules.instances or self.delay_s) or sequences is not None
         self.gated = self._bounded  # whether requests must ask the scheduler
-        self.held = False
-        self.closed = False  # whose model is gone for good: what would wait here has to look for another
+        self.closed = False  # runs nothing for a while
+        self.retired = False  # whose model is gone for good: what would wait here has to look for another
         self.cost_s = NEVER
         self.running = 0
         self.waiting = 0  # those in the queue, and those of sequences whose turn has not come
@@ -137,13 +137,13 @@ class Lane:
 
     @property
     def room(self) -> bool:
-        return not self.held and (not self.rules.instances or self.running < self.rules.instances)
+        return not self.closed and (not self.rules.instances or self.running < self.rules.instances)
 
-    def hold(self) -> None:
-        self.held = self.gated = True
+    def close(self) -> None:
+        self.closed = self.gated = True
 
-    def resume(self) -> None:
-        self.held, self.gated = False, self._bounded
+    def open(self) -> None:
+        self.closed, self.gated = False, self._bounded
         behind = self.sequences.queued() if self.sequences is not None else ()
         for job in (*self._queue, *behind):
             job.unlimited()

@@ -6,8 +6,8 @@ The rules:
 - What waits is taken by threads of the loop, as many as are free, best first: by priority, then by arrival, over all models. A caller
   that waits in a thread of its own is granted its run there, and takes no thread of the loop.
 - A job that waits ends at its deadline, or when its caller goes. Only what waits counts for the limits of queues.
-- A lane is held while its model comes back into memory or is replaced: jobs wait in it as ever, and none runs. A closed one takes no
-  more jobs: what waits in it is taken out with `evacuate`, to be admitted elsewhere or refused.
+- A lane is closed while its model comes back into memory or is replaced: jobs wait in it as ever, and none runs, until it opens again. A
+  retired one accepts no more jobs: what waits in it is removed with `evacuate`, to be admitted elsewhere or refused.
 - `next_s` is when the polling thread has to look again; `wake` gets it out of its poll when that becomes earlier.
 - What waits needs three things: time (its due), room (an instance) and a thread. Whoever brings the last of them looks: the polling
   thread for time, `finished` for room, `next_for_thread` for a thread. So each looks at what it brings alone, whatever else is missing,
@@ -28,13 +28,13 @@ from agent.serving.scheduling.lanes import GONE, INLINE_RUN_S, NEVER, TAKEN, WAI
 
 RETRY = ((b"retry-after", b"1"),)
 DEFAULT_LIMIT = 1024
-HELD_S = 30.0  # a model of a gigabyte is read from a slow card in that time
+AWAY_S = 30.0  # a model of a gigabyte is read from a slow card in that time
 SPARE_DEADLINES = 64  # entries of jobs that wait no more; beyond it the heap is made anew
 
 Clock = Callable[[], float]
 
 
-class LaneClosed(Exception):
+class LaneRetired(Exception):
     """The version is gone for good; the model may have another one."""
 
 
@@ -54,10 +54,10 @@ class Scheduler:
     """`threads` is how many of the loop's may be at long work at once, `limit` how many jobs may wait in all lanes together."""
 
     def __init__(
-        self, threads: int, *, limit: int = DEFAULT_LIMIT, held_s: float = HELD_S, clock: Clock = time.perf_counter
+        self, threads: int, *, limit: int = DEFAULT_LIMIT, away_s: float = AWAY_S, clock: Clock = time.perf_counter
     ) -> None:
         self.waiting = 0
-        self._held_s = held_s  # how long a job without a timeout waits in a held lane
+        self._away_s = away_s  # how long a job without a timeout waits in a closed lane
         self.wake: Callable[[], None] = lambda: None
         self._clock = clock
         self._limit = limit
@@ -79,14 +79,14 @@ class Scheduler:
         or wait behind them. `polls`: this is the polling thread, which looks again by itself. `goes_on`: this thread asks for more
         when it is through.
 
-        Raises: Refusal (400 unknown sequence, 503 the queue is full), LaneClosed.
+        Raises: Refusal (400 unknown sequence, 503 the queue is full), LaneRetired.
         """
         with self._lock:
             now, lane = self._clock(), job.lane
+            if lane.retired:
+                raise LaneRetired
             if lane.closed:
-                raise LaneClosed
-            if lane.held:
-                job.limit(now + self._held_s)
+                job.limit(now + self._away_s)
             self._number += 1
             job.number, job.queued_s = self._number, now
             turn = job.demand is None or self._join(job, now)
@@ -136,17 +136,17 @@ class Scheduler:
 
     # -- by who takes models out of memory and brings them back ------------------------------------------------------------------
 
-    def rest(self, lane: Lane, take: Callable[[], bool]) -> bool:
-        """Holds the lane if nobody waits in it, no sequence is under way, and `take`, which takes the model, says that nobody runs."""
+    def close_if_idle(self, lane: Lane, leave: Callable[[], bool]) -> bool:
+        """Whether nobody waits in the lane, no sequence is under way, and `leave`, which closes it, says that nobody runs."""
         with self._lock:
             if lane.sequences is not None:
                 lane.sequences.expire(self._clock())
                 if len(lane.sequences):
                     return False
-            return not lane.waiting and take()
+            return not lane.waiting and leave()
 
     def remembers(self, lane: Lane) -> bool:
-        """Whether sequences of it are under way, so that it may not rest."""
+        """Whether sequences of it are under way, so that it may not close."""
         if lane.sequences is None:
             return False
         with self._lock:
@@ -154,7 +154,7 @@ class Scheduler:
             return bool(len(lane.sequences))
 
     def is_drained(self, lane: Lane, inside: Callable[[], int]) -> bool:
-        """Whether those `inside` a held lane's version all wait, and none runs."""
+        """Whether those `inside` a closed lane's version all wait, and none runs."""
         with self._lock:
             return inside() <= lane.waiting
 
@@ -164,18 +164,18 @@ class Scheduler:
             if lane.sequences is not None:
                 lane.sequences.interrupt()
 
-    def resume(self, lane: Lane) -> None:
+    def open(self, lane: Lane) -> None:
         """The model is there (again)."""
         with self._lock:
-            lane.resume()
+            lane.open()
             if lane.waiting:
                 self._tell(self._clock())
 
-    def evacuate(self, lane: Lane, *, close: bool) -> list[Job]:
-        """Takes out all that waits in a held lane, in order of arrival. It belongs to the caller of this."""
+    def evacuate(self, lane: Lane, *, retire: bool) -> list[Job]:
+        """Takes out all that waits in a closed lane, in order of arrival. It belongs to the caller of this."""
         found = []
         with self._lock:
-            lane.closed = lane.closed or close
+            lane.retired = lane.retired or retire
             now = self._clock()
             while (job := lane.first()) is not None:
                 self._drop(job, now)
@@ -234,7 +234,7 @@ class Scheduler:
         """Whether others wait, so that a thread should not go on with what only it knows of."""
         return bool(self.waiting or self._chores)
 
-    def look(self) -> tuple[list[Job], bool]:
+    def next_for_poller(self) -> tuple[list[Job], bool]:
         """Jobs that the polling thread should do now; and whether they are long work, for which a thread was free and is now taken,
         or so cheap that it should do them without giving up the poll.
         """
@@ -254,14 +254,14 @@ class Scheduler:
             return work, True
 
     def poll_s(self, longest_s: float) -> float:
-        """How long the polling thread may poll, after it looked and found nothing."""
+        """How long the polling thread may poll, when it found nothing to do."""
         return max(0.0, min(longest_s, self._next_s - self._clock()))
 
     def polled(self) -> None:
         """It polls no more: whoever brings a job wakes it again."""
         self._next_s = NEVER
 
-    def settle(self) -> None:
+    def grant_ready(self) -> None:
         """Grants what has become ready by the passing of time to callers with threads; for where nobody polls."""
         with self._lock:
             now = self._clock()

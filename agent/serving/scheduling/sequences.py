@@ -63,7 +63,7 @@ class Sequences(Generic[M]):
     def __len__(self) -> int:
         return len(self._found)
 
-    def holds(self, number: int | str) -> bool:
+    def knows(self, number: int | str) -> bool:
         return number in self._found
 
     def join(self, job: M, demand: SequenceDemand, now_s: float) -> bool:

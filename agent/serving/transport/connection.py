@@ -16,7 +16,7 @@ from agent.serving.access import Grant
 from agent.serving.allowance import Allowance
 from agent.serving.answers import Buffer
 from agent.serving.buffers import ALIGNMENT, TOO_MANY, BufferPool, Bytes, Exhausted
-from agent.serving.routes import Match, Request, Router
+from agent.serving.routes import Match, Pace, Request, Router
 from agent.serving.scheduling.lanes import Caller, Job
 from agent.serving.shared.memory import ClientMemory
 from agent.serving.transport import http
@@ -30,6 +30,7 @@ CR = 0x0D
 MAX_REPEATED_BYTES = 2048  # of the JSON before tensors that is compared with that of the last request
 
 
+_RUN = Pace.RUN
 NOTHING = -1  # what `receive` gives when it would block
 END = 0  # and when the peer closed, or the connection broke
 
@@ -195,8 +196,9 @@ class Connection:
         self._reader = None  # it may have been fed the first bytes
         self._start += self._last_size
         self.head = self._memo
-        self._last.renew(self.arrived_s)
-        return self._last
+        last = self._last
+        last.arrived_s, last.pace = self.arrived_s, _RUN
+        return last
 
     def _next_head(self) -> Head | None:
         """The head at the start of the buffer once it is complete; it is then `_head`.  Raises: BadRequest."""
@@ -324,7 +326,7 @@ class Connection:
             self._body = memoryview(b"")
             large, self._large = self._large, None
             self._pool.give_back(large)
-        if self._allowance.held:
+        if self._allowance.charged:
             self._allowance.end()
         if self._memory is not None and self._memory.attentive:
             self._memory.request_ended(nothing_buffered=self._start == self._end)

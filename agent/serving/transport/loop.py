@@ -269,7 +269,7 @@ class Loop:
         """The same while predictions wait: what time alone changes for them ends the poll."""
         scheduler = self._scheduler
         self._service.expire()
-        work, is_long = scheduler.look()
+        work, is_long = scheduler.next_for_poller()
         if is_long:
             return work
         if work:
@@ -440,7 +440,7 @@ class Loop:
         if not connection.busy:
             self._epoll.modify(connection.fd, 0)
             connection.busy = connection.watched = True
-        elif job.lane.held or job.lane.cost_s * self._scheduler.waiting > SHORT_WAIT_S:
+        elif job.lane.closed or job.lane.cost_s * self._scheduler.waiting > SHORT_WAIT_S:
             self._watch(connection)
         connection.parked = job
 
@@ -497,10 +497,17 @@ class Loop:
         if not connection.send(parts, size):
             self._close(connection)
             return False
-        return not connection.sending and self._sent(connection)
+        if connection.sending:
+            return False
+        connection.finished()
+        if connection.closing:
+            connection.end_output()
+            return False
+        return True
 
     @staticmethod
     def _sent(connection: Connection) -> bool:
+        """All of an answer is sent: whether the connection may be read from again."""
         connection.finished()
         if connection.closing:
             connection.end_output()

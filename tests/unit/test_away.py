@@ -8,9 +8,10 @@ import pytest
 
 from agent.serving.answers import Refusal
 from agent.serving.dataplane import Dataplane
-from agent.serving.models.host import ModelHost, Version
+from agent.serving.models.host import ModelHost
 from agent.serving.models.loading import Source
 from agent.serving.models.residency import NoRoom, Residency
+from agent.serving.models.version import Version
 from agent.serving.scheduling.demand import Demand, SequenceDemand
 from runtimes.contract import Placement, TensorSpec
 
@@ -49,8 +50,8 @@ def residency(host, dataplane, tmp_path):
     dataplane.summon = made.summon
     version = Version("old", 1, "cpu", "0" * 64, "fake")
     version.source = Source("old", 1, tmp_path / "old", "")
-    version.memory_bytes = 80
     version.ready(Remembering())
+    version.took(0.0, 80)
     host.add(version)
     host.activate("old", 1)
     return made
@@ -68,19 +69,19 @@ def test_who_has_sequences_under_way_is_no_room_to_wait_for(host, dataplane, res
     dataplane.predict("old", None, FEEDS, Demand(sequence=SequenceDemand(7, end=True)))
     with pytest.raises(Exception, match="no runtime"):  # there is room, but it is no model
         residency.load(Source("new", 1, tmp_path / "new", ""))
-    assert host.get("old").active.evictions == 1
+    assert host.get("old").active.history.evictions == 1
 
 
 # -- what is left of a process that ended --------------------------------------------------------------------------------------
 
 
-class Ended:
-    """A process, gone."""
+class Mortal:
+    """A process that ends when it is told to."""
 
     pid, memory_bytes = 7, 0
 
     def on_death(self, died):
-        pass
+        self.die = died
 
 
 class Work:
@@ -101,13 +102,14 @@ class Work:
 @pytest.fixture
 def ended(host, residency, monkeypatch):
     """The version, whose process ended with a request in it that does not see it."""
-    monkeypatch.setattr("agent.serving.models.residency.CLEAR_S", 0.05)
+    monkeypatch.setattr("agent.serving.models.restarts.CLEAR_S", 0.05)
     version = host.get("old").active
-    version.process = process = Ended()
+    process = Mortal()
+    version.took(0.0, 80, process)
     residency.begin(work := Work())
-    residency._restart = lambda version: setattr(version, "restarts", version.restarts + 1)
+    residency.restarts.follow(version)
     assert version.enter()
-    residency._died(version, process, "SIGSEGV")
+    process.die("SIGSEGV")
     return version, work
 
 
@@ -132,25 +134,27 @@ def test_a_request_that_does_not_see_that_its_process_ended_keeps_nobody_else(da
     assert (refused[0].status, refused[0].code) == (503, "evicted")
     assert "has not ended" in str(refused[0])
     assert dict(refused[0].headers)[b"retry-after"]
-    assert version.process is not None, "its memory stays while somebody is in it"
-    assert version.held
+    assert version.loaded.process is not None, "its memory stays while somebody is in it"
+    assert version.away
 
 
 @pytest.mark.alone  # it measures
-def test_it_is_started_again_once_that_request_has_ended(residency, ended):
+def test_it_is_started_again_once_that_request_has_ended(residency, ended, monkeypatch):
     version, work = ended
+    started = []
+    monkeypatch.setattr(residency, "bring_back", started.append)
     assert work.next() == 0.0
     assert len(work.given) == 1
     begun = time.monotonic()
     assert work.next() > 0
     assert time.monotonic() - begun < 5.0
-    assert version.restarts == 0
     version.leave()
     work.next()
-    assert version.process is None
-    assert version.has_crashed
+    assert version.loaded.process is None
+    assert version.history.has_crashed
+    assert started == []
     work.next()
-    assert version.restarts == 1
+    assert started == [version]
     assert work.given == []
 
 
@@ -158,10 +162,10 @@ def test_it_is_started_again_once_that_request_has_ended(residency, ended):
 def test_who_asks_meanwhile_is_told_at_once(residency, ended, monkeypatch):
     version, work = ended
     work.next()
-    monkeypatch.setattr("agent.serving.models.residency.CLEAR_S", 20.0)
+    monkeypatch.setattr("agent.serving.models.restarts.CLEAR_S", 20.0)
     residency.summon(version)
     work.given.insert(0, work.given.pop())
     begun = time.monotonic()
     work.next()
     assert time.monotonic() - begun < 10.0
-    assert len(work.given) == 1, "one look is planned, however many ask"
+    assert len(work.given) == 1, "one try is planned, however many ask"

@@ -15,7 +15,8 @@ from agent.serving.answers import Answer, Refusal
 from agent.serving.api.oip import OIP
 from agent.serving.buffers import BufferPool
 from agent.serving.dataplane import Dataplane
-from agent.serving.models.host import ModelHost, Version
+from agent.serving.models.host import ModelHost
+from agent.serving.models.version import Version
 from agent.serving.routes import Kind, Match, Pace, Request, Route, Router
 from agent.serving.scheduling.demand import Demand, SequenceDemand
 from agent.serving.scheduling.lanes import Lane
@@ -88,7 +89,7 @@ def dataplane():
 def ask(dataplane, service, value, pace):
     """The status, and the body."""
     body = Body(JSON + np.array([value, 1], np.float32).tobytes())
-    route = Route("POST", "/{model}", Access.PREDICT, partial(dataplane.infer, form=OIP), Kind.PREDICT, parks=True)
+    route = Route("POST", "/{model}", Access.PREDICT, partial(dataplane.infer, OIP), Kind.PREDICT, parks=True)
     request = Request(Match(route, {"model": "m"}, model="m"), memoryview(body), len(JSON), time.perf_counter())
     request.pace, request.seat = pace, Seat()
     seat = request.seat

@@ -9,7 +9,8 @@ import pytest
 from agent.serving.answers import Refusal
 from agent.serving.api.oip import OIP
 from agent.serving.dataplane import Dataplane
-from agent.serving.models.host import ModelHost, Version
+from agent.serving.models.host import ModelHost
+from agent.serving.models.version import Version
 from agent.serving.routes import Match, Request
 from agent.serving.scheduling.demand import Demand, SequenceDemand
 from agent.serving.scheduling.scheduler import Scheduler
@@ -57,7 +58,7 @@ def ask(dataplane, elements):
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [elements], "data": [1.0] * elements}],
     }
     data = memoryview(bytearray(json.dumps(body).encode()))
-    return dataplane.infer(Request(Match(None, {}, model="m"), data, len(data), time.perf_counter()), OIP)
+    return dataplane.infer(OIP, Request(Match(None, {}, model="m"), data, len(data), time.perf_counter()))
 
 
 def counted(dataplane):
