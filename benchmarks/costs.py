@@ -3,7 +3,6 @@
 Everything runs in this process and one thread, over a pair of sockets, as the thread that polls would do it. Each figure is the best of
 many rounds, so that other work on the machine hardly shows; compare within one run only.
 """
-# ruff: noqa: SLF001 - what is measured lies inside
 
 import os
 import select
@@ -57,8 +56,8 @@ class Bench:
             scheduler=self.parts.dataplane.scheduler, memory_of=lambda _: memory,
         )  # fmt: skip
         self.client, sock = socket.socketpair()
-        self.loop._admission.admit(sock)
-        (self.connection,) = self.loop._admission.open.values()
+        self.loop.admission.admit(sock)
+        (self.connection,) = self.loop.admission.open.values()
         self.request = models.request("tiny", models.tiny_input())
         version = self.parts.host.models["tiny"].active
         assert version is not None
@@ -68,7 +67,7 @@ class Bench:
 
     def predict(self) -> None:
         self.client.send(self.request)
-        self.loop._attend(self.connection, select.EPOLLIN)
+        self.loop.leader.attend(self.connection, select.EPOLLIN)
         self.client.recv(4096)
 
     def arrive(self) -> Request:

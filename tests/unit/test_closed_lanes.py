@@ -71,7 +71,7 @@ def test_what_waits_is_taken_out_in_order_of_arrival(bench):
     other = Lane(Serving())
     jobs[2].move(other)
     assert bench.scheduler.admit(jobs[2], may_run=True) == [jobs[2]]
-    assert jobs[2].place is Place.TAKEN
+    assert jobs[2].place is Place.RUNNING
 
 
 def test_sequences_are_taken_out_whole(bench):

@@ -1,6 +1,7 @@
 """The loop's own view of how it is doing."""
 
 import contextlib
+import select
 import socket
 import threading
 import time
@@ -12,10 +13,10 @@ from agent.serving.access import Access, Grant
 from agent.serving.answers import Answer
 from agent.serving.routes import Kind, Pace, Route, Router
 from agent.serving.scheduling.lanes import Job, Lane
-from agent.serving.scheduling.scheduler import Scheduler
-from agent.serving.transport import loop as loops
-from agent.serving.transport import spinning
+from agent.serving.scheduling.scheduler import Scheduler, busy_threads
+from agent.serving.transport import leader, spinning, workers
 from agent.serving.transport.loop import Loop
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.alone  # how often a thread polls, and who is kept for how long
 GET = b"GET /long HTTP/1.1\r\nHost: t\r\n\r\n"
@@ -48,6 +49,8 @@ class Begun:
         listener.listen(8)
         self.path = path
         grant = Grant(Access.CONTROL, "test")
+        self.service, self.epoll = service, epoll(select.epoll()) if epoll is not None else None
+        self.scheduler = scheduler or Scheduler(busy_threads(threads))
         router = Router([Route("GET", path, Access.NONE, lambda _: Answer()) for path in ("/long", "/quick")])
         self.loop = Loop(
             [listener],
@@ -57,10 +60,9 @@ class Begun:
             threads=threads,
             max_body_bytes=1024,
             max_connections=8,
-            scheduler=scheduler,
+            scheduler=self.scheduler,
+            epoll=self.epoll,
         )
-        if epoll is not None:
-            self.loop._epoll = self.loop._admission._epoll = epoll(self.loop._epoll)
         self.loop.start()
 
     def connect(self):
@@ -82,7 +84,7 @@ def begin(tmp_path):
 
         yield begin
         for one in begun:
-            if not one.loop._stopped:
+            if not one.loop.stopping.over:
                 assert one.loop.stop(10)
 
 
@@ -145,7 +147,7 @@ def test_the_thread_that_polls_waits_for_a_connection_that_is_just_put_back(begi
         for _ in range(2):
             ask(client)
     assert begun.loop.stop(10)
-    assert not begun.loop._epoll.many.is_set()
+    assert not begun.epoll.many.is_set()
 
 
 class Prompt:
@@ -202,7 +204,7 @@ def flood(path, begun, end):
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("behave", [ask_anew, flood, trickle])
 def test_no_client_can_keep_it_from_ending(begin, behave, monkeypatch):
-    monkeypatch.setattr(loops, "STOP_LONGEST_S", 0.5)
+    monkeypatch.setattr(leader, "STOP_LONGEST_S", 0.5)
     begun, acted, end = begin(Prompt()), threading.Event(), threading.Event()
     clients = [threading.Thread(target=behave, args=(begun.path, acted, end)) for _ in range(3)]
     try:
@@ -230,7 +232,7 @@ def test_who_has_just_connected_is_answered_before_it_ends(begin):
         assert came_in.wait(10)
         ending = threading.Thread(target=begun.loop.stop, args=(10,))
         ending.start()
-        assert not begun.loop._drained.wait(0.2)
+        assert not begun.loop.stopping.drained.wait(0.2)
         client.sendall(GET)
         answer = client.recv(1000)
     ending.join(15)
@@ -248,7 +250,7 @@ class Generous(Prompt):
 
 @pytest.mark.timeout(30)
 def test_who_reads_a_long_answer_slowly_gets_all_of_it(begin, monkeypatch):
-    monkeypatch.setattr(loops, "STOP_LONGEST_S", 0.2)
+    monkeypatch.setattr(leader, "STOP_LONGEST_S", 0.2)
     begun = begin(Generous())
     with begun.connect() as client:
         client.sendall(GET)
@@ -257,7 +259,7 @@ def test_who_reads_a_long_answer_slowly_gets_all_of_it(begin, monkeypatch):
         ending.start()
         while piece := client.recv(256 << 10):
             got += len(piece)
-            begun.loop._drained.wait(0.03)
+            begun.loop.stopping.drained.wait(0.03)
     ending.join(25)
     assert got > len(LARGE)
 
@@ -284,7 +286,7 @@ class Counting:
 @pytest.fixture
 def prompt(begin, monkeypatch):
     """A loop with one thread for long work, to which every client is prompt."""
-    monkeypatch.setattr(loops, "PROMPT_S", 1000.0)
+    monkeypatch.setattr(workers, "PROMPT_S", 1000.0)
     service = Service()
     service.going_on.set()
     return begin(service, threads=2, epoll=Counting)
@@ -292,14 +294,14 @@ def prompt(begin, monkeypatch):
 
 @pytest.mark.timeout(60)
 def test_a_thread_stays_with_a_client_that_asks_again_at_once(prompt, monkeypatch):
-    monkeypatch.setattr(loops, "STAY_MS", 10_000)
+    monkeypatch.setattr(workers, "STAY_MS", 10_000)
     with prompt.connect() as client:
         ask(client)
         ask(client)
-        before = prompt.loop._epoll.registered
+        before = prompt.epoll.registered
         for _ in range(20):
             ask(client)
-        assert prompt.loop._epoll.registered == before
+        assert prompt.epoll.registered == before
 
 
 @pytest.mark.timeout(60)
@@ -315,31 +317,26 @@ def test_it_waits_for_its_client_no_longer_than_a_moment(prompt):
 def test_it_does_not_wait_for_its_client_while_others_do(prompt, monkeypatch):
     with prompt.connect() as first, prompt.connect() as second:
         ask(first)
-        monkeypatch.setattr(loops, "STAY_MS", 60_000)
-        prompt.loop._service.going_on.clear()
+        monkeypatch.setattr(workers, "STAY_MS", 60_000)
+        prompt.service.going_on.clear()
         first.sendall(GET)
-        while prompt.loop._scheduler._free:
-            time.sleep(0.001)
+        wait_until(lambda: not prompt.scheduler.free)
         second.sendall(GET)
-        while not prompt.loop._scheduler.crowded:
-            time.sleep(0.001)
-        prompt.loop._service.going_on.set()
+        wait_until(lambda: prompt.scheduler.crowded)
+        prompt.service.going_on.set()
         assert second.recv(1000).startswith(b"HTTP/1.1 200")
         second.close()
 
 
 @pytest.mark.timeout(60)
 def test_a_client_that_goes_while_a_thread_stays_with_it_is_let_go(prompt, monkeypatch):
-    monkeypatch.setattr(loops, "STAY_MS", 60_000)
+    monkeypatch.setattr(workers, "STAY_MS", 60_000)
     with prompt.connect() as client:
         ask(client)
         ask(client)
     with prompt.connect() as other:
         ask(other)
-    deadline = time.monotonic() + 10
-    while prompt.loop._connections:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: not prompt.loop.admission.open)
 
 
 class Queued:
@@ -396,23 +393,17 @@ class Queued:
 
     def wait_for(self, number):
         """Until so many requests came to the scheduler."""
-        deadline = time.monotonic() + 10
-        while self.scheduler._number < number:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_until(lambda: self.scheduler.admitted >= number)
 
     def wait_for_run(self, number):
-        deadline = time.monotonic() + 10
-        while self.begun < number:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_until(lambda: self.begun >= number)
 
 
 @pytest.fixture
 def crowd(begin, monkeypatch):
     """Makes clients of a loop with one thread for long work. All have asked, and the thread takes one after the other."""
-    monkeypatch.setattr(loops, "KEEP_S", 1e12)
-    monkeypatch.setattr(loops, "SWEEP_S", 1000.0)
+    monkeypatch.setattr(workers, "KEEP_S", 1e12)
+    monkeypatch.setattr(leader, "SWEEP_S", 1000.0)
     with contextlib.ExitStack() as clients:
 
         def make(cost_s, *, count=3, together=1):
@@ -426,19 +417,19 @@ def crowd(begin, monkeypatch):
                 service.wait_for(number)
             service.one(asking)  # which had not waited
             service.wait_for(count + 1)
-            return begun.loop, service, asking
+            return begun, service, asking
 
         yield make
 
 
 @pytest.mark.timeout(60)
 def test_while_all_threads_are_at_work_clients_that_ask_again_wake_nobody(crowd):
-    loop, service, asking = crowd(1e-3)
-    registered, polled = loop._epoll.registered, loop._epoll.polled
+    begun, service, asking = crowd(1e-3)
+    registered, polled = begun.epoll.registered, begun.epoll.polled
     for _ in range(20):
         service.one(asking)
-    assert loop._epoll.registered == registered
-    assert loop._epoll.polled == polled
+    assert begun.epoll.registered == registered
+    assert begun.epoll.polled == polled
 
 
 @pytest.mark.timeout(60)
@@ -459,12 +450,12 @@ def test_a_client_is_kept_waiting_for_a_short_run_and_not_for_a_long_one(crowd, 
 
 @pytest.mark.timeout(60)
 def test_a_client_is_not_kept_by_a_run_that_hangs(crowd, monkeypatch):
-    loop, service, asking = crowd(1e-3)
+    begun, service, asking = crowd(1e-3)
     service.let.release()
     assert asking[0].recv(1000).startswith(b"HTTP/1.1 200")
     asking[0].sendall(QUICK)
-    monkeypatch.setattr(loops, "SWEEP_S", 0.1)
-    loop._wake_up()
+    monkeypatch.setattr(leader, "SWEEP_S", 0.1)
+    begun.loop.wake_up()
     assert asking[0].recv(1000).startswith(b"HTTP/1.1 200")
     service.let.release()
     assert asking[1].recv(1000).startswith(b"HTTP/1.1 200")
@@ -486,64 +477,55 @@ def test_clients_that_were_answered_together_are_answered_together_again(crowd):
 
 @pytest.mark.timeout(60)
 def test_a_client_that_goes_while_it_is_kept_is_let_go(crowd):
-    loop, service, asking = crowd(1e-3)
+    begun, service, asking = crowd(1e-3)
     service.let.release()
     assert asking[0].recv(1000).startswith(b"HTTP/1.1 200")
     asking[0].close()
     service.let.release()
-    deadline = time.monotonic() + 10
-    while len(loop._connections) > 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: len(begun.loop.admission.open) <= 2)
 
 
 @pytest.mark.timeout(60)
 def test_a_client_that_goes_during_a_wait_that_was_to_be_short_is_let_go_after_a_while(crowd, monkeypatch):
-    loop, service, asking = crowd(1e-3)
+    begun, service, asking = crowd(1e-3)
     service.one(asking)
     service.one(asking)
     service.wait_for(5)  # the one before the last waits again, and the run that it waits for hangs
     gone = asking.pop(-2)
-    registered = loop._epoll.registered
+    registered = begun.epoll.registered
     gone.close()
-    assert loop._epoll.registered == registered
-    monkeypatch.setattr(loops, "SWEEP_S", 0.1)
-    loop._wake_up()
-    deadline = time.monotonic() + 10
-    while len(loop._connections) > 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    assert begun.epoll.registered == registered
+    monkeypatch.setattr(leader, "SWEEP_S", 0.1)
+    begun.loop.wake_up()
+    wait_until(lambda: len(begun.loop.admission.open) <= 2)
     service.let.release(1000)
     for client in asking:
         assert client.recv(1000).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("held", [False, True])
-def test_a_client_that_goes_during_a_wait_that_may_be_long_is_let_go_at_once(crowd, held):
-    loop, service, asking = crowd(1e-3 if held else 1.0)
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_client_that_goes_during_a_wait_that_may_be_long_is_let_go_at_once(crowd, closed):
+    begun, service, asking = crowd(1e-3 if closed else 1.0)
     service.one(asking)
-    service.wait_for_run(3)  # a held lane lets none begin
-    service.lane.closed = held
+    service.wait_for_run(3)  # a closed lane lets none begin
+    service.lane.closed = closed
     service.one(asking)
     service.wait_for(5)
     asking.pop(-2).close()
-    deadline = time.monotonic() + 10
-    while len(loop._connections) > 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: len(begun.loop.admission.open) <= 2)
     service.lane.closed = False
 
 
 @pytest.mark.timeout(60)
 def test_it_ends_while_clients_are_kept(crowd):
-    loop, service, asking = crowd(1e-3)
+    begun, service, asking = crowd(1e-3)
     service.one(asking)
-    ending = threading.Thread(target=loop.stop, args=(10,))
+    ending = threading.Thread(target=begun.loop.stop, args=(10,))
     ending.start()
     service.let.release(1000)
     ending.join(15)
-    assert loop._drained.is_set()
+    assert begun.loop.stopping.drained.is_set()
     for client in asking:
         assert client.recv(1000).startswith(b"HTTP/1.1 200")
 
@@ -560,9 +542,9 @@ def test_it_stays_awake_for_a_client_that_asks_again_at_once_unless_another_thre
         for _ in range(10):
             client.sendall(QUICK)
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
-        before = begun.loop._epoll.polled
-        time.sleep(0.05)
-        return begun.loop._epoll.polled - before
+        before = begun.epoll.polled
+        threading.Event().wait(0.05)  # how often it polls in this time is what is asked
+        return begun.epoll.polled - before
 
     with contextlib.ExitStack() as clients:
         clients.callback(service.let.release, 1000)

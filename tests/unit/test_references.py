@@ -56,7 +56,7 @@ class Seat:
     def parked(self, job):
         pass
 
-    def taken(self, job):
+    def unparked(self, job):
         pass
 
     def deliver(self, answer):
@@ -160,7 +160,7 @@ def test_a_closed_connection_goes(no_collection):
 
 def test_closing_twice_leaves_the_next_of_its_number_alone():
     with Pipe() as pipe:
-        admission = Admission([], None, None, 8)
+        admission = Admission([], None, None, None, 8)
         first, second = pipe.connection, object()
         admission.open[first.fd] = second
         admission.close(first)

@@ -31,7 +31,7 @@ class Connection:
     def parked(self, job):
         self.is_parked = True
 
-    def taken(self, job):
+    def unparked(self, job):
         assert self.is_parked
         self.is_parked = False
 

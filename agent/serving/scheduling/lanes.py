@@ -29,15 +29,15 @@ class Place(Enum):
 
     NEW = "new"
     WAITING = "waiting"
-    TAKEN = "taken"
+    RUNNING = "running"
     GONE = "gone"
 
 
-NEW, WAITING, TAKEN, GONE = Place  # looking a member up at its class takes longer than all else that is done with it
+NEW, WAITING, RUNNING, GONE = Place  # looking a member up at its class takes longer than all else that is done with it
 
 
 class Caller(Protocol):
-    """Whom a job is for. The scheduler calls `parked`, `taken` and `granted` while it holds its lock: they do little, and ask it
+    """Whom a job is for. The scheduler calls `parked`, `unparked` and `granted` while it holds its lock: they do little, and ask it
     nothing.
     """
 
@@ -46,10 +46,10 @@ class Caller(Protocol):
         """Whether it waits in a thread of its own, which can do the work."""
 
     def parked(self, job: Job) -> None:
-        """The job waits: from now on any thread may take it."""
+        """The job waits: from now on any thread may begin it."""
 
-    def taken(self, job: Job) -> None:
-        """A thread does it now."""
+    def unparked(self, job: Job) -> None:
+        """The job waits no more: whoever takes it out of the queue goes on with it."""
 
     def granted(self, work: list[Job]) -> None:
         """It has a thread, and is to do this work, of which its own job is part."""
@@ -199,7 +199,7 @@ class Lane:
                 return batch
         return []
 
-    def take(self, jobs: list[Job]) -> None:
+    def begin(self, jobs: list[Job]) -> None:
         """Begins a run of them."""
         for job in jobs:
             self._queue.remove(job)

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agent.serving.answers import Refusal
-from agent.serving.scheduling.lanes import GONE, INLINE_RUN_S, NEVER, TAKEN, WAITING, Job, Lane
+from agent.serving.scheduling.lanes import GONE, INLINE_RUN_S, NEVER, RUNNING, WAITING, Job, Lane
 
 RETRY = ((b"retry-after", b"1"),)
 DEFAULT_LIMIT = 1024
@@ -62,15 +62,15 @@ class Scheduler:
         self._clock = clock
         self._limit = limit
         self._lock = threading.Lock()
-        self._free = threads
-        self._chores: deque[Any] = deque()
+        self.free = threads  # of the loop, that have nothing to do
+        self._others: deque[Any] = deque()
         self._moved_s = clock()  # when a thread last took or ended long work
         self._lanes: dict[Lane, None] = {}  # those in which jobs wait
         self._remembering: dict[Lane, None] = {}  # those that may hold sequences
         self._bounded: dict[int, Job] = {}  # by number, those that wait and have a deadline
         self._deadlines: list[tuple[float, int]] = []  # a heap; numbers of who waits no more lie in it for a while
         self._next_s = NEVER
-        self._number = 0
+        self.admitted = 0  # jobs, ever
 
     # -- by who brings a job ---------------------------------------------------------------------------------------------------
 
@@ -87,8 +87,8 @@ class Scheduler:
                 raise LaneRetired
             if lane.closed:
                 job.limit(now + self._away_s)
-            self._number += 1
-            job.number, job.queued_s = self._number, now
+            self.admitted += 1
+            job.number, job.queued_s = self.admitted, now
             turn = job.demand is None or self._join(job, now)
             if turn:
                 lane.put(job, now)
@@ -107,10 +107,10 @@ class Scheduler:
                     self._bounded[job.number] = job
                     heapq.heappush(self._deadlines, (job.deadline_s, job.number))
             if work:
-                self._take(work, now)
+                self._begin(work, now)
             if waits and not polls:
                 # What no thread is free for, and is too long for the one that polls, is taken by whoever comes free, of which this is one.
-                taken = goes_on and not self._free and job.due_s <= now and lane.cost_s > INLINE_RUN_S
+                taken = goes_on and not self.free and job.due_s <= now and lane.cost_s > INLINE_RUN_S
                 self._tell(job.deadline_s if taken or not turn else min(job.due_s, job.deadline_s))
             return work
 
@@ -198,41 +198,41 @@ class Scheduler:
                     self._release(job, now)
             if lane.with_threads:
                 self._grant(lane, now)
-            if (self._free or not goes_on) and lane.ready(now):
+            if (self.free or not goes_on) and lane.ready(now):
                 self._tell(now)
 
     def next_for_thread(self) -> list[Job] | Any | None:
-        """What a thread of the loop does next: jobs, or a chore. None: nothing, and it is free from now on."""
+        """What a thread of the loop does next: jobs, or other work. None: nothing, and it is free from now on."""
         with self._lock:
             now = self._moved_s = self._clock()
-            if self._chores:
-                return self._chores.popleft()
+            if self._others:
+                return self._others.popleft()
             work = self._best(now)
             if not work:
-                self._free += 1
+                self.free += 1
                 return None
-            self._take(work, now)
+            self._begin(work, now)
             return work
 
     # -- by the polling thread -------------------------------------------------------------------------------------------------
 
-    def begin(self, chore: object = None) -> bool:
-        """Whether a thread was free and is now taken. Else the chore, if there is one, waits for the next that comes free; it is
+    def begin(self, other: object = None) -> bool:
+        """Whether a thread was free and is now taken. Else `other`, if there is one, waits for the next that comes free: it is
         work other than a prediction, and goes before all jobs.
         """
         with self._lock:
-            if self._free:
-                self._free -= 1
+            if self.free:
+                self.free -= 1
                 self._moved_s = self._clock()
                 return True
-            if chore is not None:
-                self._chores.append(chore)
+            if other is not None:
+                self._others.append(other)
             return False
 
     @property
     def crowded(self) -> bool:
         """Whether others wait, so that a thread should not go on with what only it knows of."""
-        return bool(self.waiting or self._chores)
+        return bool(self.waiting or self._others)
 
     def next_for_poller(self) -> tuple[list[Job], bool]:
         """Jobs that the polling thread should do now; and whether they are long work, for which a thread was free and is now taken,
@@ -242,14 +242,14 @@ class Scheduler:
             now = self._clock()
             for lane in list(self._lanes):
                 self._grant(lane, now)
-            work = self._best(now, NEVER if self._free else INLINE_RUN_S)
+            work = self._best(now, NEVER if self.free else INLINE_RUN_S)
             if not work:
                 self._next_s = self._when(now)
                 return [], False
-            self._take(work, NEVER)
+            self._begin(work, NEVER)
             if work[0].lane.cost_s <= INLINE_RUN_S:
                 return work, False
-            self._free -= 1
+            self.free -= 1
             self._moved_s = now
             return work, True
 
@@ -300,8 +300,8 @@ class Scheduler:
     def stuck(self, patience_s: float) -> bool:
         """Whether something waits and no thread has come free for so long."""
         with self._lock:
-            waits = self._chores or self.waiting
-            return bool(waits) and not self._free and self._clock() - self._moved_s > patience_s
+            waits = self._others or self.waiting
+            return bool(waits) and not self.free and self._clock() - self._moved_s > patience_s
 
     # -- with the lock held ----------------------------------------------------------------------------------------------------
 
@@ -336,16 +336,16 @@ class Scheduler:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._bounded]
             heapq.heapify(self._deadlines)
 
-    def _take(self, work: list[Job], now: float) -> None:
+    def _begin(self, work: list[Job], now: float) -> None:
         """`now` is NEVER for the polling thread, which looks at what is left by itself."""
         lane = work[0].lane
-        lane.take(work)
+        lane.begin(work)
         for job in work:
             self._uncount(job)
             parked = job.place is WAITING
-            job.place = TAKEN
+            job.place = RUNNING
             if parked:
-                job.caller.taken(job)
+                job.caller.unparked(job)
         if now < lane.due_s < NEVER:  # of what is left; whoever polls may know only of an earlier one, and that has passed
             self._tell(lane.due_s)
 
@@ -354,11 +354,11 @@ class Scheduler:
         self._uncount(job)
         job.place = GONE
         job.lane.remove(job)
-        job.caller.taken(job)
+        job.caller.unparked(job)
         if job.sequence is not None:
             self._release(job, now, ran=False)
         if (
-            job.key is not None and self._free and job.lane.ready(now)
+            job.key is not None and self.free and job.lane.ready(now)
         ):  # without it the others may have a size that waits for nobody
             self._tell(now)
 
@@ -386,10 +386,10 @@ class Scheduler:
         """Runs that callers can do in threads of their own: those that are next, and others while no thread of the loop is free."""
         while lane.with_threads and (work := lane.ready(now)):
             if not any(job.caller.has_thread for job in work):
-                work = [] if self._free else lane.ready(now, only_with_thread=True)
+                work = [] if self.free else lane.ready(now, only_with_thread=True)
             if not work:
                 return
-            self._take(work, now)
+            self._begin(work, now)
             next(job.caller for job in work if job.caller.has_thread).granted(work)
 
     def _when(self, now: float) -> float:

@@ -94,8 +94,8 @@ class _ObservedSeat:
         self._request.seat = self._caller  # as above; from now on the job refers to this one
         self._caller.parked(job)
 
-    def taken(self, job: Job) -> None:
-        self._caller.taken(job)
+    def unparked(self, job: Job) -> None:
+        self._caller.unparked(job)
 
     def granted(self, work: list[Job]) -> None:
         self._caller.granted(work)

@@ -1,8 +1,7 @@
 """Who comes in, and who has to go: accepting connections, and ending those that are idle, stalled or too many.
 
 `open` holds the connections by descriptor. Only the thread that polls calls what is here, but for `close`, which is for whichever
-thread a connection belongs to. `lock` is held while a connection stops being busy, so that it is either busy or back at the epoll to
-whoever looks for one to close.
+thread owns a connection.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ import errno
 import logging
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable, Container, Sequence
 
 from agent.serving.answers import Refusal, refusal_answer
 from agent.serving.transport import http
 from agent.serving.transport.connection import Connection
+from agent.serving.transport.handovers import Epoll, Handovers
+from agent.serving.transport.owner import LEADER, THREAD
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,13 @@ class Admission:
     def __init__(
         self,
         listeners: Sequence[socket.socket],
-        epoll: select.epoll,
+        epoll: Epoll,
+        handovers: Handovers,
         make: Callable[[socket.socket], Connection],
         max_connections: int,
     ) -> None:
         self.open: dict[int, Connection] = {}
-        self.lock = threading.Lock()
+        self._handovers = handovers
         self._listeners = {listener.fileno(): listener for listener in listeners}
         self._epoll = epoll
         self._make = make
@@ -88,16 +89,29 @@ class Admission:
             connection.close()
             return
         self.open[connection.fd] = connection
-        self._epoll.register(connection.fd, select.EPOLLIN)
+        self._handovers.admit(connection)
 
     def close(self, connection: Connection) -> None:
         if self.open.get(connection.fd) is connection:  # not yet closed, and its number another one's
             del self.open[connection.fd]  # before the number can be given to a new connection
         connection.close()  # which also takes it out of the epoll
 
+    def close_own(self, connection: Connection) -> None:
+        """After a fault of ours, or for want of memory; one that another thread has by now is left to that."""
+        if connection.owner is LEADER or connection.owner is THREAD:
+            self.close(connection)
+
+    def safely(self, act: Callable[[Connection], None], connection: Connection) -> None:
+        """A fault of ours, or memory that is not there, ends one connection and not the thread."""
+        try:
+            act(connection)
+        except Exception:
+            log.exception("a connection failed in an unforeseen way and is closed")
+            self.close_own(connection)
+
     def _evict(self) -> bool:
         """Closes the connection that has been between two requests for longest. False when there is none."""
-        with self.lock:
+        with self._handovers.lock:
             idle = [c for c in list(self.open.values()) if c.idle]
             if not idle:
                 return False
@@ -107,9 +121,9 @@ class Admission:
     def sweep(self) -> None:
         """Ends connections that stalled within a request or an answer, and those that were only waited for to be read."""
         now = time.perf_counter()
-        with self.lock:
+        with self._handovers.lock:
             for connection in list(self.open.values()):
-                if connection.busy or connection.idle:
+                if connection.owner is not LEADER or connection.idle:
                     continue
                 if now - connection.seen_s > (LINGER_S if connection.draining else STALLED_S):
                     self.close(connection)
@@ -120,10 +134,11 @@ class Admission:
         peers to read.
         """
         stalled = time.perf_counter() - patience_s
-        with self.lock:
+        with self._handovers.lock:
             for connection in list(self.open.values()):
                 idle = connection.idle and not connection.fresh and connection.fd not in spared
-                coming = not (connection.busy or connection.sending or connection.draining)
-                if idle or (not connection.busy and connection.seen_s < stalled) or (late and coming):
+                own = connection.owner is LEADER
+                coming = own and not (connection.sending or connection.draining)
+                if idle or (own and connection.seen_s < stalled) or (late and coming):
                     self.close(connection)
-        return all(c.draining and not c.busy for c in list(self.open.values()))
+        return all(c.draining and c.owner is LEADER for c in list(self.open.values()))

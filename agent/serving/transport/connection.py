@@ -22,6 +22,7 @@ from agent.serving.shared.memory import ClientMemory
 from agent.serving.transport import http
 from agent.serving.transport.chunked import ChunkedBody
 from agent.serving.transport.http import MAX_HEAD_BYTES, BadRequest, Head, HeadReader
+from agent.serving.transport.owner import LEADER, NOBODY, Move, Owner, after
 
 BUFFER_BYTES = MAX_HEAD_BYTES + 4096
 JOIN_BYTES = 16 * 1024  # copying an answer up to here into one buffer is cheaper than sending its parts
@@ -51,11 +52,10 @@ class Connection:
         self.fd = sock.fileno()
         self.grant = grant
         self.seen_s = self.arrived_s = self._received_s = time.perf_counter()
-        self.busy = False  # a thread other than the leader works for it
+        self.owner: Owner = NOBODY
         self.request: Request | None = None  # complete and waiting for its thread
         self.seat: Caller | None = None  # the loop's: where its predictions that wait are answered
-        self.parked: Job | None = None  # such a prediction: no thread works for it
-        self.watched = False  # and the epoll tells when the peer goes
+        self.job: Job | None = None  # such a prediction, while the queue has the connection
         self.answered_s = 0.0  # when a thread other than the leader last answered it
         self.closing = False  # no further request is read; only what was asked is answered
         self.draining = False  # the answer is sent: what still comes is thrown away so that the peer can read it
@@ -99,7 +99,7 @@ class Connection:
     @property
     def idle(self) -> bool:
         """Between two requests, with nothing of either under way."""
-        return not (self.busy or self.request) and self.unoccupied
+        return self.owner is LEADER and self.unoccupied
 
     @property
     def fresh(self) -> bool:
@@ -109,6 +109,10 @@ class Connection:
     @property
     def unoccupied(self) -> bool:
         return not (self._end > self._start or self.head or self.sending or self.draining)
+
+    def move(self, move: Move) -> None:
+        """By who owns it, or who is given it in this step.  Raises: IllegalMove."""
+        self.owner = after(self.owner, move)
 
     def receive(self) -> int:
         """Reads once what is there, into the place where it belongs. How many bytes, or NOTHING, or END."""
@@ -389,6 +393,7 @@ class Connection:
             self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
+        self.move(Move.CLOSE)
         self.sending.clear()
         self.finished()
         self.seat = self.request = self._last = None  # which refer to it: its buffer goes now, not with the next collection
