@@ -51,7 +51,7 @@ INEXACT = (
 )
 
 
-def _engine() -> Any:
+def engine() -> Any:
     # Official builds from 1.29 on report usage to their maker unless told not to before the import.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     os.environ["ORT_TELEMETRY_DISABLED"] = "1"
@@ -70,10 +70,10 @@ class OnnxRuntime:
     suffixes: tuple[str, ...] = (".onnx", ".ort")
 
     def version(self) -> str:
-        return f"onnxruntime {_engine().__version__}"
+        return f"onnxruntime {engine().__version__}"
 
     def load(self, path: Path, options: LoadOptions) -> OnnxModel:
-        ort = _engine()
+        ort = engine()
         head = _head(path)
         requested = str(options.extra.get("provider", "auto"))
         wanted, missing = _choose(requested, ort)
@@ -201,11 +201,16 @@ class OnnxModel:
             )
         self._is_plain = not (self._has_text or self._has_bf16)
         self._names = [o.name for o in self._outputs]
-        self._options = _engine().RunOptions()  # the defaults: making them for every run takes most of a microsecond
-        self._giving_back = _engine().RunOptions()
+        self._options = engine().RunOptions()  # the defaults: making them for every run takes most of a microsecond
+        self._giving_back = engine().RunOptions()
         self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._usual = UsualSizes() if any(-1 in spec.shape for spec in self._inputs) else None
         self._run = _run_of(session)
+
+    @property
+    def settings(self) -> Any:
+        """What the engine was told when it loaded the model."""
+        return self._session.get_session_options()
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -260,7 +265,7 @@ class OnnxModel:
         return [_encoded(a) if a.dtype == np.object_ else a for a in result]
 
     def _run_values(self, names: Sequence[str], feeds: Mapping[str, Array], options: Any) -> list[Array]:
-        new = _engine().OrtValue
+        new = engine().OrtValue
         values = {
             spec.name: new.ortvalue_from_numpy_with_onnx_type(feeds[spec.name], BFLOAT16)
             if spec.datatype == "BF16"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import click
 
-from agent.cli import asking, bench, inspect, serve
+from agent.cli import bench, inspect, predict, serve, status
 
 SYNC_MODULE = "agent.sync.cli"
 SYNC_COMMANDS: Mapping[str, str] = {
@@ -94,7 +94,7 @@ def completion(shell: str) -> None:
     click.echo(found(cli, {}, "edge-agent", "_EDGE_AGENT_COMPLETE").source())
 
 
-for _command in (serve.serve, serve.run, inspect.inspect, asking.predict, bench.bench, asking.models, asking.status):
+for _command in (serve.serve, serve.run, inspect.inspect, predict.predict, bench.bench, status.models, status.status):
     cli.add_command(_command)
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.asking import client_at, json_option, read_feeds, server_socket, socket_option
-from agent.cli.common import fail
+from agent.cli.common import client_at, fail, json_option, server_socket, socket_option
+from agent.cli.predict import read_feeds
 
 if TYPE_CHECKING:
     import numpy as np

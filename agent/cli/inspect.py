@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.asking import json_option
-from agent.cli.common import fail
+from agent.cli.common import fail, json_option
 
 if TYPE_CHECKING:
     from runtimes.contract import Description, TensorSpec

@@ -202,6 +202,11 @@ class AsyncClient:
             return self._idle.pop(), True
         return await _Connection.open(self.socket_path), False
 
+    @property
+    def idle_connections(self) -> int:
+        """How many connections wait for the next request."""
+        return len(self._idle)
+
     def _drop_idle(self) -> None:
         while self._idle:
             self._idle.pop().close()
@@ -217,6 +222,11 @@ class AsyncStatefulSequence:
         self._version = version
         self._timeout_s = timeout_s
         self._last: Mapping[str, Array] | Array | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server keeps its state: it was begun, and not ended."""
+        return self._last is not None
 
     async def infer(
         self, inputs: Mapping[str, Array] | Array, *, outputs: Sequence[str] | None = None, last: bool = False

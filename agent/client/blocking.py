@@ -238,6 +238,11 @@ class StatefulSequence:
         self._timeout_s = timeout_s
         self._last: Mapping[str, Array] | Array | None = None  # while it is open
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the server keeps its state: it was begun, and not ended."""
+        return self._last is not None
+
     def infer(
         self, inputs: Mapping[str, Array] | Array, *, outputs: Sequence[str] | None = None, last: bool = False
     ) -> dict[str, Array]:

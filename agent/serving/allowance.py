@@ -15,7 +15,7 @@ ELEMENT_BYTES = (
 class Allowance:
     """Of one request, or of the requests of one connection, one after another. `body_bytes` is the size of its body.
 
-    What was taken is charged to `pool` until `end`. Without a pool nothing is charged, and the bound is the same.
+    What was reserved is charged to `pool` until `end`. Without a pool nothing is charged, and the bound is the same.
     """
 
     __slots__ = ("_pool", "body_bytes", "charged", "made")
@@ -26,7 +26,7 @@ class Allowance:
         self.made = 0  # what tensors take
         self.charged = 0  # and with it what else was charged
 
-    def take(self, size: int, what: str) -> None:
+    def reserve(self, size: int, what: str) -> None:
         """`size` bytes more are about to be made, of `what`.  Raises: Refusal (413 too much for its body, 503 others have so much)."""
         limit = max(RATIO * self.body_bytes, SMALL_BYTES)
         if self.made + size > limit:
@@ -40,7 +40,7 @@ class Allowance:
 
     def elements(self, count: int, size: int, what: str) -> None:
         """`count` BYTES elements of `size` bytes in sum.  Raises: Refusal (413, 503)."""
-        self.take(count * ELEMENT_BYTES + size, f"{what} with {count} BYTES elements")
+        self.reserve(count * ELEMENT_BYTES + size, f"{what} with {count} BYTES elements")
 
     def charge(self, size: int) -> None:
         """The same for what has a bound of its own.  Raises: Refusal (503)."""

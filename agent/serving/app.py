@@ -42,7 +42,8 @@ from agent.serving.models.loading_note import LoadingNote
 from agent.serving.models.residency import Residency
 from agent.serving.models.swapping import Swapper
 from agent.serving.routes import Route, Router
-from agent.serving.scheduling.scheduler import Scheduler, busy_threads
+from agent.serving.scheduling.scheduler import Scheduler
+from agent.serving.scheduling.threads import busy_threads
 from agent.serving.service import Service
 from agent.serving.shared.memory import ClientMemory, MemoryBudget
 from agent.serving.shared.systemmemory import SystemMemory

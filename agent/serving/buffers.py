@@ -31,7 +31,7 @@ class BufferPool:
         self._idle: dict[int, list[Bytes]] = {}
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> Bytes:
+    def lend(self, size: int) -> Bytes:
         """Raises: Exhausted."""
         size = _rounded(size)
         with self._lock:

@@ -78,7 +78,7 @@ class Dataplane:
     """Answers predictions from the models of a host. Any number of threads may call it."""
 
     def __init__(self, host: ModelHost, scheduler: Scheduler | None = None) -> None:
-        self._host = host
+        self.host = host
         self.scheduler = scheduler or Scheduler(0)
         self.runner = Runner(self.scheduler)
         self.summon: Callable[[Version], None] = lambda _: None  # somebody waits for a version that is away
@@ -86,7 +86,7 @@ class Dataplane:
     def is_cheap(self, call: Request) -> bool:
         """Whether the answer takes so little that the thread which polls should give it at once."""
         match = call.match
-        served = self._host.models.get(match.model)  # type: ignore[arg-type]
+        served = self.host.models.get(match.model)  # type: ignore[arg-type]
         if served is None:
             return True
         version = served.active if match.version is None else served.pick(match.version)
@@ -99,7 +99,7 @@ class Dataplane:
 
     def keeps_order(self, match: Match) -> bool:
         """Whether requests must be admitted in the order in which they come: they may belong to sequences."""
-        served = self._host.models.get(match.model)  # type: ignore[arg-type]
+        served = self.host.models.get(match.model)  # type: ignore[arg-type]
         version = served.pick(match.version) if served is not None else None
         if version is None:
             return False
@@ -112,7 +112,7 @@ class Dataplane:
         """
         match = call.match
         assert match.model is not None
-        version = self._host.enter(match.model, match.version)
+        version = self.host.enter(match.model, match.version)
         if version.canary is not None and match.version is None:
             version = self._divert(version, form.sequence(version, call))
             return self._infer_in_turn(version, call, form)
@@ -170,7 +170,7 @@ class Dataplane:
         self, model: str, wanted: str | None, feeds: Mapping[str, Array], demand: Demand, alive: Callable[[], bool] | None
     ) -> Result:
         waiter = Waiter()
-        version = self._host.enter(model, wanted)
+        version = self.host.enter(model, wanted)
         if version.canary is not None and wanted is None:
             version = self._divert(version, demand.sequence)
         task = Prediction(version, Given(feeds, demand), ARRAYS, demand.arrived_s)
@@ -247,7 +247,7 @@ class Dataplane:
         """Puts a job whose version has gone to the one that answers now.  Raises: Refusal, with the prediction's version entered."""
         task: Prediction = job.task
         old = task.version
-        task.move(self._host.enter(old.name, task.wanted))
+        task.move(self.host.enter(old.name, task.wanted))
         old.leave()
         job.move(task.version.lane)
         task.understand()
@@ -281,7 +281,7 @@ class Dataplane:
 
     def _owner_of(self, version: Version, wanted: str | None, sequence: SequenceDemand) -> Version | None:
         """Another version than this one that has the sequence, entered; None when there is none, or when it begins here anew."""
-        served = self._host.get(version.name)
+        served = self.host.get(version.name)
         if served is None or wanted not in (None, "stable"):
             return None
         others = [v for v in served.versions.values() if v is not version and v.lane.sequences is not None]

@@ -43,15 +43,16 @@ class IsolatedModel:
     """A model in a process of its own."""
 
     def __init__(self, process: Process, loaded: wire.Loaded, slots: int) -> None:
-        self._process = process
+        self.process = process
         self._inputs = tuple(spec.spec() for spec in loaded.inputs)
         self._outputs = tuple(spec.spec() for spec in loaded.outputs)
         self._placement = Placement(loaded.requested, loaded.actual, loaded.fallback)
         self._stateful = loaded.stateful
         self._signatures = tuple(signed.signature() for signed in loaded.signatures)
-        self._idle: list[Slot] = []
-        self._all: list[Slot] = []
+        self.idle_slots: list[Slot] = []
+        self.slots: list[Slot] = []
         self._most = slots
+        self.waiting = 0  # threads, for a slot
         self._free = threading.Condition()
         self._numbers = itertools.count(1)
         self.run_limit_s = RUN_LIMIT_S
@@ -79,16 +80,16 @@ class IsolatedModel:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self.process.pid
 
     @property
     def is_alive(self) -> bool:
-        return self._process.is_alive
+        return self.process.is_alive
 
     @property
     def ending(self) -> str:
         """How its process ended, in words."""
-        return self._process.ending
+        return self.process.ending
 
     @property
     def memory_bytes(self) -> int:
@@ -100,15 +101,15 @@ class IsolatedModel:
 
     def on_death(self, died: Died) -> None:
         """Calls `died`, in a thread of this module, once the process ends by itself; at once when it has."""
-        self._process.on_death = died
-        if not self._process.is_alive:
-            died(self._process.ending)
+        self.process.on_death = died
+        if not self.process.is_alive:
+            died(self.process.ending)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
         return self.run_in(0, feeds, outputs)
 
     def run_in(self, sequence: int, feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
-        slot, spare = self._take()
+        slot, spare = self._slot()
         try:
             tensors = slot.run(feeds, outputs, sequence, self.run_limit_s)
             if spare and sum(tensor.size for tensor in tensors) > COPY_BYTES:
@@ -118,50 +119,52 @@ class IsolatedModel:
             return slot.copies(tensors)
         finally:
             if slot is not None:
-                self._give_back(slot)
+                self.give_back(slot)
 
     def sequence(self) -> IsolatedSequence:
         number = next(self._numbers)
-        self._process.tell(wire.Sequence_(number, opens=True))
+        self.process.tell(wire.Sequence_(number, opens=True))
         return IsolatedSequence(self, number)
 
     def end_sequence(self, number: int) -> None:
-        self._process.end_sequence(number)
+        self.process.end_sequence(number)
 
     def close(self) -> None:
-        self._process.end()
-        self._process.on_death = lambda _: None  # whoever wanted to know may know this model
+        self.process.end()
+        self.process.on_death = lambda _: None  # whoever wanted to know may know this model
         with self._free:
-            for slot in self._all:
+            for slot in self.slots:
                 slot.close()
-            self._idle.clear()
-            self._all.clear()
+            self.idle_slots.clear()
+            self.slots.clear()
 
-    def _take(self) -> tuple[Slot, bool]:
+    def _slot(self) -> tuple[Slot, bool]:
         """A slot, and whether there are others for whoever comes next."""
         with self._free:
-            while not self._idle and len(self._all) >= self._most:
+            while not self.idle_slots and len(self.slots) >= self._most:
+                self.waiting += 1
                 self._free.wait()
-            if not self._process.is_alive:
+                self.waiting -= 1
+            if not self.process.is_alive:
                 self._free.notify_all()  # nor will anybody else who waits have a run
-                raise self._process.gone()
-            if not self._idle:
-                slot = Slot(self._process)
-                self._all.append(slot)
+                raise self.process.gone()
+            if not self.idle_slots:
+                slot = Slot(self.process)
+                self.slots.append(slot)
             else:
-                slot = self._idle.pop()
-            return slot, bool(self._idle) or len(self._all) < self._most
+                slot = self.idle_slots.pop()
+            return slot, bool(self.idle_slots) or len(self.slots) < self._most
 
-    def _give_back(self, slot: Slot) -> None:
+    def give_back(self, slot: Slot) -> None:
         with self._free:
-            self._idle.append(slot)
+            self.idle_slots.append(slot)
             self._free.notify()
 
 
 def _give_back(model: weakref.ref[IsolatedModel], slot: Slot) -> None:
     found = model()
     if found is not None:
-        found._give_back(slot)  # noqa: SLF001 - the two are one thing
+        found.give_back(slot)
 
 
 class IsolatedSequence:

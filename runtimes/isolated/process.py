@@ -54,7 +54,7 @@ class Process:
         self._why = ""
         self._troubles: list[OSError] = []
         self._sending = threading.Lock()
-        self._ends: deque[int] = deque()  # of sequences, which it has not been told
+        self.ends: deque[int] = deque()  # of sequences, which it has not been told
         started = threading.Event()
         self._waiter = threading.Thread(target=self._start_and_wait, args=(theirs, started), name="isolated", daemon=True)
         self._waiter.start()
@@ -129,7 +129,7 @@ class Process:
 
     def end_sequence(self, number: int) -> None:
         """Never waits, for whoever calls may hold locks: a process that does not listen now hears of it later."""
-        self._ends.append(number)
+        self.ends.append(number)
         if self._sending.acquire(blocking=False):
             try:
                 self._tell_ends(socket.MSG_DONTWAIT)
@@ -140,9 +140,9 @@ class Process:
 
     def _tell_ends(self, flags: int = 0) -> None:
         """With `_sending` held.  Raises: OSError."""
-        while self._ends:
-            self._control.send(wire.encode(wire.Sequence_(self._ends[0], opens=False)), flags)
-            self._ends.popleft()
+        while self.ends:
+            self._control.send(wire.encode(wire.Sequence_(self.ends[0], opens=False)), flags)
+            self.ends.popleft()
 
     @property
     def ending(self) -> str:

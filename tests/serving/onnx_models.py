@@ -7,7 +7,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 
-def _save(path, nodes, inputs, outputs, initializers=()):
+def save(path, nodes, inputs, outputs, initializers=()):
     graph = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(a, n) for n, a in initializers])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, path)
@@ -20,7 +20,7 @@ def value(name, kind, shape):
 
 def scale(path, factor, width=4):
     """y = factor * x, float32 [n, width]."""
-    return _save(
+    return save(
         path,
         [helper.make_node("Mul", ["x", "k"], ["y"])],
         [value("x", TensorProto.FLOAT, ["n", width])],
@@ -54,7 +54,7 @@ def many_by_default(path, count):
 
 def pair(path):
     """total = a + b, difference = a - b, int64 [n]; both inputs have the same n."""
-    return _save(
+    return save(
         path,
         [helper.make_node("Add", ["a", "b"], ["total"]), helper.make_node("Sub", ["a", "b"], ["difference"])],
         [value("a", TensorProto.INT64, ["n"]), value("b", TensorProto.INT64, ["n"])],
@@ -63,12 +63,12 @@ def pair(path):
 
 
 def identity(path, kind, shape=("n",), name="x"):
-    return _save(path, [helper.make_node("Identity", [name], ["y"])], [value(name, kind, shape)], [value("y", kind, shape)])
+    return save(path, [helper.make_node("Identity", [name], ["y"])], [value(name, kind, shape)], [value("y", kind, shape)])
 
 
 def constant(path, number):
     """y = number, float32 [1], whatever it is asked: it has no input."""
-    return _save(
+    return save(
         path,
         [helper.make_node("Identity", ["k"], ["y"])],
         [],
@@ -84,12 +84,12 @@ def slow(path, side=1500, rounds=1):
     nodes = [helper.make_node("Add", ["m", "x"], ["h0"])]
     nodes += [helper.make_node("MatMul", [f"h{i}", "m"], [f"h{i + 1}"]) for i in range(rounds)]
     nodes.append(helper.make_node("ReduceMean", [f"h{rounds}"], ["y"], keepdims=0))
-    return _save(path, nodes, [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [])], [("m", matrix)])
+    return save(path, nodes, [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [])], [("m", matrix)])
 
 
 def total(path, factor=1.0):
     """sum = factor * x + before, float32 [n, 1]; `before` is what a release may declare as state."""
-    return _save(
+    return save(
         path,
         [helper.make_node("Mul", ["x", "k"], ["scaled"]), helper.make_node("Add", ["scaled", "before"], ["sum"])],
         [value("x", TensorProto.FLOAT, ["n", 1]), value("before", TensorProto.FLOAT, ["n", 1])],
@@ -109,7 +109,7 @@ def slow_total(path, side=500, rounds=4):
         helper.make_node("Add", ["x", "before"], ["added"]),
         helper.make_node("Add", ["added", "nothing"], ["sum"]),
     ]
-    return _save(
+    return save(
         path,
         nodes,
         [value("x", TensorProto.FLOAT, ["n", 1]), value("before", TensorProto.FLOAT, ["n", 1])],
@@ -120,7 +120,7 @@ def slow_total(path, side=500, rounds=4):
 
 def lookup(path, rows=10):
     """y = 100 + x, for int64 x [n] from 0 to `rows` - 1; any other x fails the whole run."""
-    return _save(
+    return save(
         path,
         [helper.make_node("Gather", ["t", "x"], ["y"])],
         [value("x", TensorProto.INT64, ["n"])],
@@ -131,7 +131,7 @@ def lookup(path, rows=10):
 
 def divides(path):
     """y = x / z, int32 [n]: the least number by -1 has no result, and x86 processors end the process."""
-    return _save(
+    return save(
         path,
         [helper.make_node("Div", ["x", "z"], ["y"])],
         [value("x", TensorProto.INT32, ["n"]), value("z", TensorProto.INT32, ["n"])],
@@ -141,7 +141,7 @@ def divides(path):
 
 def kills_at_load(path):
     """The same of two constants: the engine computes it when it loads the file."""
-    return _save(
+    return save(
         path,
         [helper.make_node("Div", ["a", "b"], ["q"]), helper.make_node("Add", ["x", "q"], ["y"])],
         [value("x", TensorProto.INT32, [1])],
@@ -164,7 +164,7 @@ def loops(path, goes_on="asked"):
         [value("i", TensorProto.INT64, []), value("c", TensorProto.BOOL, []), value("v", TensorProto.FLOAT, [1])],
         [value("go", TensorProto.BOOL, shape), value("next", TensorProto.FLOAT, [1])],
     )
-    return _save(
+    return save(
         path,
         [helper.make_node("Loop", ["", "yes", "x"], ["y"], body=body)],
         [value("x", TensorProto.FLOAT, [1])],
@@ -178,7 +178,7 @@ def chain(path):
     nodes = [helper.make_node("Mul", ["x", "one"], ["h0"])]
     nodes += [helper.make_node("Add", [f"h{i}", "x"], [f"h{i + 1}"]) for i in range(4)]
     nodes += [helper.make_node("ReduceSum", ["h4"], ["y"], keepdims=1)]
-    return _save(
+    return save(
         path,
         nodes,
         [value("x", TensorProto.FLOAT, ["n"])],
@@ -248,7 +248,7 @@ def trees(path, leaves):
 
 def crops(path):
     """y is x, float32 [4], in the shape [s, 2]: zeros do not run, as 4 elements do not fit into a shape of none."""
-    return _save(
+    return save(
         path,
         [
             helper.make_node("Concat", ["s", "two"], ["shape"], axis=0),
@@ -262,7 +262,7 @@ def crops(path):
 
 def sized(path):
     """y is `v`, float32 [1], as often as the value n, int64 [1], says."""
-    return _save(
+    return save(
         path,
         [helper.make_node("Expand", ["v", "n"], ["y"])],
         [value("v", TensorProto.FLOAT, [1]), value("n", TensorProto.INT64, [1])],
@@ -281,7 +281,7 @@ def wide(path):
         helper.make_node("DequantizeLinear", ["p", "s", "z"], ["y"]),
     ]
     shapes = [value("x", TensorProto.FLOAT, ["n", 4])], [value("y", TensorProto.FLOAT, ["n", 1])]
-    return _save(path, nodes, *shapes, initializers)
+    return save(path, nodes, *shapes, initializers)
 
 
 def classifier(path, *, only_maps=False):

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from agent.cli import asking
+from agent.cli import predict
 from tests.serving import onnx_models
 from tests.serving.stand import DEADLINE_S, Server
 
@@ -72,7 +72,7 @@ def test_names_and_files_with_an_equals_sign(server, tmp_path, monkeypatch):
     onnx_models.identity(model, onnx.TensorProto.FLOAT, ("n", 3), name="a=b")
     for name in ("plain.npy", "c=d.npy", "a=b=e.npy"):
         (tmp_path / name).write_bytes(x)
-    assert [asking.named_file(text) for text in ("a=b=plain.npy", "a=b=c=d.npy", "c=d.npy", "a=b=e.npy", "a=b=none", "b=-", "-")] == [
+    assert [predict.named_file(text) for text in ("a=b=plain.npy", "a=b=c=d.npy", "c=d.npy", "a=b=e.npy", "a=b=none", "b=-", "-")] == [
         ("a=b", "plain.npy"), ("a=b", "c=d.npy"), ("", "c=d.npy"), ("", "a=b=e.npy"), ("a=b", "none"), ("b", "-"), ("", "-"),
     ]  # fmt: skip
     odd = Server(tmp_path, "run", model, "--socket", tmp_path / "s.sock").start()

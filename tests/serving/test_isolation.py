@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from agent.client import Client, ServerFailed, Unavailable
 from tests.serving import onnx_models
 from tests.serving.stand import DEADLINE_S, Server
+from tests.waiting import wait_until
 
 X = np.ones((1, 4), np.float32)
 MB = 1_000_000
@@ -51,10 +51,7 @@ class Fragile:
 
 
 def eventually(condition, what):
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
+    wait_until(condition, DEADLINE_S, what)
 
 
 @pytest.fixture

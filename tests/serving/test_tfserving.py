@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tests.serving import onnx_models
-from tests.serving.onnx_models import _save, value
+from tests.serving.onnx_models import save, value
 from tests.serving.stand import Server, request
 
 
@@ -16,7 +16,7 @@ def half_plus_two(path):
     """y = 0.5 x + 2, float32 [n]: the model of TensorFlow Serving's documentation."""
     nodes = [helper.make_node("Mul", ["x", "a"], ["h"]), helper.make_node("Add", ["h", "b"], ["y"])]
     tensors = [("a", np.float32(0.5)), ("b", np.float32(2))]
-    return _save(path, nodes, [value("x", TensorProto.FLOAT, ["n"])], [value("y", TensorProto.FLOAT, ["n"])], tensors)
+    return save(path, nodes, [value("x", TensorProto.FLOAT, ["n"])], [value("y", TensorProto.FLOAT, ["n"])], tensors)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from agent.serving.models.residency import NoRoom, Residency
 from agent.serving.models.version import Version
 from agent.serving.scheduling.demand import Demand, SequenceDemand
 from runtimes.contract import Placement, TensorSpec
+from tests.waiting import wait_until
 
 FEEDS = {"x": np.zeros(1, np.float32)}
 
@@ -125,8 +126,7 @@ def test_a_request_that_does_not_see_that_its_process_ended_keeps_nobody_else(da
 
     asking = threading.Thread(target=ask)
     asking.start()
-    while not version.lane.waiting:
-        time.sleep(0.001)
+    wait_until(lambda: version.lane.waiting)
     work.next()
     asking.join(20)
 

@@ -210,7 +210,7 @@ def test_room_for_a_large_body_costs_nothing_before_the_body_comes():
     """The thread that polls makes it: clearing 64 MiB takes tens of milliseconds, and a client may never send them."""
     pool = BufferPool(1 << 28)
     before = resident_bytes()
-    buffers = [pool.take(1 << 26) for _ in range(4)]
+    buffers = [pool.lend(1 << 26) for _ in range(4)]
     assert resident_bytes() - before < 1 << 24
     for buffer in buffers:
         pool.give_back(buffer)

@@ -12,7 +12,7 @@ from runtimes import onnx as onnx_runtime
 from runtimes.contract import LoadOptions, ModelInvalid
 from runtimes.onnx_weights import has_wide_weights
 from tests.serving import onnx_models
-from tests.serving.onnx_models import _save, value
+from tests.serving.onnx_models import save, value
 
 
 def load(path):
@@ -36,7 +36,7 @@ def with_weights(folder, top):
 
 def precision(model):
     try:
-        return model._session.get_session_options().get_session_config_entry("session.x64quantprecision")
+        return model.settings.get_session_config_entry("session.x64quantprecision")
     except RuntimeError:  # it was not set
         return None
 
@@ -111,7 +111,7 @@ def qlinear(path, activations):
         helper.make_node("DequantizeLinear", ["p", "s", "z"], ["y"]),
     ]
     shapes = [value("x", TensorProto.FLOAT, [1, 2, 3, 3])], [value("y", TensorProto.FLOAT, [1, 4, 3, 3])]
-    return _save(path, nodes, *shapes, initializers)
+    return save(path, nodes, *shapes, initializers)
 
 
 def test_a_model_that_cannot_be_made_exact_is_loaded_and_says_so(tmp_path, monkeypatch):

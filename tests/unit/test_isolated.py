@@ -16,6 +16,7 @@ from runtimes import isolated
 from runtimes.contract import LoadOptions, ModelInvalid, RunFailed
 from runtimes.isolated.process import Process
 from tests.serving import onnx_models
+from tests.waiting import wait_until
 
 DEADLINE_S = 20.0
 ROWS = 4096  # of 16 bytes: an answer so large is left where it lies
@@ -35,13 +36,6 @@ def inputs(model):
     return {spec.name: np.ones([ROWS if size == -1 else size for size in spec.shape], np.float32)}
 
 
-def eventually(condition):
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def in_thread(do):
     thread = threading.Thread(target=do, daemon=True)
     thread.start()
@@ -56,10 +50,10 @@ def test_the_end_of_a_sequence_waits_for_nobody(path):
         ends = in_thread(lambda: [model.end_sequence(number) for number in range(1, 2001)])
         ends.join(DEADLINE_S)
         assert not ends.is_alive()
-        assert model._process._ends
+        assert model.process.ends
         os.kill(model.pid, signal.SIGCONT)
         assert len(model.run(inputs(model))) == 1
-        assert not model._process._ends
+        assert not model.process.ends
     finally:
         os.kill(model.pid, signal.SIGCONT)
         model.close()
@@ -79,7 +73,7 @@ def test_all_who_wait_for_a_slot_hear_that_the_process_has_gone(path):
         kept = model.run(feeds)  # a slow reader's, which keeps its slot
         os.kill(model.pid, signal.SIGSTOP)
         threads = [in_thread(ask) for _ in range(5)]
-        eventually(lambda: len(model._free._waiters) == 4)
+        wait_until(lambda: model.waiting == 4)
         os.kill(model.pid, signal.SIGKILL)
         for thread in threads:
             thread.join(DEADLINE_S)
@@ -144,7 +138,7 @@ def test_helpers_that_a_process_leaves_behind_keep_nobody(path, slots_before, mo
             model.run(feeds)
         os.kill(model.pid, signal.SIGSTOP)
         thread = in_thread(ask)
-        eventually(lambda: model._all and not model._idle)
+        wait_until(lambda: model.slots and not model.idle_slots)
         os.kill(model.pid, signal.SIGKILL)
         thread.join(DEADLINE_S)
         assert len(ended) == 1

@@ -19,7 +19,7 @@ from tests.serving import onnx_models
 def picky(tmp_path):
     """y = 100 + x for x from 50 to 59; it fails on zeros."""
     value = onnx_models.value
-    return onnx_models._save(
+    return onnx_models.save(
         tmp_path / "picky.onnx",
         [helper.make_node("Sub", ["x", "k"], ["i"]), helper.make_node("Gather", ["t", "i"], ["y"])],
         [value("x", TensorProto.INT64, ["n"])],
@@ -69,7 +69,7 @@ def test_what_takes_the_engine_long_gives_way(isolation, tmp_path, monkeypatch):
 
     own, steps = os.getpriority(os.PRIO_PROCESS, 0), []
     monkeypatch.setattr(OnnxRuntime, "load", telling("load", OnnxRuntime.load))
-    monkeypatch.setattr(loading, "_warm_up", telling("warm up", loading._warm_up))
+    monkeypatch.setattr(loading, "warm_up", telling("warm up", loading.warm_up))
     path = onnx_models.scale(tmp_path / "scale.onnx", 2.0)
     version = loading.load(Source("scale", 1, path, "", serving=Serving(isolation=isolation)), threads=1)
     try:

@@ -13,7 +13,8 @@ from agent.serving.access import Access, Grant
 from agent.serving.answers import Answer
 from agent.serving.routes import Kind, Pace, Route, Router
 from agent.serving.scheduling.lanes import Job, Lane
-from agent.serving.scheduling.scheduler import Scheduler, busy_threads
+from agent.serving.scheduling.scheduler import Scheduler
+from agent.serving.scheduling.threads import busy_threads
 from agent.serving.transport import leader, spinning, workers
 from agent.serving.transport.loop import Loop
 from tests.waiting import wait_until
@@ -533,7 +534,7 @@ def test_it_ends_while_clients_are_kept(crowd):
 @pytest.mark.timeout(30)
 def test_it_stays_awake_for_a_client_that_asks_again_at_once_unless_another_thread_is_at_work(begin, monkeypatch):
     monkeypatch.setattr(spinning, "SPIN_S", 5.0)
-    monkeypatch.setattr(spinning, "TAKEN_S", 5.0)
+    monkeypatch.setattr(spinning, "LOST_S", 5.0)
     service = Queued(1.0)
     begun = begin(service, epoll=Counting, scheduler=service.scheduler)
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from runtimes import onnx_external, registry
 from runtimes.contract import InputInvalid, LoadOptions, ModelInvalid
 from tests.serving import onnx_models, tflite_models
-from tests.serving.onnx_models import _save, value
+from tests.serving.onnx_models import save, value
 
 
 def load(path, **extra):
@@ -106,7 +106,7 @@ def test_an_input_of_unknown_rank_takes_any_in_tflite(tmp_path):
 
 def test_an_output_that_is_listed_twice_is_one(tmp_path):
     outputs = [value("y", TensorProto.FLOAT, [2])] * 2
-    path = _save(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], [value("x", TensorProto.FLOAT, [2])], outputs)
+    path = save(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], [value("x", TensorProto.FLOAT, [2])], outputs)
     for model in (load(path), load(tflite_models.twice(tmp_path / "m.tflite"))):
         assert [len(model.inputs), len(model.outputs), len(model.run({"x": np.float32([1, 2])}))] == [1, 1, 1]
 

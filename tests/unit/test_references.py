@@ -127,7 +127,7 @@ REFUSED = {
 def test_the_tensors_of_a_refused_caller_go_with_its_refusal(dataplane, no_collection, value, changes, words):
     """Of one that has arrays and wants arrays: a picture of a camera for each request that is refused."""
     if "sequence" in changes:
-        dataplane._host.get("m").active.lane = Lane(Serving(), Sequences("m", 1, limit=4, idle_s=60.0))
+        dataplane.host.get("m").active.lane = Lane(Serving(), Sequences("m", 1, limit=4, idle_s=60.0))
     x = np.array(value, np.float32).view(Tensor)
     gone = weakref.ref(x)
     said = ""

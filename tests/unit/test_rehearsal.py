@@ -105,7 +105,7 @@ def test_a_zygote_that_is_killed_leaves_nobody_without_a_verdict(said, rehearse,
         os.write(self._say, said)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(rehearsal._Zygote, "rehearse_all", killed)
+    monkeypatch.setattr(rehearsal.Zygote, "rehearse_all", killed)
     reasons = [reason for _, reason in rehearse(["good", "good"])]
     lost = "it could not be tried before: the process for that has ended"
     assert reasons == ([None, lost] if said else [lost, lost])

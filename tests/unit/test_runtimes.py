@@ -9,7 +9,7 @@ from runtimes import registry
 from runtimes.contract import InputInvalid, LoadOptions, ModelInvalid, Quantization, RuntimeUnavailable
 from runtimes.onnx_graph import read_quantization
 from tests.serving import onnx_models
-from tests.serving.onnx_models import _save, value
+from tests.serving.onnx_models import save, value
 
 
 def load(path, **extra):
@@ -39,7 +39,7 @@ def test_bf16_crosses_as_its_bits(tmp_path):
     """Every bit pattern, NaNs and infinities too, as the engine sees it and back."""
     nodes = [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT)]
     outputs = [value("y", TensorProto.BFLOAT16, ["n"]), value("f", TensorProto.FLOAT, ["n"])]
-    model = load(_save(tmp_path / "m.onnx", nodes, [value("x", TensorProto.BFLOAT16, ["n"])], outputs))
+    model = load(save(tmp_path / "m.onnx", nodes, [value("x", TensorProto.BFLOAT16, ["n"])], outputs))
     assert [t.datatype for t in (*model.inputs, *model.outputs)] == ["BF16", "BF16", "FP32"]
     bits = np.arange(65536, dtype=np.uint32).astype(np.uint16)
     same, floats = model.run({"x": bits})
@@ -76,7 +76,7 @@ def test_inputs_that_do_not_fit_are_named(tmp_path, feeds, text):
 def test_what_a_model_really_runs_on(tmp_path):
     path = onnx_models.scale(tmp_path / "m.onnx", 2.0)
     assert load(path, provider="cpu").placement.fallback is None
-    available = onnx_runtime._engine().get_available_providers()
+    available = onnx_runtime.engine().get_available_providers()
     if "CUDAExecutionProvider" not in available:
         placement = load(path, provider="cuda").placement
         assert (placement.requested, placement.actual) == ("cuda", "cpu")
@@ -87,7 +87,7 @@ def test_what_a_model_really_runs_on(tmp_path):
 
 def test_types_that_cannot_cross_the_socket_are_refused(tmp_path):
     sequence = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
-    path = _save(
+    path = save(
         tmp_path / "m.onnx",
         [helper.make_node("SequenceConstruct", ["x"], ["y"])],
         [value("x", TensorProto.FLOAT, [1])],
@@ -148,7 +148,7 @@ def test_quantization_per_tensor_and_per_channel(tmp_path):
         ("s", np.float32(0.5)), ("z", np.int8(-3)),
         ("scales", np.array([1, 2, 4], np.float32)), ("zeros", np.array([0, 1, -1], np.int8)),
     ]  # fmt: skip
-    path = _save(
+    path = save(
         tmp_path / "m.onnx",
         nodes,
         [value("x", TensorProto.FLOAT, [2, 3])],
@@ -167,7 +167,7 @@ def test_quantization_per_tensor_and_per_channel(tmp_path):
 def test_an_input_that_is_also_read_unquantized_is_not_quantized(tmp_path):
     nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]), helper.make_node("Relu", ["x"], ["y"])]
     outputs = [value("y", TensorProto.FLOAT, [2]), value("q", TensorProto.INT8, [2])]
-    path = _save(
+    path = save(
         tmp_path / "m.onnx", nodes, [value("x", TensorProto.FLOAT, [2])], outputs, [("s", np.float32(0.5)), ("z", np.int8(1))]
     )
     assert read_quantization(path) == {"q": Quantization((0.5,), (1,))}

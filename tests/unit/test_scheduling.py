@@ -8,8 +8,9 @@ from agent.contract.manifest import Serving
 from agent.serving.answers import Refusal
 from agent.serving.scheduling.demand import SequenceDemand
 from agent.serving.scheduling.lanes import Job, Lane
-from agent.serving.scheduling.scheduler import Scheduler, busy_threads
+from agent.serving.scheduling.scheduler import Scheduler
 from agent.serving.scheduling.sequences import Sequences
+from agent.serving.scheduling.threads import busy_threads
 
 
 class Clock:
@@ -154,7 +155,7 @@ def test_deadlines_of_what_waits_no_more_are_not_kept():
     bench, a = Bench(), lane()
     for _ in range(1000):
         bench.scheduler.cancel(bench.park(a, timeout_s=1e9))
-    assert len(bench.scheduler._deadlines) < 100
+    assert len(bench.scheduler.deadlines) < 100
 
 
 def test_a_deadline_that_is_far_away_keeps_nothing_of_a_job_that_is_done():

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from agent.contract.manifest import Serving
 from agent.serving.answers import Refusal
 from agent.serving.scheduling.lanes import INLINE_RUN_S, NEVER, WAITING, Job, Lane
-from agent.serving.scheduling.scheduler import Scheduler, busy_threads
+from agent.serving.scheduling.scheduler import Scheduler
+from agent.serving.scheduling.threads import busy_threads
 
 LONGEST_POLL_S = 5.0  # as the loop's
 STEP_S = 3e-6  # how far the clock moves between two looks at it
@@ -100,10 +101,10 @@ class Play:
     def __post_init__(self):
         self.free = busy_threads(self.threads)
         self.scheduler = Scheduler(self.free, clock=self.clock)
-        self.scheduler.wake = self._wake
+        self.scheduler.wake = self.wake
         self.lanes = [kind.lane() for kind in self.kinds]
 
-    def _wake(self):
+    def wake(self):
         self.woken = True
 
     def at(self, when, act):
@@ -288,5 +289,5 @@ def test_what_falls_due_between_two_looks_at_the_clock_is_not_forgotten():
     """For each of a thousand times at which a poll may end, a microsecond apart around the due time."""
     for step in range(1000):
         play = Play(2, [Kind(0, 8, 1e-3, 1e-3), Kind(0, 1, 0.0, 0.05)])
-        play.at(play.clock.now + 0.5e-3 + step * 1e-6, play._wake)
+        play.at(play.clock.now + 0.5e-3 + step * 1e-6, play.wake)
         play.run([Arrival(0.0, 0, "polls")])

@@ -63,17 +63,17 @@ def ask(dataplane, elements):
 
 def counted(dataplane):
     """By version: what was answered, what was refused."""
-    versions = dataplane._host.get("m").versions
+    versions = dataplane.host.get("m").versions
     return {number: (version.stats.ok, version.stats.document()["failed"]["invalid"]) for number, version in versions.items()}
 
 
-def test_what_the_keeper_answers_counts_there(dataplane):
+def test_what_the_owner_answers_counts_there(dataplane):
     assert ask(dataplane, 1).status == 200
     assert counted(dataplane) == {1: (2, 0), 2: (0, 0)}
 
 
-def test_what_the_keeper_refuses_counts_there_and_once(dataplane):
+def test_what_the_owner_refuses_counts_there_and_once(dataplane):
     with pytest.raises(Refusal, match="shape"):
         ask(dataplane, 2)
     assert counted(dataplane) == {1: (1, 1), 2: (0, 0)}
-    assert [version.inside for version in dataplane._host.get("m").versions.values()] == [0, 0]
+    assert [version.inside for version in dataplane.host.get("m").versions.values()] == [0, 0]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from agent.serving.transport.spinning import PROMPT_ROUNDS, SPIN_S, TAKEN_S, USUAL_SPARE_S, USUAL_TIMES, Spinner
+from agent.serving.transport.spinning import LOST_S, PROMPT_ROUNDS, SPIN_S, USUAL_SPARE_S, USUAL_TIMES, Spinner
 
 LOOK_S = 2e-6
 LONGEST_S = 5.0
@@ -19,7 +19,7 @@ class Epoll:
         self.due_s = 0.0
         self.spinner = Spinner(lambda: self.now_s)
 
-    def _poll(self, longest_s):
+    def poll(self, longest_s):
         if longest_s:
             self.slept += 1
             self.now_s = min(self.now_s + longest_s, max(self.now_s, self.due_s))
@@ -34,7 +34,7 @@ class Epoll:
         for _ in range(rounds):
             self.due_s = self.now_s + gap_s
             self.events = [(fd, 1) for fd in fds]
-            assert self.spinner.poll(self._poll, LONGEST_S) == self.events
+            assert self.spinner.poll(self.poll, LONGEST_S) == self.events
         return self.slept - before
 
 
@@ -101,7 +101,7 @@ def test_another_client_is_known_before_it_is_waited_for(awake):
 def test_nothing_comes_for_as_long_as_asked(awake):
     awake.due_s = awake.now_s + 3600
     began_s = awake.now_s
-    assert awake.spinner.poll(awake._poll, LONGEST_S) == []
+    assert awake.spinner.poll(awake.poll, LONGEST_S) == []
     assert awake.now_s - began_s == pytest.approx(LONGEST_S + SPIN_S, rel=0.01)
 
 
@@ -116,7 +116,7 @@ def tries(epoll, gaps_s, rounds):
 
 
 def test_where_another_takes_the_processor_it_is_tried_ever_more_seldom(awake):
-    awake.look_s = 2 * TAKEN_S
+    awake.look_s = 2 * LOST_S
     assert tries(awake, [50e-6], 100) == 5
     assert 9 <= tries(awake, [50e-6], 10_000) <= 12
 
@@ -128,12 +128,12 @@ def test_for_a_client_that_always_stops_again_it_is_tried_ever_more_seldom(epoll
 
 
 def test_a_processor_that_was_taken_once_is_tried_again_soon(awake):
-    awake.look_s = 2 * TAKEN_S
+    awake.look_s = 2 * LOST_S
     awake.ask()
     awake.look_s = LOOK_S
     assert awake.ask(rounds=3) <= 2
     assert awake.ask(rounds=100) == 0
-    awake.look_s = 2 * TAKEN_S
+    awake.look_s = 2 * LOST_S
     awake.ask()
     awake.look_s = LOOK_S
     assert awake.ask(rounds=3) <= 2, "what was before does not count"

@@ -57,7 +57,7 @@ class Inputs:
         self._left = dict(interface.inputs)
         self._given: set[str] = set()  # names for the runtime
 
-    def take(self, name: str) -> TensorSpec:
+    def claim(self, name: str) -> TensorSpec:
         """The tensor that a request gives as `name`.  Raises: Refusal (400)."""
         spec = self._left.pop(name, None)
         interface = self._interface
@@ -70,7 +70,7 @@ class Inputs:
         return spec
 
     def check(self) -> None:
-        """Once all were taken.  Raises: Refusal (400) when one is missing."""
+        """Once all were claimed.  Raises: Refusal (400) when one is missing."""
         required = self._interface.required
         missing = [spec.name for spec in required if self._interface.inputs[spec.name].name not in self._given]
         if missing:

@@ -107,7 +107,7 @@ class Control:
                 try:
                     return handler(call)
                 finally:
-                    self._shadows.settle()
+                    self._shadows.check()
 
         return handle
 

@@ -214,7 +214,7 @@ class _Reader:
             allowance.elements(count, len(text), f"input '{self._name}'")
             array = np.empty(count, np.object_)
         else:
-            allowance.take(count * self._dtype.itemsize, f"input '{self._name}'")
+            allowance.reserve(count * self._dtype.itemsize, f"input '{self._name}'")
             array = empty(count * self._dtype.itemsize).view(self._dtype)
         self._read_into(array, text, found, pauses, shape)
         return array.reshape(shape)

@@ -232,7 +232,7 @@ class _Inputs:
         waiting = Inputs(interface, model)
         shared = []
         for given in document.inputs:
-            spec = waiting.take(given.name)
+            spec = waiting.claim(given.name)
             check_input(given.name, given.datatype, given.shape, spec, model)
             shape = tuple(given.shape)
             source = _source(given)

@@ -55,7 +55,7 @@ class Body:
     def members(self, raw: msgspec.Raw | bytes) -> dict[str, msgspec.Raw]:
         """Of an object.  Raises: Refusal (400; 413, 503 when they are too many)."""
         text = bytes(raw)
-        self.allowance.take(text.count(b":") * MEMBER_BYTES, "the members of the request's objects")
+        self.allowance.reserve(text.count(b":") * MEMBER_BYTES, "the members of the request's objects")
         found: dict[str, msgspec.Raw] = _decoded(text, dict[str, msgspec.Raw])
         return found
 
@@ -78,7 +78,7 @@ class Body:
 
         Raises: Refusal (400 when a row has other members than the first; 413, 503).
         """
-        self.allowance.take(2 * len(self.text), "what the rows say")
+        self.allowance.reserve(2 * len(self.text), "what the rows say")
         found: dict[str, list[Text]] = {}
         count = 0
         for some in rows:

@@ -131,7 +131,7 @@ class Shadow:
         since = self._running_since
         return time.monotonic() - since if since is not None else 0.0
 
-    def settle(self) -> None:
+    def check(self) -> None:
         """Ends it when what it compares is not there any more."""
         if self.ended is not None:
             return
@@ -145,7 +145,7 @@ class Shadow:
             self.end(f"a run of version {self.candidate.number} has not ended for {HUNG_S:g} s", failed=True)
 
     def document(self) -> dict[str, Any]:
-        self.settle()
+        self.check()
         return {
             "version": self.candidate.number,
             "active": self.active.number,
@@ -205,7 +205,7 @@ class Shadow:
                 self._step()
                 self._wake.wait(TICK_S * random.uniform(0.5, 1.5))  # noqa: S311 - it spreads, and hides nothing
                 self._wake.clear()
-                self.settle()
+                self.check()
         except Exception as error:
             log.exception(
                 "the shadow of model %r version %d failed in an unforeseen way", self.active.name, self.candidate.number
@@ -311,7 +311,7 @@ class Shadows:
         served = self._host.served(model)
         shadow = self._shadows.get(model)
         if shadow is not None:
-            shadow.settle()
+            shadow.check()
             if shadow.ended is None and shadow.candidate.number == number:
                 shadow.change(share, max_rate)
                 return shadow
@@ -334,10 +334,10 @@ class Shadows:
             shadow.join()
         return shadow
 
-    def settle(self) -> None:
+    def check(self) -> None:
         """After a change of what is loaded or active."""
         for shadow in self:
-            shadow.settle()
+            shadow.check()
 
     def close(self) -> None:
         for model in list(self._shadows):

@@ -144,7 +144,7 @@ class Inference:
         feeds: dict[str, Array] = {}
         raw = iter(request.raw_input_contents)
         for given in request.inputs:
-            spec = waiting.take(given.name)
+            spec = waiting.claim(given.name)
             shape = tuple(given.shape)
             check_input(given.name, given.datatype, shape, spec, model)
             place = place_of(parameters_of(given.parameters), given.name)
@@ -237,7 +237,7 @@ def _from_contents(given: Any, shape: tuple[int, ...], spec: TensorSpec, allowan
         allowance.elements(count, given.ByteSize(), f"input '{spec.name}'")
         array: Array = np.empty(count, np.object_)
     else:
-        allowance.take(count * spec.dtype.itemsize, f"input '{spec.name}'")
+        allowance.reserve(count * spec.dtype.itemsize, f"input '{spec.name}'")
         array = empty(count * spec.dtype.itemsize).view(spec.dtype)
     pauses = Pauses()
     for at in range(0, count, AT_ONCE):

@@ -43,7 +43,7 @@ class Scale:
     def weigh(self, data: memoryview, fields: Fields) -> None:
         """Raises: Refusal (400 when these bytes are no message; 413, 503 when it would take too much)."""
         self._walk(data, fields)
-        self._allowance.take(self._weight, self._what)
+        self._allowance.reserve(self._weight, self._what)
         self._weight = 0
 
     def _walk(self, data: memoryview, fields: Fields) -> None:
@@ -77,7 +77,7 @@ class Scale:
         self._weight += size
         self._fields += 1
         if self._fields % TAKEN_AT_ONCE == 0:
-            self._allowance.take(self._weight, self._what)
+            self._allowance.reserve(self._weight, self._what)
             self._weight = 0
             self._pauses.rest()
 

@@ -224,7 +224,7 @@ def _finished(source: Source, runtime: Runtime, raw: Model, cost: Cost) -> Versi
     version.filename = source.filename or source.path.name
     version.labels = {output: _read_labels(version, output, path) for output, path in source.labels.items()}
     try:
-        run_s = priority.giving_way(_warm_up)(version, model, source)
+        run_s = priority.giving_way(warm_up)(version, model, source)
     except BaseException:
         model.close()
         raise
@@ -261,7 +261,7 @@ def failed(source: Source, why: str) -> Version:
     return version
 
 
-def _warm_up(version: Version, model: Model, source: Source) -> float | None:
+def warm_up(version: Version, model: Model, source: Source) -> float | None:
     """One run, on zeros where its release names no `inputs`, fills the engine's caches; a second one tells what a run costs: its time in seconds.
 
     None when there was no run that worked.

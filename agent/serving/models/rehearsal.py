@@ -57,10 +57,10 @@ class Rehearsals:
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                _settle(parent)
+                _prepare(parent)
                 for descriptor in descriptors:
                     os.close(descriptor)
-                _Zygote(self._sources, say, threads, limit_s).rehearse_all()
+                Zygote(self._sources, say, threads, limit_s).rehearse_all()
             finally:
                 os._exit(0)
         os.close(say)
@@ -115,7 +115,7 @@ class _Copy:
             return b""
 
 
-class _Zygote:
+class Zygote:
     """Writes a line to `say` for each source: its number, and the reason or null."""
 
     def __init__(self, sources: Sequence[Source], say: int, threads: int, limit_s: float) -> None:
@@ -233,7 +233,7 @@ def _end(copy: _Copy, *, killed: str | None) -> str:
 def _rehearse(sources: Sequence[Source], threads: int, line: socket.socket, errors: int, parent: int) -> NoReturn:
     """It ends here, whatever happens: nothing that the original has to do at its end is done by it."""
     try:
-        _settle(parent)
+        _prepare(parent)
         logging.disable(logging.CRITICAL)  # the original says it all once more
         os.dup2(errors, 1)
         os.dup2(errors, 2)
@@ -257,7 +257,7 @@ def _try(source: Source, threads: int) -> str | None:
     return None
 
 
-def _settle(parent: int) -> None:
+def _prepare(parent: int) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # of a whole group or service: the original ends it

@@ -3,14 +3,14 @@
 The rules:
 - A version whose runs are bounded by nothing but threads is not asked about here while a thread is free: its lane stays empty.
 - `admit` lets a job run at once in the thread that brings it, together with what is gathered for the same run, or makes it wait.
-- What waits is taken by threads of the loop, as many as are free, best first: by priority, then by arrival, over all models. A caller
+- What waits is run by threads of the loop, as many as are free, best first: by priority, then by arrival, over all models. A caller
   that waits in a thread of its own is granted its run there, and takes no thread of the loop.
 - A job that waits ends at its deadline, or when its caller goes. Only what waits counts for the limits of queues.
 - A lane is closed while its model comes back into memory or is replaced: jobs wait in it as ever, and none runs, until it opens again. A
   retired one accepts no more jobs: what waits in it is removed with `evacuate`, to be admitted elsewhere or refused.
-- `next_s` is when the polling thread has to look again; `wake` gets it out of its poll when that becomes earlier.
-- What waits needs three things: time (its due), room (an instance) and a thread. Whoever brings the last of them looks: the polling
-  thread for time, `finished` for room, `next_for_thread` for a thread. So each looks at what it brings alone, whatever else is missing,
+- `next_s` is when the polling thread has to ask again; `wake` gets it out of its poll when that becomes earlier.
+- What waits needs three things: time (its due), room (an instance) and a thread. Whoever brings the last of them decides: the polling
+  thread for time, `finished` for room, `next_for_thread` for a thread. So each minds what it brings alone, whatever else is missing,
   and time is compared with the one reading of the clock that the decision before it was made with.
 """
 
@@ -38,18 +38,6 @@ class LaneRetired(Exception):
     """The version is gone for good; the model may have another one."""
 
 
-def loop_threads(threads: int) -> int:
-    """How many threads a loop has that was allowed so many: one polls at any time, so that a run keeps no other request, timeout or
-    health check waiting, and at least one other runs.
-    """
-    return max(2, threads)
-
-
-def busy_threads(threads: int) -> int:
-    """How many of them may be at long work: all but the one that polls."""
-    return loop_threads(threads) - 1
-
-
 class Scheduler:
     """`threads` is how many of the loop's may be at long work at once, `limit` how many jobs may wait in all lanes together."""
 
@@ -68,7 +56,7 @@ class Scheduler:
         self._lanes: dict[Lane, None] = {}  # those in which jobs wait
         self._remembering: dict[Lane, None] = {}  # those that may hold sequences
         self._bounded: dict[int, Job] = {}  # by number, those that wait and have a deadline
-        self._deadlines: list[tuple[float, int]] = []  # a heap; numbers of who waits no more lie in it for a while
+        self.deadlines: list[tuple[float, int]] = []  # a heap; numbers of who waits no more lie in it for a while
         self._next_s = NEVER
         self.admitted = 0  # jobs, ever
 
@@ -76,7 +64,7 @@ class Scheduler:
 
     def admit(self, job: Job, *, may_run: bool, polls: bool = False, goes_on: bool = False) -> list[Job]:
         """The jobs to run now in this thread, which then calls `finished`; empty when they wait. The job itself may be among them,
-        or wait behind them. `polls`: this is the polling thread, which looks again by itself. `goes_on`: this thread asks for more
+        or wait behind them. `polls`: this is the polling thread, which asks again by itself. `goes_on`: this thread asks for more
         when it is through.
 
         Raises: Refusal (400 unknown sequence, 503 the queue is full), LaneRetired.
@@ -105,13 +93,13 @@ class Scheduler:
                 job.caller.parked(job)
                 if job.deadline_s != NEVER:
                     self._bounded[job.number] = job
-                    heapq.heappush(self._deadlines, (job.deadline_s, job.number))
+                    heapq.heappush(self.deadlines, (job.deadline_s, job.number))
             if work:
                 self._begin(work, now)
             if waits and not polls:
-                # What no thread is free for, and is too long for the one that polls, is taken by whoever comes free, of which this is one.
-                taken = goes_on and not self.free and job.due_s <= now and lane.cost_s > INLINE_RUN_S
-                self._tell(job.deadline_s if taken or not turn else min(job.due_s, job.deadline_s))
+                # What no thread is free for, and is too long for the one that polls, is run by whoever comes free, of which this is one.
+                covered = goes_on and not self.free and job.due_s <= now and lane.cost_s > INLINE_RUN_S
+                self._tell(job.deadline_s if covered or not turn else min(job.due_s, job.deadline_s))
             return work
 
     def forget(self, lane: Lane, number: int | str) -> None:
@@ -275,13 +263,13 @@ class Scheduler:
 
     def expired(self) -> list[Job]:
         """Takes out what has waited until its deadline."""
-        if not self._deadlines or self._deadlines[0][0] > self._clock():
+        if not self.deadlines or self.deadlines[0][0] > self._clock():
             return []
         found = []
         with self._lock:
             now = self._clock()
-            while self._deadlines and self._deadlines[0][0] <= now:
-                job = self._bounded.get(heapq.heappop(self._deadlines)[1])
+            while self.deadlines and self.deadlines[0][0] <= now:
+                job = self._bounded.get(heapq.heappop(self.deadlines)[1])
                 if job is not None and job.deadline_s <= now:
                     self._drop(job, now)
                     found.append(job)
@@ -332,12 +320,12 @@ class Scheduler:
 
     def _unbound(self, job: Job) -> None:
         self._bounded.pop(job.number, None)
-        if len(self._deadlines) > SPARE_DEADLINES + 2 * self.waiting:
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._bounded]
-            heapq.heapify(self._deadlines)
+        if len(self.deadlines) > SPARE_DEADLINES + 2 * self.waiting:
+            self.deadlines = [entry for entry in self.deadlines if entry[1] in self._bounded]
+            heapq.heapify(self.deadlines)
 
     def _begin(self, work: list[Job], now: float) -> None:
-        """`now` is NEVER for the polling thread, which looks at what is left by itself."""
+        """`now` is NEVER for the polling thread, which asks for what is left by itself."""
         lane = work[0].lane
         lane.begin(work)
         for job in work:
@@ -394,11 +382,11 @@ class Scheduler:
 
     def _when(self, now: float) -> float:
         """When time alone changes what can be done, of what could not be done at `now`, the reading that was decided with. What only
-        waits for a thread, or for a run to end, is looked at by whoever brings that.
+        waits for a thread, or for a run to end, is decided by whoever brings that.
         """
         dues = [lane.due_s for lane in self._lanes]
         soonest = min((due for due in dues if due > now), default=NEVER)
-        return min(soonest, self._deadlines[0][0] if self._deadlines else NEVER)
+        return min(soonest, self.deadlines[0][0] if self.deadlines else NEVER)
 
     def _tell(self, at_s: float) -> None:
         if at_s < self._next_s:

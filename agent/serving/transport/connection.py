@@ -29,8 +29,6 @@ JOIN_BYTES = 16 * 1024  # copying an answer up to here into one buffer is cheape
 END_OF_HEAD = b"\r\n\r\n"
 CR = 0x0D
 MAX_REPEATED_BYTES = 2048  # of the JSON before tensors that is compared with that of the last request
-
-
 _RUN = Pace.RUN
 NOTHING = -1  # what `receive` gives when it would block
 END = 0  # and when the peer closed, or the connection broke
@@ -271,7 +269,7 @@ class Connection:
     def _begin_large(self, head: Head) -> None:
         """A buffer of exactly this body, placed so that the tensors after its JSON are aligned."""
         try:
-            self._large = self._pool.take(head.length + ALIGNMENT)
+            self._large = self._pool.lend(head.length + ALIGNMENT)
         except Exhausted:
             raise BadRequest(503, TOO_MANY) from None
         offset = -(head.header_length or 0) % ALIGNMENT
@@ -337,9 +335,8 @@ class Connection:
         if self._start == self._end:
             self._start = self._end = self._empty
         else:
-            self.arrived_s = (
-                self._received_s
-            )  # the request that was just answered was not complete before that, so the next came with it
+            # The request that was just answered was not complete before that, so the next came with it.
+            self.arrived_s = self._received_s
 
     # -- out ---------------------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,8 @@ from collections.abc import Callable, Sequence
 from agent.serving.access import Grant
 from agent.serving.buffers import LARGE_BODIES_AT_ONCE, BufferPool
 from agent.serving.routes import Router
-from agent.serving.scheduling.scheduler import Scheduler, busy_threads, loop_threads
+from agent.serving.scheduling.scheduler import Scheduler
+from agent.serving.scheduling.threads import busy_threads, loop_threads
 from agent.serving.shared.memory import ClientMemory
 from agent.serving.transport.admission import Admission
 from agent.serving.transport.connection import Connection

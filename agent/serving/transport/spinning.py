@@ -17,7 +17,7 @@ PROMPT_ROUNDS = 4  # so many in a row by the same client, before it is waited fo
 USUAL_TIMES = 3  # so many times as long as the client usually takes is it waited for awake,
 USUAL_SPARE_S = 50e-6  # and this much longer
 USUAL_SHARE = 1 / 8  # of the newest wait in what is usual: another client is known before it is waited for awake
-TAKEN_S = 20e-6  # one look takes 1 to 3 µs; between two that lie so far apart somebody else had the processor
+LOST_S = 20e-6  # one poll takes 1 to 3 µs; between two that lie so far apart somebody else had the processor
 MOST_FAILURES = 6  # in a row that count: then 4 to the power of 5 rounds asleep
 
 Events = list[tuple[int, int]]
@@ -41,9 +41,9 @@ class Spinner:
         if self._rounds >= PROMPT_ROUNDS:
             alone, until = True, began + min(SPIN_S, USUAL_TIMES * self._usual_s + USUAL_SPARE_S)
             while not found and now < until:
-                looked, found = now, poll(0)
+                asked, found = now, poll(0)
                 now = clock()
-                alone = alone and now - looked < TAKEN_S
+                alone = alone and now - asked < LOST_S
             if alone and found:
                 self._failures = 0
             else:
