@@ -26,6 +26,7 @@ from agent.host.throttle import Throttle
 from agent.serving import selfcheck
 from agent.serving.access import AccessTable
 from agent.serving.api import memoryroutes
+from agent.serving.api.changes import Changes
 from agent.serving.api.control import Control
 from agent.serving.api.extensions import Extensions, Repository
 from agent.serving.api.metrics import Metrics
@@ -111,9 +112,10 @@ def assemble(store: Store | None, settings: ServeSettings, notes: Path | None = 
     dataplane.summon = residency.summon
     protocol = Protocol(host, dataplane, shared_memory=settings.shared_memory != "off")
     shadows = Shadows(host, scheduler, Throttle(settings.shadow_max_load, settings.shadow_max_celsius))
-    control = Control(host, store, residency, Swapper(host, scheduler, residency), shadows)
+    changes = Changes(host, store, residency, Swapper(host, scheduler, residency))
+    control = Control(host, residency, changes, shadows)
     repository, logs, traces = (
-        Repository(control),
+        Repository(changes),
         LogSettings(),
         TraceSettings(settings.trace_ratio if settings.traces else 0.0),
     )

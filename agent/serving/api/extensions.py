@@ -10,7 +10,7 @@ import msgspec
 from agent.contract.names import check_model
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
-from agent.serving.api.control import Control
+from agent.serving.api.changes import Changes
 from agent.serving.api.json_body import read_body
 from agent.serving.api.parameters import shown
 from agent.serving.api.settings import LogSettings, TraceSettings
@@ -30,8 +30,8 @@ class RepositoryRequest(msgspec.Struct):
 class Repository:
     """Loading and unloading by model name, for every transport. What is loaded is what was signed, so nothing can be put over it."""
 
-    def __init__(self, control: Control) -> None:
-        self._control = control
+    def __init__(self, changes: Changes) -> None:
+        self._changes = changes
 
     def load(self, name: str, parameters: Mapping[str, object]) -> None:
         """Raises: Refusal."""
@@ -41,14 +41,14 @@ class Repository:
                     501, f"parameter {shown(key)} is not supported: a model runs with the files and settings of its release"
                 )
             raise Refusal(400, f"parameter {shown(key)} is not known; loading takes none")
-        self._control.load_selected(_checked(name))
+        self._changes.load_selected(_checked(name))
 
     def unload(self, name: str, parameters: Mapping[str, object]) -> None:
         """Raises: Refusal."""
         for key in parameters:
             if key != "unload_dependents":
                 raise Refusal(400, f"parameter {shown(key)} is not known; unloading takes 'unload_dependents'")
-        self._control.unload_all(_checked(name))
+        self._changes.unload_all(_checked(name))
 
 
 def _checked(name: str) -> str:

@@ -231,7 +231,7 @@ class Connection:
             self._start = self._end = self._empty
             return None
         if left == 1 and self._reader is None and self._buffer[self._start] == CR:
-            self._compact()  # half an empty line is not the beginning of a head
+            self._move(0)  # half an empty line is not the beginning of a head
             return None
         if self._reader is None:
             self._reader = HeadReader()
@@ -243,7 +243,7 @@ class Connection:
         if stop - self._start > MAX_HEAD_BYTES:
             raise BadRequest(431, f"the request's head is larger than {MAX_HEAD_BYTES} bytes")
         if at < 0:
-            self._compact()
+            self._move(0)
             return None
         head = self._reader.finish(bytes(self._view[self._start : stop]), self._router, self.grant.web)
         self._reader = None
@@ -262,7 +262,7 @@ class Connection:
             self._chunks = ChunkedBody(self._max_body, self._pool)
         elif head.length > BUFFER_BYTES - self._start:
             if head.length <= BUFFER_BYTES:
-                self._compact(-(self._base + (head.header_length or 0)) % ALIGNMENT)
+                self._move(-(self._base + (head.header_length or 0)) % ALIGNMENT)
             else:
                 self._begin_large(head)
 
@@ -303,17 +303,14 @@ class Connection:
         except Exhausted:
             raise BadRequest(503, TOO_MANY) from None
         if not self._chunks.done:
-            self._compact()
+            self._move(0)
             return None
         return memoryview(self._chunks.body)
 
-    def _compact(self, to: int = 0) -> None:
-        """Moves what is unused to the front, so that there is room behind it."""
-        if self._start != to:
-            self._move(to)
-
     def _move(self, to: int) -> None:
-        """Moves what is unused to where it is to begin."""
+        """Moves what is unused to where it is to begin, so that there is room behind it."""
+        if self._start == to:
+            return
         count = self._end - self._start
         self._view[to : to + count] = self._view[self._start : self._end]
         self._start, self._end = to, to + count
