@@ -41,7 +41,9 @@ def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> None
 
 
 def zeros(specs: Sequence[TensorSpec]) -> dict[str, Array] | None:
-    """An array of zeros per input that is not optional, free sizes being 1. None when zeros would mean nothing, or take much memory."""
+    """An array of zeros per input that is not optional, free sizes being 1. None when zeros would mean nothing, or take much
+    memory.
+    """
     specs = [spec for spec in specs if not spec.optional]
     if any(spec.datatype == "BYTES" for spec in specs):
         return None
@@ -53,8 +55,8 @@ def zeros(specs: Sequence[TensorSpec]) -> dict[str, Array] | None:
 
 
 def read_npz(path: Path) -> dict[str, Array]:
-    """The arrays of an .npz as models take them: in C order, texts (which NumPy saves as S or U) as `bytes` objects. Those without dimensions
-    stay so. Pickled objects are not read: they could run code.
+    """The arrays of an .npz as models take them: in C order, texts (which NumPy saves as S or U) as `bytes` objects. Those
+    without dimensions stay so. Pickled objects are not read: they could run code.
 
     Raises: ValueError when it is no such file.
     """

@@ -1,4 +1,6 @@
-"""Tries whether a runtime keeps the contract, for the tests of a runtime in a package of its own: see docs/how-to/add-a-runtime.md."""
+"""Tries whether a runtime keeps the contract, for the tests of a runtime in a package of its own: see
+docs/how-to/add-a-runtime.md.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class Broken(AssertionError):
 
 
 def check(runtime: Runtime, path: Path, feeds: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
-    """Loads the model at `path`, runs it with `feeds` in every way the agent does, and looks for what the agent could not live with.
+    """Loads the model at `path`, runs it with `feeds` in every way the agent does, and looks for what the agent could not live
+    with.
 
     `expected` has every output for `feeds`, bit for bit.  Raises: Broken.
     """

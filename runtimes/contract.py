@@ -35,8 +35,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype(np.uint16),
     "BYTES": np.dtype(np.object_),
 }
-"""Open Inference Protocol datatype → NumPy dtype of the arrays that cross this contract. BYTES arrays hold `bytes` objects; BF16, which
-NumPy does not have, crosses as its 16 bits: the upper half of a float32."""
+"""Open Inference Protocol datatype → NumPy dtype of the arrays that cross this contract. BYTES arrays hold `bytes` objects;
+BF16, which NumPy does not have, crosses as its 16 bits: the upper half of a float32.
+"""
 
 DATATYPES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
 """What an array of this dtype is when nothing else is said: uint16 is UINT16."""
@@ -53,7 +54,9 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An input or output of a loaded model. `shape` has -1 where any size goes; it is (-1,) where any number of dimensions does, too."""
+    """An input or output of a loaded model. `shape` has -1 where any size goes; it is (-1,) where any number of dimensions
+    does, too.
+    """
 
     name: str
     datatype: str
@@ -75,8 +78,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A way to ask a model that its file has a name for. `inputs` and `outputs`: its names for tensors, in order, and the tensors, whose
-    own names are those that `Model.run` takes.
+    """A way to ask a model that its file has a name for. `inputs` and `outputs`: its names for tensors, in order, and the
+    tensors, whose own names are those that `Model.run` takes.
     """
 
     name: str
@@ -97,8 +100,8 @@ class Placement:
 class LoadOptions:
     """`threads` is how many one run may use (0: the engine's choice). `extra` holds the variant's options from the manifest.
 
-    `data` are the other files of a model that is several: its own name for each, and where that is. None: they lie beside the model.
-    `libraries` are files of native code with operators that the engine does not have.
+    `data` are the other files of a model that is several: its own name for each, and where that is. None: they lie beside the
+    model. `libraries` are files of native code with operators that the engine does not have.
     """
 
     threads: int = 1
@@ -109,8 +112,8 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What is inside a model file. `providers` says of each provider that this machine's engine has how many of the file's operators it
-    takes; `weights_bytes` is None where it is not known.
+    """What is inside a model file. `providers` says of each provider that this machine's engine has how many of the file's
+    operators it takes; `weights_bytes` is None where it is not known.
     """
 
     format: str = ""
@@ -152,7 +155,8 @@ class Model(Protocol):
     def placement(self) -> Placement: ...
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
-        """The named `outputs` (all of them, in the model's order, when None). `feeds` holds every input but optional ones, C-contiguous.
+        """The named `outputs` (all of them, in the model's order, when None). `feeds` holds every input but optional ones,
+        C-contiguous.
 
         The returned arrays belong to the caller. Raises: InputInvalid, RunFailed.
         """
@@ -176,7 +180,9 @@ class ModelSequence(Protocol):
 
 @runtime_checkable
 class Signed(Protocol):
-    """What a Model has in addition when its file names ways to ask it. The inputs and outputs of the Model are those of one of them."""
+    """What a Model has in addition when its file names ways to ask it. The inputs and outputs of the Model are those of one of
+    them.
+    """
 
     @property
     def signatures(self) -> tuple[Signature, ...]:
@@ -220,7 +226,9 @@ class Runtime(Protocol):
 
 @runtime_checkable
 class Describing(Protocol):
-    """What a Runtime has in addition when it can say what is inside a model file, for people who look at a file before they serve it."""
+    """What a Runtime has in addition when it can say what is inside a model file, for people who look at a file before they
+    serve it.
+    """
 
     def outline(self, path: Path) -> Description:
         """What the file itself says, without any engine: its providers are not known."""

@@ -1,7 +1,7 @@
 """Just enough of the flatbuffer format to look into a model file without copying it: fields of a table, vectors, texts.
 
-A table is told by where it lies, a field by its number in the schema. Each function raises ValueError, IndexError or struct.error where
-the bytes are not what they should be.
+A table is told by where it lies, a field by its number in the schema. Each function raises ValueError, IndexError or
+struct.error where the bytes are not what they should be.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 """Whether a request could end or hang the process that runs a model, found in the model's file before it is loaded.
 
-Engines trust the values that they compute with. What was tried (ONNX Runtime 1.31 and LiteRT 2.3 on x86-64, over 600 calls of 90
-operators with values at and beyond the edges, each in a process of its own) and came to harm:
+Engines trust the values that they compute with. What was tried (ONNX Runtime 1.31 and LiteRT 2.3 on x86-64, over 600 calls of
+90 operators with values at and beyond the edges, each in a process of its own) and came to harm:
 
-- Integer division: the least INT32 or INT64 by -1 has no result, and the processor ends the process (SIGFPE); ONNX's Div and Mod, TFLite's
-  FLOOR_MOD. Division by zero is refused by both engines, smaller integers are computed as larger ones. Only x86 has this trap.
+- Integer division: the least INT32 or INT64 by -1 has no result, and the processor ends the process (SIGFPE); ONNX's Div and
+  Mod, TFLite's FLOOR_MOD. Division by zero is refused by both engines, smaller integers are computed as larger ones. Only x86
+  has this trap.
 - Loops whose end depends on what was asked run for as long as that says, and nothing can stop them but the end of the process.
-- Tensors whose size is a value of the request can take all memory: what the engine cannot allocate is refused, but what it can allocate and the
-  machine does not have ends some process.
+- Tensors whose size is a value of the request can take all memory: what the engine cannot allocate is refused, but what it can
+  allocate and the machine does not have ends some process.
 
-So a value is followed from the inputs through the graph; a size that comes from the shape of an input is bounded by the request's own size
-and is not followed. Nothing is found in a file that is not understood, or of a runtime of a third party, which may have `hazards(path)` itself.
+So a value is followed from the inputs through the graph; a size that comes from the shape of an input is bounded by the
+request's own size and is not followed. Nothing is found in a file that is not understood, or of a runtime of a third party,
+which may have `hazards(path)` itself.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ SHAPES = frozenset({"Shape", "Size", "SHAPE", "RANK", "ConstantOfShape", "ZEROS_
 """Operators whose results depend on the shapes of what they are given, not on its values."""
 
 MOST_STEPS = 300_000
-"""At nodes. Bodies within loops are walked again and again: 24 loops within each other, a file of 3 KB, would take days. This is a second."""
+"""At nodes. Bodies within loops are walked again and again: 24 loops within each other, a file of 3 KB, would take days. This
+is a second.
+"""
 
 UNSEEN = "it is nested too deeply to see what a request could do"
 
@@ -78,7 +82,9 @@ def _is_of_ort(path: Path) -> bool:
 
 
 def judge(graphs: Sequence[Graph], *, traps: bool) -> tuple[str, ...]:
-    """The same of graphs that a request may run. `traps`: whether an integer division without a result ends a process on this machine."""
+    """The same of graphs that a request may run. `traps`: whether an integer division without a result ends a process on this
+    machine.
+    """
     found: dict[str, None] = {}
     steps = iter(range(MOST_STEPS))
     try:
@@ -163,8 +169,8 @@ class _Walk:
         return [name in after for name in body.outputs]
 
     def _loop(self, node: Node, told: set[str], types: dict[str, str], constants: Mapping[str, Collection[int]]) -> list[bool]:
-        """ONNX: inputs are most, condition, carried; the body has number, condition, carried → condition, carried, gathered. TFLite: all is
-        carried, the condition is a graph of its own, and no graph knows the names of another.
+        """ONNX: inputs are most, condition, carried; the body has number, condition, carried → condition, carried, gathered.
+        TFLite: all is carried, the condition is a graph of its own, and no graph knows the names of another.
         """
         of_onnx = node.op == "Loop"
         body = node.bodies[-1]
@@ -195,7 +201,9 @@ class _Walk:
 
     @staticmethod
     def _onnx_ends(node: Node, told: Collection[str], after: Collection[str], constants: Mapping[str, Collection[int]]) -> bool:
-        """Whether how often an ONNX Loop goes round depends on the request, and nothing bounds it. `after`: what does so in its body."""
+        """Whether how often an ONNX Loop goes round depends on the request, and nothing bounds it. `after`: what does so in its
+        body.
+        """
         most = node.inputs[0] if node.inputs else ""
         if most in told:
             return True

@@ -1,7 +1,7 @@
 """Whether this processor and engine add int8 products exactly, found out by having them do it.
 
-On x86 without VNNI, ONNX Runtime's kernels for uint8 and int8 add two products in 16 bits, and what does not fit is cut off. What an engine
-does on which processor changes with its versions, so nothing is concluded from the processor's name.
+On x86 without VNNI, ONNX Runtime's kernels for uint8 and int8 add two products in 16 bits, and what does not fit is cut off.
+What an engine does on which processor changes with its versions, so nothing is concluded from the processor's name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ LARGEST = ((255, 127), (255, -128))
 
 @cache
 def overflow(engine: Any) -> bool:
-    """Whether sums of large products come out wrong. Takes a millisecond, once. An engine that cannot be asked is taken to be wrong."""
+    """Whether sums of large products come out wrong. Takes a millisecond, once. An engine that cannot be asked is taken to be
+    wrong.
+    """
     settings = engine.SessionOptions()
     settings.intra_op_num_threads = settings.inter_op_num_threads = 1
     settings.log_severity_level = 4

@@ -1,4 +1,6 @@
-"""What engines say when they refuse something, in words for whoever asked: no prefixes, no lines of source, no paths of this machine."""
+"""What engines say when they refuse something, in words for whoever asked: no prefixes, no lines of source, no paths of this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def plain(text: str) -> str:
 
 
 def _end_of_place(text: str, at: int) -> int:
-    """Where the message begins after a line of source: behind the function and the condition that failed there, as far as they are told."""
+    """Where the message begins after a line of source: behind the function and the condition that failed there, as far as they
+    are told.
+    """
     function = FUNCTION.match(text, at)
     if function:
         at = _end_of_function(text, function.end())
@@ -43,7 +47,9 @@ def _end_of_place(text: str, at: int) -> int:
 
 
 def _end_of_function(text: str, at: int) -> int:
-    """Behind the parameters, and what a compiler says of a function after them: const, a lambda in it, what its templates stand for."""
+    """Behind the parameters, and what a compiler says of a function after them: const, a lambda in it, what its templates stand
+    for.
+    """
     while at < len(text):
         if text[at] in "([":
             at = _closed(text, at)

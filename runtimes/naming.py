@@ -1,7 +1,8 @@
 """Which names requests may use for the tensors of a model, and which tensor each of them means.
 
-A request that names no signature uses the model's own names, and those of the default signature where they are not another tensor's. One
-that names a signature uses that signature's names; with the default one, the model's own too where they mean nothing else.
+A request that names no signature uses the model's own names, and those of the default signature where they are not another
+tensor's. One that names a signature uses that signature's names; with the default one, the model's own too where they mean
+nothing else.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """One way to ask. `inputs` and `outputs` have every name that is understood; the tensors there have the names that `Model.run` takes.
-    `said_inputs` and `said_outputs` are what is told of it, under the names that belong to it.
+    """One way to ask. `inputs` and `outputs` have every name that is understood; the tensors there have the names that
+    `Model.run` takes. `said_inputs` and `said_outputs` are what is told of it, under the names that belong to it.
     """
 
     inputs: Mapping[str, TensorSpec]

@@ -303,8 +303,8 @@ class OnnxModel:
 
 
 def _run_of(session: Any) -> Any:
-    """The engine's `run` without what InferenceSession.run does around it: looking for missing inputs, which the engine does too, and
-    going on with another device when one fails, of which nobody would hear.
+    """The engine's `run` without what InferenceSession.run does around it: looking for missing inputs, which the engine does
+    too, and going on with another device when one fails, of which nobody would hear.
     """
     return getattr(session, "_sess", session).run
 

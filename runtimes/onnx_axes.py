@@ -1,5 +1,5 @@
-"""Which axis of an input or output a scale per axis belongs to, when operators that only move elements lie between it and the tensor that
-is quantized. Where that cannot be said, or no single axis has it, nothing is said.
+"""Which axis of an input or output a scale per axis belongs to, when operators that only move elements lie between it and the
+tensor that is quantized. Where that cannot be said, or no single axis has it, nothing is said.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""An ONNX file as the graph that `hazards` judges: operators, the names of values, types as far as the file tells them, small constants.
+"""An ONNX file as the graph that `hazards` judges: operators, the names of values, types as far as the file tells them, small
+constants.
 
-Field numbers are those of onnx.proto (ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto, ValueInfoProto, FunctionProto).
+Field numbers are those of onnx.proto (ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto, ValueInfoProto,
+FunctionProto).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Weights that an ONNX file keeps in other files: which files it names, whether it may, and the model with other names for them.
+"""Weights that an ONNX file keeps in other files: which files it names, whether it may, and the model with other names for
+them.
 
-A release's files lie in the store under their hashes, in one folder, so an engine would not find `model.onnx_data` there. Links are no way out:
-ONNX Runtime 1.31 refuses symbolic links, and files with several hard links, in the bodies of If and Loop. So the model is given to the engine
-as bytes in which each location is the path of the file that belongs there, seen from the folder that has them all: nothing is copied but the
-graph, and no name that the model says is ever opened.
+A release's files lie in the store under their hashes, in one folder, so an engine would not find `model.onnx_data` there. Links
+are no way out: ONNX Runtime 1.31 refuses symbolic links, and files with several hard links, in the bodies of If and Loop. So
+the model is given to the engine as bytes in which each location is the path of the file that belongs there, seen from the
+folder that has them all: nothing is copied but the graph, and no name that the model says is ever opened.
 
 Field numbers are those of onnx.proto.
 """
@@ -38,7 +39,9 @@ LOCATION = "location"
 
 
 def tensors(data: Wire, part: str = "model") -> Iterator[memoryview]:
-    """Every tensor in it, wherever it is: of graphs, of the bodies of If, Loop and Scan, of functions, of constants.  Raises: as `fields`."""
+    """Every tensor in it, wherever it is: of graphs, of the bodies of If, Loop and Scan, of functions, of constants.  Raises: as
+    `fields`.
+    """
     inside = PARTS[part]
     for number, value in fields(data):
         kind = inside.get(number)
@@ -92,7 +95,9 @@ def all_beside(path: Path) -> dict[str, Path]:
 
 
 def beside(path: Path, location: str) -> Path:
-    """Where the file is that the model at `path` calls so.  Raises: ModelInvalid when it is missing, or is not below the model's folder."""
+    """Where the file is that the model at `path` calls so.  Raises: ModelInvalid when it is missing, or is not below the model's
+    folder.
+    """
     check_location(location)
     folders = {path.resolve().parent, path.parent.resolve()}  # a model may be a link into a cache that has its data files, too
     file = (path.parent / location).resolve()

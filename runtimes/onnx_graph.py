@@ -1,4 +1,5 @@
-"""Scale and zero point of an ONNX model's quantized inputs and outputs, and which of them have any rank, read from the file itself.
+"""Scale and zero point of an ONNX model's quantized inputs and outputs, and which of them have any rank, read from the file
+itself.
 
 ONNX Runtime does not expose the graph and the `onnx` package is not something a device needs, so this reads just enough of the
 protobuf wire format: the nodes next to the graph's inputs and outputs and the constants they name. Everything else is skipped
@@ -179,7 +180,9 @@ def _mover(graph: _Graph, node: _Node) -> _Node:
 
 
 def _parameters(graph: _Graph, node: _Node, scale: int, zero: int, axes: Axes) -> Quantization | None:
-    """Scales per axis only where they belong to one axis of the input or output itself (`axes`: those of what the node reads or writes)."""
+    """Scales per axis only where they belong to one axis of the input or output itself (`axes`: those of what the node reads or
+    writes).
+    """
     scale_bytes = graph.constants.get(node.inputs[scale]) if len(node.inputs) > scale else None
     if scale_bytes is None:
         return None

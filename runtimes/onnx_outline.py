@@ -29,8 +29,9 @@ FEW = 8  # numbers in an attribute are the geometry of an operator (strides, pad
 
 @dataclass(slots=True)
 class Outline:
-    """What a model is made of. `operators` counts nodes by type, in the bodies of If, Loop and Scan and in functions too; `weights_bytes` are
-    those of all tensors, in the file and in its other files, and of what the operators of trees and linear models keep in attributes.
+    """What a model is made of. `operators` counts nodes by type, in the bodies of If, Loop and Scan and in functions too;
+    `weights_bytes` are those of all tensors, in the file and in its other files, and of what the operators of trees and linear
+    models keep in attributes.
     """
 
     opsets: dict[str, int] = field(default_factory=dict)

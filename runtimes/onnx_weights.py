@@ -1,9 +1,10 @@
-"""Whether an ONNX file has int8 weights that take more than 7 bits, wherever it keeps them. Two products of such a weight may be more
-than 16 bits hold, which some processors' kernels add them in (see `sums`).
+"""Whether an ONNX file has int8 weights that take more than 7 bits, wherever it keeps them. Two products of such a weight may
+be more than 16 bits hold, which some processors' kernels add them in (see `sums`).
 
-Weights are initializers and constants: of the graph, of the bodies of If, Loop and Scan, of functions. Those that are floats in the file
-and go through QuantizeLinear become int8 when the engine loads them, and are taken to be wide, as are those kept outside of the file.
-Field numbers are those of onnx.proto (ModelProto, GraphProto, FunctionProto, NodeProto, AttributeProto, TensorProto).
+Weights are initializers and constants: of the graph, of the bodies of If, Loop and Scan, of functions. Those that are floats in
+the file and go through QuantizeLinear become int8 when the engine loads them, and are taken to be wide, as are those kept
+outside of the file. Field numbers are those of onnx.proto (ModelProto, GraphProto, FunctionProto, NodeProto, AttributeProto,
+TensorProto).
 """
 
 from __future__ import annotations

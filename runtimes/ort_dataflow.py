@@ -1,6 +1,7 @@
 """An ONNX model in ORT's own format as the graph that `hazards` judges.
 
-Field numbers are those of ONNX Runtime's ort.fbs. Functions of the file are not in it: the engine has put what they do in their place.
+Field numbers are those of ONNX Runtime's ort.fbs. Functions of the file are not in it: the engine has put what they do in their
+place.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def read(path: Path) -> list[Graph]:
 
 
 def _graph(data: Data, table: int, seen: list[int], depth: int = 0) -> Graph:
-    """`seen`: the graphs so far. A file in which one is in two places, or too deep, is not the engine's work, and could be walked for ever."""
+    """`seen`: the graphs so far. A file in which one is in two places, or too deep, is not the engine's work, and could be
+    walked for ever.
+    """
     if table in seen or depth > DEEPEST:
         raise ValueError("a graph is within itself")
     seen.append(table)

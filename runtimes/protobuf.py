@@ -1,4 +1,6 @@
-"""Just enough of the protobuf wire format to look into a model file without copying it: the fields of a message, one after the other."""
+"""Just enough of the protobuf wire format to look into a model file without copying it: the fields of a message, one after the
+other.
+"""
 
 from __future__ import annotations
 

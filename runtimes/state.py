@@ -1,6 +1,7 @@
 """State that a release declares as pairs of an input and the output it is fed from, for engines that hold none themselves.
 
-The inputs named vanish from what callers see. They begin as zeros, a free size being 1, and then are what the run before it gave.
+The inputs named vanish from what callers see. They begin as zeros, a free size being 1, and then are what the run before it
+gave.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ ENGINES = (("LiteRT", "ai_edge_litert"), ("tflite-runtime", "tflite_runtime"))
 class TfliteRuntime:
     """Loads `.tflite` files. It keeps the first engine that proves itself by loading a model.
 
-    Variant options: `signature` is the one that is asked when a request names none (else `serving_default`, else the file's first).
+    Variant options: `signature` is the one that is asked when a request names none (else `serving_default`, else the file's
+    first).
     """
 
     contract_version = CONTRACT_VERSION

@@ -35,7 +35,9 @@ OPERATORS = {
 
 
 def read(path: Path) -> list[Graph]:
-    """The graphs that a request may run: the first one, and that of each signature. None of them where the file is not understood."""
+    """The graphs that a request may run: the first one, and that of each signature. None of them where the file is not
+    understood.
+    """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = _File(data)

@@ -1,5 +1,5 @@
-"""What the engine does not tell about a TFLite file, read from the file itself: its signatures, whether it remembers anything from one run
-to the next, which shapes are of any rank, and which outputs nothing writes.
+"""What the engine does not tell about a TFLite file, read from the file itself: its signatures, whether it remembers anything
+from one run to the next, which shapes are of any rank, and which outputs nothing writes.
 
 A file that is not understood has nothing of it. Field numbers are those of schema.fbs.
 """
@@ -71,7 +71,9 @@ def read_facts(path: Path) -> Facts:
 
 
 def read_operators(path: Path) -> dict[int | str, int]:
-    """How many there are of each in all subgraphs: by number in the schema, custom ones by name. None where the file is not understood."""
+    """How many there are of each in all subgraphs: by number in the schema, custom ones by name. None where the file is not
+    understood.
+    """
     found: Counter[int | str] = Counter()
     with (
         contextlib.suppress(*UNREADABLE),

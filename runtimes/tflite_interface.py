@@ -1,7 +1,7 @@
 """What a TFLite file can be asked, and under which names: its first subgraph, and each of its signatures.
 
-Tensors are called as the file calls them. One without a name, or with the name of another, is called as the default signature calls it,
-else by its place (`input_0`). Signatures have names of their own; see `runtimes.contract.Signature`.
+Tensors are called as the file calls them. One without a name, or with the name of another, is called as the default signature
+calls it, else by its place (`input_0`). Signatures have names of their own; see `runtimes.contract.Signature`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One way to run the file. `key` is the signature that the engine is to run; None for the first subgraph, by the indexes of tensors."""
+    """One way to run the file. `key` is the signature that the engine is to run; None for the first subgraph, by the indexes of
+    tensors.
+    """
 
     key: str | None
     inputs: tuple[TensorSpec, ...]
@@ -53,7 +55,8 @@ class Method:
 
 
 def methods_of(native: Any, facts: Facts, path: Path, wanted: str) -> tuple[Method, ...]:
-    """The default one first: the signature `wanted`, else serving_default, else the first one; the first subgraph where it has none.
+    """The default one first: the signature `wanted`, else serving_default, else the first one; the first subgraph where it has
+    none.
 
     Raises: ModelInvalid.
     """

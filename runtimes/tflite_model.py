@@ -1,7 +1,8 @@
 """A loaded TFLite file: pools of interpreters, and interpreters of sequences.
 
-An interpreter is native, not thread-safe, and keeps what a model remembers. A request without a sequence gets one in which nobody's run has
-left anything: its variables are reset, or, where the engine cannot reset what it holds (resources), it is new and used once.
+An interpreter is native, not thread-safe, and keeps what a model remembers. A request without a sequence gets one in which
+nobody's run has left anything: its variables are reset, or, where the engine cannot reset what it holds (resources), it is new
+and used once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class BrokenEngine(Exception):
 
 
 class Interpreter:
-    """One native interpreter, the input shapes that its first subgraph is allocated for, and those that it ran last for its pool."""
+    """One native interpreter, the input shapes that its first subgraph is allocated for, and those that it ran last for its
+    pool.
+    """
 
     def __init__(self, native: Any, allocated: Shapes) -> None:
         self.native = native
@@ -52,7 +55,9 @@ class Interpreter:
         self.allocated = shapes
 
     def runner(self, key: str) -> Any:
-        """What runs a signature; it resizes and allocates as it needs. While it is kept, the engine refuses to run the first subgraph."""
+        """What runs a signature; it resizes and allocates as it needs. While it is kept, the engine refuses to run the first
+        subgraph.
+        """
         if key not in self.runners:
             self.runners[key] = self.native.get_signature_runner(key)
         return self.runners[key]
@@ -302,8 +307,8 @@ def create(new_interpreter: NewInterpreter, path: Path, threads: int, shapes: Sh
 
 
 def allocate(native: Any, shapes: Shapes | None = None) -> Shapes:
-    """Gives the input shapes that it is allocated for: `shapes`, or those in the file. Where these stand for free ones and are too small for
-    the model, the first larger ones that it takes.  Raises: RuntimeError, ValueError.
+    """Gives the input shapes that it is allocated for: `shapes`, or those in the file. Where these stand for free ones and are
+    too small for the model, the first larger ones that it takes.  Raises: RuntimeError, ValueError.
     """
     details = native.get_input_details()
     in_file: Shapes = tuple(tuple(int(n) for n in detail["shape"]) for detail in details)

@@ -1,7 +1,8 @@
 """Which sizes of requests are usual for a model, so that what its engine keeps for an unusual one goes back to the machine.
 
-Engines keep the memory of a run for the next one, which saves the kernel's work of giving and clearing it: a run of 40 ms with 64 images took 1.5
-times as long without (ONNX Runtime 1.31, x86-64). But one large request would keep its memory for as long as the model is loaded: 109 MB here.
+Engines keep the memory of a run for the next one, which saves the kernel's work of giving and clearing it: a run of 40 ms with
+64 images took 1.5 times as long without (ONNX Runtime 1.31, x86-64). But one large request would keep its memory for as long as
+the model is loaded: 109 MB here.
 """
 
 from __future__ import annotations

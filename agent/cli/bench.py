@@ -79,7 +79,8 @@ def bench(
     """Measure a model on a running server: latency, throughput, CPU time and memory.
 
     Each client is a process of its own that sends the next request when it has the answer to the last. Times are as a client
-    sees them. CPU time and memory are the server's, known when it runs on this machine under a user whose processes you may see.
+    sees them. CPU time and memory are the server's, known when it runs on this machine under a user whose processes you may
+    see.
 
     \b
     Examples:

@@ -48,9 +48,10 @@ def inspect(
 ) -> None:
     """Show what a model file holds and what it takes to serve it.
 
-    Inputs, outputs and their quantization, operators and weights wherever the file or its other files have them, with what a request could
-    end or hang its process, which provider of this machine's engine takes how many operators, and what loading and one run on zeros took. The
-    file is loaded in a process of its own: one that crashes or hangs the engine harms nothing, and what is known without it is shown.
+    Inputs, outputs and their quantization, operators and weights wherever the file or its other files have them, with what a
+    request could end or hang its process, which provider of this machine's engine takes how many operators, and what loading
+    and one run on zeros took. The file is loaded in a process of its own: one that crashes or hangs the engine harms nothing,
+    and what is known without it is shown.
 
     \b
     Examples:

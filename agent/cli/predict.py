@@ -55,7 +55,8 @@ def predict(
       edge-agent predict silero --input input=chunk.npy --input state=state.npy --input sr=sr.npy
       edge-agent predict digits --input inputs.npz --output results.npz
 
-    What is a file as it stands is taken as one, without a name. Otherwise the name ends at the last "=" behind which a file is named.
+    What is a file as it stands is taken as one, without a name. Otherwise the name ends at the last "=" behind which a file is
+    named.
     """
     import numpy as np
 

@@ -3,8 +3,9 @@
     client = Client("/run/edge-agent/agent.sock")
     probabilities = client.infer("digits", image)["probs"]
 
-When the server ends a connection without an answer, because it was restarted, the request is sent once more on a new one, and memory
-that was shared is shared again: predictions and the agent's control routes give the same result when they are asked twice.
+When the server ends a connection without an answer, because it was restarted, the request is sent once more on a new one, and
+memory that was shared is shared again: predictions and the agent's control routes give the same result when they are asked
+twice.
 
 `AsyncClient` is the same for asyncio. `agent.client.triton` lets tritonclient speak to the socket.
 """

@@ -32,8 +32,8 @@ T = TypeVar("T")
 class Client:
     """Talks to the server at `socket_path`. Nothing is connected before the first request.
 
-    It may be used from several threads at once; each request has a connection of its own, kept open between requests. Tensors of
-    `share_from_bytes` and more go through memory shared with the server instead of through the socket; None: never.
+    It may be used from several threads at once; each request has a connection of its own, kept open between requests. Tensors
+    of `share_from_bytes` and more go through memory shared with the server instead of through the socket; None: never.
     """
 
     def __init__(
@@ -117,7 +117,8 @@ class Client:
     def sequence(
         self, model: str, *, version: int | str | None = None, timeout_s: float | None = None
     ) -> Iterator[StatefulSequence]:
-        """Predictions that share the model's state, in the order they are asked: the first starts it, leaving the block ends it.
+        """Predictions that share the model's state, in the order they are asked: the first starts it, leaving the block ends
+        it.
 
         with client.sequence("speech") as speech:
             for frame in frames:
@@ -133,8 +134,9 @@ class Client:
     def array(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
         """An array of zeros in memory that the server can reach: as an input or in `into` it is not copied at all.
 
-        It lives as long as it is referred to, whatever becomes of connections. Until a call that uses it has returned, changing it changes what the
-        model sees; after a timeout the server may still be reading or writing it.  Raises: OSError, ValueError for objects.
+        It lives as long as it is referred to, whatever becomes of connections. Until a call that uses it has returned, changing
+        it changes what the model sees; after a timeout the server may still be reading or writing it.  Raises: OSError,
+        ValueError for objects.
         """
         return self._arrays.make(shape, dtype)
 
@@ -263,7 +265,9 @@ class StatefulSequence:
             yield self.infer(before.pop(), last=True)
 
     def end(self) -> None:
-        """Lets the server forget the state. The protocol ends a sequence with a request, so the last one is repeated for nothing."""
+        """Lets the server forget the state. The protocol ends a sequence with a request, so the last one is repeated for
+        nothing.
+        """
         if self._last is not None:
             with contextlib.suppress(ClientError):  # it forgets by itself after a while
                 self.infer(self._last, last=True)
@@ -313,7 +317,9 @@ class _Connection:
             raise wire.Ended(str(error), started=False) from error
 
     def _set_timeout(self, deadline: float) -> None:
-        """Setting one takes as long as a short call, so a timeout that is nearly right stays: no call waits more than a quarter longer."""
+        """Setting one takes as long as a short call, so a timeout that is nearly right stays: no call waits more than a quarter
+        longer.
+        """
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             raise TimeoutError

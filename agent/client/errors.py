@@ -79,7 +79,9 @@ def document(answer: Answer) -> object:
 
 
 def loads(text: bytes | memoryview) -> Any:
-    """JSON, and what Triton and TensorFlow Serving write besides: NaN, Infinity and -Infinity.  Raises: ServerFailed for anything else."""
+    """JSON, and what Triton and TensorFlow Serving write besides: NaN, Infinity and -Infinity.  Raises: ServerFailed for
+    anything else.
+    """
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as error:

@@ -1,7 +1,7 @@
 """One prediction as a conversation: which messages to send over a connection, and what their answers mean. No I/O.
 
-`Inference.steps` is a generator: it gives Messages, is sent their Answers, and returns the result. When the connection ends before an
-answer, the caller starts it again on another one; what it has found out stays in the Inference and the Models.
+`Inference.steps` is a generator: it gives Messages, is sent their Answers, and returns the result. When the connection ends
+before an answer, the caller starts it again on another one; what it has found out stays in the Inference and the Models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ MAX_KNOWN = 32  # heads of requests remembered per connection
 
 @dataclass(slots=True)
 class Models:
-    """What a client has learned of the models: the name of the only input, and the metadata of numbered versions, which never change."""
+    """What a client has learned of the models: the name of the only input, and the metadata of numbered versions, which never
+    change.
+    """
 
     only_inputs: dict[tuple[str, str | None, str], str] = field(default_factory=dict)
     versions: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
@@ -115,7 +117,9 @@ def get(path: str) -> Steps[Any]:
 
 
 class Inference:
-    """One call of `infer`. `models` and `arrays` belong to the client; `share_from_bytes` is where copying through memory begins."""
+    """One call of `infer`. `models` and `arrays` belong to the client; `share_from_bytes` is where copying through memory
+    begins.
+    """
 
     def __init__(
         self,

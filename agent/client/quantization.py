@@ -1,7 +1,7 @@
 """Real values to and from the integers of quantized tensors: real = scale * (quantized - zero_point).
 
-`metadata` is a tensor's entry of the model's metadata. Tensors whose datatype is not an integer, or that carry no quantization, pass
-as they are.
+`metadata` is a tensor's entry of the model's metadata. Tensors whose datatype is not an integer, or that carry no quantization,
+pass as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from agent.client.tensors import DTYPES, Array
 
 
 def quantize(values: Array, metadata: Mapping[str, Any]) -> Array:
-    """Floating-point `values` as the tensor's integers, rounded to the nearest and kept within its range; integers stay as they are."""
+    """Floating-point `values` as the tensor's integers, rounded to the nearest and kept within its range; integers stay as they
+    are.
+    """
     found = _parameters(metadata, np.ndim(values))
     array: Array = np.asarray(values)
     if found is None or array.dtype.kind != "f":

@@ -28,7 +28,8 @@ class Access(IntEnum):
 class WebRules:
     """What a request on the loopback port must say besides, because a browser on this machine can be made to send there.
 
-    A page from elsewhere that has its own name resolved to 127.0.0.1 says that name as the host; any other page says its origin.
+    A page from elsewhere that has its own name resolved to 127.0.0.1 says that name as the host; any other page says its
+    origin.
     """
 
     origins: frozenset[str] = frozenset()
@@ -116,7 +117,9 @@ class AccessTable:
         )
 
     def grant(self, peer: Peer) -> Grant:
-        """A peer has the largest class of `everyone` and the rules that match it. If each of those rules names models, it may use only these."""
+        """A peer has the largest class of `everyone` and the rules that match it. If each of those rules names models, it may
+        use only these.
+        """
         who = f"uid {peer.uid}"
         if peer.uid in self._masters:
             return Grant(Access.CONTROL, who, uid=peer.uid)

@@ -27,7 +27,9 @@ class Allowance:
         self.charged = 0  # and with it what else was charged
 
     def reserve(self, size: int, what: str) -> None:
-        """`size` bytes more are about to be made, of `what`.  Raises: Refusal (413 too much for its body, 503 others have so much)."""
+        """`size` bytes more are about to be made, of `what`.  Raises: Refusal (413 too much for its body, 503 others have so
+        much).
+        """
         limit = max(RATIO * self.body_bytes, SMALL_BYTES)
         if self.made + size > limit:
             raise Refusal(

@@ -26,8 +26,8 @@ class Refusal(Exception):
         self.headers = tuple(headers)
 
     def forget(self) -> Refusal:
-        """Itself, without what led to it: that refers to bodies, tensors and clients' memory, and may to itself. So they go now, and not
-        with the next collection.
+        """Itself, without what led to it: that refers to bodies, tensors and clients' memory, and may to itself. So they go
+        now, and not with the next collection.
         """
         self.__traceback__ = self.__cause__ = self.__context__ = None
         return self

@@ -1,8 +1,8 @@
 """The serving process, wired together. The only place that knows all parts.
 
 The order of a start: bind the socket (so that a second server fails at once, and clients wait instead of being refused), load
-the models (`starting`), let the threads run, ask the socket once as a client would, tell systemd READY. The order of the end: tell systemd
-STOPPING, answer what was asked, close the models, remove the socket.
+the models (`starting`), let the threads run, ask the socket once as a client would, tell systemd READY. The order of the end:
+tell systemd STOPPING, answer what was asked, close the models, remove the socket.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def observers_of(settings: ServeSettings) -> list[Observer]:
 def serve_store(config: AgentConfig) -> int:
     """Serves what the store selects until SIGTERM. The exit status of the process.
 
-    Raises: StoreError, ConfigError, SocketError when it cannot start at all. A model that cannot be loaded does not stop the others.
+    Raises: StoreError, ConfigError, SocketError when it cannot start at all. A model that cannot be loaded does not stop the
+    others.
     """
     store = Store(config.store)
     store.check_format(may_be_missing=True)  # at first boot `serve` may be earlier than `sync`
@@ -297,7 +298,9 @@ def _run(
 
 
 def _grpc(parts: Parts, settings: ServeSettings) -> GrpcServer | None:
-    """The gRPC server, bound and not yet started. Its libraries are loaded only when it is wanted.  Raises: ConfigError, SocketError."""
+    """The gRPC server, bound and not yet started. Its libraries are loaded only when it is wanted.  Raises: ConfigError,
+    SocketError.
+    """
     if settings.grpc_socket is None:
         return None
     try:

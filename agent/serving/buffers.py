@@ -66,15 +66,17 @@ class BufferPool:
 
 
 def empty(size: int) -> Bytes:
-    """Undefined bytes that begin at a multiple of ALIGNMENT. Not cleared: that would take the thread which polls tens of milliseconds."""
+    """Undefined bytes that begin at a multiple of ALIGNMENT. Not cleared: that would take the thread which polls tens of
+    milliseconds.
+    """
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + size]
 
 
 def aligned(array: NDArray[Any]) -> NDArray[Any]:
-    """A copy that begins at a multiple of ALIGNMENT. An engine's sums depend, in their last bits, on where its vectors begin: the same
-    request is to get the same answer wherever its bytes came to lie.
+    """A copy that begins at a multiple of ALIGNMENT. An engine's sums depend, in their last bits, on where its vectors begin:
+    the same request is to get the same answer wherever its bytes came to lie.
     """
     copy = empty(array.nbytes).view(array.dtype).reshape(array.shape)
     copy[...] = array

@@ -1,7 +1,7 @@
 """Content codings of bodies: gzip and deflate (which HTTP means as a zlib stream), in and out.
 
-A compressed request is inflated by the thread that answers it, never by the one that polls. What it may inflate to is bounded while
-inflating, so that a small body cannot ask for all memory.
+A compressed request is inflated by the thread that answers it, never by the one that polls. What it may inflate to is bounded
+while inflating, so that a small body cannot ask for all memory.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def request_coding(value: bytes | None) -> bytes | None:
 
 
 def answer_coding(value: bytes | None) -> tuple[bytes | None, bool]:
-    """The coding that Accept-Encoding likes best of gzip and deflate, None when it likes the bytes as they are as well as those; and
-    whether it takes no others (RFC 9110, section 12.5.3).  Raises: Refusal (406) when it takes nothing that is offered.
+    """The coding that Accept-Encoding likes best of gzip and deflate, None when it likes the bytes as they are as well as
+    those; and whether it takes no others (RFC 9110, section 12.5.3).  Raises: Refusal (406) when it takes nothing that is
+    offered.
     """
     if not value:
         return None, False

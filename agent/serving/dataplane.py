@@ -1,8 +1,8 @@
 """One prediction from request to answer, whatever transport brought it.
 
-The short way: a version that sets no bounds but threads is read, run and answered in one go by the thread that has the request. The
-long way goes through the scheduler: when the version gathers batches, keeps sequences or bounds its runs, and when no thread is free.
-Then the answer may be given by another thread, to the request's `seat`.
+The short way: a version that sets no bounds but threads is read, run and answered in one go by the thread that has the request.
+The long way goes through the scheduler: when the version gathers batches, keeps sequences or bounds its runs, and when no
+thread is free. Then the answer may be given by another thread, to the request's `seat`.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class Dataplane:
         return version.lane.sequences is not None or (canary is not None and canary.candidate.lane.sequences is not None)
 
     def infer(self, form: Form, call: Request) -> Answer | None:
-        """The prediction that an HTTP request asks for; its arrays may not outlive the body. None: it waits, and `call.seat` will be
-        given the answer.  Raises: Refusal.
+        """The prediction that an HTTP request asks for; its arrays may not outlive the body. None: it waits, and `call.seat`
+        will be given the answer.  Raises: Refusal.
         """
         match = call.match
         assert match.model is not None
@@ -155,10 +155,11 @@ class Dataplane:
         demand: Demand,
         alive: Callable[[], bool] | None = None,
     ) -> Result:
-        """The same for a caller that has arrays and wants arrays. Blocks until they are there, so it is for threads of one's own.
+        """The same for a caller that has arrays and wants arrays. Blocks until they are there, so it is for threads of one's
+        own.
 
-        `wanted` is a version's number or label (None: the active one). `alive` is asked while the prediction waits for its turn:
-        once it says no, the prediction is dropped.  Raises: Refusal.
+        `wanted` is a version's number or label (None: the active one). `alive` is asked while the prediction waits for its
+        turn: once it says no, the prediction is dropped.  Raises: Refusal.
         """
         try:
             return self._predict(model, wanted, feeds, demand, alive)
@@ -244,7 +245,9 @@ class Dataplane:
         return work
 
     def _again(self, job: Job, pace: Pace | None) -> list[Job]:
-        """Puts a job whose version has gone to the one that answers now.  Raises: Refusal, with the prediction's version entered."""
+        """Puts a job whose version has gone to the one that answers now.  Raises: Refusal, with the prediction's version
+        entered.
+        """
         task: Prediction = job.task
         old = task.version
         task.move(self.host.enter(old.name, task.wanted))
@@ -257,7 +260,9 @@ class Dataplane:
         return self._put(job, pace)
 
     def follow(self, job: Job) -> None:
-        """Of a job that was taken out of the lane of a version which has gone: it waits for the one that answers now, or is refused."""
+        """Of a job that was taken out of the lane of a version which has gone: it waits for the one that answers now, or is
+        refused.
+        """
         try:
             self._again(job, None)
         except Exception as error:  # noqa: BLE001 - it is said to the caller

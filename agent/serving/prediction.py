@@ -5,7 +5,8 @@ unpack        its tensors become arrays: `feeds`
 run           the engine makes `arrays` of them, unless the deadline has passed
 finish        the answer is written, and all of it is counted
 
-A prediction that is answered at once and one that waits in between take the same steps: see `dataplane` and `runner`, which call them.
+A prediction that is answered at once and one that waits in between take the same steps: see `dataplane` and `runner`, which
+call them.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Plan(Protocol):
 
 
 class Form(ABC):
-    """How one API writes a prediction. Any thread may call it; `read`, `feeds` and `write` raise Refusal. A request is whatever the API's
-    callers bring: over HTTP, a `Request`.
+    """How one API writes a prediction. Any thread may call it; `read`, `feeds` and `write` raise Refusal. A request is whatever
+    the API's callers bring: over HTTP, a `Request`.
     """
 
     @abstractmethod
@@ -64,7 +65,9 @@ class Form(ABC):
         return refusal_answer(refusal)
 
     def lasts(self, plan: Any, request: Any) -> bool:  # noqa: ARG002
-        """Whether plan and feeds hold for the connection's next request too, if nothing but the bytes of its tensors is different."""
+        """Whether plan and feeds hold for the connection's next request too, if nothing but the bytes of its tensors is
+        different.
+        """
         return False
 
     def is_short(self, request: Any, json_bytes: int) -> bool:
@@ -83,7 +86,8 @@ NOTHING: Sequence[Array] = ()
 class Prediction:
     """Times are perf_counters. `input_s` is what reading it and joining it with others took so far, `run_s` the run.
 
-    When plan and feeds last (see `Form.lasts`) the request knows this prediction, and the connection's next request takes it over.
+    When plan and feeds last (see `Form.lasts`) the request knows this prediction, and the connection's next request takes it
+    over.
     """
 
     __slots__ = (
@@ -160,7 +164,9 @@ class Prediction:
         stats.inferences += self.rows
 
     def ran_with_others(self, arrays: Sequence[Array], input_s: float, run_s: float) -> None:
-        """In place of `run`, when one run of the engine was for several: its part of the outputs, and what joining and the run took."""
+        """In place of `run`, when one run of the engine was for several: its part of the outputs, and what joining and the run
+        took.
+        """
         self.arrays, self.run_s, self.alone = arrays, run_s, False
         self.input_s += input_s
 

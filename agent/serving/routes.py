@@ -22,8 +22,8 @@ _PLACEHOLDER = re.compile(r"\{(\w+)(?::(.+))?\}(:\w+)?")
 
 
 class Kind(Enum):
-    """Who answers. QUICK: the thread that polls. PREDICT: it or another one, as the model costs. HEAVY: never the one that polls.
-    CONTROL: the control thread.
+    """Who answers. QUICK: the thread that polls. PREDICT: it or another one, as the model costs. HEAVY: never the one that
+    polls. CONTROL: the control thread.
     """
 
     QUICK = "quick"
@@ -46,7 +46,8 @@ _RUN = Pace.RUN  # looking a member up at its class takes as long as all else th
 class Request:
     """A complete request. `body` is valid until its answer is sent; `arrived_s` is a perf_counter.
 
-    It may come to stand for the connection's next request, when all bytes but those of the tensors are the same and lie in the same place.
+    It may come to stand for the connection's next request, when all bytes but those of the tensors are the same and lie in the
+    same place.
     """
 
     __slots__ = (
@@ -88,10 +89,11 @@ Parking = Callable[[Request], Answer | None]  # None: the answer comes later, to
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One row of the table. A pattern's `{name}` is one path segment, percent-decoded; `{name:regex}` restricts it. A route for GET
-    answers HEAD, too.
+    """One row of the table. A pattern's `{name}` is one path segment, percent-decoded; `{name:regex}` restricts it. A route for
+    GET answers HEAD, too.
 
-    A verb, as in `{name}:predict`, is not part of the value, and the name of a model has no colon: `{model}` alone takes no verb.
+    A verb, as in `{name}:predict`, is not part of the value, and the name of a model has no colon: `{model}` alone takes no
+    verb.
     """
 
     method: str

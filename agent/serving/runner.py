@@ -41,8 +41,8 @@ class Runner:
         self._scheduler = scheduler
 
     def run(self, work: list[Job], *, mine: Job | None = None, goes_on: bool = False) -> None:
-        """Runs the jobs and answers their callers, but not that of `mine`: `conclude` it. `goes_on`: this thread asks the scheduler for
-        more when it is through.  Never raises.
+        """Runs the jobs and answers their callers, but not that of `mine`: `conclude` it. `goes_on`: this thread asks the
+        scheduler for more when it is through.  Never raises.
         """
         try:
             if len(work) == 1:

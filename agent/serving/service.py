@@ -28,7 +28,9 @@ class Service:
         self.run: Callable[[list[Job]], None] = functools.partial(dataplane.runner.run, goes_on=True)
 
     def kind(self, request: Request, grant: Grant) -> Kind:
-        """QUICK when the answer is there at once, whatever it will be; PREDICT when it takes long; CONTROL for the control thread."""
+        """QUICK when the answer is there at once, whatever it will be; PREDICT when it takes long; CONTROL for the control
+        thread.
+        """
         match = request.match
         route = match.route
         if request.coding is not None and route is not None and grant.access >= route.access:

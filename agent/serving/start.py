@@ -1,10 +1,14 @@
-"""How models come into memory at a start: in threads of their own, so that the main thread hears of a signal, and held to a time.
+"""How models come into memory at a start: in threads of their own, so that the main thread hears of a signal, and held to a
+time.
 
 The rules:
-- A file given by hand was never tried here: it is rehearsed in a copy of this process first. What has a process of its own needs no copy.
-- A release of the store was tried before it was selected, and is loaded at once; but not the one in whose loading the process before this
-  one ended. That one is rehearsed, so that a model which kills or hangs does it once; the others do not wait for it.
-- Until a model is there it is listed as LOADING. Files are waited for a moment only: those that take longer come when they are ready.
+- A file given by hand was never tried here: it is rehearsed in a copy of this process first. What has a process of its own
+  needs no copy.
+- A release of the store was tried before it was selected, and is loaded at once; but not the one in whose loading the process
+  before this one ended. That one is rehearsed, so that a model which kills or hangs does it once; the others do not wait for
+  it.
+- Until a model is there it is listed as LOADING. Files are waited for a moment only: those that take longer come when they are
+  ready.
 """
 
 from __future__ import annotations
@@ -37,7 +41,9 @@ FILES_PATIENCE_S = (
 )
 SUSPECTS_PATIENCE_S = 2.0  # most are tried within it; one that hangs again takes up to `load_timeout_s`
 EXPECTED = (RuntimeFailure, MemoryError, OSError, ValueError, StoreError)
-"""What loading a model raises for reasons of the model, the store or the machine. Anything else is a runtime that broke its contract."""
+"""What loading a model raises for reasons of the model, the store or the machine. Anything else is a runtime that broke its
+contract.
+"""
 
 
 class Start(Protocol):

@@ -1,7 +1,8 @@
 """The process of one isolated model: `python -m runtimes.isolated.child FD`, where FD is its end of the control socket.
 
-It expects to die: its engine may take it down at any line, and the parent makes words of that. It ends when the control socket does,
-and with its parent; the signals that stop a whole service are not for it, because its parent still answers what was asked.
+It expects to die: its engine may take it down at any line, and the parent makes words of that. It ends when the control socket
+does, and with its parent; the signals that stop a whole service are not for it, because its parent still answers what was
+asked.
 """
 
 from __future__ import annotations

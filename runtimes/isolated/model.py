@@ -26,7 +26,8 @@ LOAD_LIMIT_S = 600.0  # engines that optimise for the hardware take minutes; who
 def load(runtime: str, path: Path, options: LoadOptions, *, slots: int = 0, limit_s: float = LOAD_LIMIT_S) -> IsolatedModel:
     """Loads it in a process of its own; `slots` runs may go on at once there (0: as many as there are threads, to a limit).
 
-    Raises: as `Runtime.load`; ModelInvalid when the process dies of it or is not done in time, MemoryError when the kernel killed it.
+    Raises: as `Runtime.load`; ModelInvalid when the process dies of it or is not done in time, MemoryError when the kernel
+    killed it.
     """
     process = Process()
     try:

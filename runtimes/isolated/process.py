@@ -2,8 +2,8 @@
 
 The rules:
 - A thread starts the process and waits for it, for as long as it lives: the kernel ends a child with the thread that made it.
-- A process that ends by itself fails the runs in it, and those that come after, whoever else has its ends of the connections (an engine's
-  own children, which stay behind); `on_death` is told once, with words.
+- A process that ends by itself fails the runs in it, and those that come after, whoever else has its ends of the connections
+  (an engine's own children, which stay behind); `on_death` is told once, with words.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the two processes of an isolated model say to each other, and the memory that they share.
 
-A slot is a socket pair and a memfd, for one run at a time: the inputs lie at its beginning, the outputs behind them, each at a multiple
-of 64 bytes. Either side may make the memfd larger and says its size; none makes it smaller.
+A slot is a socket pair and a memfd, for one run at a time: the inputs lie at its beginning, the outputs behind them, each at a
+multiple of 64 bytes. Either side may make the memfd larger and says its size; none makes it smaller.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.stand import Server
+from tests.serving.server import Server
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "examples/digits/models"

@@ -1,7 +1,7 @@
 import pytest
 
 from tests.serving import onnx_models
-from tests.serving.stand import Device, Server
+from tests.serving.server import Device, Server
 
 
 @pytest.fixture

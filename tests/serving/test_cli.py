@@ -11,7 +11,7 @@ import pytest
 
 from agent.cli import predict
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S, Server
+from tests.serving.server import DEADLINE_S, Server
 
 
 def agent(*arguments, check=True, **environment):

@@ -17,7 +17,7 @@ from agent.client import AsyncClient, Client, InputRejected, TimedOut, Unavailab
 from agent.client.triton import tritonclient_aio, tritonclient_http
 from agent.host import unix
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S
+from tests.serving.server import DEADLINE_S
 
 ROWS = np.arange(400_000, dtype=np.float32).reshape(-1, 4)  # 1.6 MB
 SMALL = np.ones((1, 4), np.float32)

@@ -18,7 +18,7 @@ from agent.serving.answers import Refusal
 from agent.serving.buffers import BufferPool
 from agent.serving.routes import Router
 from agent.serving.transport.http import HeadReader, encode
-from tests.serving.stand import request
+from tests.serving.server import request
 
 INFER = "/v2/models/scale/infer"
 JSON = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,4],"data":[1,2,3,4]}]}'

@@ -9,7 +9,7 @@ import pytest
 
 from agent.client import Client, ModelNotFound, Unavailable
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S
+from tests.serving.server import DEADLINE_S
 
 X = np.ones((1, 4), np.float32)
 

@@ -11,7 +11,7 @@ from agent.serving.answers import Refusal
 from agent.serving.api.settings import LogSettings, TraceSettings
 from agent.store import hash_file
 from tests.serving import onnx_models
-from tests.serving.stand import request
+from tests.serving.server import request
 
 X = np.ones((1, 4), np.float32)
 

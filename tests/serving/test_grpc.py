@@ -23,7 +23,7 @@ from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 from agent.serving.grpc import compile as protos
 from agent.serving.grpc.messages import HEALTH, classes_of
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S, Device, Server
+from tests.serving.server import DEADLINE_S, Device, Server
 
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S, read_answer, request
+from tests.serving.server import DEADLINE_S, read_answer, request
 
 ONES = np.ones((1, 4), np.float32)
 

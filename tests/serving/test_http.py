@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from agent.client import Client, InputRejected, ModelNotFound
-from tests.serving.stand import closed, read_answer, request
+from tests.serving.server import closed, read_answer, request
 
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 JSON_REQUEST = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [0, 1, 2, 3]}]}).encode()

@@ -11,7 +11,7 @@ import pytest
 
 from agent.client import Client, ServerFailed, Unavailable
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S, Server
+from tests.serving.server import DEADLINE_S, Server
 from tests.waiting import wait_until
 
 X = np.ones((1, 4), np.float32)

@@ -13,7 +13,7 @@ from agent.config import ServeSettings
 from agent.serving.access import WebRules
 from agent.serving.transport import sockets
 from tests.serving import onnx_models
-from tests.serving.stand import Server, read_answer, request
+from tests.serving.server import Server, read_answer, request
 
 INFER = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,4],"data":[1,2,3,4]}]}'
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S, Device, Server, read_answer, request
+from tests.serving.server import DEADLINE_S, Device, Server, read_answer, request
 
 INFER = "/v2/models/scale/infer"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW

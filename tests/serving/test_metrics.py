@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from agent.client import Client, InputRejected
-from tests.serving.stand import request
+from tests.serving.server import request
 
 X = np.ones((2, 4), np.float32)
 NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")

@@ -11,7 +11,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S
+from tests.serving.server import DEADLINE_S
 
 X = np.ones((1, 4), np.float32)
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

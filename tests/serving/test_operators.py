@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from tests.serving.stand import Server
+from tests.serving.server import Server
 
 NODES = Path(__file__).resolve().parents[2] / ".cache/onnx-node-tests/node"
 CASES = sorted(path.name for path in NODES.iterdir() if (path / "model.onnx").is_file()) if NODES.is_dir() else []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.serving import onnx_models
-from tests.serving.stand import Device
+from tests.serving.server import Device
 
 FOLDER = Path(__file__).parents[2] / ".cache" / "perf_analyzer"
 PROGRAM = Path(os.environ.get("PERF_ANALYZER", FOLDER / "perf_analyzer"))

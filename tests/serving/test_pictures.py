@@ -10,7 +10,7 @@ from PIL import Image
 
 from agent.contract.codec import encode
 from agent.store import Choice, Selection, hash_file
-from tests.serving.stand import Device
+from tests.serving.server import Device
 
 DIGITS = Path(__file__).resolve().parents[2] / "examples/digits"
 GREY = {"width": 8, "height": 8, "color": "gray", "scale": 1 / 255, "fit": "stretch", "top": 3}

@@ -14,7 +14,7 @@ import pytest
 
 from agent.client import Client, TimedOut, Unavailable
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S, Server, closed, read_answer, request
+from tests.serving.server import DEADLINE_S, Server, closed, read_answer, request
 
 X = np.ones((1, 4), np.float32)
 ONE = np.zeros(1, np.float32)

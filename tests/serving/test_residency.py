@@ -10,7 +10,7 @@ import tritonclient.grpc as triton
 from agent.client import Client, Unavailable
 from agent.contract.names import ReleaseRef
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S, Server
+from tests.serving.server import DEADLINE_S, Server
 
 ROWS = 2_000_000  # of 8 bytes: each model takes 16 MB and a little
 MB = 1_000_000

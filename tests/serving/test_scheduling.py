@@ -11,7 +11,7 @@ import pytest
 
 from agent.host.priority import STEP_BACK
 from tests.serving import onnx_models
-from tests.serving.stand import read_answer, request
+from tests.serving.server import read_answer, request
 
 DEADLINE_S = 20.0
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(60)]  # who comes first is told by how long runs take

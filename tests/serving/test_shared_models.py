@@ -7,7 +7,7 @@ import pytest
 
 from agent.client import Client, InputRejected
 from tests.conftest import SHARED_MODELS
-from tests.serving.stand import Server, request
+from tests.serving.server import Server, request
 
 pytestmark = pytest.mark.shared
 

@@ -14,7 +14,7 @@ from tritonclient.utils import InferenceServerException
 
 from agent.client import Client, InputRejected
 from tests.serving import onnx_models, tflite_models
-from tests.serving.stand import DEADLINE_S, Server, request
+from tests.serving.server import DEADLINE_S, Server, request
 
 ROWS = np.float32([[1, 2], [3, 4]])
 A, B = np.float32([5, 5, 5]), np.float32([1, 2, 3])

@@ -14,7 +14,7 @@ import pytest
 from agent.client import ClientError
 from agent.contract.names import ReleaseRef
 from tests.serving import onnx_models, tflite_models
-from tests.serving.stand import DEADLINE_S, Device, Server
+from tests.serving.server import DEADLINE_S, Device, Server
 
 pytestmark = pytest.mark.timeout(90)
 LEAST, X = np.int32([-(2**31)]), np.ones((1, 4), np.float32)

@@ -8,7 +8,7 @@ import pytest
 
 from agent.client import Client, ModelNotFound
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S
+from tests.serving.server import DEADLINE_S
 
 ROWS = 2_000_000
 MB = 1_000_000

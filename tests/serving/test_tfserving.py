@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from tests.serving import onnx_models
 from tests.serving.onnx_models import save, value
-from tests.serving.stand import Server, request
+from tests.serving.server import Server, request
 
 
 def half_plus_two(path):

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.serving import onnx_models
-from tests.serving.stand import Device, request
+from tests.serving.server import Device, request
 from tests.serving.test_scheduling import Sent, infer, long, output, statistics, version_of, wait_until
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(90)]  # answers have to come before a long run is through

@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from agent.client.triton import tritonclient_aio, tritonclient_http
 from tests.serving import onnx_models
-from tests.serving.stand import Device
+from tests.serving.server import Device
 
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 KINDS = {

@@ -1,6 +1,8 @@
-"""What changing a model takes besides the switch: finding its files, loading it beside the others or in place of one, bringing it back.
+"""What changing a model takes besides the switch: finding its files, loading it beside the others or in place of one, bringing
+it back.
 
-All of it runs with the residency's `changing` held, by one thread at a time. What goes wrong is a Refusal with a code for programs.
+All of it runs with the residency's `changing` held, by one thread at a time. What goes wrong is a Refusal with a code for
+programs.
 """
 
 from __future__ import annotations

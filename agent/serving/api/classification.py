@@ -17,8 +17,8 @@ def check(spec: TensorSpec) -> None:
 
 
 def classify(array: Array, spec: TensorSpec, count: int, labels: Sequence[str] = ()) -> Array:
-    """BYTES of shape [classes], or [batch, classes] for an output of two dimensions and more: the largest values first, the lower
-    index first among equal ones. Never more classes than there are; NaN comes last.
+    """BYTES of shape [classes], or [batch, classes] for an output of two dimensions and more: the largest values first, the
+    lower index first among equal ones. Never more classes than there are; NaN comes last.
     """
     values = floats(array) if spec.datatype == "BF16" else array
     rows = values.reshape(values.shape[0] if values.ndim > 1 else 1, -1) if values.size else np.zeros((len(values), 0))

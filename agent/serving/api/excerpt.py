@@ -1,7 +1,8 @@
 """A request's JSON without its long lists and strings, which are found but not read: what is left is short, and read whole.
 
-Each list or string that is taken out leaves a place that says its number. So a reader that makes an object for every value never sees
-the tensors; `lists` reads them piece by piece into their arrays. NaN and Infinity, which JSON does not know, are taken out too.
+Each list or string that is taken out leaves a place that says its number. So a reader that makes an object for every value
+never sees the tensors; `lists` reads them piece by piece into their arrays. NaN and Infinity, which JSON does not know, are
+taken out too.
 """
 
 from __future__ import annotations

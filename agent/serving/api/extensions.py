@@ -28,7 +28,9 @@ class RepositoryRequest(msgspec.Struct):
 
 
 class Repository:
-    """Loading and unloading by model name, for every transport. What is loaded is what was signed, so nothing can be put over it."""
+    """Loading and unloading by model name, for every transport. What is loaded is what was signed, so nothing can be put over
+    it.
+    """
 
     def __init__(self, changes: Changes) -> None:
         self._changes = changes

@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 
 def read_body(body: bytes | memoryview, kind: type[T], what: str = "what this route takes", *, code: str | None = None) -> T:
-    """A body without tensors, of a request that changes or asks for something; `{}` when it is empty.  Raises: Refusal (400, which
-    says that it is not `what`; 413).
+    """A body without tensors, of a request that changes or asks for something; `{}` when it is empty.  Raises: Refusal (400,
+    which says that it is not `what`; 413).
     """
     if len(body) > MAX_BYTES:
         raise Refusal(413, f"the body has {len(body)} bytes; {what} has at most {MAX_BYTES}", code=code)

@@ -1,7 +1,8 @@
 """The text of a long JSON list in pieces that end where an element ends, with its outline: which byte is what.
 
-An outline has a letter for each byte: `[`, `]` and `,` outside of strings as they are, a space for white space, and `0` for whatever is
-part of an element, be it a number, a string or an object with commas only in its strings. Nothing here says that the text is JSON.
+An outline has a letter for each byte: `[`, `]` and `,` outside of strings as they are, a space for white space, and `0` for
+whatever is part of an element, be it a number, a string or an object with commas only in its strings. Nothing here says that
+the text is JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _AROUND = b" \t\r\n[],"
 
 @dataclass(slots=True)
 class Piece:
-    """`text` ends with the comma behind its last element, if one comes; `lone` when it is one long element without what is around it."""
+    """`text` ends with the comma behind its last element, if one comes; `lone` when it is one long element without what is
+    around it.
+    """
 
     text: bytes | memoryview
     outline: bytes
@@ -33,8 +36,8 @@ class Piece:
 
 
 def outside(text: bytes, outline: bytes, *, inside: bool = False) -> tuple[bytes, int]:
-    """The outline with strings filled in, and where the last string begins if it does not end here, else -1. `inside`: the text begins
-    within a string, and neither behind a backslash.
+    """The outline with strings filled in, and where the last string begins if it does not end here, else -1. `inside`: the text
+    begins within a string, and neither behind a backslash.
     """
     if QUOTE not in text and not inside:
         return outline, -1
@@ -135,7 +138,8 @@ def without_brackets(piece: Piece) -> bytes | memoryview:
     return text[:-1] if outline.endswith(b",") else text
 
 
-# -- the form of nested lists ------------------------------------------------------------------------------------------------------
+# -- the form of nested lists
+# ------------------------------------------------------------------------------------------------------
 
 _CLASS = bytes(b"0[],".find(bytes((n,))) if n in b"0[]," else 0 for n in range(256))
 # What may stand behind what: an element, a list that begins, one that ends, a comma.

@@ -1,8 +1,8 @@
 """JSON lists as arrays: the declared datatype decides what each value has to be, whatever the others are.
 
-What is short is read whole. A long list is read in pieces straight into its array, so that it takes no more memory than that and keeps
-the interpreter's lock for no longer than a piece. Numbers may be NaN, Infinity and -Infinity, as Python, Triton and TensorFlow Serving
-write them, and null, which is what JavaScript makes of all three: it is NaN.
+What is short is read whole. A long list is read in pieces straight into its array, so that it takes no more memory than that
+and keeps the interpreter's lock for no longer than a piece. Numbers may be NaN, Infinity and -Infinity, as Python, Triton and
+TensorFlow Serving write them, and null, which is what JavaScript makes of all three: it is NaN.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def read(
     encoded: bool = False,
     allowance: Allowance | None = None,
 ) -> Array:
-    """The array in the JSON `text`: a flat list, or nested as `shape` says; without a shape it is what the nesting says. `encoded`: BYTES
-    may be `{"b64": …}`. BF16 is rounded to.  Raises: Refusal (400; 413, 503 where it takes too much memory).
+    """The array in the JSON `text`: a flat list, or nested as `shape` says; without a shape it is what the nesting says.
+    `encoded`: BYTES may be `{"b64": …}`. BF16 is rounded to.  Raises: Refusal (400; 413, 503 where it takes too much memory).
     """
     reader = _Reader(name, datatype, encoded=encoded)
     if len(text) <= SHORT_BYTES:
@@ -64,7 +64,8 @@ class _Reader:
         self._encoded = encoded
         self._dtype = DTYPES[datatype]
 
-    # -- short lists ---------------------------------------------------------------------------------------------------------------
+    # -- short lists
+    # ---------------------------------------------------------------------------------------------------------------
 
     def short(self, text: bytes, shape: tuple[int, ...] | None) -> Array:
         rank = _rank(text)
@@ -187,7 +188,8 @@ class _Reader:
         except ValueError as error:
             raise Refusal(400, f"the data of input '{self._name}' is not base64: {error}") from error
 
-    # -- long lists ----------------------------------------------------------------------------------------------------------------
+    # -- long lists
+    # ----------------------------------------------------------------------------------------------------------------
 
     def long(self, text: memoryview, shape: tuple[int, ...] | None, allowance: Allowance) -> Array:
         pauses = Pauses()
@@ -255,7 +257,8 @@ class _Reader:
             self._irregular(shape)
         return np.empty(shape, self._dtype)
 
-    # -- what is refused -----------------------------------------------------------------------------------------------------------
+    # -- what is refused
+    # -----------------------------------------------------------------------------------------------------------
 
     def _count(self, count: int, shape: tuple[int, ...]) -> NoReturn:
         raise Refusal(400, f"input '{self._name}' has {count} elements, shape {shape_text(shape)} needs {math.prod(shape)}")

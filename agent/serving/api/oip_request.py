@@ -1,9 +1,9 @@
 """The Open Inference Protocol's inference request, read from bytes, with the binary tensor extension. No I/O, no model.
 
-A request body is JSON, or JSON followed by the bytes of its binary tensors in the order of the inputs (little-endian, row-major,
-unpadded); the header length says where the JSON ends. `read_request` checks all of it against the model's inputs and gives a Plan;
-`Plan.feeds` makes arrays that are views into the body. A Plan holds nothing of the body, so the same JSON part needs to be read
-only once.
+A request body is JSON, or JSON followed by the bytes of its binary tensors in the order of the inputs (little-endian,
+row-major, unpadded); the header length says where the JSON ends. `read_request` checks all of it against the model's inputs and
+gives a Plan; `Plan.feeds` makes arrays that are views into the body. A Plan holds nothing of the body, so the same JSON part
+needs to be read only once.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class Plan:
 
     @property
     def lasting(self) -> bool:
-        """Whether its feeds hold for whatever tensors come to lie in the same body: nothing of them is read, copied or looked up."""
+        """Whether its feeds hold for whatever tensors come to lie in the same body: nothing of them is read, copied or looked
+        up.
+        """
         plain = all(dtype.kind not in "Ob" and not alone for _, dtype, _, _, _, alone in self.views)
         return plain and not (self.values or self.shared or self.rules)
 
@@ -118,11 +120,12 @@ class Plan:
         strays: bool = False,
         allowance: Allowance | None = None,
     ) -> dict[str, Array]:
-        """The inputs as arrays. They are views into `body` and `regions`, valid as long as these are. `strays` says that the tensors in
-        `body` do not begin at a multiple of ALIGNMENT: then they are copied to where they do, as is each one that strays by itself.
+        """The inputs as arrays. They are views into `body` and `regions`, valid as long as these are. `strays` says that the
+        tensors in `body` do not begin at a multiple of ALIGNMENT: then they are copied to where they do, as is each one that
+        strays by itself.
 
-        Raises: Refusal (400; 404 for a region that is not there, also for one that an output is to go to; 413, 503 for BYTES that
-        `allowance` does not allow).
+        Raises: Refusal (400; 404 for a region that is not there, also for one that an output is to go to; 413, 503 for BYTES
+        that `allowance` does not allow).
         """
         if self.shared and regions is not None:
             known: dict[str, Array] | None = regions.recall(self)
@@ -171,8 +174,8 @@ def read_request(
     interfaces: Interfaces | None = None,
     allowance: Allowance | None = None,
 ) -> Plan:
-    """The plan of the request in `body`, whose JSON part has `header_length` bytes (all of it when None). `interfaces` are those of the
-    model; without, there are the names in `inputs` and `outputs` alone.
+    """The plan of the request in `body`, whose JSON part has `header_length` bytes (all of it when None). `interfaces` are
+    those of the model; without, there are the names in `inputs` and `outputs` alone.
 
     Raises: Refusal (400, 501; 413, 503 where `allowance` does not allow what it would become) that says what is wrong with it.
     """

@@ -1,8 +1,9 @@
 """Long work in Python, in pieces between which other threads have the interpreter's lock.
 
-One call into a C library keeps the lock from its beginning to its end, and a thread that wants the lock asks for it only after five
-milliseconds. So whoever reads a large request does it in pieces that take a fraction of a prediction, and rests between them as long as
-anybody else is at work. That is seen from the processor's time of the process, which grows by more than that of the readers.
+One call into a C library keeps the lock from its beginning to its end, and a thread that wants the lock asks for it only after
+five milliseconds. So whoever reads a large request does it in pieces that take a fraction of a prediction, and rests between
+them as long as anybody else is at work. That is seen from the processor's time of the process, which grows by more than that of
+the readers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _numbers = itertools.count()
 
 
 class Pauses:
-    """`size` is how many bytes the next piece should have; call `rest` after each. It counts as at work until nobody refers to it."""
+    """`size` is how many bytes the next piece should have; call `rest` after each. It counts as at work until nobody refers to
+    it.
+    """
 
     __slots__ = ("_began_s", "_number", "_others_s", "_quiet_s", "size")
 

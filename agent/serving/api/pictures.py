@@ -1,8 +1,8 @@
 """A JPEG or PNG in, labels out: what a release declares about its pictures, done before and after the model.
 
-`POST /v2/models/{model}/picture` takes the bytes of one file. What happens to the pixels is data in the signed release (size, fit,
-colour, layout, normalisation), never code. Decoding is the library's, held to two formats and to a number of pixels, and never done
-by the thread that polls.
+`POST /v2/models/{model}/picture` takes the bytes of one file. What happens to the pixels is data in the signed release (size,
+fit, colour, layout, normalisation), never code. Decoding is the library's, held to two formats and to a number of pixels, and
+never done by the thread that polls.
 """
 
 from __future__ import annotations

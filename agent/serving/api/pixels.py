@@ -68,8 +68,8 @@ def _opened(data: Any, picture: Picture, allowance: Allowance) -> Any:
 
 
 def _take(allowance: Allowance, image: Any, whole: int, *, copies: int) -> None:
-    """The memory that decoding takes: `copies` of the picture, whose pixels have four bytes when they have colours; and a progressive
-    JPEG has all `whole` pixels' coefficients before the first of them.  Raises: Refusal (413, 503).
+    """The memory that decoding takes: `copies` of the picture, whose pixels have four bytes when they have colours; and a
+    progressive JPEG has all `whole` pixels' coefficients before the first of them.  Raises: Refusal (413, 503).
     """
     size = image.width * image.height * PIXEL_BYTES * copies
     if image.info.get("progressive") or image.info.get("progression"):

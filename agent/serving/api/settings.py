@@ -29,7 +29,9 @@ class LogSettings:
         return {"log_file": "", **self._flags, "log_verbose_level": self._verbose, "log_format": "default"}
 
     def change(self, wanted: Mapping[str, object]) -> Document:
-        """All of `wanted` or nothing; the settings as they are then. None stands for the setting as it is.  Raises: Refusal (400, 501)."""
+        """All of `wanted` or nothing; the settings as they are then. None stands for the setting as it is.  Raises: Refusal
+        (400, 501).
+        """
         flags, verbose = dict(self._flags), self._verbose
         for name, value in wanted.items():
             if value is None:
@@ -74,8 +76,8 @@ class LogSettings:
 
 
 class TraceSettings:
-    """Whether requests are traced is decided by agent.yaml, and these settings say so: asking for what is so is granted, anything else
-    refused.
+    """Whether requests are traced is decided by agent.yaml, and these settings say so: asking for what is so is granted,
+    anything else refused.
     """
 
     def __init__(self, ratio: float) -> None:

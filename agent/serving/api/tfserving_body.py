@@ -1,4 +1,6 @@
-"""The JSON of TensorFlow Serving's requests: long lists are left as text, rows become columns, and none of it more memory than allowed."""
+"""The JSON of TensorFlow Serving's requests: long lists are left as text, rows become columns, and none of it more memory than
+allowed.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class Body:
             raise Refusal(400, f"JSON Parse error: {error}") from error
         document: _Document = found
         text, places = (bytes(self.text), 0) if self._excerpt is None else (rest, len(self._excerpt.found))
-        # Numbers in lists have no colon: with more of them than keys, one may be there twice. What is huge is rows for the most part.
+        # Numbers in lists have no colon: with more of them than keys, one may be there twice. What is huge is rows for the most
+        # part.
         if len(text) <= REST_BYTES:
             keys = sum(f'"{name}"'.encode() in text for name in kind.__struct_fields__)
             if text.count(b":") > keys + places:

@@ -1,7 +1,8 @@
-"""TensorFlow Serving's verbs as forms of a prediction: how predict, classify and regress read their requests and write their answers.
+"""TensorFlow Serving's verbs as forms of a prediction: how predict, classify and regress read their requests and write their
+answers.
 
-A request says its tensors in rows (`instances`, a value or an object per row) or in columns (`inputs`, a whole tensor each); the answer
-takes the same form.
+A request says its tensors in rows (`instances`, a value or an object per row) or in columns (`inputs`, a whole tensor each);
+the answer takes the same form.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class RestForm(Form):
         return json_answer(self._write(version, plan, arrays))
 
 
-# -- predict ---------------------------------------------------------------------------------------------------------------------
+# -- predict
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _read_predict(version: Version, body: Body) -> Plan:
@@ -195,7 +197,8 @@ def _values(spec: TensorSpec, array: Array) -> Any:
     return tensors.numbers(floats(array) if spec.datatype == "BF16" else array)
 
 
-# -- classify and regress --------------------------------------------------------------------------------------------------------
+# -- classify and regress
+# --------------------------------------------------------------------------------------------------------
 
 
 def _read_examples(version: Version, body: Body, choose: Callable[[str, Interface], TensorSpec]) -> Plan:

@@ -1,9 +1,10 @@
 """Two versions' answers to the same inputs, as numbers. Pure; nothing of an input or an answer is kept.
 
 The rules:
-- A sample agrees when every output does: the same shape, and every element within `atol + rtol * |live|`. A NaN only matches a NaN.
-- An output looks like scores of classes when it has a row per case and two columns or more: then its rows' largest element is compared
-  too, and another one is a flip.
+- A sample agrees when every output does: the same shape, and every element within `atol + rtol * |live|`. A NaN only matches a
+  NaN.
+- An output looks like scores of classes when it has a row per case and two columns or more: then its rows' largest element is
+  compared too, and another one is a flip.
 - Whole numbers with quantization are compared as the real numbers they stand for.
 - Times are compared in pairs, as the ratio of the candidate's run to the live one's on the same input.
 """

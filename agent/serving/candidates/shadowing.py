@@ -1,14 +1,14 @@
 """A candidate run on copies of live requests beside the version that answers them, and what came of it: numbers, nothing else.
 
 The rules:
-- A request that is not copied pays one look at an attribute: the thread of the shadow lays its tap on the active version when it
-  wants a sample, and the first request that meets it takes it off again.
-- Only requests that were answered are copied, after their run; what they get is not touched. A copy that does not fit (too large,
-  too many waiting, another thread at it) is dropped.
-- The candidate runs in a thread of low priority, while no prediction waits and the machine is neither loaded nor hot; until then
-  nothing is copied either.
-- It ends with its share at 0, with the candidate or the active version going, and when the candidate fails hard. Its numbers can be
-  asked for until the next one begins.
+- A request that is not copied pays one look at an attribute: the thread of the shadow lays its tap on the active version when
+  it wants a sample, and the first request that meets it takes it off again.
+- Only requests that were answered are copied, after their run; what they get is not touched. A copy that does not fit (too
+  large, too many waiting, another thread at it) is dropped.
+- The candidate runs in a thread of low priority, while no prediction waits and the machine is neither loaded nor hot; until
+  then nothing is copied either.
+- It ends with its share at 0, with the candidate or the active version going, and when the candidate fails hard. Its numbers
+  can be asked for until the next one begins.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Sample:
 
 
 class Shadow:
-    """One candidate beside one active version. `copy` is called by threads that answer, the rest by its own thread and the control thread."""
+    """One candidate beside one active version. `copy` is called by threads that answer, the rest by its own thread and the
+    control thread.
+    """
 
     def __init__(
         self, served: Served, active: Version, candidate: Version, tolerances: Mapping[str, Tolerance], scheduler: Scheduler,
@@ -164,7 +166,8 @@ class Shadow:
             **self.comparison.document(),
         }
 
-    # -- by threads that answer --------------------------------------------------------------------------------------------------
+    # -- by threads that answer
+    # --------------------------------------------------------------------------------------------------
 
     def copy(self, plan: Any, feeds: Mapping[str, Array], arrays: Sequence[Array], run_s: float) -> None:
         """Copies a request that was answered.  Never raises, never waits."""
@@ -196,7 +199,8 @@ class Shadow:
         self.taken += 1
         self._wake.set()
 
-    # -- by its own thread ---------------------------------------------------------------------------------------------------------
+    # -- by its own thread
+    # ---------------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         try:

@@ -1,4 +1,6 @@
-"""`python -m agent.serving.grpc.compile`: the .proto files beside it → descriptors.py. Needs grpcio-tools, from the `dev` extra."""
+"""`python -m agent.serving.grpc.compile`: the .proto files beside it → descriptors.py. Needs grpcio-tools, from the `dev`
+extra.
+"""
 
 from __future__ import annotations
 

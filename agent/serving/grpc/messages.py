@@ -1,4 +1,6 @@
-"""The messages of both services. They have a pool of their own, so that another library's definitions of the same names may be in the process."""
+"""The messages of both services. They have a pool of their own, so that another library's definitions of the same names may be
+in the process.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ class Services:
             needed = Access.CONTROL if request.settings else Access.OBSERVE
         self._grant.check(needed)
 
-    # -- health and metadata -----------------------------------------------------------------------------------------------------
+    # -- health and metadata
+    # -----------------------------------------------------------------------------------------------------
 
     def ServerLive(self, _request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802 - methods have the protocol's names
         return answer(live=True)
@@ -91,7 +92,8 @@ class Services:
         fill(made, {"model_stats": found})
         return made
 
-    # -- predictions -------------------------------------------------------------------------------------------------------------
+    # -- predictions
+    # -------------------------------------------------------------------------------------------------------------
 
     def ModelInfer(self, request: Any, _answer: Any, context: Any) -> Any:  # noqa: N802
         return self._inference.infer(request, time.perf_counter(), context.time_remaining(), context.is_active)
@@ -113,7 +115,8 @@ class Services:
             made.parameters["triton_final_response"].bool_param = True
             yield None, ModelStreamInferResponse(infer_response=made)
 
-    # -- repository and settings -------------------------------------------------------------------------------------------------
+    # -- repository and settings
+    # -------------------------------------------------------------------------------------------------
 
     def RepositoryIndex(self, request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
         _one_repository(request)
@@ -149,7 +152,8 @@ class Services:
             made.settings[name].value.extend([value] if isinstance(value, str) else value)
         return made
 
-    # -- shared memory -------------------------------------------------------------------------------------------------------------
+    # -- shared memory
+    # -------------------------------------------------------------------------------------------------------------
 
     def SystemSharedMemoryStatus(self, request: Any, answer: Any, _context: Any) -> Any:  # noqa: N802
         made = answer()

@@ -1,7 +1,7 @@
 """What a message will take before it is made: a walk over its bytes, as Protocol Buffers writes them.
 
-An empty message or string has two bytes on the wire and more than a hundred in memory, and a small whole number one and eight. So
-what a client sends is weighed field by field first, and refused when it takes more than its bytes allow.
+An empty message or string has two bytes on the wire and more than a hundred in memory, and a small whole number one and eight.
+So what a client sends is weighed field by field first, and refused when it takes more than its bytes allow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from agent.serving.allowance import Allowance
 from agent.serving.answers import Refusal
 from agent.serving.api.pauses import Pauses
 
-# What upb takes, measured with a million of each: 31 bytes for an empty string, 85 for an empty input, 153 for a parameter, 15 for a
+# What upb takes, measured with a million of each: 31 bytes for an empty string, 85 for an empty input, 153 for a parameter, 15
+# for a
 # packed number, which may have one byte on the wire.
 STRING_BYTES = 32
 MESSAGE_BYTES = 160
@@ -28,7 +29,8 @@ Fields = Mapping[int, Any]
 PARAMETER: Fields = {2: {}}
 CONTENTS: Fields = dict.fromkeys((2, 3, 4, 5))  # truth values and floats take what they have on the wire
 REQUEST: Fields = {4: PARAMETER, 5: {3: None, 4: PARAMETER, 5: CONTENTS}, 6: {3: PARAMETER}}
-"""Of a ModelInferRequest: for each field that is a message its own fields, None for numbers. The others are strings and bytes."""
+"""Of a ModelInferRequest: for each field that is a message its own fields, None for numbers. The others are strings and bytes.
+"""
 
 
 class Scale:

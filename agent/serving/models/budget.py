@@ -1,8 +1,10 @@
 """Which models leave memory for others. Pure: numbers go in, a choice comes out.
 
 The rules:
-- What was not used for longest goes first, and no more goes than is needed; what is used later stays if something older suffices.
-- What was loaded less than `min_residency_s` ago stays, so that two models which do not fit together cannot drive each other out in turns.
+- What was not used for longest goes first, and no more goes than is needed; what is used later stays if something older
+  suffices.
+- What was loaded less than `min_residency_s` ago stays, so that two models which do not fit together cannot drive each other
+  out in turns.
 - What may not go at all (pinned, in use, part of an update) is not among the residents that are `free` to go.
 """
 

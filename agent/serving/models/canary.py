@@ -1,11 +1,11 @@
 """A share of a model's requests answered by a candidate before it is active.
 
 The rules:
-- The share is exact over time and spread evenly: the n-th request is diverted when n times the golden ratio, without its whole part, is
-  below it. No rhythm of callers meets the same version again and again.
+- The share is exact over time and spread evenly: the n-th request is diverted when n times the golden ratio, without its whole
+  part, is below it. No rhythm of callers meets the same version again and again.
 - A request that names a version, by number or label, is never diverted.
-- A sequence stays on the version where it began: the choice is made at its start and kept to its end. One that began before, or whose
-  start was not seen, stays with the active version.
+- A sequence stays on the version where it began: the choice is made at its start and kept to its end. One that began before, or
+  whose start was not seen, stays with the active version.
 - When the candidate cannot be entered the active version answers.
 """
 

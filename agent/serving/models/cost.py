@@ -16,8 +16,8 @@ UNKNOWN_BODY_BYTES = (
 
 
 class Cost:
-    """`run_s` is a moving mean. `is_cheap`: a run costs the next caller less than a switch of threads, in requests of up to `inline_bytes`.
-    `is_long`: it gives way to whatever is shorter.
+    """`run_s` is a moving mean. `is_cheap`: a run costs the next caller less than a switch of threads, in requests of up to
+    `inline_bytes`. `is_long`: it gives way to whatever is shorter.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,9 @@ class Cost:
 
 
 class NeverCheap(Cost):
-    """Of a version that the thread which polls never runs: what happens to its process, or in its engine, must not keep that thread."""
+    """Of a version that the thread which polls never runs: what happens to its process, or in its engine, must not keep that
+    thread.
+    """
 
     def begin(self, run_s: float | None, *, any_size: bool) -> None:
         super().begin(max(BEYOND_INLINE_S, self.run_s if run_s is None else run_s), any_size=any_size)

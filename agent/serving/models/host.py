@@ -2,11 +2,11 @@
 
 The rules:
 - A request resolves its version once, at its start, and finishes on it. `enter` and `leave` count it.
-- A version that is to go is first taken out of every reference, then waited for until nobody is in it, then closed. So a request
-  that meets a retired version has read an old reference, and reading again gives the new one.
+- A version that is to go is first taken out of every reference, then waited for until nobody is in it, then closed. So a
+  request that meets a retired version has read an old reference, and reading again gives the new one.
 - Only one thread changes the host at a time (the control thread); any thread reads it.
-- A version may be away: its model is not in memory and comes back, or is being replaced. Whoever enters it then waits in its lane;
-  see `residency`.
+- A version may be away: its model is not in memory and comes back, or is being replaced. Whoever enters it then waits in its
+  lane; see `residency`.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class ModelHost:
         served.versions = {**served.versions, version.number: version}
 
     def replace(self, version: Version) -> None:
-        """Puts a version in the place of the one with its number, which is drained and closed; it answers where that one did, and
-        where nothing does.
+        """Puts a version in the place of the one with its number, which is drained and closed; it answers where that one did,
+        and where nothing does.
         """
         served = self.models.get(version.name)
         old = served.versions.get(version.number) if served else None

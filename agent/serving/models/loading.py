@@ -34,7 +34,9 @@ _loads = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Seconds. `load_s`: loading a model and running it for the first time. `run_s`: one run of a model with a process of its own."""
+    """Seconds. `load_s`: loading a model and running it for the first time. `run_s`: one run of a model with a process of its
+    own.
+    """
 
     load_s: float = 120.0
     run_s: float = 60.0
@@ -47,7 +49,8 @@ DEFAULT_LIMITS = Limits()
 class Source:
     """What to load as one version of a model. An empty `runtime` is found by the file's suffix. `sha256` is of all its files.
 
-    `data` are the other files of the model, by the name that it has for each; None where they could not be found out, which loading says.
+    `data` are the other files of the model, by the name that it has for each; None where they could not be found out, which
+    loading says.
     """
 
     name: str
@@ -131,8 +134,8 @@ def unguarded(_source: Source) -> AbstractContextManager[None]:
 
 
 def load(source: Source, *, threads: int, limits: Limits = DEFAULT_LIMITS, guard: Guard = unguarded) -> Version:
-    """The version, READY and warm. May take seconds, hang, or kill the process: a release was tried in another one before, a file is
-    rehearsed in a copy. Only what is isolated is held to the limits; whatever else is loaded, is within `guard`.
+    """The version, READY and warm. May take seconds, hang, or kill the process: a release was tried in another one before, a
+    file is rehearsed in a copy. Only what is isolated is held to the limits; whatever else is loaded, is within `guard`.
 
     Raises: ModelInvalid, RuntimeUnavailable, MemoryError.
     """
@@ -156,8 +159,8 @@ def load(source: Source, *, threads: int, limits: Limits = DEFAULT_LIMITS, guard
 
 
 def _keep_from_the_collector() -> None:
-    """What was loaded lives long, and is not to be walked again and again. What was unloaded lies among it: now and then all is looked
-    through, which takes some milliseconds.
+    """What was loaded lives long, and is not to be walked again and again. What was unloaded lies among it: now and then all is
+    looked through, which takes some milliseconds.
     """
     if next(_loads) % LOADS_BETWEEN_COLLECTIONS == 0:
         gc.unfreeze()
@@ -262,7 +265,8 @@ def failed(source: Source, why: str) -> Version:
 
 
 def warm_up(version: Version, model: Model, source: Source) -> float | None:
-    """One run, on zeros where its release names no `inputs`, fills the engine's caches; a second one tells what a run costs: its time in seconds.
+    """One run, on zeros where its release names no `inputs`, fills the engine's caches; a second one tells what a run costs:
+    its time in seconds.
 
     None when there was no run that worked.
 

@@ -1,7 +1,8 @@
 """Which model is being loaded right now, for whoever finds that the process ended in it, or that it takes too long.
 
-A note on disk says it too, where there is a place for one: the process that starts after this one was killed reads which model did it. It stays
-in the note until it was loaded after all, and this process does not load it, whoever asks, unless it was tried apart and passed.
+A note on disk says it too, where there is a place for one: the process that starts after this one was killed reads which model
+did it. It stays in the note until it was loaded after all, and this process does not load it, whoever asks, unless it was tried
+apart and passed.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class LoadingNote:
         return f"model {self._now[0]!r} version {self._now[1]}"
 
     def left(self, selected: Container[Named]) -> set[Named]:
-        """Those in whose loading a process before this one ended, whatever ended it. Those that are not selected any more are forgotten."""
+        """Those in whose loading a process before this one ended, whatever ended it. Those that are not selected any more are
+        forgotten.
+        """
         self._left = {named for named in self._left if named in selected}
         return set(self._left)
 

@@ -1,7 +1,7 @@
 """Whether a version's model is there, and who is inside.
 
-`TRANSITIONS` has every step that there is; any other raises, and changes nothing. What is away comes back when it is asked for: see
-`residency`. What is gone is gone for good, or was never there.
+`TRANSITIONS` has every step that there is; any other raises, and changes nothing. What is away comes back when it is asked for:
+see `residency`. What is gone is gone for good, or was never there.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class IllegalStep(Exception):
 
 
 class Presence:
-    """Any thread enters and leaves. `lock` is held while a step is taken, by who takes it; `reason` says why the model is not there."""
+    """Any thread enters and leaves. `lock` is held while a step is taken, by who takes it; `reason` says why the model is not
+    there.
+    """
 
     def __init__(self) -> None:
         self.place = LOADING

@@ -1,8 +1,9 @@
 """A model loaded and warmed up in a copy of this process before it is in this one: what hangs or kills there hurts nobody.
 
-The copies are forks, so that the engine, once imported, is there at no cost. They are made by a fork that stays as this process was before it
-had threads or models (a zygote), a few at a time, and try one model after the other. A model that ends or hangs one that has tried others before
-is tried once more by a new one: it may have died of what they left behind. Where many hang, most of them wait until all others were tried.
+The copies are forks, so that the engine, once imported, is there at no cost. They are made by a fork that stays as this process
+was before it had threads or models (a zygote), a few at a time, and try one model after the other. A model that ends or hangs
+one that has tried others before is tried once more by a new one: it may have died of what they left behind. Where many hang,
+most of them wait until all others were tried.
 """
 
 from __future__ import annotations

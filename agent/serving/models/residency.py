@@ -1,8 +1,8 @@
 """How models come into memory, stay within the budget, and come back after they left it.
 
 The rules:
-- A version that was put out stays known, with its tensors. Who asks for it waits in its lane, which is closed, while the control thread
-  loads it again; whom no room can be made for is told so, and when to ask again.
+- A version that was put out stays known, with its tensors. Who asks for it waits in its lane, which is closed, while the
+  control thread loads it again; whom no room can be made for is told so, and when to ask again.
 - `room` chooses who leaves, `restarts` follows the processes of isolated models.
 - Everything here that changes a model runs with `changing` held, one at a time.
 """
@@ -103,7 +103,9 @@ class Residency:
         return loading.load(source, threads=self._engine_threads, limits=self._limits, guard=self.note.during)
 
     def try_apart(self, source: Source) -> None:
-        """Loads it and runs it once in a process that ends then: nobody has tried the file as it is now.  Raises: as `loading.load`."""
+        """Loads it and runs it once in a process that ends then: nobody has tried the file as it is now.  Raises: as
+        `loading.load`.
+        """
         if source.serving.isolation != "in-process" and not loading.is_isolated(source):
             apart = replace(source, serving=structs.replace(source.serving, isolation="process"))
             discard(loading.load(apart, threads=self._engine_threads, limits=self._limits))

@@ -1,5 +1,5 @@
-"""What follows when the process of an isolated model ends by itself: it is started again, at once the first time, and later and later
-after that. Who asks for the model meanwhile waits.
+"""What follows when the process of an isolated model ends by itself: it is started again, at once the first time, and later and
+later after that. Who asks for the model meanwhile waits.
 """
 
 from __future__ import annotations
@@ -78,9 +78,11 @@ class Restarts:
                 self._defer(lambda: self._clean_up(version, process), RETRY_S)
 
     def clear(self, version: Version) -> bool:
-        """What is left of a process that ended; then it is started again, at once the first time, and later and later after that.
+        """What is left of a process that ended; then it is started again, at once the first time, and later and later after
+        that.
 
-        False while a request in it does not end, so that nothing of it can be closed: it is waited for once, and then looked for only.
+        False while a request in it does not end, so that nothing of it can be closed: it is waited for once, and then looked
+        for only.
         """
         deadline = time.perf_counter() + (0.0 if version in self._stuck else CLEAR_S)
         while not self._scheduler.is_drained(version.lane, lambda: version.inside):

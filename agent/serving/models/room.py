@@ -2,8 +2,8 @@
 
 The rules:
 - Only the version that serves alone for its model may go: one with a candidate or a previous one beside it is being updated.
-- A model counts with what was measured when it was loaded, at least with the size of its file: memory that an earlier model gave
-  back to the process does not show when the next one takes it.
+- A model counts with what was measured when it was loaded, at least with the size of its file: memory that an earlier model
+  gave back to the process does not show when the next one takes it.
 - What is pinned stays. `budget` chooses among the others.
 """
 

@@ -1,9 +1,10 @@
-"""Counts of one model version. A request leaves only its four times here; they are added up when somebody asks, or when many have
-come together. Adding one number is one step under the interpreter's lock.
+"""Counts of one model version. A request leaves only its four times here; they are added up when somebody asks, or when many
+have come together. Adding one number is one step under the interpreter's lock.
 
-A request's time has four phases, which add up to it: queue (from its arrival until a thread works for it, and while it waits for its
-run), compute_input (reading it into arrays, and joining a batch), compute_infer (the engine's run) and compute_output (writing the
-answer). A batch is one execution of as many inferences as it has rows; each request in it counts the whole run as its own.
+A request's time has four phases, which add up to it: queue (from its arrival until a thread works for it, and while it waits
+for its run), compute_input (reading it into arrays, and joining a batch), compute_infer (the engine's run) and compute_output
+(writing the answer). A batch is one execution of as many inferences as it has rows; each request in it counts the whole run as
+its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One version in place of another where memory has no room for both: callers wait meanwhile, and none fails because of it.
 
-The order: the old one is sent away, so that who comes waits; those under way end; the old one is closed, the new one loaded; who waited goes
-to the new one. When the new one cannot be loaded, the old one is loaded again, and the one who asked for the swap is told so.
+The order: the old one is sent away, so that who comes waits; those under way end; the old one is closed, the new one loaded;
+who waited goes to the new one. When the new one cannot be loaded, the old one is loaded again, and the one who asked for the
+swap is told so.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ class Swapper:
         self._residency = residency
 
     def swap(self, served: Served, old: Version, source: Source) -> Served:
-        """Makes `source` active in place of `old`, which is active and the only one of its model that counts: a previous one goes first.
+        """Makes `source` active in place of `old`, which is active and the only one of its model that counts: a previous one
+        goes first.
 
-        Raises: Refusal (503 `busy` when a run does not end), and what loading raises, `old` serving again; SwapLost when it does not.
+        Raises: Refusal (503 `busy` when a run does not end), and what loading raises, `old` serving again; SwapLost when it
+        does not.
         """
         self._host.commit(served.name)
         reason = f"being replaced by version {source.version}"

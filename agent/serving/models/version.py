@@ -58,7 +58,9 @@ class Loaded:
 
     @property
     def now_bytes(self) -> int:
-        """What the model takes: when it was loaded, and what runs have left with its engine since; or its process, as it is now."""
+        """What the model takes: when it was loaded, and what runs have left with its engine since; or its process, as it is
+        now.
+        """
         if self.process is not None:
             return self.process.memory_bytes or self.memory_bytes
         return self.memory_bytes + (self.model.grown_bytes if isinstance(self.model, Growing) else 0)

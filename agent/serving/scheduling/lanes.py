@@ -2,7 +2,8 @@
 
 Nothing here locks or looks at a clock. The rules:
 - Jobs run by priority, then by arrival. `instances` bounds how many runs go on at once.
-- A job with a key waits until `due_s` for others of its key: for the version's delay, and for no more than half of the time it has.
+- A job with a key waits until `due_s` for others of its key: for the version's delay, and for no more than half of the time it
+  has.
 - A closed lane runs nothing: its model is not in memory and comes back, or is being replaced.
 - A batch is the first job, and those of its key that come next in order, as many as fit. It is ready when it is full, has a
   preferred size, or one of its jobs is due.
@@ -37,8 +38,8 @@ NEW, WAITING, RUNNING, GONE = Place  # looking a member up at its class takes lo
 
 
 class Caller(Protocol):
-    """Whom a job is for. The scheduler calls `parked`, `unparked` and `granted` while it holds its lock: they do little, and ask it
-    nothing.
+    """Whom a job is for. The scheduler calls `parked`, `unparked` and `granted` while it holds its lock: they do little, and
+    ask it nothing.
     """
 
     @property
@@ -153,7 +154,9 @@ class Lane:
 
     @property
     def due_s(self) -> float:
-        """When the first of its jobs waits for others no longer, with room for a run or without; NEVER while none is in the queue."""
+        """When the first of its jobs waits for others no longer, with room for a run or without; NEVER while none is in the
+        queue.
+        """
         return self._due_s if self._queue else NEVER
 
     def put(self, job: Job, now_s: float) -> None:

@@ -2,16 +2,17 @@
 
 The rules:
 - A version whose runs are bounded by nothing but threads is not asked about here while a thread is free: its lane stays empty.
-- `admit` lets a job run at once in the thread that brings it, together with what is gathered for the same run, or makes it wait.
-- What waits is run by threads of the loop, as many as are free, best first: by priority, then by arrival, over all models. A caller
-  that waits in a thread of its own is granted its run there, and takes no thread of the loop.
+- `admit` lets a job run at once in the thread that brings it, together with what is gathered for the same run, or makes it
+  wait.
+- What waits is run by threads of the loop, as many as are free, best first: by priority, then by arrival, over all models. A
+  caller that waits in a thread of its own is granted its run there, and takes no thread of the loop.
 - A job that waits ends at its deadline, or when its caller goes. Only what waits counts for the limits of queues.
-- A lane is closed while its model comes back into memory or is replaced: jobs wait in it as ever, and none runs, until it opens again. A
-  retired one accepts no more jobs: what waits in it is removed with `evacuate`, to be admitted elsewhere or refused.
+- A lane is closed while its model comes back into memory or is replaced: jobs wait in it as ever, and none runs, until it opens
+  again. A retired one accepts no more jobs: what waits in it is removed with `evacuate`, to be admitted elsewhere or refused.
 - `next_s` is when the polling thread has to ask again; `wake` gets it out of its poll when that becomes earlier.
-- What waits needs three things: time (its due), room (an instance) and a thread. Whoever brings the last of them decides: the polling
-  thread for time, `finished` for room, `next_for_thread` for a thread. So each minds what it brings alone, whatever else is missing,
-  and time is compared with the one reading of the clock that the decision before it was made with.
+- What waits needs three things: time (its due), room (an instance) and a thread. Whoever brings the last of them decides: the
+  polling thread for time, `finished` for room, `next_for_thread` for a thread. So each minds what it brings alone, whatever
+  else is missing, and time is compared with the one reading of the clock that the decision before it was made with.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ class Scheduler:
     # -- by who brings a job ---------------------------------------------------------------------------------------------------
 
     def admit(self, job: Job, *, may_run: bool, polls: bool = False, goes_on: bool = False) -> list[Job]:
-        """The jobs to run now in this thread, which then calls `finished`; empty when they wait. The job itself may be among them,
-        or wait behind them. `polls`: this is the polling thread, which asks again by itself. `goes_on`: this thread asks for more
-        when it is through.
+        """The jobs to run now in this thread, which then calls `finished`; empty when they wait. The job itself may be among
+        them, or wait behind them. `polls`: this is the polling thread, which asks again by itself. `goes_on`: this thread asks
+        for more when it is through.
 
         Raises: Refusal (400 unknown sequence, 503 the queue is full), LaneRetired.
         """
@@ -97,7 +98,8 @@ class Scheduler:
             if work:
                 self._begin(work, now)
             if waits and not polls:
-                # What no thread is free for, and is too long for the one that polls, is run by whoever comes free, of which this is one.
+                # What no thread is free for, and is too long for the one that polls, is run by whoever comes free, of which
+                # this is one.
                 covered = goes_on and not self.free and job.due_s <= now and lane.cost_s > INLINE_RUN_S
                 self._tell(job.deadline_s if covered or not turn else min(job.due_s, job.deadline_s))
             return work
@@ -122,7 +124,8 @@ class Scheduler:
             if job.place is WAITING:
                 act()
 
-    # -- by who takes models out of memory and brings them back ------------------------------------------------------------------
+    # -- by who takes models out of memory and brings them back
+    # ------------------------------------------------------------------
 
     def close_if_idle(self, lane: Lane, leave: Callable[[], bool]) -> bool:
         """Whether nobody waits in the lane, no sequence is under way, and `leave`, which closes it, says that nobody runs."""
@@ -176,7 +179,9 @@ class Scheduler:
     # -- by who runs jobs ------------------------------------------------------------------------------------------------------
 
     def finished(self, work: list[Job], *, goes_on: bool = False) -> None:
-        """The run of these jobs has ended. Callers with threads are granted what can run now. `goes_on`: this thread asks for more."""
+        """The run of these jobs has ended. Callers with threads are granted what can run now. `goes_on`: this thread asks for
+        more.
+        """
         with self._lock:
             now, lane = self._clock(), work[0].lane
             lane.running -= 1
@@ -223,8 +228,8 @@ class Scheduler:
         return bool(self.waiting or self._others)
 
     def next_for_poller(self) -> tuple[list[Job], bool]:
-        """Jobs that the polling thread should do now; and whether they are long work, for which a thread was free and is now taken,
-        or so cheap that it should do them without giving up the poll.
+        """Jobs that the polling thread should do now; and whether they are long work, for which a thread was free and is now
+        taken, or so cheap that it should do them without giving up the poll.
         """
         with self._lock:
             now = self._clock()
@@ -371,7 +376,9 @@ class Scheduler:
         return best
 
     def _grant(self, lane: Lane, now: float) -> None:
-        """Runs that callers can do in threads of their own: those that are next, and others while no thread of the loop is free."""
+        """Runs that callers can do in threads of their own: those that are next, and others while no thread of the loop is
+        free.
+        """
         while lane.with_threads and (work := lane.ready(now)):
             if not any(job.caller.has_thread for job in work):
                 work = [] if self.free else lane.ready(now, only_with_thread=True)
@@ -381,8 +388,8 @@ class Scheduler:
             next(job.caller for job in work if job.caller.has_thread).granted(work)
 
     def _when(self, now: float) -> float:
-        """When time alone changes what can be done, of what could not be done at `now`, the reading that was decided with. What only
-        waits for a thread, or for a run to end, is decided by whoever brings that.
+        """When time alone changes what can be done, of what could not be done at `now`, the reading that was decided with. What
+        only waits for a thread, or for a run to end, is decided by whoever brings that.
         """
         dues = [lane.due_s for lane in self._lanes]
         soonest = min((due for due in dues if due > now), default=NEVER)

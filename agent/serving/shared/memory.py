@@ -1,11 +1,11 @@
 """Memory that clients share over their own connection: sealed memfds, mapped as long as the connection lives.
 
-A descriptor comes with the bytes of `POST /v2/edge/memory/{name}/register` (SCM_RIGHTS). What is demanded of it makes the mapping safe
-to read whatever the client does afterwards: it is a memfd, whose size is sealed, so that no page of it can go away. What the client
-can always do is change the bytes; they are its own.
+A descriptor comes with the bytes of `POST /v2/edge/memory/{name}/register` (SCM_RIGHTS). What is demanded of it makes the
+mapping safe to read whatever the client does afterwards: it is a memfd, whose size is sealed, so that no page of it can go
+away. What the client can always do is change the bytes; they are its own.
 
-Descriptors are looked for only where they may come: on a connection that has asked for nothing else yet, or that shares memory. After
-a register request that came without one, they are looked for again, so sending it once more always works.
+Descriptors are looked for only where they may come: on a connection that has asked for nothing else yet, or that shares memory.
+After a register request that came without one, they are looked for again, so sending it once more always works.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ class ClientMemory:
     def uid(self) -> int:
         return self._uid
 
-    # -- what requests do: see regions.Regions -----------------------------------------------------------------------------------
+    # -- what requests do: see regions.Regions
+    # -----------------------------------------------------------------------------------
 
     @property
     def reach_bytes(self) -> int:

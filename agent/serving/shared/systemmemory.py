@@ -1,8 +1,8 @@
 """Triton's system shared memory extension: POSIX shared memory that a client created, named once and then used by name.
 
 Off unless serve.shared_memory says so. A peer registers only what belongs to its own user, and finds only what its own user
-registered. The memory is never mapped here: its owner may shrink it at any time, and touching what is gone would kill this process.
-It is read and written as a file instead, which costs one copy and fails with a short read.
+registered. The memory is never mapped here: its owner may shrink it at any time, and touching what is gone would kill this
+process. It is read and written as a file instead, which costs one copy and fails with a short read.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class SystemMemory:
         return SystemRegion(key, fd, offset, size, writable=writable, max_view_bytes=self._max_view)
 
     def unregister(self, uid: int, name: str | None) -> None:
-        """One region of this user, or all. A request that uses one now goes on with it; a name that is not there is as good as gone."""
+        """One region of this user, or all. A request that uses one now goes on with it; a name that is not there is as good as
+        gone.
+        """
         self._check_offered()
         with self._lock:
             for key in [key for key in self._regions if key[0] == uid and name in {None, key[1]}]:

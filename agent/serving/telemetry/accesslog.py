@@ -1,4 +1,6 @@
-"""The access log: a line of JSON per request, written by a thread of its own. When writing cannot keep up, lines are lost, not time."""
+"""The access log: a line of JSON per request, written by a thread of its own. When writing cannot keep up, lines are lost, not
+time.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ WRITE_EVERY_S = 0.2
 
 
 class AccessLog:
-    """`target` is `journal` (standard error, which systemd keeps) or a file that is appended to, and opened anew when it was moved.
+    """`target` is `journal` (standard error, which systemd keeps) or a file that is appended to, and opened anew when it was
+    moved.
 
     Raises: ConfigError when the file cannot be written.
     """

@@ -1,7 +1,7 @@
 """Whoever wants to see each request: an access log, traces. Nobody wants it by default, and then nothing of this is called.
 
-An observer is told of a request once, with its answer, when that is ready to be sent. It must not wait for anything: the thread that
-tells it may be the one that polls.
+An observer is told of a request once, with its answer, when that is ready to be sent. It must not wait for anything: the thread
+that tells it may be the one that polls.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ TIMEOUT_S = 5
 
 
 class Tracing:
-    """`target` is the collector's traces address (http://127.0.0.1:4318/v1/traces) or unix:/path of its socket; `ratio` of the requests
-    that come without a caller's decision are traced.
+    """`target` is the collector's traces address (http://127.0.0.1:4318/v1/traces) or unix:/path of its socket; `ratio` of the
+    requests that come without a caller's decision are traced.
     """
 
     def __init__(self, target: str, ratio: float) -> None:

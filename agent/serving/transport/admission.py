@@ -1,7 +1,7 @@
 """Who comes in, and who has to go: accepting connections, and ending those that are idle, stalled or too many.
 
-`open` holds the connections by descriptor. Only the thread that polls calls what is here, but for `close`, which is for whichever
-thread owns a connection.
+`open` holds the connections by descriptor. Only the thread that polls calls what is here, but for `close`, which is for
+whichever thread owns a connection.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ class Admission:
                     self.close(connection)
 
     def clear(self, patience_s: float, spared: Container[int], *, late: bool) -> bool:
-        """Ends those between two requests that are not `spared` (of which something was heard and not yet read), and whoever was not
-        heard of for `patience_s`; when it is `late`, also those whose requests are still coming. True when the others only wait for their
-        peers to read.
+        """Ends those between two requests that are not `spared` (of which something was heard and not yet read), and whoever
+        was not heard of for `patience_s`; when it is `late`, also those whose requests are still coming. True when the others
+        only wait for their peers to read.
         """
         stalled = time.perf_counter() - patience_s
         with self._handovers.lock:

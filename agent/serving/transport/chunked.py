@@ -1,4 +1,6 @@
-"""A chunked body (RFC 9112, section 7.1) as it arrives. It knows exactly where the body ends, so that a request behind it is not lost."""
+"""A chunked body (RFC 9112, section 7.1) as it arrives. It knows exactly where the body ends, so that a request behind it is
+not lost.
+"""
 
 from __future__ import annotations
 

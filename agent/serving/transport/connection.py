@@ -1,7 +1,7 @@
 """One client's connection: bytes in, complete requests out; answers in, bytes out. Never blocks.
 
-A connection belongs to one thread at a time. Its buffer holds what arrived and was not used yet, from `_start` to `_end`; a body
-that does not fit goes straight into a buffer of its own. A request's body stays valid until `finished` is called.
+A connection belongs to one thread at a time. Its buffer holds what arrived and was not used yet, from `_start` to `_end`; a
+body that does not fit goes straight into a buffer of its own. A request's body stays valid until `finished` is called.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class Epoll(Protocol):
 class Handovers:
     """`ready` are descriptors, with their events, that the leader attends next; `wake` gets it out of its poll.
 
-    `lock` is held while a connection goes back to the leader, so that it is either another's or back at the epoll to whoever looks for
-    one to close.
+    `lock` is held while a connection goes back to the leader, so that it is either another's or back at the epoll to whoever
+    looks for one to close.
     """
 
     def __init__(self, epoll: Epoll, wake: Callable[[], None]) -> None:
@@ -65,8 +65,8 @@ class Handovers:
             self._wake()
 
     def park(self, connection: Connection, job: Job, *, may_last: bool) -> None:
-        """Its prediction waits; if that `may_last`, the leader is to hear when the peer goes. With the scheduler's lock held, as the next
-        two.
+        """Its prediction waits; if that `may_last`, the leader is to hear when the peer goes. With the scheduler's lock held,
+        as the next two.
         """
         if connection.owner is LEADER:
             self._epoll.modify(connection.fd, 0)
@@ -90,8 +90,8 @@ class Handovers:
             self._epoll.unregister(connection.fd)
 
     def is_leaders(self, connection: Connection) -> bool:
-        """Whether no other thread works for it. The one that puts it back may not have come to say so yet: asking the epoll until it has
-        would take the processor that it needs.
+        """Whether no other thread works for it. The one that puts it back may not have come to say so yet: asking the epoll
+        until it has would take the processor that it needs.
         """
         if connection.owner is LEADER:
             return True

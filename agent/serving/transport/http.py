@@ -166,7 +166,8 @@ class HeadReader:
             answer, must = compression.answer_coding(self._fields.get(b"accept-encoding"))
         except Refusal as refusal:
             return refusal
-        # Of other answers none is packed unasked: tritonclient's asyncio client says that it takes them so, and cannot read them.
+        # Of other answers none is packed unasked: tritonclient's asyncio client says that it takes them so, and cannot read
+        # them.
         if route is None or (route.kind not in (Kind.PREDICT, Kind.HEAVY) and not must):
             answer = None
         if body or answer:

@@ -2,9 +2,9 @@
 
 The rules:
 - It sleeps while there is nothing to do, but for a client that asks again at once it stays awake a moment (`spinning`).
-- Before anything long it hands the connection over, and another thread leads; all threads but one may be at long work. What comes beyond
-  that waits, and the next thread that is through has the best of it (`scheduling` has the rules); the leader goes on leading, so a
-  prediction that takes long never delays one that does not.
+- Before anything long it hands the connection over, and another thread leads; all threads but one may be at long work. What
+  comes beyond that waits, and the next thread that is through has the best of it (`scheduling` has the rules); the leader goes
+  on leading, so a prediction that takes long never delays one that does not.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ class Leader:
         return free
 
     def _attend_parked(self, connection: Connection, event: int) -> None:
-        """Of connections that are not the leader's only those are at the epoll whose prediction waits, and all it tells is that the peer
-        has gone.
+        """Of connections that are not the leader's only those are at the epoll whose prediction waits, and all it tells is that
+        the peer has gone.
         """
         job = connection.job
         if job is not None and event & (select.EPOLLHUP | select.EPOLLERR) and self._scheduler.cancel(job):
@@ -218,7 +218,9 @@ class Leader:
         self._admission.sweep()
 
     def _drain(self) -> None:
-        """On the way out: nobody comes in, connections that are idle or do not move are closed, and when all have gone it is done."""
+        """On the way out: nobody comes in, connections that are idle or do not move are closed, and when all have gone it is
+        done.
+        """
         self._admission.shut()
         late = time.perf_counter() - self._stopping.begun_s > STOP_LONGEST_S
         if self._admission.clear(STOP_PATIENCE_S, spared={fd for fd, _ in self._ready}, late=late):

@@ -1,14 +1,16 @@
 """Leader/followers: a few threads take turns at one epoll.
 
-One thread leads: it polls, reads what is there, and answers at once every request whose answer takes little. Before anything long
-it makes another thread the leader and finishes that one connection alone. So short requests never meet another thread, long ones
-run in parallel because engines release the interpreter's lock, and nobody waits for a slow client: sockets never block.
+One thread leads: it polls, reads what is there, and answers at once every request whose answer takes little. Before anything
+long it makes another thread the leader and finishes that one connection alone. So short requests never meet another thread,
+long ones run in parallel because engines release the interpreter's lock, and nobody waits for a slow client: sockets never
+block.
 
 The rules that keep it correct:
 - Whoever has `_lead` leads; only the leader polls, accepts, and touches connections that are registered at the epoll.
 - Exactly one thread owns a connection at any time: `owner` has the table of who may follow whom.
-- The connection of a prediction that waits is parked: it is at the epoll only so that the leader hears when its peer has gone, and
-  not even that while the wait is to be short. Whoever takes the prediction out of the queue has the connection in the same step.
+- The connection of a prediction that waits is parked: it is at the epoll only so that the leader hears when its peer has gone,
+  and not even that while the wait is to be short. Whoever takes the prediction out of the queue has the connection in the same
+  step.
 - Control work has a thread of its own: loading a model takes no thread from predictions. Others may give it work with `defer`.
 
 `leader` and `workers` say what the two kinds of threads do.
@@ -41,8 +43,8 @@ from agent.serving.transport.workers import Seat, Service, Workers
 
 
 class Loop:
-    """Serves connections from `listeners` until `stop`. `grant_of` says what a new connection's peer may do, `memory_of` makes what
-    keeps the memory it shares. `epoll` is for tests that count.
+    """Serves connections from `listeners` until `stop`. `grant_of` says what a new connection's peer may do, `memory_of` makes
+    what keeps the memory it shares. `epoll` is for tests that count.
     """
 
     def __init__(
@@ -94,7 +96,9 @@ class Loop:
             thread.start()
 
     def stop(self, grace_s: float) -> bool:
-        """Accepts nothing more, finishes what was asked, then ends all threads. False when `grace_s` was not enough for all of it."""
+        """Accepts nothing more, finishes what was asked, then ends all threads. False when `grace_s` was not enough for all of
+        it.
+        """
         self.stopping.begin()
         self.wake_up()
         clean = self.stopping.drained.wait(grace_s)
@@ -114,7 +118,9 @@ class Loop:
         return clean
 
     def stuck(self, patience_s: float) -> bool:
-        """Whether requests wait and no thread has come free for so long: engines hang, and nothing in this process can end them."""
+        """Whether requests wait and no thread has come free for so long: engines hang, and nothing in this process can end
+        them.
+        """
         return self._scheduler.stuck(patience_s)
 
     def wake_up(self) -> None:

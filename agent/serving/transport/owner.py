@@ -1,7 +1,7 @@
 """Who works for a connection: one owner at any time, and a table of who may follow whom.
 
-Whoever owns a connection reads from it, answers, and gives it on; nobody else touches it. Any move that is not in `NEXT` raises, and
-changes nothing.
+Whoever owns a connection reads from it, answers, and gives it on; nobody else touches it. Any move that is not in `NEXT`
+raises, and changes nothing.
 """
 
 from __future__ import annotations

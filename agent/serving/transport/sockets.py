@@ -51,7 +51,8 @@ class Listeners:
 
 
 def open_listeners(path: Path, mode: int, http_listen: str = "") -> Listeners:
-    """What systemd passed; without it, a new socket at `path` with permissions `mode`. And the loopback port `http_listen`, if any.
+    """What systemd passed; without it, a new socket at `path` with permissions `mode`. And the loopback port `http_listen`, if
+    any.
 
     Raises: SocketError when another server answers there, something else is in the way, an address cannot be used, or a port
     is not on the loopback.

@@ -1,10 +1,10 @@
 """How the polling thread waits: asleep, or for a moment awake.
 
-A client that is alone and asks again at once has the thread fall asleep and be woken for each request, on a processor that goes to
-sleep with it. For a small model that takes longer than the answer. So after some such requests in a row the thread looks again and
-again for a moment before it sleeps, some times as long as this client usually takes. It pays only while the client has a processor of
-its own: where another took this one from the thread meanwhile, or nothing came (as when the client waits for this very processor), the
-thread sleeps through ever more requests before it tries again.
+A client that is alone and asks again at once has the thread fall asleep and be woken for each request, on a processor that goes
+to sleep with it. For a small model that takes longer than the answer. So after some such requests in a row the thread looks
+again and again for a moment before it sleeps, some times as long as this client usually takes. It pays only while the client
+has a processor of its own: where another took this one from the thread meanwhile, or nothing came (as when the client waits for
+this very processor), the thread sleeps through ever more requests before it tries again.
 """
 
 from __future__ import annotations

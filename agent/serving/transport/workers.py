@@ -1,10 +1,11 @@
 """What the threads do that do not lead: long work, connection by connection, and predictions that waited.
 
 The rules:
-- A thread that has answered long work waits a moment for the next of the same client, if that one asks again at once and nobody else
-  waits: then neither another thread nor another processor's cold cache has a part in it.
-- A thread that has answered a prediction which waited, and runs the next one, keeps that connection and reads from it when this run is
-  through: clients that ask again at once, while all threads are at work, wake nobody. Should the run hang, the leader gives them back.
+- A thread that has answered long work waits a moment for the next of the same client, if that one asks again at once and nobody
+  else waits: then neither another thread nor another processor's cold cache has a part in it.
+- A thread that has answered a prediction which waited, and runs the next one, keeps that connection and reads from it when this
+  run is through: clients that ask again at once, while all threads are at work, wake nobody. Should the run hang, the leader
+  gives them back.
 """
 
 from __future__ import annotations
@@ -197,7 +198,9 @@ class Workers:
             self._close(connection)
 
     def _stays(self, connection: Connection) -> bool:
-        """Waits a moment for the next request of a prompt client. False when it does not come, others wait, or the client has gone."""
+        """Waits a moment for the next request of a prompt client. False when it does not come, others wait, or the client has
+        gone.
+        """
         if self._scheduler.crowded or self._stopping.begun:
             return False
         waiting = select.poll()

@@ -10,7 +10,7 @@ import pytest
 
 from agent.client import Client, ClientError, InputRejected
 from agent.contract.acceptance import WatchRules
-from tests.serving.stand import Server as ServeProcess
+from tests.serving.server import Server as ServeProcess
 from tests.sync.conftest import eventually
 from tests.sync.fleet import Repository, Server, onnx_release
 from tests.sync.test_process import MODEL, Device

@@ -17,7 +17,7 @@ from agent.contract.codec import encode
 from agent.diary import Diary
 from agent.lives import Life
 from agent.store import Choice, Selection, Store
-from tests.serving.stand import Server as ServeProcess
+from tests.serving.server import Server as ServeProcess
 from tests.sync.fleet import script_release, sha
 
 pytestmark = [pytest.mark.usefixtures("script_runtime"), pytest.mark.timeout(60)]

@@ -11,7 +11,7 @@ import pytest
 
 from agent.client import Client, ClientError
 from tests.serving import onnx_models
-from tests.serving.stand import DEADLINE_S
+from tests.serving.server import DEADLINE_S
 from tests.serving.test_control import entry, factor, post
 
 X = np.ones((1, 4), np.float32)

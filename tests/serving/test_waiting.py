@@ -8,7 +8,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from tests.serving import onnx_models
-from tests.serving.stand import read_answer
+from tests.serving.server import read_answer
 from tests.serving.test_scheduling import DEADLINE_S, Sent, body, infer, output, version_of, wait_until
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(60)]  # the server must be seen at work before it has done it
