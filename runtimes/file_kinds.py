@@ -31,7 +31,7 @@ SAVED_MODEL = "a TensorFlow SavedModel or frozen graph: convert it, with tf2onnx
 
 
 def what_folder(path: Path) -> str | None:
-    """The same of a folder."""
+    """What a folder is that is given as a model, in words, with what to do; None when it may be one."""
     if (path / "saved_model.pb").is_file():
         return SAVED_MODEL
     if (path / "Manifest.json").is_file() and path.suffix == ".mlpackage":

@@ -82,8 +82,8 @@ def _is_of_ort(path: Path) -> bool:
 
 
 def judge(graphs: Sequence[Graph], *, traps: bool) -> tuple[str, ...]:
-    """The same of graphs that a request may run. `traps`: whether an integer division without a result ends a process on this
-    machine.
+    """What a request could do with these graphs, in words, each once. `traps`: whether an integer division without a result
+    ends a process on this machine.
     """
     found: dict[str, None] = {}
     steps = iter(range(MOST_STEPS))

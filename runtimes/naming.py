@@ -84,7 +84,7 @@ class Interfaces:
         return self.signatures[signature]
 
     def by_every_name(self, values: Mapping[str, T]) -> dict[str, T]:
-        """Of outputs that are called by any of their names: the same by all of them."""
+        """Values of outputs, given under any of their names, under all of their names."""
         found = dict(values)
         for interface in (self.plain, *self.signatures.values()):
             tensors = {interface.outputs[name].name: value for name, value in values.items() if name in interface.outputs}

@@ -23,7 +23,9 @@ class Mover(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Of a tensor: how many it has (None: unknown), and which one of the end each is. `sizes` are the end's, -1 where any goes."""
+    """The axes of a tensor: how many it has (None: unknown), and which one of the end each is. `sizes` are the end's, -1 where
+    any goes.
+    """
 
     rank: int | None
     ends: Mapping[int, int]
@@ -31,7 +33,7 @@ class Axes:
 
     @classmethod
     def of(cls, sizes: Sequence[int] | None) -> Axes:
-        """Those of the end itself; None: it may have any number."""
+        """The axes of the end itself; `sizes` None: it may have any number."""
         known = [-1] * MOST if sizes is None else sizes
         return cls(None if sizes is None else len(sizes), {axis: axis for axis in range(len(known))}, tuple(known))
 
@@ -44,7 +46,7 @@ class Axes:
         return self.ends.get(axis)
 
     def after(self, node: Mover) -> Axes:
-        """Those of what the node makes of this tensor."""
+        """The axes of what the node makes of this tensor."""
         rank, numbers = self.rank, node.numbers
         if node.op == "Identity":
             return self
@@ -70,7 +72,7 @@ class Axes:
         return Axes(None, {}, self.sizes)
 
     def before(self, node: Mover) -> Axes:
-        """Those of what the node has made this tensor of."""
+        """The axes of what the node has made this tensor of."""
         rank, numbers = self.rank, node.numbers
         if node.op == "Identity":
             return self

@@ -40,7 +40,7 @@ WITH_BODIES = frozenset({"If", "Loop", "Scan"})
 
 
 class Functions:
-    """Those of a file, by domain and name; each is read once, however often it is called."""
+    """The functions of a file, by domain and name; each is read once, however often it is called."""
 
     def __init__(self) -> None:
         self.contents: dict[tuple[str, str], memoryview] = {}

@@ -111,7 +111,7 @@ def beside(path: Path, location: str) -> Path:
 
 
 def given(path: Path, data: Mapping[str, Path]) -> dict[str, Path]:
-    """Those of `data` that the model uses.  Raises: ModelInvalid when it names a file that is not among them."""
+    """The files of `data` that the model uses.  Raises: ModelInvalid when it names a file that is not among them."""
     found = {}
     for location in locations(path):
         if location not in data:

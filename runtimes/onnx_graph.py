@@ -107,7 +107,7 @@ def _has_shape(value: memoryview) -> bool:
 
 
 def _sizes(value: memoryview) -> list[int] | None:
-    """Of an input or output, -1 where any goes; None when it may have any rank."""
+    """The shape of an input or output, -1 where any size goes; None when it may have any rank."""
     for number, kind in fields(value):
         if number != VALUE_TYPE:
             continue

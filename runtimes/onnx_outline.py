@@ -23,7 +23,7 @@ BITS = {
     1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16, 17: 8, 18: 8, 19: 8,
     20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2,
 }  # fmt: skip
-"""Of an element, by the number of its type."""
+"""The size of an element, by the number of its type."""
 FEW = 8  # numbers in an attribute are the geometry of an operator (strides, pads); more of them are what it has learned
 
 
@@ -86,7 +86,7 @@ def _look_at_model(outline: Outline, number: int, value: int | memoryview) -> No
 
 
 def _listed_bytes(number: int, value: int | memoryview) -> int:
-    """Of an attribute's list; each number may be written alone, or all in one field."""
+    """The bytes of an attribute's list; each number may be written alone, or all in one field."""
     if number == ATTRIBUTE_FLOATS:
         return 4 if isinstance(value, int) else len(value)
     if number == ATTRIBUTE_INTS:

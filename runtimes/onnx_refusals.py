@@ -62,7 +62,7 @@ def not_loaded(path: Path, engine: str, error: Exception) -> str:
 
 
 def _foreign(path: Path, domain: str, op: str) -> str:
-    """Of operators that no build of the engine has."""
+    """What to say of operators that no build of the engine has."""
     operators = [
         name.partition(":")[2] for name in read_outline(path).operators if name.partition(":")[0] == domain and ":" in name
     ]

@@ -34,7 +34,7 @@ def fields(data: Wire) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def parts(data: Wire) -> Iterator[tuple[int, int | memoryview, memoryview]]:
-    """The same with the bytes that the field is written in.  Raises: Malformed."""
+    """Each field: its number, its value, and the bytes that it is written in.  Raises: Malformed."""
     view, at, end = memoryview(data), 0, len(data)
     while at < end:
         start = at

@@ -31,7 +31,7 @@ OPERATORS = {
     130: "BROADCAST_TO", 131: "RFFT2D", 141: "CONV_3D_TRANSPOSE", 146: "RANDOM_STANDARD_NORMAL", 148: "RANDOM_UNIFORM",
     149: "MULTINOMIAL", 153: "UNSORTED_SEGMENT_PROD", 154: "UNSORTED_SEGMENT_MAX", 155: "UNSORTED_SEGMENT_SUM", 157: "UNSORTED_SEGMENT_MIN",
 }  # fmt: skip
-"""Those that `hazards` knows by name; what the others do to a value, they do to each."""
+"""The operators that `hazards` knows by name; what the others do to a value, they do to each."""
 
 
 def read(path: Path) -> list[Graph]:

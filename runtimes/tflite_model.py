@@ -194,7 +194,7 @@ class TfliteModel:
         pool.give_back(interpreter)
 
     def pool(self, outputs: Sequence[str] | None) -> _Pool:
-        """Of the method that has these outputs."""
+        """The interpreters of the method that has these outputs."""
         return self._others.get(outputs[0], self._default) if self._others and outputs else self._default
 
     def _create(self) -> Interpreter:
@@ -288,7 +288,7 @@ def _invoke_with_care(
 
 
 def _scalar_text(array: Array) -> Array:
-    """Of one text without dimensions the engine would take the address instead, were it an object."""
+    """One text without dimensions as the engine reads it: of an object it would read the address."""
     if array.dtype != np.object_:
         return array
     content = bytes(array.item())

@@ -16,7 +16,9 @@ AMONG = 64  # among so many; and after so many small ones, large ones do not com
 
 
 class UsualSizes:
-    """Of one model whose inputs have any size. Called by the threads that run it; that they count past each other does no harm."""
+    """The usual sizes of one model whose inputs have any. Called by the threads that run it; that they count past each other
+    does no harm.
+    """
 
     def __init__(self) -> None:
         self.grown_bytes = 0

@@ -13,7 +13,7 @@ ELEMENT_BYTES = (
 
 
 class Allowance:
-    """Of one request, or of the requests of one connection, one after another. `body_bytes` is the size of its body.
+    """What one request may become, or the requests of one connection, one after another. `body_bytes` is the size of its body.
 
     What was reserved is charged to `pool` until `end`. Without a pool nothing is charged, and the bound is the same.
     """
@@ -45,7 +45,7 @@ class Allowance:
         self.reserve(count * ELEMENT_BYTES + size, f"{what} with {count} BYTES elements")
 
     def charge(self, size: int) -> None:
-        """The same for what has a bound of its own.  Raises: Refusal (503)."""
+        """Charges `size` bytes to the pool, of something that has a bound of its own.  Raises: Refusal (503)."""
         if self._pool is not None:
             try:
                 self._pool.charge(size)

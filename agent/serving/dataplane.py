@@ -1,8 +1,8 @@
 """One prediction from request to answer, whatever transport brought it.
 
-The short way: a version that sets no bounds but threads is read, run and answered in one go by the thread that has the request.
-The long way goes through the scheduler: when the version gathers batches, keeps sequences or bounds its runs, and when no
-thread is free. Then the answer may be given by another thread, to the request's `seat`.
+Every prediction takes the same steps: `prediction` has them. Where its version sets no bounds but threads, the thread that has
+the request takes them all in one go. Where the version gathers batches, keeps sequences or bounds its runs, and where no thread
+is free, the scheduler says when it runs; then another thread may take the rest, and gives the answer to the request's `seat`.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ class Dataplane:
         version = self.host.enter(match.model, match.version)
         if version.canary is not None and match.version is None:
             version = self._divert(version, form.sequence(version, call))
-            return self._infer_in_turn(version, call, form)
+            return self._infer_in_turn(self._prediction(version, call, form), call)
         lane = version.lane
         if lane.gated or call.pace is not _RUN:
-            return self._infer_in_turn(version, call, form)
+            return self._infer_in_turn(self._prediction(version, call, form), call)
         waits = False
         task: Prediction | None = call.known
         try:
@@ -130,7 +130,7 @@ class Dataplane:
             plan: Any = task.plan
             if plan.sequence is not None:  # which may have begun on another version
                 waits = True
-                return self._infer_in_turn(version, call, form)
+                return self._infer_in_turn(task, call)
             limited = plan.timeout_s is not None or lane.timeout_s is not None
             task.run(lane.deadline_s(call.arrived_s, plan.timeout_s) if limited else NEVER, now_s)
             answer: Answer = task.finish(task.ended_s)
@@ -155,8 +155,7 @@ class Dataplane:
         demand: Demand,
         alive: Callable[[], bool] | None = None,
     ) -> Result:
-        """The same for a caller that has arrays and wants arrays. Blocks until they are there, so it is for threads of one's
-        own.
+        """The prediction of a caller that has arrays and wants arrays. It blocks until they are there.
 
         `wanted` is a version's number or label (None: the active one). `alive` is asked while the prediction waits for its
         turn: once it says no, the prediction is dropped.  Raises: Refusal.
@@ -200,14 +199,20 @@ class Dataplane:
         version.leave()
         return chosen
 
-    def _infer_in_turn(self, version: Version, call: Request, form: Form) -> Answer | None:
-        """By the scheduler. It leaves `version`."""
+    @staticmethod
+    def _prediction(version: Version, call: Request, form: Form) -> Prediction:
+        """The prediction of this request: where it differs from the connection's last one in the bytes of its tensors only,
+        that one's.
+        """
+        known: Prediction | None = call.known
+        if known is None or known.version is not version:
+            return Prediction(version, call, form, call.arrived_s)
+        known.again(call)
+        return known
+
+    def _infer_in_turn(self, task: Prediction, call: Request) -> Answer | None:
+        """When the scheduler says so. Its version is left."""
         caller: Caller = call.seat if call.seat is not None else Waiter()
-        task: Prediction | None = call.known
-        if task is not None and task.version is version:
-            task.again(call)
-        else:
-            task = Prediction(version, call, form, call.arrived_s)
         job, work = self._admit(task, caller, call.match.version, call.pace)
         if work:
             self.runner.run(work, mine=job)
@@ -260,8 +265,8 @@ class Dataplane:
         return self._put(job, pace)
 
     def follow(self, job: Job) -> None:
-        """Of a job that was taken out of the lane of a version which has gone: it waits for the one that answers now, or is
-        refused.
+        """Has a job that was removed from the lane of a version which has gone wait for the one that answers now, or refuses
+        it.
         """
         try:
             self._again(job, None)
@@ -269,7 +274,7 @@ class Dataplane:
             self.refuse(job, error)
 
     def refuse(self, job: Job, error: Exception) -> None:
-        """Answers a job that was taken out of its lane."""
+        """Answers a job that was removed from its lane, with the error."""
         job.task.error = error
         job.caller.deliver(self.runner.conclude(job))
 

@@ -72,7 +72,7 @@ class Runner:
 
     @staticmethod
     def drop(job: Job) -> None:
-        """Of a job that was cancelled: nobody waits for an answer."""
+        """Counts a job that was cancelled: nobody waits for an answer."""
         task: Prediction = job.task
         task.version.stats.cancelled += 1
         task.version.leave()

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Changes:
-    """Of a host, and of the store that models are loaded from (None when files were named instead)."""
+    """Changes a host's models. `store` is what they are loaded from; None when files were named instead."""
 
     def __init__(self, host: ModelHost, store: Store | None, residency: Residency, swapper: Swapper) -> None:
         self._host = host

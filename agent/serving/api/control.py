@@ -204,7 +204,7 @@ class Control:
 
 
 def _divert(active: Version, candidate: Version, share: float) -> None:
-    """Of a canary that is there already only the share changes."""
+    """Begins a canary; where this one is under way already, only its share changes."""
     if active.canary is not None and active.canary.candidate is candidate:
         active.canary.change(share)
     else:

@@ -255,7 +255,7 @@ def _sequences(sequences: Sequences[Any]) -> Document:
 
 
 def statistics(host: ModelHost, name: str | None, wanted: str | None) -> list[Document]:
-    """Of one version, of one model, or of all.  Raises: Refusal (404)."""
+    """The statistics of one version, of all versions of one model, or of all models.  Raises: Refusal (404)."""
     if name is None:
         versions = [v for served in host for v in served.versions.values()]
     elif wanted is None:

@@ -64,7 +64,7 @@ class Excerpt:
         return self.found[int(place[1])]
 
     def check_unread(self) -> None:
-        """Of what nobody asked for.  Raises: Refusal (400) when it is much, or no JSON."""
+        """Checks what was left out and nobody asked for.  Raises: Refusal (400) when it is much, or no JSON."""
         unread = [view for number, view in enumerate(self.found) if number not in self._asked]
         if sum(map(len, unread)) > self._limit:
             self._too_long(sum(map(len, unread)))

@@ -108,7 +108,7 @@ class _Reader:
             return self._slowly(text, rank, error)
 
     def _slowly(self, text: bytes | memoryview, rank: int, error: Exception) -> Any:
-        """The same for what the fast reader does not take: most of it is refused, and said why."""
+        """Reads a list that the fast reader refused: most such lists are refused here as well, with words that say why."""
         try:
             values = json.loads(bytes(text).decode(), parse_float=_finite)
         except OverflowError:
@@ -150,7 +150,7 @@ class _Reader:
         self._misfit()
 
     def _array(self, flat: Sequence[Any]) -> Array:
-        """Of values that were checked, in lists of lists if they are numbers.
+        """The array of values that were checked; numbers may be in lists of lists.
 
         Raises: Refusal (400) where a number is too large for the datatype, ValueError where lists are not regular.
         """
@@ -242,7 +242,7 @@ class _Reader:
             self._irregular(shape)
 
     def _empty(self, text: memoryview, shape: tuple[int, ...], pauses: Pauses) -> Array:
-        """Of a long text without elements, such as [[],[],…]: its innermost lists are the elements of one that has some."""
+        """The array of a long text without elements, such as [[],[],…]. Its innermost lists are counted as elements."""
         rows = _nested(shape)[:-1]
         form = list_pieces.Form(rows)
         for piece in list_pieces.pieces(text, pauses):
@@ -328,7 +328,7 @@ def _rank(text: bytes) -> int:
 
 
 def _shape(values: Any, rank: int) -> tuple[int, ...] | None:
-    """Of lists that are nested so deep everywhere; None when they are not regular."""
+    """The shape of lists that are nested `rank` deep; None when they are not regular."""
     sizes, level = [len(values)], values
     for _ in range(rank - 1):
         size = len(level[0]) if level else 0

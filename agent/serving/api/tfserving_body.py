@@ -56,7 +56,7 @@ class Body:
         return bytes(raw) if self._excerpt is None else self._excerpt.text_of(raw)
 
     def members(self, raw: msgspec.Raw | bytes) -> dict[str, msgspec.Raw]:
-        """Of an object.  Raises: Refusal (400; 413, 503 when they are too many)."""
+        """The members of an object, by name.  Raises: Refusal (400; 413, 503 when they are too many)."""
         text = bytes(raw)
         self.allowance.reserve(text.count(b":") * MEMBER_BYTES, "the members of the request's objects")
         found: dict[str, msgspec.Raw] = _decoded(text, dict[str, msgspec.Raw])

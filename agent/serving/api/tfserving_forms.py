@@ -113,7 +113,7 @@ def _columns(model: str, interface: Interface, raw: msgspec.Raw, body: Body) -> 
 
 
 def _stacked(model: str, interface: Interface, raw: msgspec.Raw, body: Body) -> dict[str, Text]:
-    """The same of rows: each a value of the only input, or an object with one for every input."""
+    """The JSON of each input, stacked from rows: each is a value of the only input, or an object with one for every input."""
     inner = bytes(memoryview(raw)[:HEAD_BYTES]).lstrip()[1:].lstrip()
     if inner[:1] == b"]":
         raise Refusal(400, "'instances' is empty: a prediction needs one or more")
@@ -272,7 +272,7 @@ def _check_rows(version: Version, plan: Plan, rows: Sequence[object] | Array) ->
 
 
 def _interface(version: Version, signature: str) -> Interface:
-    """Of the signature that a request names, or of the default one.  Raises: Refusal (400)."""
+    """The interface of the signature that a request names, or of the default one.  Raises: Refusal (400)."""
     interfaces = version.interfaces
     try:
         return interfaces.find(signature) if signature else interfaces.default

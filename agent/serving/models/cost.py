@@ -53,8 +53,8 @@ class Cost:
 
 
 class NeverCheap(Cost):
-    """Of a version that the thread which polls never runs: what happens to its process, or in its engine, must not keep that
-    thread.
+    """The cost of a version that the thread which polls never runs: what happens to its process, or in its engine, must not
+    keep that thread.
     """
 
     def begin(self, run_s: float | None, *, any_size: bool) -> None:

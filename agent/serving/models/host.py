@@ -104,7 +104,9 @@ class ModelHost:
                 raise Refusal(503, _not_ready_text(name, version))
 
     def find(self, name: str, wanted: str | None) -> Version:
-        """The same without keeping it open, ready or not, for questions about it.  Raises: Refusal."""
+        """The version of this number or label, ready or not, for questions about it. It is not kept open.  Raises: Refusal (404,
+        503).
+        """
         served = self.served(name)
         version = served.pick(wanted)
         if version is None:

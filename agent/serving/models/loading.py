@@ -101,7 +101,7 @@ def source_of(release: Release) -> Source:
 
 
 def of_file(source: Source) -> Source:
-    """The same of a file given by hand, as it is on the disk now: with its other files, and hashed.
+    """The source of a file given by hand, as it is on the disk now: with its other files, and hashed.
 
     Raises: StoreError when it is not there; OSError.
     """
@@ -182,7 +182,7 @@ def _needs_a_process(source: Source, dangers: Sequence[str]) -> bool:
 def _load_isolated(
     source: Source, runtime: Runtime, threads: int, limits: Limits, started: float, dangers: Sequence[str]
 ) -> Version:
-    """The same in a process of its own; the engine is not even imported here."""
+    """The version, loaded in a process of its own: the engine is not even imported here."""
     from runtimes import isolated
 
     raw = priority.giving_way(isolated.load)(

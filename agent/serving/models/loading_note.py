@@ -77,7 +77,7 @@ class LoadingNote:
         return f"model {self._now[0]!r} version {self._now[1]}"
 
     def left(self, selected: Container[Named]) -> set[Named]:
-        """Those in whose loading a process before this one ended, whatever ended it. Those that are not selected any more are
+        """The models in whose loading a process before this one ended, whatever ended it. Those not selected any more are
         forgotten.
         """
         self._left = {named for named in self._left if named in selected}

@@ -43,7 +43,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Rehearsals:
-    """Of several models. `limit_s` is what one may take; `descriptors` are closed in the copies.
+    """The rehearsals of several models. `limit_s` is how long one may last; `descriptors` are closed in the copies.
 
     Made in the main thread before there are others; waited for by any one thread.
     """
@@ -162,7 +162,9 @@ class Zygote:
                 self._end(copy, killed="it cannot be asked any more")
 
     def _heard(self) -> list[_Copy]:
-        """Those that have said something, have ended or have had their time; waits until one has, or takes long from then on."""
+        """The copies that have said something, have ended or have had their time; waits until one has, or takes long from then
+        on.
+        """
         at_work = [copy for copy in self._copies if copy.number >= 0]
         now = time.monotonic()
         steps = [copy.begun_s + step_s - now for copy in at_work for step_s in (PATIENCE_S, self._limit_s)]

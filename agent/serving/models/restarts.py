@@ -57,7 +57,7 @@ class Restarts:
         self._ending = True
 
     def follow(self, version: Version) -> None:
-        """Of an isolated model: when its process ends by itself, it is started again."""
+        """From now on the process of this version, if it has one, is started again when it ends by itself."""
         process = version.loaded.process
         if process is not None:
             process.on_death(lambda how: self._died(version, process, how))
@@ -78,11 +78,11 @@ class Restarts:
                 self._defer(lambda: self._clean_up(version, process), RETRY_S)
 
     def clear(self, version: Version) -> bool:
-        """What is left of a process that ended; then it is started again, at once the first time, and later and later after
+        """Closes what is left of a process that ended; it is started again, at once the first time, and later and later after
         that.
 
-        False while a request in it does not end, so that nothing of it can be closed: it is waited for once, and then looked
-        for only.
+        False while a request in it does not end, so that nothing of it can be closed: it is waited for once, and after that
+        only checked.
         """
         deadline = time.perf_counter() + (0.0 if version in self._stuck else CLEAR_S)
         while not self._scheduler.is_drained(version.lane, lambda: version.inside):

@@ -65,7 +65,7 @@ class Room:
             self._evict(versions[resident.key])
 
     def make(self, needed_bytes: int, name: str, number: int) -> None:
-        """For a version whose model's other versions stay: they answer while it is loaded.  Raises: NoRoom."""
+        """Makes room for a version. Other versions of its model stay: they answer while it is loaded.  Raises: NoRoom."""
         if not self.budget_bytes:
             return
         deadline = time.perf_counter() + BUSY_PATIENCE_S
@@ -85,7 +85,7 @@ class Room:
     def _wait_or_give_up(
         self, residents: Sequence[Resident], may_go: Sequence[bool], excess: int, what: str, deadline: float
     ) -> None:
-        """Returns when it is worth looking again: somebody is inside a model that could go.  Raises: NoRoom."""
+        """Returns when it is worth trying again: somebody is inside a model that could go.  Raises: NoRoom."""
         now = time.perf_counter()
         hopeful = [Resident(r.key, r.size_bytes, r.used_s, r.loaded_s, may_go[r.key]) for r in residents]
         if now < deadline and budget.choose(hopeful, excess, now, self._min_residency_s) is not None:
@@ -148,7 +148,7 @@ def size_of(version: Version) -> int:
 
 
 def file_bytes(source: Source) -> int:
-    """Of all its files; 0 when one cannot be looked at."""
+    """The size of all files of a model; 0 when one of them cannot be read."""
     try:
         return sum(path.stat().st_size for path in {source.path, *source.others.values()})
     except OSError:
@@ -165,6 +165,6 @@ def close(version: Version) -> None:
 
 
 def discard(version: Version) -> None:
-    """The same of one that never served."""
+    """Closes the model of a version that never served."""
     version.part()
     close(version)

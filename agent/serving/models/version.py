@@ -30,7 +30,7 @@ class Tap(Protocol):
     """Copies requests: see `shadowing`."""
 
     def copy(self, plan: Any, feeds: Mapping[str, Array], arrays: Sequence[Array], run_s: float) -> None:
-        """Of a request that was answered with `arrays`.  Never raises, never waits."""
+        """Copies a request that was answered with `arrays`.  Never raises, never waits."""
 
 
 class Process(Protocol):
@@ -183,7 +183,7 @@ class Version:
             return self._send_away(reason)
 
     def send_away_if_empty(self, reason: str) -> bool:
-        """The same if nobody is inside; then `remove_model` gives what is to be closed. With the scheduler's lock held."""
+        """Its model is to leave memory if nobody is inside: then `remove_model` gives it. With the scheduler's lock held."""
         with self.presence.lock:
             if self.inside or not self._send_away(reason):
                 return False
@@ -201,7 +201,7 @@ class Version:
         return True
 
     def remove_model(self) -> Model | None:
-        """Of a version in which nobody runs; the model is to be closed."""
+        """The model, which the caller closes. Only while nobody runs in this version."""
         model = self.loaded.model
         self.loaded, self.run = replace(self.loaded, model=None, process=None), _away
         self.plans.clear()

@@ -89,7 +89,7 @@ class Job:
         self.place = NEW
 
     def limit(self, deadline_s: float) -> None:
-        """Of a job that would wait for ever: how long for a model that comes back."""
+        """Limits a job that would wait for ever to this time, while its model is away."""
         if self.deadline_s == NEVER:
             self.deadline_s, self.is_limited = deadline_s, True
 
@@ -174,7 +174,7 @@ class Lane:
         self._due_s = min(self._due_s, job.due_s)
 
     def remove(self, job: Job) -> None:
-        """Of a job that is in the queue; one of a sequence whose turn has not come is not."""
+        """Takes a job out of the queue. One of a sequence whose turn has not come is not in it."""
         if job in self._queue:
             self._queue.remove(job)
             if self.batches:

@@ -106,7 +106,7 @@ class Sequences(Generic[M]):
         return following
 
     def queued(self) -> list[M]:
-        """Those whose turn comes later."""
+        """The members whose turn comes later."""
         return [job for sequence in self._found.values() for job in sequence.queue]
 
     def unknown(self, number: int | str) -> Refusal:

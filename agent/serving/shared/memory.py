@@ -162,7 +162,7 @@ class ClientMemory:
             self._waiting.append(SEVERAL_CAME if len(came) > 1 or cut or self._waiting else TOO_MANY)
 
     def request_ended(self, *, nothing_buffered: bool) -> None:
-        """Of a request that was answered: descriptors it did not ask for go."""
+        """A request was answered: descriptors that came and that it did not ask for are closed."""
         self._held.clear()
         if self._waiting and nothing_buffered:
             self._drop_waiting()

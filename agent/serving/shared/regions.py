@@ -43,7 +43,7 @@ class Regions(Protocol):
 
 
 class ConnectionRegions(Regions, Protocol):
-    """Those that the requests of one connection can name, of which nobody else changes the connection's own."""
+    """The regions that the requests of one connection can name. Nobody else changes the connection's own."""
 
     def keep(self, key: object, made: Any, names: Iterable[str]) -> None:
         """Keeps what was made of views of the regions with these names until one of them may be another one; or does not."""

@@ -191,9 +191,7 @@ class Leader:
         return free
 
     def _attend_parked(self, connection: Connection, event: int) -> None:
-        """Of connections that are not the leader's only those are at the epoll whose prediction waits, and all it tells is that
-        the peer has gone.
-        """
+        """The epoll told of a connection that is not the leader's: its prediction waits, and its peer has gone."""
         job = connection.job
         if job is not None and event & (select.EPOLLHUP | select.EPOLLERR) and self._scheduler.cancel(job):
             self._service.drop(job)

@@ -168,7 +168,7 @@ class Workers:
             self._handovers.put_back(connection)
 
     def _read_again(self, connection: Connection) -> None:
-        """Of a connection that was kept: its next request, if it is there."""
+        """Reads from a connection that was kept, and answers its next request if that is there."""
         if connection.receive() > 0:
             self.finish(connection, waits=True)
         else:
