@@ -27,8 +27,8 @@ class Allowance:
         self.charged = 0  # and with it what else was charged
 
     def reserve(self, size: int, what: str) -> None:
-        """`size` bytes more are about to be made, of `what`.  Raises: Refusal (413 too much for its body, 503 others have so
-        much).
+        """Reserves `size` bytes more, which are about to be made, of `what`.  Raises: Refusal (413 too much for its body, 503
+        others have so much).
         """
         limit = max(RATIO * self.body_bytes, SMALL_BYTES)
         if self.made + size > limit:
@@ -41,7 +41,7 @@ class Allowance:
         self.made += size
 
     def elements(self, count: int, size: int, what: str) -> None:
-        """`count` BYTES elements of `size` bytes in sum.  Raises: Refusal (413, 503)."""
+        """Reserves what `count` BYTES elements of `size` bytes in sum take.  Raises: Refusal (413, 503)."""
         self.reserve(count * ELEMENT_BYTES + size, f"{what} with {count} BYTES elements")
 
     def charge(self, size: int) -> None:
@@ -54,11 +54,11 @@ class Allowance:
         self.charged += size
 
     def again(self) -> None:
-        """Its tensors are gone, and made anew: another version answers."""
+        """Refunds the tensors: they are gone and are made anew, because another version answers."""
         self._refund(self.made)
 
     def end(self) -> None:
-        """All that was made is gone, or about to go."""
+        """Refunds everything: all that was made is gone, or about to go."""
         self._refund(self.charged)
 
     def _refund(self, size: int) -> None:

@@ -47,13 +47,13 @@ contract.
 
 
 class Start(Protocol):
-    """What is loaded at a start."""
+    """Loads the models at a start."""
 
     def begin(self, descriptors: Sequence[int]) -> None:
-        """From the main thread, before there are others; copies of this process close the `descriptors`."""
+        """Begins to load. Called in the main thread, before there are others; copies of this process close the `descriptors`."""
 
     def wait(self, end: Ending) -> bool:
-        """Until predictions can be asked for, or the end. False when none ever can, and why was logged."""
+        """Waits until predictions can be asked for, or the end. False when none ever can, and why was logged."""
 
     def end(self) -> bool:
         """Nothing is loaded any more. False when a thread is still inside an engine."""
@@ -84,7 +84,7 @@ class _Loading:
         return self._rehearsals
 
     def _work(self, name: str, act: Callable[[], None]) -> None:
-        """In a thread that does not keep the process from ending."""
+        """Calls `act` in a thread that does not keep the process from ending."""
 
         def work() -> None:
             try:
@@ -100,7 +100,9 @@ class _Loading:
         os.eventfd_write(self._told, 1)
 
     def _await_change(self, end: Ending, timeout_s: float | None) -> bool:
-        """Until something is loaded, has failed or is through, the time has passed, or the end. Whether something has changed."""
+        """Waits until something is loaded, has failed or is through, the time has passed, or the end. Whether something has
+        changed.
+        """
         end.wait(timeout_s, or_readable=self._told)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._told)
@@ -108,13 +110,13 @@ class _Loading:
         return False
 
     def _load(self, source: Source) -> Version:
-        """Without regard to the budget, which is applied when it is active.  Raises: as `loading.load`."""
+        """Loads a version. The budget is applied once it is active.  Raises: as `loading.load`."""
         version = loading.load(source, threads=self._threads, limits=self._limits, guard=self._guard)
         self._residency.restarts.follow(version)
         return version
 
     def _put(self, version: Version, *, active: bool) -> None:
-        """Lists it, in place of the one that was LOADING."""
+        """Lists a version, in place of the one that was LOADING."""
         with self._residency.changing:
             if self._ended:
                 discard(version)
@@ -155,7 +157,7 @@ class FilesStart(_Loading):
             self._work("loading", self._load_alone)
 
     def wait(self, end: Ending) -> bool:
-        """As long as one model after the other comes, and for FILES_PATIENCE_S after the last of them, if there is any."""
+        """Waits as long as one model after the other comes, and for FILES_PATIENCE_S after the last of them, if there is any."""
         while self._working and not end.is_set():
             serves = any(served.active for served in self._host)
             if not self._await_change(end, FILES_PATIENCE_S if serves else None) and serves:
@@ -242,7 +244,7 @@ class StoreStart(_Loading):
         self._work("loading", lambda: self._load_all(selections, suspects, rehearsals))
 
     def wait(self, end: Ending) -> bool:
-        """For all that was never suspected, and for SUSPECTS_PATIENCE_S for the rest."""
+        """Waits for all that was never suspected, and for SUSPECTS_PATIENCE_S for the rest."""
         while self._working and not end.is_set():
             if self._rest_s is not None and time.monotonic() - self._rest_s > SUSPECTS_PATIENCE_S:
                 break
@@ -258,7 +260,7 @@ class StoreStart(_Loading):
         return True
 
     def _suspects(self, selections: Mapping[str, Selection | StoreError]) -> list[Source]:
-        """What a process before this one was loading as it ended."""
+        """The sources that a process before this one was loading as it ended."""
         choices = {
             (selection.model, choice.version): choice
             for selection in selections.values()

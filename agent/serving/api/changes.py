@@ -45,7 +45,7 @@ class Changes:
             self._host.activate(name, selection.active.version)
 
     def unload_all(self, name: str) -> None:
-        """Every version is drained and closed; they stay listed as unloaded.  Raises: Refusal (404)."""
+        """Drains and closes every version of a model; they stay listed as unloaded.  Raises: Refusal (404)."""
         with self._changing:
             sources = [v.source for v in self._host.served(name).versions.values() if v.source is not None]
             self._host.unload(name, None)
@@ -65,7 +65,7 @@ class Changes:
             self._host.replace(self._loaded(source, untried=True))
 
     def load(self, name: str, choice: Choice) -> Version:
-        """The version, READY, beside whatever is there.  Raises: Refusal."""
+        """Loads a version beside whatever is there; it is READY.  Raises: Refusal."""
         served = self._host.get(name)
         present = served.versions.get(choice.version) if served else None
         if present is not None and present.answers:
@@ -87,7 +87,7 @@ class Changes:
         return version
 
     def bring(self, name: str, choice: Choice) -> None:
-        """Loads it, in place of what is active if there is no room for both.  Raises: Refusal."""
+        """Loads a version, in place of the active one if there is no room for both.  Raises: Refusal."""
         try:
             self.load(name, choice)
         except Refusal as refusal:
@@ -99,7 +99,7 @@ class Changes:
             served.rollbacks += before.number > choice.version
 
     def swap(self, name: str, choice: Choice) -> Served:
-        """The version, active, in place of the one that is, for which it needs no room beside it.  Raises: Refusal."""
+        """Loads a version in place of the active one, without room for both; it is active.  Raises: Refusal."""
         served = self._host.get(name)
         old = served.active if served else None
         present = served.versions.get(choice.version) if served else None

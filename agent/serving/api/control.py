@@ -66,7 +66,7 @@ class Empty(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Control:
-    """The handlers over a host."""
+    """The handlers of the control routes."""
 
     def __init__(self, host: ModelHost, residency: Residency, changes: Changes, shadows: Shadows) -> None:
         self._host = host
@@ -132,7 +132,7 @@ class Control:
         return _active(served)
 
     def activate_team(self, call: Request) -> Answer:
-        """A team: its members switch one right after the other, all of them or none."""
+        """Switches a team: its members one right after the other, all of them or none."""
         wanted = _body(call, TeamRequest).versions
         for name, number in wanted.items():
             version = self._host.served(name).versions.get(number)

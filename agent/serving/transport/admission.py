@@ -28,7 +28,9 @@ ACCEPTS_IN_A_ROW = 64
 
 
 class Admission:
-    """`make` gives the connection of a new, non-blocking socket, and may raise OSError when its peer cannot be known."""
+    """The open connections. `make` gives the connection of a new, non-blocking socket; it may raise OSError when its peer
+    cannot be known.
+    """
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class Admission:
             self._epoll.register(fd, select.EPOLLIN)
 
     def shut(self) -> None:
-        """Nobody comes in any more."""
+        """Stops listening: nobody comes in any more."""
         for fd in list(self._listeners):
             self._epoll.unregister(fd)
             del self._listeners[fd]
@@ -97,12 +99,12 @@ class Admission:
         connection.close()  # which also takes it out of the epoll
 
     def close_own(self, connection: Connection) -> None:
-        """After a fault of ours, or for want of memory; one that another thread has by now is left to that."""
+        """Closes a connection after a fault of ours. One that another thread owns by now is left to that thread."""
         if connection.owner is LEADER or connection.owner is THREAD:
             self.close(connection)
 
     def safely(self, act: Callable[[Connection], None], connection: Connection) -> None:
-        """A fault of ours, or memory that is not there, ends one connection and not the thread."""
+        """Calls `act`. A fault of ours, or memory that is not there, ends this connection and not the thread."""
         try:
             act(connection)
         except Exception:

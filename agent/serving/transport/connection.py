@@ -35,7 +35,7 @@ END = 0  # and when the peer closed, or the connection broke
 
 
 class Connection:
-    """`sock` is non-blocking. `grant` is what the peer may do; `memory` what it shares, None where it cannot."""
+    """One client. `sock` is non-blocking. `grant` is what the peer may do; `memory` what it shares, None where it cannot."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Connection:
 
     @property
     def idle(self) -> bool:
-        """Between two requests, with nothing of either under way."""
+        """Whether it is between two requests, with nothing of either under way."""
         return self.owner is LEADER and self.unoccupied
 
     @property
@@ -109,7 +109,7 @@ class Connection:
         return not (self._end > self._start or self.head or self.sending or self.draining)
 
     def move(self, move: Move) -> None:
-        """By who owns it, or who is given it in this step.  Raises: IllegalMove."""
+        """Gives it to its next owner. Called by the owner, or by who becomes it in this step.  Raises: IllegalMove."""
         self.owner = after(self.owner, move)
 
     def receive(self) -> int:
@@ -366,7 +366,7 @@ class Connection:
             sent = 0
 
     def flush(self) -> bool:
-        """Sends on. False when the connection is broken."""
+        """Sends what the peer did not take before. False when the connection is broken."""
         self.seen_s = time.perf_counter()
         while self.sending:
             try:

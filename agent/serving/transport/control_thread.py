@@ -14,33 +14,33 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(order=True)
-class Chore:
-    """Not before `due_s`, a monotonic time."""
+class Deferred:
+    """Work for later: not before `due_s`, a monotonic time."""
 
     due_s: float
     do: Callable[[], None] = field(compare=False)
 
 
 class ControlThread:
-    """One thread is in `work`, any other may `put`, `defer` and `end`."""
+    """The work of one thread, which is in `work`; any other may `put`, `defer` and `end`."""
 
     def __init__(self, attend: Callable[[Any], None]) -> None:
         self._attend = attend
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def put(self, item: object) -> None:
-        """Lets `attend` have it, which never raises."""
+        """Gives `item` to `attend`, which never raises, on the control thread."""
         self._queue.put(item)
 
     def defer(self, do: Callable[[], None], delay_s: float = 0.0) -> None:
-        """Does it after `delay_s`. What has not begun at the end is left undone."""
-        self._queue.put(Chore(time.monotonic() + delay_s, do))
+        """Calls `do` on the control thread after `delay_s`. What has not begun at the end is left undone."""
+        self._queue.put(Deferred(time.monotonic() + delay_s, do))
 
     def end(self) -> None:
         self._queue.put(None)
 
     def work(self) -> None:
-        later: list[Chore] = []  # a heap
+        later: list[Deferred] = []  # a heap
         while True:
             left_s = later[0].due_s - time.monotonic() if later else None
             if left_s is not None and left_s <= 0:
@@ -52,14 +52,14 @@ class ControlThread:
                 continue
             if item is None:
                 return
-            if isinstance(item, Chore):
+            if isinstance(item, Deferred):
                 heapq.heappush(later, item)
             else:
                 self._attend(item)
 
 
-def _do(chore: Chore) -> None:
+def _do(work: Deferred) -> None:
     try:
-        chore.do()
+        work.do()
     except Exception:
         log.exception("work of the control thread failed in an unforeseen way")

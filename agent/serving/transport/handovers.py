@@ -44,17 +44,17 @@ class Handovers:
         self.lock = threading.Lock()
 
     def admit(self, connection: Connection) -> None:
-        """A new one becomes the leader's."""
+        """A new connection becomes the leader's."""
         connection.move(Move.ADMIT)
         self._epoll.register(connection.fd, select.EPOLLIN)
 
     def hand_over(self, connection: Connection) -> None:
-        """The leader's becomes a thread's."""
+        """A connection of the leader becomes a thread's."""
         self._epoll.unregister(connection.fd)
         connection.move(Move.HAND_OVER)
 
     def put_back(self, connection: Connection) -> None:
-        """A thread's becomes the leader's."""
+        """A connection of a thread becomes the leader's, who reads from it again."""
         connection.seen_s = time.perf_counter()
         buffered = connection.buffered and not connection.sending
         with self.lock:
@@ -65,8 +65,8 @@ class Handovers:
             self._wake()
 
     def park(self, connection: Connection, job: Job, *, may_last: bool) -> None:
-        """Its prediction waits; if that `may_last`, the leader is to hear when the peer goes. With the scheduler's lock held,
-        as the next two.
+        """The connection's prediction waits; if that `may_last`, the leader is to hear when the peer goes. With the scheduler's
+        lock held.
         """
         if connection.owner is LEADER:
             self._epoll.modify(connection.fd, 0)
@@ -76,13 +76,15 @@ class Handovers:
             self.hear(connection)
 
     def hear(self, connection: Connection) -> None:
-        """From now on the leader hears when the peer of a connection goes whose prediction waits."""
+        """From now on the leader hears when the peer of a connection goes whose prediction waits. With the scheduler's lock
+        held.
+        """
         if connection.owner is QUEUE:
             connection.move(Move.HEAR)
             self._epoll.register(connection.fd, 0)
 
     def start(self, connection: Connection, job: Job) -> None:  # noqa: ARG002 - it is the one that waits
-        """The prediction waits no more: who took it out of the queue has the connection."""
+        """The prediction waits no more: who took it out of the queue has the connection. With the scheduler's lock held."""
         connection.job = None
         heard = connection.owner is HEARD_QUEUE
         connection.move(Move.START)
@@ -99,5 +101,5 @@ class Handovers:
             return connection.owner is LEADER
 
     def listen_for(self, connection: Connection, events: int) -> None:
-        """What the leader is to hear of a connection of its own."""
+        """Says what the leader wants to hear of a connection of its own."""
         self._epoll.modify(connection.fd, events)

@@ -75,7 +75,7 @@ class Leader:
         self._swept_s = time.perf_counter()
 
     def lead(self) -> Connection | list[Job] | None:
-        """Until there is long work for this thread, which is then no leader any more. None when the loop ends."""
+        """Leads until there is long work for this thread, which then leads no more. None when the loop ends."""
         ready = self._ready
         connections = self._connections
         while not self._stopping.over:
@@ -184,7 +184,7 @@ class Leader:
         return False
 
     def _go_on(self, connection: Connection) -> bool:
-        """Sends on. True when all is sent and the connection may be read from again."""
+        """Sends what the peer did not take before. True when the connection may be read from again."""
         free = self._replies.go_on(connection)
         if connection.owner is not NOBODY and not connection.sending:
             self._handovers.listen_for(connection, select.EPOLLIN)
@@ -198,7 +198,7 @@ class Leader:
             self._close(connection)
 
     def _hand_over(self, connection: Connection, *, control: bool = False) -> bool:
-        """True when this thread is to finish the connection, False when another one will."""
+        """Hands the connection over. True when this thread is to finish it without leading, False when another one will."""
         self._handovers.hand_over(connection)
         if control:
             self._to_control(connection)

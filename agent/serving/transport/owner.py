@@ -51,7 +51,7 @@ class IllegalMove(Exception):
 
 
 def after(owner: Owner, move: Move) -> Owner:
-    """Raises: IllegalMove."""
+    """Who owns the connection after this move.  Raises: IllegalMove."""
     found = NEXT.get((owner, move))
     if found is None:
         raise IllegalMove(f"{move.name} cannot follow while {owner.name} has the connection")

@@ -26,14 +26,14 @@ class Stopping:
 
 
 class Replies:
-    """Any thread may send, on a connection of its own."""
+    """Sends answers. Any thread may call it, with a connection that it owns."""
 
     def __init__(self, close: Callable[[Connection], None], stopping: Stopping) -> None:
         self._close = close
         self._stopping = stopping
 
     def send(self, connection: Connection, answer: Answer) -> bool:
-        """Answers. True when the connection may be read from again; otherwise it is sending, draining, or closed."""
+        """Sends an answer. True when the connection may be read from again; otherwise it is sending, draining, or closed."""
         if self._stopping.begun:
             connection.closing = True
         parts, size = http.encode(answer, connection.head, keep_alive=not connection.closing)
@@ -49,7 +49,7 @@ class Replies:
         return True
 
     def go_on(self, connection: Connection) -> bool:
-        """Sends on what the peer did not take at once. True when all is sent and the connection may be read from again."""
+        """Sends what the peer did not take before. True when all is sent and the connection may be read from again."""
         if not connection.flush():
             self._close(connection)
             return False

@@ -24,7 +24,7 @@ Events = list[tuple[int, int]]
 
 
 class Spinner:
-    """For one thread at a time. `clock` is in seconds."""
+    """The polls of one thread at a time. `clock` is in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock

@@ -100,7 +100,7 @@ class Workers:
         self.kept: dict[int, deque[Connection]] = {}  # of each thread at long work; whoever takes one out owns it
 
     def work(self, work: Connection | list[Job] | None) -> None:
-        """Does long work, and then what waits, until nothing does."""
+        """Does this long work, and then what waits, until nothing waits."""
         kept = self.kept[threading.get_ident()] = deque()
         while work is not None:
             if isinstance(work, Connection) or work[0].lane.cost_s > KEEP_S:
@@ -120,7 +120,7 @@ class Workers:
         self._give_back(kept)
 
     def give_all_back(self) -> None:
-        """Connections kept by threads whose runs may hang."""
+        """Gives the connections back that threads keep whose runs may hang."""
         for kept in list(self.kept.values()):
             self._give_back(kept)
 
@@ -130,7 +130,7 @@ class Workers:
                 self._safely(self._handovers.put_back, kept.popleft())
 
     def finish(self, connection: Connection, *, control: bool = False, waits: bool = False) -> None:
-        """Serves a connection of its own, and puts it back. `waits`: a prediction waits even if no other does."""
+        """Serves a connection that this thread owns, and puts it back. `waits`: a prediction waits even if no other does."""
         request, connection.request = connection.request, None
         prompt = False
         while not connection.sending:
@@ -175,13 +175,13 @@ class Workers:
             self._handovers.put_back(connection)  # whose leader will hear of an end, too
 
     def park(self, connection: Connection, job: Job) -> None:
-        """Its prediction waits. With the scheduler's lock held."""
+        """The connection's prediction waits. With the scheduler's lock held."""
         lane = job.lane
         may_last = connection.owner is not LEADER and (lane.closed or lane.cost_s * self._scheduler.waiting > SHORT_WAIT_S)
         self._handovers.park(connection, job, may_last=may_last)
 
     def deliver(self, connection: Connection, answer: Answer) -> None:
-        """The answer of a prediction that waited, by the thread that ran it."""
+        """Sends the answer of a prediction that waited. Called by the thread that ran it."""
         try:
             free = self._send(connection, answer)
             prompt = connection.arrived_s - connection.answered_s < 2 * KEEP_S
