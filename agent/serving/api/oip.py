@@ -25,29 +25,25 @@ class OipForm(Form):
         if call.plan is not None and call.plan[0] is version:
             known: Plan = call.plan[1]
             return known
-        plan = self._read(version, call)
-        if plan.reusable:
-            call.plan = (version, plan)
-        return plan
-
-    @staticmethod
-    def _read(version: Version, call: Request) -> Plan:
         body, length = call.body, call.header_length
         if length is not None and length > len(body):
             raise Refusal(400, f"inference header size should be in range (0, {len(body)}), got: {length}")
         key = b""
         if length and length <= MAX_PLAN_KEY_BYTES:
             key = bytes(body[:length])
-            plan: Plan | None = version.plans.get(key)
-            if plan is not None and plan.size_bytes == len(body):
-                return plan
+            found: Plan | None = version.plans.get(key)
+            if found is not None and found.size_bytes == len(body):
+                call.plan = (version, found)
+                return found
         if call.allowance is not None and call.allowance.made:
             call.allowance.again()
         plan = read_request(body, length, version.name, version.inputs, version.outputs, version.interfaces, call.allowance)
-        if key and plan.reusable:
-            if len(version.plans) >= MAX_PLANS:
-                version.plans.clear()
-            version.plans[key] = plan
+        if plan.reusable:
+            call.plan = (version, plan)
+            if key:
+                if len(version.plans) >= MAX_PLANS:
+                    version.plans.clear()
+                version.plans[key] = plan
         return plan
 
     def feeds(self, _version: Version, plan: Plan, call: Request) -> Mapping[str, Array]:
@@ -66,9 +62,10 @@ class OipForm(Form):
             return None  # whichever version answers says what is wrong with it
 
     def write(self, version: Version, plan: Plan, call: Request, arrays: Sequence[Array]) -> Answer:
-        template = plan.templates.get(arrays[0].shape if len(arrays) == 1 else tuple([a.shape for a in arrays]))
-        if template is not None:
-            return FilledTemplate(template, arrays)
+        if plan.templates:
+            template = plan.templates.get(arrays[0].shape if len(arrays) == 1 else tuple([a.shape for a in arrays]))
+            if template is not None:
+                return FilledTemplate(template, arrays)
         return write_response(plan, arrays, version.name, version.number_text, version.labels, call.regions)
 
 

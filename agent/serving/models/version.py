@@ -264,12 +264,16 @@ class Version:
         return priority.giving_way(run) if self.cost.is_long else run
 
     def measured(self, run_s: float) -> None:
-        cost = self.cost
-        if cost.measured(run_s):
-            with self.presence.lock:
-                if self.loaded.model is not None:
-                    self.run = self.way(self.loaded.model.run)
-        self.lane.cost_s = cost.run_s
+        """A run took so long."""
+        if self.cost.measured(run_s):
+            self.change_way()
+        self.lane.cost_s = self.cost.run_s
+
+    def change_way(self) -> None:
+        """Its runs have become long, or are so no more."""
+        with self.presence.lock:
+            if self.loaded.model is not None:
+                self.run = self.way(self.loaded.model.run)
 
     def document(self) -> dict[str, Any]:
         placement, process = self.placement, self.loaded.process
