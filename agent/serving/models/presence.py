@@ -85,6 +85,11 @@ class Presence:
             raise IllegalStep(f"{step.name} cannot follow {self.place.name}")
         self.place, self.reason = place, reason
 
+    def reloading(self) -> None:
+        """Its model, which is away, is being loaded again."""
+        with self.lock:
+            self.step(Step.RELOADING, self.reason)
+
     def enter(self) -> bool:
         """Keeps the model open until `leave`. False when it is not there (any more), and does not come back either."""
         self._guests.append(None)  # before the place is read: whoever changes that counts afterwards

@@ -179,7 +179,7 @@ class Residency:
             return
         what, history = f"model {version.name!r} version {version.number}", version.history
         self.room.make(size_of(version), version.name, version.number)
-        version.reloading()
+        version.presence.reloading()
         try:
             source: Source = version.source
             if loading.has_changed(source):

@@ -207,10 +207,6 @@ class Version:
         self.plans.clear()
         return model
 
-    def reloading(self) -> None:
-        with self.presence.lock:
-            self.presence.step(Step.RELOADING, self.reason)
-
     def install(self, fresh: Version) -> None:
         """The model of a version that was loaded from the same file becomes this one's, which is away still."""
         assert fresh.model is not None
