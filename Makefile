@@ -34,11 +34,12 @@ test-survival: $(VENV)/.dev test-packages ## what updates must outlive: crashes 
 	@$(BIN)/python -m tests.suite survival $(ARGS)
 
 .PHONY: check
-check: $(VENV)/.dev ## lint, formatting, strict types, import rules, lock files
+check: $(VENV)/.dev ## lint, formatting, strict types, floors, circles and sizes
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m tests.structure
 
 .PHONY: format
 format: $(VENV)/.dev ## format the code and apply safe fixes

@@ -23,7 +23,9 @@ MAX_METHODS = 25
 LARGE_FILES: Mapping[str, str] = {}
 """Files that stay above the limit: path → reason."""
 
-LARGE_CLASSES: Mapping[str, str] = {}
+LARGE_CLASSES: Mapping[str, str] = {
+    "agent/serving/scheduling/scheduler.py:Scheduler": "whoever brings time, room or a thread looks at all three under one lock",
+}
 """Classes that stay above a limit: path:name → reason."""
 
 

@@ -28,7 +28,7 @@ MAX_FILES = 512
 
 
 def main() -> int:
-    settle_process()
+    prepare_process()
     control = socket.socket(fileno=int(sys.argv[1]))
     child = Child(control)
     try:
@@ -37,7 +37,7 @@ def main() -> int:
         os._exit(0)  # threads inside an engine are not waited for
 
 
-def settle_process() -> None:
+def prepare_process() -> None:
     """Best effort each: under systemd the unit does most of it."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
