@@ -20,8 +20,24 @@ from typing import NamedTuple
 import coverage
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS: Mapping[str, float] = {}
-"""Package → percent of its lines and branches."""
+FLOORS: Mapping[str, float] = {
+    "agent": 87,
+    "agent/cli": 23,
+    "agent/client": 88,
+    "agent/contract": 92,
+    "agent/host": 84,
+    "agent/serving": 55,
+    "agent/serving/scheduling": 92,
+    "agent/sync": 79,
+    "agent/sync/gates": 95,
+    "agent/sync/trust": 94,
+    "agent/sync/updating": 93,
+    "fleet_server": 66,
+    "fleet_server/releases": 71,
+    "fleet_server/rollouts": 88,
+    "runtimes": 82,
+}
+"""Package → percent of its lines and branches, those of packages named here for themselves left out."""
 
 
 class Measured(NamedTuple):

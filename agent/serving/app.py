@@ -51,7 +51,7 @@ from agent.serving.shared.systemmemory import SystemMemory
 from agent.serving.start import FilesStart, Start, StoreStart
 from agent.serving.telemetry.observing import ObservedService, Observer
 from agent.serving.transport.loop import Loop
-from agent.serving.transport.sockets import Listeners, open_listeners
+from agent.serving.transport.sockets import Listeners, SocketError, open_listeners
 from agent.store import Store
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _serve(
     """`ended` is called last, and only when all ended in order."""
     table = AccessTable(settings, os.geteuid())
     _allow_files(settings.max_connections + FILES_BESIDES_CONNECTIONS)
-    idle = True
+    idle, refused = True, None
     with Ending() as end:
         listeners = open_listeners(settings.socket, settings.socket_mode, settings.http_listen)
         rpc = None
@@ -221,6 +221,9 @@ def _serve(
                 if start.wait(end) and not end.is_set()
                 else int(not end.is_set())
             )
+        except (ConfigError, SocketError) as error:
+            refused = error
+            raise
         finally:
             faulthandler.dump_traceback_later(END_LIMIT_S, exit=True)  # whatever an engine does now, and whatever lock it holds
             idle = start.end()
@@ -231,6 +234,11 @@ def _serve(
             for observer in parts.observers:
                 observer.close()
             faulthandler.cancel_dump_traceback_later()
+            if (
+                refused is not None and not idle
+            ):  # else the interpreter would end under a thread that is inside an engine: SIGABRT
+                log.error("%s", refused)
+                os._exit(1)
     if status == 0:
         ended()  # what an engine does to the process while it is closed has been done
     if not idle:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import sys
 from pathlib import Path
 
 import paho.mqtt.client as mqtt
@@ -20,31 +19,25 @@ from fleet_server.app import Fleet
 from fleet_server.ingest.intake import Message
 from fleet_server.ingest.mqtt_link import MqttLink, Received
 from fleet_server.releases import catalogue
+from tests import audit
 from tests.fleet.stand import answer, sha256, signed_report, simple_manifest
 from tests.fleet.test_rollouts import Story
 
-_reading: list[collections.Counter[str]] = []
-
-
-def _note(name: str, arguments: tuple[object, ...]) -> None:
-    if name == "open" and _reading and isinstance(arguments[1], str) and arguments[1].startswith("r"):
-        _reading[-1][str(arguments[0])] += 1
-
-
-sys.addaudithook(_note)  # for good: there is no way to take one off
+pytestmark = pytest.mark.alone  # it listens to the interpreter: see tests/audit.py
 
 
 @contextlib.contextmanager
 def files_read(folder: Path):
     """Path → how often it was opened for reading meanwhile, below `folder`."""
     found: collections.Counter[str] = collections.Counter()
-    _reading.append(found)
-    try:
+
+    def hear(event: str, arguments: tuple[object, ...]) -> None:
+        is_read = event == "open" and isinstance(arguments[1], str) and arguments[1].startswith("r")
+        if is_read and str(arguments[0]).startswith(str(folder)):
+            found[str(arguments[0])] += 1
+
+    with audit.listening(hear):
         yield found
-    finally:
-        _reading.pop()
-        for path in [path for path in found if not path.startswith(str(folder))]:
-            del found[path]
 
 
 @contextlib.contextmanager

@@ -94,8 +94,15 @@ class Card:
     def _unmount(self) -> None:
         """Returns when nobody has the file system any more, in other mount namespaces neither: else the same one would be mounted again."""
         loop = Path(f"/sys/block/{self._device()}/loop/backing_file")
-        _run("umount", self.path)
         deadline = time.monotonic() + GONE_LIMIT_S
+        while True:
+            try:
+                _run("umount", self.path)
+                break
+            except CardError as error:  # the kernel closes the files of a process that is gone a moment later
+                if "busy" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.005)
         while _read(loop) == str(self._image):
             if time.monotonic() > deadline:
                 raise CardError(

@@ -20,7 +20,6 @@ import contextlib
 import datetime as dt
 import errno
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from agent.contract.reports import Outcome, Phase
 from agent.store import Selection
 from agent.sync.problems import Problem
 from agent.sync.serving import ServeAway
+from tests import audit
 from tests.sync.bench import MODEL, Bench, Killed, numbers
 
 pytestmark = pytest.mark.survival
@@ -96,20 +96,6 @@ def _says_no(*_: object) -> dict[str, Any]:
 
 # -- the places ------------------------------------------------------------------------------------------------------------------
 
-_hook: Callable[[str, str], None] | None = None
-
-
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _hook is None:
-        return
-    if event == "open" and isinstance(arguments[0], str) and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
-        _hook("write", arguments[0])
-    elif event in {"os.rename", "os.remove", "os.mkdir"}:
-        _hook(event[3:], os.fspath(arguments[0]))
-
-
-sys.addaudithook(_audit)
-
 
 class Places:
     """Counts the places that an update passes; does something to it at one of them."""
@@ -122,27 +108,32 @@ class Places:
         """(the phase on the disk, the place)."""
         self.over = False
         """After a death no fault comes any more."""
+        self._busy = False
+        """While a place is noted: what that opens is no place of the update."""
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Places]:
-        global _hook  # noqa: PLW0603 - the interpreter knows one way to see every file operation
         bench, trial = self._bench, self._bench.trial
         bench.serve.fault = lambda action, version: self._pass("serve", action if version is None else f"{action} {version}")
         bench.trial = lambda *arguments: (self._pass("trial", ""), trial(*arguments))[1]
-        _hook = self._file
-        try:
+        with audit.listening(self._hear):
             yield self
-        finally:
-            _hook = None
 
-    def _file(self, what: str, path: str) -> None:
-        root = self._bench.store.root
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self._busy:
+            return
+        if event == "open" and isinstance(arguments[0], str) and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            what = "write"
+        elif event in {"os.rename", "os.remove", "os.mkdir"}:
+            what = event[3:]
+        else:
+            return
+        path, root = os.fspath(arguments[0]), self._bench.store.root
         if path.startswith(f"{root}/"):
             self._pass(what, Path(path).relative_to(root).as_posix())
 
     def _pass(self, what: str, name: str) -> None:
-        global _hook  # noqa: PLW0603
-        hook, _hook = _hook, None
+        busy, self._busy = self._busy, True
         try:
             place = (on_disk(self._bench), f"{what} {name}")
             if place in self.passed and name in {"status", "shadow numbers"}:
@@ -151,7 +142,7 @@ class Places:
             if len(self.passed) >= self._at > 0 and not self.over:
                 self._fault(what)
         finally:
-            _hook = hook
+            self._busy = busy
 
 
 def on_disk(bench: Bench) -> str:
@@ -334,6 +325,7 @@ COUNTED = {
 }
 
 
+@pytest.mark.timeout(400)  # dozens of whole updates: over a minute of a processor that nobody else uses
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_at_every_place(scenario: str, fault: str, in_memory: Path) -> None:

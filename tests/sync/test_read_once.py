@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,34 +17,26 @@ from agent.contract.reports import Phase
 from agent.store import StoreError
 from agent.sync.updating import manifests
 from agent.sync.updating.manifests import Manifests
+from tests import audit
 from tests.sync.bench import MODEL, Bench
 
 WATCH = WatchRules(duration_s=50.0, max_duration_s=100.0)
 
-_opened: list[str] | None = None
-
-
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _opened is None or event != "open" or not isinstance(arguments[0], str):
-        return
-    if (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR) == 0:
-        _opened.append(arguments[0])
-
-
-sys.addaudithook(_audit)
+pytestmark = pytest.mark.alone  # it listens to the interpreter: see tests/audit.py
 
 
 def read_by(bench: Bench, act: Callable[[], object]) -> Counter[str]:
     """The manifests and metadata files that are opened for reading meanwhile."""
-    global _opened  # noqa: PLW0603 - the interpreter knows one way to see every file operation
-    _opened = []
-    try:
+    root, paths = bench.store.root, []
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "open" or not isinstance(arguments[0], str) or not arguments[0].startswith(str(root)):
+            return
+        if (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR) == 0:
+            paths.append(Path(arguments[0]).relative_to(root).as_posix())
+
+    with audit.listening(hear):
         act()
-        paths = [
-            Path(path).relative_to(bench.store.root).as_posix() for path in _opened if path.startswith(str(bench.store.root))
-        ]
-    finally:
-        _opened = None
     return Counter(path for path in paths if path.startswith(("releases/", "sync/trust/")))
 
 
