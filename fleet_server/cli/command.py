@@ -89,7 +89,11 @@ class Group(click.Group):
             where = where.parent
         former = " ".join([*above, args[0]])
         if args[0] not in self.commands and former in RENAMED_COMMANDS:
-            raise click.UsageError(f"`{EXAMPLE}{former}` is called `{EXAMPLE}{RENAMED_COMMANDS[former]}` now", ctx)
+            now = RENAMED_COMMANDS[former]
+            group = self.commands.get(now.partition(" ")[0])
+            if isinstance(group, click.Group) and len(args) > 1 and args[1] in group.commands:  # `devices show` and its like
+                former, now = f"{former} {args[1]}", f"{group.name} {args[1]}"
+            raise click.UsageError(f"`{EXAMPLE}{former}` is called `{EXAMPLE}{now}` now", ctx)
         return super().resolve_command(ctx, args)
 
 

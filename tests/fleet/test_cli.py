@@ -161,7 +161,7 @@ def test_exit_codes(server, arguments, code):
 @pytest.mark.parametrize(
     ("arguments", "now"),
     [
-        (["devices"], "device list"), (["devices", "show", "dev-1"], "device list"), (["releases", "--model", "x"], "release list"),
+        (["devices"], "device list"), (["devices", "show", "dev-1"], "device show"), (["releases", "--model", "x"], "release list"),
         (["rollout", "stopped"], "exclusion list"), (["rollout", "lift", "3"], "exclusion end"), (["rollout", "status"], "rollout show"),
         (["rollout", "start", "a:1", "--hold"], "--confirm"), (["rollout", "start", "a:1", "b:1", "--together"], "--team"),
     ],

@@ -98,6 +98,7 @@ def test_who_rests_between_steps_sleeps_after_every_stretch_of_work():
     assert 25 <= rests_during(work) <= 50
 
 
+@pytest.mark.alone  # the processor's time is counted, which a tracer multiplies
 def test_who_has_hardly_worked_does_not_sleep():
     def wait():
         for _ in range(20):

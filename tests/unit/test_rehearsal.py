@@ -90,6 +90,7 @@ def test_each_gets_its_verdict(rehearse):
     assert time.monotonic() - begun < LIMIT_S + 3, "a process that a model left behind is not waited for"
 
 
+@pytest.mark.alone  # which of two things comes first depends on processors that have time
 def test_where_many_hang_the_others_come_first(rehearse, monkeypatch):
     """And those that hang do not fill the memory meanwhile."""
     monkeypatch.setattr(rehearsal, "PATIENCE_S", 0.05)
