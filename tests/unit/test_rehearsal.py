@@ -94,10 +94,12 @@ def test_each_gets_its_verdict(rehearse):
 def test_where_many_hang_the_others_come_first(rehearse, monkeypatch):
     """And those that hang do not fill the memory meanwhile."""
     monkeypatch.setattr(rehearsal, "PATIENCE_S", 0.05)
-    found = rehearse(["hangs"] * 3 * MOST_LATE + ["counts the others"])
+    found = rehearse(
+        ["hangs"] * 3 * MOST_LATE + ["counts the others"], limit_s=3
+    )  # slow processors take a second for the copies
     assert [name for name, _ in found].index("counts the others") < MOST_LATE
     assert int(dict(found)["counts the others"]) <= MOST_LATE + len(os.sched_getaffinity(0))
-    assert {reason for name, reason in found if name == "hangs"} == {"loading it and a first run were not done in 1 s"}
+    assert {reason for name, reason in found if name == "hangs"} == {"loading it and a first run were not done in 3 s"}
 
 
 @pytest.mark.parametrize("said", [b"", b'[0, null]\n[1, "unfini'], ids=["nothing", "half a verdict"])
