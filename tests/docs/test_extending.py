@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.checkout import ROOT, copy_to
+
 pytestmark = pytest.mark.long
 
 STEP = re.compile(r"^<!-- (file|change|run)(?:: (\S+))? -->\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -41,14 +42,7 @@ def environment(tmp_path):
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of this checkout, for pages that change the product itself."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True
-    ).stdout
-    names = [name for name in listed.decode().split("\0") if name and (ROOT / name).is_file()]
-    subprocess.run(["cp", "--parents", "-p", *names, folder], cwd=ROOT, check=True)
-    return folder
+    return copy_to(tmp_path / "checkout")
 
 
 def change(path, diff):

@@ -4,12 +4,12 @@ The words are those of docs/reference/glossary.md.
 """
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.checkout import ROOT, names
+
 OLD = {
     r"\benrolls?\b|\benrollments?\b": "enrol, enrolment",
     r"\b[Rr]oll-backs?\b": "roll back (verb), rollback (noun)",
@@ -40,12 +40,10 @@ KINDS = {".py", ".md", ".js", ".html", ".css", ".yaml", ".yml", ".toml", ".servi
 
 @pytest.fixture(scope="module")
 def files():
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True
-    ).stdout
-    names = [name for name in listed.decode().split("\0") if name and Path(name).suffix in KINDS]
     return {
-        name: (ROOT / name).read_text(errors="replace") for name in names if (ROOT / name).is_file() and not TOLD.match(name)
+        name: (ROOT / name).read_text(errors="replace")
+        for name in names()
+        if Path(name).suffix in KINDS and not TOLD.match(name)
     }
 
 

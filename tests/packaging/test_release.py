@@ -6,11 +6,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.checkout import ROOT, copy_to
+
 TODAY = dt.date(2030, 5, 17)
 GIT = ("git", "-c", "user.name=tests", "-c", "user.email=tests@localhost")
 
@@ -30,13 +30,7 @@ def releasing():
 @pytest.fixture
 def checkout(tmp_path):
     """A repository of the files as they are here, whose changelog begins with an unreleased 9.9.0."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True
-    ).stdout
-    listed = [name for name in tracked.decode().split("\0") if name and (ROOT / name).is_file()]
-    subprocess.run(["cp", "--parents", "-p", *listed, folder], cwd=ROOT, check=True)
+    folder = copy_to(tmp_path / "checkout")
     changes = folder / "CHANGELOG.md"
     changes.write_text(changes.read_text().replace("\n## ", "\n## 9.9.0 (unreleased)\n\n- Something new.\n\n## ", 1))
     git(folder, "init", "-q", "-b", "main")
