@@ -190,7 +190,9 @@ class ServingPort(Protocol):
 
     def activate(self, model: str, version: int) -> None: ...
 
-    def activate_team(self, versions: Mapping[str, int]) -> None: ...
+    def activate_team(self, versions: Mapping[str, int | None]) -> None:
+        """Makes these answer, all of them or none; models with None are unloaded, without a request between the two."""
+        ...
 
     def swap(self, model: str, version: int, variant: str) -> None: ...
 
@@ -225,7 +227,7 @@ class ServeClient:
     def activate(self, model: str, version: int) -> None:
         self._change(model, "activate", {"version": version})
 
-    def activate_team(self, versions: Mapping[str, int]) -> None:
+    def activate_team(self, versions: Mapping[str, int | None]) -> None:
         body = msgspec.json.encode({"versions": dict(versions)})
         self._ask("POST", "/control/v1/activate", body, CHANGE_TIMEOUT_S)
 

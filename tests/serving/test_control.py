@@ -92,6 +92,14 @@ def test_models_that_belong_together_switch_together(device, client, tmp_path):
     assert together(scale=1, other=1) == (200, {"scale": {"active": 1}, "other": {"active": 1}})
     assert together(scale=1, other=1)[0] == 200, "asking for what is already so"
     assert together(scale=1, none=1)[0] == 404
+    assert together(scale=9, other=None)[0] == 409
+    assert float(client.infer("other", X)["y"][0, 0]) == 10, "none was switched, none unloaded"
+    post(client, "load", {"version": 2, "variant": "cpu"})
+    found = {"scale": {"active": 2}, "other": {"active": None}, "none": {"active": None}}
+    assert together(scale=2, other=None, none=None) == (200, found)
+    assert factor(client) == 2
+    with pytest.raises(ModelNotFound):
+        client.infer("other", X)
 
 
 def test_rollback_to_what_is_loaded_and_to_what_is_not(client):

@@ -126,13 +126,15 @@ class MemoryServe:
         if self.active.get(model) != version:
             self.previous[model], self.active[model] = self.active.get(model), version
 
-    def activate_team(self, versions: Mapping[str, int]) -> None:
+    def activate_team(self, versions: Mapping[str, int | None]) -> None:
         self._call("activate_team", None)
         for model, version in versions.items():
-            if version not in self.loaded.get(model, {}):
+            if version is not None and version not in self.loaded.get(model, {}):
                 raise ServeRefused(409, "not_loaded", f"version {version} of {model} is not loaded")
         for model, version in versions.items():
-            if self.active.get(model) != version:
+            if version is None:
+                self._forget(model)
+            elif self.active.get(model) != version:
                 self.previous[model], self.active[model] = self.active.get(model), version
 
     def swap(self, model: str, version: int, variant: str) -> None:
@@ -163,6 +165,9 @@ class MemoryServe:
             self.loaded[model].pop(version, None)
             self.shadows.pop(model, None)
             return
+        self._forget(model)
+
+    def _forget(self, model: str) -> None:
         for memory in (self.loaded, self.active, self.previous):
             memory.pop(model, None)  # type: ignore[attr-defined]
 

@@ -125,10 +125,13 @@ class FakeServe:
         self.calls.append(("activate_team", ",".join(sorted(versions)), None))
         with self._lock:
             for model, version in versions.items():
-                if str(version) not in self.models.get(model, {"versions": {}})["versions"]:
+                if version is not None and str(version) not in self.models.get(model, {"versions": {}})["versions"]:
                     return 409, {"error": f"{model} is not loaded", "code": "not_loaded"}
             for model, version in versions.items():
-                self._act(model, "activate", version, {})
+                if version is None:
+                    self.models.pop(model, None)
+                else:
+                    self._act(model, "activate", version, {})
         return 200, {}
 
     def answer_with(self, model: str, version: int, numbers: dict) -> None:

@@ -380,6 +380,43 @@ def kill_everywhere(tmp_path: Path, *, bad: bool, serve_too: bool, step: int) ->
     assert moment > 60
 
 
+@pytest.mark.parametrize("restarted", [False, True], ids=["loaded", "restarted"])
+@pytest.mark.parametrize("nothing", [(), ("arm",), ("eye",), ("arm", "eye")], ids=lambda models: "+".join(models) or "none")
+def test_all_go_back_at_one_word_to_serve(bench: TeamBench, nothing: tuple[str, ...], restarted: bool):
+    """Whatever served before, also where `serve` was started meanwhile and has only what is selected."""
+    old = {model: None if model in nothing else version for model, version in OLD.items()}
+    bench.desire(old)
+    bench.rounds(5)
+    assert bench.runs == old
+    wanted(bench)
+    bench.all_in(P.WATCHING)
+    if restarted:
+        bench.serve.start()
+        assert bench.runs == NEW
+    ran = []
+    bench.serve.fault = lambda *_: ran.append(bench.runs)
+    bench.desire(old)
+    bench.all_in(P.STEADY)
+    bench.rounds(3)
+    assert bench.runs == bench.on_disk() == old
+    assert [runs for runs in ran if runs not in (NEW, old)] == []
+
+
+def test_all_go_back_one_by_one_where_there_is_no_room_for_all(bench: TeamBench):
+    def full(action: str, version: int | None) -> None:
+        if (action, version) == ("load", OLD["eye"]):
+            raise ServeRefused(507, "no_memory", "no room")
+
+    wanted(bench)
+    bench.all_in(P.WATCHING)
+    bench.serve.start()
+    bench.serve.fault = full
+    bench.desire(OLD)
+    bench.all_in(P.STEADY)
+    assert bench.runs == bench.on_disk() == OLD
+    assert bench.serve.loaded.keys() == OLD.keys()
+
+
 def test_serve_away_while_all_go_back(bench: TeamBench):
     bench.serve.numbers = {1: numbers(1000), 2: numbers(1000), 4: numbers(50, run=50)}
     wanted(bench)

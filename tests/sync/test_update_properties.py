@@ -340,6 +340,31 @@ def test_any_sequence():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("nothing", [(), ("arm",), MODELS], ids=lambda models: "+".join(models) or "none")
+def test_death_at_any_moment_of_a_switch_back_after_a_reboot(nothing: tuple[str, ...]):
+    """`serve` has only what is selected then. `nothing`: the models that nothing served of before."""
+    moment, died = 0, True
+    while died:
+        device = Device()
+        device.first_releases()
+        for model in nothing:
+            device.want_nothing(model=model)
+        device.go(3)
+        device.the_broker(up=False)  # so the watch goes on
+        device.want_all(good=True, rounds=30)
+        device.reboots()
+        assert device.bench.runs == TEAM
+        device.want_nothing(model="arm")
+        device.death.left = moment
+        device.go(12)
+        died = device.death.left is None
+        device.rule_4()
+        device.teardown()
+        moment += 1
+    assert moment > 40
+
+
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_any_sequence_at_length():
     run_state_machine_as_test(

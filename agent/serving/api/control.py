@@ -40,7 +40,7 @@ class VersionRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class TeamRequest(msgspec.Struct, forbid_unknown_fields=True):
-    versions: dict[str, int]
+    versions: dict[str, int | None]
 
 
 class UnloadRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -132,8 +132,9 @@ class Control:
         return _active(served)
 
     def activate_team(self, call: Request) -> Answer:
-        """Switches a team: its members one right after the other, all of them or none."""
-        wanted = _body(call, TeamRequest).versions
+        """Switches a team: its members one right after the other, all of them or none. Models with null are unloaded."""
+        request = _body(call, TeamRequest).versions
+        wanted = {name: number for name, number in request.items() if number is not None}
         for name, number in wanted.items():
             version = self._host.served(name).versions.get(number)
             if version is None or version.state != "READY":
@@ -144,8 +145,9 @@ class Control:
                 self._host.commit(name)
         for name, number in wanted.items():
             self._host.activate(name, number)
-        log.info("switched as a team: %s", ", ".join(f"{name} to {number}" for name, number in wanted.items()))
-        return json_answer({name: {"active": number} for name, number in wanted.items()})
+        self._host.unload_models(request.keys() - wanted.keys())
+        log.info("switched as a team: %s", ", ".join(f"{name} to {number or 'nothing'}" for name, number in request.items()))
+        return json_answer({name: {"active": number} for name, number in request.items()})
 
     def rollback(self, call: Request) -> Answer:
         name, number = _model_name(call), _body(call, VersionRequest).version

@@ -11,7 +11,7 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from agent.serving.answers import Refusal
@@ -181,13 +181,7 @@ class ModelHost:
         """One version, or the whole model when None. None when the model is gone.  Raises: Refusal (404, 409)."""
         served = self.served(name)
         if number is None:
-            self.models = {n: s for n, s in self.models.items() if n != name}
-            versions = list(served.versions.values())
-            served.end_canary()
-            served.active = served.previous = None
-            served.versions = {}
-            for version in versions:
-                self._retire(version)
+            self.unload_models({name})
             return None
         found = served.versions.get(number)
         if found is None:
@@ -202,9 +196,20 @@ class ModelHost:
             return None
         return served
 
+    def unload_models(self, names: Collection[str]) -> None:
+        """All versions of these models, where they are there. None of them answers any more before the first one is drained."""
+        gone = [served for served in self if served.name in names]
+        self.models = {name: served for name, served in self.models.items() if name not in names}
+        versions = [version for served in gone for version in served.versions.values()]
+        for served in gone:
+            served.end_canary()
+            served.active = served.previous = None
+            served.versions = {}
+        for version in versions:
+            self._retire(version)
+
     def close(self) -> None:
-        for served in list(self):
-            self.unload(served.name, None)
+        self.unload_models(set(self.models))
 
     def supersede(self, version: Version, old: Version) -> Served:
         """Makes a version active in place of one that is away, which goes."""

@@ -77,12 +77,15 @@ class RollingBack:
                 one.asked(lambda model=member.model, version=before.version: self._serving.rollback(model, version))  # type: ignore[misc]
 
     def _back_at_once(self, team: Team) -> None:
-        """One switch for all, while all that served before is still loaded; else each goes back by itself.  Raises:
-        ServeAway.
+        """One switch for all. A `serve` that was started meanwhile loads what served before first. Where it has no room for
+        that, each goes back by itself.  Raises: ServeAway.
         """
-        befores = {one.model: one.state.before.version for one in team.members if one.state.before is not None}
+        befores = {one.model: one.state.before for one in team.members}
         with contextlib.suppress(ServeRefused):
-            self._serving.activate_team(befores)
+            for model, before in befores.items():
+                if before is not None:
+                    self._serving.load(model, before.version, before.variant)
+            self._serving.activate_team({model: before.version if before else None for model, before in befores.items()})
 
     def _back(self, one: ModelUpdate) -> str | None:
         """What went wrong, empty for nothing; None when it has to be tried again.  Raises: ServeAway."""
