@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,9 @@ URL, TOKEN, CA = "EDGE_FLEET_URL", "EDGE_FLEET_TOKEN", "EDGE_FLEET_CA"
 API = "/api/v1"
 TIMEOUT_S = 30.0
 UPLOAD_CHUNK = 256 * 1024
+OTHERS_UPLOAD_S = 60.0
+"""An upload by somebody else that has not gone on for so long is waited for no more."""
+OTHERS_AGAIN_S = 0.3
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,14 +126,32 @@ class Client:
         return self._json("DELETE", path)
 
     def upload(self, sha256: str, path: Path, progress: Callable[[int], None]) -> None:
-        """Sends the file unless the server has it, from where an upload stopped. `progress` gets the bytes done so far."""
-        with self._request("HEAD", f"/blobs/{sha256}", allowed=(404,)) as response:
-            offset = int(response.headers.get("Upload-Offset", "0"))
-            if response.status_code == 200:
-                progress(path.stat().st_size)
+        """Sends the file unless the server has it, from where an upload stopped. `progress` gets the bytes done so far.
+
+        While somebody else sends the same file it is waited for, as long as that goes on.
+        """
+        size, before, since = path.stat().st_size, -1, time.monotonic()
+        while True:
+            with self._request("HEAD", f"/blobs/{sha256}", allowed=(404,)) as response:
+                offset = int(response.headers.get("Upload-Offset", "0"))
+                there, under_way = response.status_code == 200, "Upload-Under-Way" in response.headers
+            if there:
+                progress(size)
                 return
-        size = path.stat().st_size
-        offset = offset if offset <= size else 0
+            if offset != before:
+                before, since = offset, time.monotonic()
+            stands_still = time.monotonic() - since > OTHERS_UPLOAD_S
+            if not under_way or stands_still:
+                try:
+                    self._send(sha256, path, offset if offset <= size else 0, progress)
+                except ServerRefused as refused:
+                    if stands_still or refused.code not in {"conflict", "wrong_offset"}:
+                        raise
+                else:
+                    return
+            time.sleep(OTHERS_AGAIN_S)
+
+    def _send(self, sha256: str, path: Path, offset: int, progress: Callable[[int], None]) -> None:
         with path.open("rb") as file:
             file.seek(offset)
 

@@ -49,6 +49,18 @@ class Blobs:
         except FileNotFoundError:
             return 0
 
+    def arrives(self, sha256: str) -> bool:
+        """Whether an upload of it is under way."""
+        self.path(sha256)
+        try:
+            with (self.uploads / sha256).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
     def matches(self, sha256: str) -> bool:
         """Whether the blob's bytes on disk still have its hash."""
         digest = hashlib.sha256()
@@ -68,14 +80,14 @@ class Blobs:
         TooLarge.
         """
         target, partial = self.path(sha256), self.uploads / sha256
-        if target.is_file():
-            return target.stat().st_size
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "r+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Conflict(f"blob {sha256} is being uploaded by somebody else; try again when that ended") from None
+            locked = _lock(file)
+            if (size := self.size(sha256)) is not None:  # perhaps since a moment ago, and then `file` is the blob itself
+                partial.unlink(missing_ok=True)
+                return size
+            if not locked or not _is_at(file, partial):
+                raise Conflict(f"blob {sha256} is being uploaded by somebody else; try again when that ended")
             digest, have = await asyncio.to_thread(_hash_start, file, offset)
             if have != offset:
                 raise Conflict(
@@ -100,6 +112,22 @@ class Blobs:
             partial.rename(target)
         files.sync_directory(self.root)
         return have
+
+
+def _lock(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _hash_start(file: IO[bytes], size: int) -> tuple[_Hash, int]:

@@ -1,13 +1,17 @@
 """Publishing over REST and by the command line: what is taken in, what is refused, and that nothing half-done is trusted."""
 
+import asyncio
+import fcntl
 import threading
 
 import pytest
 
 from agent.contract.manifest import File
-from fleet_server.errors import Invalid
+from fleet_server.client import Client, Profile
+from fleet_server.errors import Conflict, Invalid
 from fleet_server.releases import builder, keys
-from tests.fleet.stand import sha256, simple_manifest
+from fleet_server.storage.blobs import Blobs
+from tests.fleet.stand import sha256, simple_manifest, wait_until
 from tests.serving import onnx_models
 from tests.unit.test_model_files import HOSTILE, hostile
 
@@ -119,6 +123,69 @@ def test_bytes_that_are_not_the_hash(server):
     wanted = sha256(b"right")
     assert refused(server.request("PUT", f"/blobs/{wanted}", data=b"wrong")) == (400, "hash_mismatch")
     assert server.request("HEAD", f"/blobs/{wanted}").headers["Upload-Offset"] == "0"
+
+
+@pytest.mark.parametrize("ends", ["whole", "damaged"])
+def test_an_upload_that_ends_while_another_one_begins(tmp_path, monkeypatch, ends):
+    """The second has opened the file of the first when that becomes the blob, or is thrown away."""
+    folders = tmp_path / "blobs", tmp_path / "uploads"
+    for folder in folders:
+        folder.mkdir()
+    store, data = Blobs(*folders), b"the bytes of both"
+    half = store.uploads / sha256(data)
+    flock = fcntl.flock
+
+    def just_then(file, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        if ends == "whole":
+            half.write_bytes(data)
+            half.rename(store.path(sha256(data)))
+        else:
+            half.unlink()
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", just_then)
+
+    async def body():
+        yield data
+
+    if ends == "whole":
+        assert asyncio.run(store.receive(sha256(data), 0, body())) == len(data)
+        assert store.path(sha256(data)).read_bytes() == data, "what was acknowledged is still there"
+    else:
+        with pytest.raises(Conflict):
+            asyncio.run(store.receive(sha256(data), 0, body()))
+        assert asyncio.run(store.receive(sha256(data), 0, body())) == len(data)
+    assert list(store.uploads.iterdir()) == []
+
+
+def test_who_publishes_waits_while_another_one_sends_the_same_file(server, tmp_path):
+    data = b"sent by two" * 100_000
+    (tmp_path / "weights.bin").write_bytes(data)
+    path = f"/blobs/{sha256(data)}"
+    half_way, go_on = threading.Event(), threading.Event()
+
+    def slowly():
+        yield data[: len(data) // 2]
+        half_way.set()
+        go_on.wait(20)
+        yield data[len(data) // 2 :]
+
+    answers, progress = [], []
+    sender = threading.Thread(target=lambda: answers.append(server.request("PUT", path, data=slowly())))
+    sender.start()
+    half_way.wait(20)
+    wait_until(lambda: "Upload-Under-Way" in server.request("HEAD", path).headers, "it is seen to arrive")
+    other = Client(Profile.read(server.profile))
+    waiter = threading.Thread(target=lambda: other.upload(sha256(data), tmp_path / "weights.bin", progress.append))
+    waiter.start()
+    waiter.join(1.0)
+    assert waiter.is_alive()
+    go_on.set()
+    for thread in (sender, waiter):
+        thread.join(20)
+    assert answers[0].status_code == 200
+    assert progress == [len(data)], "nothing was sent a second time"
 
 
 @pytest.mark.parametrize("name", ["x", "..%2f..%2ffleet.yaml", "A" * 64, "0" * 63])

@@ -99,7 +99,9 @@ def withdraw(parts: Parts, request: Request, model: str, version: Number) -> Wit
 
 
 def blob(parts: Parts, sha256: str) -> Response:
-    """Whether a file is here: 200, or 404 with `Upload-Offset` saying how much of it is."""
+    """Whether a file is here: 200, or 404 with `Upload-Offset` saying how much of it is, and `Upload-Under-Way` while somebody
+    sends it.
+    """
     size = parts.blobs.size(sha256)
     if size is not None:
         response = reply(BlobView(sha256, size))
@@ -107,6 +109,8 @@ def blob(parts: Parts, sha256: str) -> Response:
         return response
     missing = http.answer(404, f"blob {sha256} is not here; upload it", "not_found")
     missing.headers["Upload-Offset"] = str(parts.blobs.partial_size(sha256))
+    if parts.blobs.arrives(sha256):
+        missing.headers["Upload-Under-Way"] = "true"
     return missing
 
 
