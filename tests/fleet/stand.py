@@ -11,8 +11,6 @@ import shutil
 import signal
 import socket
 import ssl
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -46,6 +44,7 @@ from agent.contract.reports import (
     StateReport,
 )
 from fleet_server.releases import keys, publisher
+from tests import warm
 from tests.ports import free_ports
 
 DEADLINE_S = 30.0
@@ -111,8 +110,8 @@ class Server:
 
     def cli(self, *arguments, stdin=""):
         """`edge-fleet …` run to its end."""
-        command = [sys.executable, "-m", "fleet_server.cli", "--profile", str(self.profile), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=60, env=environment(), check=False)
+        words = ["--profile", str(self.profile), *map(str, arguments)]
+        return warm.run("fleet_server.cli", words, stdin=stdin, env=environment())
 
     def start(self, **extra_environment):
         """Starts the server and waits for what systemd would wait for: READY=1."""
@@ -121,8 +120,8 @@ class Server:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, (self.base / "log").open("ab") as log:
             notify.bind(str(path))
             notify.settimeout(0.1)
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "fleet_server.cli", "serve", str(self.data)], stdout=log, stderr=log,
+            self.process = warm.Process(
+                "fleet_server.cli", ["serve", str(self.data)], stdout=log, stderr=log,
                 env=environment(NOTIFY_SOCKET=str(path), **extra_environment),
             )  # fmt: skip
             deadline = time.monotonic() + DEADLINE_S

@@ -11,6 +11,7 @@ from agent.contract.acceptance import WatchRules
 from agent.contract.assignment import Exclusion, ModelAssignment
 from agent.contract.codec import decode
 from fleet_server.rollouts.bundles import may_want
+from tests import warm
 from tests.fleet.stand import sha256
 
 
@@ -110,8 +111,6 @@ def test_by_command(filled, tmp_path):
 
 def test_from_the_server_to_a_device_without_a_network(own_server, tmp_path):
     """The real commands on both sides; between them a file."""
-    import subprocess
-    import sys
 
     from agent.store import Store
     from tests.fleet.stand import environment
@@ -132,8 +131,7 @@ def test_from_the_server_to_a_device_without_a_network(own_server, tmp_path):
     )
 
     def agent(*line):
-        command = [sys.executable, "-m", "agent.cli", *map(str, line), "--config", str(config)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment(), check=False)
+        return warm.run("agent.cli", [*map(str, line), "--config", str(config)], env=environment(), timeout=90)
 
     assert agent("enrol", str(server.enrolment_string()), "--device", "crane-9").returncode == 0
     manifest, contents = onnx_release(tmp_path / "release", 1, 2.0, watch=WatchRules(duration_s=0.2, max_duration_s=5.0))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 
 import pytest
 import yaml
 
 from fleet_server.releases import keys
+from tests import warm
 from tests.fleet.stand import environment
 from tests.fleet.test_keys import describe
 
@@ -18,10 +17,7 @@ from tests.fleet.test_keys import describe
 def cli(server, *arguments, stdin="", profile=True, **variables):
     """`edge-fleet …` as a pipeline runs it: no terminal, and only these variables."""
     named = ["--profile", str(server.profile)] if profile else []
-    return subprocess.run(
-        [sys.executable, "-m", "fleet_server.cli", *named, *map(str, arguments)],
-        capture_output=True, text=True, input=stdin, timeout=60, check=False, env=environment(**variables),
-    )  # fmt: skip
+    return warm.run("fleet_server.cli", [*named, *map(str, arguments)], stdin=stdin, env=environment(**variables))
 
 
 def publish(server, path, *more):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import FleetError
 from fleet_server.ingest.transfers import WAITING, TransferAnswers
 from fleet_server.storage.models import Certificate
+from tests import warm
 from tests.fleet.stand import DEADLINE_S, Server, environment, make_csr, wait_until
 from tests.fleet.test_intake import Known
 from tests.fleet.test_transfers import enrolled
@@ -268,10 +267,8 @@ def heard(server: Server, device: str) -> int:
     return state["counter"] if state else 0
 
 
-def synced(config: Path, log) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "agent.cli", "sync", "--config", str(config)], stdout=log, stderr=log, env=environment()
-    )
+def synced(config: Path, log) -> warm.Process:
+    return warm.Process("agent.cli", ["sync", "--config", str(config)], stdout=log, stderr=log, env=environment())
 
 
 @pytest.mark.alone  # the first certificate lasts a minute

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import queue
 import random
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from agent.sync.fleet.link import Broker, Link, tls_context
 from agent.sync.http import HttpStatus, TooLong
 from agent.sync.problems import Problem
 from fleet_server.releases import blocks
+from tests import warm
 from tests.fleet.stand import environment, sha256, wait_until
 from tests.sync.fake_serve import FakeServe
 from tests.sync.fleet import onnx_release
@@ -50,7 +49,7 @@ def enrolled(server, folder: Path, name: str) -> tuple[Path, Path]:
         )
     )  # fmt: skip
     line = ["enrol", str(server.enrolment_string()), "--device", name, "--config", str(config)]
-    subprocess.run([sys.executable, "-m", "agent.cli", *line], check=True, capture_output=True, timeout=60, env=environment())
+    warm.run("agent.cli", line, env=environment()).check_returncode()
     address = folder / "identity" / "fleet.json"
     said = json.loads(address.read_text())
     said["device_url"] = "https://127.0.0.1:1"
@@ -166,9 +165,7 @@ def test_an_update_by_the_brokers_port_alone(server, tmp_path):
     server.post("/rollouts", {"release": "crane:1"})
     serve = FakeServe(store, tmp_path / "s.sock")
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "agent.cli", "sync", "--config", str(config)], stdout=log, stderr=log, env=environment()
-        )
+        process = warm.Process("agent.cli", ["sync", "--config", str(config)], stdout=log, stderr=log, env=environment())
     try:
         wait_until(lambda: serve.models.get("crane", {}).get("active") == 1, "release 1 serves", within=60)
         wait_until(

@@ -18,6 +18,7 @@ from agent.contract import bundle
 from agent.contract.acceptance import WatchRules
 from agent.contract.codec import encode
 from agent.sync.fetching.spool import Spool
+from tests import warm
 from tests.sync.conftest import eventually
 from tests.sync.fleet import DEVICE, FLEET, Repository, sha
 from tests.sync.test_process import ROOT, Device, device
@@ -49,8 +50,9 @@ def write(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def run(device: Device, path: Path, *options: str, timeout_s: float = 80) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "agent.cli", "import", str(path), "--config", str(device.config), *options]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return warm.run(
+        "agent.cli", ["import", str(path), "--config", str(device.config), *options], env=os.environ, timeout=timeout_s
+    )
 
 
 @pytest.fixture

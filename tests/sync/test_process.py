@@ -15,6 +15,7 @@ import pytest
 from agent.contract.acceptance import WatchRules
 from agent.contract.reports import Phase
 from agent.store import Selection, Store
+from tests import warm
 from tests.sync.conftest import eventually
 from tests.sync.fake_serve import FakeServe, stats
 from tests.sync.fleet import Repository, Server, script_release, sha
@@ -49,11 +50,9 @@ class Device:
         self.config.write_text(json.dumps(settings))
 
     def start(self) -> None:
-        code = "from agent.sync.cli import sync; sync()"
-        log = (self.folder / "sync.log").open("ab")
-        with log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code, "--config", str(self.config)], cwd=ROOT, stdout=log, stderr=log
+        with (self.folder / "sync.log").open("ab") as log:
+            self.process = warm.Process(
+                "agent.cli", ["sync", "--config", str(self.config)], env=os.environ, stdout=log, stderr=log
             )
 
     def kill(self, number: int = signal.SIGKILL) -> int:

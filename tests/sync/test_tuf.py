@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
+
+from tests import warm
 
 UTC = dt.timezone.utc
 ONLINE = ("timestamp", "snapshot", "targets")
@@ -126,12 +129,13 @@ class Client:
         assert self.run("init", self._root) == 0
 
     def run(self, *command: object, at: str | None = None, options: tuple[object, ...] = ()) -> int:
-        before = ["faketime", at] if at else []
-        program = [*before, sys.executable, "-m", "agent.cli", "tuf", "--metadata-dir", str(self.metadata)]
+        words = ["tuf", "--metadata-dir", str(self.metadata), *map(str, options), *map(str, command)]
         self._repository.asked.clear()
-        done = subprocess.run(
-            [*program, *map(str, options), *map(str, command)], capture_output=True, text=True, timeout=60, check=False
-        )
+        if at is None:
+            done = warm.run("agent.cli", words, env=os.environ)
+        else:
+            line = ["faketime", at, sys.executable, "-m", "agent.cli", *words]
+            done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
         assert "Traceback" not in done.stderr
         self.said = done.stderr
         return done.returncode
