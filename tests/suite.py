@@ -26,8 +26,8 @@ PASSED, FAILED, NONE_CHOSEN = 0, 1, 5
 SHORT = "not long and not survival and not gpu"
 MEASURED = ("--cov", "--cov-report=")  # branch coverage: tests/coverage_floors.py
 SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
-    # two at a time, a file to each, what minds nobody; then the rest
-    "short": (("-n", "2", "--dist", "loadfile", "-m", f"{SHORT} and not alone"), ("-m", f"{SHORT} and alone")),
+    # several at a time, a file to each, what minds nobody; then the rest. Three, because two leave two processors waiting a third of the time
+    "short": (("-n", "3", "--dist", "loadfile", "-m", f"{SHORT} and not alone"), ("-m", f"{SHORT} and alone")),
     "long": (("-m", "long"),),
     "survival": (("-m", "survival"),),
 }

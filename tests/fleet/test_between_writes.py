@@ -37,6 +37,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.no_cover  # it would take two or three times as long
 @pytest.mark.parametrize(("name", "survived"), [(name, n) for name, (_, writes) in CHANGES.items() for n in range(writes)])
 def test_power_gone_before_each_write(story, clock, monkeypatch, name, survived):
     change, _ = CHANGES[name]

@@ -357,6 +357,7 @@ def killed_at(folder: Path, moment: int, *, bad: bool, serve_too: bool, patch: p
     return True
 
 
+@pytest.mark.no_cover  # it would take two or three times as long
 @pytest.mark.parametrize("serve_too", [False, True], ids=["sync", "both"])
 @pytest.mark.parametrize("bad", [False, True], ids=["good", "bad"])
 def test_killed_at_many_instructions(bad: bool, serve_too: bool, tmp_path: Path):

@@ -147,6 +147,7 @@ ACTIONS = st.one_of(
 )
 
 
+@pytest.mark.no_cover  # it would take two or three times as long
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(ACTIONS, max_size=25))
 def test_any_sequence_of_events_and_crashes(actions):

@@ -333,6 +333,7 @@ class Device(RuleBasedStateMachine):
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
+@pytest.mark.no_cover  # it would take two or three times as long
 def test_any_sequence():
     run_state_machine_as_test(
         Device, settings=settings(max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=QUIET)

@@ -223,6 +223,7 @@ def ifs_in_ifs(path, depth):
     return tflite_models.save(path, graphs)
 
 
+@pytest.mark.no_cover  # it would take two or three times as long
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     ("make", "depth", "runtime"),

@@ -222,6 +222,7 @@ def innermost(lists):
     return [lists] if not isinstance(lists[0], list) else [row for inner in lists for row in innermost(inner)]
 
 
+@pytest.mark.no_cover  # it would take two or three times as long
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_a_long_list_is_read_as_a_short_one(data):
