@@ -28,7 +28,7 @@ MEASURED = ("--cov", "--cov-report=")  # branch coverage: tests/coverage_floors.
 SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
     # several at a time, a file to each, what minds nobody; then the rest. Three, because two leave two processors waiting a third of the time
     "short": (("-n", "3", "--dist", "loadfile", "-m", f"{SHORT} and not alone"), ("-m", f"{SHORT} and alone")),
-    "long": (("-m", "long"),),
+    "long": (("-n", "2", "--dist", "loadfile", "-m", "long and not alone"), ("-m", "long and alone")),
     "survival": (("-m", "survival"),),
 }
 """The passes of each suite, each the options of one run of pytest."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.long, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(120)]  # they measure
 
 
 def test_the_quick_benchmark_fails_no_request(tmp_path: Path) -> None:

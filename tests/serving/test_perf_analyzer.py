@@ -15,7 +15,7 @@ PROGRAM = Path(os.environ.get("PERF_ANALYZER", FOLDER / "perf_analyzer"))
 REPORT = re.compile(r"Throughput: ([\d.]+) infer/sec")
 SERVER = re.compile(r"Successful request count: (\d+)")
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(not PROGRAM.exists(), reason=f"{PROGRAM} is not there")]
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.skipif(not PROGRAM.exists(), reason=f"{PROGRAM} is not there")]
 
 
 @pytest.fixture(scope="module")
