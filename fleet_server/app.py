@@ -36,6 +36,7 @@ from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import Unavailable
 from fleet_server.ingest.intake import Intake
 from fleet_server.ingest.mqtt_link import MqttLink
+from fleet_server.ingest.pokes import Pokes
 from fleet_server.ingest.transfers import TransferAnswers
 from fleet_server.journal import Journal
 from fleet_server.live import Hub
@@ -172,12 +173,13 @@ class _Running:
         self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.judge.evaluate, transfers)
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        fleet.inventory.link, fleet.assignment.poker = self, self._link
+        self._pokes = Pokes(fleet.repository, fleet.inventory, self._link.publish, self._config.looks_per_s)
+        fleet.inventory.link, fleet.assignment.poker = self, self._pokes
         fleet.status.broker_connected, fleet.inventory.heard_since = self._link.connected.is_set, self._link.heard_since
 
     # What the inventory asks of the broker's side.
     def poke_device(self, device: str) -> None:
-        self._link.poke_device(device)
+        self._pokes.poke_device(device)
 
     def revocations_changed(self) -> None:
         if self._loop is not None:

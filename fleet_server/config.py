@@ -114,6 +114,9 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
     """How rollouts are judged, see below."""
     database_url: str | None = None
     """Where the database is, as SQLAlchemy writes it; without it SQLite in the data folder."""
+    looks_per_s: float = 50.0
+    """How many devices a second ask this server at most because of one poke: those that must ask spread over the time that this
+    makes of their number."""
     events_kept: int = 100_000
     """How many events are kept; older ones are deleted."""
     session_s: float = 12 * 3600.0
@@ -121,6 +124,8 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         names.check(names.GROUP_NAME, self.fleet, "fleet")
+        if self.looks_per_s <= 0:
+            raise ValueError("looks_per_s must be above 0")
         if not self.hosts:
             raise ValueError("hosts must name at least one host")
         if not _is_loopback(self.loopback_address):

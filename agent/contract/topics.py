@@ -1,7 +1,7 @@
 """MQTT topics. The broker lets a device write below its own `up` and read its own `down` and `all`, by its certificate's CN.
 
-A poke says "look again" and nothing more: what to do is always fetched and verified, so lost, doubled or forged pokes are
-harmless.
+A poke says "look again", and may carry the signed documents that a look would fetch (`news`). They are verified as what is
+fetched, so lost, doubled or forged pokes are harmless.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ Upward = Literal["state", "events", "telemetry", "presence", "blocks"]
 
 
 class Poke(Document, frozen=True, kw_only=True):
-    """`assignment_version` lets a device that has it already do nothing; it is a hint and is never trusted."""
+    """`assignment_version` lets a device that has it already do nothing; it is a hint and is never trusted. `news` is packed as
+    `agent.contract.news` says; devices that know nothing of it look, as after any poke. Those that have to ask the server do so
+    within `spread_s` seconds, each at a moment of its own; at once when that is 0.
+    """
 
     assignment_version: int | None = None
+    news: bytes = b""
+    spread_s: float = 0.0
     kind: Literal["poke"] = "poke"
     format: int = FORMAT
 

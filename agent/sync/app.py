@@ -6,7 +6,7 @@
  4. trust, download, trial, the port to `serve`;
  5. an updater per model that was ever updated here, each in its own thread: a watch goes on while another model downloads,
     and an interrupted update goes on before the network is even asked;
- 6. the follower, a thread that asks the fleet what is wanted: at intervals, and whenever a poke comes;
+ 6. the follower, a thread that learns what the fleet wants: it asks at intervals and hears what pokes carry;
  7. the MQTT link, last, because nothing else needs it.
 
 The main thread reports and feeds the watchdog. Every thread but it may block on a network or a disk; all state is on disk
@@ -122,6 +122,7 @@ class SyncApp:
             at_most_s=lambda: self._workers.shortest_lease_s() / LOOKS_PER_LEASE,
             imported=lambda: self._imports.accept(self._trust.refresh),
             networked=networked,
+            device=who.device,
         )
         self._serving = ServeClient(config.serve.socket)
         self._records = Records.below(private)
@@ -155,7 +156,7 @@ class SyncApp:
             link.Broker(who.address.broker_host, who.address.broker_port, self._tls),
             self.outbox,
             self._sessions.next,
-            on_poke=self.follower.poke,
+            on_poke=self.follower.poked,
             on_change=lambda _: self._due.set(),
             on_delivered=deliveries.delivered,
             on_blocks=self._transfers.received,
@@ -350,7 +351,7 @@ class SyncApp:
         end = self._clock.monotonic() + seconds
         while not ending.is_set() and self._clock.monotonic() < end:
             if self._imports.news():
-                self.follower.poke()
+                self.follower.look_soon()
             if self._due.wait(min(REPORT_PAUSE_S, max(0.0, end - self._clock.monotonic()))):
                 ending.wait(REPORT_PAUSE_S)
                 return

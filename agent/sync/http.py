@@ -37,6 +37,9 @@ second."""
 
 _MAX_ERROR_BYTES = 8 * 1024
 
+LONGEST_WAIT_S = 600.0
+"""How long a server may ask to be left alone (Retry-After); it is obeyed up to here."""
+
 NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME; Python's ssl has no name for it."""
 
@@ -44,8 +47,8 @@ NO_CHECK_TIME = 0x200000
 class HttpStatus(Problem):
     """The server answered with an error. `code` is its stable word for it, empty when it gave none."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
-        super().__init__(Reason.DOWNLOAD_FAILED, message)
+    def __init__(self, status: int, message: str, code: str = "", *, wait_s: float = 0.0) -> None:
+        super().__init__(Reason.DOWNLOAD_FAILED, message, wait_s=wait_s)
         self.status = status
         self.code = code
 
@@ -163,7 +166,7 @@ class FleetHttp:
         with response:
             if response.status_code not in accept:
                 text, code = _error(response)
-                raise HttpStatus(response.status_code, f"{url}: {text}", code)
+                raise HttpStatus(response.status_code, f"{url}: {text}", code, wait_s=_asked_to_wait_s(response))
             yield response
             if response.raw.length_remaining == 0:
                 response.raw.release_conn()  # read to its end: the next request needs no handshake
@@ -263,6 +266,13 @@ def _error(response: requests.Response) -> tuple[str, str]:
         return fallback, ""
     text, code = said.get("error"), said.get("code")
     return f"{fallback}: {text}" if isinstance(text, str) and text else fallback, code if isinstance(code, str) else ""
+
+
+def _asked_to_wait_s(response: requests.Response) -> float:
+    said = response.headers.get("Retry-After", "")
+    if response.status_code not in (429, 503) or not (said.isascii() and said.isdigit()):
+        return 0.0
+    return min(LONGEST_WAIT_S, float(said[:9]))
 
 
 def _root(error: BaseException) -> str:

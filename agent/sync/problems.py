@@ -15,9 +15,13 @@ EVIDENCE_KEPT = 100
 class Problem(Exception):
     """Something that keeps a release from being installed. `reason` says whose fault it is, the message what to do."""
 
-    def __init__(self, reason: Reason, message: str, evidence: Mapping[str, float | str] | None = None) -> None:
+    def __init__(
+        self, reason: Reason, message: str, evidence: Mapping[str, float | str] | None = None, *, wait_s: float = 0.0
+    ) -> None:
+        """`wait_s`: for how long a server that is busy asked not to be asked again."""
         super().__init__(message[:MESSAGE_KEPT])
         self.reason = reason
+        self.wait_s = wait_s
         self.evidence = {name[:EVIDENCE_KEPT]: _short(value) for name, value in list((evidence or {}).items())[:EVIDENCE_KEPT]}
 
     @property

@@ -113,6 +113,12 @@ class Inventory:
             rows = session.execute(select(Device.present, Device.last_seen).where(Device.revoked.is_(False))).all()
         return DeviceCount(total=len(rows), online=sum(self.is_online(row.present, row.last_seen, now) for row in rows))
 
+    def present(self) -> int:
+        """How many devices the broker counts as present. Cheaper than `count`, and an old word for those that fell silent."""
+        with self._database.reading() as session:
+            query = select(func.count()).select_from(Device).where(Device.present.is_(True), Device.revoked.is_(False))
+            return int(session.scalar(query) or 0)
+
     def shared(self) -> list[str]:
         """Devices of which several machines report."""
         query = select(Device.id).where(Device.revoked.is_(False), Device.shared > self._clock() - shared_identity.SHARED_S)

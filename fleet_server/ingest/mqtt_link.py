@@ -1,4 +1,4 @@
-"""The server's own MQTT client: stores what devices send, in batches, and pokes them.
+"""The server's own MQTT client: stores what devices send, in batches, and publishes what they are sent.
 
 A message is acknowledged to the broker after it is stored, so a crash of the server loses none: the broker keeps the session
 and delivers again, and everything that is delivered twice is recognised (counters, sessions, event ids). When the database
@@ -24,7 +24,6 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from agent.contract import topics
-from agent.contract.codec import encode
 from fleet_server.devices import pki
 from fleet_server.ingest.fair_queue import FairQueue, Room
 from fleet_server.ingest.intake import Changes, Dropped, Intake, Message
@@ -111,11 +110,8 @@ class MqttLink:
 
     # -- towards devices ---------------------------------------------------------------------------------------------------
 
-    def poke_all(self, assignment_version: int) -> None:
-        self._client.publish(topics.POKE_ALL, encode(topics.Poke(assignment_version=assignment_version)), qos=1)
-
-    def poke_device(self, device: str) -> None:
-        self._client.publish(topics.down_poke(device), encode(topics.Poke()), qos=1)
+    def publish(self, topic: str, payload: bytes) -> None:
+        self._client.publish(topic, payload, qos=1)
 
     # -- from devices ------------------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def pulled(server, tmp_path):
         Broker("127.0.0.1", server.broker, lambda: tls_context(*map(str, (who.ca_file, who.certificate_file, who.key_file)))),
         NoOutbox(),
         lambda: 1,
-        on_poke=lambda: None,
+        on_poke=lambda _said, _alone: None,
     )
     made = Transfers(link.ask, lambda: link.connected, silence_s=1.0)
     made.link = link

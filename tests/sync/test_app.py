@@ -135,7 +135,7 @@ def test_the_link_outlives_what_nobody_foresaw(tmp_path: Path):
         raise ValueError("not a context")
 
     box = Outbox(tmp_path / "o.db")
-    link = Link("crane-7", Broker("127.0.0.1", 1, tls), box, lambda: 1, lambda: None, jitter=lambda: 0.0)
+    link = Link("crane-7", Broker("127.0.0.1", 1, tls), box, lambda: 1, lambda _said, _alone: None, jitter=lambda: 0.0)
     link.start()
     eventually(lambda: len(tries) >= 3, "three tries")
     link.stop()

@@ -307,8 +307,9 @@ def test_attack(attack, reason, scene: Scene):
 
 
 @pytest.mark.mosquitto
-def test_forged_poke(scene: Scene, ours: Ours, broker_fleet):
-    """Whoever can publish at the broker: a poke says "look again" and nothing else, whatever it says."""
+def test_forged_poke(scene: Scene, ours: Ours, broker_fleet, monkeypatch: pytest.MonkeyPatch):
+    """Whoever can publish at the broker: what a poke says is verified, and one that cannot be believed is one more look."""
+    monkeypatch.setattr("agent.sync.trust.follower.BAD_SPREAD_S", 0.0)
     looked = threading.Event()
     follower = Follower(scene.trust, 3600.0, lambda: None, looked.set)
     thread = threading.Thread(target=follower.run)
@@ -316,7 +317,13 @@ def test_forged_poke(scene: Scene, ours: Ours, broker_fleet):
     try:
         assert looked.wait(20)
         before = follower.current
-        ours.link.on_poke = lambda: (setattr(ours, "pokes", ours.pokes + 1), looked.clear(), follower.poke())
+
+        def poked(payload: bytes, alone: bool) -> None:
+            ours.pokes += 1
+            looked.clear()
+            follower.poked(payload, alone)
+
+        ours.link.on_poke = poked
         ours.link.start()
         eventually(broker_fleet.online, "the birth")
         forged = encode(Assignment(fleet="harbour", version=99, models={}))
@@ -332,7 +339,7 @@ def test_forged_poke(scene: Scene, ours: Ours, broker_fleet):
         thread.join(20)
 
 
-POKE = ("forged poke", 'Whoever can publish at the broker: a poke says "look again" and nothing else.', "none: the device looks, and knows what it knew")  # fmt: skip
+POKE = ("forged poke", "Whoever can publish at the broker: what a poke says is verified, and one that cannot be believed is one more look.", "none: the device looks, and knows what it knew")  # fmt: skip
 
 
 def table() -> str:

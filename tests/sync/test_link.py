@@ -142,7 +142,7 @@ class Ours:
         self.sessions += 1
         return self.sessions
 
-    def _poke(self) -> None:
+    def _poke(self, _said: bytes, _alone: bool) -> None:
         self.pokes += 1
 
 
@@ -361,7 +361,7 @@ def test_a_stranger_does_not_get_in(broker: Mosquitto, outbox: Outbox, tmp_path:
         Broker("127.0.0.1", broker.port, lambda: stranger.context(DEVICE)),
         outbox,
         lambda: 1,
-        lambda: None,
+        lambda _said, _alone: None,
         jitter=lambda: 0.1,
     )
     outbox.put("events", b"x")
@@ -400,7 +400,7 @@ def test_two_with_one_identity_notice_each_other(broker, outbox, tmp_path):
             Broker("127.0.0.1", broker.port, lambda: broker.context(DEVICE)),
             box,
             iter(range(1, 1000)).__next__,
-            on_poke=lambda: None,
+            on_poke=lambda _said, _alone: None,
             jitter=lambda: 0.1,
             on_taken_over=noticed[name].append,
         )
@@ -424,7 +424,7 @@ def test_a_broker_that_is_restarted_is_nobody_else(broker, outbox):
         Broker("127.0.0.1", broker.port, lambda: broker.context(DEVICE)),
         outbox,
         iter(range(1, 1000)).__next__,
-        on_poke=lambda: None,
+        on_poke=lambda _said, _alone: None,
         on_change=lambda up: connected.set() if up else connected.clear(),
         jitter=lambda: 0.01,
         on_taken_over=noticed.append,

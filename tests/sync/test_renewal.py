@@ -254,7 +254,9 @@ def test_through_a_broker_in_the_wrong_hands(who: Identity, authority: Authority
     broker.start()
     hostile = Hostile(broker)
     files = (str(who.ca_file), str(who.certificate_file), str(who.key_file))
-    link = Link(DEVICE, Broker("127.0.0.1", broker.port, lambda: tls_context(*files)), Nothing(), lambda: 1, lambda: None)
+    link = Link(
+        DEVICE, Broker("127.0.0.1", broker.port, lambda: tls_context(*files)), Nothing(), lambda: 1, lambda _said, _alone: None
+    )
     transfers = Transfers(link.ask, lambda: link.connected, silence_s=0.2)
     link.on_blocks, link.busy = transfers.received, lambda: transfers.active
     ways = Ways(who, authority)

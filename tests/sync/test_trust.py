@@ -173,7 +173,7 @@ def no_record(repository: Repository) -> None:
 
 
 def other_assignment_bytes(repository: Repository) -> None:
-    repository.sign()
+    repository.assign("crane", 2)  # a device that has the document asks for it no more
     for path in repository.files:
         if path.startswith("targets/assignments/"):
             repository.files[path] = repository.files[path].replace(b"harbour", b"Harbour")

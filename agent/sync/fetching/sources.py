@@ -126,4 +126,5 @@ def verdict(problems: Sequence[tuple[Source, Problem]], what: str) -> Problem:
     reason = first.reason
     if reason is Reason.HASH_MISMATCH and not any(source.final for source, _ in problems):
         reason = Reason.DOWNLOAD_FAILED
-    return Problem(reason, f"no source has {what} as it should be: {told}", first.evidence)
+    wait_s = max(problem.wait_s for _, problem in problems)
+    return Problem(reason, f"no source has {what} as it should be: {told}", first.evidence, wait_s=wait_s)

@@ -87,7 +87,7 @@ class Link:
         broker: Broker,
         outbox: Drain,
         next_session: Callable[[], int],
-        on_poke: Callable[[], None],
+        on_poke: Callable[[bytes, bool], None],
         on_change: Callable[[bool], None] = lambda _: None,
         jitter: Callable[[], float] = random.random,
         on_delivered: Callable[[int], None] = lambda _: None,
@@ -95,9 +95,10 @@ class Link:
         busy: Callable[[], bool] = lambda: False,
         on_taken_over: Callable[[bool], None] = lambda _certain: None,
     ) -> None:
-        """`on_taken_over`: the broker ended an accepted connection and took the next one at once, as it does when another
-        connection with the same identity takes the place of this one; that is certain when the argument is true. `on_blocks`
-        gets the parts of transfers by their id; `busy` says whether one is under way.
+        """`on_poke` gets what a poke says, and whether it was for this device alone. `on_taken_over`: the broker ended an
+        accepted connection and took the next one at once, as it does when another connection with the same identity takes the
+        place of this one; that is certain when the argument is true. `on_blocks` gets the parts of transfers by their id;
+        `busy` says whether one is under way.
         """
         self.on_delivered = on_delivered
         self.on_blocks = on_blocks
@@ -293,8 +294,7 @@ class _Conversation:
         if f"{before}/" == topics.down_blocks(self._link.device, ""):
             self._link.on_blocks(transfer, bytes(message.payload))
             return
-        # The other subscriptions are pokes, and what a poke says is not trusted: only that one came matters.
-        self._link.on_poke()
+        self._link.on_poke(bytes(message.payload), message.topic != topics.POKE_ALL)
 
     def _on_publish(self, _client: mqtt.Client, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
         item = self._sent.pop(mid, None)

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
+from tuf.api.exceptions import LengthOrHashMismatchError
 from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
 
 from agent.contract import enrolment
@@ -38,6 +40,7 @@ from agent.contract.assignment import (
 from agent.contract.codec import ContractError, Unreadable, decode, encode
 from agent.contract.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from agent.contract.names import ReleaseRef
+from agent.contract.news import RECORD, TIMESTAMP, News
 from agent.contract.reasons import Reason
 from agent.host import clock as clocks
 from agent.host.clock import SignedClock
@@ -45,8 +48,11 @@ from agent.sync.identity import Identity
 from agent.sync.ports import Signed
 from agent.sync.problems import Problem
 from agent.sync.trust import versions, withdrawals
+from agent.sync.trust.carried import Carried, NotCarried
 from agent.sync.trust.desired import Desired, read_desired
 from agent.sync.trust.metadata import METADATA_DEADLINE_S, Documents, MetadataClient, Session, as_problems, keep
+
+log = logging.getLogger(__name__)
 
 ASSIGNMENTS_ROLE = "assignments"
 
@@ -76,6 +82,10 @@ class Trust:
             clock=clock,
             others=others,
         )
+        self._settled = False
+        """Whether the last word was verified to its end."""
+        self._news: News | None = None
+        """What a poke said last, if nothing newer is known: it may have the manifest that is wanted next."""
 
     def close(self) -> None:
         self._http.close()
@@ -92,10 +102,40 @@ class Trust:
 
         Raises: Problem; what was remembered before stays as it is.
         """
+        self._news = None
+        return self._refreshed(only)
+
+    def hear(self, news: News) -> Desired | None:
+        """The fleet's word as a poke carries it, verified and remembered like any other, without asking anybody; None when it
+        is what is known already.
+
+        Raises: NotCarried; Problem. What was remembered before stays as it is.
+        """
+        told, record = news.documents.get(TIMESTAMP), news.documents.get(RECORD)
+        if told is None:
+            raise NotCarried(TIMESTAMP)
+        known = self._kept("metadata/timestamp.json") == told.encode()
+        if known and (record is None or self._kept("record.json") == record.encode()) and self._settled:
+            return None
+        desired = self._refreshed(Carried(news, self._kept_documents()))
+        self._news = news
+        return desired
+
+    def _kept_documents(self) -> dict[str, Callable[[], bytes | None]]:
+        return {enrolment.RECORD_PATH: lambda: self._kept("record.json")}
+
+    def _kept(self, name: str) -> bytes | None:
+        try:
+            return (self._folder / name).read_bytes()
+        except OSError:
+            return None
+
+    def _refreshed(self, only: Documents | None) -> Desired:
+        self._settled = False
         with self._client.session(only) as session, as_problems("the fleet's word"):
             assignment, sha256 = self._assignment(session)
             trusted = session.role(Targets.type, Targets)
-            record = self._record(session, trusted)
+            envelope, record = self._record(session, trusted)
             seen = self._advanced(session, assignment, sha256, record)
             issued, before, now = _issued(session), self.remembered(), self._clock.wall()
             desired = Desired(
@@ -110,12 +150,22 @@ class Trust:
             )
             self._client.keep(seen)
             keep(self._folder / "desired.json", encode(desired))
+            keep(self._folder / "record.json", envelope)
+            self._settled = True
             return desired
 
     def manifest(self, ref: ReleaseRef) -> Signed:
         """The manifest of `ref` as its publisher signed it.  Raises: Problem."""
+        if (news := self._news) is not None:
+            try:
+                return self._manifest(ref, Carried(news, self._kept_documents(), beside=self._http))
+            except Problem as problem:
+                log.debug("the manifest of %s cannot be had by what a poke carried: %s", ref, problem)
+        return self._manifest(ref, None)
+
+    def _manifest(self, ref: ReleaseRef, only: Documents | None) -> Signed:
         what = f"the manifest of release {ref}"
-        with self._client.session() as session, as_problems(what):
+        with self._client.session(only) as session, as_problems(what):
             self._client.keep(session.seen)
             target = session.info(ref.target_path, f"release {ref}")
             if target is None:
@@ -150,7 +200,7 @@ class Trust:
         target = session.info(ASSIGNMENT_TARGET, "the assignment")
         if target is None:
             raise Problem(Reason.WRONG_RELEASE, "the fleet has no assignment yet: nothing to install")
-        data = self._fetch(session, target, MAX_ASSIGNMENT_BYTES, "the assignment")
+        data = self._kept_assignment(target) or self._fetch(session, target, MAX_ASSIGNMENT_BYTES, "the assignment")
         try:
             assignment = read_assignment(data)
         except ContractError as error:
@@ -160,14 +210,25 @@ class Trust:
                 Reason.WRONG_FLEET,
                 f"the assignment is of fleet {assignment.fleet!r}, this device belongs to {self._identity.address.fleet!r}",
             )
+        keep(self._folder / "assignment.json", data)
         return assignment, hashlib.sha256(data).hexdigest()
+
+    def _kept_assignment(self, target: TargetFile) -> bytes | None:
+        """The document that was verified last, when it is the one that is listed now."""
+        data = self._kept("assignment.json")
+        try:
+            target.verify_length_and_hashes(data or b"")
+        except LengthOrHashMismatchError:
+            return None
+        return data
 
     def _fetch(self, session: Session, target: TargetFile, limit_bytes: int, what: str) -> bytes:
         if target.length > limit_bytes:
             raise Problem(Reason.UNREADABLE, f"{what} has {target.length} bytes, more than the {limit_bytes} allowed")
         return session.fetch(target, session.http.url(enrolment.TARGETS_PATH), what)
 
-    def _record(self, session: Session, trusted: Targets) -> DeviceRecord:
+    def _record(self, session: Session, trusted: Targets) -> tuple[bytes, DeviceRecord]:
+        """The device record, in its envelope and out of it."""
         data = session.http.get(
             session.http.url(enrolment.RECORD_PATH), limit_bytes=MAX_RECORD_BYTES, deadline_s=METADATA_DEADLINE_S
         )
@@ -180,7 +241,7 @@ class Trust:
             )
         if record.expires <= self._clock.wall():
             raise Problem(Reason.EXPIRED_METADATA, f"the device record expired at {clocks.text(record.expires)}")
-        return record
+        return data, record
 
 
 def _identity(session: Session) -> str:

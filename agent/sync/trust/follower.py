@@ -1,16 +1,21 @@
-"""The thread that asks the fleet what is wanted: at intervals, and whenever a poke comes."""
+"""The thread that learns what the fleet wants: it asks at intervals, and hears what pokes carry, or asks because of them."""
 
 from __future__ import annotations
 
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable
 
+from agent.contract.codec import ContractError
+from agent.contract.news import read_poke, unpack
 from agent.contract.reasons import Reason
 from agent.sync.problems import Problem
+from agent.sync.trust.carried import NotCarried
 from agent.sync.trust.client import Trust
 from agent.sync.trust.desired import Desired
+from agent.sync.trust.pokes import BAD_SPREAD_S, Pokes
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +37,16 @@ class Follower:
         at_most_s: Callable[[], float] = lambda: float("inf"),
         imported: Callable[[], Desired | None] = lambda: None,
         networked: bool = True,
+        device: str = "",
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`imported`: what a bundle that came meanwhile says, if it was accepted. Without `networked` nobody else is asked."""
+        """`imported`: what a bundle that came meanwhile says, if it was accepted. Without `networked` nobody else is asked.
+        `device` decides when this one looks of all that a poke reached.
+        """
+        self._monotonic = monotonic
+        self._pokes = Pokes(device)
+        self._asked = False
+        self._look_at = float("-inf")
         self._imported = imported
         self._networked = networked
         self._at_most_s = at_most_s
@@ -42,29 +55,89 @@ class Follower:
         self._changed = changed
         self._looked = looked
         self._jitter = jitter
-        self._poked = threading.Event()
+        self._woken = threading.Event()
         self._stop = threading.Event()
         self._failures = 0
+        self._wait_s = 0.0
         self.current = trust.remembered()
         self.problem: Problem | None = None
 
-    def poke(self) -> None:
-        """Makes the next look due now."""
-        self._poked.set()
+    def poked(self, payload: bytes, alone: bool) -> None:
+        """A poke came, for this device `alone` or for all. For any thread; what it says is read in the follower's."""
+        self._pokes.put(payload, alone=alone)
+        self._woken.set()
+
+    def look_soon(self) -> None:
+        """Makes the next look due now. For what this machine knows itself, never for what a broker says."""
+        self._asked = True
+        self._woken.set()
 
     def stop(self) -> None:
         self._stop.set()
-        self._poked.set()
+        self._woken.set()
 
     def run(self) -> None:
         while not self._stop.is_set():
-            self._poked.clear()
-            self.look()
-            try:
-                self._looked()
-            except Exception:
-                log.exception("what follows a look at the fleet failed in a way that was not foreseen")
-            self._poked.wait(self.pause_s())
+            self._woken.clear()
+            self.turn()
+            self._woken.wait(self.rest_s())
+
+    def turn(self) -> None:
+        """Does what is due."""
+        while (payload := self._pokes.take(self._monotonic())) is not None:
+            self._read(payload)
+        now = self._monotonic()
+        if not (self._pokes.look_due(now) or self._asked or now >= self._look_at):
+            return
+        self._asked = False
+        self._pokes.looked()
+        self.look()
+        try:
+            self._looked()
+        except Exception:
+            log.exception("what follows a look at the fleet failed in a way that was not foreseen")
+        now = self._monotonic()
+        self._look_at = now + self.pause_s()
+        self._pokes.quiet_until = self._look_at if self._wait_s else now
+
+    def rest_s(self) -> float:
+        """The seconds until something is due."""
+        now = self._monotonic()
+        return max(0.0, min(self._look_at, self._pokes.next_at(now)) - now)
+
+    def _read(self, payload: bytes) -> None:
+        """Hears what a poke says; makes a look due when that is not enough. Never raises, and is no reason to report a problem:
+        whoever has the broker could make every device report one.
+        """
+        spread_s = BAD_SPREAD_S
+        try:
+            poke = read_poke(payload)
+            spread_s = poke.spread_s
+            if poke.news and self._networked:
+                self._hear(self._trust.hear(unpack(poke.news)))
+                return
+        except NotCarried as missing:
+            log.debug("the poke did not bring %s: asking the server", missing)
+        except (Problem, ContractError) as error:
+            log.info("a poke is not believed: %s", error)
+            spread_s = max(spread_s, BAD_SPREAD_S)
+        except Exception:
+            log.exception("a poke failed in a way that was not foreseen")
+            spread_s = BAD_SPREAD_S
+        self._pokes.want_look(self._monotonic(), spread_s)
+
+    def _hear(self, said: Desired | None) -> None:
+        if said is None:
+            return
+        news = self._is_news(said)
+        self.current = said
+        self._look_at = min(self._look_at, self._monotonic() + self.pause_s())  # it may have named a shorter lease
+        if news:
+            self._changed()
+
+    def _is_news(self, said: Desired) -> bool:
+        now = self.current
+        return now is None or now.assignment != said.assignment or now.record != said.record
 
     def look(self) -> None:
         """Asks the fleet once. Never raises: whatever is wrong is in `problem`, and what was known stays."""
@@ -77,13 +150,14 @@ class Follower:
             current = self._refresh()
         except Problem as problem:
             self._failures += 1
+            self._wait_s = problem.wait_s
             news = self.problem is None or self.problem.reason is not problem.reason
             if news:
                 log.warning("the fleet's word cannot be learnt: %s: %s", problem.reason.value, problem)
             self.problem = problem
         else:
-            self._failures = 0
-            news = self.problem is not None or self.current is None or self.current.assignment != current.assignment
+            self._failures, self._wait_s = 0, 0.0
+            news = self.problem is not None or self._is_news(current)
             self.current, self.problem = current, None
         if news:
             self._changed()
@@ -103,9 +177,10 @@ class Follower:
 
     def pause_s(self) -> float:
         """The seconds until the next look: the interval, spread so that a fleet does not ask in step; sooner after a
-        failure.
+        failure, but never before a busy server wants to be asked again.
         """
         pause_s = min(self._interval_s, self._at_most_s())
         if self._failures:
             pause_s = min(pause_s, FIRST_RETRY_S * 2.0 ** min(self._failures - 1, 16))
-        return pause_s * (0.75 + 0.5 * self._jitter())
+        jitter = self._jitter()
+        return max(pause_s * (0.75 + 0.5 * jitter), self._wait_s * (1.0 + 0.5 * jitter))

@@ -147,8 +147,9 @@ class MetadataClient:
             session = self._refreshed(self._http, self._url)
         except tuf_errors.DownloadLengthMismatchError:
             raise
-        except tuf_errors.DownloadError:
-            if (found := self._by_others(others)) is None:
+        except tuf_errors.DownloadError as error:
+            busy = isinstance(error.__cause__, Problem) and error.__cause__.wait_s > 0  # nor has it time for other ways
+            if busy or (found := self._by_others(others)) is None:
                 raise
             self._away_until = self._clock.monotonic() + AWAY_S
             return found
@@ -381,8 +382,8 @@ def as_problems(what: str) -> Iterator[None]:
     except RecursionError as error:
         raise Problem(Reason.UNREADABLE, f"{what} is nested too deeply") from error
     except tuf_errors.DownloadError as error:
-        reason = error.__cause__.reason if isinstance(error.__cause__, Problem) else Reason.DOWNLOAD_FAILED
-        raise Problem(reason, f"{what}: {error}") from error
+        cause = error.__cause__ if isinstance(error.__cause__, Problem) else Problem(Reason.DOWNLOAD_FAILED, "")
+        raise Problem(cause.reason, f"{what}: {error}", wait_s=cause.wait_s) from error
     except OSError as error:
         raise store_problem(error, f"keeping {what}") from error
 

@@ -60,7 +60,9 @@ class Endings:
         if one.state.tries == 0:
             one.say("put-off", problem.message, release=one.state.target, reason=problem.reason.value)
         judged_by = self._wanted.metadata if problem.reason in METADATA and not one.state.manifest else None
-        return update.put_off(one.state, self._clock.wall(), failure, self._jitter(), answer, judged_by=judged_by)
+        return update.put_off(
+            one.state, self._clock.wall(), failure, self._jitter(), answer, judged_by=judged_by, wait_s=problem.wait_s
+        )
 
     def refuse(self, one: ModelUpdate, problem: Problem, manifest: str) -> float:
         """REFUSED: the release with this manifest (by sha256) is not tried here again."""

@@ -255,12 +255,19 @@ def committed(state: UpdateState, now: float, answer: Answer) -> UpdateState:
 
 
 def put_off(
-    state: UpdateState, now: float, failure: Failure, jitter: float, *answers: Answer, judged_by: str | None = None
+    state: UpdateState,
+    now: float,
+    failure: Failure,
+    jitter: float,
+    *answers: Answer,
+    judged_by: str | None = None,
+    wait_s: float = 0.0,
 ) -> UpdateState:
-    """PUT_OFF until a time that doubles with every try, or until there is other metadata than `judged_by`. `jitter` (0 to 1)
-    spreads a fleet that failed together.
+    """PUT_OFF until a time that doubles with every try, or until there is other metadata than `judged_by`; never before `wait_s`
+    have passed. `jitter` (0 to 1) spreads a fleet that failed together.
     """
     delay_s = min(RETRY_LONGEST_S, RETRY_FIRST_S * 2.0 ** min(state.tries, 20)) * (0.5 + 0.5 * jitter)
+    delay_s = min(RETRY_LONGEST_S, max(delay_s, wait_s * (1.0 + 0.5 * jitter)))
     return after(
         state, Event.PUT_OFF, now,
         waiting_for="retry", retry_at=now + delay_s, tries=state.tries + 1, failure=failure, judged_by=judged_by,

@@ -1,0 +1,47 @@
+"""The pokes that devices get: the news, and over how long those spread that still have to ask."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from agent.contract import topics
+from agent.contract.codec import encode
+from fleet_server.devices.inventory import Inventory
+from fleet_server.errors import FleetError
+from fleet_server.releases import news
+from fleet_server.releases.metadata_files import RepositoryDamaged
+from fleet_server.releases.repository import Repository
+
+_log = logging.getLogger(__name__)
+
+LONGEST_SPREAD_S = 600.0
+
+
+class Pokes:
+    """Pokes devices by what publishes to a topic. For any thread."""
+
+    def __init__(
+        self, repository: Repository, inventory: Inventory, publish: Callable[[str, bytes], None], looks_per_s: float
+    ) -> None:
+        """`looks_per_s`: how many devices the server wants to be asked by at most."""
+        self._repository, self._inventory = repository, inventory
+        self._publish, self._looks_per_s = publish, looks_per_s
+
+    def poke_all(self, assignment_version: int) -> None:
+        """One message for the whole fleet."""
+        spread_s = min(LONGEST_SPREAD_S, self._inventory.present() / self._looks_per_s)
+        said = topics.Poke(assignment_version=assignment_version, news=self._news(None), spread_s=round(spread_s, 3))
+        self._publish(topics.POKE_ALL, encode(said))
+
+    def poke_device(self, device: str) -> None:
+        """That device asks at once when the news are not enough."""
+        self._publish(topics.down_poke(device), encode(topics.Poke(news=self._news(device))))
+
+    def _news(self, device: str | None) -> bytes:
+        """Nothing when there are none to be had: then devices ask, and are told what is wrong."""
+        try:
+            return news.packed(self._repository, self._inventory.record(device) if device is not None else None)
+        except (RepositoryDamaged, FleetError) as error:
+            _log.error("a poke goes without news: %s", error)
+            return b""
