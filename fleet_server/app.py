@@ -173,13 +173,17 @@ class _Running:
         self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.judge.evaluate, transfers)
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pokes = Pokes(fleet.repository, fleet.inventory, self._link.publish, self._config.looks_per_s)
+        self._pokes = Pokes(fleet.repository, fleet.inventory, self._link, self._config.looks_per_s)
+        self._link.on_connected = self._poke_all
         fleet.inventory.link, fleet.assignment.poker = self, self._pokes
         fleet.status.broker_connected, fleet.inventory.heard_since = self._link.connected.is_set, self._link.heard_since
 
     # What the inventory asks of the broker's side.
     def poke_device(self, device: str) -> None:
         self._pokes.poke_device(device)
+
+    def _poke_all(self) -> None:
+        self._pokes.poke_all(self._fleet.assignment.signed().version)
 
     def revocations_changed(self) -> None:
         if self._loop is not None:
@@ -279,7 +283,8 @@ class _Running:
     def _renew(self) -> None:
         """Devices stop models whose lease ends, so the timestamp is signed several times within the shortest one."""
         lease_s = self._fleet.assignment.shortest_lease_s()
-        self._fleet.repository.renew(oldest_s=lease_s / RENEWALS_PER_LEASE if lease_s is not None else None)
+        if self._fleet.repository.renew(oldest_s=lease_s / RENEWALS_PER_LEASE if lease_s is not None else None):
+            self._poke_all()
 
 
 async def until_stopped(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:

@@ -71,7 +71,9 @@ class MqttLink:
         self._connection = 0
         self.connected = threading.Event()
         """Set while the subscription is acknowledged: messages of devices arrive."""
+        self.on_connected: Callable[[], None] = lambda: None
         self._connected_at = 0.0
+        self._retains = True
         self._client = self._make_client(authority)
         self._address = (host, port)
 
@@ -110,16 +112,18 @@ class MqttLink:
 
     # -- towards devices ---------------------------------------------------------------------------------------------------
 
-    def publish(self, topic: str, payload: bytes) -> None:
-        self._client.publish(topic, payload, qos=1)
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """`retain`: the broker keeps it for who subscribes later, if it keeps anything."""
+        self._client.publish(topic, payload, qos=1, retain=retain and self._retains)
 
     # -- from devices ------------------------------------------------------------------------------------------------------
 
-    def _on_connect(self, client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+    def _on_connect(self, client: mqtt.Client, _data: Any, _flags: Any, reason: Any, properties: Any) -> None:
         if reason.is_failure:
             _log.error("the broker refuses the server: %s", reason)
             return
         self._connection += 1
+        self._retains = getattr(properties, "RetainAvailable", 1) != 0
         client.subscribe(topics.UP_FILTER, qos=1)
 
     def _on_subscribe(self, _client: mqtt.Client, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
@@ -129,6 +133,10 @@ class MqttLink:
         _log.info("connected to the broker")
         self._connected_at = time.time()
         self.connected.set()
+        try:
+            self.on_connected()
+        except Exception:  # noqa: BLE001 - the thread must go on
+            _log.exception("what follows a connection to the broker failed")
 
     def _on_disconnect(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         if self.connected.is_set() and reason.is_failure:

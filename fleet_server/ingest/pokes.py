@@ -1,9 +1,13 @@
-"""The pokes that devices get: the news, and over how long those spread that still have to ask."""
+"""The pokes that devices get: the news, and over how long those spread that still have to ask.
+
+The broker keeps the last poke to all. So a device that was not connected when it was sent hears it as soon as it is back,
+instead of at its next look, and one that knows it all asks for nothing.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from typing import Protocol
 
 from agent.contract import topics
 from agent.contract.codec import encode
@@ -18,25 +22,29 @@ _log = logging.getLogger(__name__)
 LONGEST_SPREAD_S = 600.0
 
 
-class Pokes:
-    """Pokes devices by what publishes to a topic. For any thread."""
+class Publisher(Protocol):
+    """The server's link to the broker."""
 
-    def __init__(
-        self, repository: Repository, inventory: Inventory, publish: Callable[[str, bytes], None], looks_per_s: float
-    ) -> None:
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None: ...
+
+
+class Pokes:
+    """Pokes devices. For any thread."""
+
+    def __init__(self, repository: Repository, inventory: Inventory, link: Publisher, looks_per_s: float) -> None:
         """`looks_per_s`: how many devices the server wants to be asked by at most."""
         self._repository, self._inventory = repository, inventory
-        self._publish, self._looks_per_s = publish, looks_per_s
+        self._link, self._looks_per_s = link, looks_per_s
 
     def poke_all(self, assignment_version: int) -> None:
         """One message for the whole fleet."""
         spread_s = min(LONGEST_SPREAD_S, self._inventory.present() / self._looks_per_s)
         said = topics.Poke(assignment_version=assignment_version, news=self._news(None), spread_s=round(spread_s, 3))
-        self._publish(topics.POKE_ALL, encode(said))
+        self._link.publish(topics.POKE_ALL, encode(said), retain=True)
 
     def poke_device(self, device: str) -> None:
         """That device asks at once when the news are not enough."""
-        self._publish(topics.down_poke(device), encode(topics.Poke(news=self._news(device))))
+        self._link.publish(topics.down_poke(device), encode(topics.Poke(news=self._news(device))))
 
     def _news(self, device: str | None) -> bytes:
         """Nothing when there are none to be had: then devices ask, and are told what is wrong."""

@@ -56,18 +56,21 @@ class Listener:
         self.follower = Follower(self.trust, 3600.0, lambda: None, device=name)
         self.pokes: list[bytes] = []
         files = tuple(map(str, (who.ca_file, who.certificate_file, who.key_file)))
-        broker = Broker("127.0.0.1", server.broker, lambda: tls_context(*files))
-        self.link = Link(name, broker, NoOutbox(), lambda: 1, self._poked, jitter=lambda: 0.01)
+        self._broker = Broker("127.0.0.1", server.broker, lambda: tls_context(*files))
         self._thread = threading.Thread(target=self.follower.run)
 
     def _poked(self, said, alone):
         self.pokes.append(said)
         self.follower.poked(said, alone)
 
+    def connect(self):
+        self.link = Link(self.name, self._broker, NoOutbox(), lambda: 1, self._poked, jitter=lambda: 0.01)
+        self.link.start()
+
     def start(self):
         self._thread.start()
-        self.link.start()
-        wait_until(lambda: self.link.connected and self.follower.current is not None, "a first look")
+        self.connect()
+        wait_until(lambda: self.pokes and self.follower.current is not None, "a first look, and the poke that the broker kept")
         self.http.asked.clear()
         self.pokes.clear()
         return self
@@ -156,3 +159,22 @@ def test_an_older_agent_can_read_the_poke(server, listener):
     wait_until(lambda: "older" in device.follower.current.models(), "the assignment")
     said = msgspec.json.decode(device.pokes[-1], type=Poke)
     assert (said.format, said.assignment_version) == (1, device.follower.current.assignment.version)
+
+
+def test_a_device_that_was_away_hears_the_last_poke_when_it_is_back(server, listener):
+    device = listener("poke-8")
+    device.link.stop()
+    server.publish_simple("missed", 1)
+    server.post("/rollouts", {"release": "missed:1", "groups": ["nobody"]})
+    device.connect()
+    wait_until(lambda: "missed" in device.follower.current.models(), "the assignment")
+    assert device.http.asked == []
+
+
+def test_a_broker_that_lost_everything_has_the_poke_again(server, listener):
+    device = listener("poke-9")
+    server.stop()
+    (server.data / "broker" / "mosquitto.db").unlink()
+    server.start()
+    wait_until(lambda: device.pokes, "a poke")
+    assert device.http.asked == [], "it knows it"

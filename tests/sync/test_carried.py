@@ -291,7 +291,9 @@ def test_an_older_word_takes_nothing_back(device: Listener, repository: Reposito
     repository.assign("crane", None)
     newer = poke(documents(repository))
     assert device.poke(newer) == []
-    assert device.poke(older) == []
+    for alone, looks in ((False, 0), (True, 1)):
+        assert device.poke(older, alone=alone) == []
+        assert device.wait(BAD_SPREAD_S) == looks, "it is asked of the server alone why it went back"
     assert device.version == repository.assignment.version
     assert device.follower.problem is None
 

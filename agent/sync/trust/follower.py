@@ -20,6 +20,7 @@ from agent.sync.trust.pokes import BAD_SPREAD_S, Pokes
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_S = 5.0
+OLDER = frozenset({Reason.METADATA_ROLLBACK, Reason.REPLAYED_ASSIGNMENT})
 
 
 class Follower:
@@ -84,8 +85,8 @@ class Follower:
 
     def turn(self) -> None:
         """Does what is due."""
-        while (payload := self._pokes.take(self._monotonic())) is not None:
-            self._read(payload)
+        while (poke := self._pokes.take(self._monotonic())) is not None:
+            self._read(*poke)
         now = self._monotonic()
         if not (self._pokes.look_due(now) or self._asked or now >= self._look_at):
             return
@@ -105,9 +106,10 @@ class Follower:
         now = self._monotonic()
         return max(0.0, min(self._look_at, self._pokes.next_at(now)) - now)
 
-    def _read(self, payload: bytes) -> None:
+    def _read(self, payload: bytes, alone: bool) -> None:
         """Hears what a poke says; makes a look due when that is not enough. Never raises, and is no reason to report a problem:
-        whoever has the broker could make every device report one.
+        whoever has the broker could make every device report one. An older word than is known is no news: the broker keeps the
+        last poke to all for who connects, and metadata may have been renewed since.
         """
         spread_s = BAD_SPREAD_S
         try:
@@ -119,6 +121,8 @@ class Follower:
         except NotCarried as missing:
             log.debug("the poke did not bring %s: asking the server", missing)
         except (Problem, ContractError) as error:
+            if not alone and isinstance(error, Problem) and error.reason in OLDER:
+                return
             log.info("a poke is not believed: %s", error)
             spread_s = max(spread_s, BAD_SPREAD_S)
         except Exception:

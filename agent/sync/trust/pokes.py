@@ -70,13 +70,14 @@ class Pokes:
         with self._lock:
             self._waiting[alone] = payload if len(payload) <= MAX_POKE_BYTES else b"too large"
 
-    def take(self, now: float) -> bytes | None:
-        """A poke that may be read now, those to this device first."""
+    def take(self, now: float) -> tuple[bytes, bool] | None:
+        """A poke that may be read now, and whether it was for this device alone; those first."""
         with self._lock:
             if not self._waiting or self._hearing.at(now) > now:
                 return None
             self._hearing.take(now)
-            return self._waiting.pop(max(self._waiting))
+            alone = max(self._waiting)
+            return self._waiting.pop(alone), alone
 
     def want_look(self, now: float, spread_s: float) -> None:
         """Makes a look due, unless an earlier one is."""
