@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from agent.common.systemd import notify, watchdog_interval_s
 from fleet_server.access import Access
@@ -319,7 +319,7 @@ async def _watchdog() -> None:
         await asyncio.sleep(interval)
 
 
-def make_listener(app: FastAPI, host: str, port: int, **options: Any) -> Listener:
+def make_listener(app: ASGIApp, host: str, port: int, **options: Any) -> Listener:
     """A listener that serves the application once it is run. `options` are uvicorn's."""
     config = uvicorn.Config(
             app, host=host, port=port, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,

@@ -1,28 +1,27 @@
 """The devices' application, behind mutual TLS: metadata, targets, blobs, the caller's own record, a new certificate.
 
-Who asks is what the certificate of the connection says; a revoked or unknown one gets 403 before anything else.
+Who asks is what the certificate of the connection says; a revoked or unknown one gets 403 before anything else. What is asked for
+most is answered before this (`documents`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import msgspec
-from cryptography import x509
 from fastapi import Depends, FastAPI, Request
 from starlette.responses import FileResponse, Response
+from starlette.types import ASGIApp
 
 from agent.contract.codec import decode
 from agent.contract.enrolment import BLOBS_PATH, METADATA_PATH, RECORD_PATH, RENEW_PATH, TARGETS_PATH, RenewalRequest
-from fleet_server.api import http
-from fleet_server.api.tls import CERTIFICATE
+from fleet_server.api import admission, documents, http
 from fleet_server.devices.enrolment import Enrolment
 from fleet_server.devices.inventory import Inventory
-from fleet_server.errors import NotFound, Refused
+from fleet_server.errors import NotFound
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.blobs import Blobs
 
@@ -48,21 +47,15 @@ class Parts(Protocol):
 
 def caller(request: Request) -> str:
     """The device whose certificate this connection was made with.  Raises: Refused."""
-    return _fleet(request).inventory.authenticate(_presented(request))
+    inventory = _fleet(request).inventory
+    return admission.known(request.scope["state"], inventory) or admission.look_up(request.scope["state"], inventory)
 
 
 def late_caller(request: Request) -> str:
     """The device whose certificate this connection was made with, also when it has ended, while an operator allows a late
     renewal. The handshake proved that the device has the key of the certificate.  Raises: Refused.
     """
-    return _fleet(request).inventory.authenticate(_presented(request), to_renew=True)
-
-
-def _presented(request: Request) -> x509.Certificate:
-    der = request.scope["state"].get(CERTIFICATE)
-    if not der:
-        raise Refused("this listener needs a client certificate", code="no_certificate")
-    return _certificate(der)
+    return _fleet(request).inventory.authenticate(admission.presented(request.scope["state"]), to_renew=True)
 
 
 Caller = Annotated[str, Depends(caller)]
@@ -71,17 +64,21 @@ LateCaller = Annotated[str, Depends(late_caller)]
 
 def metadata(request: Request, name: str, _caller: Caller) -> Response:
     path = _fleet(request).repository.metadata_path(name)
-    return _file(path if path is not None and path.is_file() else None, f"metadata {name!r}", "application/json")
+    headers = {"Cache-Control": documents.cache_of(name)}
+    return _file(path if path is not None and path.is_file() else None, f"metadata {name!r}", "application/json", headers)
 
 
 def target(request: Request, name: str, _caller: Caller) -> Response:
-    return _file(_fleet(request).repository.served_target(name), f"target {name!r}", "application/json")
+    path = _fleet(request).repository.served_target(name)
+    return _file(path, f"target {name!r}", "application/json", {"Cache-Control": documents.IMMUTABLE})
 
 
 def blob(request: Request, sha256: str, _caller: Caller) -> Response:
     """A file of a release: the whole of it, or the stretch that a Range header asks for."""
     path = _fleet(request).blobs.path(sha256)
-    headers = {"ETag": f'"{sha256}"', "Cache-Control": "public, max-age=31536000, immutable"}
+    headers = {"ETag": f'"{sha256}"', "Cache-Control": documents.IMMUTABLE}
+    if documents.is_known(request.scope, headers["ETag"]) and path.is_file():
+        return Response(status_code=304, headers=headers)
     return _file(path if path.is_file() else None, f"blob {sha256}", "application/octet-stream", headers)
 
 
@@ -104,14 +101,14 @@ ROUTES: tuple[tuple[list[str], str, Callable[..., Any]], ...] = (
 )
 
 
-def build(fleet: Parts) -> FastAPI:
+def build(fleet: Parts) -> ASGIApp:
     """The application of the device listener."""
     app = FastAPI(title="edge-fleet devices", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.fleet = fleet
     for methods, path, handler in ROUTES:
         app.add_api_route(path, handler, methods=methods, response_model=None)
     http.install(app)
-    return app
+    return documents.Documents(fleet, app)
 
 
 def _fleet(request: Request) -> Parts:
@@ -123,8 +120,3 @@ def _file(path: Path | None, what: str, kind: str, headers: dict[str, str] | Non
     if path is None:
         raise NotFound(f"there is no {what}")
     return _File(path, media_type=kind, headers=headers)
-
-
-@functools.lru_cache(maxsize=16384)
-def _certificate(der: bytes) -> x509.Certificate:
-    return x509.load_der_x509_certificate(der)

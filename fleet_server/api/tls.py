@@ -13,7 +13,12 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fleet_server.api.busy import Busy
+
+BUSY = Busy()
 CERTIFICATE = "client_certificate_der"
+CONNECTION = "connection"  # in a request's state: a dictionary that all requests of its connection share
+CROWDED_IDLE_S = 2  # how long a kept connection may be idle while more than half of all connections are taken
 HEAD_WITHIN_S = 30.0  # also how long a kept connection may be idle; a device on a bad line needs a few seconds
 MAX_HEAD_BYTES = 64 * 1024  # what h11 takes at most; httptools would take any number
 
@@ -65,7 +70,8 @@ class ClientCertificateProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         connection = transport.get_extra_info("ssl_object")
         certificate = connection.getpeercert(True) if connection is not None else None
-        self.app_state = {**self.app_state, CERTIFICATE: certificate}
+        self.app_state = {**self.app_state, CERTIFICATE: certificate, CONNECTION: {}}
+        self._limit, self.limit_concurrency = self.limit_concurrency, None  # uvicorn's own answer says not when to come again
         self._head_bytes: int | None = 0  # None while a body comes
         super().connection_made(transport)
         self._patience = _Patience(self)
@@ -87,7 +93,21 @@ class ClientCertificateProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head_bytes = None
-        super().on_headers_complete()
+        app = self.app
+        if self._is_crowded(self._limit):
+            self.app = BUSY
+        try:
+            super().on_headers_complete()
+        finally:
+            self.app = app
+
+    def on_response_complete(self) -> None:
+        crowded = self._limit is not None and self._is_crowded(self._limit // 2)
+        self.timeout_keep_alive = CROWDED_IDLE_S if crowded else self.config.timeout_keep_alive
+        super().on_response_complete()
+
+    def _is_crowded(self, limit: int | None) -> bool:
+        return limit is not None and (len(self.connections) >= limit or len(self.tasks) >= limit)
 
 
 NO_CHECK_TIME = 0x200000

@@ -60,6 +60,8 @@ class Inventory:
         self._database, self._authority, self._repository = database, authority, repository
         self._journal, self._config, self._clock = journal, config, clock
         self._revocation = threading.Lock()
+        self.shut_out = 0
+        """How often devices were shut out since this process began: who was let in before is looked up again."""
         self.link: Link | None = None
         self.on_groups_changed: Callable[[], None] = lambda: None
         self.heard_since: Callable[[], float] = lambda: 0.0
@@ -218,6 +220,7 @@ class Inventory:
             certificate.revoked = self._clock()
 
     def _after_revocation(self) -> None:
+        self.shut_out += 1
         self.write_crl()
         if self.link:
             self.link.revocations_changed()
@@ -237,22 +240,26 @@ class Inventory:
 
         Raises: Refused when it may not come in (any more).
         """
-        serial = pki.serial_hex(certificate)
+        query = (  # the columns alone: what a device reported last is large, and read for each of its requests
+            select(Device.id, Device.revoked, Device.late_until, Certificate.revoked, Certificate.expires)
+            .join(Certificate, Certificate.device == Device.id)
+            .where(Certificate.serial == pki.serial_hex(certificate))
+        )
         with self._database.reading() as session:
-            issued = session.get(Certificate, serial)
-            row = session.get(Device, issued.device) if issued else None
-        if issued is None or row is None or pki.common_name(certificate) != issued.device:
+            found = session.execute(query).one_or_none()
+        if found is None or pki.common_name(certificate) != found[0]:
             raise Refused("this certificate belongs to no device of the fleet; enrol the device again", code="unknown_device")
-        if issued.revoked is not None or row.revoked:
-            raise Refused(f"device {row.id!r} was revoked", code="revoked")
+        device, shut_out, late_until, revoked, expires = found
+        if revoked is not None or shut_out:
+            raise Refused(f"device {device!r} was revoked", code="revoked")
         now = self._clock()
-        if issued.expires <= now and not (to_renew and row.late_until is not None and now < row.late_until):
+        if expires <= now and not (to_renew and late_until is not None and now < late_until):
             raise Refused(
-                f"the certificate of {row.id!r} has ended; allow a late renewal (`edge-fleet device allow-renewal {row.id}`), or "
+                f"the certificate of {device!r} has ended; allow a late renewal (`edge-fleet device allow-renewal {device}`), or "
                 "enrol the device again",
                 code="expired",
             )
-        return row.id
+        return str(device)
 
     def allow_renewal(self, actor: Actor, device: str, seconds: float) -> DeviceDetail:
         """Lets the device renew a certificate that has ended, with its old key, for so long.  Raises: NotFound, Conflict."""
@@ -309,15 +316,17 @@ class Inventory:
         """The device's signed record, signed again when less than half of its time is left, or by a key that was replaced."""
         now = self._clock()
         with self._database.reading() as session:
-            row = _row(session, device)
-        current = row.record is not None and self._repository.record_keyid in row.record
-        if not current or row.record_expires - now < self._config.expiry.record_s / 2:
+            found = session.execute(select(Device.record, Device.record_expires).where(Device.id == device)).one_or_none()
+        record, expires = found or (None, 0.0)
+        current = record is not None and self._repository.record_keyid in record
+        if not current or expires - now < self._config.expiry.record_s / 2:
             with self._database.session() as session:
                 row = _row(session, device)
                 row.serial += 1
                 self.sign_record(row)
-        assert row.record is not None
-        return row.record.encode()
+                record = row.record
+        assert record is not None
+        return str(record).encode()
 
     def sign_record(self, row: Device) -> None:
         """Fills in the signed record that says what `row` says."""

@@ -312,7 +312,8 @@ class Device:
         ready = threading.Event()
         client.on_connect = lambda c, *_: c.subscribe([(f"v1/d/{self.id}/down/#", 1), ("v1/all/#", 1)])
         client.on_subscribe = lambda *_: ready.set()
-        client.on_message = lambda _c, _u, message: self.received.put((message.topic, message.payload))
+        # What the broker kept (the last poke to all) comes with every subscription and is no news.
+        client.on_message = lambda _c, _u, message: message.retain or self.received.put((message.topic, message.payload))
         if presence:
             will = Presence(device=self.id, session=self.session, online=False)
             client.will_set(topics.up(self.id, "presence"), encode(will), qos=1, retain=True)

@@ -247,3 +247,72 @@ def test_a_device_follows_a_renewed_root(own_server, tmp_path):
     assert json.loads((tmp_path / "metadata" / "root.json").read_bytes())["signed"]["version"] == 2
     server.publish_simple("after", 1)
     assert fetch(updater(device, tmp_path), tmp_path, "releases/after/1.json") is not None
+
+
+# -- caches --------------------------------------------------------------------------------------------------------------------
+
+
+def immutable(server, device):
+    """Paths of files that never change: metadata with its version, a target and a blob with their hash."""
+    server.upload(DATA)
+    snapshot = device.get("/metadata/timestamp.json").json()["signed"]["meta"]["snapshot.json"]["version"]
+    roles = device.get(f"/metadata/{snapshot}.snapshot.json").json()["signed"]["meta"]
+    version = roles["assignments.json"]["version"]
+    role = device.get(f"/metadata/{version}.assignments.json").json()["signed"]
+    sha = role["targets"]["assignments/fleet.json"]["hashes"]["sha256"]
+    return [
+        f"/metadata/{version}.assignments.json", "/metadata/1.root.json", f"/targets/assignments/{sha}.fleet.json",
+        f"/blobs/{sha256(DATA)}",
+    ]  # fmt: skip
+
+
+def test_what_never_changes_may_be_kept_for_ever(server, device):
+    for path in immutable(server, device):
+        answer = device.get(path)
+        assert answer.headers["Cache-Control"] == "public, max-age=31536000, immutable", path
+        again = device.get(path, headers={"If-None-Match": answer.headers["ETag"]})
+        assert (again.status_code, again.content) == (304, b""), path
+        assert again.headers["ETag"] == answer.headers["ETag"]
+        assert device.get(path, headers={"If-None-Match": f'"other", W/{answer.headers["ETag"]}'}).status_code == 304
+        assert device.get(path, headers={"If-None-Match": '"other"'}).content == answer.content
+
+
+def test_what_changes_is_asked_for_again(server, device):
+    for path, said in (("/metadata/timestamp.json", "no-cache"), ("/record", "private, no-cache")):
+        first = device.get(path)
+        assert first.headers["Cache-Control"] == said
+        assert device.get(path, headers={"If-None-Match": first.headers["ETag"]}).status_code == 304
+    first = device.get("/metadata/timestamp.json")
+    server.publish_simple("cached", 1)
+    second = device.get("/metadata/timestamp.json", headers={"If-None-Match": first.headers["ETag"]})
+    assert second.status_code == 200
+    assert second.json()["signed"]["version"] > first.json()["signed"]["version"]
+
+
+def test_head_says_what_get_would(server, device):
+    for path in ("/metadata/timestamp.json", "/metadata/1.root.json"):
+        get = device.get(path)
+        pair = (str(device.certificate), str(device.key_file))
+        head = requests.head(server.device_url + path, cert=pair, verify=str(server.ca), timeout=20)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["Content-Length"] == get.headers["Content-Length"]
+        assert head.headers["ETag"] == get.headers["ETag"]
+
+
+def test_who_is_shut_out_is_so_on_a_connection_that_it_had(server):
+    """The certificate is looked up once for each connection, and again when anybody was shut out."""
+    device, other = server.enrol("kept-1"), server.enrol("kept-2")
+    kept = requests.Session()
+    pair, ca = (str(device.certificate), str(device.key_file)), str(server.ca)
+    paths = ("/metadata/timestamp.json", "/record", "/metadata/9.root.json", f"/blobs/{'0' * 64}")
+
+    def statuses():
+        return [kept.get(server.device_url + path, cert=pair, verify=ca, timeout=20).status_code for path in paths]
+
+    with kept:
+        assert statuses() == [200, 200, 404, 404]
+        server.post("/devices/kept-2/revoke")
+        assert statuses() == [200, 200, 404, 404]
+        server.post("/devices/kept-1/revoke")
+        assert statuses() == [403] * 4
+    assert other.get("/record").status_code == 403

@@ -1,10 +1,12 @@
 """Clients that send slowly, too much or nothing: each is let go in time, and no one waits for them."""
 
+import contextlib
 import errno
 import socket
 import sqlite3
 import threading
 import time
+from http.client import HTTPConnection
 
 import pytest
 import requests
@@ -12,8 +14,8 @@ from sqlalchemy.exc import OperationalError
 
 from fleet_server import app
 from fleet_server.access import Role
+from fleet_server.api import busy, http, tls
 from fleet_server.api import device as device_api
-from fleet_server.api import http, tls
 from fleet_server.api.operator import app as operator_api
 from fleet_server.app import make_listener
 from tests.fleet.stand import sha256, wait_until
@@ -175,3 +177,63 @@ def test_more_connections_than_there_is_room_for(fleet, quick, monkeypatch):
         for sock in idle:
             sock.close()
         made.stop()
+
+
+@pytest.fixture
+def devices(fleet, monkeypatch):
+    """A devices' listener with room for four connections."""
+    monkeypatch.setattr(app, "CONNECTIONS", 4)
+    fleet.database.migrate()
+    made = Listening(device_api.build(fleet), tls.ClientCertificateProtocol)
+    yield made.port
+    made.stop()
+
+
+def _idle(port, count):
+    return [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+
+
+def test_a_crowded_listener_says_when_to_come_again(devices):
+    idle = _idle(devices, 4)
+    try:
+        answer = requests.get(f"http://127.0.0.1:{devices}/record", timeout=20)
+        assert (answer.status_code, answer.json()["code"]) == (503, "busy")
+        assert int(answer.headers["Retry-After"]) >= busy.FIRST_S
+        assert answer.headers["Connection"] == "close"
+    finally:
+        for sock in idle:
+            sock.close()
+    wait_until(lambda: requests.get(f"http://127.0.0.1:{devices}/record", timeout=20).status_code == 403, "there is room again")
+
+
+def test_a_kept_connection_is_let_go_sooner_where_connections_are_scarce(devices, monkeypatch):
+    monkeypatch.setattr(tls, "CROWDED_IDLE_S", 0.1)
+    connection = HTTPConnection("127.0.0.1", devices, timeout=LET_GO_WITHIN_S)
+    with contextlib.closing(connection):
+
+        def ended(within_s):
+            connection.request("GET", "/record")
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 403
+            connection.sock.settimeout(within_s)
+            return connection.sock.recv(1) == b""
+
+        with pytest.raises(TimeoutError):
+            ended(0.5)
+        idle = _idle(devices, 2)
+        assert ended(LET_GO_WITHIN_S), "long before it would be else"
+    for sock in idle:
+        sock.close()
+
+
+def test_the_more_are_sent_away_the_later_they_come():
+    now = 0.0
+    crowd = busy.Busy(lambda: now)
+    assert crowd.retry_after_s() == busy.FIRST_S
+    said = [crowd.retry_after_s() for _ in range(5000)]
+    assert said == sorted(said)
+    assert 5000 / busy.PER_S * 0.9 < said[-1] <= busy.FIRST_S + 5000 / busy.PER_S
+    assert max(crowd.retry_after_s() for _ in range(100_000)) == busy.LONGEST_S
+    now += 20 * busy.WINDOW_S
+    assert crowd.retry_after_s() == busy.FIRST_S

@@ -17,10 +17,13 @@ from agent.contract.assignment import Rollout
 from agent.contract.codec import ContractError, encode
 from agent.contract.names import ReleaseRef
 from agent.contract.news import LIKELY, News, pack_what_fits, unpack
+from agent.contract.reasons import Reason
+from agent.contract.reports import Phase
 from agent.contract.topics import Poke
 from agent.sync.trust import pokes
 from agent.sync.trust.follower import Follower
 from agent.sync.trust.pokes import BAD_SPREAD_S, Pokes, place
+from agent.sync.updating import update
 from tests.sync.conftest import FakeClock
 from tests.sync.fleet import DAY, DEVICE, Repository, Server, script_release, sha
 from tests.sync.test_trust import make_trust
@@ -368,3 +371,47 @@ def test_a_record_that_ended_is_asked_for(make_trust, server: Server, repository
     assert device.poke(poke(documents(repository))) == []
     assert device.wait(BAD_SPREAD_S) == 1
     assert device.follower.current.record.expires > clock.wall()
+
+
+# -- a busy server -------------------------------------------------------------------------------------------------------------
+
+
+def busy(seconds: str):
+    def fault(handler) -> bool:
+        handler.send_response(503)
+        handler.send_header("Retry-After", seconds)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    return fault
+
+
+@pytest.mark.parametrize("path", ["metadata/timestamp.json", "record"])
+def test_a_busy_server_is_left_alone_for_as_long_as_it_says(path, device: Listener, repository: Repository):
+    device.server.faults[path] = busy("200")
+    device.follower.look_soon()
+    device.follower.turn()
+    assert device.follower.problem is not None
+    del device.server.faults[path]
+    repository.assign("crane", None)
+    assert device.poke(encode(Poke())) == [], "also when it is poked"
+    assert device.wait(199) == 0
+    assert device.wait(102) == 1, "and within half as much more"
+    assert device.follower.problem is None
+
+
+@pytest.mark.parametrize(("said", "longest_s"), [("999999999999", 900.0), ("-5", 8.0), ("soon", 8.0), ("", 8.0), ("²", 8.0)])
+def test_no_server_is_left_alone_for_ever(said, longest_s, device: Listener):
+    device.server.faults["metadata/timestamp.json"] = busy(said.encode().decode("latin-1"))
+    device.follower.look_soon()
+    device.follower.turn()
+    assert device.follower.rest_s() <= longest_s
+
+
+def test_a_download_that_a_busy_server_put_off_waits_as_long():
+    fetching = update.UpdateState(model="crane", phase=Phase.FETCHING, since=0.0, wanted=1, target=1)
+    failure = update.Failure(reason=Reason.DOWNLOAD_FAILED, message="busy")
+    assert update.put_off(fetching, 0.0, failure, 1.0).retry_at == pytest.approx(10.0)
+    assert update.put_off(fetching, 0.0, failure, 0.0, wait_s=200.0).retry_at == pytest.approx(200.0)
+    assert update.put_off(fetching, 0.0, failure, 1.0, wait_s=200.0).retry_at == pytest.approx(300.0)
