@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from agent.contract import topics
 from agent.contract.codec import encode
 from fleet_server.devices.inventory import Inventory
@@ -38,18 +40,25 @@ class Pokes:
 
     def poke_all(self, assignment_version: int) -> None:
         """One message for the whole fleet."""
-        spread_s = min(LONGEST_SPREAD_S, self._inventory.present() / self._looks_per_s)
-        said = topics.Poke(assignment_version=assignment_version, news=self._news(None), spread_s=round(spread_s, 3))
+        said = topics.Poke(assignment_version=assignment_version, news=self._news(None), spread_s=self._spread_s())
         self._link.publish(topics.POKE_ALL, encode(said), retain=True)
 
     def poke_device(self, device: str) -> None:
         """That device asks at once when the news are not enough."""
         self._link.publish(topics.down_poke(device), encode(topics.Poke(news=self._news(device))))
 
+    def _spread_s(self) -> float:
+        try:
+            present = self._inventory.present()
+        except SQLAlchemyError as error:
+            _log.error("nobody knows how many devices a poke reaches: %s", error)
+            return LONGEST_SPREAD_S
+        return min(LONGEST_SPREAD_S, round(present / self._looks_per_s, 3))
+
     def _news(self, device: str | None) -> bytes:
         """Nothing when there are none to be had: then devices ask, and are told what is wrong."""
         try:
             return news.packed(self._repository, self._inventory.record(device) if device is not None else None)
-        except (RepositoryDamaged, FleetError) as error:
+        except (RepositoryDamaged, FleetError, SQLAlchemyError) as error:
             _log.error("a poke goes without news: %s", error)
             return b""

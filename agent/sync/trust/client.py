@@ -102,8 +102,9 @@ class Trust:
 
         Raises: Problem; what was remembered before stays as it is.
         """
+        desired = self._refreshed(only)
         self._news = None
-        return self._refreshed(only)
+        return desired
 
     def hear(self, news: News) -> Desired | None:
         """The fleet's word as a poke carries it, verified and remembered like any other, without asking anybody; None when it
