@@ -20,6 +20,7 @@ from agent.contract.news import LIKELY, News, pack_what_fits, unpack
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
 from agent.contract.topics import Poke
+from agent.sync.problems import Problem
 from agent.sync.trust import pokes
 from agent.sync.trust.follower import Follower
 from agent.sync.trust.pokes import BAD_SPREAD_S, Pokes, place
@@ -399,6 +400,18 @@ def test_a_busy_server_is_left_alone_for_as_long_as_it_says(path, device: Listen
     assert device.wait(199) == 0
     assert device.wait(102) == 1, "and within half as much more"
     assert device.follower.problem is None
+
+
+def test_a_busy_server_is_asked_once_for_a_manifest(device: Listener, repository: Repository, tmp_path):
+    manifest, contents = script_release(tmp_path / "r", 1, "scale 2")
+    repository.publish(manifest, contents)
+    repository.assign("crane", 1)
+    device.poke(poke(documents(repository)))
+    device.server.faults["metadata/"] = busy("30")
+    with pytest.raises(Problem) as caught:
+        device.trust.manifest(ReleaseRef("crane", 1))
+    assert caught.value.wait_s == 30.0
+    assert len(device.server.asked) == 1
 
 
 @pytest.mark.parametrize(("said", "longest_s"), [("999999999999", 900.0), ("-5", 8.0), ("soon", 8.0), ("", 8.0), ("²", 8.0)])

@@ -161,6 +161,8 @@ class Trust:
             try:
                 return self._manifest(ref, Carried(news, self._kept_documents(), beside=self._http))
             except Problem as problem:
+                if problem.wait_s:
+                    raise
                 log.debug("the manifest of %s cannot be had by what a poke carried: %s", ref, problem)
         return self._manifest(ref, None)
 
