@@ -22,11 +22,14 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from agent.common.systemd import notify, watchdog_interval_s
+from fleet_server import descriptors
 from fleet_server.access import Access
 from fleet_server.api import device as device_api
 from fleet_server.api.operator import app as operator_api
 from fleet_server.api.tls import HEAD_WITHIN_S, ClientCertificateProtocol, Listener, OperatorProtocol, without_dates
+from fleet_server.broker import sessions
 from fleet_server.broker import settings as broker_settings
+from fleet_server.broker.door import Door
 from fleet_server.broker.supervisor import Supervisor
 from fleet_server.config import FleetConfig, Folder, load
 from fleet_server.devices.enrolment import Enrolment
@@ -151,6 +154,7 @@ def serve(folder: Folder) -> None:
     Raises: ConfigError, Unavailable (locked, no mosquitto, a port is taken), DatabaseError, RepositoryDamaged.
     """
     config = load(folder)
+    descriptors.raise_limit()
     with locked(folder):
         executable = broker_settings.find_mosquitto(config.broker)
         fleet = Fleet(folder, config)
@@ -166,11 +170,18 @@ class _Running:
 
     def __init__(self, fleet: Fleet, executable: str) -> None:
         self._fleet, self._config = fleet, fleet.config
-        conf = broker_settings.write(fleet.folder, self._config.broker)
+        plugin = broker_settings.find_plugin(self._config.broker)
+        conf = broker_settings.write(fleet.folder, self._config.broker, plugin)
         self._broker = Supervisor(executable, conf, fleet.folder.root)
         host = "127.0.0.1" if _wildcard(self._config.broker.listen) else self._config.broker.listen
         transfers = TransferAnswers(fleet.blobs, fleet.repository, fleet.inventory, Renewals(fleet.inventory, fleet.enrolment))
         self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.judge.evaluate, transfers)
+        self._door = Door(
+            self._link, self, lambda device: sessions.forget(device, fleet.authority, host, self._config.broker.port),
+            fleet.inventory.note_flood, plugin=plugin is not None,
+        )  # fmt: skip
+        self._link.on_flood, self._link.on_answer = self._door.pause, self._door.answered
+        fleet.status.paused, fleet.status.live_revocation = self._link.flood.paused, plugin is not None
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pokes = Pokes(fleet.repository, fleet.inventory, self._link, self._config.looks_per_s)
@@ -185,7 +196,18 @@ class _Running:
     def _poke_all(self) -> None:
         self._pokes.poke_all(self._fleet.assignment.signed().version)
 
-    def revocations_changed(self) -> None:
+    def shut_out(self, device: str) -> None:
+        self._door.shut_out(device)
+
+    def admit(self, device: str) -> None:
+        self._door.admit(device)
+
+    # What the door asks of the broker's process.
+    def reload(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._broker.reload)
+
+    def restart(self) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._broker.restart)
 
@@ -202,6 +224,7 @@ class _Running:
         ]
         link_started = False
         try:
+            self._door.start()
             self._link.start()
             link_started = True
             await self._until_ready(listeners, tasks)
@@ -248,6 +271,7 @@ class _Running:
                 task.cancel()
         await asyncio.gather(*(task for task in tasks if task.get_name() != "broker"), return_exceptions=True)
         if link_started:
+            await asyncio.to_thread(self._door.stop)
             await asyncio.to_thread(self._link.stop)
         await self._broker.stop()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -36,12 +36,18 @@ class BrokerSettings(Settings, frozen=True, kw_only=True):
     """The TCP port (MQTT over TLS). Devices are told it when they enrol."""
     max_packet_bytes: int = 1024 * 1024
     """The largest message that may be sent, in bytes; whoever sends a larger one is disconnected."""
-    max_queued_messages: int = 10_000
-    """How many messages the broker keeps for one client that is away; further ones are dropped."""
+    max_queued_messages: int = 200_000
+    """How many messages the broker keeps for one client that does not take them; further ones are dropped. Less than 200000 counts as
+    that: it is what the server's own queue needs while a device floods.
+    """
     max_connections: int = -1
-    """How many clients may be connected at once; -1 is no limit."""
+    """How many clients may be connected at once; -1 is as many as the broker has descriptors for."""
     mosquitto: str | None = None
     """The broker's executable; without it `mosquitto` is looked for in PATH and where distributions put it."""
+    dynamic_security: str | None = None
+    """mosquitto's plug-in that shuts single devices out of the running broker; without this setting `mosquitto_dynamic_security.so`
+    is looked for where distributions put it; `""` is to do without.
+    """
 
 
 class ExpirySettings(Settings, frozen=True, kw_only=True):

@@ -62,6 +62,9 @@ class Status:
         self._inventory, self._intake, self._clock = inventory, intake, clock
         self._started = clock()
         self.broker_connected: Callable[[], bool] = lambda: False
+        self.live_revocation = True
+        self.paused: Callable[[], list[str]] = list
+        """The devices that sent so much that they are shut out for a while."""
 
     def view(self) -> StatusView:
         expires = self._repository.expirations()
@@ -74,6 +77,16 @@ class Status:
     def _warnings(self, expires: dict[str, float]) -> list[str]:
         """What a person must do something about, and what."""
         found = [] if self.broker_connected() else ["the broker is not connected; its log lines stand in the server's log"]
+        if not self.live_revocation:
+            found.append(
+                "mosquitto's dynamic-security plug-in was not found, so revoking a device restarts the broker for everybody and a device "
+                "that floods is not thrown off: install it, or name the file in fleet.yaml under broker: dynamic_security:"
+            )
+        if paused := self.paused():
+            found.append(
+                f"{_some(paused)} sent more than a device may and are shut out for a while: see what runs there, and revoke what is not "
+                "yours"
+            )
         now = self._clock()
         for role, at in expires.items():
             if role not in ONLINE and at - now < WARN_BEFORE_S:

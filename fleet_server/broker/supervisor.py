@@ -92,6 +92,12 @@ class Supervisor:
         self._again.set()
         self._terminate()
 
+    def reload(self) -> None:
+        """Has the broker read its revocation list again; whoever is connected stays so."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGHUP)
+
     async def stop(self) -> None:
         """Ends the broker, and kills it when it does not end by itself."""
         self._stopping = True

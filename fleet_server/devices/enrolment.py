@@ -127,6 +127,8 @@ class Enrolment:
             event = self._journal.record(
                 session, Happening(name="device_enrolled", message=f"{device} joined the fleet", device=device)
             )
+        if self._inventory.link:
+            self._inventory.link.admit(device)
         self._journal.announce([event])
         self._journal.changed("devices")
         return self._answer(device, certificate)

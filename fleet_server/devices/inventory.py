@@ -48,8 +48,11 @@ class Link(Protocol):
 
     def poke_device(self, device: str) -> None: ...
 
-    def revocations_changed(self) -> None:
-        """The revocation list on disk is new: the broker must read it and drop who is on it."""
+    def shut_out(self, device: str) -> None:
+        """The device's certificates are on the revocation list on disk now: the broker must drop it and not let it in again."""
+
+    def admit(self, device: str) -> None:
+        """A device of this id was enrolled: the broker may let it in, with its new certificate."""
 
 
 class Inventory:
@@ -191,7 +194,7 @@ class Inventory:
                 event = self._journal.record(
                     session, Happening(name="device_revoked", message=f"{device} was shut out", device=device)
                 )
-            self._after_revocation()
+            self._after_revocation(device)
         self._journal.announce([event])
         self._journal.changed("devices")
         return self.get(device)
@@ -209,7 +212,7 @@ class Inventory:
                 event = self._journal.record(
                     session, Happening(name="device_deleted", message=f"{device} was deleted", device=device)
                 )
-            self._after_revocation()
+            self._after_revocation(device)
         self._journal.announce([event])
         self._journal.changed("devices")
 
@@ -219,11 +222,20 @@ class Inventory:
         ):
             certificate.revoked = self._clock()
 
-    def _after_revocation(self) -> None:
+    def _after_revocation(self, device: str) -> None:
         self.shut_out += 1
         self.write_crl()
         if self.link:
-            self.link.revocations_changed()
+            self.link.shut_out(device)
+
+    def note_flood(self, device: str, pause_s: float) -> None:
+        """Says that the device sent so much that it is paused for so long."""
+        message = f"{device} sends more than a device may, so the broker takes nothing of it for {pause_s / 60:.0f} minutes"
+        with self._database.session() as session:
+            happening = Happening(name="device_paused", message=message, device=device, reason="flood")
+            event = self._journal.record(session, happening)
+        self._journal.announce([event])
+        self._journal.changed("devices")
 
     def write_crl(self) -> None:
         """Writes the list of revoked certificates that have not ended by themselves."""

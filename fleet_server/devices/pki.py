@@ -37,6 +37,7 @@ class Authority:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.ca_path, self._ca_key_path = folder / "ca.crt", folder / "ca.key"
         self.server_cert, self.server_key = folder / "server.crt", folder / "server.key"
         self.client_cert, self.client_key = folder / "client.crt", folder / "client.key"
@@ -46,6 +47,7 @@ class Authority:
         key = serialization.load_pem_private_key(self._ca_key_path.read_bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         self._key = key
+        self._listed = dt.datetime.min.replace(tzinfo=dt.timezone.utc)  # when the last revocation list says it was written
 
     @classmethod
     def create(cls, folder: Path, fleet: str, hosts: tuple[str, ...]) -> Authority:
@@ -59,7 +61,7 @@ class Authority:
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         builder = builder.add_extension(_usage(sign_certificates=True), critical=True)
         builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        files.write(folder / "ca.key", _key_pem(key), mode=0o600)
+        files.write(folder / "ca.key", key_pem(key), mode=0o600)
         files.write(folder / "ca.crt", builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
         authority = cls(folder)
         authority.renew_own(hosts, force=True)
@@ -78,12 +80,12 @@ class Authority:
             return False
         key = ec.generate_private_key(ec.SECP256R1())
         server = self._issue(hosts[0][:64], key.public_key(), SERVER_DAYS, ExtendedKeyUsageOID.SERVER_AUTH, alternatives=wanted)
-        files.write(self.server_key, _key_pem(key), mode=0o600)
-        files.write(self.server_cert, server.public_bytes(serialization.Encoding.PEM))
+        files.write(self.server_key, key_pem(key), mode=0o600)
+        files.write(self.server_cert, pem_of(server))
         key = ec.generate_private_key(ec.SECP256R1())
         client = self._issue(SERVER_CN, key.public_key(), SERVER_DAYS, ExtendedKeyUsageOID.CLIENT_AUTH)
-        files.write(self.client_key, _key_pem(key), mode=0o600)
-        files.write(self.client_cert, client.public_bytes(serialization.Encoding.PEM))
+        files.write(self.client_key, key_pem(key), mode=0o600)
+        files.write(self.client_cert, pem_of(client))
         return True
 
     def _own_is_stale(self, wanted: set[str]) -> bool:
@@ -128,11 +130,12 @@ class Authority:
 
     def write_crl(self, serials: list[int]) -> None:
         """Writes the list of revoked certificates that the broker checks. It is read from this disk only, so it need not
-        expire.
+        expire. A running broker that reads it again goes by the newest of all it has read, to the second.
         """
         now = _now()
+        self._listed = listed = max(now, self._listed + dt.timedelta(seconds=1))
         builder = x509.CertificateRevocationListBuilder().issuer_name(self.ca.subject)
-        builder = builder.last_update(now - CLOCK_SKEW).next_update(self.ca.not_valid_after_utc)
+        builder = builder.last_update(listed - CLOCK_SKEW).next_update(self.ca.not_valid_after_utc)
         for serial in serials:
             entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
             builder = builder.add_revoked_certificate(entry)
@@ -197,7 +200,11 @@ def _alternative(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def pem_of(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )  # fmt: skip

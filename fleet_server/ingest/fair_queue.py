@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import threading
 from enum import Enum
 from typing import Generic, TypeVar
@@ -21,9 +22,12 @@ class Room(Enum):
 class FairQueue(Generic[T]):
     """Bounded for each sender in number and bytes. Safe between threads; one thread calls `take`."""
 
-    def __init__(self, *, share: int, limit: int, limit_bytes: int) -> None:
-        """`share`: beyond as many a sender counts as crowding; beyond `limit` items or `limit_bytes` it gets no more in."""
-        self._share, self._limit, self._limit_bytes = share, limit, limit_bytes
+    def __init__(self, *, share: int, limit: int, limit_bytes: int, crowd_bytes: float = math.inf) -> None:
+        """`share`: beyond as many a sender counts as crowding; beyond `limit` items or `limit_bytes` it gets no more in, and while
+        all together have `crowd_bytes` waiting nobody gets more in than its share.
+        """
+        self._share, self._limit, self._limit_bytes, self._crowd_bytes = share, limit, limit_bytes, crowd_bytes
+        self._all_bytes = 0
         self._senders: collections.OrderedDict[str, collections.deque[tuple[T, int]]] = collections.OrderedDict()
         self._bytes: collections.Counter[str] = collections.Counter()
         self._changed = threading.Condition()
@@ -34,8 +38,11 @@ class FairQueue(Generic[T]):
             mine = self._senders.setdefault(sender, collections.deque())
             if len(mine) >= self._limit or (mine and self._bytes[sender] + size_bytes > self._limit_bytes):
                 return Room.FULL
+            if len(mine) >= self._share and self._all_bytes + size_bytes > self._crowd_bytes:
+                return Room.FULL
             mine.append((item, size_bytes))
             self._bytes[sender] += size_bytes
+            self._all_bytes += size_bytes
             self._changed.notify()
             return Room.CROWDED if len(mine) > self._share else Room.WAITS
 
@@ -49,6 +56,7 @@ class FairQueue(Generic[T]):
                 item, size_bytes = mine.popleft()
                 taken.append(item)
                 self._bytes[sender] -= size_bytes
+                self._all_bytes -= size_bytes
                 if mine:
                     self._senders[sender] = mine  # at the end: everybody else comes first
                 else:

@@ -261,8 +261,9 @@ def _read_state(device: Known, payload: bytes, changes: Changes) -> None:
             raise Dropped("bad_report", f"{device.id!r} reports a model with a name too long")
         if state.serving is not None and abs(state.serving) > MAX_INTEGER:
             raise Dropped("bad_report", f"{device.id!r} reports version {state.serving}, which is out of range")
-    if device.counter < 0 and report.session < device.session:
-        # The first word of a newly enrolled device: the session is from what an earlier device of this id left at the broker.
+    if (device.counter < 0 and report.session < device.session) or device.session < report.session <= MAX_INTEGER:
+        # The first word of a newly enrolled device: the session is from what an earlier device of this id left at the broker. Or
+        # the birth of a session was lost, with a broker that lost its disk: who reports in it is there.
         device.session, device.present = report.session, True
     device.runs, back = shared_identity.heard(device.runs, report.run[:MAX_NAME])
     device.several |= back

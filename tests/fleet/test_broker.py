@@ -13,7 +13,7 @@ import pytest
 from agent.contract import topics
 from agent.contract.codec import encode
 from agent.contract.reports import Presence
-from tests.fleet.stand import answer, environment, model_state, wait_until
+from tests.fleet.stand import Server, answer, environment, model_state, wait_until
 
 pytestmark = pytest.mark.mosquitto
 
@@ -77,21 +77,40 @@ def test_a_connection_without_a_certificate(server):
         _mqtt_hello(server, context)
 
 
-def test_revocation(own_server, connect):
-    server = own_server.start()
+def test_revocation(server, connect):
     stays, goes = connect(server.enrol("stays")), connect(server.enrol("goes"))
     dropped = []
-    goes.mqtt.on_disconnect = lambda *_: dropped.append(True)
+    goes.mqtt.on_disconnect = lambda *_: dropped.append("goes")
+    stays.mqtt.on_disconnect = lambda *_: dropped.append("stays")
     wait_until(lambda: online(server, stays) and online(server, goes), "both are online")
+    broker = server.broker_pid()
     server.post("/devices/goes/revoke")
-    wait_until(lambda: dropped, "the revoked device is thrown off")
+    wait_until(lambda: dropped, "the revoked device is thrown off", within=5)
     goes.disconnect()
     with pytest.raises((ssl.SSLError, ConnectionError)):
         _connects_no_more(server, goes)
-    stays.session += 1
-    wait_until(stays.mqtt.is_connected, "the other one connects again")
-    stays.send("presence", Presence(device="stays", session=stays.session, online=True), retain=True)
-    wait_until(lambda: online(server, stays), "and is online")
+    stays.report({})
+    wait_until(lambda: server.get("/devices/stays")["agent_version"] == "test", "the other one is heard")
+    assert (set(dropped), server.broker_pid()) == ({"goes"}, broker)
+
+
+def test_a_broker_without_the_plugin_is_restarted_to_shut_a_device_out(tmp_path, connect):
+    server = Server(tmp_path, broker={"dynamic_security": ""}).start()
+    try:
+        stays, goes = connect(server.enrol("stays")), connect(server.enrol("goes"))
+        wait_until(lambda: online(server, stays) and online(server, goes), "both are online")
+        assert any("plug-in" in text for text in server.get("/status")["warnings"])
+        before = server.broker_pid()
+        server.post("/devices/goes/revoke")
+        wait_until(lambda: server.broker_pid() not in {before, None}, "another broker runs")
+        goes.disconnect()
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            _connects_no_more(server, goes)
+        wait_until(stays.mqtt.is_connected, "the other one connects again")
+        stays.report({})
+        wait_until(lambda: server.get("/devices/stays")["agent_version"] == "test", "and is heard")
+    finally:
+        server.stop()
 
 
 def _connects_no_more(server, device):

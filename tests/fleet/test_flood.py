@@ -9,12 +9,12 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from agent.contract import topics
-from agent.contract.reports import Presence
 from fleet_server.ingest import mqtt_link
 from fleet_server.ingest.fair_queue import FairQueue, Room
+from fleet_server.ingest.flood import BURST, BURST_BYTES, FORGIVEN_S, LONGEST_PAUSE_S, PAUSE_S, RATE, FloodWatch
 from fleet_server.ingest.intake import Message
 from fleet_server.ingest.mqtt_link import MqttLink, Received
-from tests.fleet.stand import signed_report, wait_until
+from tests.fleet.stand import signed_report
 from tests.fleet.test_intake import Known
 
 
@@ -100,12 +100,48 @@ def test_a_batch_is_acknowledged_when_it_is_stored_at_last(fleet, monkeypatch):
     assert acknowledged == [7]
 
 
-@pytest.mark.alone  # the quiet one is heard within 10 s of a flood
-def test_a_flooding_device_does_not_keep_others_waiting(server, connect):
-    flood, quiet = connect(server.enrol("flood")), connect(server.enrol("quiet"))
-    lines = [flood.mqtt.publish(topics.up("flood", "events"), b"x" * 2000, qos=1) for _ in range(8000)]
-    quiet.report({})
-    wait_until(lambda: server.get("/devices/quiet")["state"] is not None, "the quiet one is heard", within=10)
-    lines[-1].wait_for_publish(60)
-    flood.send("presence", Presence(device="flood", session=2, online=True))
-    wait_until(lambda: sum(server.get("/status")["messages"]["dropped"].values()) >= 8000, "all were judged")
+def test_who_was_away_for_days_may_say_it_all_at_once():
+    watch = FloodWatch(lambda: 0.0)
+    assert [watch.is_paused("away", 8 * 1024) for _ in range(2000)] == [(False, 0.0)] * 2000
+
+
+@pytest.mark.parametrize(("size", "after"), [(100, BURST), (1024 * 1024, BURST_BYTES // 1024**2)], ids=["many", "large"])
+def test_who_floods_is_paused_and_nobody_else(size, after):
+    watch = FloodWatch(lambda: 0.0)
+    verdicts = [watch.is_paused("flood", size) for _ in range(after + 3)]
+    assert verdicts == [(False, 0.0)] * after + [(True, PAUSE_S), (True, 0.0), (True, 0.0)]
+    assert watch.is_paused("quiet", size) == (False, 0.0)
+    assert watch.paused() == ["flood"]
+
+
+def test_pauses_end_and_grow_and_are_forgiven():
+    now = [0.0]
+    watch = FloodWatch(lambda: now[0])
+
+    def flood():
+        return next(pause for _, pause in iter(lambda: watch.is_paused("flood", 1), None) if pause)
+
+    seen = []
+    for _ in range(9):
+        seen.append(flood())
+        now[0] += seen[-1]
+        assert watch.paused() == []
+    assert seen == [PAUSE_S * 2**n for n in range(6)] + [LONGEST_PAUSE_S] * 3
+    now[0] += FORGIVEN_S + 1
+    assert flood() == PAUSE_S
+
+
+def test_a_steady_rate_is_no_flood():
+    now = [0.0]
+    watch = FloodWatch(lambda: now[0])
+    for _ in range(20_000):
+        now[0] += 1 / (RATE - 1)
+        assert watch.is_paused("busy", 100) == (False, 0.0)
+
+
+def test_together_they_have_no_more_than_their_shares_beyond_a_bound():
+    waiting = queue(limit=1000, limit_bytes=10**6, crowd_bytes=10)
+    assert [waiting.put("a", n, 3) for n in range(4)] == [Room.WAITS, Room.WAITS, Room.CROWDED, Room.FULL]
+    assert [waiting.put("b", n, 3) for n in range(3)] == [Room.WAITS, Room.WAITS, Room.FULL]
+    assert len(waiting.take(100)) == 5
+    assert [waiting.put("a", n, 3) for n in range(3)] == [Room.WAITS, Room.WAITS, Room.CROWDED]

@@ -247,7 +247,7 @@ class _Conversation:
         client.connect_timeout = CONNECT_TIMEOUT_S
         client.tls_set_context(link.broker.tls())
         client.max_inflight_messages_set(IN_FLIGHT)
-        client.will_set(topics.up(link.device, "presence"), self._presence(online=False), qos=1, retain=True)
+        client.will_set(topics.up(link.device, "presence"), self._presence(online=False), qos=1)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_log = self._on_log
@@ -276,7 +276,7 @@ class _Conversation:
         device = self._link.device
         self._link.asks.clear()
         client.subscribe([(topics.down_poke(device), 1), (topics.POKE_ALL, 1), (topics.down_blocks(device, "+"), 0)])
-        client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1, retain=True)
+        client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1)
         self._link.set_connected(connected=True)
 
     def _on_log(self, _client: mqtt.Client, _data: Any, level: int, text: str) -> None:
@@ -326,7 +326,7 @@ class _Conversation:
     def _end(self) -> None:
         """An orderly goodbye replaces the last will, which a broker only sends for a connection that broke."""
         if self._accepted and self._link.stopping.is_set():
-            self._client.publish(topics.up(self._link.device, "presence"), self._presence(online=False), qos=1, retain=True)
+            self._client.publish(topics.up(self._link.device, "presence"), self._presence(online=False), qos=1)
             for _ in range(4):
                 if self._client.loop(LOOP_S / 2) != MQTTErrorCode.MQTT_ERR_SUCCESS or not self._client.want_write():
                     break
