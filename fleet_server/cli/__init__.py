@@ -32,7 +32,7 @@ def main(profile: Path | None) -> None:
 
 
 for command in (
-    server.init, server.serve, server.renew_root,
+    server.init, server.serve, server.doctor, server.renew_root,
     release.publish, release.release, release.withdraw, release.reinstate,
     keys.keys, keys.publisher,
     rollout.rollout, rollout.rollback, exclusion.exclusion, bundle.bundle,

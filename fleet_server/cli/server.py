@@ -1,4 +1,4 @@
-"""`edge-fleet init`, `serve`, `renew-root`, `status`: the server itself."""
+"""`edge-fleet init`, `serve`, `doctor`, `renew-root`, `status`: the server itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from fleet_server.cli import tables
-from fleet_server.cli.command import Command, connected, profile_path, reports_errors, show, with_json
+from fleet_server.cli.command import EXIT_FAILED, Command, connected, profile_path, reports_errors, show, with_json
 from fleet_server.cli.signing import new_secret, signer
 from fleet_server.errors import Unavailable
 
@@ -88,6 +88,27 @@ def serve(folder: Path, log_level: str) -> None:
         app.serve(Folder(folder.absolute()))
     except (RepositoryDamaged, DatabaseError) as error:
         raise Unavailable(str(error)) from error
+
+
+@click.command(cls=Command)
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@with_json
+@reports_errors
+def doctor(folder: Path, *, as_json: bool) -> None:
+    """Checks what the server needs of its machine: descriptors, broker, plug-in, disk, database. Exit status 1 when something is
+    missing.
+
+    edge-fleet doctor /srv/fleet
+    """
+    import msgspec
+
+    from fleet_server.config import Folder
+    from fleet_server.doctor import examine
+
+    findings = list(examine(Folder(folder.absolute())))
+    show([msgspec.structs.asdict(finding) for finding in findings], as_json, tables.findings)
+    if any(finding.level == "failed" for finding in findings):
+        sys.exit(EXIT_FAILED)
 
 
 @click.command("renew-root", cls=Command)

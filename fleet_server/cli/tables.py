@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fleet_server.setup import Made
 
 WIDTH_WITHOUT_TERMINAL = 1_000_000  # a line stays a line for grep; nothing is padded to it
+MARKS = {"ok": "✓", "warning": "!", "failed": "✗"}
 
 
 def safe(value: object) -> str:
@@ -336,3 +337,11 @@ Next:
   3. edge-fleet token create | ssh DEVICE edge-agent enrol -
   4. edge-fleet publish RELEASE.yaml --key {m.releases_key}
   5. edge-fleet rollout start MODEL:VERSION"""
+
+
+def findings(data: list[dict[str, Any]]) -> None:
+    """What `doctor` found, with what to do."""
+    for finding in data:
+        click.echo(f"{MARKS[finding['level']]} {finding['name']}: {finding['message']}")
+        if finding["advice"]:
+            click.echo(f"    → {finding['advice']}")

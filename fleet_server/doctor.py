@@ -1,0 +1,152 @@
+"""`edge-fleet doctor`: what the server needs of its machine, checked one by one, each with what to do when it is not there."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from sqlalchemy.exc import SQLAlchemyError
+
+from fleet_server import descriptors
+from fleet_server.broker import settings as broker_settings
+from fleet_server.config import BrokerSettings, ConfigError, FleetConfig, Folder, load
+from fleet_server.errors import Unavailable
+from fleet_server.storage.database import VERSIONS, Database, newest_revision
+
+FREE_FAILED_BYTES, FREE_WARNING_BYTES = 256 * 1024**2, 2 * 1024**3
+"""The database and the broker stop storing when the disk is full; a release is often some hundred megabytes."""
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One check. `advice` says what to do about it; empty when all is well."""
+
+    name: str
+    level: Literal["ok", "warning", "failed"]
+    message: str
+    advice: str = ""
+
+
+def examine(folder: Folder) -> Iterator[Finding]:
+    """Every check in order. Changes nothing, and needs no server that runs."""
+    try:
+        config = load(folder)
+    except ConfigError as error:
+        yield Finding("configuration", "failed", str(error), "correct the file; every other check needs it")
+        return
+    yield Finding("configuration", "ok", str(folder.config))
+    yield _descriptors(folder)
+    yield _broker(config.broker)
+    yield _plugin(config.broker)
+    yield _disk(folder)
+    yield _database(folder, config)
+
+
+def _descriptors(folder: Folder) -> Finding:
+    """Of the server that runs; of one that this user would start where none does."""
+    name, pid = "descriptors", _running(folder)
+    if pid is None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        count = descriptors.MOST if hard == resource.RLIM_INFINITY else min(hard, descriptors.MOST)
+        message = f"a server started here may have {count} files and connections open, and its broker as many"
+    else:
+        count = _limit_of(pid)
+        message = f"the server (process {pid}) may have {count} files and connections open, and its broker as many"
+    if count < descriptors.ENOUGH:
+        advice = (
+            f"allow at least {descriptors.ENOUGH}, better two for each device: LimitNOFILE= in the unit, ulimit -Hn in a shell"
+        )
+        return Finding(name, "warning", message, advice)
+    return Finding(name, "ok", message)
+
+
+def _running(folder: Folder) -> int | None:
+    """The process of the server that works on the folder; None when there is none, or when this system does not tell."""
+    try:
+        pid = int(folder.lock.read_text())
+        return pid if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _limit_of(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/limits").read_text().splitlines():
+        if line.startswith("Max open files"):
+            soft = line.split()[3]
+            return descriptors.MOST if soft == "unlimited" else int(soft)
+    return 0
+
+
+def _broker(settings: BrokerSettings) -> Finding:
+    name = "broker"
+    try:
+        path = broker_settings.find_mosquitto(settings)
+        said = subprocess.run([path, "-h"], capture_output=True, text=True, timeout=10, check=False).stdout  # noqa: S603 - what fleet.yaml names
+    except Unavailable as error:
+        return Finding(name, "failed", str(error), "without a broker the server does not start")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(name, "failed", f"{path} cannot be run: {error}", "install the mosquitto broker anew")
+    return Finding(name, "ok", f"{path}, {said.partition(chr(10))[0] or 'which does not say its version'}")
+
+
+def _plugin(settings: BrokerSettings) -> Finding:
+    name = "plug-in"
+    try:
+        path = broker_settings.find_plugin(settings)
+    except Unavailable as error:
+        return Finding(name, "failed", str(error), "correct the name; without it the server does not start")
+    if path is None:
+        message = "mosquitto's dynamic-security plug-in was not found: revoking a device restarts the broker for everybody"
+        return Finding(name, "warning", message, "install it, or name the file in fleet.yaml under broker: dynamic_security:")
+    return Finding(name, "ok", str(path))
+
+
+def _disk(folder: Folder) -> Finding:
+    free = shutil.disk_usage(folder.root).free
+    message = f"{free // 1024**2} MiB free on the disk of {folder.root}"
+    if free < FREE_FAILED_BYTES:
+        return Finding("disk", "failed", message, "make room: what devices report is stored nowhere when it is full")
+    if free < FREE_WARNING_BYTES:
+        return Finding("disk", "warning", message, "make room before the next release")
+    return Finding("disk", "ok", message)
+
+
+def _database(folder: Folder, config: FleetConfig) -> Finding:
+    name = "database"
+    try:
+        found = _revision_in_file(folder.database) if config.database_url is None else _revision_elsewhere(config.database_url)
+    except (OSError, sqlite3.Error, SQLAlchemyError) as error:
+        advice = "restore it from a copy, or correct database_url; ask as the server's user if it may not be read"
+        return Finding(name, "failed", f"it cannot be read: {error}", advice)
+    where = "SQLite in the data folder" if config.database_url is None else "as database_url says"
+    if found is not None and found > newest_revision():
+        return Finding(name, "failed", f"{where}, written by a newer version (schema {found})", "install that version")
+    if found != newest_revision():
+        return Finding(name, "ok", f"{where}, of an earlier version (schema {found}); the next start brings it along")
+    return Finding(name, "ok", f"{where}, schema {found}")
+
+
+def _revision_in_file(path: Path) -> str | None:
+    """Without writing beside it, as whoever asks may be another user than the server's."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    in_use = path.with_name(f"{path.name}-wal").exists()  # otherwise nobody writes, and SQLite would make files even to read
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?{'mode=ro' if in_use else 'immutable=1'}", uri=True, timeout=5)
+    try:
+        row = connection.execute(f"SELECT version_num FROM {VERSIONS}").fetchone()  # noqa: S608 - a constant
+    finally:
+        connection.close()
+    return str(row[0]) if row else None
+
+
+def _revision_elsewhere(url: str) -> str | None:
+    database = Database(url)
+    try:
+        return newest_revision() if database.is_current() else None
+    finally:
+        database.close()
