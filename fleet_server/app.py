@@ -30,6 +30,7 @@ from fleet_server.api.tls import HEAD_WITHIN_S, ClientCertificateProtocol, Liste
 from fleet_server.broker import sessions
 from fleet_server.broker import settings as broker_settings
 from fleet_server.broker.door import Door
+from fleet_server.broker.subscriptions import SubscriptionWatch
 from fleet_server.broker.supervisor import Supervisor
 from fleet_server.config import FleetConfig, Folder, load
 from fleet_server.devices.enrolment import Enrolment
@@ -65,6 +66,7 @@ BROKER_TRIES = 4  # a broker that ends as often while the server starts will not
 LEASES_READ_S = 15.0  # a lease that is shorter than before is kept from the next reading on
 RENEWALS_PER_LEASE = 4  # so that a device that misses one still has its lease
 RENEW_EVERY_S = 60.0
+MEMORY_READ_S = 0.5  # a device that reads nothing makes the broker hold 200 MB in a second
 CONNECTIONS = 400
 """Of each listener; further ones are told to come later. Together they stay below the 1024 descriptors that a process has by
 default and that select() in the MQTT library can wait for. Without a bound, idle strangers would cut the server off its database
@@ -175,6 +177,7 @@ class _Running:
         self._broker = Supervisor(executable, conf, fleet.folder.root)
         host = "127.0.0.1" if _wildcard(self._config.broker.listen) else self._config.broker.listen
         transfers = TransferAnswers(fleet.blobs, fleet.repository, fleet.inventory, Renewals(fleet.inventory, fleet.enrolment))
+        self._taken = transfers.taken
         self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.judge.evaluate, transfers)
         self._door = Door(
             self._link, self, lambda device: sessions.forget(device, fleet.authority, host, self._config.broker.port),
@@ -182,6 +185,7 @@ class _Running:
         )  # fmt: skip
         self._link.on_flood, self._link.on_answer = self._door.pause, self._door.answered
         fleet.status.paused, fleet.status.live_revocation = self._link.flood.paused, plugin is not None
+        self._broker.reads = SubscriptionWatch(self._pause).read
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pokes = Pokes(fleet.repository, fleet.inventory, self._link, self._config.looks_per_s)
@@ -201,6 +205,10 @@ class _Running:
 
     def admit(self, device: str) -> None:
         self._door.admit(device)
+
+    def _pause(self, device: str) -> None:
+        if seconds := self._link.flood.pause(device):
+            self._door.pause(device, seconds)
 
     # What the door asks of the broker's process.
     def reload(self) -> None:
@@ -235,6 +243,7 @@ class _Running:
             tasks += [
                 asyncio.create_task(self._ticks()),
                 asyncio.create_task(self._renewals()),
+                asyncio.create_task(self._broker_memory()),
                 asyncio.create_task(_watchdog()),
             ]
             await until_stopped(self._stop, tasks)
@@ -303,6 +312,12 @@ class _Running:
         while True:
             await asyncio.sleep(min(interval, LEASES_READ_S))
             await _guarded(self._renew, "metadata could not be renewed")
+
+    async def _broker_memory(self) -> None:
+        while True:
+            await asyncio.sleep(MEMORY_READ_S)
+            if self._broker.memory_bytes() > self._config.broker.memory_bytes and (device := self._taken.most()):
+                self._pause(device)
 
     def _renew(self) -> None:
         """Devices stop models whose lease ends, so the timestamp is signed several times within the shortest one."""

@@ -42,6 +42,10 @@ class BrokerSettings(Settings, frozen=True, kw_only=True):
     """
     max_connections: int = -1
     """How many clients may be connected at once; -1 is as many as the broker has descriptors for."""
+    memory_bytes: int = 1024**3
+    """How much memory the broker may have before the server pauses the device that was sent the most lately: one that asks for files
+    and reads nothing.
+    """
     mosquitto: str | None = None
     """The broker's executable; without it `mosquitto` is looked for in PATH and where distributions put it."""
     dynamic_security: str | None = None

@@ -64,7 +64,7 @@ class Status:
         self.broker_connected: Callable[[], bool] = lambda: False
         self.live_revocation = True
         self.paused: Callable[[], list[str]] = list
-        """The devices that sent so much that they are shut out for a while."""
+        """The devices that are shut out for a while."""
 
     def view(self) -> StatusView:
         expires = self._repository.expirations()
@@ -84,7 +84,7 @@ class Status:
             )
         if paused := self.paused():
             found.append(
-                f"{_some(paused)} sent more than a device may and are shut out for a while: see what runs there, and revoke what is not "
+                f"{_some(paused)} sent or asked for more than a device may, and the broker takes nothing of them for a while: see what runs there, and revoke what is not "
                 "yours"
             )
         now = self._clock()

@@ -9,6 +9,7 @@ dropped here.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -139,9 +140,11 @@ class Door:
             self._begin_pause(device, seconds)
 
     def _begin_pause(self, device: str, seconds: float) -> None:
-        _log.warning("%s sends too much: it is shut out for %.0f s", device, seconds)
+        _log.warning("%s sends or asks for too much: it is shut out for %.0f s", device, seconds)
         if self._plugin and device not in self._shut:
             self._ask(*_shut(device))
+            with contextlib.suppress(OSError):  # its session would keep its subscriptions, and what waits for it
+                self._forget(device)
         try:
             self._on_pause(device, seconds)
         except Exception:  # noqa: BLE001 - the thread must go on

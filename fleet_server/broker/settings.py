@@ -111,6 +111,7 @@ def write(folder: Folder, settings: BrokerSettings, plugin: Path | None) -> Path
         "log_type error",
         "log_type warning",
         "log_type notice",
+        "log_type subscribe",
         "connection_messages false",
         f"max_packet_size {settings.max_packet_bytes}",
         f"max_queued_messages {max(settings.max_queued_messages, QUEUED_MESSAGES)}",

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -29,11 +30,21 @@ class Supervisor:
         self._stopping = False
         self._again = asyncio.Event()
         self.restarts = 0
+        self.reads: Callable[[str], bool] = lambda _line: False
+        """Given each line that the broker says; whether it needs no logging."""
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process and self._process.returncode is None else None
+
+    def memory_bytes(self) -> int:
+        """How much memory the broker has; 0 when it does not run, or when this system does not tell."""
+        try:
+            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        except (OSError, ValueError, IndexError):
+            return 0
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     async def run(self) -> None:
         """Keeps the broker running until `stop`."""
@@ -78,6 +89,8 @@ class Supervisor:
         while line := await _line(process.stderr):
             text = line.decode(errors="replace").rstrip().partition(": ")
             said = text[2] or text[0]
+            if self.reads(said):
+                continue
             self.last_lines.append(said)
             _log.log(logging.ERROR if said.startswith("Error") else logging.INFO, "%s", said)
         await process.wait()

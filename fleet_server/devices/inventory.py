@@ -229,8 +229,10 @@ class Inventory:
             self.link.shut_out(device)
 
     def note_flood(self, device: str, pause_s: float) -> None:
-        """Says that the device sent so much that it is paused for so long."""
-        message = f"{device} sends more than a device may, so the broker takes nothing of it for {pause_s / 60:.0f} minutes"
+        """Says that the device sent or asked for so much that it is paused for so long."""
+        message = (
+            f"{device} sends or asks for more than a device may, so the broker takes nothing of it for {pause_s / 60:.0f} min"
+        )
         with self._database.session() as session:
             happening = Happening(name="device_paused", message=message, device=device, reason="flood")
             event = self._journal.record(session, happening)

@@ -27,7 +27,7 @@ class _Sender(msgspec.Struct):
 
 
 class FloodWatch:
-    """What each device has sent lately. For one thread, except `paused`."""
+    """What each device has sent lately. One thread calls `is_paused`; the rest is for any."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock` gives seconds and never goes back."""
@@ -37,9 +37,7 @@ class FloodWatch:
     def is_paused(self, device: str, size_bytes: int) -> tuple[bool, float]:
         """Counts a message. Whether its sender is paused, and for how many seconds if the pause begins with it, else 0."""
         now = self._clock()
-        sender = self._senders.get(device)
-        if sender is None:
-            sender = self._senders[device] = _Sender(now)
+        sender = self._sender(device, now)
         if now < sender.paused_until:
             return True, 0.0
         passed = now - sender.seen
@@ -49,6 +47,15 @@ class FloodWatch:
         if sender.messages <= BURST and sender.bytes <= BURST_BYTES:
             return False, 0.0
         return True, self._pause(sender, now)
+
+    def pause(self, device: str) -> float:
+        """Pauses a device for another reason; for how many seconds, 0 when it is paused already."""
+        now = self._clock()
+        sender = self._sender(device, now)
+        return 0.0 if now < sender.paused_until else self._pause(sender, now)
+
+    def _sender(self, device: str, now: float) -> _Sender:
+        return self._senders.get(device) or self._senders.setdefault(device, _Sender(now))
 
     def _pause(self, sender: _Sender, now: float) -> float:
         sender.pauses = 0 if now - sender.paused_until > FORGIVEN_S else sender.pauses + 1

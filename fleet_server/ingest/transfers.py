@@ -24,6 +24,7 @@ from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import FleetError
 from fleet_server.ingest.fair_queue import FairQueue, Room
+from fleet_server.ingest.taken import Taken
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.blobs import Blobs
 
@@ -57,6 +58,7 @@ class TransferAnswers:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="transfers", daemon=True)
         self._send: Send | None = None
+        self.taken = Taken()
 
     def start(self, send: Send) -> None:
         self._send = send
@@ -111,6 +113,7 @@ class TransferAnswers:
                 data = read(number * ask.part_bytes, ask.part_bytes)
                 if not data and number:
                     break
+                self.taken.count(asked.device, len(data))
                 under_way.append(self._publish(topic, Part(Status.OK, number, size, data)))
                 if len(under_way) > AHEAD:
                     under_way.pop(0).wait_for_publish(SENT_WITHIN_S)

@@ -9,11 +9,13 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from agent.contract import topics
+from fleet_server.broker.subscriptions import ALLOWED, SubscriptionWatch
 from fleet_server.ingest import mqtt_link
 from fleet_server.ingest.fair_queue import FairQueue, Room
 from fleet_server.ingest.flood import BURST, BURST_BYTES, FORGIVEN_S, LONGEST_PAUSE_S, PAUSE_S, RATE, FloodWatch
 from fleet_server.ingest.intake import Message
 from fleet_server.ingest.mqtt_link import MqttLink, Received
+from fleet_server.ingest.taken import LATELY_S, MUCH_BYTES, Taken
 from tests.fleet.stand import signed_report
 from tests.fleet.test_intake import Known
 
@@ -145,3 +147,40 @@ def test_together_they_have_no_more_than_their_shares_beyond_a_bound():
     assert [waiting.put("b", n, 3) for n in range(3)] == [Room.WAITS, Room.WAITS, Room.FULL]
     assert len(waiting.take(100)) == 5
     assert [waiting.put("a", n, 3) for n in range(3)] == [Room.WAITS, Room.WAITS, Room.CROWDED]
+
+
+def test_who_is_sent_the_most_is_named_once():
+    now = [0.0]
+    taken = Taken(lambda: now[0])
+    taken.count("reads", 1)
+    assert taken.most() is None
+    for _ in range(3):
+        taken.count("deaf", MUCH_BYTES // 2)
+        taken.count("reads", MUCH_BYTES // 2)
+    taken.count("deaf", 2)
+    assert (taken.most(), taken.most(), taken.most()) == ("deaf", "reads", None)
+
+
+def test_what_was_sent_long_ago_does_not_count():
+    now = [0.0]
+    taken = Taken(lambda: now[0])
+    for passed in range(40):
+        now[0] = passed * LATELY_S / 2
+        taken.count("slow", MUCH_BYTES // 8)
+        assert taken.most() is None
+    taken.count("slow", MUCH_BYTES)
+    now[0] += 3 * LATELY_S
+    assert taken.most() is None
+
+
+def test_a_device_may_subscribe_to_what_exists_as_often_as_it_likes():
+    told = []
+    watch = SubscriptionWatch(told.append)
+    for _ in range(100):
+        for line in ("d1 1 v1/d/d1/down/poke", "d1 1 v1/all/poke", "d1 0 v1/d/d1/down/blocks/+", "fleet-server 1 v1/d/+/up/#"):
+            assert watch.read(line)
+    assert not watch.read("Outgoing messages are being dropped for client fleet-server.")
+    assert told == []
+    for number in range(ALLOWED + 1):
+        assert watch.read(f"d1 0 v1/d/d2/down/{number} with a space")
+    assert told == ["d1"]

@@ -9,6 +9,7 @@ import resource
 import selectors
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import time
@@ -20,13 +21,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.enums import CallbackAPIVersion
 
 from agent.contract import topics
+from agent.contract.codec import encode
 from agent.contract.reports import Event
+from agent.contract.transfers import Ask
 from fleet_server.broker import sessions
 from fleet_server.devices import pki
 from fleet_server.ingest.buffered_client import BufferedClient
 from fleet_server.ingest.connection import Connection
 from tests.fleet import flooder
-from tests.fleet.stand import DEADLINE_S, Device, Server, environment, make_csr, signed_event, wait_until
+from tests.fleet.stand import DEADLINE_S, Device, Server, environment, make_csr, sha256, signed_event, wait_until
 
 pytestmark = pytest.mark.mosquitto
 
@@ -253,6 +256,45 @@ def many_descriptors():
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_device_subscribes_to_no_more_than_there_is(server):
+    """mosquitto would grant and keep each."""
+    device, before = server.enrol("curious"), memory_mb(server.broker_pid())
+
+    def subscribes_without_end():
+        with on_the_line(device) as line:
+            for packet in range(300):
+                filters = (b"v1/d/curious/down/%d/%d" % (packet, number) for number in range(1000))
+                body = b"\x00\x01\x00" + b"".join(struct.pack(">H", len(one)) + one + b"\x00" for one in filters)
+                line.sendall(bytes([SUBSCRIBE]) + flooder.length(len(body)) + body)
+                if not line.recv(4096):
+                    break
+
+    with contextlib.suppress(OSError):
+        subscribes_without_end()
+    wait_until(lambda: any("curious" in text for text in server.get("/status")["warnings"]), "it is paused")
+    assert memory_mb(server.broker_pid()) - before < 20
+
+
+def test_what_a_device_asks_for_and_does_not_read_is_bounded(tmp_path):
+    server = Server(tmp_path, broker={"memory_bytes": 100 * 1024**2}).start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.stop)
+        data = os.urandom(4 * 1024**2)
+        server.publish_simple("m", 1, data)
+        device = server.enrol("deaf")
+        line = stack.enter_context(on_the_line(device))
+        wanted = topics.down_blocks("deaf", "+").encode()
+        line.sendall(bytes([SUBSCRIBE, 6 + len(wanted), 0, 1, 0, 0, len(wanted)]) + wanted + b"\x00")
+        line.recv(100)
+        with contextlib.suppress(OSError):  # it is thrown off
+            for number in range(500):  # for 2 GB
+                ask = Ask(id=f"t{number}", thing="blob", name=sha256(data), first=0, wanted="ff" * 8)
+                line.sendall(flooder.publish(topics.up("deaf", "blocks").encode(), encode(ask)))
+                time.sleep(0.02)  # a device has a few asks waiting, and the next find no room
+        wait_until(lambda: any("deaf" in text for text in server.get("/status")["warnings"]), "it is paused")
+        assert memory_mb(server.broker_pid(), "VmHWM") < 800
 
 
 STRANGERS = """
