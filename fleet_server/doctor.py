@@ -68,10 +68,13 @@ def _descriptors(folder: Folder) -> Finding:
 def _running(folder: Folder) -> int | None:
     """The process of the server that works on the folder; None when there is none, or when this system does not tell."""
     try:
-        pid = int(folder.lock.read_text())
-        return pid if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes() else None
+        pid, inode = int(folder.lock.read_text()), folder.lock.stat().st_ino
+        held = Path("/proc/locks").read_text().splitlines()
     except (OSError, ValueError):
         return None
+    fields = (line.split() for line in held)
+    locks = {(words[4], words[5].rpartition(":")[2]) for words in fields if words[1] == "FLOCK"}
+    return pid if (str(pid), str(inode)) in locks else None
 
 
 def _limit_of(pid: int) -> int:

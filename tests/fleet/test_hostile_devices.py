@@ -28,7 +28,7 @@ from fleet_server.broker import sessions
 from fleet_server.devices import pki
 from fleet_server.ingest.buffered_client import BufferedClient
 from fleet_server.ingest.connection import Connection
-from tests.fleet import flooder
+from tests.fleet import flooder, stand
 from tests.fleet.stand import DEADLINE_S, Device, Server, environment, make_csr, sha256, signed_event, wait_until
 
 pytestmark = pytest.mark.mosquitto
@@ -315,8 +315,14 @@ def strangers(port, count):
         process.stdin.close()
 
 
-def test_strangers_who_say_nothing_keep_nobody_out(tmp_path, many_descriptors, connect):
+def cold(module, arguments, **options):
+    """A process that has this one's limits."""
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], **options)
+
+
+def test_strangers_who_say_nothing_keep_nobody_out(tmp_path, many_descriptors, connect, monkeypatch):
     server = Server(tmp_path)
+    monkeypatch.setattr(stand.warm, "Process", cold)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))  # what services have by default
     try:
