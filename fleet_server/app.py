@@ -42,7 +42,7 @@ from fleet_server.ingest.intake import Intake
 from fleet_server.ingest.mqtt_link import MqttLink
 from fleet_server.ingest.pokes import Pokes
 from fleet_server.ingest.transfers import TransferAnswers
-from fleet_server.journal import Journal
+from fleet_server.journal import Happening, Journal
 from fleet_server.live import Hub
 from fleet_server.releases.catalogue import Catalogue
 from fleet_server.releases.key_changes import KeyChanges
@@ -181,7 +181,7 @@ class _Running:
         self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.judge.evaluate, transfers)
         self._door = Door(
             self._link, self, lambda device: sessions.forget(device, fleet.authority, host, self._config.broker.port),
-            fleet.inventory.note_flood, plugin=plugin is not None,
+            self._note_pause, plugin=plugin is not None,
         )  # fmt: skip
         self._link.on_flood, self._link.on_answer = self._door.pause, self._door.answered
         fleet.status.paused, fleet.status.live_revocation = self._link.flood.paused, plugin is not None
@@ -209,6 +209,12 @@ class _Running:
     def _pause(self, device: str) -> None:
         if seconds := self._link.flood.pause(device):
             self._door.pause(device, seconds)
+
+    def _note_pause(self, device: str, seconds: float) -> None:
+        message = (
+            f"{device} sends or asks for more than a device may, so the broker takes nothing of it for {seconds / 60:.0f} min"
+        )
+        self._fleet.journal.note(Happening(name="device_paused", message=message, device=device, reason="flood"))
 
     # What the door asks of the broker's process.
     def reload(self) -> None:

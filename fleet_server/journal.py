@@ -81,6 +81,12 @@ class Journal:
         session.flush()
         return event_view(row)
 
+    def note(self, happening: Happening) -> None:
+        """Stores an event of the server by itself, and tells everybody who reads along."""
+        with self._database.session() as session:
+            event = self.record(session, happening)
+        self.announce([event])
+
     def record_from_device(self, session: Session, event: Event) -> EventView | None:
         """Stores what a device said happened; None when it was stored before."""
         known = f"{event.device}/{event.id}"[:128]

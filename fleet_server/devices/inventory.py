@@ -228,17 +228,6 @@ class Inventory:
         if self.link:
             self.link.shut_out(device)
 
-    def note_flood(self, device: str, pause_s: float) -> None:
-        """Says that the device sent or asked for so much that it is paused for so long."""
-        message = (
-            f"{device} sends or asks for more than a device may, so the broker takes nothing of it for {pause_s / 60:.0f} min"
-        )
-        with self._database.session() as session:
-            happening = Happening(name="device_paused", message=message, device=device, reason="flood")
-            event = self._journal.record(session, happening)
-        self._journal.announce([event])
-        self._journal.changed("devices")
-
     def write_crl(self) -> None:
         """Writes the list of revoked certificates that have not ended by themselves."""
         with self._database.reading() as session:
