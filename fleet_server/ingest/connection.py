@@ -22,7 +22,7 @@ from fleet_server.ingest.buffered_client import BufferedClient
 _log = logging.getLogger(__name__)
 
 TURN_S = 1.0
-RECONNECT_MIN_S, RECONNECT_MAX_S = 0.2, 5.0
+RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 5.0  # the broker is on this machine, and is just being started
 LIVED_WELL_S = 10.0  # after this long the next reconnect waits for the shortest time again
 GOODBYE_S = 2.0
 
