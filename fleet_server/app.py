@@ -12,21 +12,15 @@ import fcntl
 import logging
 import os
 import signal
-import socket
-import ssl
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import uvicorn
-from starlette.types import ASGIApp
 
 from agent.common.systemd import notify, watchdog_interval_s
-from fleet_server import descriptors
+from fleet_server import descriptors, listeners
 from fleet_server.access import Access
 from fleet_server.api import device as device_api
 from fleet_server.api.operator import app as operator_api
-from fleet_server.api.tls import HEAD_WITHIN_S, ClientCertificateProtocol, Listener, OperatorProtocol, without_dates
+from fleet_server.api.tls import Listener
 from fleet_server.broker import sessions
 from fleet_server.broker import settings as broker_settings
 from fleet_server.broker.door import Door
@@ -44,6 +38,7 @@ from fleet_server.ingest.pokes import Pokes
 from fleet_server.ingest.transfers import TransferAnswers
 from fleet_server.journal import Happening, Journal
 from fleet_server.live import Hub
+from fleet_server.metrics import Metrics
 from fleet_server.releases.catalogue import Catalogue
 from fleet_server.releases.key_changes import KeyChanges
 from fleet_server.releases.online_keys import OnlineKeys
@@ -67,12 +62,6 @@ LEASES_READ_S = 15.0  # a lease that is shorter than before is kept from the nex
 RENEWALS_PER_LEASE = 4  # so that a device that misses one still has its lease
 RENEW_EVERY_S = 60.0
 MEMORY_READ_S = 0.5  # a device that reads nothing makes the broker hold 200 MB in a second
-CONNECTIONS = 400
-"""Of each listener; further ones are told to come later. Together they stay below the 1024 descriptors that a process has by
-default and that select() in the MQTT library can wait for. Without a bound, idle strangers would cut the server off its database
-and broker.
-"""
-GRACE_S = 3  # for requests under way when the server stops
 
 
 class Fleet:
@@ -80,7 +69,7 @@ class Fleet:
 
     def __init__(self, folder: Folder, config: FleetConfig, clock: Callable[[], float] = time.time) -> None:
         self.folder, self.config = folder, config
-        self.hub = Hub()
+        self.hub, self.metrics = Hub(), Metrics()
         self.database = Database(folder.database_url(config))
         self.authority = Authority(folder.pki)
         self.blobs = Blobs(folder.blobs, folder.uploads)
@@ -229,19 +218,19 @@ class _Running:
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
-        listeners = self._listeners()
-        sockets = [_bind(listener.config.host, listener.config.port) for listener in listeners]
+        found = self._listeners()
+        sockets = [listeners.bind(listener.config.host, listener.config.port) for listener in found]
         tasks = [asyncio.create_task(self._broker.run(), name="broker")]
         tasks += [
-            asyncio.create_task(listener.serve([sock]), name="listener")
-            for listener, sock in zip(listeners, sockets, strict=True)
+            asyncio.create_task(listener.run_aside(sock), name="listener")
+            for listener, sock in zip(found, sockets, strict=True)
         ]
         link_started = False
         try:
             self._door.start()
             self._link.start()
             link_started = True
-            await self._until_ready(listeners, tasks)
+            await self._until_ready(found, tasks)
             if self._stop.is_set():
                 return
             notify("READY=1")
@@ -256,13 +245,13 @@ class _Running:
         finally:
             notify("STOPPING=1")
             _log.info("stopping")
-            await self._end(listeners, tasks, link_started=link_started)
+            await self._end(found, tasks, link_started=link_started)
 
-    async def _until_ready(self, listeners: list[Listener], tasks: list[asyncio.Task[None]]) -> None:
+    async def _until_ready(self, found: list[Listener], tasks: list[asyncio.Task[None]]) -> None:
         """Returns when everything answers, or when asked to stop.  Raises: Unavailable that says what does not."""
         deadline = time.monotonic() + READY_WITHIN_S
         while not self._stop.is_set():
-            missing = [name for name, up in self._parts(listeners) if not up]
+            missing = [name for name, up in self._parts(found) if not up]
             if not missing:
                 return
             ended = [task for task in tasks if task.done()]
@@ -273,13 +262,13 @@ class _Running:
                 raise Unavailable(f"{', '.join(missing)} did not start; the broker said: {words}")
             await asyncio.sleep(0.02)
 
-    def _parts(self, listeners: list[Listener]) -> list[tuple[str, bool]]:
-        parts = [(f"the listener on port {listener.config.port}", listener.started) for listener in listeners]
+    def _parts(self, found: list[Listener]) -> list[tuple[str, bool]]:
+        parts = [(f"the listener on port {listener.config.port}", listener.started) for listener in found]
         return [*parts, (f"the broker on port {self._config.broker.port}", self._link.connected.is_set())]
 
-    async def _end(self, listeners: list[Listener], tasks: list[asyncio.Task[None]], *, link_started: bool) -> None:
+    async def _end(self, found: list[Listener], tasks: list[asyncio.Task[None]], *, link_started: bool) -> None:
         self._fleet.hub.close()
-        for listener in listeners:
+        for listener in found:
             listener.should_exit = True
         for task in tasks:
             if task.get_name() not in {"broker", "listener"}:
@@ -292,17 +281,9 @@ class _Running:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _listeners(self) -> list[Listener]:
-        config, authority = self._config, self._fleet.authority
-        operators = operator_api.build(self._fleet, title=f"{config.fleet} fleet", version=software_version())
-        tls: dict[str, Any] = {"ssl_certfile": authority.server_cert, "ssl_keyfile": authority.server_key}
-        device_tls = {**tls, "ssl_ca_certs": str(authority.ca_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
-        devices = device_api.build(self._fleet)
-        found = [
-            make_listener(operators, config.listen, config.operator_port, **tls),
-            make_listener(devices, config.listen, config.device_port, http=ClientCertificateProtocol, **device_tls),
-        ]
-        if config.loopback_port is not None:
-            found.append(make_listener(operators, config.loopback_address, config.loopback_port))
+        operators = operator_api.build(self._fleet, title=f"{self._config.fleet} fleet", version=software_version())
+        found = listeners.make(self._config, self._fleet.authority, operators, device_api.build(self._fleet))
+        listeners.count(self._fleet.metrics, found)
         return found
 
     # -- timers ------------------------------------------------------------------------------------------------------------
@@ -362,23 +343,6 @@ async def _watchdog() -> None:
     while interval is not None:
         notify("WATCHDOG=1")
         await asyncio.sleep(interval)
-
-
-def make_listener(app: ASGIApp, host: str, port: int, **options: Any) -> Listener:
-    """A listener that serves the application once it is run. `options` are uvicorn's."""
-    config = uvicorn.Config(
-            app, host=host, port=port, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
-            proxy_headers=False, timeout_graceful_shutdown=GRACE_S, limit_concurrency=CONNECTIONS, timeout_keep_alive=int(HEAD_WITHIN_S), **{"http": OperatorProtocol, **options},
-    )  # fmt: skip
-    return Listener(without_dates(config) if options.get("ssl_ca_certs") else config)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A listening socket.  Raises: Unavailable when another program has the port."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
-    except OSError as error:
-        raise Unavailable(f"cannot listen on {host} port {port}: {error.strerror or error}; change it in fleet.yaml") from error
 
 
 def _why(task: asyncio.Task[None]) -> str:

@@ -99,6 +99,33 @@ class RolloutSettings(Settings, frozen=True, kw_only=True):
             raise ValueError(f"exclude_share is {self.exclude_share}; it must be from 0 to 1")
 
 
+class ConnectionSettings(Settings, frozen=True, kw_only=True):
+    """How many HTTPS connections there may be at once. A listener that is full ends the connection that has been silent longest,
+    of whoever holds most. All together need as many open files as there are connections (`LimitNOFILE` of the unit).
+    """
+
+    devices: int = 1000
+    """Of the devices' listener."""
+    operators: int = 200
+    """Of the operators' listener: the page, the command line, enrolment."""
+    loopback: int = 100
+    """Of the plain listener for this machine, where a reverse proxy holds them."""
+    per_device: int = 16
+    """Of one device, known by its certificate: it needs one or two."""
+    devices_per_address: int = 500
+    """At the devices' listener, of one address (an IPv6 network of 64 bits) whose certificates are not known yet. Raise it when
+    more devices than that connect at the same moment from behind one NAT.
+    """
+    operators_per_address: int = 100
+    """At the operators' listener, of one address. Raise it when many operators, or many devices that enrol, come from one."""
+
+    def __post_init__(self) -> None:
+        if min(msgspec.structs.astuple(self)) < 1:
+            raise ValueError("every number of connections must be at least 1")
+        if self.devices_per_address > self.devices or self.operators_per_address > self.operators:
+            raise ValueError("an address cannot have more connections than its listener")
+
+
 class FleetConfig(Settings, frozen=True, kw_only=True):
     """Everything the server can be told in fleet.yaml."""
 
@@ -122,6 +149,8 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
     """How long what is signed is believed, see below."""
     rollouts: RolloutSettings = RolloutSettings()
     """How rollouts are judged, see below."""
+    connections: ConnectionSettings = ConnectionSettings()
+    """How many HTTPS connections there may be, see below."""
     database_url: str | None = None
     """Where the database is, as SQLAlchemy writes it; without it SQLite in the data folder."""
     looks_per_s: float = 50.0

@@ -31,7 +31,10 @@ class Database:
     """Sessions on one engine. A session is one transaction: committed when its block ends well, else undone."""
 
     def __init__(self, url: str) -> None:
-        arguments: dict[str, Any] = {"connect_args": {"timeout": 30}} if url.startswith("sqlite") else {}
+        # Who may read or write is bounded by the threads there are; none of them waits for another's connection to be free.
+        arguments: dict[str, Any] = {"max_overflow": -1}
+        if url.startswith("sqlite"):
+            arguments["connect_args"] = {"timeout": 30}
         self.engine: Engine = create_engine(url, json_serializer=_to_json, json_deserializer=msgspec.json.decode, **arguments)
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _sqlite_settings)

@@ -1,5 +1,6 @@
 """Clients that send slowly, too much or nothing: each is let go in time, and no one waits for them."""
 
+import asyncio
 import contextlib
 import errno
 import socket
@@ -12,12 +13,12 @@ import pytest
 import requests
 from sqlalchemy.exc import OperationalError
 
-from fleet_server import app
+from fleet_server import listeners
 from fleet_server.access import Role
-from fleet_server.api import busy, http, tls
+from fleet_server.api import accepting, busy, http, tls
 from fleet_server.api import device as device_api
+from fleet_server.api.connections import Limits
 from fleet_server.api.operator import app as operator_api
-from fleet_server.app import make_listener
 from tests.fleet.stand import sha256, wait_until
 
 pytestmark = pytest.mark.alone  # who is slower than a fraction of a second is let go, here also a good client
@@ -27,8 +28,10 @@ LET_GO_WITHIN_S = 10.0  # what the tests shorten to a fraction of a second
 class Listening:
     """One listener of a fleet in a thread of this process, without TLS."""
 
-    def __init__(self, application, protocol):
-        self._listener = make_listener(application, "127.0.0.1", 0, http=protocol)
+    def __init__(self, application, protocol, room=100):
+        limits = Limits(total=room, per_address=room, per_device=room)
+        self._listener = listeners.listener(application, "127.0.0.1", 0, limits, "test", http=protocol)
+        self.room = self._listener.room
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self._thread = threading.Thread(target=self._listener.run, kwargs={"sockets": [self._socket]})
@@ -43,6 +46,7 @@ class Listening:
 
 @pytest.fixture
 def quick(monkeypatch):
+    monkeypatch.setattr(accepting, "FIRST_BYTE_S", 0.2)
     monkeypatch.setattr(tls, "HEAD_WITHIN_S", 0.2)
     monkeypatch.setattr(http, "BODY_WITHIN_S", 0.3)
     monkeypatch.setattr(http, "STALL_S", 0.3)
@@ -158,57 +162,60 @@ def test_a_disk_that_takes_nothing_is_named(operators, fleet, monkeypatch, error
     assert (answer.status_code, answer.json()["code"]) == (status, code)
 
 
-def test_more_connections_than_there_is_room_for(fleet, quick, monkeypatch):
-    monkeypatch.setattr(app, "CONNECTIONS", 4)
-    fleet.database.migrate()
-    made = Listening(operator_api.build(fleet), tls.OperatorProtocol)
-    idle = [socket.create_connection(("127.0.0.1", made.port)) for _ in range(4)]
+async def _large(_scope, _receive, send):
+    """An application whose answers are larger than what the system takes for a client that does not read."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(64):
+        await send({"type": "http.response.body", "body": bytes(1024 * 1024), "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def test_an_answer_that_is_not_read(quick, monkeypatch):
+    monkeypatch.setattr(accepting, "UNREAD_MS", 300)
+    made = Listening(_large, tls.OperatorProtocol)
     try:
-        url = f"http://127.0.0.1:{made.port}/enrolment/ca"
-        statuses = set()
-
-        def there_is_room():
-            statuses.add(requests.get(url, headers={"Connection": "close"}, timeout=20).status_code)
-            return 200 in statuses
-
-        wait_until(there_is_room, "the idle ones were let go", within=LET_GO_WITHIN_S)
-        assert statuses == {503, 200}
+        with socket.create_connection(("127.0.0.1", made.port)) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            wait_until(lambda: len(made.room) == 1, "it is answered")
+            wait_until(lambda: len(made.room) == 0, "it is let go", within=LET_GO_WITHIN_S)
+        answered = requests.get(f"http://127.0.0.1:{made.port}/", timeout=20)
+        assert len(answered.content) == 64 * 1024 * 1024, "whoever reads gets all of it"
     finally:
-        for sock in idle:
-            sock.close()
         made.stop()
-
-
-@pytest.fixture
-def devices(fleet, monkeypatch):
-    """A devices' listener with room for four connections."""
-    monkeypatch.setattr(app, "CONNECTIONS", 4)
-    fleet.database.migrate()
-    made = Listening(device_api.build(fleet), tls.ClientCertificateProtocol)
-    yield made.port
-    made.stop()
 
 
 def _idle(port, count):
     return [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
 
 
-def test_a_crowded_listener_says_when_to_come_again(devices):
-    idle = _idle(devices, 4)
+def test_a_listener_with_too_many_requests_under_way_says_when_to_come_again():
+    asked = []
+
+    async def slow(_scope, _receive, _send):
+        asked.append(1)
+        await asyncio.sleep(60)
+
+    made = Listening(slow, tls.ClientCertificateProtocol, room=6)
+    waiting = _idle(made.port, 3)
     try:
-        answer = requests.get(f"http://127.0.0.1:{devices}/record", timeout=20)
+        for sock in waiting:
+            sock.sendall(b"GET /record HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: len(asked) == 3, "they are under way")
+        answer = requests.get(f"http://127.0.0.1:{made.port}/record", timeout=20)
         assert (answer.status_code, answer.json()["code"]) == (503, "busy")
         assert int(answer.headers["Retry-After"]) >= busy.FIRST_S
         assert answer.headers["Connection"] == "close"
     finally:
-        for sock in idle:
+        for sock in waiting:
             sock.close()
-    wait_until(lambda: requests.get(f"http://127.0.0.1:{devices}/record", timeout=20).status_code == 403, "there is room again")
+        made.stop()
 
 
-def test_a_kept_connection_is_let_go_sooner_where_connections_are_scarce(devices, monkeypatch):
+def test_a_kept_connection_is_let_go_sooner_where_connections_are_scarce(fleet, monkeypatch):
     monkeypatch.setattr(tls, "CROWDED_IDLE_S", 0.1)
-    connection = HTTPConnection("127.0.0.1", devices, timeout=LET_GO_WITHIN_S)
+    fleet.database.migrate()
+    made = Listening(device_api.build(fleet), tls.ClientCertificateProtocol, room=4)
+    connection = HTTPConnection("127.0.0.1", made.port, timeout=LET_GO_WITHIN_S)
     with contextlib.closing(connection):
 
         def ended(within_s):
@@ -221,10 +228,11 @@ def test_a_kept_connection_is_let_go_sooner_where_connections_are_scarce(devices
 
         with pytest.raises(TimeoutError):
             ended(0.5)
-        idle = _idle(devices, 2)
+        idle = _idle(made.port, 2)
         assert ended(LET_GO_WITHIN_S), "long before it would be else"
     for sock in idle:
         sock.close()
+    made.stop()
 
 
 def test_the_more_are_sent_away_the_later_they_come():

@@ -10,12 +10,14 @@ from starlette.responses import Response
 
 from fleet_server.access import Access, Role
 from fleet_server.api.operator.bodies import SignIn
-from fleet_server.api.operator.routes import COOKIE, Done, Route, actor_of, reply
+from fleet_server.api.operator.routes import COOKIE, Done, Raw, Route, actor_of, reply
+from fleet_server.metrics import TEXT, Metrics
 from fleet_server.status import Status, StatusView
 
 
 class Parts(Protocol):
     access: Access
+    metrics: Metrics
     status: Status
 
 
@@ -29,6 +31,11 @@ class Caller(msgspec.Struct, frozen=True):
 def status(parts: Parts) -> StatusView:
     """How the server is: devices, broker, when what is signed ends, and what a person should see to."""
     return parts.status.view()
+
+
+def metrics(parts: Parts) -> Response:
+    """What the server counts, as Prometheus reads it."""
+    return Response(parts.metrics.text(), media_type=TEXT)
 
 
 def me(_parts: Parts, request: Request) -> Caller:
@@ -56,6 +63,7 @@ def sign_out(parts: Parts, request: Request) -> Response:
 
 ROUTES = (
     Route("GET", "/status", status, Role.VIEWER),
+    Route("GET", "/metrics", metrics, Role.VIEWER, answer=Raw("text/plain", {"type": "string"})),
     Route("GET", "/me", me, Role.VIEWER),
     Route("POST", "/session", sign_in, None, answer=Caller),
     Route("DELETE", "/session", sign_out, None, answer=Done),

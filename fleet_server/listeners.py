@@ -1,0 +1,116 @@
+"""The server's HTTPS listeners: who is answered where, and how many connections each may have."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import uvicorn
+from starlette.types import ASGIApp
+
+from fleet_server.api.connections import Connections, Limits
+from fleet_server.api.tls import CIPHERS, HEAD_WITHIN_S, ClientCertificateProtocol, Listener, OperatorProtocol
+from fleet_server.config import ConnectionSettings, FleetConfig
+from fleet_server.devices.pki import Authority
+from fleet_server.errors import Unavailable
+from fleet_server.metrics import Metrics, Sample
+
+_log = logging.getLogger(__name__)
+
+GRACE_S = 3  # for requests under way when the server stops
+OTHER_DESCRIPTORS = 320
+"""For everything but connections: three for each thread that reads the database, files that are sent, the broker, the log."""
+BACKLOG = 2048
+UNLIMITED = 2**31
+
+
+def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices: ASGIApp) -> list[Listener]:
+    """The listeners of operators, of devices, and of this machine where there is one. They are not run yet."""
+    room = fitted(config.connections, _descriptors())
+    tls: dict[str, Any] = {"ssl_certfile": authority.server_cert, "ssl_keyfile": authority.server_key, "ssl_ciphers": CIPHERS}
+    device_tls = {**tls, "ssl_ca_certs": str(authority.ca_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    by_operators = Limits(total=room.operators, per_address=room.operators_per_address, per_device=room.operators)
+    by_devices = Limits(total=room.devices, per_address=room.devices_per_address, per_device=room.per_device)
+    found = [
+        listener(operators, config.listen, config.operator_port, by_operators, "operators", **tls),
+        listener(
+            devices, config.listen, config.device_port, by_devices, "devices", http=ClientCertificateProtocol, **device_tls
+        ),
+    ]
+    if config.loopback_port is not None:  # one address, that of the reverse proxy
+        here = Limits(total=room.loopback, per_address=room.loopback, per_device=room.loopback)
+        found.append(listener(operators, config.loopback_address, config.loopback_port, here, "loopback"))
+    return found
+
+
+def _descriptors() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return UNLIMITED if soft == resource.RLIM_INFINITY else soft
+
+
+def fitted(wanted: ConnectionSettings, descriptors: int) -> ConnectionSettings:
+    """As many connections as the process has descriptors for, each listener its part."""
+    together = wanted.devices + wanted.operators + wanted.loopback
+    part = max(0.1, (descriptors - OTHER_DESCRIPTORS) / together)
+    if part >= 1:
+        return wanted
+    _log.warning(
+        "this process may have %d open files, so its listeners share %d connections instead of %d; raise the limit (LimitNOFILE)",
+        descriptors, together * part, together,
+    )  # fmt: skip
+    numbers = {
+        name: max(1, int(number * part)) for name, number in msgspec.structs.asdict(wanted).items() if name != "per_device"
+    }
+    return msgspec.structs.replace(wanted, **numbers)
+
+
+def count(metrics: Metrics, found: Sequence[Listener]) -> None:
+    """Tells what becomes of connections."""
+
+    def by_cause(counted: Callable[[Connections], Mapping[str, int]]) -> Callable[[], list[Sample]]:
+        return lambda: [
+            Sample(number, {"listener": one.name, "full": cause})
+            for one in found
+            for cause, number in sorted(counted(one.room).items())
+        ]
+
+    def of(number: Callable[[Connections], int]) -> Callable[[], list[Sample]]:
+        return lambda: [Sample(number(one.room), {"listener": one.name}) for one in found]
+
+    metrics.add("edge_fleet_connections", "HTTPS connections that are open", of(len))
+    metrics.add("edge_fleet_connections_limit", "how many there may be at once", of(lambda room: room.limits.total))
+    metrics.add("edge_fleet_connections_accepted_total", "connections that were let in", of(lambda room: room.accepted))
+    metrics.add(
+        "edge_fleet_connections_ended_total",
+        "silent connections that made room, by what was full; handshake: the first bytes or TLS took too long",
+        by_cause(lambda room: dict(room.ended)),
+    )
+    metrics.add(
+        "edge_fleet_connections_refused_total",
+        "connections that were not let in, by what was full",
+        by_cause(lambda room: dict(room.refused)),
+    )
+
+
+def listener(app: ASGIApp, host: str, port: int, limits: Limits, name: str, **options: Any) -> Listener:
+    """A listener that serves the application once it is run. `options` are uvicorn's."""
+    config = uvicorn.Config(
+        app, host=host, port=port, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
+        proxy_headers=False, timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=int(HEAD_WITHIN_S),
+        **{"http": OperatorProtocol, **options},
+    )  # fmt: skip
+    return Listener(config, Connections(limits, time.monotonic), name)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.  Raises: Unavailable when another program has the port."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=BACKLOG)
+    except OSError as error:
+        raise Unavailable(f"cannot listen on {host} port {port}: {error.strerror or error}; change it in fleet.yaml") from error
