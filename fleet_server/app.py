@@ -38,7 +38,7 @@ from fleet_server.ingest.pokes import Pokes
 from fleet_server.ingest.transfers import TransferAnswers
 from fleet_server.journal import Happening, Journal
 from fleet_server.live import Hub
-from fleet_server.metrics import Metrics
+from fleet_server.metrics import Metrics, Sample
 from fleet_server.releases.catalogue import Catalogue
 from fleet_server.releases.key_changes import KeyChanges
 from fleet_server.releases.online_keys import OnlineKeys
@@ -70,7 +70,7 @@ class Fleet:
     def __init__(self, folder: Folder, config: FleetConfig, clock: Callable[[], float] = time.time) -> None:
         self.folder, self.config = folder, config
         self.hub, self.metrics = Hub(), Metrics()
-        self.database = Database(folder.database_url(config))
+        self.database = Database(folder.database_url(config), must_exist=True)
         self.authority = Authority(folder.pki)
         self.blobs = Blobs(folder.blobs, folder.uploads)
         self.repository = Repository(folder.metadata, folder.targets, OnlineKeys.read(folder.keys), config.expiry, clock)
@@ -93,6 +93,15 @@ class Fleet:
         self.intake = Intake(self.database, self.journal, clock)
         self.inventory.on_groups_changed = self.judge.evaluate
         self.status = Status(config, self.authority, self.repository, self.inventory, self.intake, clock)
+        self.status.database_problem = lambda: self.database.problem
+        self.metrics.add(
+            "edge_fleet_database_refused_total",
+            "transactions that the database did not take",
+            lambda: [Sample(self.database.refused)],
+        )
+        self.metrics.add(
+            "edge_fleet_database_ok", "1 when the last transaction was stored", lambda: [Sample(not self.database.problem)]
+        )
 
     def recover(self) -> None:
         """Makes good what an interrupted server left, so that disk, database and signed documents say the same."""
@@ -291,7 +300,11 @@ class _Running:
     async def _ticks(self) -> None:
         while True:
             await asyncio.sleep(self._config.rollouts.tick_s)
-            await _guarded(self._fleet.judge.evaluate, "rollouts could not be judged")
+            await _guarded(self._tick, "rollouts could not be judged")
+
+    def _tick(self) -> None:
+        self._fleet.database.check()
+        self._fleet.judge.evaluate()
 
     async def _renewals(self) -> None:
         expiry = self._config.expiry
@@ -334,6 +347,8 @@ async def _guarded(action: Callable[[], object], what: str) -> None:
     """
     try:
         await asyncio.to_thread(action)
+    except Unavailable as error:
+        _log.error("%s; trying again later: %s", what, error)
     except Exception:  # noqa: BLE001 - whatever it was
         _log.exception("%s; trying again later", what)
 

@@ -65,6 +65,7 @@ class Status:
         self.live_revocation = True
         self.paused: Callable[[], list[str]] = list
         """The devices that are shut out for a while."""
+        self.database_problem: Callable[[], str] = str
 
     def view(self) -> StatusView:
         expires = self._repository.expirations()
@@ -87,6 +88,8 @@ class Status:
                 f"{_some(paused)} sent or asked for more than a device may, and the broker takes nothing of them for a while: see what runs there, and revoke what is not "
                 "yours"
             )
+        if problem := self.database_problem():
+            found.insert(0, f"NOTHING IS STORED: {problem}")
         now = self._clock()
         for role, at in expires.items():
             if role not in ONLINE and at - now < WARN_BEFORE_S:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from typing import Any
 import msgspec
 from sqlalchemy import column, create_engine, event, inspect, select, table
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
+
+from fleet_server.storage.database_file import DatabaseFile, DatabaseGone
+
+_log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 VERSIONS = "alembic_version"
@@ -30,21 +35,63 @@ class DatabaseError(Exception):
 class Database:
     """Sessions on one engine. A session is one transaction: committed when its block ends well, else undone."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, must_exist: bool = False) -> None:
+        """`must_exist`: an SQLite database that is not there is not made."""
+        self._must_exist = must_exist
         # Who may read or write is bounded by the threads there are; none of them waits for another's connection to be free.
         arguments: dict[str, Any] = {"max_overflow": -1}
         if url.startswith("sqlite"):
             arguments["connect_args"] = {"timeout": 30}
         self.engine: Engine = create_engine(url, json_serializer=_to_json, json_deserializer=msgspec.json.decode, **arguments)
         if self.engine.dialect.name == "sqlite":
+            event.listen(self.engine, "do_connect", self._before_connect)
             event.listen(self.engine, "connect", _sqlite_settings)
             event.listen(self.engine, "begin", _begin)
         self._readers = self.engine.execution_options(reading=True)
+        self._file: DatabaseFile | None = None
+        self.refused = 0
+        """How many transactions failed because of the database, not of what was in them."""
+        self.problem = ""
+        """Why the last one did; empty when it did not."""
+
+    def check(self) -> None:
+        """Raises: DatabaseGone when what is open stands on the disk no more."""
+        try:
+            if self._file is not None:
+                self._file.check()
+        except DatabaseGone as error:
+            if not self.problem:
+                _log.critical("%s", error)
+            self.problem, self.refused = str(error), self.refused + 1
+            raise
+
+    def _before_connect(self, *_: Any) -> None:
+        """SQLite makes a database that is not there."""
+        self.check()
+        path = self._path()
+        if self._must_exist and path is not None and not path.exists():
+            raise DatabaseError(
+                f"{path} does not exist, though the fleet does: restore it from a backup. To begin with an empty one, which knows no device, "
+                f"group, token or rollout, make an empty file: touch {path}"
+            )
+
+    def _path(self) -> Path | None:
+        """The file of an SQLite database."""
+        name = self.engine.url.database
+        return Path(name) if self.engine.dialect.name == "sqlite" and name and name != ":memory:" else None
 
     @contextlib.contextmanager
     def session(self) -> Iterator[Session]:
-        with Session(self.engine, expire_on_commit=False) as session, session.begin():
-            yield session
+        """Raises: DatabaseGone also behind the block, when it was for nothing."""
+        self.check()
+        try:
+            with Session(self.engine, expire_on_commit=False) as session, session.begin():
+                yield session
+        except OperationalError as error:
+            self.problem, self.refused = str(error.orig), self.refused + 1
+            raise
+        self.check()
+        self.problem = ""
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Session]:
@@ -53,9 +100,16 @@ class Database:
             yield session
 
     def migrate(self, revision: str = "head") -> None:
-        """Brings the schema to `revision`, which is this version's.  Raises: DatabaseError when a newer version wrote it or it
-        cannot be changed.
+        """Brings the schema to `revision`, which is this version's, and watches the files from then on.
+
+        Raises: DatabaseError when a newer version wrote it, it cannot be changed, or it must exist and does not.
         """
+        self._migrate(revision)
+        path = self._path()
+        if path is not None and self._file is None:
+            self._file = DatabaseFile(path)
+
+    def _migrate(self, revision: str) -> None:
         try:
             if revision == "head" and self.is_current():
                 return
@@ -85,6 +139,8 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+        if self._file is not None:
+            self._file.close()
 
 
 def _to_json(value: Any) -> str:
