@@ -50,6 +50,7 @@ from fleet_server.rollouts.commands import Rollouts
 from fleet_server.rollouts.decisions import Decisions
 from fleet_server.rollouts.judging import Judge
 from fleet_server.rollouts.views import Views
+from fleet_server.sign_in import SignIns
 from fleet_server.status import Status, software_version
 from fleet_server.storage.blobs import Blobs
 from fleet_server.storage.database import Database
@@ -76,6 +77,7 @@ class Fleet:
         self.repository = Repository(folder.metadata, folder.targets, OnlineKeys.read(folder.keys), config.expiry, clock)
         self.access = Access(self.database, clock, session_s=config.session_s)
         self.journal = Journal(self.database, self.hub, clock, events_kept=config.events_kept)
+        self.sign_ins = SignIns(self.database, self.access, self.journal, clock)
         self.inventory = Inventory(self.database, self.authority, self.repository, self.journal, config, clock)
         self.enrolment = Enrolment(self.database, self.authority, self.repository, self.inventory, self.journal, config, clock)
         self.key_changes = KeyChanges(self.repository, clock)
@@ -94,13 +96,18 @@ class Fleet:
         self.inventory.on_groups_changed = self.judge.evaluate
         self.status = Status(config, self.authority, self.repository, self.inventory, self.intake, clock)
         self.status.database_problem = lambda: self.database.problem
-        self.metrics.add(
-            "edge_fleet_database_refused_total",
-            "transactions that the database did not take",
-            lambda: [Sample(self.database.refused)],
-        )
-        self.metrics.add(
-            "edge_fleet_database_ok", "1 when the last transaction was stored", lambda: [Sample(not self.database.problem)]
+        self._count()
+
+    def _count(self) -> None:
+        add, database = self.metrics.add, self.database
+        refused = "transactions that the database did not take"
+        add("edge_fleet_database_refused_total", refused, lambda: [Sample(database.refused)])
+        add("edge_fleet_database_ok", "1 when the last transaction was stored", lambda: [Sample(not database.problem)])
+        outcomes = self.sign_ins.outcomes
+        add(
+            "edge_fleet_sign_ins_total",
+            "attempts to open a browser session, by outcome",
+            lambda: [Sample(outcomes[one], {"outcome": one}) for one in ("opened", "denied", "throttled")],
         )
 
     def recover(self) -> None:

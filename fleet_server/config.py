@@ -143,6 +143,10 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
     """A TCP port for plain HTTP from this machine only (a local browser, a reverse proxy); without it there is none."""
     loopback_address: str = "127.0.0.1"
     """Where the plain HTTP listener is: 127.0.0.1 or ::1, nothing else."""
+    trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")
+    """Addresses or networks of reverse proxies before the operators' listeners. What only they may say is believed: who the
+    client is (`X-Forwarded-For`), and that it came over HTTPS (`X-Forwarded-Proto`), which makes cookies `Secure`.
+    """
     broker: BrokerSettings = BrokerSettings()
     """The MQTT broker, see below."""
     expiry: ExpirySettings = ExpirySettings()
@@ -167,6 +171,8 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
             raise ValueError("looks_per_s must be above 0")
         if not self.hosts:
             raise ValueError("hosts must name at least one host")
+        for proxy in self.trusted_proxies:
+            ipaddress.ip_network(proxy)  # says what it does not like of it
         if not _is_loopback(self.loopback_address):
             raise ValueError(
                 f"loopback_address {self.loopback_address!r} must be 127.0.0.1 or ::1: that listener is not encrypted; "

@@ -53,6 +53,16 @@ class TooLarge(FleetError):
     code = "too_large"
 
 
+class TooOften(FleetError):
+    """The caller tries too often; `after_s` seconds later it may again."""
+
+    code = "too_often"
+
+    def __init__(self, message: str, *, after_s: float) -> None:
+        super().__init__(message)
+        self.after_s = after_s
+
+
 class Unavailable(FleetError):
     """Something this server needs does not answer now; trying later may help."""
 

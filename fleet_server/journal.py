@@ -138,13 +138,10 @@ class Journal:
 
     # -- audit -------------------------------------------------------------------------------------------------------------
 
-    def audit(self, session: Session, actor: Actor, action: str, subject: str, **detail: Any) -> None:
-        """Notes a change in the transaction that makes it."""
-        session.add(
-            AuditRow(
-                at=self._clock(), who=actor.name, role=actor.role.value, action=action, subject=subject[:256], detail=detail
-            )
-        )
+    def audit(self, session: Session, actor: Actor | None, action: str, subject: str, **detail: Any) -> None:
+        """Notes a change in the transaction that makes it. Without an actor: what somebody unknown tried."""
+        who, role = (actor.name, actor.role.value) if actor is not None else ("", "")
+        session.add(AuditRow(at=self._clock(), who=who, role=role, action=action, subject=subject[:256], detail=detail))
 
     def audited(self, *, before: int | None = None, limit: int = 100) -> list[AuditView]:
         """Changes, the newest first."""

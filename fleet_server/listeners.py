@@ -35,17 +35,21 @@ def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices:
     room = fitted(config.connections, _descriptors())
     tls: dict[str, Any] = {"ssl_certfile": authority.server_cert, "ssl_keyfile": authority.server_key, "ssl_ciphers": CIPHERS}
     device_tls = {**tls, "ssl_ca_certs": str(authority.ca_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    proxies: dict[str, Any] = {
+        "proxy_headers": bool(config.trusted_proxies),
+        "forwarded_allow_ips": list(config.trusted_proxies),
+    }
     by_operators = Limits(total=room.operators, per_address=room.operators_per_address, per_device=room.operators)
     by_devices = Limits(total=room.devices, per_address=room.devices_per_address, per_device=room.per_device)
     found = [
-        listener(operators, config.listen, config.operator_port, by_operators, "operators", **tls),
+        listener(operators, config.listen, config.operator_port, by_operators, "operators", **tls, **proxies),
         listener(
             devices, config.listen, config.device_port, by_devices, "devices", http=ClientCertificateProtocol, **device_tls
         ),
     ]
     if config.loopback_port is not None:  # one address, that of the reverse proxy
         here = Limits(total=room.loopback, per_address=room.loopback, per_device=room.loopback)
-        found.append(listener(operators, config.loopback_address, config.loopback_port, here, "loopback"))
+        found.append(listener(operators, config.loopback_address, config.loopback_port, here, "loopback", **proxies))
     return found
 
 
@@ -102,8 +106,8 @@ def listener(app: ASGIApp, host: str, port: int, limits: Limits, name: str, **op
     """A listener that serves the application once it is run. `options` are uvicorn's."""
     config = uvicorn.Config(
         app, host=host, port=port, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=int(HEAD_WITHIN_S),
-        **{"http": OperatorProtocol, **options},
+        timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=int(HEAD_WITHIN_S),
+        **{"http": OperatorProtocol, "proxy_headers": False, **options},
     )  # fmt: skip
     return Listener(config, Connections(limits, time.monotonic), name)
 

@@ -41,8 +41,12 @@ class Metrics:
         lines = []
         for metric in self._all:
             lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"]
-            lines += [f"{metric.name}{_labels(sample.labels)} {sample.value:g}" for sample in metric.read()]
+            lines += [f"{metric.name}{_labels(sample.labels)} {_number(sample.value)}" for sample in metric.read()]
         return "\n".join([*lines, ""])
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def _labels(labels: Mapping[str, str]) -> str:

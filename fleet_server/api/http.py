@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -32,6 +33,7 @@ STATUS: dict[type[errors.FleetError], int] = {
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.TooLarge: 413,
+    errors.TooOften: 429,
     errors.Unavailable: 503,
 }
 HEADERS = {
@@ -72,7 +74,10 @@ def install(app: FastAPI, *, unlimited: str | None = None, renamed: Mapping[str,
 
     @app.exception_handler(errors.FleetError)
     def _ours(_request: Request, error: errors.FleetError) -> Response:
-        return answer(next((s for kind, s in STATUS.items() if isinstance(error, kind)), 500), str(error), error.code)
+        told = answer(next((s for kind, s in STATUS.items() if isinstance(error, kind)), 500), str(error), error.code)
+        if isinstance(error, errors.TooOften):
+            told.headers["Retry-After"] = str(math.ceil(error.after_s))
+        return told
 
     @app.exception_handler(ContractError)
     def _contract(_request: Request, error: ContractError) -> Response:

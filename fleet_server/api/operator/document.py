@@ -22,6 +22,7 @@ ERRORS = {
     409: "It does not fit what is already so.",
     411: "The request does not say how long it is.",
     413: "The body is too large.",
+    429: "The caller tries too often; Retry-After says when to try again.",
     500: "The server failed.",
     503: "The server cannot do it now.",
     507: "The server's disk is full.",
