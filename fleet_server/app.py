@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from agent.common.systemd import notify, watchdog_interval_s
-from fleet_server import descriptors, listeners
+from fleet_server import descriptors, housekeeping, listeners
 from fleet_server.access import Access
 from fleet_server.api import device as device_api
 from fleet_server.api.operator import app as operator_api
@@ -32,6 +32,7 @@ from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.pki import Authority
 from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import Unavailable
+from fleet_server.housekeeping import Housekeeping
 from fleet_server.ingest.intake import Intake
 from fleet_server.ingest.mqtt_link import MqttLink
 from fleet_server.ingest.pokes import Pokes
@@ -96,6 +97,7 @@ class Fleet:
         self.inventory.on_groups_changed = self.judge.evaluate
         self.status = Status(config, self.authority, self.repository, self.inventory, self.intake, clock)
         self.status.database_problem = lambda: self.database.problem
+        self.housekeeping = Housekeeping(self.blobs, self.catalogue, self.journal, config.keep, clock)
         self._count()
 
     def _count(self) -> None:
@@ -103,6 +105,15 @@ class Fleet:
         refused = "transactions that the database did not take"
         add("edge_fleet_database_refused_total", refused, lambda: [Sample(database.refused)])
         add("edge_fleet_database_ok", "1 when the last transaction was stored", lambda: [Sample(not database.problem)])
+        files, pending = "files that were uploaded and no release names yet", self.blobs.pending
+        add("edge_fleet_pending_uploads", files, lambda: [Sample(pending.held()[0])])
+        add("edge_fleet_pending_uploads_bytes", f"bytes of {files}", lambda: [Sample(pending.held()[1])])
+        removed = self.housekeeping.removed
+        add(
+            "edge_fleet_removed_total",
+            "what was removed because nobody needs it",
+            lambda: [Sample(removed[what], {"what": what}) for what in ("uploads", "events", "audit")],
+        )
         outcomes = self.sign_ins.outcomes
         add(
             "edge_fleet_sign_ins_total",
@@ -255,6 +266,7 @@ class _Running:
                 asyncio.create_task(self._ticks()),
                 asyncio.create_task(self._renewals()),
                 asyncio.create_task(self._broker_memory()),
+                asyncio.create_task(self._housekeeping()),
                 asyncio.create_task(_watchdog()),
             ]
             await until_stopped(self._stop, tasks)
@@ -312,6 +324,11 @@ class _Running:
     def _tick(self) -> None:
         self._fleet.database.check()
         self._fleet.judge.evaluate()
+
+    async def _housekeeping(self) -> None:
+        while True:
+            await _guarded(self._fleet.housekeeping.run, "what nobody needs could not be removed")
+            await asyncio.sleep(housekeeping.EVERY_S)
 
     async def _renewals(self) -> None:
         expiry = self._config.expiry

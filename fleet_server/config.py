@@ -126,6 +126,23 @@ class ConnectionSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("an address cannot have more connections than its listener")
 
 
+class KeepSettings(Settings, frozen=True, kw_only=True):
+    """What is kept, and for how long. What is too old is removed at the start and every five minutes, a little at a time."""
+
+    uploads_s: float = DAY_S
+    """Seconds for which a file, or the part of one, is kept that no release names: an upload that broke off, or was never
+    published.
+    """
+    upload_bytes: int = 64 * 1024**3
+    """How many bytes of such files one access token may have here."""
+    audit_s: float = 730 * DAY_S
+    """Seconds for which it is kept who changed what."""
+
+    def __post_init__(self) -> None:
+        if min(self.uploads_s, self.audit_s) < 60 or self.upload_bytes < 1:
+            raise ValueError("uploads_s and audit_s must be at least 60 seconds, upload_bytes at least 1")
+
+
 class FleetConfig(Settings, frozen=True, kw_only=True):
     """Everything the server can be told in fleet.yaml."""
 
@@ -155,13 +172,15 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
     """How rollouts are judged, see below."""
     connections: ConnectionSettings = ConnectionSettings()
     """How many HTTPS connections there may be, see below."""
+    keep: KeepSettings = KeepSettings()
+    """What is kept, and for how long, see below."""
     database_url: str | None = None
     """Where the database is, as SQLAlchemy writes it; without it SQLite in the data folder."""
     looks_per_s: float = 50.0
     """How many devices a second ask this server at most because of one poke: those that must ask spread over the time that this
     makes of their number."""
     events_kept: int = 100_000
-    """How many events are kept; older ones are deleted."""
+    """How many events are kept; older ones are deleted, within five minutes, or sooner while events come."""
     session_s: float = 12 * 3600.0
     """Seconds after which a browser must sign in again."""
 

@@ -130,11 +130,23 @@ class Journal:
 
     def _prune(self, session: Session) -> None:
         self._since_prune += 1
-        if self._since_prune < self._prune_every:
-            return
-        self._since_prune = 0
-        newest = session.scalar(select(func.max(EventRow.seq))) or 0
-        session.execute(delete(EventRow).where(EventRow.seq <= newest - self._kept))
+        if self._since_prune >= self._prune_every:
+            self._since_prune = 0
+            self._delete_events(
+                session, 2 * self._prune_every
+            )  # twice what came, so that it gets there after a change of settings
+
+    def prune_events(self, rows: int) -> int:
+        """Deletes the oldest events that are too many, but no more than so many; how many it deleted."""
+        with self._database.session() as session:
+            return self._delete_events(session, rows)
+
+    def _delete_events(self, session: Session, rows: int) -> int:
+        oldest, newest = session.execute(select(func.min(EventRow.seq), func.max(EventRow.seq))).one()
+        if oldest is None or oldest > newest - self._kept:
+            return 0
+        last = min(newest - self._kept, oldest + rows - 1)
+        return session.execute(delete(EventRow).where(EventRow.seq <= last)).rowcount  # type: ignore[no-any-return,attr-defined]
 
     # -- audit -------------------------------------------------------------------------------------------------------------
 
@@ -142,6 +154,13 @@ class Journal:
         """Notes a change in the transaction that makes it. Without an actor: what somebody unknown tried."""
         who, role = (actor.name, actor.role.value) if actor is not None else ("", "")
         session.add(AuditRow(at=self._clock(), who=who, role=role, action=action, subject=subject[:256], detail=detail))
+
+    def prune_audit(self, before: float, rows: int) -> int:
+        """Deletes the oldest entries of before that moment, but no more than so many; how many it deleted."""
+        with self._database.session() as session:
+            oldest = select(AuditRow.seq).order_by(AuditRow.seq).limit(rows).subquery()
+            query = delete(AuditRow).where(AuditRow.seq.in_(select(oldest.c.seq)), AuditRow.at < before)
+            return session.execute(query).rowcount  # type: ignore[no-any-return,attr-defined]
 
     def audited(self, *, before: int | None = None, limit: int = 100) -> list[AuditView]:
         """Changes, the newest first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import msgspec
 from sqlalchemy import select
@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from agent.contract.codec import ContractError
 from agent.contract.manifest import Provenance, ReleaseManifest, parse_manifest
-from agent.contract.names import ReleaseRef
+from agent.contract.names import SHA256, ReleaseRef
 from fleet_server.access import SERVER, Actor
 from fleet_server.errors import Conflict, Invalid, NotFound
 from fleet_server.journal import Happening, Journal
@@ -104,6 +104,7 @@ class Catalogue:
                 )
                 event = self._journal.record(session, happening)
                 published = _view(row)
+            self._blobs.pending.published([file.sha256 for file in checked.manifest.files.values()])
         self._journal.announce([event])
         self._journal.changed("releases")
         return published
@@ -114,6 +115,19 @@ class Catalogue:
         with self._database.reading() as session:
             row = session.scalar(select(ReleaseRow).where(ReleaseRow.sha256 == sha256))
             return _view(row) if row is not None else None
+
+    def remove_unused(self, sha256s: Iterable[str]) -> list[str]:
+        """Removes those of the blobs and parts of blobs that no release names; which they were."""
+        with self._publishing:
+            named = self._named()
+            return [
+                sha256 for sha256 in sha256s if SHA256.fullmatch(sha256) and sha256 not in named and self._blobs.remove(sha256)
+            ]
+
+    def _named(self) -> set[str]:
+        """The sha256 of every file of every release."""
+        with self._database.reading() as session:
+            return {sha256 for row in session.scalars(select(ReleaseRow)) for sha256 in summary_of(row).files}
 
     def _check_blobs(self, manifest: ReleaseManifest) -> None:
         for name, file in sorted(manifest.files.items()):

@@ -6,6 +6,7 @@ nobody changes it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -100,11 +101,12 @@ class MetadataFiles:
         """Writes a version of a role. Nobody trusts it before the timestamp leads to it."""
         self.write(f"{metadata.signed.version}.{role}.json", metadata)
 
-    def remove_before(self, role: str, version: int) -> None:
-        """Removes the versions of a role up to this one."""
+    def remove_before(self, role: str, version: int, moment: float | None = None) -> None:
+        """Removes the versions of a role up to this one; with a moment, of those the ones written before it."""
         for path in self.folder.glob(f"*.{role}.json"):
-            if int(path.name.split(".")[0]) <= version:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if int(path.name.split(".")[0]) <= version and (moment is None or path.stat().st_mtime < moment):
+                    path.unlink()
 
     def parse(self, data: bytes, kind: type[T], name: str) -> Metadata[T]:
         """Metadata of the type `kind` in the bytes of the file `name`."""

@@ -22,6 +22,7 @@ from fleet_server.releases.metadata_files import MetadataFiles
 from fleet_server.releases.online_keys import OnlineKeys
 from fleet_server.releases.target_files import TargetFiles
 
+OLD_AFTER_S = 86400.0  # of what publishers signed: a pipeline may publish more than that while a device refreshes
 KEPT_VERSIONS = 16  # a device in the middle of a refresh still finds the versions that its timestamp names
 
 
@@ -140,9 +141,16 @@ class OnlineRoles:
         self._metadata.write_role(role, metadata)
 
     def _prune(self, snapshot_version: int) -> None:
-        """Removes what no device in the middle of a refresh can still ask for. Root versions and releases are never removed."""
+        """Removes what no device in the middle of a refresh can still ask for. A device that was away needs every version of the
+        root, and of all else only what is trusted now; so roots are never removed, and of what publishers signed the old versions
+        are, each of which names all their releases. Manifests stay: what is trusted now names them.
+        """
         self._metadata.remove_before("snapshot", snapshot_version - KEPT_VERSIONS)
         self._metadata.remove_before(ASSIGNMENTS, self._metadata.version(ASSIGNMENTS) - KEPT_VERSIONS)
+        day_ago = self._clock() - OLD_AFTER_S
+        for name, info in self._metadata.versions().items():
+            if (role := name.removesuffix(".json")) != ASSIGNMENTS:
+                self._metadata.remove_before(role, info.version - KEPT_VERSIONS, day_ago)
         kept = {path.name: self._document_of(path) for path in self._metadata.folder.glob(f"*.{ASSIGNMENTS}.json")}
         self._documents = kept
         directory, _, base = ASSIGNMENT_TARGET.rpartition("/")

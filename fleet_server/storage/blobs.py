@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -13,12 +14,14 @@ from typing import IO, TYPE_CHECKING
 from agent.common import files
 from agent.contract import names
 from fleet_server.errors import Conflict, Invalid, TooLarge
+from fleet_server.storage.pending import Pending
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
 MAX_BLOB_BYTES = 64 * 1024**3
 CHUNK = 1024 * 1024
+LOOK_AGAIN_BYTES = 16 * CHUNK
 
 
 class Blobs:
@@ -27,6 +30,7 @@ class Blobs:
     def __init__(self, root: Path, uploads: Path) -> None:
         self.root = root
         self.uploads = uploads
+        self.pending = Pending(root, uploads)
 
     def path(self, sha256: str) -> Path:
         """Where the blob is, or would be.  Raises: Invalid when `sha256` is not a hash."""
@@ -72,14 +76,22 @@ class Blobs:
             return False
         return digest.hexdigest() == sha256
 
-    async def receive(self, sha256: str, offset: int, body: AsyncIterable[bytes]) -> int:
+    async def receive(
+        self, sha256: str, offset: int, body: AsyncIterable[bytes], account: str = "", limit: int = MAX_BLOB_BYTES
+    ) -> int:
         """Stores the bytes of a blob from `offset` on; its size once all are here and verified.
 
-        A connection that breaks leaves what arrived, and the sender goes on from `partial_size`.
+        A connection that breaks leaves what arrived, and the sender goes on from `partial_size`. `limit`: how many bytes the
+        account may have here that no release names.
         Raises: Conflict (another upload of it is under way, or `offset` is not where it stopped), Invalid (wrong hash),
         TooLarge.
         """
         target, partial = self.path(sha256), self.uploads / sha256
+        if (size := self.size(sha256)) is not None:
+            self.pending.seen(sha256)
+            return size
+        room = await asyncio.to_thread(self.pending.room, account, sha256, limit)
+        self.pending.begin(sha256, account)
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "r+b") as file:
             locked = _lock(file)
@@ -94,10 +106,13 @@ class Blobs:
                     f"upload of blob {sha256} stopped at byte {have}, not {offset}; continue there", code="wrong_offset"
                 )
             file.truncate()
+            seen = have
             async for chunk in body:
                 have += len(chunk)
-                if have > MAX_BLOB_BYTES:
-                    raise TooLarge(f"a blob may have at most {MAX_BLOB_BYTES} bytes")
+                if have - seen > LOOK_AGAIN_BYTES:  # the account may upload others meanwhile
+                    room, seen = await asyncio.to_thread(self.pending.room, account, sha256, limit), have
+                if have > min(room, MAX_BLOB_BYTES):
+                    raise TooLarge(f"this blob may have at most {min(room, MAX_BLOB_BYTES)} bytes", code="too_many_uploads")
                 digest.update(chunk)
                 file.write(chunk)
             file.flush()
@@ -112,6 +127,17 @@ class Blobs:
             partial.rename(target)
         files.sync_directory(self.root)
         return have
+
+    def remove(self, sha256: str) -> bool:
+        """Removes a blob, or the part of one; whether it did. Not one that is being uploaded."""
+        partial = self.uploads / sha256
+        with contextlib.suppress(FileNotFoundError), partial.open("rb") as file:
+            if not _lock(file):
+                return False
+            partial.unlink()
+        self.path(sha256).unlink(missing_ok=True)
+        self.pending.published([sha256])
+        return True
 
 
 def _lock(file: IO[bytes]) -> bool:

@@ -12,6 +12,7 @@ from fleet_server.access import Role
 from fleet_server.api import http
 from fleet_server.api.operator.bodies import Metadata, Publication
 from fleet_server.api.operator.routes import Number, Raw, Route, actor_of, ref_of, reply
+from fleet_server.config import FleetConfig
 from fleet_server.errors import Invalid
 from fleet_server.releases.catalogue import Catalogue, ReleaseDetail, ReleaseView
 from fleet_server.releases.delegations import RELEASES
@@ -24,6 +25,7 @@ from fleet_server.storage.blobs import Blobs
 class Parts(Protocol):
     blobs: Blobs
     catalogue: Catalogue
+    config: FleetConfig
     repository: Repository
     rollouts: Rollouts
     trust: Trust
@@ -104,6 +106,7 @@ def blob(parts: Parts, sha256: str) -> Response:
     """
     size = parts.blobs.size(sha256)
     if size is not None:
+        parts.blobs.pending.seen(sha256)
         response = reply(BlobView(sha256, size))
         response.headers["Upload-Offset"] = str(size)
         return response
@@ -119,7 +122,8 @@ async def upload(parts: Parts, request: Request, sha256: str) -> BlobView:
     offset = request.headers.get("upload-offset", "0")
     if not offset.isascii() or not offset.isdigit() or len(offset) > 16:
         raise Invalid("Upload-Offset must be a number of bytes")
-    size = await parts.blobs.receive(sha256, int(offset), request.stream())
+    account, limit = actor_of(request).token or "", parts.config.keep.upload_bytes
+    size = await parts.blobs.receive(sha256, int(offset), request.stream(), account, limit)
     return BlobView(sha256, size)
 
 

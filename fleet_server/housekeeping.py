@@ -1,0 +1,47 @@
+"""Removes what nobody needs any more, at the start and every few minutes, a little at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from fleet_server.config import KeepSettings
+from fleet_server.journal import Journal
+from fleet_server.releases.catalogue import Catalogue
+from fleet_server.storage.blobs import Blobs
+
+_log = logging.getLogger(__name__)
+
+EVERY_S = 300.0
+ROWS = 1000  # in one transaction, so that nobody waits for it longer than for a report
+BATCHES = 100  # in one turn
+
+
+class Housekeeping:
+    """`removed`: how many uploads, unused blobs, events and entries of the audit were removed since the start."""
+
+    def __init__(
+        self, blobs: Blobs, catalogue: Catalogue, journal: Journal, keep: KeepSettings, clock: Callable[[], float]
+    ) -> None:
+        self._blobs, self._catalogue, self._journal, self._keep, self._clock = blobs, catalogue, journal, keep, clock
+        self.removed: Counter[str] = Counter()
+
+    def run(self) -> None:
+        """One turn. Whatever fails is tried again at the next."""
+        now = self._clock()
+        old = self._blobs.pending.older_than(now - self._keep.uploads_s)
+        if old:
+            gone = self._catalogue.remove_unused(old)
+            self.removed["uploads"] += len(gone)
+            if gone:
+                _log.info("removed %d uploads that no release names", len(gone))
+        self._rows("events", lambda: self._journal.prune_events(ROWS))
+        self._rows("audit", lambda: self._journal.prune_audit(now - self._keep.audit_s, ROWS))
+
+    def _rows(self, what: str, prune: Callable[[], int]) -> None:
+        for _ in range(BATCHES):
+            removed = prune()
+            self.removed[what] += removed
+            if removed < ROWS:
+                return

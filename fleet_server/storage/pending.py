@@ -1,0 +1,77 @@
+"""What accounts uploaded and no release names yet: parts of files, and whole ones. Bounded for each account, and not for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from agent.common import files
+from fleet_server.errors import TooLarge
+
+MARK = ".by"  # beside an upload stands a file with this ending, with the account in it
+MAX_FILES = 1000
+
+
+class Pending:
+    """Notes beside uploads whose they are. `blobs` and `uploads`: the folders of whole files and of parts."""
+
+    def __init__(self, blobs: Path, uploads: Path) -> None:
+        self._blobs, self._uploads = blobs, uploads
+
+    def begin(self, sha256: str, account: str) -> None:
+        """Notes that the account uploads this, or goes on with it."""
+        mark = self._uploads / (sha256 + MARK)
+        if mark.exists():
+            os.utime(mark)
+        else:
+            files.write(mark, account.encode())
+
+    def seen(self, sha256: str) -> None:
+        """Somebody relies on its being here: its time begins anew."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self._uploads / (sha256 + MARK))
+
+    def published(self, sha256s: Collection[str]) -> None:
+        """A release names them now."""
+        for sha256 in sha256s:
+            (self._uploads / (sha256 + MARK)).unlink(missing_ok=True)
+
+    def room(self, account: str, sha256: str, limit: int) -> int:
+        """How many bytes of this file the account may have here.  Raises: TooLarge when it has too many others."""
+        others = [one for one, whose in self._marks() if whose == account and one != sha256]
+        held = sum(self._size(one) for one in others)
+        if len(others) >= MAX_FILES or held >= limit:
+            raise TooLarge(
+                f"{len(others)} files with {held} bytes were uploaded with this access token and belong to no release yet; publish them, or wait "
+                "until they are removed (keep.uploads_s in fleet.yaml)",
+                code="too_many_uploads",
+            )
+        return limit - held
+
+    def held(self) -> tuple[int, int]:
+        """How many files wait for a release, and their bytes."""
+        sizes = [self._size(one) for one, _ in self._marks()]
+        return len(sizes), sum(sizes)
+
+    def older_than(self, moment: float) -> list[str]:
+        """The uploads, whole or not, of which nothing came or was asked since then."""
+        found: dict[str, float] = {}
+        for folder in (self._uploads, self._blobs):
+            for path in folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    sha256 = path.name.removesuffix(MARK)
+                    found[sha256] = max(found.get(sha256, 0.0), path.stat().st_mtime)
+        return sorted(sha256 for sha256, at in found.items() if at < moment)
+
+    def _marks(self) -> Iterator[tuple[str, str]]:
+        for mark in self._uploads.glob(f"*{MARK}"):
+            with contextlib.suppress(FileNotFoundError):
+                yield mark.name.removesuffix(MARK), mark.read_text()
+
+    def _size(self, sha256: str) -> int:
+        for folder in (self._uploads, self._blobs):
+            with contextlib.suppress(FileNotFoundError):
+                return (folder / sha256).stat().st_size
+        return 0
