@@ -50,6 +50,7 @@ from fleet_server.rollouts.bundles import Bundles
 from fleet_server.rollouts.commands import Rollouts
 from fleet_server.rollouts.decisions import Decisions
 from fleet_server.rollouts.judging import Judge
+from fleet_server.rollouts.retention import Retention
 from fleet_server.rollouts.views import Views
 from fleet_server.sign_in import SignIns
 from fleet_server.status import Status, software_version
@@ -89,6 +90,7 @@ class Fleet:
         self.judge = Judge(self.database, self.inventory, self.assignment, decisions, config.rollouts, clock)
         self.views = Views(self.database)
         self.rollouts = Rollouts(self.repository, self.journal, decisions, self.judge, self.views, clock)
+        self.retention = Retention(decisions, self.catalogue, self.journal, config.keep.releases)
         self.bundles = Bundles(
             self.database, self.repository, self.inventory, self.catalogue, self.assignment, self.blobs, self.journal, config.fleet,
             clock,
@@ -97,7 +99,7 @@ class Fleet:
         self.inventory.on_groups_changed = self.judge.evaluate
         self.status = Status(config, self.authority, self.repository, self.inventory, self.intake, clock)
         self.status.database_problem = lambda: self.database.problem
-        self.housekeeping = Housekeeping(self.blobs, self.catalogue, self.journal, config.keep, clock)
+        self.housekeeping = Housekeeping(self.blobs, self.catalogue, self.retention, self.journal, config.keep, clock)
         self._count()
 
     def _count(self) -> None:
@@ -112,7 +114,7 @@ class Fleet:
         add(
             "edge_fleet_removed_total",
             "what was removed because nobody needs it",
-            lambda: [Sample(removed[what], {"what": what}) for what in ("uploads", "events", "audit")],
+            lambda: [Sample(removed[what], {"what": what}) for what in ("uploads", "releases", "events", "audit")],
         )
         outcomes = self.sign_ins.outcomes
         add(

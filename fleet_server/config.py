@@ -135,12 +135,18 @@ class KeepSettings(Settings, frozen=True, kw_only=True):
     """
     upload_bytes: int = 64 * 1024**3
     """How many bytes of such files one access token may have here."""
+    releases: int = 0
+    """How many releases of each model keep their files, the newest; 0: all. What is assigned, in a rollout, served by a device or
+    gone back to keeps them in any case.
+    """
     audit_s: float = 730 * DAY_S
     """Seconds for which it is kept who changed what."""
 
     def __post_init__(self) -> None:
-        if min(self.uploads_s, self.audit_s) < 60 or self.upload_bytes < 1:
-            raise ValueError("uploads_s and audit_s must be at least 60 seconds, upload_bytes at least 1")
+        if min(self.uploads_s, self.audit_s) < 60 or self.upload_bytes < 1 or self.releases < 0:
+            raise ValueError(
+                "uploads_s and audit_s must be at least 60 seconds, upload_bytes at least 1, releases not negative"
+            )
 
 
 class FleetConfig(Settings, frozen=True, kw_only=True):

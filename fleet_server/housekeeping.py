@@ -9,6 +9,7 @@ from collections.abc import Callable
 from fleet_server.config import KeepSettings
 from fleet_server.journal import Journal
 from fleet_server.releases.catalogue import Catalogue
+from fleet_server.rollouts.retention import Retention
 from fleet_server.storage.blobs import Blobs
 
 _log = logging.getLogger(__name__)
@@ -19,12 +20,14 @@ BATCHES = 100  # in one turn
 
 
 class Housekeeping:
-    """`removed`: how many uploads, unused blobs, events and entries of the audit were removed since the start."""
+    """`removed`: how many uploads, releases' files, events and entries of the audit were removed since the start."""
 
     def __init__(
-        self, blobs: Blobs, catalogue: Catalogue, journal: Journal, keep: KeepSettings, clock: Callable[[], float]
-    ) -> None:
-        self._blobs, self._catalogue, self._journal, self._keep, self._clock = blobs, catalogue, journal, keep, clock
+        self, blobs: Blobs, catalogue: Catalogue, retention: Retention, journal: Journal, keep: KeepSettings,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._blobs, self._catalogue, self._retention = blobs, catalogue, retention
+        self._journal, self._keep, self._clock = journal, keep, clock
         self.removed: Counter[str] = Counter()
 
     def run(self) -> None:
@@ -36,6 +39,7 @@ class Housekeeping:
             self.removed["uploads"] += len(gone)
             if gone:
                 _log.info("removed %d uploads that no release names", len(gone))
+        self.removed["releases"] += self._retention.apply()
         self._rows("events", lambda: self._journal.prune_events(ROWS))
         self._rows("audit", lambda: self._journal.prune_audit(now - self._keep.audit_s, ROWS))
 

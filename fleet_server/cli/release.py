@@ -48,7 +48,13 @@ def publish(ctx: click.Context, release_yaml: Path, keys: tuple[str, ...], *, ye
     if not as_json:
         tables.manifest(built.manifest)
     with connected(ctx) as client:
-        if (known := _same(client, built.manifest)) is not None:
+        known = _same(client, built.manifest)
+        if known is not None and known.get("deleted"):
+            _upload(client, built, quiet=as_json)
+            back = client.post(f"/releases/{segment(built.manifest.model)}/{built.manifest.version}/undelete")
+            show(back, as_json, lambda data: click.echo(f"{data['release']} has its files again"))
+            return
+        if known is not None:
             show(known, as_json, lambda data: click.echo(f"{data['release']} is published already, and the same"))
             return
         agreed(f"Sign and publish {built.manifest.ref}?", yes=yes)
@@ -139,6 +145,27 @@ def release_show(ctx: click.Context, ref: str, *, as_json: bool) -> None:
     parsed = names.ReleaseRef.parse(ref)
     with connected(ctx) as client:
         show(client.get(f"/releases/{segment(parsed.model)}/{parsed.version}"), as_json, tables.release)
+
+
+@release.command("delete")
+@click.argument("ref", metavar="RELEASE")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@with_json
+@click.pass_context
+@reports_errors
+def release_delete(ctx: click.Context, ref: str, *, yes: bool, as_json: bool) -> None:
+    """Deletes the files of a release from the server. Refused while it is assigned, in a rollout, served by a device, or what a
+    rollback goes back to. To have them back, publish the same release again.
+
+    edge-fleet release delete digits:1
+    """
+    from agent.contract import names
+
+    parsed = names.ReleaseRef.parse(ref)
+    agreed(f"Delete the files of {parsed} from the server?", yes=yes)
+    with connected(ctx) as client:
+        done = client.delete(f"/releases/{segment(parsed.model)}/{parsed.version}")
+    show(done, as_json, lambda _: click.echo(f"the files of {parsed} are deleted"))
 
 
 @click.command(cls=Command)

@@ -139,10 +139,15 @@ def _hardware(hardware: dict[str, Any] | None) -> str:
     return f"{hardware['arch']} {hardware['machine']}, {hardware['cpus']} CPUs, {size(hardware['memory_bytes'])}"
 
 
+def _release_state(release: dict[str, Any]) -> str:
+    words = [word for word in ("withdrawn", "deleted") if release.get(word)]
+    return ", ".join(words) or "published"
+
+
 def releases(found: list[dict[str, Any]]) -> None:
     rows: list[list[object]] = [
         [
-            r["release"], "withdrawn" if r["withdrawn"] else "published", size(r["size_bytes"]),
+            r["release"], _release_state(r), size(r["size_bytes"]),
             ", ".join(f"{v['name']} ({v['runtime']})" for v in r["variants"]), r["golden_cases"], moment(r["published"]),
         ]
         for r in found
@@ -152,7 +157,7 @@ def releases(found: list[dict[str, Any]]) -> None:
 
 def release(r: dict[str, Any]) -> None:
     console = _console()
-    state = "[bold red]withdrawn[/bold red]" if r["withdrawn"] else "published"
+    state = _release_state(r) if _release_state(r) == "published" else f"[bold red]{_release_state(r)}[/bold red]"
     console.print(f"[bold]{safe(r['release'])}[/bold]  {state} {moment(r['published'])}, {size(r['size_bytes'])}")
     console.print(f"signed by {safe(', '.join(key[:12] for key in r['signers']))}   manifest sha256 {safe(r['sha256'])}")
     for variant in r["variants"]:

@@ -36,7 +36,9 @@ class VariantView(msgspec.Struct, frozen=True):
 
 
 class ReleaseView(msgspec.Struct, frozen=True, kw_only=True):
-    """A published release as operators see it in lists. `signers`: the ids of the keys that signed it."""
+    """A published release as operators see it in lists. `signers`: the ids of the keys that signed it;
+    `deleted`: its files are gone.
+    """
 
     model: str
     version: int
@@ -46,6 +48,7 @@ class ReleaseView(msgspec.Struct, frozen=True, kw_only=True):
     published: float
     signers: list[str]
     withdrawn: bool
+    deleted: bool
     variants: list[VariantView]
     golden_cases: int
     provenance: Provenance
@@ -104,7 +107,7 @@ class Catalogue:
                 )
                 event = self._journal.record(session, happening)
                 published = _view(row)
-            self._blobs.pending.published([file.sha256 for file in checked.manifest.files.values()])
+            self._blobs.pending.forget([file.sha256 for file in checked.manifest.files.values()])
         self._journal.announce([event])
         self._journal.changed("releases")
         return published
@@ -116,6 +119,17 @@ class Catalogue:
             row = session.scalar(select(ReleaseRow).where(ReleaseRow.sha256 == sha256))
             return _view(row) if row is not None else None
 
+    def undelete(self, actor: Actor, ref: ReleaseRef) -> None:
+        """The files of a deleted release are here again.  Raises: NotFound; Invalid when one is not."""
+        with self._publishing:
+            manifest = self.manifest(ref)
+            self._check_blobs(manifest)
+            with self._database.session() as session:
+                find(session, ref).deleted = False
+                self._journal.audit(session, actor, "release.undelete", str(ref))
+            self._blobs.pending.forget([file.sha256 for file in manifest.files.values()])
+        self._journal.changed("releases")
+
     def remove_unused(self, sha256s: Iterable[str]) -> list[str]:
         """Removes those of the blobs and parts of blobs that no release names; which they were."""
         with self._publishing:
@@ -125,9 +139,13 @@ class Catalogue:
             ]
 
     def _named(self) -> set[str]:
-        """The sha256 of every file of every release."""
+        """The sha256 of every file of every release that was not deleted."""
         with self._database.reading() as session:
-            return {sha256 for row in session.scalars(select(ReleaseRow)) for sha256 in summary_of(row).files}
+            return {
+                sha256
+                for row in session.scalars(select(ReleaseRow).where(ReleaseRow.deleted.is_(False)))
+                for sha256 in summary_of(row).files
+            }
 
     def _check_blobs(self, manifest: ReleaseManifest) -> None:
         for name, file in sorted(manifest.files.items()):
@@ -161,6 +179,7 @@ class Catalogue:
         row = ReleaseRow(
             model=manifest.model, version=manifest.version, manifest=data.decode(), sha256=sha256, size_bytes=manifest.size_bytes,
             published=self._clock(), signers=signers, withdrawn=False,
+            deleted=any(self._blobs.size(file.sha256) is None for file in manifest.files.values()),
         )  # fmt: skip
         session.add(row)
         return row
@@ -199,6 +218,12 @@ def find(session: Session, ref: ReleaseRef) -> ReleaseRow:
     if row is None:
         raise NotFound(f"release {ref} was never published; `edge-fleet release list` shows what was")
     return row
+
+
+def refuse_deleted(session: Session, ref: ReleaseRef) -> None:
+    """Raises: NotFound; Conflict when the release has no files any more."""
+    if find(session, ref).deleted:
+        raise Conflict(f"the files of {ref} were deleted; publish the same release again, which uploads them", code="deleted")
 
 
 def refuse_other_bytes(session: Session, ref: ReleaseRef, files: Collection[str]) -> None:
@@ -250,6 +275,6 @@ def _view(row: ReleaseRow) -> ReleaseView:
     summary = summary_of(row)
     return ReleaseView(
         model=row.model, version=row.version, release=f"{row.model}:{row.version}", sha256=row.sha256, size_bytes=row.size_bytes,
-        published=row.published, signers=row.signers, withdrawn=row.withdrawn, variants=summary.variants,
+        published=row.published, signers=row.signers, withdrawn=row.withdrawn, deleted=row.deleted, variants=summary.variants,
         golden_cases=summary.golden_cases, provenance=summary.provenance,
     )  # fmt: skip

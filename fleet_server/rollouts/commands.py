@@ -90,6 +90,7 @@ class Rollouts:
     def _create(self, session: Session, actor: Actor, ref: ReleaseRef, plans: Plans) -> RolloutRow:
         if catalogue.find(session, ref).withdrawn:
             raise Conflict(f"release {ref} was withdrawn; publish a new version", code="withdrawn")
+        catalogue.refuse_deleted(session, ref)
         self._refuse_unsigned(session, ref)
         if plans.mode == "install":
             catalogue.refuse_other_bytes(session, ref, catalogue.summary_of(catalogue.find(session, ref)).files)
@@ -188,6 +189,7 @@ class Rollouts:
             raise Conflict(f"there is no earlier release of {model!r} to go back to; name one with --to", code="no_previous")
         if catalogue.find(session, ReleaseRef(model, target)).withdrawn:
             raise Conflict(f"release {model}:{target} was withdrawn; name another with --to", code="withdrawn")
+        catalogue.refuse_deleted(session, ReleaseRef(model, target))
         self._refuse_unsigned(session, ReleaseRef(model, target))
         if target == row.release and active is None:
             raise Conflict(f"every device is assigned {model}:{target} already", code="already_assigned")

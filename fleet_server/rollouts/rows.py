@@ -58,9 +58,10 @@ def before(session: Session, model: str, release: int) -> int | None:
     """
     row = came_to_all(session, model, release)
     previous = row.previous if row is not None else None
-    if previous is None or previous >= release or catalogue.find(session, ReleaseRef(model, previous)).withdrawn:
+    if previous is None or previous >= release:
         return None
-    return previous
+    found = catalogue.find(session, ReleaseRef(model, previous))
+    return None if found.withdrawn or found.deleted else previous
 
 
 def came_to_all(session: Session, model: str, release: int) -> RolloutRow | None:

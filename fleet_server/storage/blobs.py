@@ -119,6 +119,7 @@ class Blobs:
             await asyncio.to_thread(os.fsync, file.fileno())
             if digest.hexdigest() != sha256:
                 partial.unlink()
+                self.pending.forget([sha256])
                 raise Invalid(
                     f"the bytes received have sha256 {digest.hexdigest()}, not {sha256}: the file changed or the upload was damaged",
                     code="hash_mismatch",
@@ -136,7 +137,7 @@ class Blobs:
                 return False
             partial.unlink()
         self.path(sha256).unlink(missing_ok=True)
-        self.pending.published([sha256])
+        self.pending.forget([sha256])
         return True
 
 

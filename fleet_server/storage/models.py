@@ -126,6 +126,8 @@ class ReleaseRow(Base):
     published: Mapped[float] = mapped_column(Float)
     signers: Mapped[list[str]] = mapped_column(JSON, default=list)
     withdrawn: Mapped[bool] = mapped_column(Boolean, default=False)
+    deleted: Mapped[bool] = mapped_column(Boolean, default=False)
+    """Its files are gone; its manifest is not."""
 
 
 class ModelRow(Base):

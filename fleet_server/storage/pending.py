@@ -33,8 +33,8 @@ class Pending:
         with contextlib.suppress(FileNotFoundError):
             os.utime(self._uploads / (sha256 + MARK))
 
-    def published(self, sha256s: Collection[str]) -> None:
-        """A release names them now."""
+    def forget(self, sha256s: Collection[str]) -> None:
+        """A release names them now, or they are gone."""
         for sha256 in sha256s:
             (self._uploads / (sha256 + MARK)).unlink(missing_ok=True)
 

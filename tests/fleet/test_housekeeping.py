@@ -149,7 +149,7 @@ def test_events_are_pruned_in_small_batches_also_the_servers_own(fleet, clock, m
     fleet.database.migrate()
     monkeypatch.setattr(housekeeping, "ROWS", 10)
     journal = Journal(fleet.database, fleet.hub, clock, events_kept=20)
-    keeper = housekeeping.Housekeeping(fleet.blobs, fleet.catalogue, journal, fleet.config.keep, clock)
+    keeper = housekeeping.Housekeeping(fleet.blobs, fleet.catalogue, fleet.retention, journal, fleet.config.keep, clock)
     with fleet.database.session() as session:
         for number in range(95):
             fleet.journal.record(session, Happening(name="x", message=str(number)))

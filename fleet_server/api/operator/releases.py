@@ -19,6 +19,7 @@ from fleet_server.releases.delegations import RELEASES
 from fleet_server.releases.repository import Repository
 from fleet_server.releases.trust import Trust
 from fleet_server.rollouts.commands import Rollouts, Withdrawal
+from fleet_server.rollouts.retention import Deletion, Retention
 from fleet_server.storage.blobs import Blobs
 
 
@@ -27,6 +28,7 @@ class Parts(Protocol):
     catalogue: Catalogue
     config: FleetConfig
     repository: Repository
+    retention: Retention
     rollouts: Rollouts
     trust: Trust
 
@@ -100,6 +102,16 @@ def withdraw(parts: Parts, request: Request, model: str, version: Number) -> Wit
     return parts.rollouts.withdraw(actor_of(request), ref_of(f"{model}:{version}"))
 
 
+def delete_release(parts: Parts, request: Request, model: str, version: Number) -> Deletion:
+    """Deletes the files of a release that nobody needs: not assigned, in no rollout, served by no device, not gone back to."""
+    return parts.retention.delete(actor_of(request), ref_of(f"{model}:{version}"))
+
+
+def undelete_release(parts: Parts, request: Request, model: str, version: Number) -> Deletion:
+    """Lets a release be rolled out again whose files were deleted and uploaded again."""
+    return parts.retention.undelete(actor_of(request), ref_of(f"{model}:{version}"))
+
+
 def blob(parts: Parts, sha256: str) -> Response:
     """Whether a file is here: 200, or 404 with `Upload-Offset` saying how much of it is, and `Upload-Under-Way` while somebody
     sends it.
@@ -134,6 +146,8 @@ ROUTES = (
     Route("GET", "/releases/{model}/{version}", release, Role.VIEWER),
     Route("POST", "/releases", publish, Role.PUBLISHER),
     Route("POST", "/releases/{model}/{version}/withdraw", withdraw, Role.OPERATOR),
+    Route("DELETE", "/releases/{model}/{version}", delete_release, Role.OPERATOR),
+    Route("POST", "/releases/{model}/{version}/undelete", undelete_release, Role.PUBLISHER),
     Route("POST", "/publishers/{publisher}/metadata", resign, Role.PUBLISHER),
     Route("GET", "/publishing", publishing, Role.PUBLISHER),
     Route("GET", "/blobs/{sha256}", blob, Role.PUBLISHER, answer=BlobView),

@@ -344,7 +344,7 @@ function renderReleases() {
 function releaseRow(release) {
   const everywhere = state.models.some((model) => model.model === release.model && model.release === release.version);
   const moving = state.rollouts.some((rollout) => !OVER.includes(rollout.state) && rollout.model === release.model && rollout.release === release.version);
-  const standing = release.withdrawn ? pill("withdrawn", "bad") : everywhere ? pill("everywhere", "good") : moving ? pill("rolling out", "busy") : pill("published");
+  const standing = release.deleted ? pill("deleted", "bad") : release.withdrawn ? pill("withdrawn", "bad") : everywhere ? pill("everywhere", "good") : moving ? pill("rolling out", "busy") : pill("published");
   const { notes, publisher } = release.provenance;
   return h("tr", null,
     cell("", null, h("b", null, release.release)),
@@ -354,7 +354,7 @@ function releaseRow(release) {
     cell("Published", { class: "num" }, h("time", { title: moment(release.published) }, ago(release.published))),
     cell("From", { class: "answer small" }, publisher || "", h("span", { class: "muted" }, ` key ${(release.signers[0] || "").slice(0, 8)} · ${release.golden_cases} golden`), notes ? h("div", { class: "muted" }, notes) : null),
     cell("", { class: "num" }, may("operator") && !release.withdrawn ? [
-      everywhere || moving ? null : h("button", { class: "small", "data-key": `roll-${release.release}`, onclick: () => startDialog(release) }, "Roll out…"), " ",
+      everywhere || moving || release.deleted ? null : h("button", { class: "small", "data-key": `roll-${release.release}`, onclick: () => startDialog(release) }, "Roll out…"), " ",
       h("button", { class: "small quiet", "data-key": `withdraw-${release.release}`, onclick: () => confirmThen("Withdraw", `Withdraw ${release.release} for good? No device may run it any more.`, () => call("POST", `/releases/${encodeURIComponent(release.model)}/${release.version}/withdraw`, {})) }, "Withdraw"),
     ] : null));
 }
