@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+PER_ACCOUNT = 16  # readers: a stream is never ended to make room, so they must not take all there is; a page open needs one
 MAX_WAITING = 1000  # a reader that is slower is dropped; it connects again and asks for what it missed
 
 
@@ -22,8 +23,8 @@ class Change(msgspec.Struct, frozen=True):
 class Reader:
     """One reader's queue of messages: events and changes. `lost` says that it fell behind and must start over."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, account: str | None) -> None:
+        self._loop, self.account = loop, account
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self.lost = False
 
@@ -51,9 +52,9 @@ class Hub:
         self.closed = False
 
     @contextlib.contextmanager
-    def reader(self) -> Iterator[Reader]:
+    def reader(self, account: str | None = None) -> Iterator[Reader]:
         """A reader for as long as the block lasts; called inside the event loop that reads."""
-        reader = Reader(asyncio.get_running_loop())
+        reader = Reader(asyncio.get_running_loop(), account)
         with self._lock:
             self._readers.add(reader)
         if self.closed:
@@ -63,6 +64,11 @@ class Hub:
         finally:
             with self._lock:
                 self._readers.discard(reader)
+
+    def crowded(self, account: str | None) -> bool:
+        """Whether the account reads along as often as it may."""
+        with self._lock:
+            return sum(reader.account == account for reader in self._readers) >= PER_ACCOUNT
 
     def tell(self, message: Any) -> None:
         with self._lock:

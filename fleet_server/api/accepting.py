@@ -101,7 +101,7 @@ class Acceptor:
 
     def _take(self, sock: socket.socket, address: str) -> None:
         sock.setblocking(False)
-        with contextlib.suppress(OSError):  # the client has gone already; reading says so
+        with contextlib.suppress(OSError, AttributeError):  # the client has gone already, as reading says; or this is no Linux
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MS)
 
         def gone(why: str | None = None) -> None:

@@ -49,6 +49,7 @@ class Database:
             event.listen(self.engine, "begin", _begin)
         self._readers = self.engine.execution_options(reading=True)
         self._file: DatabaseFile | None = None
+        self._gone = False
         self.refused = 0
         """How many transactions failed because of the database, not of what was in them."""
         self.problem = ""
@@ -60,10 +61,13 @@ class Database:
             if self._file is not None:
                 self._file.check()
         except DatabaseGone as error:
-            if not self.problem:
+            if not self._gone:
                 _log.critical("%s", error)
-            self.problem, self.refused = str(error), self.refused + 1
+            self._gone, self.problem, self.refused = True, str(error), self.refused + 1
             raise
+        if self._gone:
+            self._gone, self.problem = False, ""
+            _log.warning("the database's files are back")
 
     def _before_connect(self, *_: Any) -> None:
         """SQLite makes a database that is not there."""

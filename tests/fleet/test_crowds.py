@@ -14,6 +14,7 @@ import time
 import pytest
 import requests
 
+from fleet_server import live
 from tests.fleet.stand import Server, answer, model_state, wait_until
 
 CROWD = "127.0.0.2"
@@ -190,3 +191,16 @@ def test_only_ciphers_that_authenticate_what_they_encrypt(server, victim, listen
         handshake(port, victim, ciphers="AES128-GCM-SHA256")  # without forward secrecy
     assert re.search("GCM|CHACHA", handshake(port, victim))
     assert re.search("GCM|CHACHA", handshake(port, victim, version=ssl.TLSVersion.TLSv1_3))
+
+
+def test_an_account_that_reads_along_without_end(server, victim):
+    """Streams are never ended to make room; so one account must not have them all."""
+    token = server.make_token("viewer")
+    context = ssl.create_default_context(cafile=str(server.ca))
+    asks = f"GET /api/v1/events/stream HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+    with crowd(60, server.operator, context, asks) as held:
+        answers = [sock.recv(12) for sock in held]
+        assert (answers.count(b"HTTP/1.1 200"), answers.count(b"HTTP/1.1 429")) == (live.PER_ACCOUNT, 60 - live.PER_ACCOUNT)
+        everybody_is_answered(server, victim, times=3)
+        with server.request("GET", "/events/stream", stream=True) as other:
+            assert other.status_code == 200

@@ -56,7 +56,8 @@ def test_what_is_deleted_is_missed_at_once_and_not_made_anew(running, lost, tmp_
     for name in lost:
         (tmp_path / name).rename(server.data / name)
 
-    wait_until(lambda: write(server).status_code == 200, "it goes on with the same files")
+    wait_until(lambda: server.get("/status")["warnings"] == [], "the tick sees that they are back")
+    assert write(server).status_code == 200
     wait_until(lambda: server.get("/devices/d1")["state"] is not None, "what was said meanwhile is stored")
     assert "\nedge_fleet_database_ok 1\n" in metrics(server)
     assert server.get("/status")["warnings"] == []

@@ -11,8 +11,8 @@ from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
 from fleet_server.access import Access, Role
-from fleet_server.api.operator.routes import Limit, Raw, Route, Seq, authenticate
-from fleet_server.errors import Denied
+from fleet_server.api.operator.routes import Limit, Raw, Route, Seq, actor_of, authenticate
+from fleet_server.errors import Denied, TooOften
 from fleet_server.journal import AuditView, EventView, Journal
 from fleet_server.live import Change, Hub
 
@@ -38,6 +38,10 @@ async def stream(parts: Parts, request: Request, after: Seq = None) -> Response:
     last = request.headers.get("last-event-id", "")
     if last.isascii() and last.isdigit() and len(last) < 19:
         after = int(last)
+    if parts.hub.crowded(actor_of(request).token):
+        raise TooOften(
+            "this access token reads events along as often as it may; end another stream first", after_s=STREAM_KEEPALIVE_S
+        )
     return StreamingResponse(_follow(parts, request, after), media_type=STREAM, headers={"X-Accel-Buffering": "no"})
 
 
@@ -47,7 +51,7 @@ def audit(parts: Parts, before: Seq = None, limit: Limit = 100) -> list[AuditVie
 
 
 async def _follow(parts: Parts, request: Request, after: int | None) -> AsyncIterator[str]:
-    with parts.hub.reader() as reader:
+    with parts.hub.reader(actor_of(request).token) as reader:
         yield "retry: 1000\n\n"
         seen = -1 if after is None else after
         while after is not None and (missed := await asyncio.to_thread(parts.journal.events, after=seen, limit=1000)):
