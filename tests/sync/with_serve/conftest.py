@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -86,6 +87,7 @@ class App:
 def device(tmp_path: Path, identity, repository: Repository, server: Server):
     device = Real(tmp_path, identity, repository, server)
     yield device
+    print(json.dumps(device.state(), indent=1), device.log(), device.real.output(), sep="\n")  # shown of a test that failed
     device.close()
 
 
