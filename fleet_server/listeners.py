@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import socket
 import ssl
 import time
@@ -14,6 +13,7 @@ import msgspec
 import uvicorn
 from starlette.types import ASGIApp
 
+from fleet_server import descriptors
 from fleet_server.api.connections import Connections, Limits
 from fleet_server.api.tls import CIPHERS, HEAD_WITHIN_S, ClientCertificateProtocol, Listener, OperatorProtocol
 from fleet_server.config import ConnectionSettings, FleetConfig
@@ -27,12 +27,11 @@ GRACE_S = 3  # for requests under way when the server stops
 OTHER_DESCRIPTORS = 320
 """For everything but connections: three for each thread that reads the database, files that are sent, the broker, the log."""
 BACKLOG = 2048
-UNLIMITED = 2**31
 
 
 def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices: ASGIApp) -> list[Listener]:
     """The listeners of operators, of devices, and of this machine where there is one. They are not run yet."""
-    room = fitted(config.connections, _descriptors())
+    room = fitted(config.connections, descriptors.allowed())
     tls: dict[str, Any] = {"ssl_certfile": authority.server_cert, "ssl_keyfile": authority.server_key, "ssl_ciphers": CIPHERS}
     device_tls = {**tls, "ssl_ca_certs": str(authority.ca_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
     proxies: dict[str, Any] = {
@@ -53,20 +52,15 @@ def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices:
     return found
 
 
-def _descriptors() -> int:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return UNLIMITED if soft == resource.RLIM_INFINITY else soft
-
-
-def fitted(wanted: ConnectionSettings, descriptors: int) -> ConnectionSettings:
+def fitted(wanted: ConnectionSettings, allowed: int) -> ConnectionSettings:
     """As many connections as the process has descriptors for, each listener its part."""
     together = wanted.devices + wanted.operators + wanted.loopback
-    part = max(0.1, (descriptors - OTHER_DESCRIPTORS) / together)
+    part = max(0.1, (allowed - OTHER_DESCRIPTORS) / together)
     if part >= 1:
         return wanted
     _log.warning(
         "this process may have %d open files, so its listeners share %d connections instead of %d; raise the limit (LimitNOFILE)",
-        descriptors, together * part, together,
+        allowed, together * part, together,
     )  # fmt: skip
     numbers = {
         name: max(1, int(number * part)) for name, number in msgspec.structs.asdict(wanted).items() if name != "per_device"

@@ -81,9 +81,8 @@ class Server:
         config["broker"]["port"] = self.broker
         config["broker"]["listen"] = "127.0.0.1"
         config["rollouts"]["tick_s"] = 0.5
-        for section, values in settings.items():
-            config[section].update(values)
         (self.data / "fleet.yaml").write_text(yaml.safe_dump(config))
+        self.set(**settings)
         self.ca = self.data / "pki" / "ca.crt"
         profile = yaml.safe_load(self.profile.read_text())
         profile.update(url=f"https://127.0.0.1:{self.operator}", ca=str(self.ca))
@@ -93,6 +92,14 @@ class Server:
         self._session = None
         self.url = f"https://127.0.0.1:{self.operator}"
         self.device_url = f"https://127.0.0.1:{self.device}"
+
+    def set(self, **settings):
+        """Changes values in sections of fleet.yaml: `set(broker={"port": 1})`. They count from the next start."""
+        path = self.data / "fleet.yaml"
+        config = yaml.safe_load(path.read_text())
+        for section, values in settings.items():
+            config[section].update(values)
+        path.write_text(yaml.safe_dump(config))
 
     def _make(self, fresh):
         """`edge-fleet init`; done once and copied, unless the test needs keys of its own."""

@@ -179,12 +179,7 @@ def test_ctrl_c_stops_it_too(own_server):
 
 
 def test_no_mosquitto(own_server):
-    import yaml
-
-    path = own_server.data / "fleet.yaml"
-    config = yaml.safe_load(path.read_text())
-    config["broker"]["mosquitto"] = "mosquitto-that-is-not-there"
-    path.write_text(yaml.safe_dump(config))
+    own_server.set(broker={"mosquitto": "mosquitto-that-is-not-there"})
     done = own_server.cli("serve", own_server.data)
     assert done.returncode == 1
     assert "apt install mosquitto" in done.stderr

@@ -4,16 +4,8 @@ import json
 import sqlite3
 
 import pytest
-import yaml
 
 pytestmark = pytest.mark.mosquitto
-
-
-def configure(server, **broker):
-    path = server.data / "fleet.yaml"
-    config = yaml.safe_load(path.read_text())
-    config["broker"].update(broker)
-    path.write_text(yaml.safe_dump(config))
 
 
 def lose_the_database(server):
@@ -52,9 +44,9 @@ def test_a_server_that_runs_is_asked_itself(server):
 
 WRONG = [
     # what is wrong, which finding says so, how bad it is, in which words
-    (lambda s: configure(s, mosquitto="not-there"), "broker", "failed", "apt install mosquitto"),
-    (lambda s: configure(s, dynamic_security="/not/there.so"), "plug-in", "failed", "/not/there.so"),
-    (lambda s: configure(s, dynamic_security=""), "plug-in", "warning", "restarts the broker"),
+    (lambda s: s.set(broker={"mosquitto": "not-there"}), "broker", "failed", "apt install mosquitto"),
+    (lambda s: s.set(broker={"dynamic_security": "/not/there.so"}), "plug-in", "failed", "/not/there.so"),
+    (lambda s: s.set(broker={"dynamic_security": ""}), "plug-in", "warning", "restarts the broker"),
     (lose_the_database, "database", "failed", "does not exist"),
     (come_from_a_newer_version, "database", "failed", "newer version"),
     (lambda s: (s.data / "fleet.yaml").write_text("fleet: ["), "configuration", "failed", "fleet.yaml"),

@@ -7,8 +7,6 @@ import os
 import ssl
 import time
 
-import yaml
-
 from agent.contract.reports import Event
 from fleet_server import housekeeping
 from fleet_server.access import SERVER
@@ -40,13 +38,6 @@ def age(path, seconds):
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def set_keep(server, **values):
-    path = server.data / "fleet.yaml"
-    config = yaml.safe_load(path.read_text())
-    config["keep"].update(values)
-    path.write_text(yaml.safe_dump(config))
-
-
 def test_an_abandoned_upload_is_removed_at_the_start_and_a_young_one_goes_on(own_server):
     server = own_server.start()
     other = LARGE[::-1]
@@ -73,7 +64,7 @@ def test_an_abandoned_upload_is_removed_at_the_start_and_a_young_one_goes_on(own
 
 def test_what_an_account_leaves_behind_is_bounded_and_others_upload(tmp_path):
     server = Server(tmp_path)
-    set_keep(server, upload_bytes=4_000_000)
+    server.set(keep={"upload_bytes": 4_000_000})
     server.start()
     try:
         hoarder, publisher = server.make_token("publisher"), server.make_token("publisher")

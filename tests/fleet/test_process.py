@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 from cryptography import x509
 
 from fleet_server.app import Fleet, own_names
@@ -87,10 +86,7 @@ def test_own_names():
 
 
 def test_metadata_is_renewed_while_it_runs(own_server):
-    path = own_server.data / "fleet.yaml"
-    config = yaml.safe_load(path.read_text())
-    config["expiry"]["timestamp_s"] = 60.0
-    path.write_text(yaml.safe_dump(config))
+    own_server.set(expiry={"timestamp_s": 60.0})
     timestamp = own_server.data / "repository" / "metadata" / "timestamp.json"
     fleet = Fleet(Folder(own_server.data), load(Folder(own_server.data)), lambda: __import__("time").time() - 31)
     fleet.repository.assign(fleet.repository.assignment_bytes())  # as if signed 31 s ago: less than half is left
