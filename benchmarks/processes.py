@@ -68,7 +68,7 @@ def running(
         env=environment(),
     )  # fmt: skip
     try:
-        _wait_for(path, process)
+        wait_for(path, process)
         yield process
     finally:
         process.terminate()
@@ -83,7 +83,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         with socket.socket(socket.AF_UNIX) as probe:

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 
-from agent.common.systemd import notify, watchdog_interval_s
+from agent.common.systemd import notify
 from fleet_server import descriptors, housekeeping, listeners
 from fleet_server.access import Access
 from fleet_server.api import device as device_api
@@ -27,6 +27,7 @@ from fleet_server.broker.door import Door
 from fleet_server.broker.subscriptions import SubscriptionWatch
 from fleet_server.broker.supervisor import Supervisor
 from fleet_server.config import FleetConfig, Folder, load
+from fleet_server.devices.adoption import Adoption
 from fleet_server.devices.enrolment import Enrolment
 from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.pki import Authority
@@ -52,10 +53,11 @@ from fleet_server.rollouts.decisions import Decisions
 from fleet_server.rollouts.judging import Judge
 from fleet_server.rollouts.retention import Retention
 from fleet_server.rollouts.views import Views
-from fleet_server.sign_in import SignIns
+from fleet_server.sign_in import SignIns, WrongTokens
 from fleet_server.status import Status, software_version
 from fleet_server.storage.blobs import Blobs
 from fleet_server.storage.database import Database
+from fleet_server.timers import guarded, watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +82,10 @@ class Fleet:
         self.access = Access(self.database, clock, session_s=config.session_s)
         self.journal = Journal(self.database, self.hub, clock, events_kept=config.events_kept)
         self.sign_ins = SignIns(self.database, self.access, self.journal, clock)
+        self.wrong_tokens = WrongTokens(self.database, self.journal, clock)
         self.inventory = Inventory(self.database, self.authority, self.repository, self.journal, config, clock)
+        self.adoption = Adoption(self.database, self.authority, self.journal, clock)
+        self.inventory.adopt = self.adoption.adopt
         self.enrolment = Enrolment(self.database, self.authority, self.repository, self.inventory, self.journal, config, clock)
         self.key_changes = KeyChanges(self.repository, clock)
         self.trust = Trust(self.database, self.repository, self.key_changes, self.journal, clock)
@@ -98,6 +103,7 @@ class Fleet:
         self.intake = Intake(self.database, self.journal, clock)
         self.inventory.on_groups_changed = self.judge.evaluate
         self.status = Status(config, self.authority, self.repository, self.inventory, self.intake, clock)
+        self.status.restored = lambda: self.adoption.window
         self.status.database_problem = lambda: self.database.problem
         self.housekeeping = Housekeeping(self.blobs, self.catalogue, self.retention, self.journal, config.keep, clock)
         self._count()
@@ -121,6 +127,12 @@ class Fleet:
             "edge_fleet_sign_ins_total",
             "attempts to open a browser session, by outcome",
             lambda: [Sample(outcomes[one], {"outcome": one}) for one in ("opened", "denied", "throttled")],
+        )
+        wrong = self.wrong_tokens.outcomes
+        add(
+            "edge_fleet_wrong_tokens_total",
+            "requests with an access token that is not known or was revoked, by outcome",
+            lambda: [Sample(wrong[one], {"outcome": one}) for one in ("denied", "throttled")],
         )
 
     def recover(self) -> None:
@@ -208,6 +220,8 @@ class _Running:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pokes = Pokes(fleet.repository, fleet.inventory, self._link, self._config.looks_per_s)
         self._link.on_connected = self._poke_all
+        if fleet.adoption.window is not None:
+            fleet.intake.on_stranger = self._pokes.poke_stranger
         fleet.inventory.link, fleet.assignment.poker = self, self._pokes
         fleet.status.broker_connected, fleet.inventory.heard_since = self._link.connected.is_set, self._link.heard_since
 
@@ -269,7 +283,7 @@ class _Running:
                 asyncio.create_task(self._renewals()),
                 asyncio.create_task(self._broker_memory()),
                 asyncio.create_task(self._housekeeping()),
-                asyncio.create_task(_watchdog()),
+                asyncio.create_task(watchdog()),
             ]
             await until_stopped(self._stop, tasks)
         finally:
@@ -321,7 +335,7 @@ class _Running:
     async def _ticks(self) -> None:
         while True:
             await asyncio.sleep(self._config.rollouts.tick_s)
-            await _guarded(self._tick, "rollouts could not be judged")
+            await guarded(self._tick, "rollouts could not be judged")
 
     def _tick(self) -> None:
         self._fleet.database.check()
@@ -329,7 +343,7 @@ class _Running:
 
     async def _housekeeping(self) -> None:
         while True:
-            await _guarded(self._fleet.housekeeping.run, "what nobody needs could not be removed")
+            await guarded(self._fleet.housekeeping.run, "what nobody needs could not be removed")
             await asyncio.sleep(housekeeping.EVERY_S)
 
     async def _renewals(self) -> None:
@@ -337,7 +351,7 @@ class _Running:
         interval = min(RENEW_EVERY_S, min(expiry.assignments_s, expiry.snapshot_s, expiry.timestamp_s) / 8)
         while True:
             await asyncio.sleep(min(interval, LEASES_READ_S))
-            await _guarded(self._renew, "metadata could not be renewed")
+            await guarded(self._renew, "metadata could not be renewed")
 
     async def _broker_memory(self) -> None:
         while True:
@@ -365,25 +379,6 @@ async def until_stopped(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) ->
             raise Unavailable(f"the {task.get_name()} ended: {task.exception() or 'see the lines above'}")
     finally:
         stopped.cancel()
-
-
-async def _guarded(action: Callable[[], object], what: str) -> None:
-    """A timer's work: a failure is logged, and the timer's next turn tries again, because stopping the server would help
-    nobody.
-    """
-    try:
-        await asyncio.to_thread(action)
-    except Unavailable as error:
-        _log.error("%s; trying again later: %s", what, error)
-    except Exception:  # noqa: BLE001 - whatever it was
-        _log.exception("%s; trying again later", what)
-
-
-async def _watchdog() -> None:
-    interval = watchdog_interval_s()
-    while interval is not None:
-        notify("WATCHDOG=1")
-        await asyncio.sleep(interval)
 
 
 def _why(task: asyncio.Task[None]) -> str:

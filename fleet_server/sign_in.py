@@ -1,4 +1,4 @@
-"""Signing in with a browser: how often an address may fail and an account may come, and what is noted of it."""
+"""Access tokens that are shown: how often an address may fail and an account may sign in, and what is noted of it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,45 @@ class Allowance:
                 self._free_at.popitem(last=False)
 
 
+class _Notes:
+    """What is refused to strangers, in the audit and counted; bounded in all, as strangers must not fill the database."""
+
+    def __init__(self, database: Database, journal: Journal, clock: Callable[[], float]) -> None:
+        self._database, self._journal = database, journal
+        self._notes = Allowance(NOTES, NOTE_EVERY_S, clock)
+        self.outcomes: Counter[str] = Counter()
+
+    def add(self, action: str, address: str) -> None:
+        """`action` is `SUBJECT.OUTCOME`."""
+        self.outcomes[action.partition(".")[2]] += 1
+        if self._notes.wait_s("") > 0:
+            return
+        self._notes.spend("")
+        with self._database.session() as session:
+            self._journal.audit(session, None, action, address)
+
+
+class WrongTokens:
+    """Wrong access tokens in requests. A right one always passes, whatever else comes from its address: many scripts may stand
+    behind one, and a token is too long to be guessed. Safe between threads.
+    """
+
+    def __init__(self, database: Database, journal: Journal, clock: Callable[[], float]) -> None:
+        self._failures = Allowance(FAILURES, FAILURE_EVERY_S, clock)
+        self._notes = _Notes(database, journal, clock)
+        self.outcomes = self._notes.outcomes
+        """How many were `denied`, and `throttled`."""
+
+    def note(self, address: str) -> None:
+        """One came from there.  Raises: TooOften, when too many did."""
+        wait_s = self._failures.wait_s(address)
+        if wait_s > 0:
+            self._notes.add("token.throttled", address)
+            raise TooOften(f"too many wrong access tokens; try again in {wait_s:.0f} s with one that is known", after_s=wait_s)
+        self._failures.spend(address)
+        self._notes.add("token.denied", address)
+
+
 class SignIns:
     """Opens browser sessions for those who show an access token."""
 
@@ -48,8 +87,8 @@ class SignIns:
         self._database, self._access, self._journal = database, access, journal
         self._failures = Allowance(FAILURES, FAILURE_EVERY_S, clock)
         self._sign_ins = Allowance(SIGN_INS, SIGN_IN_EVERY_S, clock)
-        self._notes = Allowance(NOTES, NOTE_EVERY_S, clock)
-        self.outcomes: Counter[str] = Counter()
+        self._notes = _Notes(database, journal, clock)
+        self.outcomes = self._notes.outcomes
         """How many were `opened`, `denied` and `throttled`."""
 
     def open(self, token: str, address: str) -> tuple[Actor, str]:
@@ -61,7 +100,7 @@ class SignIns:
             actor = self._access.by_token(token)
         except Denied:
             self._failures.spend(address)
-            self._note("session.denied", address)
+            self._notes.add("session.denied", address)
             raise
         account = actor.token or ""
         self._refuse_above(self._sign_ins, account, address)
@@ -75,13 +114,5 @@ class SignIns:
     def _refuse_above(self, allowance: Allowance, key: str, address: str) -> None:
         wait_s = allowance.wait_s(key)
         if wait_s > 0:
-            self._note("session.throttled", address)
+            self._notes.add("session.throttled", address)
             raise TooOften(f"too many attempts to sign in; try again in {wait_s:.0f} s", after_s=wait_s)
-
-    def _note(self, action: str, address: str) -> None:
-        self.outcomes[action.partition(".")[2]] += 1
-        if self._notes.wait_s("") > 0:
-            return
-        self._notes.spend("")
-        with self._database.session() as session:
-            self._journal.audit(session, None, action, address)

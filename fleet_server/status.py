@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,6 +18,7 @@ from fleet_server.releases.repository import Repository
 from fleet_server.releases.trust import WARN_BEFORE_S
 
 NAMED = 5  # devices in a warning
+RESTORED_SAID_S = 30 * 86400.0  # for how long it is said that the server was restored
 
 
 class Messages(msgspec.Struct, frozen=True):
@@ -66,6 +68,8 @@ class Status:
         self.paused: Callable[[], list[str]] = list
         """The devices that are shut out for a while."""
         self.database_problem: Callable[[], str] = str
+        self.restored: Callable[[], tuple[float, float] | None] = lambda: None
+        """Of when the backup is that this server was restored from, and when it was restored."""
 
     def view(self) -> StatusView:
         expires = self._repository.expirations()
@@ -91,6 +95,8 @@ class Status:
         if problem := self.database_problem():
             found.insert(0, f"NOTHING IS STORED: {problem}")
         now = self._clock()
+        if (restored := self.restored()) is not None and now - restored[1] < RESTORED_SAID_S:
+            found.append(_lost(*restored))
         for role, at in expires.items():
             if role not in ONLINE and at - now < WARN_BEFORE_S:
                 days, how = int((at - now) / 86400), f"`edge-fleet keys renew {role}`"
@@ -118,6 +124,15 @@ class Status:
                 "stop it and run `edge-fleet keys recover`; if not, somebody else speaks for this fleet"
             )
         return found
+
+
+def _lost(taken: float, restored: float) -> str:
+    """What to look after on a server that was restored from a backup."""
+    copy, back = (dt.datetime.fromtimestamp(at).astimezone().isoformat(" ", "minutes") for at in (taken, restored))
+    return (
+        f"this server was restored at {back} from a backup of {copy}, and what was decided in between is lost: look at who was shut out, at "
+        "groups, access tokens and running rollouts, and publish again what was published (docs/how-to/back-up-and-restore.md)"
+    )
 
 
 def _some(devices: list[str]) -> str:

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 BODY_WITHIN_S = 60.0  # for a whole body to come
 STALL_S = 60.0  # for the next piece of an upload: a sleeping laptop must not keep the next uploader out
 MAX_BODY_BYTES = 16 * 1024 * 1024  # a publication: a manifest and the releases role, both as JSON strings
+AGAIN_S = 5  # a database or a disk that does not answer may do so soon
 STATUS: dict[type[errors.FleetError], int] = {
     errors.Invalid: 400,
     errors.Denied: 401,
@@ -64,7 +65,9 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
 
 
 def answer(status: int, text: str, code: str) -> Response:
-    return Response(msgspec.json.encode(ErrorAnswer(text, code)), status, media_type="application/json")
+    """`text` says what to do. Whoever is told that the server cannot do it now (503) is told when to come again, too."""
+    headers = {"Retry-After": str(AGAIN_S)} if status == STATUS[errors.Unavailable] else None
+    return Response(msgspec.json.encode(ErrorAnswer(text, code)), status, headers, media_type="application/json")
 
 
 def install(app: FastAPI, *, unlimited: str | None = None, renamed: Mapping[str, str] | None = None) -> None:

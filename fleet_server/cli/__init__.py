@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from fleet_server.cli import access, bundle, describe, device, exclusion, journal, keys, release, rollout, server, token
+from fleet_server.cli import access, backup, bundle, describe, device, exclusion, journal, keys, release, rollout, server, token
 from fleet_server.cli.command import Group
 
 
@@ -32,7 +32,7 @@ def main(profile: Path | None) -> None:
 
 
 for command in (
-    server.init, server.serve, server.doctor, server.renew_root,
+    server.init, server.serve, server.doctor, server.renew_root, backup.backup, backup.restore,
     release.publish, release.release, release.withdraw, release.reinstate,
     keys.keys, keys.publisher,
     rollout.rollout, rollout.rollback, exclusion.exclusion, bundle.bundle,

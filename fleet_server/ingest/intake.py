@@ -46,6 +46,7 @@ MAX_PRESENCE_BYTES = 4 * 1024
 MAX_MODELS = 256
 MAX_ANSWERS = 64
 MAX_INTEGER = 2**63 - 1
+STRANGERS = ("unknown_device", "bad_signature")  # causes that a device may have without being at fault, see `devices.adoption`
 MAX_NAME, MAX_VARIANT = 64, 128  # the widths of their columns
 
 _models = DeviceModel.__table__
@@ -98,6 +99,8 @@ class Intake:
     def __init__(self, database: Database, journal: Journal, clock: Callable[[], float]) -> None:
         self._database, self._journal, self._clock = database, journal, clock
         self._lock = threading.Lock()
+        self.on_stranger: Callable[[str], None] = lambda _device: None
+        """Told of a device that is not known, or signed with a key that is not. Must not block."""
         self.accepted = 0
         self.dropped: collections.Counter[str] = collections.Counter()
 
@@ -147,6 +150,9 @@ class Intake:
 
     def _drop(self, topic: str, drop: Dropped) -> None:
         self.dropped[drop.cause] += 1
+        where = topics.parse_up(topic)
+        if where is not None and drop.cause in STRANGERS:
+            self.on_stranger(where[0])
         if self.dropped[drop.cause] == 1:
             _log.warning(
                 "dropped a message on %r: %s (further ones of cause %r are only counted)", topic[:200], drop, drop.cause

@@ -7,6 +7,7 @@ instead of at its next look, and one that knows it all asks for nothing.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -22,6 +23,7 @@ from fleet_server.releases.repository import Repository
 _log = logging.getLogger(__name__)
 
 LONGEST_SPREAD_S = 600.0
+STRANGER_EVERY_S, STRANGERS_KEPT = 60.0, 10_000
 
 
 class Publisher(Protocol):
@@ -37,6 +39,8 @@ class Pokes:
         """`looks_per_s`: how many devices the server wants to be asked by at most."""
         self._repository, self._inventory = repository, inventory
         self._link, self._looks_per_s = link, looks_per_s
+        self._strangers: dict[str, float] = {}
+        """When each was poked last."""
 
     def poke_all(self, assignment_version: int) -> None:
         """One message for the whole fleet."""
@@ -46,6 +50,18 @@ class Pokes:
     def poke_device(self, device: str) -> None:
         """That device asks at once when the news are not enough."""
         self._link.publish(topics.down_poke(device), encode(topics.Poke(news=self._news(device))))
+
+    def poke_stranger(self, device: str) -> None:
+        """A device that this server does not know, or not by its present certificate, asks it over HTTPS, where it shows that. Once
+        a minute at most, as it may speak without end.
+        """
+        now = time.monotonic()
+        if now - self._strangers.get(device, -STRANGER_EVERY_S) < STRANGER_EVERY_S:
+            return
+        if len(self._strangers) >= STRANGERS_KEPT:
+            self._strangers.clear()
+        self._strangers[device] = now
+        self._link.publish(topics.down_poke(device), encode(topics.Poke()))
 
     def _spread_s(self) -> float:
         try:

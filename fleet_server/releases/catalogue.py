@@ -133,12 +133,12 @@ class Catalogue:
     def remove_unused(self, sha256s: Iterable[str]) -> list[str]:
         """Removes those of the blobs and parts of blobs that no release names; which they were."""
         with self._publishing:
-            named = self._named()
+            named = self.blobs()
             return [
                 sha256 for sha256 in sha256s if SHA256.fullmatch(sha256) and sha256 not in named and self._blobs.remove(sha256)
             ]
 
-    def _named(self) -> set[str]:
+    def blobs(self) -> set[str]:
         """The sha256 of every file of every release that was not deleted."""
         with self._database.reading() as session:
             return {

@@ -37,6 +37,7 @@ def test_what_is_deleted_is_missed_at_once_and_not_made_anew(running, lost, tmp_
     refused = write(server)
 
     assert (refused.status_code, refused.json()["code"]) == (503, "database_gone")
+    assert int(refused.headers["Retry-After"]) > 0
     assert "restore the database" in refused.json()["error"]
     # Reading goes on, with the connections that are open; who would need another one is told what everybody is told.
     wait_until(lambda: "NOTHING IS STORED" in server.request("GET", "/status").text, "the status says it")

@@ -48,6 +48,41 @@ def test_guesses_are_slowed_and_noted_and_keep_nobody_else_out(server):
     assert f'edge_fleet_sign_ins_total{{outcome="denied"}} {sign_in.FAILURES}' in text
 
 
+def shown(server, token, *, address, route="/me"):
+    headers = {"X-Forwarded-For": address, "X-Forwarded-Proto": "https", "Authorization": f"Bearer {token}"}
+    return requests.get(f"http://127.0.0.1:{server.loopback}{API}{route}", headers=headers, timeout=20)
+
+
+def test_wrong_tokens_are_slowed_and_noted_and_a_right_one_from_there_passes(server):
+    address = "203.0.113.40"
+    before = len(audited(server, "token.denied")), len(audited(server, "token.throttled"))
+    wrong = [shown(server, f"ef_old{number}", address=address) for number in range(sign_in.FAILURES + 5)]
+
+    assert [answer.status_code for answer in wrong] == [401] * sign_in.FAILURES + [429] * 5
+    assert 0 < int(wrong[-1].headers["Retry-After"]) <= sign_in.FAILURE_EVERY_S
+    assert shown(server, server.token, address=address).status_code == 200, "others stand behind that address, too"
+    assert attempt(server, server.token, address=address).status_code == 200
+    assert shown(server, "ef_old", address="203.0.113.41").status_code == 401
+    denied, throttled = audited(server, "token.denied"), audited(server, "token.throttled")
+    assert (len(denied) - before[0], len(throttled) - before[1]) == (sign_in.FAILURES + 1, 5)
+    assert {row["subject"] for row in throttled} == {f"@{address}"}
+    assert "ef_old" not in str(server.get("/audit?limit=1000"))
+    text = server.request("GET", "/metrics").text
+    assert 'edge_fleet_wrong_tokens_total{outcome="throttled"} 5' in text
+
+
+def test_whoever_shows_no_token_or_an_ended_session_is_not_a_guesser(server):
+    address = "203.0.113.50"
+    headers = {"X-Forwarded-For": address, "X-Forwarded-Proto": "https"}
+    url = f"http://127.0.0.1:{server.loopback}{API}/me"
+    statuses = {requests.get(url, headers=headers, timeout=20).status_code for _ in range(sign_in.FAILURES * 2)}
+    cookies = {"edge_fleet_session": "ended"}
+    statuses |= {
+        requests.get(url, headers=headers, cookies=cookies, timeout=20).status_code for _ in range(sign_in.FAILURES * 2)
+    }
+    assert statuses == {401}
+
+
 def test_an_account_that_signs_in_without_end(server):
     token = server.make_token("viewer")
     statuses = [attempt(server, token, address=f"198.51.100.{number}").status_code for number in range(sign_in.SIGN_INS + 2)]

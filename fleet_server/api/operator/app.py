@@ -66,7 +66,7 @@ def build(parts: Parts, *, title: str = "edge-fleet", version: str = "0") -> Fas
     described: list[tuple[str, str, Route]] = []
 
     def add(path: str, route: Route, tag: str) -> None:
-        needed = [Depends(bearer), Depends(guard(parts.access, route.role))] if route.role else []
+        needed = [Depends(bearer), Depends(guard(parts, route.role))] if route.role else []
         for method in ["GET", "HEAD"] if path.startswith(f"{API}/blobs") and route.method == "GET" else [route.method]:
             name = route.name if method != "HEAD" else f"{route.name}_head"
             app.add_api_route(

@@ -24,7 +24,7 @@ ERRORS = {
     413: "The body is too large.",
     429: "The caller tries too often; Retry-After says when to try again.",
     500: "The server failed.",
-    503: "The server cannot do it now.",
+    503: "The server cannot do it now; Retry-After says when to try again.",
     507: "The server's disk is full.",
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from fastapi import Path as InPath
@@ -17,8 +17,10 @@ from fastapi import Query, Request
 from starlette.responses import Response
 
 from agent.contract.names import ReleaseRef
-from fleet_server.access import Access, Actor, Role
+from fleet_server.access import BAD_TOKEN, Access, Actor, Role
+from fleet_server.api.connections import address_of
 from fleet_server.errors import Denied, Invalid, Refused
+from fleet_server.sign_in import WrongTokens
 
 API = "/api/v1"
 COOKIE = "edge_fleet_session"
@@ -95,11 +97,23 @@ def reply(value: Any) -> Response:
 # -- who asks --------------------------------------------------------------------------------------------------------------
 
 
-def guard(access: Access, role: Role) -> Callable[[Request], None]:
-    """A dependency that lets nobody in below the role."""
+class Door(Protocol):
+    """What tells who asks."""
+
+    access: Access
+    wrong_tokens: WrongTokens
+
+
+def guard(door: Door, role: Role) -> Callable[[Request], None]:
+    """A dependency that lets nobody in below the role, and slows down who shows wrong access tokens."""
 
     def allowed(request: Request) -> None:
-        actor = authenticate(access, request)
+        try:
+            actor = authenticate(door.access, request)
+        except Denied as error:
+            if error.code == BAD_TOKEN:
+                door.wrong_tokens.note(client_of(request))
+            raise
         if actor.by_cookie and request.method not in {"GET", "HEAD"} and PROOF not in request.headers:
             raise Refused(f"changes from a browser need the header {PROOF}", code="no_proof")
         if actor.role.rank < role.rank:
@@ -119,6 +133,11 @@ def authenticate(access: Access, request: Request) -> Actor:
     if cookie := request.cookies.get(COOKIE):
         return access.by_session(cookie)
     raise Denied("send an access token as `Authorization: Bearer …`", code="no_token")
+
+
+def client_of(request: Request) -> str:
+    """The address that a request came from, as limits are kept for it."""
+    return address_of(request.client.host if request.client else "")
 
 
 def actor_of(request: Request) -> Actor:

@@ -9,11 +9,10 @@ from fastapi import Request
 from starlette.responses import Response
 
 from fleet_server.access import Access, Role
-from fleet_server.api.connections import address_of
 from fleet_server.api.operator.bodies import SignIn
-from fleet_server.api.operator.routes import COOKIE, Done, Raw, Route, actor_of, reply
+from fleet_server.api.operator.routes import COOKIE, Done, Raw, Route, actor_of, client_of, reply
 from fleet_server.metrics import TEXT, Metrics
-from fleet_server.sign_in import SignIns
+from fleet_server.sign_in import SignIns, WrongTokens
 from fleet_server.status import Status, StatusView
 
 
@@ -21,6 +20,7 @@ class Parts(Protocol):
     access: Access
     metrics: Metrics
     sign_ins: SignIns
+    wrong_tokens: WrongTokens
     status: Status
 
 
@@ -49,7 +49,7 @@ def me(_parts: Parts, request: Request) -> Caller:
 
 def sign_in(parts: Parts, request: Request, body: SignIn) -> Response:
     """Opens a browser session for whoever shows an access token."""
-    actor, cookie = parts.sign_ins.open(body.token, address_of(request.client.host if request.client else ""))
+    actor, cookie = parts.sign_ins.open(body.token, client_of(request))
     response = reply(Caller(actor.name, actor.role))
     response.set_cookie(COOKIE, cookie, httponly=True, samesite="strict", secure=request.url.scheme == "https", path="/")
     return response
