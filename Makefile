@@ -33,6 +33,10 @@ test-long: $(VENV)/.dev test-packages perf-analyzer ## the tests that take their
 test-survival: $(VENV)/.dev test-packages ## what updates must outlive: crashes at every step, power cuts, a hostile broker (ARGS=-s shows the counts)
 	@$(BIN)/python -m tests.suite survival $(ARGS)
 
+.PHONY: test-postgresql
+test-postgresql: $(VENV)/.dev test-packages ## the fleet server's tests once more, on PostgreSQL
+	@EDGE_TEST_DATABASE=postgresql $(BIN)/python -m tests.suite server $(ARGS)
+
 .PHONY: check
 check: $(VENV)/.dev ## lint, formatting, strict types, floors, circles and sizes
 	$(BIN)/ruff check $(SOURCES)
@@ -145,3 +149,4 @@ test-packages: mosquitto
 	$(call need,faketime,faketime)
 	$(call need,softhsm2-util,softhsm2)
 	$(call need,cc,gcc libc6-dev)
+	$(call need,/usr/lib/postgresql/*/bin/postgres,postgresql)

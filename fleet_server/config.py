@@ -181,7 +181,7 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
     keep: KeepSettings = KeepSettings()
     """What is kept, and for how long, see below."""
     database_url: str | None = None
-    """Where the database is, as SQLAlchemy writes it; without it SQLite in the data folder."""
+    """Where the database is: `postgresql://USER@HOST/NAME`, and the password in `~/.pgpass`; without it SQLite in the data folder."""
     looks_per_s: float = 50.0
     """How many devices a second ask this server at most because of one poke: those that must ask spread over the time that this
     makes of their number."""

@@ -150,6 +150,6 @@ def _revision_in_file(path: Path) -> str | None:
 def _revision_elsewhere(url: str) -> str | None:
     database = Database(url)
     try:
-        return newest_revision() if database.is_current() else None
+        return database.revision()
     finally:
         database.close()

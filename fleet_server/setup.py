@@ -20,7 +20,7 @@ from fleet_server.errors import Invalid
 from fleet_server.releases import keys
 from fleet_server.releases.online_keys import OnlineKeys
 from fleet_server.releases.repository import Repository
-from fleet_server.storage.database import Database
+from fleet_server.storage.database import Database, DatabaseError
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -41,6 +41,8 @@ def init(folder: Folder, config: FleetConfig, *, offline_keys: Path, profile: Pa
     names.check(names.GROUP_NAME, config.fleet, "fleet")
     root_path, releases_path = offline_keys / "root.key", offline_keys / "releases.key"
     _refuse_existing(folder, (root_path, releases_path), profile)
+    if config.database_url is not None:
+        _refuse_used(config.database_url)
     for directory, mode in folder.directories():
         files.make_directory(directory, mode=mode)
     authority = Authority.create(folder.pki, config.fleet, own_names(config))
@@ -69,6 +71,23 @@ def init(folder: Folder, config: FleetConfig, *, offline_keys: Path, profile: Pa
     )
     files.write(folder.config, dump(config))  # last: without it the folder is not a fleet's, and `serve` says so
     return Made(config, root_path, releases_path, profile, authority.fingerprint, token)
+
+
+def _refuse_used(url: str) -> None:
+    """Raises: Invalid when the database cannot be used, or is somebody's."""
+    try:
+        database = Database(url)
+        try:
+            tables = database.tables()
+        finally:
+            database.close()
+    except DatabaseError as error:
+        raise Invalid(f"{error}; nothing was changed", code="no_database") from error
+    if tables:
+        raise Invalid(
+            f"the database of --database-url is not empty (it has a table {tables[0]!r}); nothing was changed. Make one for this fleet",
+            code="exists",
+        )
 
 
 def _refuse_existing(folder: Folder, offline: tuple[Path, ...], profile: Path) -> None:

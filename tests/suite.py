@@ -1,4 +1,4 @@
-"""Runs a suite: `python -m tests.suite short|long|survival [options of pytest]`.
+"""Runs a suite: `python -m tests.suite short|long|survival|server [options of pytest]`.
 
 Its passes run one after the other. What failed in them runs once more at the end, one test at a time. A test that passes then is printed
 as FLAKY: it does not fail the suite, and is to be mended next. A test that fails twice fails the suite. The short suite, when it is run
@@ -30,6 +30,11 @@ SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
     "short": (("-n", "3", "--dist", "loadfile", "-m", f"{SHORT} and not alone"), ("-m", f"{SHORT} and alone")),
     "long": (("-n", "2", "--dist", "loadfile", "-m", "long and not alone"), ("-m", "long and alone")),
     "survival": (("-m", "survival"),),
+    # on PostgreSQL, as EDGE_TEST_DATABASE says
+    "server": (
+        ("-n", "3", "--dist", "loadfile", "-m", f"{SHORT} and not alone", "tests/fleet"),
+        ("-m", f"{SHORT} and alone", "tests/fleet"),
+    ),
 }
 """The passes of each suite, each the options of one run of pytest."""
 

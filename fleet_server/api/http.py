@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -108,6 +108,11 @@ def install(app: FastAPI, *, unlimited: str | None = None, renamed: Mapping[str,
     def _database(request: Request, error: OperationalError) -> Response:
         _log.error("%s %s: the database does not answer now: %s", request.method, request.url.path, error.orig)
         return answer(503, f"the database does not answer now ({error.orig}); try again later", "unavailable")
+
+    @app.exception_handler(DataError)
+    def _data(request: Request, error: DataError) -> Response:
+        _log.info("%s %s: %s", request.method, request.url.path, error.orig)
+        return answer(400, f"the database takes no such value: {error.orig}", "invalid")
 
     @app.exception_handler(OSError)
     def _disk(request: Request, error: OSError) -> Response:

@@ -41,11 +41,15 @@ from fleet_server.errors import Unavailable
 @click.option(
     "--loopback-port", type=click.IntRange(1, 65535), help="Plain HTTP for this machine only: a local browser, a reverse proxy."
 )
+@click.option(
+    "--database-url", metavar="URL",
+    help="An empty database for it instead of SQLite in the folder: postgresql://USER@HOST/NAME (the password in ~/.pgpass).",
+)  # fmt: skip
 @click.pass_context
 @reports_errors
 def init(
     ctx: click.Context, folder: Path, fleet: str, hosts: tuple[str, ...], keys: Path | None, *, passphrase: bool, operator_port: int,
-    device_port: int, broker_port: int, loopback_port: int | None,
+    device_port: int, broker_port: int, loopback_port: int | None, database_url: str | None,
 ) -> None:  # fmt: skip
     """Makes the data folder of a new fleet: CA, keys, signed metadata, database, first admin token.
 
@@ -56,7 +60,7 @@ def init(
 
     config = FleetConfig(
         fleet=fleet, hosts=hosts or (socket.getfqdn(),), operator_port=operator_port, device_port=device_port,
-        loopback_port=loopback_port, broker=BrokerSettings(port=broker_port),
+        loopback_port=loopback_port, broker=BrokerSettings(port=broker_port), database_url=database_url,
     )  # fmt: skip
     secret = new_secret("Passphrase for the offline keys") if passphrase else None
     made = setup.init(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,6 +47,9 @@ MAX_PRESENCE_BYTES = 4 * 1024
 MAX_MODELS = 256
 MAX_ANSWERS = 64
 MAX_INTEGER = 2**63 - 1
+NUL = re.compile(
+    rb"(?<!\\)((?:\\\\)*)\\u0000"
+)  # in JSON; PostgreSQL keeps no such character, and it means nothing in a message
 STRANGERS = ("unknown_device", "bad_signature")  # causes that a device may have without being at fault, see `devices.adoption`
 MAX_NAME, MAX_VARIANT = 64, 128  # the widths of their columns
 
@@ -304,7 +308,7 @@ def _verified(device: Known, payload: bytes, payload_type: str, kind: type[Any],
         words = envelopes.opened(payload, payload_type, device.keys, f"{kind.__name__} of {device.id!r}")
     except Refused as error:
         raise Dropped(error.code, str(error)) from error
-    document = _decoded(words, kind, limit)
+    document = _decoded(NUL.sub(rb"\1\\ufffd", words), kind, limit)
     if document.device != device.id:
         raise Dropped("wrong_device", f"{device.id!r} sent a {kind.__name__} of {document.device!r}")
     return document

@@ -1,17 +1,22 @@
-"""The database: one engine, short transactions, migrations brought along."""
+"""The database: one engine, short transactions, migrations brought along.
+
+SQLite, or PostgreSQL. On both, whoever writes is alone: the code reads, decides and writes as if nobody else were there. SQLite has one
+writer at a time anyway; on PostgreSQL each writing transaction begins by taking the same advisory lock. Reading ones see one moment.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import column, create_engine, event, inspect, select, table
-from sqlalchemy.engine import Engine
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy import Connection, column, create_engine, event, inspect, make_url, select, table
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from fleet_server.storage.database_file import DatabaseFile, DatabaseGone
@@ -28,6 +33,16 @@ def newest_revision() -> str:
     return max(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*_*.py"))
 
 
+WRITING = 0x65646765  # of the advisory lock that a transaction holds on PostgreSQL while it may write
+LOCK_WITHIN_S = 30
+READ_ONLY = "25006"  # PostgreSQL's state of whoever would write where nobody may
+POSTGRESQL: dict[str, Any] = {
+    "application_name": "edge-fleet", "connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3,
+    "tcp_user_timeout": 30_000, "options": f"-c lock_timeout={LOCK_WITHIN_S}s -c idle_in_transaction_session_timeout=60s -c timezone=UTC",
+}  # fmt: skip
+"""How connections are made: a server that went away is missed within a minute, and nobody waits for a lock without end."""
+
+
 class DatabaseError(Exception):
     """The database cannot be used as it is; the message says what to do."""
 
@@ -40,13 +55,20 @@ class Database:
         self._must_exist = must_exist
         # Who may read or write is bounded by the threads there are; none of them waits for another's connection to be free.
         arguments: dict[str, Any] = {"max_overflow": -1}
-        if url.startswith("sqlite"):
-            arguments["connect_args"] = {"timeout": 30}
-        self.engine: Engine = create_engine(url, json_serializer=_to_json, json_deserializer=msgspec.json.decode, **arguments)
+        address = _address(url)
+        if address.get_backend_name() == "sqlite":
+            arguments["connect_args"] = {"timeout": LOCK_WITHIN_S}
+        else:
+            arguments |= {"connect_args": POSTGRESQL, "pool_pre_ping": True}  # the server may have been started anew meanwhile
+        self.engine: Engine = create_engine(
+            address, json_serializer=_to_json, json_deserializer=msgspec.json.decode, **arguments
+        )
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "do_connect", self._before_connect)
             event.listen(self.engine, "connect", _sqlite_settings)
-            event.listen(self.engine, "begin", _begin)
+            event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            event.listen(self.engine, "begin", _begin_postgresql)
         self._readers = self.engine.execution_options(reading=True)
         self._file: DatabaseFile | None = None
         self._gone = False
@@ -91,8 +113,13 @@ class Database:
         try:
             with Session(self.engine, expire_on_commit=False) as session, session.begin():
                 yield session
-        except OperationalError as error:
-            self.problem, self.refused = str(error.orig), self.refused + 1
+        except DBAPIError as error:
+            if isinstance(error, OperationalError) or getattr(error.orig, "sqlstate", None) == READ_ONLY:
+                self.problem, self.refused = str(error.orig), self.refused + 1
+            if (
+                getattr(error.orig, "sqlstate", None) == READ_ONLY
+            ):  # a stand-by that was not promoted yet: nothing wrong with what was said
+                raise OperationalError(error.statement, error.params, error.orig) from error  # type: ignore[arg-type]
             raise
         self.check()
         self.problem = ""
@@ -136,10 +163,23 @@ class Database:
 
     def is_current(self) -> bool:
         """Whether the schema is the one this version works with."""
-        with self.engine.connect() as connection:
+        return self.revision() == newest_revision()
+
+    def revision(self) -> str | None:
+        """The revision of the schema; None where there is none yet."""
+        with self._readers.connect() as connection:
             if not inspect(connection).has_table(VERSIONS):
-                return False
-            return connection.execute(select(column("version_num")).select_from(table(VERSIONS))).scalar() == newest_revision()
+                return None
+            found: str | None = connection.execute(select(column("version_num")).select_from(table(VERSIONS))).scalar()
+            return found
+
+    def tables(self) -> list[str]:
+        """The tables that there are.  Raises: DatabaseError when the database cannot be reached."""
+        try:
+            with self._readers.connect() as connection:
+                return sorted(inspect(connection).get_table_names())
+        except SQLAlchemyError as error:
+            raise DatabaseError(f"the database cannot be read: {error}") from error
 
     def close(self) -> None:
         self.engine.dispose()
@@ -159,7 +199,34 @@ def _sqlite_settings(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
-def _begin(connection: Any) -> None:
+def _begin_sqlite(connection: Connection) -> None:
     # A transaction that reads first and writes later would fail with "database is locked" when another one wrote in between.
-    reading = connection.get_execution_options().get("reading", False)
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+    connection.exec_driver_sql("BEGIN" if _is_reading(connection) else "BEGIN IMMEDIATE")
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    if _is_reading(connection):
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+    else:
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITING})")
+
+
+def _is_reading(connection: Connection) -> bool:
+    return bool(connection.get_execution_options().get("reading", False))
+
+
+def _address(url: str) -> URL:
+    """Raises: DatabaseError when it is no URL, or one of a database that this server does not work with."""
+    try:
+        address = make_url(url)
+    except ArgumentError as error:
+        raise DatabaseError(f"database_url is no URL of a database, such as postgresql://HOST/NAME: {error}") from error
+    if address.drivername == "postgresql":
+        address = address.set(drivername="postgresql+psycopg")
+    if address.drivername not in {"sqlite", "postgresql+psycopg"}:
+        raise DatabaseError(
+            f"database_url names {address.drivername!r}; this server works with SQLite and postgresql://HOST/NAME"
+        )
+    if address.get_backend_name() == "postgresql" and find_spec("psycopg") is None:
+        raise DatabaseError("the library for PostgreSQL is not installed: pip install 'edge-inference-agent[postgresql]'")
+    return address

@@ -2,6 +2,7 @@
 
 import shutil
 
+import msgspec
 import pytest
 
 from fleet_server.app import Fleet
@@ -9,7 +10,15 @@ from fleet_server.broker import settings as broker_settings
 from fleet_server.config import BrokerSettings, FleetConfig, Folder, RolloutSettings
 from fleet_server.errors import Unavailable
 from fleet_server.setup import init
+from tests.fleet import databases
 from tests.fleet.stand import Server
+
+
+def pytest_collection_modifyitems(config, items):
+    if databases.ON_POSTGRESQL:
+        left_out = [item for item in items if item.get_closest_marker("sqlite")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,9 +71,9 @@ class Clock:
 def _folder_template(tmp_path_factory):
     """`init` once; its folder is copied for every test that works in this process."""
     base = tmp_path_factory.mktemp("template")
-    config = FleetConfig(fleet="test", hosts=("127.0.0.1",))
+    config = FleetConfig(fleet="test", hosts=("127.0.0.1",), database_url=databases.new())
     init(Folder(base / "fleet"), config, offline_keys=base / "offline", profile=base / "profile.yaml")
-    return base
+    return base, config
 
 
 @pytest.fixture
@@ -83,9 +92,12 @@ def settings():
 @pytest.fixture
 def fleet(_folder_template, tmp_path, clock, settings):
     """Every part of the server in this process, without sockets."""
-    base = tmp_path / "inside"
-    shutil.copytree(_folder_template, base)
-    made = Fleet(Folder(base / "fleet"), FleetConfig(fleet="test", hosts=("127.0.0.1",), rollouts=settings), clock)
+    template, config = _folder_template
+    base, database_url = tmp_path / "inside", databases.new(config.database_url)
+    shutil.copytree(template, base)
+    config = msgspec.structs.replace(config, rollouts=settings, database_url=database_url)
+    made = Fleet(Folder(base / "fleet"), config, clock)
     made.releases_key = base / "offline" / "releases.key"
     yield made
     made.close()
+    databases.drop(database_url)

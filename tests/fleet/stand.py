@@ -27,6 +27,7 @@ from cryptography.x509.oid import NameOID
 from paho.mqtt.enums import CallbackAPIVersion
 from securesystemslib.dsse import Envelope
 from securesystemslib.signer import CryptoSigner, SSlibKey
+from sqlalchemy import text
 from tuf.api.metadata import Metadata
 
 from agent.contract import topics
@@ -43,13 +44,17 @@ from agent.contract.reports import (
     Presence,
     StateReport,
 )
+from fleet_server.config import Folder, load
 from fleet_server.releases import keys, publisher
+from fleet_server.storage.database import Database
 from tests import warm
+from tests.fleet import databases
 from tests.ports import free_ports
 
 DEADLINE_S = 30.0
 API = "/api/v1"
-_made: list[Path] = []
+_made: list[tuple[Path, str | None]] = []
+"""What `edge-fleet init` made: the folder, and its database where that is elsewhere."""
 
 
 def wait_until(condition, what, *, within=DEADLINE_S):
@@ -69,12 +74,12 @@ def environment(**extra):
 class Server:
     """One data folder and, between `start` and `stop`, the server on it."""
 
-    def __init__(self, base: Path, *, fresh=False, **settings):
+    def __init__(self, base: Path, *, fresh=False, database_url=None, **settings):
         self.base, self.data, self.profile = base, base / "fleet", base / "profile.yaml"
         self.offline = base / "offline"
         self.releases_key = self.offline / "releases.key"
         self.operator, self.device, self.loopback, self.broker = free_ports(4)
-        self._make(fresh)
+        self._make(fresh, database_url)
         config = yaml.safe_load((self.data / "fleet.yaml").read_text())
         ports = {"operator_port": self.operator, "device_port": self.device, "loopback_port": self.loopback}
         config.update(ports, listen="127.0.0.1")
@@ -101,19 +106,38 @@ class Server:
             config[section].update(values)
         path.write_text(yaml.safe_dump(config))
 
-    def _make(self, fresh):
-        """`edge-fleet init`; done once and copied, unless the test needs keys of its own."""
+    def _make(self, fresh, database_url):
+        """`edge-fleet init`; done once and copied, unless the test needs keys of its own, or a database of its own."""
+        fresh = fresh or database_url is not None
         if not fresh and _made:
-            shutil.copytree(_made[0], self.base, dirs_exist_ok=True)
+            folder, database = _made[0]
+            shutil.copytree(folder, self.base, dirs_exist_ok=True)
+            self._use(databases.new(database))
             return
-        done = self.cli("init", self.data, "--fleet", "test", "--host", "127.0.0.1", "--keys", self.offline)
+        url = database_url or databases.new()
+        elsewhere = ["--database-url", url] if url else []
+        done = self.cli("init", self.data, "--fleet", "test", "--host", "127.0.0.1", "--keys", self.offline, *elsewhere)
         assert done.returncode == 0, done.stderr
-        if not _made:
-            _made.append(Path(tempfile.mkdtemp(prefix="fleet-made-")))
-            atexit.register(shutil.rmtree, _made[0], ignore_errors=True)
+        if not fresh:
+            folder = Path(tempfile.mkdtemp(prefix="fleet-made-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
             for name in ("fleet", "offline"):
-                shutil.copytree(self.base / name, _made[0] / name)
-            shutil.copy(self.profile, _made[0])
+                shutil.copytree(self.base / name, folder / name)
+            shutil.copy(self.profile, folder)
+            _made.append((folder, url))
+            self._use(databases.new(url))
+
+    def _use(self, database_url):
+        """The server's database is there; None: in its folder."""
+        path = self.data / "fleet.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "database_url": database_url}))
+
+    def execute(self, statement):
+        """Runs SQL on the server's database."""
+        database = Database(Folder(self.data).database_url(load(Folder(self.data))))
+        with database.session() as session:
+            session.execute(text(statement))
+        database.close()
 
     def cli(self, *arguments, stdin=""):
         """`edge-fleet …` run to its end."""

@@ -39,7 +39,7 @@ def test_every_route_checks_its_role(server, tokens, route):
     ask = {"method": route.method, "path": concrete(route.path)}
     bare = requests.request(route.method, server.url + API + concrete(route.path), verify=str(server.ca), timeout=20)
     assert (bare.status_code, bare.json()["code"]) == (401, "no_token")
-    assert server.request(**ask, token="ef_wrong").status_code == 401
+    assert server.request(**ask, token="ef_wrong").status_code in {401, 429}  # after some wrong ones in a row: too often
     for role in ROLES:
         answer = server.request(**ask, token=tokens[role])
         if Role(role).rank < route.role.rank:
@@ -68,6 +68,7 @@ def test_who_is_meant_to_do_what(least, method, path):
     assert {(r.method, r.path): r.role for r in ROUTES}[method, path] is Role(least)
 
 
+@pytest.mark.sqlite
 def test_tokens_are_kept_as_hashes(server, tokens):
     database = (server.data / "database.sqlite3").read_bytes() + (server.data / "database.sqlite3-wal").read_bytes()
     string = server.enrolment_string()
@@ -79,7 +80,7 @@ def test_a_revoked_token_opens_nothing(server):
     made = server.post("/access-tokens", {"name": "gone", "role": "viewer"})
     assert server.request("GET", "/devices", token=made["token"]).status_code == 200
     server.request("DELETE", f"/access-tokens/{made['id']}")
-    assert server.request("GET", "/devices", token=made["token"]).status_code == 401
+    assert server.request("GET", "/devices", token=made["token"]).status_code in {401, 429}
 
 
 def test_the_last_admin_stays(fleet):

@@ -32,6 +32,8 @@ from tests import warm
 from tests.fleet.stand import environment
 from tests.fleet.test_rollouts import Story
 
+pytestmark = pytest.mark.sqlite
+
 
 @pytest.fixture
 def story(fleet, clock):

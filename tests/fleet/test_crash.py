@@ -91,13 +91,9 @@ def test_a_damaged_repository_is_not_served(own_server, name):
 
 
 def test_a_release_missing_from_the_index_is_found_again(own_server):
-    import sqlite3
-
     server = own_server.start()
     server.publish_simple("m", 1)
     server.stop()
-    with contextlib.closing(sqlite3.connect(server.data / "database.sqlite3")) as database:
-        database.execute("DELETE FROM releases")
-        database.commit()
+    server.execute("DELETE FROM releases")
     server.start()
     assert [r["release"] for r in server.get("/releases")] == ["m:1"]

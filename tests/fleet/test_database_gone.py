@@ -10,6 +10,8 @@ from fleet_server.storage.database import Database, DatabaseError
 from fleet_server.storage.database_file import DatabaseGone
 from tests.fleet.stand import wait_until
 
+pytestmark = pytest.mark.sqlite
+
 NAMES = ("database.sqlite3", "database.sqlite3-wal", "database.sqlite3-shm")
 
 

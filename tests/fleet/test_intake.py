@@ -319,3 +319,13 @@ def test_several_machines_with_one_identity(name, reports, several, fleet, devic
     assert warned is several
     clock.now += shared_identity.SHARED_S
     assert device.view.shared is False, "without signs for an hour it is one again"
+
+
+def test_a_character_that_no_database_keeps_costs_nobody_the_report(fleet, device):
+    """PostgreSQL takes no NUL in a text, and fails at looking into a document that has one."""
+    strange = "lost\0 \\u0000 \\\0"
+    state = ModelState(serving=1, sha256="0" * 64, variant="c\0pu", phase=Phase.STEADY)
+    device.state(device.report(1, models={"m": state}, problem=f"metadata_rollback: {strange}"))
+    assert device.view.state.problem == "metadata_rollback: lost\ufffd \\u0000 \\\ufffd"
+    assert fleet.inventory.ahead() == ["d1"]
+    assert fleet.status.view().messages.dropped == {}

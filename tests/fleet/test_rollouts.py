@@ -442,6 +442,7 @@ def _dies(_document):
     raise KeyboardInterrupt
 
 
+@pytest.mark.sqlite
 def test_a_database_from_a_backup_catches_up_with_what_is_signed(story, clock):
     completed(story, 1)
     backup = story.fleet.folder.root / "backup"

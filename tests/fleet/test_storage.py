@@ -17,11 +17,12 @@ from fleet_server.rollouts.machine import State
 from fleet_server.rollouts.views import MemberView, Views
 from fleet_server.storage.database import MIGRATIONS, Database, DatabaseError, newest_revision
 from fleet_server.storage.models import Base
+from tests.fleet import databases
 
 
 @pytest.fixture
 def database(tmp_path):
-    made = Database(f"sqlite:///{tmp_path}/x.sqlite3")
+    made = Database(databases.new() or f"sqlite:///{tmp_path}/x.sqlite3")
     yield made
     made.close()
 
@@ -47,7 +48,7 @@ def test_a_server_whose_schema_is_current_does_not_load_alembic(database, tmp_pa
 import sys
 import fleet_server.app
 from fleet_server.storage.database import Database
-Database("sqlite:///{tmp_path}/x.sqlite3").migrate()
+Database({str(database.engine.url)!r}).migrate()
 assert "alembic" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -82,6 +83,7 @@ def test_readers_do_not_wait_for_a_writer(database):
             assert reader.execute(text("SELECT count(*) FROM settings")).scalar() == 0
 
 
+@pytest.mark.sqlite
 def test_it_survives_a_kill(database, tmp_path):
     database.migrate()
     with create_engine(f"sqlite:///{tmp_path}/x.sqlite3").connect() as other:
@@ -104,6 +106,7 @@ VALUES ('r1-aaaa', 0, 3.5, 'pass', '1 committed', '{"committed": 1, "shadowed": 
 """
 
 
+@pytest.mark.sqlite
 def test_a_database_of_before_keeps_its_teams_confirmations_and_exclusions(database):
     """Written by the schema of revision 0003, row by row as that version wrote them."""
     database.migrate("0003")
