@@ -139,6 +139,13 @@ endef
 mosquitto:
 	$(call need,mosquitto,mosquitto)
 
+# Debian's package makes a database and starts it, unless it is told not to; the tests make their own.
+define only-postgresql-programs
+	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || [ -e /etc/postgresql-common/createcluster.conf ] || { \
+	  $(SUDO) mkdir -p /etc/postgresql-common && \
+	  echo "create_main_cluster = false" | $(SUDO) tee /etc/postgresql-common/createcluster.conf >/dev/null; }
+endef
+
 .PHONY: test-packages
 test-packages: mosquitto
 	$(call need,curl,curl)
@@ -149,4 +156,5 @@ test-packages: mosquitto
 	$(call need,faketime,faketime)
 	$(call need,softhsm2-util,softhsm2)
 	$(call need,cc,gcc libc6-dev)
+	$(call only-postgresql-programs)
 	$(call need,/usr/lib/postgresql/*/bin/postgres,postgresql)
