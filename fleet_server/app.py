@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 
 from agent.common.systemd import notify
+from agent.contract.addresses import Addresses
 from fleet_server import descriptors, housekeeping, listeners
 from fleet_server.access import Access
 from fleet_server.api import device as device_api
 from fleet_server.api.operator import app as operator_api
+from fleet_server.api.shared_port import SharedPort
 from fleet_server.api.tls import Listener
 from fleet_server.broker import sessions
 from fleet_server.broker import settings as broker_settings
@@ -36,7 +38,7 @@ from fleet_server.errors import Unavailable
 from fleet_server.housekeeping import Housekeeping
 from fleet_server.ingest.intake import Intake
 from fleet_server.ingest.mqtt_link import MqttLink
-from fleet_server.ingest.pokes import Pokes
+from fleet_server.ingest.pokes import LONGEST_SPREAD_S, Pokes
 from fleet_server.ingest.transfers import TransferAnswers
 from fleet_server.journal import Happening, Journal
 from fleet_server.live import Hub
@@ -138,7 +140,7 @@ class Fleet:
     def recover(self) -> None:
         """Makes good what an interrupted server left, so that disk, database and signed documents say the same."""
         self.database.migrate()
-        self.authority.renew_own(own_names(self.config))
+        self.authority.renew_own(self.config.own_names)
         self.inventory.write_crl()
         if self.key_changes.finish():
             _log.warning("a change of keys that was interrupted is complete now")
@@ -147,16 +149,19 @@ class Fleet:
             _log.warning("release %s was published but not indexed; it is now", ref)
         if self.assignment.catch_up():
             _log.warning("the database is older than what is signed (a backup?); it was brought to what devices were told last")
+        if self.assignment.tell(self._addresses()):
+            _log.warning("devices are told to come to %s, broker %s", self.config.device_url, self.config.broker_address)
         self.assignment.publish()
         self.repository.renew()
 
+    def _addresses(self) -> Addresses:
+        spread_s = round(self.inventory.count().total / self.config.looks_per_s, 3)
+        return Addresses(
+            device_url=self.config.device_url, broker=self.config.broker_address, spread_s=min(LONGEST_SPREAD_S, spread_s)
+        )
+
     def close(self) -> None:
         self.database.close()
-
-
-def own_names(config: FleetConfig) -> tuple[str, ...]:
-    """Everything the server's certificate must name."""
-    return tuple(dict.fromkeys((*config.hosts, *(a for a in (config.listen, config.broker.listen) if not _wildcard(a)))))
 
 
 @contextlib.contextmanager
@@ -205,7 +210,7 @@ class _Running:
         plugin = broker_settings.find_plugin(self._config.broker)
         conf = broker_settings.write(fleet.folder, self._config.broker, plugin)
         self._broker = Supervisor(executable, conf, fleet.folder.root)
-        host = "127.0.0.1" if _wildcard(self._config.broker.listen) else self._config.broker.listen
+        host = self._config.broker_here
         transfers = TransferAnswers(fleet.blobs, fleet.repository, fleet.inventory, Renewals(fleet.inventory, fleet.enrolment))
         self._taken = transfers.taken
         self._link = MqttLink(fleet.authority, host, self._config.broker.port, fleet.intake, fleet.judge.evaluate, transfers)
@@ -262,7 +267,7 @@ class _Running:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
         found = self._listeners()
-        sockets = [listeners.bind(listener.config.host, listener.config.port) for listener in found]
+        sockets = [listeners.bind(listener.host, listener.port) for listener in found]
         tasks = [asyncio.create_task(self._broker.run(), name="broker")]
         tasks += [
             asyncio.create_task(listener.run_aside(sock), name="listener")
@@ -291,7 +296,7 @@ class _Running:
             _log.info("stopping")
             await self._end(found, tasks, link_started=link_started)
 
-    async def _until_ready(self, found: list[Listener], tasks: list[asyncio.Task[None]]) -> None:
+    async def _until_ready(self, found: list[Listener | SharedPort], tasks: list[asyncio.Task[None]]) -> None:
         """Returns when everything answers, or when asked to stop.  Raises: Unavailable that says what does not."""
         deadline = time.monotonic() + READY_WITHIN_S
         while not self._stop.is_set():
@@ -306,11 +311,11 @@ class _Running:
                 raise Unavailable(f"{', '.join(missing)} did not start; the broker said: {words}")
             await asyncio.sleep(0.02)
 
-    def _parts(self, found: list[Listener]) -> list[tuple[str, bool]]:
-        parts = [(f"the listener on port {listener.config.port}", listener.started) for listener in found]
+    def _parts(self, found: list[Listener | SharedPort]) -> list[tuple[str, bool]]:
+        parts = [(f"the listener on port {listener.port}", listener.started) for listener in found]
         return [*parts, (f"the broker on port {self._config.broker.port}", self._link.connected.is_set())]
 
-    async def _end(self, found: list[Listener], tasks: list[asyncio.Task[None]], *, link_started: bool) -> None:
+    async def _end(self, found: list[Listener | SharedPort], tasks: list[asyncio.Task[None]], *, link_started: bool) -> None:
         self._fleet.hub.close()
         for listener in found:
             listener.should_exit = True
@@ -324,7 +329,7 @@ class _Running:
         await self._broker.stop()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _listeners(self) -> list[Listener]:
+    def _listeners(self) -> list[Listener | SharedPort]:
         operators = operator_api.build(self._fleet, title=f"{self._config.fleet} fleet", version=software_version())
         found = listeners.make(self._config, self._fleet.authority, operators, device_api.build(self._fleet))
         listeners.count(self._fleet.metrics, found)
@@ -384,7 +389,3 @@ async def until_stopped(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) ->
 def _why(task: asyncio.Task[None]) -> str:
     error = None if task.cancelled() else task.exception()
     return f"the {task.get_name()} ended before the server was ready: {error or 'see the lines above'}"
-
-
-def _wildcard(address: str) -> bool:
-    return address in {"0.0.0.0", "::", ""}  # noqa: S104 - recognising it, not binding it

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from agent.contract import names
+from agent.contract import addresses, names
 from agent.contract.codec import convert
 
 FILE_NAME = "fleet.yaml"
@@ -31,9 +31,9 @@ class BrokerSettings(Settings, frozen=True, kw_only=True):
     """The mosquitto that the server runs."""
 
     listen: str = "0.0.0.0"  # noqa: S104 - devices and operators come from elsewhere
-    """The address of this machine that devices connect to; 0.0.0.0 is every IPv4 address it has."""
+    """The address of this machine that devices connect to; 0.0.0.0 is every IPv4 address it has, `::` every one, IPv6 and IPv4."""
     port: int = 8883
-    """The TCP port (MQTT over TLS). Devices are told it when they enrol."""
+    """The TCP port (MQTT over TLS). Devices are told it, unless `public.broker` or `shared_port` says otherwise."""
     max_packet_bytes: int = 1024 * 1024
     """The largest message that may be sent, in bytes; whoever sends a larger one is disconnected."""
     max_queued_messages: int = 200_000
@@ -149,19 +149,47 @@ class KeepSettings(Settings, frozen=True, kw_only=True):
             )
 
 
+class PublicSettings(Settings, frozen=True, kw_only=True):
+    """What others are told, where that is not what the server listens on: behind NAT, a load balancer or a reverse proxy, or under
+    another name. Each is HOST:PORT. Devices hear of a change by themselves, and follow it.
+    """
+
+    operators: str | None = None
+    """Where operators find the page and the REST API; without it the first of `hosts` with `shared_port` or `operator_port`."""
+    enrolment: str | None = None
+    """Where devices enrol: what enrolment strings say. Whatever stands there must hand TLS through. Without it the first of `hosts`
+    with `shared_port` or `operator_port`.
+    """
+    devices: str | None = None
+    """Where devices fetch; TLS must be handed through. Without it the first of `hosts` with `shared_port` or `device_port`."""
+    broker: str | None = None
+    """Where devices find the broker; TLS must be handed through. Without it the first of `hosts` with `shared_port` or `broker.port`."""
+
+    def __post_init__(self) -> None:
+        for name, value in msgspec.structs.asdict(self).items():
+            if value is not None:
+                addresses.split(value, f"public.{name}")
+
+
 class FleetConfig(Settings, frozen=True, kw_only=True):
     """Everything the server can be told in fleet.yaml."""
 
     fleet: str
     """The fleet's name. Devices remember it and refuse what is signed for another."""
     hosts: tuple[str, ...]
-    """Names and addresses devices and operators reach this server by; the first one is written into enrolments."""
+    """Names and addresses that devices and operators reach this server by; the first one is what they are told."""
     listen: str = "0.0.0.0"  # noqa: S104 - devices and operators come from elsewhere
-    """The address of this machine that both HTTPS listeners use; 0.0.0.0 is every IPv4 address it has."""
+    """The address of this machine that the HTTPS listeners use; 0.0.0.0 is every IPv4 address it has, `::` every one, IPv6 and IPv4."""
     operator_port: int = 8443
     """The TCP port of the page, the REST API and enrolment (HTTPS)."""
     device_port: int = 8444
     """The TCP port where enrolled devices fetch metadata and files (HTTPS with client certificates)."""
+    shared_port: int | None = None
+    """A TCP port where all of it is reached, page, enrolment, devices and broker, for networks that let nothing but port 443 out.
+    Without it there is none. Agents of version 0.1.0 go on with the ports of their own.
+    """
+    public: PublicSettings = PublicSettings()
+    """What others are told instead of that, see below."""
     loopback_port: int | None = None
     """A TCP port for plain HTTP from this machine only (a local browser, a reverse proxy); without it there is none."""
     loopback_address: str = "127.0.0.1"
@@ -196,6 +224,11 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
             raise ValueError("looks_per_s must be above 0")
         if not self.hosts:
             raise ValueError("hosts must name at least one host")
+        for host in self.hosts:
+            addresses.check_host(host, "a host")
+        ports = [self.operator_port, self.device_port, self.broker.port, self.shared_port, self.loopback_port]
+        if not all(port is None or 0 < port < 65536 for port in ports):
+            raise ValueError("a port is a number from 1 to 65535")
         for proxy in self.trusted_proxies:
             ipaddress.ip_network(proxy)  # says what it does not like of it
         if not _is_loopback(self.loopback_address):
@@ -209,17 +242,62 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
         return self.hosts[0]
 
     @property
-    def device_url(self) -> str:
-        return f"https://{bracketed(self.host)}:{self.device_port}"
+    def operator_url(self) -> str:
+        """Where operators are told to go."""
+        return f"https://{self.public.operators or self._told(self.operator_port)}"
 
     @property
-    def operator_url(self) -> str:
-        return f"https://{bracketed(self.host)}:{self.operator_port}"
+    def enrolment(self) -> str:
+        """HOST:PORT where devices enrol."""
+        return self.public.enrolment or self._told(self.operator_port)
+
+    @property
+    def device_url(self) -> str:
+        """Where devices are told to fetch."""
+        return f"https://{self.public.devices or self._told(self.device_port)}"
+
+    @property
+    def broker_address(self) -> str:
+        """HOST:PORT where devices are told the broker is."""
+        return self.public.broker or self._told(self.broker.port)
+
+    def _told(self, port: int) -> str:
+        return addresses.join(self.host, self.shared_port or port)
+
+    @property
+    def unshared_device_url(self) -> str:
+        """What a device is told that cannot use `shared_port`."""
+        return f"https://{self.public.devices or addresses.join(self.host, self.device_port)}"
+
+    @property
+    def unshared_broker(self) -> str:
+        """HOST:PORT, what a device is told that cannot use `shared_port`."""
+        return self.public.broker or addresses.join(self.host, self.broker.port)
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Every name and address by which somebody reaches this server: what its certificate must say."""
+        told = (addresses.split(one)[0] for one in msgspec.structs.astuple(self.public) if one is not None)
+        listened = (one for one in (self.listen, self.broker.listen) if not is_wildcard(one))
+        return tuple(dict.fromkeys(_as_certified(one) for one in (*self.hosts, *told, *listened)))
+
+    @property
+    def broker_here(self) -> str:
+        """The address by which this machine itself reaches the broker."""
+        return "127.0.0.1" if is_wildcard(self.broker.listen) else self.broker.listen
 
 
-def bracketed(host: str) -> str:
-    """`host` as it stands in a URL."""
-    return f"[{host}]" if ":" in host else host
+def _as_certified(host: str) -> str:
+    """As a certificate says it: there is one way to write an IPv6 address in it."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host
+
+
+def is_wildcard(address: str) -> bool:
+    """Whether who listens there listens on every address of the machine."""
+    return address in {"0.0.0.0", "::", ""}  # noqa: S104 - recognising it, not binding it
 
 
 def _is_loopback(address: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import resource
 import shutil
+import socket
 import sqlite3
+import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +15,16 @@ from typing import Literal
 import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
+from agent.contract import addresses
+from agent.contract.addresses import DEVICES, MQTT
 from fleet_server import descriptors
 from fleet_server.broker import settings as broker_settings
 from fleet_server.config import BrokerSettings, ConfigError, FleetConfig, Folder, load
 from fleet_server.errors import Unavailable
 from fleet_server.storage.database import VERSIONS, Database, newest_revision
 
+ANSWERS_WITHIN_S = 5.0
+PUBLIC = "correct `hosts` or `public` in fleet.yaml, or what stands before the server (docs/how-to/reverse-proxy.md)"
 FREE_FAILED_BYTES, FREE_WARNING_BYTES = 256 * 1024**2, 2 * 1024**3
 """The database and the broker stop storing when the disk is full; a release is often some hundred megabytes."""
 
@@ -45,6 +51,7 @@ def examine(folder: Folder) -> Iterator[Finding]:
     yield _plugin(config.broker)
     yield _disk(folder)
     yield _database(folder, config)
+    yield from _told(folder, config)
 
 
 def _descriptors(folder: Folder) -> Finding:
@@ -83,6 +90,44 @@ def _limit_of(pid: int) -> int:
             soft = line.split()[3]
             return descriptors.MOST if soft == "unlimited" else int(soft)
     return 0
+
+
+def _told(folder: Folder, config: FleetConfig) -> Iterator[Finding]:
+    """What devices are told, and whether this server is what answers there, as seen from this machine."""
+    places = (
+        ("enrolment", config.enrolment, "http/1.1"),
+        ("devices", config.device_url.removeprefix("https://"), DEVICES),
+        ("broker address", config.broker_address, MQTT),
+    )
+    running = _running(folder) is not None
+    for name, place, protocol in places:
+        said = f"devices are told {place}"
+        if not running:
+            yield Finding(name, "ok", f"{said}; no server runs here, so whether it answers was not tried")
+            continue
+        try:
+            _greet(folder, *addresses.split(place), protocol)
+        except ssl.SSLCertVerificationError as error:
+            advice = f"restart the server if fleet.yaml was just changed; else something else answers there, or TLS is not handed through: {PUBLIC}"
+            yield Finding(
+                name, "failed", f"{said}, and what answers has no certificate of this fleet: {error.verify_message}", advice
+            )
+        except OSError as error:
+            advice = f"if it is reached from elsewhere only (NAT), ask a device: edge-agent doctor. Otherwise {PUBLIC}"
+            yield Finding(name, "warning", f"{said}, and it is not reached from here: {error.strerror or error}", advice)
+        else:
+            yield Finding(name, "ok", f"{said}, and this fleet answers")
+
+
+def _greet(folder: Folder, host: str, port: int, protocol: str) -> None:
+    """A TLS handshake as far as the server's certificate.  Raises: OSError; its kind ssl.SSLCertVerificationError."""
+    context = ssl.create_default_context(cafile=str(folder.pki / "ca.crt"))
+    context.set_alpn_protocols([protocol])
+    with (
+        socket.create_connection((host, port), timeout=ANSWERS_WITHIN_S) as sock,
+        context.wrap_socket(sock, server_hostname=host),
+    ):
+        pass
 
 
 def _broker(settings: BrokerSettings) -> Finding:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from fleet_server import descriptors
 from fleet_server.api.connections import Connections, Limits
+from fleet_server.api.shared_port import SharedPort
 from fleet_server.api.tls import CIPHERS, HEAD_WITHIN_S, ClientCertificateProtocol, Listener, OperatorProtocol
 from fleet_server.config import ConnectionSettings, FleetConfig
 from fleet_server.devices.pki import Authority
@@ -26,11 +27,15 @@ _log = logging.getLogger(__name__)
 GRACE_S = 3  # for requests under way when the server stops
 OTHER_DESCRIPTORS = 320
 """For everything but connections: three for each thread that reads the database, files that are sent, the broker, the log."""
+LEAST_SHARED = 16
+"""How many connections to the broker go through the shared port at least, however few descriptors there are."""
 BACKLOG = 2048
 
 
-def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices: ASGIApp) -> list[Listener]:
-    """The listeners of operators, of devices, and of this machine where there is one. They are not run yet."""
+def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices: ASGIApp) -> list[Listener | SharedPort]:
+    """The listeners of operators, of devices, and where there is one that of this machine and the shared port. They are not run
+    yet.
+    """
     room = fitted(config.connections, descriptors.allowed())
     tls: dict[str, Any] = {"ssl_certfile": authority.server_cert, "ssl_keyfile": authority.server_key, "ssl_ciphers": CIPHERS}
     device_tls = {**tls, "ssl_ca_certs": str(authority.ca_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
@@ -40,15 +45,22 @@ def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices:
     }
     by_operators = Limits(total=room.operators, per_address=room.operators_per_address, per_device=room.operators)
     by_devices = Limits(total=room.devices, per_address=room.devices_per_address, per_device=room.per_device)
-    found = [
-        listener(operators, config.listen, config.operator_port, by_operators, "operators", **tls, **proxies),
-        listener(
+    found: list[Listener | SharedPort] = [
+        by_operators_port := listener(
+            operators, config.listen, config.operator_port, by_operators, "operators", **tls, **proxies
+        ),
+        by_devices_port := listener(
             devices, config.listen, config.device_port, by_devices, "devices", http=ClientCertificateProtocol, **device_tls
         ),
     ]
     if config.loopback_port is not None:  # one address, that of the reverse proxy
         here = Limits(total=room.loopback, per_address=room.loopback, per_device=room.loopback)
         found.append(listener(operators, config.loopback_address, config.loopback_port, here, "loopback", **proxies))
+    if config.shared_port is not None:
+        left = descriptors.allowed() - OTHER_DESCRIPTORS - room.operators - room.devices - room.loopback
+        most = max(LEAST_SHARED, min(left // 2, descriptors.for_clients()))
+        where = (config.broker_here, config.broker.port)
+        found.append(SharedPort(config.listen, config.shared_port, by_operators_port, by_devices_port, where, most))
     return found
 
 
@@ -68,8 +80,20 @@ def fitted(wanted: ConnectionSettings, allowed: int) -> ConnectionSettings:
     return msgspec.structs.replace(wanted, **numbers)
 
 
-def count(metrics: Metrics, found: Sequence[Listener]) -> None:
+def count(metrics: Metrics, listening: Sequence[Listener | SharedPort]) -> None:
     """Tells what becomes of connections."""
+    found = [one for one in listening if isinstance(one, Listener)]
+    shared = [one for one in listening if isinstance(one, SharedPort)]
+    metrics.add(
+        "edge_fleet_shared_port_connections_total",
+        "connections at the shared port by where they went; silent: they said nothing; full: no room to the broker",
+        lambda: [Sample(number, {"to": goal}) for one in shared for goal, number in sorted(dict(one.routed).items())],
+    )
+    metrics.add(
+        "edge_fleet_shared_port_broker_connections",
+        "connections to the broker that go through the shared port",
+        lambda: [Sample(one.to_broker) for one in shared],
+    )
 
     def by_cause(counted: Callable[[Connections], Mapping[str, int]]) -> Callable[[], list[Sample]]:
         return lambda: [
@@ -107,8 +131,10 @@ def listener(app: ASGIApp, host: str, port: int, limits: Limits, name: str, **op
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket.  Raises: Unavailable when another program has the port."""
+    """A listening socket; at `::` one that IPv4 reaches too.  Raises: Unavailable when another program has the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         raise Unavailable(f"cannot listen on {host} port {port}: {error.strerror or error}; change it in fleet.yaml") from error

@@ -9,10 +9,10 @@ import msgspec
 
 from agent.common import files
 from agent.contract import names
+from agent.contract.addresses import Addresses
 from agent.contract.assignment import Assignment
 from agent.contract.codec import encode
 from fleet_server.access import Access, Role
-from fleet_server.app import own_names
 from fleet_server.client import Profile
 from fleet_server.config import FleetConfig, Folder, dump
 from fleet_server.devices.pki import Authority
@@ -45,11 +45,12 @@ def init(folder: Folder, config: FleetConfig, *, offline_keys: Path, profile: Pa
         _refuse_used(config.database_url)
     for directory, mode in folder.directories():
         files.make_directory(directory, mode=mode)
-    authority = Authority.create(folder.pki, config.fleet, own_names(config))
+    authority = Authority.create(folder.pki, config.fleet, config.own_names)
     online = OnlineKeys.create(folder.keys)
     files.make_directory(offline_keys, mode=0o700)
     root, releases = (keys.generate(path, passphrase=passphrase) for path in (root_path, releases_path))
-    empty = Assignment(fleet=config.fleet, version=1, models={})
+    addresses = Addresses(device_url=config.device_url, broker=config.broker_address, since=time.time())
+    empty = Assignment(fleet=config.fleet, version=1, models={}, addresses=addresses)
     Repository.create(
         folder.metadata,
         folder.targets,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from agent.contract import names
+from agent.contract.addresses import Addresses
 from agent.contract.codec import FORMAT, Document, decode, require_format
 
 ASSIGNMENT_TARGET = "assignments/fleet.json"
@@ -121,6 +122,8 @@ class Assignment(Document, frozen=True, kw_only=True):
     models: dict[str, ModelAssignment]
     teams: dict[str, dict[str, int]] = {}
     """Releases that switch together, all of them or none: the team's name → model → release. A model is in one team at most."""
+    addresses: Addresses | None = None
+    """Where devices reach the fleet server; None of a server that does not say."""
     kind: Literal["assignment"] = "assignment"
     format: int = FORMAT
 

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from agent.contract import names
+from agent.contract.addresses import Addresses
 from agent.contract.codec import FORMAT, Document, require_format
 from agent.contract.reports import Hardware
 
@@ -113,7 +114,11 @@ class SignedRenewal(Document, frozen=True, kw_only=True):
 
 
 class EnrolmentResponse(Document, frozen=True, kw_only=True):
-    """What a device keeps beside its key. `tuf_root` is the trusted root, kept from enrolment and updated only through TUF."""
+    """What a device keeps beside its key. `tuf_root` is the trusted root, kept from enrolment and updated only through TUF.
+
+    `addresses` is where the fleet server is reached; `device_url`, `broker_host` and `broker_port` say it for agents of version
+    0.1.0, which know nothing of one port for everything.
+    """
 
     fleet: str
     device: str
@@ -123,6 +128,7 @@ class EnrolmentResponse(Document, frozen=True, kw_only=True):
     broker_host: str
     broker_port: int
     tuf_root: str
+    addresses: Addresses | None = None
     kind: Literal["enrolment"] = "enrolment"
     format: int = FORMAT
 

@@ -62,6 +62,18 @@ class Acceptor:
         for connection in list(self._waiting):
             connection.end()
 
+    def hand(self, sock: socket.socket) -> None:
+        """Takes a connection that was accepted elsewhere, if there is room for it. In this loop."""
+        try:
+            address = address_of(sock.getpeername()[0])
+        except OSError:  # it has gone
+            sock.close()
+            return
+        if self._open and self._connections.ask(address) is Answer.COME:
+            self._take(_high(sock), address)
+        else:
+            sock.close()
+
     async def wait_closed(self) -> None:
         """Returns at once: connections are counted elsewhere."""
 

@@ -189,6 +189,8 @@ class Listener(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, room: Connections, name: str) -> None:
         super().__init__(secured(config))
         self.name, self.room = name, room
+        self.host, self.port = config.host, config.port
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -198,13 +200,29 @@ class Listener(uvicorn.Server):
         """As uvicorn's, but that an Acceptor takes the connections."""
         await self.lifespan.startup()
         current_default_thread_limiter().total_tokens = THREADS
-        loop, config, make = asyncio.get_running_loop(), self.config, self.config.http_protocol_class
+        self._loop = loop = asyncio.get_running_loop()
+        config, make = self.config, self.config.http_protocol_class
 
         def protocol() -> Any:
             return make(config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop)  # type: ignore[call-arg]
 
         self.servers = [Acceptor(sock, protocol, config.ssl, self.room) for sock in sockets or []]  # type: ignore[misc]
         self.started = True
+
+    def hand(self, sock: socket.socket) -> None:
+        """Takes a connection that was accepted elsewhere and of which nothing was read. For any thread."""
+        if self._loop is None or self.should_exit:
+            sock.close()
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._take, sock)
+        except RuntimeError:  # it has ended
+            sock.close()
+
+    def _take(self, sock: socket.socket) -> None:
+        for acceptor in self.servers:
+            assert isinstance(acceptor, Acceptor)
+            acceptor.hand(sock)
 
     async def run_aside(self, sock: socket.socket) -> None:
         """Serves in a thread of its own; returns when that ends, and raises what ended it."""

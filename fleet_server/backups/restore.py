@@ -18,7 +18,7 @@ from sqlalchemy import delete, update
 from agent.common import files
 from fleet_server import config as configuration
 from fleet_server.access import SERVER
-from fleet_server.app import Fleet, own_names
+from fleet_server.app import Fleet
 from fleet_server.backups.archive import Description, Progress, unpack
 from fleet_server.config import Folder
 from fleet_server.devices import adoption
@@ -91,7 +91,7 @@ def _prepare(
         fleet.recover()
         _jump(fleet, description, clock())
         changes = fleet.key_changes.replace_online_keys(choose(fleet)) if choose is not None else []
-        fleet.authority.renew_own(own_names(config), force=True)
+        fleet.authority.renew_own(config.own_names, force=True)
         missing = sum(fleet.blobs.size(sha256) is None for sha256 in fleet.catalogue.blobs())
     except (RepositoryDamaged, DatabaseError) as error:
         raise Unavailable(f"what the backup holds cannot be used: {error}") from error

@@ -120,7 +120,7 @@ def write(folder: Folder, settings: BrokerSettings, plugin: Path | None) -> Path
         f"max_inflight_bytes {MAX_INFLIGHT_BYTES}",
         "max_keepalive 600",
         "persistent_client_expiration 14d",
-        f"listener {settings.port} {settings.listen}",
+        f"listener {settings.port} {'' if settings.listen == '::' else settings.listen}".rstrip(),  # at "::" IPv4 would be left out
         f"max_connections {settings.max_connections if settings.max_connections >= 0 else for_clients()}",
         "max_qos 1",
         "cafile pki/ca.crt",

@@ -15,6 +15,27 @@ from fleet_server.cli.signing import new_secret, signer
 from fleet_server.errors import Unavailable
 
 
+def _checked(_ctx: click.Context, _param: click.Parameter, hosts: tuple[str, ...]) -> tuple[str, ...]:
+    from agent.contract.addresses import check_host
+
+    try:
+        return tuple(check_host(host, "it") for host in hosts)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _warn_of_unknown(hosts: tuple[str, ...]) -> None:
+    """What is told to devices and cannot be looked up here is often misspelt; a name may also exist only where the devices are."""
+    for host in hosts:
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:  # noqa: PERF203 - a few names
+            click.echo(
+                f"warning: {host} cannot be looked up on this machine ({error.strerror or error}); devices must be able to. "
+                "Correct `hosts` in fleet.yaml if it is misspelt", err=True,
+            )  # fmt: skip
+
+
 @click.command(cls=Command)
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--fleet", default="fleet", show_default=True, help="The fleet's name; devices remember it.")
@@ -23,6 +44,7 @@ from fleet_server.errors import Unavailable
     "hosts",
     multiple=True,
     metavar="NAME_OR_IP",
+    callback=_checked,
     help="How devices and operators reach this machine. Repeatable; the first one is what devices are told. Default: this machine's name.",
 )
 @click.option(
@@ -39,6 +61,11 @@ from fleet_server.errors import Unavailable
 @click.option("--device-port", type=click.IntRange(1, 65535), default=8444, show_default=True)
 @click.option("--broker-port", type=click.IntRange(1, 65535), default=8883, show_default=True)
 @click.option(
+    "--shared-port",
+    type=click.IntRange(1, 65535),
+    help="One port where all of it is reached, such as 443, for networks that let nothing else out.",
+)
+@click.option(
     "--loopback-port", type=click.IntRange(1, 65535), help="Plain HTTP for this machine only: a local browser, a reverse proxy."
 )
 @click.option(
@@ -49,7 +76,7 @@ from fleet_server.errors import Unavailable
 @reports_errors
 def init(
     ctx: click.Context, folder: Path, fleet: str, hosts: tuple[str, ...], keys: Path | None, *, passphrase: bool, operator_port: int,
-    device_port: int, broker_port: int, loopback_port: int | None, database_url: str | None,
+    device_port: int, broker_port: int, shared_port: int | None, loopback_port: int | None, database_url: str | None,
 ) -> None:  # fmt: skip
     """Makes the data folder of a new fleet: CA, keys, signed metadata, database, first admin token.
 
@@ -60,8 +87,9 @@ def init(
 
     config = FleetConfig(
         fleet=fleet, hosts=hosts or (socket.getfqdn(),), operator_port=operator_port, device_port=device_port,
-        loopback_port=loopback_port, broker=BrokerSettings(port=broker_port), database_url=database_url,
+        shared_port=shared_port, loopback_port=loopback_port, broker=BrokerSettings(port=broker_port), database_url=database_url,
     )  # fmt: skip
+    _warn_of_unknown(config.hosts)
     secret = new_secret("Passphrase for the offline keys") if passphrase else None
     made = setup.init(
         Folder(folder), config, offline_keys=keys or folder / "keys-offline",
@@ -99,8 +127,8 @@ def serve(folder: Path, log_level: str) -> None:
 @with_json
 @reports_errors
 def doctor(folder: Path, *, as_json: bool) -> None:
-    """Checks what the server needs of its machine: descriptors, broker, plug-in, disk, database. Exit status 1 when something is
-    missing.
+    """Checks what the server needs of its machine: descriptors, broker, plug-in, disk, database; and whether it is reached where
+    devices are told to find it. Exit status 1 when something is missing.
 
     edge-fleet doctor /srv/fleet
     """

@@ -12,6 +12,8 @@ from cryptography.hazmat.primitives import serialization
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from agent.contract import addresses
+from agent.contract.assignment import read_assignment
 from agent.contract.enrolment import EnrolmentRequest, EnrolmentResponse, EnrolmentString, RenewalRequest
 from fleet_server.access import Actor, digest
 from fleet_server.config import FleetConfig
@@ -85,7 +87,7 @@ class Enrolment:
             self._journal.audit(
                 session, actor, "token.create", row.id, device=device, groups=row.groups, uses=uses, ttl_s=ttl_s
             )
-        string = EnrolmentString(self._config.host, self._config.operator_port, token, self._authority.fingerprint)
+        string = EnrolmentString(*addresses.split(self._config.enrolment), token, self._authority.fingerprint)
         return EnrolmentTokenMade(**msgspec.structs.asdict(_view(row, now)), string=str(string))
 
     def tokens(self) -> list[EnrolmentTokenView]:
@@ -201,15 +203,17 @@ class Enrolment:
         return certificate
 
     def _answer(self, device: str, certificate: x509.Certificate) -> EnrolmentResponse:
+        broker_host, broker_port = addresses.split(self._config.unshared_broker)
         return EnrolmentResponse(
             fleet=self._config.fleet,
             device=device,
             certificate_pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
             ca_pem=self._authority.ca_pem.decode(),
-            device_url=self._config.device_url,
-            broker_host=self._config.host,
-            broker_port=self._config.broker.port,
+            device_url=self._config.unshared_device_url,
+            broker_host=broker_host,
+            broker_port=broker_port,
             tuf_root=self._repository.root_bytes().decode(),
+            addresses=read_assignment(self._repository.assignment_bytes()).addresses,
         )
 
 

@@ -10,9 +10,11 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from agent.contract.addresses import Addresses
 from agent.contract.assignment import Assignment, ModelAssignment, read_assignment
 from agent.contract.codec import encode
 from fleet_server.access import SERVER
@@ -41,6 +43,7 @@ class FleetAssignment:
         self._fleet, self._clock = fleet, clock
         self._lock = threading.RLock()
         self._read: tuple[bytes, Assignment] | None = None
+        self._addresses: Addresses | None = None
         self.poker: Poker | None = None
 
     def signed(self) -> Assignment:
@@ -50,6 +53,24 @@ class FleetAssignment:
         if read is None or read[0] != data:
             self._read = read = (data, read_assignment(data))
         return read[1]
+
+    def tell(self, addresses: Addresses) -> bool:
+        """Says where devices reach the server, from the next `publish` on; whether that is another place than they know. When the
+        server began to say so (`since`) is found here.
+        """
+        with self._lock:
+            signed = self.signed()
+            known = signed.addresses
+            if known is not None and known.is_same_place(addresses):
+                return False
+            since = max(self._clock(), known.since + 1 if known is not None else 0.0)
+            self._addresses = msgspec.structs.replace(addresses, since=since)
+            with self._database.session() as session:
+                steps.next_version(session, at_least=signed.version + 1)
+                self._journal.audit(
+                    session, SERVER, "addresses.change", self._fleet, devices=addresses.device_url, broker=addresses.broker
+                )
+            return True
 
     def publish(self) -> None:
         """Signs the assignment when the database makes a newer one necessary than is signed, and pokes every device."""
@@ -112,6 +133,7 @@ class FleetAssignment:
             fleet=self._fleet,
             version=version,
             teams=teams.assigned(session, models),
+            addresses=self._addresses or self.signed().addresses,
             models={
                 model: ModelAssignment(
                     release=models[model].release if model in models else None,

@@ -11,7 +11,7 @@ import sys
 import pytest
 from cryptography import x509
 
-from fleet_server.app import Fleet, own_names
+from fleet_server.app import Fleet
 from fleet_server.config import FleetConfig, Folder, load
 from fleet_server.devices.pki import Authority
 from tests.fleet.stand import environment, wait_until
@@ -82,7 +82,7 @@ def _made(path):
 
 def test_own_names():
     config = FleetConfig(fleet="x", hosts=("a", "b"), listen="192.0.2.1")
-    assert own_names(config) == ("a", "b", "192.0.2.1")
+    assert config.own_names == ("a", "b", "192.0.2.1")
 
 
 def test_metadata_is_renewed_while_it_runs(own_server):
