@@ -16,6 +16,7 @@ DEFAULT_PATH = Path("/etc/edge-agent/agent.yaml")
 
 _HOURS = re.compile(r"(?!(\d\d:\d\d)-\1)([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
 _ADDRESS = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}")
+_PROXY = re.compile(r"http://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}/?")
 
 RENAMED: Mapping[str, str] = {
     "sync.peers": "sync.neighbours",
@@ -181,6 +182,13 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     mirrors: tuple[str, ...] = ()
     """Addresses (https://…) that serve the fleet's blobs below /blobs/: caches, a CDN. Whichever was of use last is asked first, the fleet
     server among them. They see no certificate of this device."""
+    proxy: str = ""
+    """The HTTP proxy (http://HOST:PORT) that is asked with CONNECT for the fleet server, its broker and mirrors. What HTTPS_PROXY says is
+    not obeyed. Empty: none."""
+    proxy_credentials: Path | None = None
+    """A file with USER:PASSWORD for the proxy, which only the user of `sync` should be able to read."""
+    proxy_except: tuple[str, ...] = ()
+    """Hosts that are reached without the proxy, and with a dot before them whole domains, such as .example.org."""
     trial_socket: Path = Path("/run/edge-agent/trial.sock")
     """Where systemd starts trials. When it is not there, trials are children of `sync`."""
     windows: tuple[str, ...] = ()
@@ -205,6 +213,12 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
         for address in (*self.neighbours, *([self.neighbour_listen] if self.neighbour_listen else [])):
             if not _ADDRESS.fullmatch(address):
                 raise ValueError(f"{address!r} in neighbours or neighbour_listen must be ADDRESS:PORT, such as 192.0.2.7:8500")
+        if self.proxy and not _PROXY.fullmatch(self.proxy):
+            raise ValueError(
+                f"proxy is {self.proxy!r}; expected http://HOST:PORT, with user and password in the file that proxy_credentials names"
+            )
+        if self.proxy_credentials is not None and not self.proxy:
+            raise ValueError("proxy_credentials is of use only with a proxy")
         for url in self.mirrors:
             if not url.startswith("https://"):
                 raise ValueError(f"{url!r} in mirrors must be an https:// address")

@@ -42,7 +42,8 @@ def models(socket_path: Path | None, *, as_json: bool) -> None:
 @click.option("--config", type=click.Path(path_type=Path), help="agent.yaml  [default: /etc/edge-agent/agent.yaml if present]")
 @json_option
 def status(socket_path: Path | None, config: Path | None, *, as_json: bool) -> None:
-    """Show what the server runs, on what, and how it does; and whether another device has this one's identity.
+    """Show what the server runs, on what, and how it does; where the fleet server is; and whether another device has this one's
+    identity.
 
     \b
     Example:
@@ -55,13 +56,15 @@ def status(socket_path: Path | None, config: Path | None, *, as_json: bool) -> N
             found = client.status()
         except ClientError as error:
             fail(error)
-    shared = _identity_shared(config)
+    shared, fleet = _identity_shared(config), _fleet_server(config)
     if as_json:
-        click.echo(json.dumps({**found, "identity_shared": shared}))
+        click.echo(json.dumps({**found, "identity_shared": shared, "fleet_server": fleet}))
         return
     click.echo(f"edge-agent {found['agent_version']}, pid {found['pid']}, socket {client.socket_path}")
     rows = [_status_row(name, model, v) for name, model in found["models"].items() for v in model["versions"].values()]
     _table(("model", "version", "role", "state", "on", "requests", "failed", "mean ms", "MB"), rows)
+    if fleet is not None:
+        click.echo(_fleet_words(fleet))
     if shared:
         click.echo(f"! {shared}")
     _reasons(
@@ -82,6 +85,37 @@ def _identity_shared(config: Path | None) -> str | None:
         return takeovers.finding(load(config).store / "sync", time.time())
     except (ConfigError, OSError):
         return None
+
+
+def _fleet_server(config: Path | None) -> dict[str, Any] | None:
+    """Where the device finds its fleet server; None where it is not enrolled, and for who may not read its folder."""
+    from agent.config import ConfigError, load
+    from agent.sync.identity import IdentityError, whereabouts
+
+    try:
+        address, known = whereabouts(load(config).sync.identity)
+    except (ConfigError, IdentityError, OSError):
+        return None
+    awaited = known.awaited
+    return {
+        "device_url": known.used.device_url,
+        "broker": known.used.broker,
+        "since": known.used_since or address.enrolled or None,
+        "awaited": {"device_url": awaited.device_url, "broker": awaited.broker} if awaited is not None else None,
+    }
+
+
+def _fleet_words(fleet: Mapping[str, Any]) -> str:
+    from agent.host.clock import text
+
+    since = f", since {text(fleet['since'])}" if fleet["since"] else ""
+    awaited = fleet["awaited"]
+    named = (
+        f"; it says that it is at {awaited['device_url']}, broker {awaited['broker']}, and has not answered there yet"
+        if awaited
+        else ""
+    )
+    return f"fleet server at {fleet['device_url']}, broker {fleet['broker']}{since}{named}"
 
 
 def _status_row(name: str, model: Mapping[str, Any], version: Mapping[str, Any]) -> list[str]:

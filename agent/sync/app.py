@@ -7,7 +7,7 @@
  5. an updater per model that was ever updated here, each in its own thread: a watch goes on while another model downloads,
     and an interrupted update goes on before the network is even asked;
  6. the follower, a thread that learns what the fleet wants: it asks at intervals and hears what pokes carry;
- 7. the MQTT link, last, because nothing else needs it.
+ 7. the MQTT link, because nothing else needs it, and the mover, which follows a fleet server that moves.
 
 The main thread reports and feeds the watchdog. Every thread but it may block on a network or a disk; all state is on disk
 before it matters, so ending never waits for them.
@@ -16,12 +16,10 @@ before it matters, so ending never waits for them.
 from __future__ import annotations
 
 import logging
-import ssl
 import threading
 
 from agent.common import files, systemd
 from agent.config import AgentConfig
-from agent.contract.enrolment import MAX_CERTIFICATE_BYTES
 from agent.contract.reasons import Reason
 from agent.contract.reports import Phase
 from agent.diary import Diary
@@ -31,6 +29,7 @@ from agent.host.hardware import Probed
 from agent.host.signals import Ending
 from agent.store import Store, StoreError
 from agent.sync import identity
+from agent.sync.addresses import Known
 from agent.sync.exclusive import exclusive
 from agent.sync.fetching import factory
 from agent.sync.fetching.imports import Imports
@@ -38,20 +37,24 @@ from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers, sized
 from agent.sync.fetching.sharing import Sharing
 from agent.sync.fetching.spool import NoNetwork
 from agent.sync.fleet import link, takeovers
+from agent.sync.fleet.connecting import Connector
 from agent.sync.fleet.counters import Counter
 from agent.sync.fleet.deliveries import Deliveries
+from agent.sync.fleet.moving import Mover
 from agent.sync.fleet.outbox import Outbox
-from agent.sync.fleet.renewal import Renewal
+from agent.sync.fleet.renewal import Renewal, by_transfers
 from agent.sync.fleet.reports import Reporter, Signer, model_states
-from agent.sync.http import NO_CHECK_TIME, FleetHttp
+from agent.sync.http import FleetHttp
 from agent.sync.identity import Identity
 from agent.sync.ports import Clock
+from agent.sync.proxy import Way
 from agent.sync.serving import ServeAway, ServeClient, ServeRefused
 from agent.sync.trials.trial import TrialProcesses
 from agent.sync.trust.client import Trust
 from agent.sync.trust.follower import Follower
 from agent.sync.trust.leases import Leases
 from agent.sync.trust.metadata import Documents
+from agent.sync.trust.pokes import place
 from agent.sync.updating.device import Device
 from agent.sync.updating.machine import Fleet, Machine
 from agent.sync.updating.records import Records
@@ -67,9 +70,6 @@ REPORT_PAUSE_S = 0.2
 
 LOOKS_PER_LEASE = 4
 """How often the fleet is asked within the shortest lease of a model, so that a few answers may be lost."""
-
-RENEWED_WITHIN_S = 30.0
-"""How long a new certificate may take over the broker: a message or two, asked for again while nothing comes."""
 
 
 class SyncApp:
@@ -103,17 +103,22 @@ class SyncApp:
             deliveries,
         )
         self._transfers = Transfers(
-            self._ask_broker, lambda: self.link.connected, **sized(settings.bandwidth_limit_bytes_per_s)
+            lambda ask: self.link.ask(ask),  # noqa: PLW0108 - the link comes later
+            lambda: self.link.connected,
+            **sized(settings.bandwidth_limit_bytes_per_s),
         )
-        self._renewal = Renewal(clock, self._http, self._renew_by_broker)
-        sources = factory.sources(settings, self._http, clock, who.ca_file, clock.unset)
+        self._connector = Connector(who, clock, way := Way.configured(settings))
+        self._mover = Mover(who.folder, who.known, clock, place(who.device), self._connector.answers, self._has_moved)
+        self._fleet_http = self._http()
+        self._renewal = Renewal(clock, self._http, by_transfers(self._transfers), self._mover.told)
+        sources = factory.sources(settings, self._http, clock, who.ca_file, clock.unset, way)
         if settings.mqtt_transfers:
             sources.append(MqttBlobs(self._transfers))
         downloads = factory.downloader(
             store, settings, clock, [source for source in sources if networked or not source.metered]
         )
         self._imports = Imports(store, who.device, downloads.sources, self._tell)
-        self._trust = Trust(private / "trust", who, self._http() if networked else NoNetwork(), clock, self._ways)
+        self._trust = Trust(private / "trust", who, self._fleet_http if networked else NoNetwork(), clock, self._ways)
         self.follower = Follower(
             self._trust,
             settings.poll_interval_s,
@@ -153,11 +158,11 @@ class SyncApp:
         self._follow = threading.Thread(target=self.follower.run, name="follower", daemon=True)
         self.link = link.Link(
             who.device,
-            link.Broker(who.address.broker_host, who.address.broker_port, self._tls),
+            link.Broker(who.known.used.broker_host, who.known.used.broker_port, self._connector.tls, way),
             self.outbox,
             self._sessions.next,
             on_poke=self.follower.poked,
-            on_change=lambda _: self._due.set(),
+            on_change=self._link_changed,
             on_delivered=deliveries.delivered,
             on_blocks=self._transfers.received,
             busy=lambda: self._transfers.active,
@@ -184,6 +189,10 @@ class SyncApp:
             self._reporter.event(name, message)
         except OSError as error:
             log.warning("the event could not be kept for the fleet: %s", error)
+
+    def _link_changed(self, connected: bool) -> None:
+        self._mover.connected(connected)
+        self._due.set()
 
     def _taken_over(self, certain: bool) -> None:
         try:
@@ -229,12 +238,14 @@ class SyncApp:
         threading.Thread(target=self._probe, name="probe", daemon=True).start()
         if self._networked:
             self.link.start()
+            threading.Thread(target=self._mover.run, name="mover", daemon=True).start()
             self._lend()
 
     def stop(self, timeout_s: float = GOODBYE_S) -> None:
         """Ends everything in an order in which nobody waits for the network."""
         if self._sharing is not None:
             self._sharing.stop()
+        self._mover.stop()
         self.follower.stop()
         threads = [*self._workers.stop(), self._follow]
         end = self._clock.monotonic() + timeout_s
@@ -275,6 +286,7 @@ class SyncApp:
         desired = self.follower.current
         for model in desired.models() if desired else ():
             self._workers.begin(model)
+        self._mover.told(desired.assignment.addresses if desired else None)
         self._workers.wake()
         self._due.set()
 
@@ -292,19 +304,6 @@ class SyncApp:
 
     def _renew_when_due(self) -> None:
         self._who = self._renewal.renewed(self._who)
-
-    def _renew_by_broker(self, request: str) -> bytes:
-        return self._transfers.whole(
-            "renewal",
-            "",
-            limit_bytes=MAX_CERTIFICATE_BYTES,
-            deadline_s=RENEWED_WITHIN_S,
-            what="a new certificate",
-            request=request,
-        )
-
-    def _ask_broker(self, ask: bytes) -> bool:
-        return self.link.ask(ask)
 
     def _ways(self) -> list[Documents]:
         """The ways to the fleet's documents while its server cannot be reached."""
@@ -364,22 +363,14 @@ class SyncApp:
         self._due.set()
 
     def _http(self) -> FleetHttp:
-        who = self._who
-        return FleetHttp(
-            who.address.device_url,
-            self._clock,
-            ca=who.ca_file,
-            certificate=who.certificate_file,
-            key=who.key_file,
-            unset=self._clock.unset,
-        )
+        return self._connector.http(self._mover.known.used.device_url)
 
-    def _tls(self) -> ssl.SSLContext:
-        who = self._who
-        context = link.tls_context(str(who.ca_file), str(who.certificate_file), str(who.key_file))
-        if self._clock.unset():
-            context.verify_flags |= NO_CHECK_TIME
-        return context
+    def _has_moved(self, known: Known) -> None:
+        used = known.used
+        self._fleet_http.point_at(used.device_url)
+        self.link.move(used.broker_host, used.broker_port)
+        self._tell("server-moved", f"the fleet server is found at {used.device_url}, broker {used.broker}, from now on")
+        self.follower.look_soon()
 
 
 def main(config: AgentConfig) -> None:

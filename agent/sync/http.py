@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import functools
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from agent.contract.addresses import DEVICES
 from agent.contract.codec import ContractError, decode
 from agent.contract.reasons import Reason
 from agent.sync import refusals
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem
+from agent.sync.proxy import DIRECT, ProxyFailed, Way
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 20.0
@@ -57,30 +60,54 @@ class TooLong(Problem):
     """The body is larger than it may be; the rest was not read."""
 
 
+class _Context(ssl.SSLContext):
+    """Offers the protocols it was made with, also when urllib3 names its own."""
+
+    protocols: list[str] | None = None
+
+    def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
+        super().set_alpn_protocols(self.protocols or alpn_protocols)
+
+
 class _Adapter(HTTPAdapter):
     """Verifies the chain and the name; `untimed`: not the dates, which cannot be judged with a clock that stands in 1970. `ca`:
-    one more authority beside the machine's.
+    the authority that is believed, `public` when the machine's are too. `protocols`: what is offered instead of HTTP/1.1 alone.
     """
 
-    def __init__(self, *, untimed: bool, ca: Path | None) -> None:
-        self.untimed, self._ca = untimed, ca
+    def __init__(self, *, untimed: bool, ca: Path | None, public: bool, protocols: list[str] | None) -> None:
+        self.untimed, self._ca, self._public, self._protocols = untimed, ca, public, protocols
         super().__init__()
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        context = ssl.create_default_context()
+        context = _Context(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.protocols = self._protocols
         if self.untimed:
             context.verify_flags |= NO_CHECK_TIME
+        if self._public or self._ca is None:
+            context.load_default_certs()
         if self._ca is not None:
             context.load_verify_locations(cafile=str(self._ca))
         super().init_poolmanager(*args, **kwargs, ssl_context=context)
 
 
-def _hurried(kind: type[HTTPConnection]) -> type[HTTPConnection]:
-    """Connections whose answers' heads come within HEAD_S: a limit on the silence between two packets lets a byte every 19 s
-    pass.
+def _hurried(kind: type[HTTPConnection], way: Way) -> type[HTTPConnection]:
+    """Connections by `way` whose answers' heads come within HEAD_S: a limit on the silence between two packets lets a byte every
+    19 s pass.
     """
 
     class Hurried(kind):  # type: ignore[misc, valid-type]
+        def _new_conn(self) -> socket.socket:
+            if not way.proxy_for(self._dns_host):
+                return super()._new_conn()  # type: ignore[no-any-return]
+            try:
+                sock = way.connect(self._dns_host, self.port, self.timeout)
+            except OSError as error:
+                raise urllib3.exceptions.NewConnectionError(self, str(error)) from error
+            for option in self.socket_options or ():
+                sock.setsockopt(*option)
+            return sock
+
         def getresponse(self) -> Any:
             def cut_off(sock: socket.socket | None = self.sock) -> None:
                 if sock is not None:
@@ -98,12 +125,15 @@ def _hurried(kind: type[HTTPConnection]) -> type[HTTPConnection]:
     return Hurried
 
 
-class _Http(HTTPConnectionPool):
-    ConnectionCls = _hurried(HTTPConnection)
+@functools.lru_cache(maxsize=8)
+def _pools(way: Way) -> dict[str, type[HTTPConnectionPool]]:
+    class Http(HTTPConnectionPool):
+        ConnectionCls = _hurried(HTTPConnection, way)
 
+    class Https(HTTPSConnectionPool):
+        ConnectionCls = _hurried(HTTPSConnection, way)  # type: ignore[assignment]
 
-class _Https(HTTPSConnectionPool):
-    ConnectionCls = _hurried(HTTPSConnection)  # type: ignore[assignment]
+    return {"http": Http, "https": Https}
 
 
 class FleetHttp:
@@ -123,16 +153,19 @@ class FleetHttp:
         key: Path | None = None,
         unset: Callable[[], bool] = lambda: False,
         public: bool = False,
+        way: Way = DIRECT,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
         """`public`: whoever the machine's own certificate authorities vouch for is believed too, as mirrors on the internet
         need.
         """
+        self._way, self._public = way, public
+        self._protocols = [DEVICES, "http/1.1"] if certificate else None
         self.base_url = base_url.rstrip("/")
         self.server_time: float | None = None
         self._clock = clock
         self._unset = unset
-        self._ca = ca if public else None
+        self._ca = ca
         self._timeouts = (connect_timeout_s, READ_TIMEOUT_S)
         self._session = requests.Session()
         self._hurry()
@@ -144,6 +177,10 @@ class FleetHttp:
 
     def close(self) -> None:
         self._session.close()
+
+    def point_at(self, base_url: str) -> None:
+        """From the next request on the server is at another address. For any thread."""
+        self.base_url = base_url.rstrip("/")
 
     def url(self, path: str) -> str:
         return self.base_url + path
@@ -224,19 +261,17 @@ class FleetHttp:
         return body
 
     def _suit_clock(self) -> None:
-        adapter = self._session.get_adapter("https://")
-        untimed = self._unset()
-        if (untimed or self._ca is not None) is not isinstance(adapter, _Adapter) or getattr(
-            adapter, "untimed", False
-        ) is not untimed:
+        adapter, untimed = self._session.get_adapter("https://"), self._unset()
+        suits = adapter.untimed is untimed if isinstance(adapter, _Adapter) else not untimed and self._ca is None
+        if not suits:
             adapter.close()
-            plain = not untimed and self._ca is None
-            self._session.mount("https://", HTTPAdapter() if plain else _Adapter(untimed=untimed, ca=self._ca))
+            made = _Adapter(untimed=untimed, ca=self._ca, public=self._public, protocols=self._protocols)
+            self._session.mount("https://", made)
             self._hurry()
 
     def _hurry(self) -> None:
         for adapter in self._session.adapters.values():
-            adapter.poolmanager.pool_classes_by_scheme = {"http": _Http, "https": _Https}  # type: ignore[attr-defined]
+            adapter.poolmanager.pool_classes_by_scheme = _pools(self._way)  # type: ignore[attr-defined]
 
     def _note_time(self, response: requests.Response) -> None:
         with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
@@ -278,6 +313,8 @@ def _asked_to_wait_s(response: requests.Response) -> float:
 def _root(error: BaseException) -> str:
     """The innermost message: urllib3 wraps the sentence that matters three layers deep."""
     while True:
+        if isinstance(error, ProxyFailed):
+            return str(error)
         inner = error.__cause__ or error.__context__
         if inner is None and error.args and isinstance(error.args[0], BaseException):
             inner = error.args[0]

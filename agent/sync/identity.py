@@ -3,7 +3,8 @@
     key.pem          the private key (ECDSA P-256), made here, mode 0600
     certificate.pem  what the fleet's CA issued for it; replaced on renewal
     ca.pem           the fleet's CA
-    fleet.json       FleetAddress: names and addresses
+    fleet.json       FleetAddress: names and addresses, as they were at enrolment
+    addresses.json   which addresses the fleet named since, and which of them is used (`addresses.py`); absent until it named one
     root.json        the first TUF root, as it was received at enrolment; never replaced (TUF keeps newer ones itself)
 
 The folder appears whole or not at all, so a crash in the middle of enrolment leaves nothing half-made.
@@ -27,8 +28,11 @@ from cryptography.x509.oid import NameOID
 
 from agent.common import files
 from agent.contract import names
+from agent.contract.addresses import Addresses, join
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
 from agent.contract.enrolment import EnrolmentResponse
+from agent.sync import addresses
+from agent.sync.addresses import Known
 
 _MAX_FILE_BYTES = 1024 * 1024
 _RENAME_EXCHANGE = 2
@@ -47,6 +51,7 @@ class FleetAddress(Document, frozen=True, kw_only=True):
     device_url: str
     broker_host: str
     broker_port: int
+    since: float = 0.0
     enrolled: float = 0.0
     format: int = FORMAT
 
@@ -54,12 +59,20 @@ class FleetAddress(Document, frozen=True, kw_only=True):
         require_format(self.format, "fleet.json")
         names.check(names.DEVICE_ID, self.device, "device id")
 
+    @property
+    def addresses(self) -> Addresses:
+        """Raises: ValueError."""
+        return Addresses(device_url=self.device_url, broker=join(self.broker_host, self.broker_port), since=self.since)
+
 
 class Identity(msgspec.Struct, frozen=True):
     """An enrolled device, read and checked."""
 
     folder: Path
     address: FleetAddress
+    """As it came with enrolment."""
+    known: Known
+    """Where the fleet server is now, and where else it may be."""
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
     root: bytes
@@ -91,12 +104,7 @@ class Identity(msgspec.Struct, frozen=True):
 
 def load(folder: Path) -> Identity:
     """The identity in `folder`.  Raises: IdentityError."""
-    if not folder.is_dir():
-        raise IdentityError(f"this device is not enrolled: {folder} does not exist; run `edge-agent enrol STRING`")
-    try:
-        address = decode(_read(folder, "fleet.json"), FleetAddress, limit_bytes=_MAX_FILE_BYTES)
-    except ContractError as error:
-        raise IdentityError(f"{folder / 'fleet.json'}: {error}; enrol again with --force") from error
+    address, known = whereabouts(folder)
     key, certificate = _load_key(folder), _load_certificate(folder)
     _read(folder, "ca.pem")
     if certificate.public_key() != key.public_key():
@@ -105,7 +113,22 @@ def load(folder: Path) -> Identity:
         raise IdentityError(
             f"{folder}: certificate.pem is for {name!r}, fleet.json for {address.device!r}; enrol again with --force"
         )
-    return Identity(folder, address, key, certificate, _read(folder, "root.json"))
+    return Identity(folder, address, known, key, certificate, _read(folder, "root.json"))
+
+
+def whereabouts(folder: Path) -> tuple[FleetAddress, Known]:
+    """What the identity in `folder` says of its fleet, for who may not read its key.  Raises: IdentityError."""
+    if not folder.is_dir():
+        raise IdentityError(f"this device is not enrolled: {folder} does not exist; run `edge-agent enrol STRING`")
+    try:
+        address = decode(_read(folder, "fleet.json"), FleetAddress, limit_bytes=_MAX_FILE_BYTES)
+    except ContractError as error:
+        raise IdentityError(f"{folder / 'fleet.json'}: {error}; enrol again with --force") from error
+    try:
+        known = addresses.read(folder, address.addresses)
+    except ValueError as error:
+        raise IdentityError(f"{folder / 'fleet.json'}: {error}; enrol again with --force") from error
+    return address, known
 
 
 def common_name(certificate: x509.Certificate) -> str:
@@ -155,12 +178,15 @@ def replace_certificate(identity: Identity, pem: bytes) -> Identity:
 
 def _fill(folder: Path, response: EnrolmentResponse, key: ec.EllipticCurvePrivateKey, enrolled: float) -> None:
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    said = response.addresses
+    host, port = (response.broker_host, response.broker_port) if said is None else (said.broker_host, said.broker_port)
     address = FleetAddress(
         fleet=response.fleet,
         device=response.device,
-        device_url=response.device_url,
-        broker_host=response.broker_host,
-        broker_port=response.broker_port,
+        device_url=response.device_url if said is None else said.device_url,
+        broker_host=host,
+        broker_port=port,
+        since=0.0 if said is None else said.since,
         enrolled=enrolled,
     )
     files.write(folder / "key.pem", private, mode=0o600)

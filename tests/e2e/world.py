@@ -42,13 +42,21 @@ BALLAST_BYTES = 40_000_000  # makes fetching last long enough to be met
 class World:
     """Starts with release 1 serving. `update` publishes the next one and rolls it out. What the device keeps is below `home`.
 
-    `serve` are settings of the device's agent.yaml.
+    `serve` and `sync` are settings of the device's agent.yaml, `server` of fleet.yaml.
     """
 
-    def __init__(self, folder: Path, home: Path | None = None, *, serve: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        home: Path | None = None,
+        *,
+        serve: Mapping[str, float] | None = None,
+        sync: Mapping[str, object] | None = None,
+        server: Mapping[str, object] | None = None,
+    ) -> None:
         self.folder = folder
         self.home = home or folder
-        self._serve = dict(serve or {})
+        self._serve, self._sync, self._server = dict(serve or {}), dict(sync or {}), dict(server or {})
         self.version = 1
         self.models: dict[int, str] = {}
         """The model file of each release."""
@@ -67,11 +75,13 @@ class World:
         self.processes = self._stack.enter_context(processes(self.folder / "logs", environment))
         self.fleet = Fleet(self.folder, self.processes, lambda _: None, lambda: None)
         self.fleet.init()
+        self.configure(**self._server)
         self.fleet.serve()
         self.device = Device("device", self.home, self.processes)
         self.device.prepare()
         settings = yaml.safe_load(self.device.config.read_text())
         settings["serve"] |= self._serve
+        settings["sync"] |= self._sync
         self.device.config.write_text(yaml.safe_dump(settings))
         self.device.enrol(self.fleet.run("token", "create", "--device", "device").strip())
         self.device.start()
@@ -81,6 +91,13 @@ class World:
         self.until("release 1 is committed", lambda: self.committed(1))
         self.traffic = Traffic(self.device.socket, self.models)
         self._stack.callback(self.traffic.stop)
+
+    def configure(self, **settings: object) -> dict[str, Any]:
+        """Changes fleet.yaml, from the server's next start on; what stands in it now."""
+        path = self.fleet.data / "fleet.yaml"
+        found: dict[str, Any] = {**yaml.safe_load(path.read_text()), **settings}
+        path.write_text(yaml.safe_dump(found))
+        return found
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()

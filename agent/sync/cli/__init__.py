@@ -65,10 +65,17 @@ def enrol(string: str, device: str | None, config_path: Path | None, *, force: b
     from agent.host.clock import SystemClock
     from agent.sync.fleet import enrol as enrolment
     from agent.sync.identity import IdentityError
+    from agent.sync.proxy import Way
 
     try:
         who = enrolment.enrol(
-            string, config.sync.identity, SystemClock(), device=device, hardware=hardware.probe(), force=force
+            string,
+            config.sync.identity,
+            SystemClock(),
+            device=device,
+            hardware=hardware.probe(),
+            force=force,
+            way=Way.configured(config.sync),
         )
     except (enrolment.EnrolmentFailed, IdentityError, ValueError) as error:
         fail(str(error))

@@ -14,6 +14,7 @@ from agent.sync.fetching.https import NEIGHBOUR_PLACE, HttpBlobs
 from agent.sync.fetching.sources import Source
 from agent.sync.http import FleetHttp
 from agent.sync.ports import Clock
+from agent.sync.proxy import DIRECT, Way
 
 NEIGHBOUR_CONNECT_S = 2.0
 """A neighbour on the local network answers at once or is switched off."""
@@ -33,17 +34,17 @@ def downloader(store: Store, settings: SyncSettings, clock: Clock, sources: list
 
 
 def sources(
-    settings: SyncSettings, fleet: Callable[[], FleetHttp], clock: Clock, ca: Path, unset: Callable[[], bool]
+    settings: SyncSettings, fleet: Callable[[], FleetHttp], clock: Clock, ca: Path, unset: Callable[[], bool], way: Way = DIRECT
 ) -> list[Source]:
     """Folders, neighbours, mirrors and the fleet server. A mirror may have a certificate of any authority that the machine
-    trusts, or of the fleet's own (`ca`).
+    trusts, or of the fleet's own (`ca`). It is reached by `way`; neighbours are always reached directly.
     """
 
     def neighbour(address: str) -> Callable[[], FleetHttp]:
         return lambda: FleetHttp(f"http://{address}", clock, connect_timeout_s=NEIGHBOUR_CONNECT_S)
 
     def mirror(url: str) -> Callable[[], FleetHttp]:
-        return lambda: FleetHttp(url, clock, ca=ca, public=True, unset=unset)
+        return lambda: FleetHttp(url, clock, ca=ca, public=True, unset=unset, way=way)
 
     found: list[Source] = [FolderBlobs(folder) for folder in settings.local_sources]
     found += [

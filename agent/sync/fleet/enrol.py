@@ -28,6 +28,7 @@ from agent.sync.http import FleetHttp, HttpStatus
 from agent.sync.identity import Identity
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem
+from agent.sync.proxy import DIRECT, ProxyFailed, Way, ignored
 
 TIMEOUT_S = 15.0
 _MAX_CA_BYTES = 64 * 1024
@@ -38,7 +39,14 @@ class EnrolmentFailed(Exception):
 
 
 def enrol(
-    text: str, folder: Path, clock: Clock, *, device: str | None, hardware: Hardware | None, force: bool = False
+    text: str,
+    folder: Path,
+    clock: Clock,
+    *,
+    device: str | None,
+    hardware: Hardware | None,
+    force: bool = False,
+    way: Way = DIRECT,
 ) -> Identity:
     """Joins the fleet that the enrolment string `text` names and writes the identity to `folder`.  Raises: EnrolmentFailed."""
     try:
@@ -47,13 +55,14 @@ def enrol(
         raise EnrolmentFailed(str(error)) from None
     if not force and (folder / "fleet.json").exists():
         raise EnrolmentFailed(f"this device is enrolled already ({folder}); --force replaces its identity")
-    ca = fetch_ca(string)
+    ca = fetch_ca(string, way)
     key = ec.generate_private_key(ec.SECP256R1())
     response = _ask(
         string,
         ca,
         EnrolmentRequest(token=string.token, csr_pem=make_csr(key, device or "device"), device=device, hardware=hardware),
         clock,
+        way,
     )
     _check(response, ca, key, clock)
     try:
@@ -65,11 +74,11 @@ def enrol(
     return identities.load(folder)
 
 
-def fetch_ca(string: EnrolmentString) -> str:
+def fetch_ca(string: EnrolmentString, way: Way = DIRECT) -> str:
     """The fleet's CA certificate (PEM), proved by the fingerprint in the string and by nothing else.  Raises:
     EnrolmentFailed.
     """
-    pem = _fetch_unverified(string)
+    pem = _fetch_unverified(string, way)
     try:
         certificate = x509.load_pem_x509_certificate(pem)
     except ValueError:
@@ -85,7 +94,7 @@ def fetch_ca(string: EnrolmentString) -> str:
     return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def _fetch_unverified(string: EnrolmentString) -> bytes:
+def _fetch_unverified(string: EnrolmentString, way: Way) -> bytes:
     """GET without trusting the connection. Written on http.client so that no pool ever holds an unverified connection."""
     import http.client
 
@@ -94,12 +103,21 @@ def _fetch_unverified(string: EnrolmentString) -> bytes:
     context.verify_mode = ssl.CERT_NONE
     connection = http.client.HTTPSConnection(string.host, string.port, timeout=TIMEOUT_S, context=context)
     try:
+        plain = way.connect(string.host, string.port, TIMEOUT_S)
+        connection.sock = context.wrap_socket(plain, server_hostname=string.host)
         connection.request("GET", CA_PATH)
         response = connection.getresponse()
         body = response.read(_MAX_CA_BYTES)
+    except ProxyFailed as error:
+        raise EnrolmentFailed(f"{string.base_url} cannot be reached: {error}") from error
     except (OSError, http.client.HTTPException) as error:
+        unused = (
+            ""
+            if way.proxy or not ignored()
+            else f"; {ignored()} is set and not obeyed: name the proxy in agent.yaml (sync.proxy)"
+        )
         raise EnrolmentFailed(
-            f"{string.base_url} cannot be reached: {error}; check the address, the network and the firewall"
+            f"{string.base_url} cannot be reached: {error}; check the address, the network and the firewall{unused}"
         ) from error
     finally:
         connection.close()
@@ -117,11 +135,11 @@ def make_csr(key: ec.EllipticCurvePrivateKey, name: str) -> str:
     return csr.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def _ask(string: EnrolmentString, ca: str, request: EnrolmentRequest, clock: Clock) -> EnrolmentResponse:
+def _ask(string: EnrolmentString, ca: str, request: EnrolmentRequest, clock: Clock, way: Way) -> EnrolmentResponse:
     with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:
         file.write(ca)
         file.flush()
-        http = FleetHttp(string.base_url, clock, ca=Path(file.name))
+        http = FleetHttp(string.base_url, clock, ca=Path(file.name), way=way)
         try:
             answer = http.post(ENROL_PATH, encode(request), limit_bytes=MAX_RESPONSE_BYTES)
         except HttpStatus as error:

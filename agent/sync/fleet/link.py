@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import logging
 import random
+import socket
 import ssl
 import threading
 import time
@@ -23,10 +24,12 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.contract import topics
+from agent.contract.addresses import MQTT
 from agent.contract.codec import encode
 from agent.contract.reports import Presence
 from agent.sync import refusals
 from agent.sync.fleet.outbox import Item
+from agent.sync.proxy import DIRECT, Way
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,18 @@ class Broker(msgspec.Struct, frozen=True):
     port: int
     tls: Callable[[], ssl.SSLContext]
     """Made anew for each connection, so that a renewed certificate is used."""
+    way: Way = DIRECT
+
+
+class _Client(mqtt.Client):
+    """Connects by the way it is given."""
+
+    def __init__(self, way: Way, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._way = way
+
+    def _create_socket_connection(self) -> socket.socket:
+        return self._way.connect(self._host, self._port, self._connect_timeout)
 
 
 class Link:
@@ -115,6 +130,7 @@ class Link:
         self._on_change = on_change
         self._jitter = jitter
         self.stopping = threading.Event()
+        self._woken = threading.Event()
         self._thread: threading.Thread | None = None
         self._protocol = MQTTProtocolVersion.MQTTv5
         self.session = 0
@@ -128,6 +144,11 @@ class Link:
         self.asks.append(payload)
         return True
 
+    def move(self, host: str, port: int) -> None:
+        """Goes to another broker; the present one is left in order. Any thread may."""
+        self.broker = msgspec.structs.replace(self.broker, host=host, port=port)
+        self._woken.set()
+
     @property
     def running(self) -> bool:
         """Whether its thread is there."""
@@ -140,6 +161,7 @@ class Link:
     def stop(self, timeout_s: float = 5.0) -> None:
         """Says goodbye if connected, and ends. A connection attempt under way is abandoned."""
         self.stopping.set()
+        self._woken.set()
         if self._thread:
             self._thread.join(timeout_s)
 
@@ -149,7 +171,9 @@ class Link:
             lasted_s = self._connect_once()
             if lasted_s >= STEADY_AFTER_S:
                 lost_at = time.monotonic()
-            self.stopping.wait(delay_s(time.monotonic() - lost_at, self._jitter()))
+            if self._woken.wait(delay_s(time.monotonic() - lost_at, self._jitter())):
+                self._woken.clear()
+                lost_at = time.monotonic()
 
     def _connect_once(self) -> float:
         """One connection from beginning to end. Gives how long it lasted, in seconds."""
@@ -195,6 +219,7 @@ class _Conversation:
 
     def __init__(self, link: Link, protocol: MQTTProtocolVersion) -> None:
         self._link = link
+        self._broker = link.broker
         self._protocol = protocol
         self._sent: dict[int, int] = {}  # paho's message id → outbox id
         self._moved = 0.0  # when one of them was acknowledged, or the first of them sent
@@ -210,9 +235,12 @@ class _Conversation:
         """Raises: OSError when the connection cannot be made."""
         link = self._link
         started = time.monotonic()
-        self._client.connect(link.broker.host, link.broker.port, KEEPALIVE_S, **self._connect_options())
+        self._client.connect(self._broker.host, self._broker.port, KEEPALIVE_S, **self._connect_options())
         accepted_at = 0.0
         while not link.stopping.is_set():
+            if link.broker is not self._broker:
+                log.info("the broker is somewhere else now: leaving this one")
+                break
             if self._client.loop(BUSY_LOOP_S if link.busy() else LOOP_S) != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 link.thrown_out = self._accepted and not self._told
                 break
@@ -237,7 +265,8 @@ class _Conversation:
     def _make_client(self) -> mqtt.Client:
         link = self._link
         options: dict[str, Any] = {} if self._protocol == MQTTProtocolVersion.MQTTv5 else {"clean_session": True}
-        client = mqtt.Client(
+        client = _Client(
+            self._broker.way,
             CallbackAPIVersion.VERSION2,
             client_id=link.device,
             protocol=self._protocol,
@@ -245,7 +274,7 @@ class _Conversation:
             **options,
         )
         client.connect_timeout = CONNECT_TIMEOUT_S
-        client.tls_set_context(link.broker.tls())
+        client.tls_set_context(self._broker.tls())
         client.max_inflight_messages_set(IN_FLIGHT)
         client.will_set(topics.up(link.device, "presence"), self._presence(online=False), qos=1)
         client.on_connect = self._on_connect
@@ -325,7 +354,8 @@ class _Conversation:
 
     def _end(self) -> None:
         """An orderly goodbye replaces the last will, which a broker only sends for a connection that broke."""
-        if self._accepted and self._link.stopping.is_set():
+        leaving = self._link.stopping.is_set() or self._link.broker is not self._broker
+        if self._accepted and leaving:
             self._client.publish(topics.up(self._link.device, "presence"), self._presence(online=False), qos=1)
             for _ in range(4):
                 if self._client.loop(LOOP_S / 2) != MQTTErrorCode.MQTT_ERR_SUCCESS or not self._client.want_write():
@@ -345,8 +375,9 @@ def delay_s(outage_s: float, jitter: float) -> float:
 
 
 def tls_context(ca: str, certificate: str, key: str) -> ssl.SSLContext:
-    """TLS to the fleet's own CA with this device's certificate.  Raises: OSError when a file cannot be used."""
+    """TLS to the fleet's own CA with this device's certificate, and the word that it is for the broker.  Raises: OSError when a file cannot be used."""
     context = ssl.create_default_context(cafile=ca)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols([MQTT])
     context.load_cert_chain(certificate, key)
     return context

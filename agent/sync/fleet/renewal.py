@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from agent.contract.addresses import Addresses
 from agent.contract.codec import ContractError, decode, encode
 from agent.contract.enrolment import (
+    MAX_CERTIFICATE_BYTES,
     MAX_RESPONSE_BYTES,
     RENEW_PATH,
     RENEWAL_PAYLOAD_TYPE,
@@ -21,6 +23,7 @@ from agent.contract.enrolment import (
 )
 from agent.host import clock as clocks
 from agent.sync import identity as identities
+from agent.sync.fetching.mqtt import Transfers
 from agent.sync.fleet.enrol import make_csr
 from agent.sync.fleet.reports import Signer
 from agent.sync.http import FleetHttp, HttpStatus
@@ -38,6 +41,9 @@ LONGEST_PAUSE_S = 3600.0
 TRIES_LEFT = 8
 """Pauses never grow beyond this part of the time that is left: a certificate that lasts an hour is not lost to a long pause."""
 
+RENEWED_WITHIN_S = 30.0
+"""How long a new certificate may take over the broker: a message or two, asked for again while nothing comes."""
+
 Broker = Callable[[str], bytes]
 """A signed request → the certificate that the fleet server answers over the broker, PEM.  Raises: Problem."""
 
@@ -48,12 +54,17 @@ def due(who: Identity, now: float) -> bool:
     return who.not_after - now < life * RENEW_BEFORE
 
 
-def over_https(who: Identity, http: FleetHttp) -> Identity:
-    """A new certificate for the same key, written and loaded.  Raises: Problem, IdentityError, ContractError, OSError."""
+def over_https(who: Identity, http: FleetHttp, told: Callable[[Addresses | None], None] = lambda _: None) -> Identity:
+    """A new certificate for the same key, written and loaded; `told` gets the addresses that came with it.
+
+    Raises: Problem, IdentityError, ContractError, OSError.
+    """
     request = RenewalRequest(csr_pem=make_csr(who.key, who.device))
     answer = http.post(RENEW_PATH, encode(request), limit_bytes=MAX_RESPONSE_BYTES)
     response = decode(answer, EnrolmentResponse, limit_bytes=MAX_RESPONSE_BYTES)
-    return identities.replace_certificate(who, response.certificate_pem.encode())
+    renewed = identities.replace_certificate(who, response.certificate_pem.encode())
+    told(response.addresses)
+    return renewed
 
 
 def over_broker(who: Identity, broker: Broker) -> Identity:
@@ -61,6 +72,18 @@ def over_broker(who: Identity, broker: Broker) -> Identity:
     what the fleet's CA issued is believed.  Raises: Problem, IdentityError, OSError.
     """
     return identities.replace_certificate(who, broker(signed_request(who)))
+
+
+def by_transfers(transfers: Transfers) -> Broker:
+    """A new certificate, asked for as files are that come over the broker."""
+    return lambda request: transfers.whole(
+        "renewal",
+        "",
+        limit_bytes=MAX_CERTIFICATE_BYTES,
+        deadline_s=RENEWED_WITHIN_S,
+        what="a new certificate",
+        request=request,
+    )
 
 
 def signed_request(who: Identity) -> str:
@@ -73,7 +96,15 @@ def signed_request(who: Identity) -> str:
 class Renewal:
     """Asks when it is time, and again after a pause while nothing good comes. For one thread."""
 
-    def __init__(self, clock: Clock, https: Callable[[], FleetHttp], broker: Broker) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        https: Callable[[], FleetHttp],
+        broker: Broker,
+        told: Callable[[Addresses | None], None] = lambda _: None,
+    ) -> None:
+        """`told` gets the fleet server's addresses that came with a new certificate over HTTPS."""
+        self._told = told
         self._clock, self._https, self._broker = clock, https, broker
         self._fruitless = 0
         self._rest_until = float("-inf")
@@ -99,7 +130,7 @@ class Renewal:
         try:
             http = self._https()
             try:
-                return over_https(who, http)
+                return over_https(who, http, self._told)
             finally:
                 http.close()
         except HttpStatus:  # the fleet server itself said no

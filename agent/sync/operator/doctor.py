@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,24 +12,24 @@ from cryptography.exceptions import InvalidSignature
 from agent import config as configs
 from agent.config import AgentConfig, ConfigError
 from agent.contract import enrolment
+from agent.contract.addresses import check_url, join
 from agent.host import clock as clocks
 from agent.host.clock import LastKnownGood, SignedClock, SystemClock
 from agent.store import Store, StoreError
 from agent.sync import identity, refusals
-from agent.sync.fleet import link, takeovers
-from agent.sync.http import NO_CHECK_TIME, FleetHttp, HttpStatus
+from agent.sync.fleet import takeovers
+from agent.sync.fleet.connecting import Connector, NoBroker
+from agent.sync.http import HttpStatus
 from agent.sync.identity import Identity, IdentityError
 from agent.sync.operator import sources
 from agent.sync.operator.findings import Finding
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem
+from agent.sync.proxy import ProxyFailed, Way, ignored
 from agent.sync.serving import ServeAway, ServeClient, ServeRefused
 
 DEADLINE_S = 15.0
 WARN_CERTIFICATE_DAYS = 30
-NO_SUCH_MQTT = b"\x10\x0c\x00\x04MQTT\x7f\x02\x00\x05\x00\x00"
-"""A CONNECT of MQTT version 127, which every broker refuses in words. One of a real version would take the place of the agent's
-own connection."""
 AHEAD_WARN_S = 8 * 86400.0
 """A fleet server signs the time at least every half day, and nothing online is good for longer than a week."""
 
@@ -59,8 +58,12 @@ def examine(config_path: Path | None, clock: Clock | None = None) -> Iterator[Fi
     signed = SignedClock(clock, LastKnownGood(config.store / "sync" / "trust" / "clock.json", floor=who.not_before))
     yield certificate(who, signed)
     yield machine_clock(clock, signed)
-    yield _guarded("fleet server", who, lambda: _fleet(who, signed, clock))
-    broker = _guarded("broker", who, lambda: _broker(who, signed))
+    connector = Connector(who, signed, Way.configured(config.sync))
+    yield _addresses(who)
+    if (proxy := _proxy(connector.way, who)) is not None:
+        yield proxy
+    yield _guarded("fleet server", who, lambda: _fleet(who, connector, clock))
+    broker = _guarded("broker", who, lambda: _broker(who, connector))
     yield broker
     yield from sources.examine(config, who, signed, unset=signed.unset)
     yield sources.over_the_broker(config.sync, broker)
@@ -170,10 +173,44 @@ def machine_clock(machine: Clock, signed: SignedClock) -> Finding:
     return Finding("clock", "ok", clocks.text(now))
 
 
-def _fleet(who: Identity, signed: SignedClock, machine: Clock) -> Finding:
-    http = FleetHttp(
-        who.address.device_url, signed, ca=who.ca_file, certificate=who.certificate_file, key=who.key_file, unset=signed.unset
-    )
+def _addresses(who: Identity) -> Finding:
+    """Where this device goes, since when, and where the fleet says that it should."""
+    used, since = who.known.used, who.known.used_since or who.address.enrolled
+    message = f"{used.device_url}, broker {used.broker}" + (f", since {clocks.text(since)}" if since else "")
+    if (awaited := who.known.awaited) is not None:
+        return Finding(
+            "addresses",
+            "warning",
+            f"{message}; the fleet server says that it is at {awaited.device_url}, broker {awaited.broker}, and has not answered there yet",
+            "see whether this device reaches that address; until it answers there, the present one is used",
+        )
+    return Finding("addresses", "ok", message)
+
+
+def _proxy(way: Way, who: Identity) -> Finding | None:
+    """Whether the proxy that agent.yaml names leads to the fleet server; None where there is none."""
+    if not way.proxy:
+        if not (found := ignored()):
+            return None
+        advice = "if this device needs it, write sync.proxy into agent.yaml"
+        return Finding("proxy", "ok", f"none; {found} is set here, and `edge-agent sync` does not obey it", advice)
+    places = (check_url(who.known.used.device_url), (who.known.used.broker_host, who.known.used.broker_port))
+    passed = [join(host, port) for host, port in dict.fromkeys(places) if way.proxy_for(host)]
+    if not passed:
+        return Finding("proxy", "ok", f"{way.proxy}, and sync.proxy_except has the fleet server reached without it")
+    try:
+        for host, port in dict.fromkeys(places):
+            way.connect(host, port).close()
+    except ProxyFailed as error:
+        return Finding("proxy", "failed", str(error), "without it this device does not reach its fleet server")
+    except OSError:
+        pass  # what is reached directly has a check of its own
+    return Finding("proxy", "ok", f"{way.proxy} connects to {' and '.join(passed)}")
+
+
+def _fleet(who: Identity, connector: Connector, machine: Clock) -> Finding:
+    device_url = who.known.used.device_url
+    http = connector.http(device_url)
     try:
         http.get(http.url(enrolment.RECORD_PATH), limit_bytes=1 << 20, deadline_s=DEADLINE_S)
     finally:
@@ -183,29 +220,21 @@ def _fleet(who: Identity, signed: SignedClock, machine: Clock) -> Finding:
         return Finding(
             "fleet server",
             "warning",
-            f"{who.address.device_url} knows this device; its clock says {clocks.text(server)}, this one {clocks.text(machine.wall())}",
+            f"{device_url} knows this device; its clock says {clocks.text(server)}, this one {clocks.text(machine.wall())}",
             "set the clock that is wrong (NTP, timedatectl)",
         )
-    return Finding("fleet server", "ok", f"{who.address.device_url} knows this device")
+    return Finding("fleet server", "ok", f"{device_url} knows this device")
 
 
-def _broker(who: Identity, signed: SignedClock) -> Finding:
-    address = (who.address.broker_host, who.address.broker_port)
-    context = link.tls_context(str(who.ca_file), str(who.certificate_file), str(who.key_file))
-    if signed.unset():
-        context.verify_flags |= NO_CHECK_TIME
-    with (
-        socket.create_connection(address, timeout=DEADLINE_S) as plain,
-        context.wrap_socket(plain, server_hostname=address[0]) as secured,
-    ):
-        version = secured.version() or "TLS"
-        secured.sendall(NO_SUCH_MQTT)
-        answer = secured.recv(64)  # with TLS 1.3 a refused certificate shows itself only here
-    if not answer:
+def _broker(who: Identity, connector: Connector) -> Finding:
+    used = who.known.used
+    try:
+        version = connector.greet_broker(used.broker_host, used.broker_port)
+    except NoBroker as error:
         return Finding(
             "broker",
             "failed",
-            f"{address[0]}:{address[1]} ({version}) closes the connection without a word",
+            str(error),
             "look at the broker's log: it may not take this device's certificate, or be something else",
         )
-    return Finding("broker", "ok", f"{address[0]}:{address[1]} answers ({version})")
+    return Finding("broker", "ok", f"{used.broker} answers ({version})")

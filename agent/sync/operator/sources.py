@@ -32,6 +32,7 @@ from agent.sync.identity import Identity
 from agent.sync.operator.findings import Finding
 from agent.sync.ports import Clock
 from agent.sync.problems import Problem
+from agent.sync.proxy import Way
 
 PATIENCE_S = 8.0
 """How long an answer is waited for: longer than a mirror on the other side of the world takes. A share whose server is gone
@@ -52,12 +53,12 @@ Known = tuple[str, str]
 
 def examine(config: AgentConfig, who: Identity | None, clock: Clock, *, unset: Callable[[], bool]) -> Iterator[Finding]:
     """A finding for each source that is configured, in the order in which they are asked for files. Changes nothing."""
-    settings, store = config.sync, Store(config.store)
+    settings, store, way = config.sync, Store(config.store), Way.configured(config.sync)
     known = _known(store)
     checks: list[tuple[str, Check]] = [("imported bundles", lambda: _imported(Spool(store)))]
     checks += [(f"folder {one}", lambda one=one: _folder(one)) for one in settings.local_sources]  # type: ignore[misc]
     checks += [(f"neighbour {one}", lambda one=one: _neighbour(one, clock, known)) for one in settings.neighbours]  # type: ignore[misc]
-    checks += [(f"mirror {url}", lambda url=url: _mirror(url, who, clock, unset, known)) for url in settings.mirrors]  # type: ignore[misc]
+    checks += [(f"mirror {url}", lambda url=url: _mirror(url, who, clock, unset, known, way)) for url in settings.mirrors]  # type: ignore[misc]
     if settings.neighbour_listen:
         checks.append(("lending to neighbours", lambda: _lending(settings.neighbour_listen)))
     yield from _at_once(checks)
@@ -232,9 +233,9 @@ def _neighbour(address: str, clock: Clock, known: Known | None) -> Finding:
     return Finding(name, "ok", "it lends; what it has is found out when it is asked")
 
 
-def _mirror(url: str, who: Identity | None, clock: Clock, unset: Callable[[], bool], known: Known | None) -> Finding:
+def _mirror(url: str, who: Identity | None, clock: Clock, unset: Callable[[], bool], known: Known | None, way: Way) -> Finding:
     name = f"mirror {url}"
-    http = FleetHttp(url, clock, ca=who.ca_file if who else None, public=True, unset=unset)
+    http = FleetHttp(url, clock, ca=who.ca_file if who else None, public=True, unset=unset, way=way)
     try:
         status = _ask(http, known)
     except Problem as problem:

@@ -77,7 +77,6 @@ class Trust:
             memory=folder,
             metadata=folder / "metadata",
             root=identity.root,
-            url=http.url(enrolment.METADATA_PATH),
             http=http,
             clock=clock,
             others=others,

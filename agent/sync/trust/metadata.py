@@ -108,13 +108,15 @@ class MetadataClient:
         memory: Path,
         metadata: Path,
         root: bytes,
-        url: str,
         http: Documents,
         clock: SignedClock,
         max_delegations: int = 4,
+        url: str = "",
         others: Callable[[], Sequence[Documents]] = tuple,
     ) -> None:
-        """`url` is where `http` has the metadata; `others` are asked, in order, while it cannot be reached."""
+        """`url` is where `http` has the metadata, where that is not where a fleet server has it; `others` are asked, in order,
+        while it cannot be reached.
+        """
         self._memory = memory
         self._metadata = metadata
         self._root = root
@@ -144,7 +146,7 @@ class MetadataClient:
         if others and self._clock.monotonic() < self._away_until and (found := self._by_others(others)) is not None:
             return found
         try:
-            session = self._refreshed(self._http, self._url)
+            session = self._refreshed(self._http, self._url or self._http.url(enrolment.METADATA_PATH))
         except tuf_errors.DownloadLengthMismatchError:
             raise
         except tuf_errors.DownloadError as error:
