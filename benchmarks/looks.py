@@ -223,11 +223,15 @@ class Stand:
         with _elsewhere(checkout):
             base.mkdir()
             self.server = Server(base).start()
+        self.pin()
+        self.server.publish_simple(MODEL, 1)
+        self.server.enrol("silent", ["silent"])
+
+    def pin(self) -> None:
+        """Gives the server that runs, and its broker, one processor."""
         self.process = psutil.Process(self.server.process.pid)
         for process in (self.process, *self.process.children()):
             process.cpu_affinity([min(os.sched_getaffinity(0))])
-        self.server.publish_simple(MODEL, 1)
-        self.server.enrol("silent", ["silent"])
 
     def cpu_s(self) -> tuple[float, float]:
         """Of the server, and of its broker."""
