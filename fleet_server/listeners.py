@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 GRACE_S = 3  # for requests under way when the server stops
 OTHER_DESCRIPTORS = 320
 """For everything but connections: three for each thread that reads the database, files that are sent, the broker, the log."""
-LEAST_SHARED = 16
-"""How many connections to the broker go through the shared port at least, however few descriptors there are."""
+SHARED_PART = 4
+"""One in so many descriptors is left to the shared port, however few there are."""
 BACKLOG = 2048
 
 
@@ -36,7 +36,8 @@ def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices:
     """The listeners of operators, of devices, and where there is one that of this machine and the shared port. They are not run
     yet.
     """
-    room = fitted(config.connections, descriptors.allowed())
+    allowed = descriptors.allowed()
+    room = fitted(config.connections, allowed if config.shared_port is None else allowed * (SHARED_PART - 1) // SHARED_PART)
     tls: dict[str, Any] = {"ssl_certfile": authority.server_cert, "ssl_keyfile": authority.server_key, "ssl_ciphers": CIPHERS}
     device_tls = {**tls, "ssl_ca_certs": str(authority.ca_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
     proxies: dict[str, Any] = {
@@ -57,8 +58,8 @@ def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices:
         here = Limits(total=room.loopback, per_address=room.loopback, per_device=room.loopback)
         found.append(listener(operators, config.loopback_address, config.loopback_port, here, "loopback", **proxies))
     if config.shared_port is not None:
-        left = descriptors.allowed() - OTHER_DESCRIPTORS - room.operators - room.devices - room.loopback
-        most = max(LEAST_SHARED, min(left // 2, descriptors.for_clients()))
+        left = allowed - OTHER_DESCRIPTORS - room.operators - room.devices - room.loopback
+        most = min(left // 2, descriptors.for_clients())  # two each: the client's, and the broker's
         where = (config.broker_here, config.broker.port)
         found.append(SharedPort(config.listen, config.shared_port, by_operators_port, by_devices_port, where, most))
     return found

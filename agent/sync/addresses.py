@@ -114,4 +114,6 @@ def write(folder: Path, known: Known) -> None:
 
 
 def _newest(some: tuple[Addresses, ...]) -> tuple[Addresses, ...]:
-    return tuple(sorted(some, key=lambda one: -one.since)[:KEPT])
+    """The newest KEPT, and the oldest of all, with which this device enrolled."""
+    ordered = sorted(some, key=lambda one: -one.since)
+    return (*ordered[:KEPT], *ordered[KEPT:][-1:])

@@ -42,7 +42,7 @@ class Way:
         that are reached directly.
         """
         self._host, self._port = address_of(proxy) if proxy else ("", 0)
-        self._credentials, self._but = credentials, tuple(one.lower() for one in but)
+        self.credentials, self._but = credentials, tuple(one.lower() for one in but)
 
     @classmethod
     def configured(cls, settings: SyncSettings) -> Way:
@@ -88,8 +88,8 @@ class Way:
 
     def _request(self, goal: str) -> bytes:
         lines = [f"CONNECT {goal} HTTP/1.1", f"Host: {goal}"]
-        if self._credentials is not None:
-            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(self._secret(self._credentials)).decode()}")
+        if self.credentials is not None:
+            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(self._secret(self.credentials)).decode()}")
         return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
 
     def _secret(self, path: Path) -> bytes:
@@ -111,13 +111,13 @@ class Way:
         if 200 <= status < 300:
             return
         said = f"the proxy {self.proxy} does not connect to {goal}: {status} {words}".rstrip()
-        if status == 407 and self._credentials is None:
+        if status == 407 and self.credentials is None:
             raise ProxyFailed(
                 f"{said}; it wants a user and a password: put them into a file and name it in sync.proxy_credentials"
             )
         if status == 407:
             raise ProxyFailed(
-                f"{said}; it does not take the user and password in {self._credentials}, or wants another kind of sign-in than Basic"
+                f"{said}; it does not take the user and password in {self.credentials}, or wants another kind of sign-in than Basic"
             )
         if status in {403, 405}:
             raise ProxyFailed(

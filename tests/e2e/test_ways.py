@@ -31,6 +31,7 @@ def test_everything_through_a_proxy_that_allows_one_port_of_one_host(tmp_path):
     (shared,) = free_ports(1)
     secret = tmp_path / "secret"
     secret.write_text("edge:secret\n")
+    secret.chmod(0o600)
     public = dict.fromkeys(("operators", "enrolment", "devices", "broker"), GOAL)
     with ConnectProxy({GOAL: shared}, secret="edge:secret") as proxy:
         sync = {"proxy": proxy.url, "proxy_credentials": str(secret), "poll_interval_s": 2}
@@ -76,5 +77,8 @@ def test_a_device_follows_its_server(tmp_path):
                 "the fleet hears of it", lambda: any(e["name"] == "server-moved" for e in world.fleet.get("events")), 30
             )
             assert finding(world, "addresses")["level"] == "ok"
+            words = ("status", "--json", "--socket", world.device.socket, "--config", world.device.config)
+            done = subprocess.run(command("edge-agent", *words), capture_output=True, text=True, timeout=60, check=True)
+            assert json.loads(done.stdout)["fleet_server"]["device_url"] == new
             world.update()
             world.until("an update", lambda: world.committed(2))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from agent.cli import cli
 from agent.contract.addresses import Addresses, join
 from agent.host.clock import LastKnownGood, SignedClock
+from agent.sync import addresses
 from agent.sync.fleet import connecting, renewal
 from agent.sync.fleet.connecting import Connector, NoBroker
 from agent.sync.http import FleetHttp
 from agent.sync.identity import Identity
 from agent.sync.problems import Problem
-from agent.sync.proxy import Way
+from agent.sync.proxy import ENVIRONMENT, Way
 from tests.sync.conftest import FakeClock
 from tests.sync.fleet import Authority, Repository, Server, enrolled
 from tests.sync.test_enrol import Office
@@ -184,6 +188,58 @@ def test_the_machines_own_authorities_are_not_the_fleets(unset: bool, who: Ident
         http.close()
         public.close()
         server.close()
+
+
+# -- what doctor says of the way -----------------------------------------------------------------------------------------------
+
+
+def findings(tmp_path: Path, **sync: object) -> dict[str, dict[str, str]]:
+    config = tmp_path / "agent.yaml"
+    settings = {"identity": str(tmp_path / "identity"), **sync}
+    config.write_text(
+        json.dumps({"store": str(tmp_path / "store"), "serve": {"socket": str(tmp_path / "s.sock")}, "sync": settings})
+    )
+    said = CliRunner().invoke(cli, ["doctor", "--json", "--config", str(config)])
+    return {one["name"]: one for one in json.loads(said.stdout)}
+
+
+def test_doctor_says_where_the_server_is_and_what_is_awaited(who: Identity, tmp_path: Path) -> None:
+    found = findings(tmp_path)["addresses"]
+    assert (found["level"], found["message"].partition(",")[0]) == ("ok", "https://127.0.0.1:1")
+    assert ", since 20" in found["message"]
+    named = Addresses(device_url="https://new.example.org:443", broker="new.example.org:443", since=7.0)
+    addresses.write(who.folder, addresses.hear(who.known, named))
+    found = findings(tmp_path)["addresses"]
+    assert found["level"] == "warning"
+    assert (
+        "says that it is at https://new.example.org:443, broker new.example.org:443, and has not answered" in found["message"]
+    )
+
+
+def test_doctor_goes_through_the_proxy(place: Place, authority: Authority, tmp_path: Path) -> None:
+    enrolled(tmp_path / "identity", authority, b"{}", url=place.server.url, broker_port=place.broker.port)
+    secret = tmp_path / "secret"
+    secret.write_text("me:secret")
+    secret.chmod(0o600)
+    ports = (place.server.port, place.broker.port)
+    with ConnectProxy({f"127.0.0.1:{port}": port for port in ports}, secret="me:secret") as proxy:
+        refused = findings(tmp_path, proxy=proxy.url)["proxy"]
+        assert (refused["level"], "407" in refused["message"]) == ("failed", True)
+        sync = {"proxy": proxy.url, "proxy_credentials": str(secret)}
+        found = findings(tmp_path, **sync)
+        assert {found[name]["level"] for name in ("proxy", "fleet server", "broker")} == {"ok"}
+        secret.chmod(0o644)
+        assert "others than its owner may read" in findings(tmp_path, **sync)["proxy"]["message"]
+        direct = findings(tmp_path, proxy=proxy.url, proxy_except=["127.0.0.1"])["proxy"]
+        assert "reached without it" in direct["message"]
+
+
+def test_doctor_names_a_proxy_of_the_environment_that_is_not_obeyed(who: Identity, tmp_path: Path, monkeypatch) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    assert "proxy" not in findings(tmp_path)
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example.org:3128")
+    assert "HTTPS_PROXY is set here" in findings(tmp_path)["proxy"]["message"]
 
 
 def test_a_renewal_brings_the_addresses_along(server: Server, authority: Authority, who: Identity) -> None:

@@ -11,6 +11,7 @@ from agent.sync.addresses import KEPT, Known
 from agent.sync.fleet import moving
 from agent.sync.fleet.moving import Mover
 
+LOST_S = 1.5 * moving.LOST_S  # of a device whose place is in the middle
 BOTH = frozenset({"https", "mqtt"})
 HTTPS, MQTT, NOTHING = frozenset({"https"}), frozenset({"mqtt"}), frozenset()
 
@@ -116,7 +117,7 @@ def test_a_server_that_is_restarted_makes_nobody_ask(world):
     world.after(0)
     world.asked.clear()
     world.mover.connected(False)
-    world.after(moving.LOST_S - 1)
+    world.after(LOST_S - 1)
     world.mover.connected(True)
     world.after(1000)
     assert world.asked == []
@@ -128,7 +129,7 @@ def test_a_lost_server_is_looked_for_where_it_was(world):
     world.after(0)
     world.ways["new"] = NOTHING
     world.mover.connected(False)
-    world.after(moving.LOST_S)
+    world.after(LOST_S)
     assert world.used == OLD
     world.mover.connected(True)
     world.asked.clear()
@@ -144,7 +145,7 @@ def test_earlier_ones_are_left_alone_for_a_while_though_a_newer_one_is_awaited(w
     world.mover.told(NEWER)
     world.asked.clear()
     world.mover.connected(False)
-    world.after(moving.LOST_S - 1)
+    world.after(LOST_S - 1)
     assert world.asked == ["new", "newer"]
     world.after(moving.FIRST_PAUSE_S)
     assert world.asked[2:] == ["new", "newer", "old"]
@@ -198,6 +199,27 @@ def test_a_fleet_that_hears_of_it_at_once_comes_spread(world):
     assert world.used.broker_host == "new"
 
 
+def test_a_fleet_that_lost_its_server_looks_elsewhere_spread(tmp_path):
+    known = Known(used=NEW, others=(OLD,))
+    clock, first = Clock(), {}
+
+    def mover(number):
+        def ask(_):
+            first.setdefault(number, clock.now - 1000)
+            return NOTHING
+
+        return Mover(tmp_path, known, clock, number / 100, ask, list)
+
+    movers = [mover(number) for number in range(100)]
+    for _ in range(50):
+        clock.now += 1
+        for one in movers:
+            one.turn()
+    moments = sorted(first.values())
+    assert (moments[0], moments[-1], len(moments)) == (moving.LOST_S, 2 * moving.LOST_S, 100)
+    assert max(moments.count(second) for second in moments) <= 6
+
+
 def test_a_spread_that_would_never_end_is_bounded(world):
     world.mover.told(place("new", 20, spread_s=1e12))
     world.ways["new"] = BOTH
@@ -219,6 +241,7 @@ def test_what_enrolment_said_is_never_forgotten(tmp_path):
     for number in range(20, 20 + 2 * KEPT):
         one = place(f"at-{number}", number)
         known = addresses.gone_to(addresses.hear(known, one), one, number)
+        assert OLD in known.others
     addresses.write(tmp_path, known)
     found = addresses.read(tmp_path, OLD)
     assert OLD in found.others

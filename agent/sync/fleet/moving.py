@@ -17,7 +17,9 @@ from agent.sync.ports import Clock
 log = logging.getLogger(__name__)
 
 LOST_S = 20.0
-"""The broker's absence that makes a device ask elsewhere: a server that is restarted is back sooner."""
+"""The broker's absence that makes a device ask elsewhere, and up to twice as long, each device at its own moment: a server that is
+restarted is back sooner.
+"""
 
 FIRST_PAUSE_S = 5.0
 LONGEST_PAUSE_S = 900.0
@@ -35,6 +37,7 @@ class Mover:
         `moved` is told after it was made durable that another address is in use.
         """
         self._folder, self._clock, self._place = folder, clock, place
+        self._lost_s = LOST_S * (1 + place)
         self._ask, self._moved = ask, moved
         self._lock = threading.Lock()
         self.known = known
@@ -90,15 +93,14 @@ class Mover:
             now, known = self._clock.monotonic(), self.known
             if now < self._due_at():
                 return
-            lost = self._lost_at is not None and now - self._lost_at >= LOST_S
+            lost = self._lost_at is not None and now - self._lost_at >= self._lost_s
         better = self._better(known, addresses.to_ask(known, lost=lost))
         with self._lock:
             if self.known is not known:  # the fleet named another one meanwhile
                 return
             if better is None:
-                self._rest_until = self._clock.monotonic() + min(
-                    LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._fruitless, 16)
-                )
+                pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._fruitless, 16))
+                self._rest_until = self._clock.monotonic() + pause_s * (0.75 + 0.5 * self._place)
                 self._fruitless += 1
                 return
             self._keep(moved := addresses.gone_to(known, better, self._clock.wall()))
@@ -109,7 +111,7 @@ class Mover:
     def _due_at(self) -> float:
         at = NEVER if self.known.awaited is None else self._awaited_from
         if self._lost_at is not None and self.known.others:
-            at = min(at, self._lost_at + LOST_S)
+            at = min(at, self._lost_at + self._lost_s)
         return max(at, self._rest_until)
 
     def _begin_anew(self) -> None:

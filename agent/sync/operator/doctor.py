@@ -205,6 +205,9 @@ def _proxy(way: Way, who: Identity) -> Finding | None:
         return Finding("proxy", "failed", str(error), "without it this device does not reach its fleet server")
     except OSError:
         pass  # what is reached directly has a check of its own
+    if (path := way.credentials) is not None and path.stat().st_mode & 0o077:
+        advice = f"chmod 600 {path}, and give it to the user of `edge-agent sync`"
+        return Finding("proxy", "warning", f"{way.proxy} works; others than its owner may read or change {path}", advice)
     return Finding("proxy", "ok", f"{way.proxy} connects to {' and '.join(passed)}")
 
 
