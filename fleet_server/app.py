@@ -149,12 +149,13 @@ class Fleet:
             _log.warning("release %s was published but not indexed; it is now", ref)
         if self.assignment.catch_up():
             _log.warning("the database is older than what is signed (a backup?); it was brought to what devices were told last")
-        if self.assignment.tell(self._addresses()):
+        if self.assignment.tell(self.addresses()):
             _log.warning("devices are told to come to %s, broker %s", self.config.device_url, self.config.broker_address)
         self.assignment.publish()
         self.repository.renew()
 
-    def _addresses(self) -> Addresses:
+    def addresses(self) -> Addresses:
+        """Where devices are to reach this server."""
         spread_s = round(self.inventory.count().total / self.config.looks_per_s, 3)
         return Addresses(
             device_url=self.config.device_url, broker=self.config.broker_address, spread_s=min(LONGEST_SPREAD_S, spread_s)

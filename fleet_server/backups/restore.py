@@ -107,6 +107,7 @@ def _jump(fleet: Fleet, description: Description, now: float) -> None:
         session.execute(delete(BrowserSession))
         adoption.open_window(session, taken=description.taken, restored=now)
         fleet.journal.audit(session, SERVER, "server.restore", fleet.config.fleet, taken=description.taken)
+    fleet.assignment.tell(fleet.addresses(), anew=True)  # devices may know of another place that was told after the backup
     with fleet.repository.lock:
         fleet.repository.online.jump(AHEAD)
     fleet.assignment.publish()

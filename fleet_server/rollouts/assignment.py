@@ -54,14 +54,14 @@ class FleetAssignment:
             self._read = read = (data, read_assignment(data))
         return read[1]
 
-    def tell(self, addresses: Addresses) -> bool:
+    def tell(self, addresses: Addresses, *, anew: bool = False) -> bool:
         """Says where devices reach the server, from the next `publish` on; whether that is another place than they know. When the
-        server began to say so (`since`) is found here.
+        server began to say so (`since`) is found here; `anew`: it does now, though it is the same place as was signed last.
         """
         with self._lock:
             signed = self.signed()
             known = signed.addresses
-            if known is not None and known.is_same_place(addresses):
+            if known is not None and known.is_same_place(addresses) and not anew:
                 return False
             since = max(self._clock(), known.since + 1 if known is not None else 0.0)
             self._addresses = msgspec.structs.replace(addresses, since=since)

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from agent.contract.addresses import Addresses
 from agent.contract.reports import ModelState, Phase
 from fleet_server.access import SERVER
 from fleet_server.app import Fleet
@@ -110,6 +111,20 @@ def test_new_online_keys_and_another_address(story, backup, tmp_path, clock):
     names = x509.load_pem_x509_certificate(made.authority.server_cert.read_bytes()).extensions
     assert "fleet-2.example.com" in str(names.get_extension_for_class(x509.SubjectAlternativeName).value)
     made.repository.check()
+    assert made.assignment.signed().addresses.device_url == "https://fleet-2.example.com:8444"
+    made.close()
+
+
+def test_devices_forget_what_they_were_told_of_addresses_after_the_backup(story, backup, tmp_path, clock):
+    lost = story.fleet
+    clock.now += 60
+    lost.assignment.tell(Addresses(device_url="https://elsewhere.example.com:8444", broker="elsewhere.example.com:8883"))
+    lost.assignment.publish()
+    clock.now += 60
+    made = restored(backup, tmp_path / "new", clock)
+    told, before = made.assignment.signed().addresses, lost.assignment.signed().addresses
+    assert told.since > before.since
+    assert told.is_same_place(made.addresses())
     made.close()
 
 
