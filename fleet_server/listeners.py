@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 import ssl
@@ -42,7 +43,7 @@ def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices:
     device_tls = {**tls, "ssl_ca_certs": str(authority.ca_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
     proxies: dict[str, Any] = {
         "proxy_headers": bool(config.trusted_proxies),
-        "forwarded_allow_ips": list(config.trusted_proxies),
+        "forwarded_allow_ips": as_seen(config.trusted_proxies),
     }
     by_operators = Limits(total=room.operators, per_address=room.operators_per_address, per_device=room.operators)
     by_devices = Limits(total=room.devices, per_address=room.devices_per_address, per_device=room.per_device)
@@ -63,6 +64,12 @@ def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices:
         where = (config.broker_here, config.broker.port)
         found.append(SharedPort(config.listen, config.shared_port, by_operators_port, by_devices_port, where, most))
     return found
+
+
+def as_seen(networks: Sequence[str]) -> list[str]:
+    """Addresses and networks as listeners see who comes from them: one that listens at `::` sees ::ffff:192.0.2.7 for 192.0.2.7."""
+    old = (one for one in map(ipaddress.ip_network, networks) if one.version == 4)
+    return [*networks, *(f"::ffff:{one.network_address}/{96 + one.prefixlen}" for one in old)]
 
 
 def fitted(wanted: ConnectionSettings, allowed: int) -> ConnectionSettings:

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from agent import config as agent_config
+from fleet_server import config as fleet_config
 from tests.serving.server import Server
 
 ROOT = Path(__file__).parents[2]
@@ -34,3 +37,15 @@ def test_every_block_of_ask_a_model(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("name", ["behind-a-proxy", "move-a-server", "reverse-proxy"])
+def test_settings_on_pages_about_addresses_can_be_written_so(name, tmp_path):
+    blocks = re.findall(r"^( *)```yaml\n(.*?)^ *```", (ROOT / f"docs/how-to/{name}.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 2
+    for indent, block in blocks:
+        settings = yaml.safe_load(re.sub(f"^{indent}", "", block, flags=re.MULTILINE))
+        agents = "sync" in settings
+        path = tmp_path / ("agent.yaml" if agents else "fleet.yaml")
+        path.write_text(yaml.safe_dump(settings if agents else {"fleet": "x", "hosts": ["fleet.example.org"], **settings}))
+        agent_config.load(path) if agents else fleet_config.load(fleet_config.Folder(tmp_path))

@@ -82,3 +82,16 @@ def test_a_device_follows_its_server(tmp_path):
             assert json.loads(done.stdout)["fleet_server"]["device_url"] == new
             world.update()
             world.until("an update", lambda: world.committed(2))
+
+            # To another machine: it is named first, then the old one stops, and what it knew starts there.
+            away = free_ports(2)
+            world.configure(public={"devices": f"localhost:{away[0]}", "broker": f"localhost:{away[1]}"})
+            world.processes.terminate("fleet")
+            world.fleet.serve()
+            last = f"https://localhost:{away[0]}"
+            world.until("the device hears of it", lambda: any(one["device_url"] == last for one in known(world)["others"]), 60)
+            world.processes.terminate("fleet")
+            world.configure(device_port=away[0], broker={**settings["broker"], "port": away[1]})
+            world.fleet.serve()
+            world.until("the device goes there", lambda: known(world)["used"]["device_url"] == last, 60)
+            world.until("the device is online", world.device_is_connected, 30)

@@ -7,9 +7,14 @@ import ssl
 import msgspec
 import pytest
 import yaml
+from uvicorn.middleware.proxy_headers import _TrustedHosts
 
 from agent.contract.addresses import Addresses, check_host, check_url, join, split
 from agent.contract.enrolment import EnrolmentRequest
+from agent.host.clock import LastKnownGood, SignedClock, SystemClock
+from agent.sync.fleet.connecting import Connector
+from agent.sync.fleet.enrol import enrol
+from agent.sync.proxy import Way
 from fleet_server import listeners
 from fleet_server.access import SERVER
 from fleet_server.config import ConfigError, FleetConfig, Folder, PublicSettings, load
@@ -166,11 +171,22 @@ def test_every_address_is_ipv4_too():
             socket.create_connection((host, port), timeout=5).close()
 
 
+def test_a_trusted_proxy_is_known_by_either_way_of_writing_its_address():
+    trusted = _TrustedHosts(listeners.as_seen(("10.0.0.0/8", "192.0.2.7", "2001:db8::/32")))
+    for host in ("10.1.2.3", "::ffff:10.1.2.3", "192.0.2.7", "::ffff:192.0.2.7", "2001:db8::1"):
+        assert host in trusted
+    for host in ("11.0.0.1", "::ffff:11.0.0.1", "::ffff:192.0.2.8", "2001:db9::1", "::1"):
+        assert host not in trusted
+
+
 @pytest.mark.long
-def test_a_server_at_every_address_is_reached_by_both(own_server):
+def test_a_server_at_every_address_is_reached_by_both(own_server, tmp_path):
     path = own_server.data / "fleet.yaml"
     config = yaml.safe_load(path.read_text())
     config["listen"] = config["broker"]["listen"] = "::"
+    path.write_text(yaml.safe_dump(config))
+    for name, port in (("enrolment", own_server.operator), ("devices", own_server.device), ("broker", own_server.broker)):
+        config["public"][name] = f"[::1]:{port}"
     path.write_text(yaml.safe_dump(config))
     own_server.start()
     context = ssl.create_default_context(cafile=str(own_server.ca))
@@ -179,6 +195,11 @@ def test_a_server_at_every_address_is_reached_by_both(own_server):
             with socket.create_connection((host, port), timeout=5) as sock, context.wrap_socket(sock, server_hostname=host):
                 pass
     assert own_server.get("/status")["broker_connected"]
+
+    who = enrol(str(own_server.enrolment_string()), tmp_path / "identity", SystemClock(), device="d6", hardware=None)
+    assert who.known.used.broker == f"[::1]:{own_server.broker}"
+    clock = SignedClock(SystemClock(), LastKnownGood(tmp_path / "clock.json", floor=who.not_before))
+    assert Connector(who, clock, Way()).answers(who.known.used) == {"https", "mqtt"}
 
 
 # -- doctor ----------------------------------------------------------------------------------------------------------------

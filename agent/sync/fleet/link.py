@@ -135,6 +135,7 @@ class Link:
         self._protocol = MQTTProtocolVersion.MQTTv5
         self.session = 0
         self.connected = False
+        self._connected_to = ""
         self.problem: str | None = None
 
     def ask(self, payload: bytes) -> bool:
@@ -197,8 +198,8 @@ class Link:
         if connected != self.connected:
             self.connected = connected
             if connected:
-                self.problem = None
-            log.info("%s the broker %s:%d", "connected to" if connected else "lost", self.broker.host, self.broker.port)
+                self.problem, self._connected_to = None, f"{self.broker.host}:{self.broker.port}"
+            log.info("%s the broker %s", "connected to" if connected else "lost", self._connected_to)
             self._on_change(connected)
 
     def say(self, problem: str) -> None:
