@@ -186,7 +186,7 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
     """The TCP port where enrolled devices fetch metadata and files (HTTPS with client certificates)."""
     shared_port: int | None = None
     """A TCP port where all of it is reached, page, enrolment, devices and broker, for networks that let nothing but port 443 out.
-    Without it there is none. Agents of version 0.1.0 go on with the ports of their own.
+    Without it there is none. Agents that know nothing of it are told the ports of their own.
     """
     public: PublicSettings = PublicSettings()
     """What others are told instead of that, see below."""

@@ -116,8 +116,8 @@ class SignedRenewal(Document, frozen=True, kw_only=True):
 class EnrolmentResponse(Document, frozen=True, kw_only=True):
     """What a device keeps beside its key. `tuf_root` is the trusted root, kept from enrolment and updated only through TUF.
 
-    `addresses` is where the fleet server is reached; `device_url`, `broker_host` and `broker_port` say it for agents of version
-    0.1.0, which know nothing of one port for everything.
+    `addresses` is where the fleet server is reached; `device_url`, `broker_host` and `broker_port` say it for agents that read
+    nothing else, and know nothing of one port for everything.
     """
 
     fleet: str

@@ -7,6 +7,7 @@ import ssl
 import msgspec
 import pytest
 import yaml
+from click.testing import CliRunner
 from uvicorn.middleware.proxy_headers import _TrustedHosts
 
 from agent.contract.addresses import Addresses, check_host, check_url, join, split
@@ -17,6 +18,7 @@ from agent.sync.fleet.enrol import enrol
 from agent.sync.proxy import Way
 from fleet_server import listeners
 from fleet_server.access import SERVER
+from fleet_server.cli import main
 from fleet_server.config import ConfigError, FleetConfig, Folder, PublicSettings, load
 from tests.fleet.stand import make_csr, wait_until
 
@@ -122,6 +124,29 @@ def test_init_refuses_a_host_that_is_none(own_server, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_init_warns_of_a_name_that_cannot_be_looked_up(tmp_path, monkeypatch):
+    def unknown(host, *_):
+        if host == "flete.example.org":
+            raise socket.gaierror(socket.EAI_NONAME, "name or service not known")
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    words = [
+        "init",
+        "--host",
+        "flete.example.org",
+        "--host",
+        "192.0.2.7",
+        "--keys",
+        str(tmp_path / "keys"),
+        str(tmp_path / "new"),
+    ]
+    done = CliRunner().invoke(main, ["--profile", str(tmp_path / "profile.yaml"), *words])
+    assert done.exit_code == 0, done.output
+    assert [line.partition(" cannot")[0] for line in done.stderr.splitlines()] == ["warning: flete.example.org"]
+    assert load(Folder(tmp_path / "new")).hosts == ("flete.example.org", "192.0.2.7")
+
+
 def test_the_certificate_names_what_is_told_after_a_restart(fleet):
     fleet.config = msgspec.structs.replace(fleet.config, public=NAT)
     assert fleet.authority.renew_own(fleet.config.own_names)
@@ -157,7 +182,7 @@ def test_what_an_enrolment_and_a_renewal_say(fleet):
     assert told.addresses == fleet.assignment.signed().addresses
     assert (told.addresses.device_url, told.addresses.broker) == ("https://127.0.0.1:443", "127.0.0.1:443")
     assert (told.device_url, told.broker_host, told.broker_port) == ("https://127.0.0.1:8444", "127.0.0.1", 8883), (
-        "as 0.1.0 reads it"
+        "as earlier agents read it"
     )
 
 

@@ -126,6 +126,13 @@ def test_a_certificate_for_another_name_is_believed_nothing(place: Place, who: I
         assert sorted(proxy.connected) == sorted(other)
 
 
+def test_an_ipv6_address_through_a_proxy(who: Identity, tmp_path: Path) -> None:
+    with ConnectProxy({}) as proxy:
+        address = Addresses(device_url="https://[2001:db8::7]:9444", broker="[2001:db8::7]:9883")
+        assert connector(who, tmp_path, Way(proxy.url)).answers(address) == NOTHING
+        assert proxy.refused == ["CONNECT [2001:db8::7]:9444", "CONNECT [2001:db8::7]:9883"]
+
+
 def test_what_is_no_server(who: Identity, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
@@ -248,7 +255,7 @@ def test_a_renewal_brings_the_addresses_along(server: Server, authority: Authori
     http = FleetHttp(server.url, FakeClock(who.not_before + 86400), ca=who.ca_file)
     named = Addresses(device_url="https://new.example.org:443", broker="new.example.org:443", since=7.0)
     try:
-        renewal.over_https(who, http, told.append)  # of a server of version 0.1.0
+        renewal.over_https(who, http, told.append)  # of an earlier server
         office.changes = {"addresses": named}
         renewal.over_https(who, http, told.append)
     finally:
