@@ -82,7 +82,8 @@ class SharedPort:
     def should_exit(self, value: bool) -> None:
         if value:
             self._ending.set()
-            self._stop()
+            with contextlib.suppress(RuntimeError):  # it has ended already
+                self._stop()
 
     async def run_aside(self, sock: socket.socket) -> None:
         """Serves until `should_exit` is set.  Raises what ended it."""
