@@ -59,6 +59,7 @@ from fleet_server.sign_in import SignIns, WrongTokens
 from fleet_server.status import Status, software_version
 from fleet_server.storage.blobs import Blobs
 from fleet_server.storage.database import Database
+from fleet_server.storage.object_store import shelf_of
 from fleet_server.timers import guarded, watchdog
 
 _log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Fleet:
         self.hub, self.metrics = Hub(), Metrics()
         self.database = Database(folder.database_url(config), must_exist=True)
         self.authority = Authority(folder.pki)
-        self.blobs = Blobs(folder.blobs, folder.uploads)
+        self.blobs = Blobs(shelf_of(folder, config.blobs), folder.uploads)
         self.repository = Repository(folder.metadata, folder.targets, OnlineKeys.read(folder.keys), config.expiry, clock)
         self.access = Access(self.database, clock, session_s=config.session_s)
         self.journal = Journal(self.database, self.hub, clock, events_kept=config.events_kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import yaml
@@ -171,6 +172,37 @@ class PublicSettings(Settings, frozen=True, kw_only=True):
                 addresses.split(value, f"public.{name}")
 
 
+class BlobSettings(Settings, frozen=True, kw_only=True):
+    """Where files of releases are kept, and from where devices fetch them."""
+
+    store: str | None = None
+    """An object store instead of the folder `blobs`: `s3://BUCKET/PREFIX`, `gs://…`, `az://…`. Who may use it stands in the
+    environment, as the provider's tools have it (`AWS_ACCESS_KEY_ID`, …).
+    """
+    options: dict[str, str] = {}
+    """Of the store, as obstore names them, such as `endpoint` and `region` of one that speaks S3."""
+    allow_http: bool = False
+    """Whether the store may be asked without TLS."""
+    hand_out: Literal["through", "signed", "public"] = "through"
+    """`through`: devices fetch files from this server, which fetches them from the store. `signed`: the server sends devices to the store
+    with a URL that ends. `public`: to `public_url`. Agents of before this setting know `through` only.
+    """
+    signed_s: float = 3600.0
+    """Seconds for which a signed URL is good."""
+    public_url: str | None = None
+    """Where everybody may fetch the files by their hash, such as a CDN before the store: `https://cdn.example.com/models`."""
+
+    def __post_init__(self) -> None:
+        if self.hand_out != "through" and self.store is None and self.public_url is None:
+            raise ValueError(f"hand_out: {self.hand_out} needs store or public_url")
+        if (self.hand_out == "public") is not (self.public_url is not None):
+            raise ValueError("hand_out: public and public_url need each other")
+        if self.public_url is not None and not self.public_url.startswith("https://"):
+            raise ValueError("public_url must begin with https://")
+        if not 60 <= self.signed_s <= 7 * DAY_S:
+            raise ValueError("signed_s must be from 60 seconds to 7 days")
+
+
 class FleetConfig(Settings, frozen=True, kw_only=True):
     """Everything the server can be told in fleet.yaml."""
 
@@ -208,6 +240,8 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
     """How many HTTPS connections there may be, see below."""
     keep: KeepSettings = KeepSettings()
     """What is kept, and for how long, see below."""
+    blobs: BlobSettings = BlobSettings()
+    """Where files of releases are kept, see below."""
     database_url: str | None = None
     """Where the database is: `postgresql://USER@HOST/NAME`, and the password in `~/.pgpass`; without it SQLite in the data folder."""
     looks_per_s: float = 50.0

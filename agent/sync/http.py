@@ -191,7 +191,8 @@ class FleetHttp:
     ) -> Iterator[requests.Response]:
         """The answer to GET, its body not yet read.  Raises: HttpStatus; Problem when the server cannot be reached."""
         self._suit_clock()
-        with translated(url):
+        shown = url.partition("?")[0]  # what follows may be a signature that lets everybody in
+        with translated(shown):
             response = self._session.get(
                 url,
                 headers={"Accept-Encoding": "identity", **(headers or {})},
@@ -203,7 +204,7 @@ class FleetHttp:
         with response:
             if response.status_code not in accept:
                 text, code = _error(response)
-                raise HttpStatus(response.status_code, f"{url}: {text}", code, wait_s=_asked_to_wait_s(response))
+                raise HttpStatus(response.status_code, f"{shown}: {text}", code, wait_s=_asked_to_wait_s(response))
             yield response
             if response.raw.length_remaining == 0:
                 response.raw.release_conn()  # read to its end: the next request needs no handshake
@@ -214,18 +215,19 @@ class FleetHttp:
 
         Raises: Problem when it breaks off or takes longer than `deadline_s`.
         """
+        shown = str(response.url).partition("?")[0]
         now = self._clock.monotonic()
         end, fast = now + deadline_s, False
         while True:
             began = now
-            with translated(str(response.url)):
+            with translated(shown):
                 chunk = response.raw.read(gather_bytes) if fast else response.raw.read1(CHUNK_BYTES)
             if not chunk:
                 return
             now = self._clock.monotonic()
             fast = len(chunk) > FAST_BYTES_PER_S * (now - began) and gather_bytes > 0
             if now > end:
-                raise Problem(Reason.SLOW_RETRIEVAL, f"{response.url}: not finished after {deadline_s:.0f} s")
+                raise Problem(Reason.SLOW_RETRIEVAL, f"{shown}: not finished after {deadline_s:.0f} s")
             yield chunk
 
     def get(self, url: str, *, limit_bytes: int, deadline_s: float) -> bytes:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from agent.contract.codec import decode
 from agent.contract.enrolment import BLOBS_PATH, METADATA_PATH, RECORD_PATH, RENEW_PATH, TARGETS_PATH, RenewalRequest
-from fleet_server.api import admission, documents, http
+from fleet_server.api import admission, documents, http, ranges
 from fleet_server.devices.enrolment import Enrolment
 from fleet_server.devices.inventory import Inventory
 from fleet_server.errors import NotFound
@@ -74,12 +74,17 @@ def target(request: Request, name: str, _caller: Caller) -> Response:
 
 
 def blob(request: Request, sha256: str, _caller: Caller) -> Response:
-    """A file of a release: the whole of it, or the stretch that a Range header asks for."""
-    path = _fleet(request).blobs.path(sha256)
+    """A file of a release: the whole of it, or the stretch that a Range header asks for; or where to fetch it instead."""
+    blobs = _fleet(request).blobs
     headers = {"ETag": f'"{sha256}"', "Cache-Control": documents.IMMUTABLE}
-    if documents.is_known(request.scope, headers["ETag"]) and path.is_file():
+    path = blobs.local(sha256)
+    if path is None and (link := blobs.link(sha256)) is not None:
+        return Response(status_code=307, headers={"Location": link, "Cache-Control": "no-store"})
+    if documents.is_known(request.scope, headers["ETag"]) and (path is not None or blobs.size(sha256) is not None):
         return Response(status_code=304, headers=headers)
-    return _file(path if path.is_file() else None, f"blob {sha256}", "application/octet-stream", headers)
+    if path is None and (opened := blobs.open(sha256)) is not None:
+        return ranges.answer(request, opened, headers)
+    return _file(path, f"blob {sha256}", "application/octet-stream", headers)
 
 
 def record(request: Request, device: Caller) -> Response:

@@ -36,13 +36,15 @@ class Backup:
         self._folder, self._copy = folder, Folder(scratch)
         config = load(folder)
         self._take(config, clock)
-        self.blobs = sorted(path for path in folder.blobs.iterdir() if path.is_file()) if blobs else []
+        self.blobs = (
+            sorted(path for path in folder.blobs.iterdir() if path.is_file()) if blobs and config.blobs.store is None else []
+        )
         with contextlib.closing(sqlite3.connect(self._copy.database)) as database:
             devices = database.execute("SELECT count(*) FROM devices").fetchone()[0]
             releases = database.execute("SELECT count(*) FROM releases").fetchone()[0]
         self.description = Description(
             format=1, fleet=config.fleet, taken=self._taken, software=software_version(), ca_sha256=Authority(self._copy.pki).fingerprint,
-            metadata=self._repository.versions(), devices=devices, releases=releases, blobs=len(self.blobs) if blobs else None,
+            metadata=self._repository.versions(), devices=devices, releases=releases, blobs=len(self.blobs) if blobs and config.blobs.store is None else None,
         )  # fmt: skip
 
     @property

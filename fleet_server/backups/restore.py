@@ -92,7 +92,8 @@ def _prepare(
         _jump(fleet, description, clock())
         changes = fleet.key_changes.replace_online_keys(choose(fleet)) if choose is not None else []
         fleet.authority.renew_own(config.own_names, force=True)
-        missing = sum(fleet.blobs.size(sha256) is None for sha256 in fleet.catalogue.blobs())
+        here = config.blobs.store is None  # else they are where they were
+        missing = sum(fleet.blobs.size(sha256) is None for sha256 in fleet.catalogue.blobs()) if here else 0
     except (RepositoryDamaged, DatabaseError) as error:
         raise Unavailable(f"what the backup holds cannot be used: {error}") from error
     finally:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -27,6 +25,7 @@ from fleet_server.ingest.fair_queue import FairQueue, Room
 from fleet_server.ingest.taken import Taken
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.blobs import Blobs
+from fleet_server.storage.shelves import Opened, open_file
 
 _log = logging.getLogger(__name__)
 
@@ -122,24 +121,22 @@ class TransferAnswers:
         assert self._send is not None
         return self._send(topic, part.encode())
 
-    def _find(self, device: str, ask: Ask) -> Path | bytes | None:
+    def _find(self, device: str, ask: Ask) -> Opened | bytes | None:
         """What is asked for; None when there is none of that name.  Raises: FleetError."""
         if ask.thing == "record":
             return self._inventory.record(device)
         if ask.thing == "renewal":
             return self._renewals.certificate(device, ask.request)
         if ask.thing == "blob":
-            path: Path | None = self._blobs.path(ask.name)
-        elif ask.thing == "target":
-            path = self._repository.served_target(ask.name)
-        else:
-            path = self._repository.metadata_path(ask.name)
-        return path if path is not None and path.is_file() else None
+            return self._blobs.open(ask.name)
+        target = ask.thing == "target"
+        path = self._repository.served_target(ask.name) if target else self._repository.metadata_path(ask.name)
+        return open_file(path) if path is not None and path.is_file() else None
 
 
-def _reader(found: Path | bytes, stack: contextlib.ExitStack) -> tuple[Callable[[int, int], bytes], int]:
+def _reader(found: Opened | bytes, stack: contextlib.ExitStack) -> tuple[Callable[[int, int], bytes], int]:
     """(offset, count) → bytes, and the size of the whole."""
     if isinstance(found, bytes):
         return lambda offset, count: found[offset : offset + count], len(found)
-    file = stack.enter_context(found.open("rb", buffering=0))
-    return lambda offset, count: os.pread(file.fileno(), count, offset), os.fstat(file.fileno()).st_size
+    stack.callback(found.close)
+    return found.read, found.size

@@ -155,7 +155,7 @@ class Catalogue:
             if size != file.size_bytes or not self._blobs.matches(file.sha256):
                 raise Invalid(
                     f"file {name!r} of {manifest.ref} is damaged on the server (sha256 {file.sha256} expected); "
-                    f"remove {self._blobs.path(file.sha256)} and publish again",
+                    "remove it where it is kept and publish again",
                     code="damaged_blob",
                 )
 

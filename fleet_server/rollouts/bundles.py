@@ -7,9 +7,9 @@ server.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 
 from agent.contract import bundle
 from agent.contract.assignment import Assignment, ModelAssignment, wanted
@@ -26,6 +26,7 @@ from fleet_server.releases.repository import Repository
 from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.storage.blobs import Blobs
 from fleet_server.storage.database import Database
+from fleet_server.storage.shelves import Opened
 
 CHUNK_BYTES = 512 * 1024
 DAY_S = 86400.0
@@ -41,21 +42,23 @@ class Packed:
 
     about: bundle.Bundle
     documents: dict[str, bytes]
-    blobs: dict[str, tuple[Path, int]]
+    blobs: dict[str, int]
+    """sha256 → size in bytes."""
+    open: Callable[[str], Opened | None]
 
     @property
     def size_bytes(self) -> int:
         """The size of the whole file."""
         sizes = {name: len(data) for name, data in self.documents.items()}
-        return bundle.length({**sizes, **{f"blobs/{sha256}": size for sha256, (_, size) in self.blobs.items()}})
+        return bundle.length({**sizes, **{f"blobs/{sha256}": size for sha256, size in self.blobs.items()}})
 
     def chunks(self) -> Iterator[bytes]:
         """The file's bytes.  Raises: Unavailable when a blob changed meanwhile."""
         for name, data in self.documents.items():
             yield bundle.header(name, len(data), self.about.created) + data + bundle.padding(len(data))
-        for sha256, (path, size) in self.blobs.items():
+        for sha256, size in self.blobs.items():
             yield bundle.header(f"blobs/{sha256}", size, self.about.created)
-            yield from _contents(path, size)
+            yield from _contents(self.open(sha256), sha256, size)
             yield bundle.padding(size)
         yield bundle.END
 
@@ -87,11 +90,11 @@ class Bundles:
         blobs = self._contents(releases)
         about = bundle.Bundle(
             fleet=self._fleet, created=self._clock(), valid_until=valid_until, devices=tuple(chosen),
-            releases=tuple(map(str, releases)), blobs=len(blobs), size_bytes=sum(size for _, size in blobs.values()),
+            releases=tuple(map(str, releases)), blobs=len(blobs), size_bytes=sum(blobs.values()),
         )  # fmt: skip
         with self._database.session() as session:
             self._journal.audit(session, actor, "bundle", self._fleet, devices=len(chosen), releases=list(about.releases))
-        return Packed(about, {bundle.HEAD: encode(about), **documents, **records}, blobs)
+        return Packed(about, {bundle.HEAD: encode(about), **documents, **records}, blobs, self._blobs.open)
 
     def _devices(self, devices: Sequence[str], group: str | None) -> dict[str, _Kind]:
         if devices and group is not None:
@@ -120,13 +123,13 @@ class Bundles:
                 found |= {ReleaseRef(model, number) for number in set().union(*numbers)}
         return sorted(found)
 
-    def _contents(self, releases: Sequence[ReleaseRef]) -> dict[str, tuple[Path, int]]:
-        found = {}
+    def _contents(self, releases: Sequence[ReleaseRef]) -> dict[str, int]:
+        found: dict[str, int] = {}
         for ref in releases:
             for file in self._catalogue.manifest(ref).files.values():
                 if self._blobs.size(file.sha256) != file.size_bytes:
                     raise Unavailable(f"blob {file.sha256} of release {ref} is not in the blob store; restore it from a backup")
-                found[file.sha256] = (self._blobs.path(file.sha256), file.size_bytes)
+                found[file.sha256] = file.size_bytes
         return found
 
 
@@ -139,12 +142,14 @@ def may_want(rules: ModelAssignment, device: str, groups: Collection[str], hardw
     return {number for number in found if number is not None}
 
 
-def _contents(path: Path, size: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        left = size
-        while left:
-            data = file.read(min(CHUNK_BYTES, left))
+def _contents(opened: Opened | None, sha256: str, size: int) -> Iterator[bytes]:
+    if opened is None:
+        raise Unavailable(f"blob {sha256} was removed while the bundle was written")
+    with contextlib.closing(opened) as file:
+        have = 0
+        while have < size:
+            data = file.read(have, min(CHUNK_BYTES, size - have))
             if not data:
-                raise Unavailable(f"{path} became shorter while it was read")
-            left -= len(data)
+                raise Unavailable(f"blob {sha256} became shorter while it was read")
+            have += len(data)
             yield data

@@ -11,43 +11,47 @@ from collections.abc import AsyncIterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from agent.common import files
 from agent.contract import names
 from fleet_server.errors import Conflict, Invalid, TooLarge
 from fleet_server.storage.pending import Pending
+from fleet_server.storage.shelves import Opened, Shelf
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
 MAX_BLOB_BYTES = 64 * 1024**3
 CHUNK = 1024 * 1024
+PIECE = 8 * CHUNK  # of what may have to come from elsewhere
 LOOK_AGAIN_BYTES = 16 * CHUNK
 
 
 class Blobs:
-    """`root` holds complete blobs, `uploads` what is still coming (same filesystem)."""
+    """`shelf` holds complete blobs, `uploads` what is still coming."""
 
-    def __init__(self, root: Path, uploads: Path) -> None:
-        self.root = root
+    def __init__(self, shelf: Shelf, uploads: Path) -> None:
+        self._shelf = shelf
         self.uploads = uploads
-        self.pending = Pending(root, uploads)
-
-    def path(self, sha256: str) -> Path:
-        """Where the blob is, or would be.  Raises: Invalid when `sha256` is not a hash."""
-        if not names.SHA256.fullmatch(sha256):
-            raise Invalid(f"{sha256!r} is not a sha256: 64 lower-case hex digits expected")
-        return self.root / sha256
+        self.pending = Pending(shelf, uploads)
 
     def size(self, sha256: str) -> int | None:
         """The blob's size in bytes; None when it is not here."""
-        try:
-            return self.path(sha256).stat().st_size
-        except FileNotFoundError:
-            return None
+        return self._shelf.size(_checked(sha256))
+
+    def open(self, sha256: str) -> Opened | None:
+        """The blob, to be read; None when it is not here."""
+        return self._shelf.open(_checked(sha256))
+
+    def local(self, sha256: str) -> Path | None:
+        """The blob's file, where it is one on this machine."""
+        return self._shelf.local(_checked(sha256))
+
+    def link(self, sha256: str) -> str | None:
+        """Where a device may fetch the blob without this server; None where it may not."""
+        return self._shelf.link(_checked(sha256))
 
     def partial_size(self, sha256: str) -> int:
         """How many bytes of an interrupted upload are here."""
-        self.path(sha256)
+        _checked(sha256)
         try:
             return (self.uploads / sha256).stat().st_size
         except FileNotFoundError:
@@ -55,7 +59,7 @@ class Blobs:
 
     def arrives(self, sha256: str) -> bool:
         """Whether an upload of it is under way."""
-        self.path(sha256)
+        _checked(sha256)
         try:
             with (self.uploads / sha256).open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -66,14 +70,13 @@ class Blobs:
         return False
 
     def matches(self, sha256: str) -> bool:
-        """Whether the blob's bytes on disk still have its hash."""
-        digest = hashlib.sha256()
-        try:
-            with self.path(sha256).open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
-        except FileNotFoundError:
+        """Whether the blob's bytes, where they are kept, still have its hash."""
+        digest, opened = hashlib.sha256(), self.open(sha256)
+        if opened is None:
             return False
+        with contextlib.closing(opened) as file:
+            for start in range(0, file.size, PIECE):
+                digest.update(file.read(start, PIECE))
         return digest.hexdigest() == sha256
 
     async def receive(
@@ -86,8 +89,8 @@ class Blobs:
         Raises: Conflict (another upload of it is under way, or `offset` is not where it stopped), Invalid (wrong hash),
         TooLarge.
         """
-        target, partial = self.path(sha256), self.uploads / sha256
-        if (size := self.size(sha256)) is not None:
+        partial = self.uploads / _checked(sha256)
+        if (size := await asyncio.to_thread(self.size, sha256)) is not None:
             self.pending.seen(sha256)
             return size
         room = await asyncio.to_thread(self.pending.room, account, sha256, limit)
@@ -95,7 +98,8 @@ class Blobs:
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "r+b") as file:
             locked = _lock(file)
-            if (size := self.size(sha256)) is not None:  # perhaps since a moment ago, and then `file` is the blob itself
+            # Perhaps since a moment ago, and then `file` is the blob itself.
+            if (size := await asyncio.to_thread(self.size, sha256)) is not None:
                 partial.unlink(missing_ok=True)
                 return size
             if not locked or not _is_at(file, partial):
@@ -124,21 +128,26 @@ class Blobs:
                     f"the bytes received have sha256 {digest.hexdigest()}, not {sha256}: the file changed or the upload was damaged",
                     code="hash_mismatch",
                 )
-            os.fchmod(file.fileno(), 0o644)
-            partial.rename(target)
-        files.sync_directory(self.root)
+            await asyncio.to_thread(self._shelf.put, sha256, partial)
         return have
 
     def remove(self, sha256: str) -> bool:
         """Removes a blob, or the part of one; whether it did. Not one that is being uploaded."""
-        partial = self.uploads / sha256
+        partial = self.uploads / _checked(sha256)
         with contextlib.suppress(FileNotFoundError), partial.open("rb") as file:
             if not _lock(file):
                 return False
             partial.unlink()
-        self.path(sha256).unlink(missing_ok=True)
+        self._shelf.remove(_checked(sha256))
         self.pending.forget([sha256])
         return True
+
+
+def _checked(sha256: str) -> str:
+    """`sha256` itself.  Raises: Invalid when it is no hash."""
+    if not names.SHA256.fullmatch(sha256):
+        raise Invalid(f"{sha256!r} is not a sha256: 64 lower-case hex digits expected")
+    return sha256
 
 
 def _lock(file: IO[bytes]) -> bool:

@@ -9,16 +9,19 @@ from pathlib import Path
 
 from agent.common import files
 from fleet_server.errors import TooLarge
+from fleet_server.storage.shelves import Shelf
 
 MARK = ".by"  # beside an upload stands a file with this ending, with the account in it
 MAX_FILES = 1000
 
 
 class Pending:
-    """Notes beside uploads whose they are. `blobs` and `uploads`: the folders of whole files and of parts."""
+    """Notes beside uploads whose they are. `uploads`: the folder of parts; whole files are on the shelf."""
 
-    def __init__(self, blobs: Path, uploads: Path) -> None:
-        self._blobs, self._uploads = blobs, uploads
+    def __init__(self, shelf: Shelf, uploads: Path) -> None:
+        self._shelf, self._uploads = shelf, uploads
+        self._sizes: dict[str, int] = {}
+        """Of whole files, which do not change."""
 
     def begin(self, sha256: str, account: str) -> None:
         """Notes that the account uploads this, or goes on with it."""
@@ -36,6 +39,7 @@ class Pending:
     def forget(self, sha256s: Collection[str]) -> None:
         """A release names them now, or they are gone."""
         for sha256 in sha256s:
+            self._sizes.pop(sha256, None)
             (self._uploads / (sha256 + MARK)).unlink(missing_ok=True)
 
     def room(self, account: str, sha256: str, limit: int) -> int:
@@ -57,12 +61,11 @@ class Pending:
 
     def older_than(self, moment: float) -> list[str]:
         """The uploads, whole or not, of which nothing came or was asked since then."""
-        found: dict[str, float] = {}
-        for folder in (self._uploads, self._blobs):
-            for path in folder.iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    sha256 = path.name.removesuffix(MARK)
-                    found[sha256] = max(found.get(sha256, 0.0), path.stat().st_mtime)
+        found = dict(self._shelf.all())
+        for path in self._uploads.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                sha256 = path.name.removesuffix(MARK)
+                found[sha256] = max(found.get(sha256, 0.0), path.stat().st_mtime)
         return sorted(sha256 for sha256, at in found.items() if at < moment)
 
     def _marks(self) -> Iterator[tuple[str, str]]:
@@ -71,7 +74,8 @@ class Pending:
                 yield mark.name.removesuffix(MARK), mark.read_text()
 
     def _size(self, sha256: str) -> int:
-        for folder in (self._uploads, self._blobs):
-            with contextlib.suppress(FileNotFoundError):
-                return (folder / sha256).stat().st_size
-        return 0
+        with contextlib.suppress(FileNotFoundError):
+            return (self._uploads / sha256).stat().st_size
+        if sha256 not in self._sizes and (size := self._shelf.size(sha256)) is not None:
+            self._sizes[sha256] = size
+        return self._sizes.get(sha256, 0)

@@ -80,7 +80,7 @@ def test_a_server_made_of_a_backup_says_the_same_with_larger_numbers(story, back
     assert made.authority.fingerprint == lost.authority.fingerprint
     assert [one.id for one in made.inventory.find()] == ["d1", "d2"]
     for sha256 in lost.catalogue.blobs():
-        assert made.blobs.path(sha256).read_bytes() == lost.blobs.path(sha256).read_bytes()
+        assert (made.folder.blobs / sha256).read_bytes() == (lost.folder.blobs / sha256).read_bytes()
     records = [json.loads(fleet.inventory.record("d1"))["payload"] for fleet in (lost, made)]
     assert records[0] != records[1]
     assert made.inventory.get("d1").record_serial > lost.inventory.get("d1").record_serial + AHEAD / 2

@@ -131,7 +131,7 @@ def test_an_upload_that_stalls_leaves_what_arrived_and_lets_the_next_one_on(oper
     seen = requests.head(operators + path, headers=headers, timeout=20)
     assert (seen.status_code, seen.headers["upload-offset"]) == (404, "4000")
     done = requests.put(operators + path, data=data[4000:], headers={**headers, "Upload-Offset": "4000"}, timeout=20)
-    assert (done.status_code, fleet.blobs.path(sha256(data)).read_bytes()) == (200, data)
+    assert (done.status_code, (fleet.folder.blobs / sha256(data)).read_bytes()) == (200, data)
 
 
 def test_a_stream_that_says_nothing_for_long_stays(operators, fleet):

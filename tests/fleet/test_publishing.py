@@ -12,6 +12,7 @@ from fleet_server.errors import Conflict, Invalid
 from fleet_server.releases import builder, keys
 from fleet_server.storage.blobs import Blobs
 from fleet_server.storage.pending import MARK
+from fleet_server.storage.shelves import FolderShelf
 from tests.fleet.stand import sha256, simple_manifest, wait_until
 from tests.serving import onnx_models
 from tests.unit.test_model_files import HOSTILE, hostile
@@ -132,7 +133,7 @@ def test_an_upload_that_ends_while_another_one_begins(tmp_path, monkeypatch, end
     folders = tmp_path / "blobs", tmp_path / "uploads"
     for folder in folders:
         folder.mkdir()
-    store, data = Blobs(*folders), b"the bytes of both"
+    store, data = Blobs(FolderShelf(folders[0]), folders[1]), b"the bytes of both"
     half = store.uploads / sha256(data)
     flock = fcntl.flock
 
@@ -140,7 +141,7 @@ def test_an_upload_that_ends_while_another_one_begins(tmp_path, monkeypatch, end
         monkeypatch.setattr(fcntl, "flock", flock)
         if ends == "whole":
             half.write_bytes(data)
-            half.rename(store.path(sha256(data)))
+            half.rename(folders[0] / sha256(data))
         else:
             half.unlink()
         return flock(file, operation)
@@ -152,7 +153,7 @@ def test_an_upload_that_ends_while_another_one_begins(tmp_path, monkeypatch, end
 
     if ends == "whole":
         assert asyncio.run(store.receive(sha256(data), 0, body())) == len(data)
-        assert store.path(sha256(data)).read_bytes() == data, "what was acknowledged is still there"
+        assert (folders[0] / sha256(data)).read_bytes() == data, "what was acknowledged is still there"
     else:
         with pytest.raises(Conflict):
             asyncio.run(store.receive(sha256(data), 0, body()))

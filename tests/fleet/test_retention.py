@@ -103,7 +103,7 @@ def test_a_deleted_release_is_not_rolled_out_nor_gone_back_to_until_its_files_ar
     with pytest.raises(Invalid) as missing:
         story.fleet.retention.undelete(SERVER, ref(1))
     assert missing.value.code == "missing_blob"
-    story.fleet.blobs.path(sha256(b"digits 1")).write_bytes(b"digits 1")
+    (story.fleet.folder.blobs / sha256(b"digits 1")).write_bytes(b"digits 1")
     story.fleet.retention.undelete(SERVER, ref(1))
     story.fleet.rollouts.roll_back(SERVER, "digits", 1)
     assert story.assignment.models["digits"].release == 1

@@ -52,4 +52,4 @@ def sources(
         for one in settings.neighbours
     ]
     found += [HttpBlobs(mirror(url), name=f"the mirror {url}", final=False) for url in settings.mirrors]
-    return [*found, HttpBlobs(fleet)]
+    return [*found, HttpBlobs(fleet, elsewhere=lambda base: mirror(base)())]
