@@ -34,6 +34,7 @@ from fleet_server.devices.enrolment import Enrolment
 from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.pki import Authority
 from fleet_server.devices.renewals import Renewals
+from fleet_server.devices.survey import Survey
 from fleet_server.errors import Unavailable
 from fleet_server.housekeeping import Housekeeping
 from fleet_server.ingest.intake import Intake
@@ -89,6 +90,7 @@ class Fleet:
         self.inventory = Inventory(self.database, self.authority, self.repository, self.journal, config, clock)
         self.adoption = Adoption(self.database, self.authority, self.journal, clock)
         self.inventory.adopt = self.adoption.adopt
+        self.survey = Survey(self.database, self.inventory, clock)
         self.enrolment = Enrolment(self.database, self.authority, self.repository, self.inventory, self.journal, config, clock)
         self.key_changes = KeyChanges(self.repository, clock)
         self.trust = Trust(self.database, self.repository, self.key_changes, self.journal, clock)
@@ -96,16 +98,16 @@ class Fleet:
         self.assignment = FleetAssignment(self.database, self.repository, self.journal, config.fleet, clock)
         decisions = Decisions(self.database, self.assignment, self.journal)
         self.judge = Judge(self.database, self.inventory, self.assignment, decisions, config.rollouts, clock)
-        self.views = Views(self.database)
+        self.views = Views(self.database, self.inventory, clock)
         self.rollouts = Rollouts(self.repository, self.journal, decisions, self.judge, self.views, clock)
         self.retention = Retention(decisions, self.catalogue, self.journal, config.keep.releases)
         self.bundles = Bundles(
-            self.database, self.repository, self.inventory, self.catalogue, self.assignment, self.blobs, self.journal, config.fleet,
-            clock,
+            self.database, self.repository, self.inventory, self.survey, self.catalogue, self.assignment, self.blobs, self.journal,
+            config.fleet, clock,
         )  # fmt: skip
-        self.intake = Intake(self.database, self.journal, clock)
+        self.intake = Intake(self.database, self.journal, clock, config.rollouts.silence_s)
         self.inventory.on_groups_changed = self.judge.evaluate
-        self.status = Status(config, self.authority, self.repository, self.inventory, self.intake, clock)
+        self.status = Status(config, self.authority, self.repository, self.survey, self.intake, clock)
         self.status.restored = lambda: self.adoption.window
         self.status.database_problem = lambda: self.database.problem
         self.housekeeping = Housekeeping(self.blobs, self.catalogue, self.retention, self.journal, config.keep, clock)
@@ -225,7 +227,7 @@ class _Running:
         self._broker.reads = SubscriptionWatch(self._pause).read
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pokes = Pokes(fleet.repository, fleet.inventory, self._link, self._config.looks_per_s)
+        self._pokes = Pokes(fleet.repository, fleet.inventory, fleet.survey, self._link, self._config.looks_per_s)
         self._link.on_connected = self._poke_all
         if fleet.adoption.window is not None:
             fleet.intake.on_stranger = self._pokes.poke_stranger

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, insert, select
 from sqlalchemy.orm import Session
 
 from agent.contract.reports import Event
@@ -87,20 +87,24 @@ class Journal:
             event = self.record(session, happening)
         self.announce([event])
 
-    def record_from_device(self, session: Session, event: Event) -> EventView | None:
-        """Stores what a device said happened; None when it was stored before."""
-        known = f"{event.device}/{event.id}"[:128]
-        if session.scalar(select(EventRow.seq).where(EventRow.id == known)) is not None:
-            return None
-        row = EventRow(
-            id=known, device=event.device, at=event.at, received=self._clock(), name=event.name[:128],
-            message=event.message[:MAX_MESSAGE_CHARS], model=event.model and event.model[:64], release=event.release,
-            reason=event.reason and event.reason[:128],
-        )  # fmt: skip
-        session.add(row)
-        session.flush()
-        self._prune(session)
-        return event_view(row)
+    def record_from_devices(self, session: Session, events: Iterable[Event]) -> list[EventView]:
+        """Stores what devices said happened, in their order, but for what was stored before."""
+        said: dict[str, dict[str, Any]] = {}
+        for event in events:
+            known = f"{event.device}/{event.id}"[:128]
+            said.setdefault(known, _row_of(event, known, self._clock()))
+        if not said:
+            return []
+        stored = set(session.scalars(select(EventRow.id).where(EventRow.id.in_(said))))
+        rows = [row for known, row in said.items() if known not in stored]
+        if not rows:
+            return []
+        session.execute(insert(EventRow), rows)
+        numbers = dict(
+            session.execute(select(EventRow.id, EventRow.seq).where(EventRow.id.in_([row["id"] for row in rows]))).all()
+        )
+        self._prune(session, len(rows))
+        return [EventView(seq=numbers[row["id"]], **row) for row in rows]
 
     def announce(self, events: Iterable[EventView]) -> None:
         """Tells everybody who reads along what was stored."""
@@ -128,13 +132,12 @@ class Journal:
             rows = list(session.scalars(query))
         return [event_view(row) for row in (rows if after is not None else reversed(rows))]
 
-    def _prune(self, session: Session) -> None:
-        self._since_prune += 1
+    def _prune(self, session: Session, came: int) -> None:
+        self._since_prune += came
         if self._since_prune >= self._prune_every:
+            # Twice what came, so that it gets there after a change of settings.
+            self._delete_events(session, 2 * self._since_prune)
             self._since_prune = 0
-            self._delete_events(
-                session, 2 * self._prune_every
-            )  # twice what came, so that it gets there after a change of settings
 
     def prune_events(self, rows: int) -> int:
         """Deletes the oldest events that are too many, but no more than so many; how many it deleted."""
@@ -170,6 +173,14 @@ class Journal:
         with self._database.reading() as session:
             rows = list(session.scalars(query))
         return [AuditView(r.seq, r.at, r.who, r.role, r.action, r.subject, r.detail) for r in rows]
+
+
+def _row_of(event: Event, known: str, received: float) -> dict[str, Any]:
+    return {
+        "id": known, "device": event.device, "at": event.at, "received": received, "name": event.name[:128],
+        "message": event.message[:MAX_MESSAGE_CHARS], "model": event.model and event.model[:64], "release": event.release,
+        "reason": event.reason and event.reason[:128],
+    }  # fmt: skip
 
 
 def event_view(row: EventRow) -> EventView:

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 import msgspec
 
 from fleet_server.config import FleetConfig
-from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.pki import Authority
+from fleet_server.devices.survey import Some, Survey
 from fleet_server.devices.views import DeviceCount
 from fleet_server.ingest.intake import Intake
 from fleet_server.releases.online_keys import ONLINE
@@ -57,11 +57,11 @@ class Status:
     """Asks every part how it is."""
 
     def __init__(
-        self, config: FleetConfig, authority: Authority, repository: Repository, inventory: Inventory, intake: Intake,
+        self, config: FleetConfig, authority: Authority, repository: Repository, survey: Survey, intake: Intake,
         clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._config, self._authority, self._repository = config, authority, repository
-        self._inventory, self._intake, self._clock = inventory, intake, clock
+        self._survey, self._intake, self._clock = survey, intake, clock
         self._started = clock()
         self.broker_connected: Callable[[], bool] = lambda: False
         self.live_revocation = True
@@ -74,7 +74,7 @@ class Status:
     def view(self) -> StatusView:
         expires = self._repository.expirations()
         return StatusView(
-            fleet=self._config.fleet, version=software_version(), started=self._started, devices=self._inventory.count(),
+            fleet=self._config.fleet, version=software_version(), started=self._started, devices=self._survey.count(),
             broker_connected=self.broker_connected(), ca_sha256=self._authority.fingerprint, device_url=self._config.device_url,
             expires=expires, messages=Messages(self._intake.accepted, dict(self._intake.dropped)), warnings=self._warnings(expires),
         )  # fmt: skip
@@ -89,7 +89,7 @@ class Status:
             )
         if paused := self.paused():
             found.append(
-                f"{_some(paused)} sent or asked for more than a device may, and the broker takes nothing of them for a while: see what runs there, and revoke what is not "
+                f"{_some(Some(len(paused), paused[:NAMED]))} sent or asked for more than a device may, and the broker takes nothing of them for a while: see what runs there, and revoke what is not "
                 "yours"
             )
         if problem := self.database_problem():
@@ -102,23 +102,23 @@ class Status:
                 days, how = int((at - now) / 86400), f"`edge-fleet keys renew {role}`"
                 how = how if role in {"root", "targets"} else f"publish a release, or run {how}"
                 found.append(f"the {role} metadata ends in {days} days and devices stop updating then; {how}")
-        certificates = self._inventory.certificates()
-        if ended := certificates["ended"]:
+        ended, ending = (self._survey.certificates(state, NAMED) for state in ("ended", "ends_soon"))
+        if ended.count:
             found.append(
                 f"the certificate of {_some(ended)} has ended: `edge-fleet device list --certificate ended` lists them, `edge-fleet device "
                 "allow-renewal NAME` lets one renew it late"
             )
-        if ending := certificates["ends_soon"]:
+        if ending.count:
             found.append(
                 f"the certificate of {_some(ending)} ends soon and was not renewed: `edge-fleet device list --certificate ends-soon`; see "
                 "whether they can reach this server"
             )
-        if shared := self._inventory.shared():
+        if (shared := self._survey.shared(NAMED)).count:
             found.append(
                 f"several machines report as each of {_some(shared)}: cards that were copied after they had been enrolled; enrol the "
                 "copies as devices of their own (docs/how-to/image-many-devices.md)"
             )
-        if ahead := self._inventory.ahead():
+        if (ahead := self._survey.ahead(NAMED)).count:
             found.append(
                 f"{_some(ahead)} saw newer signed metadata than this server has and follow it no more: if it was restored from a copy, "
                 "stop it and run `edge-fleet keys recover`; if not, somebody else speaks for this fleet"
@@ -135,7 +135,7 @@ def _lost(taken: float, restored: float) -> str:
     )
 
 
-def _some(devices: list[str]) -> str:
+def _some(devices: Some) -> str:
     """`3 devices (a, b, c)`, with no more than a few named."""
-    shown = ", ".join(devices[:NAMED]) + (", …" if len(devices) > NAMED else "")
-    return f"{len(devices)} device{'s' if len(devices) != 1 else ''} ({shown})"
+    shown = ", ".join(devices.first) + (", …" if devices.count > len(devices.first) else "")
+    return f"{devices.count} device{'s' if devices.count != 1 else ''} ({shown})"

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from agent.contract.names import ReleaseRef
 from fleet_server.cli import tables
 from fleet_server.cli.command import Group, agreed, connected, duration, reports_errors, segment, show, with_json
 
 if TYPE_CHECKING:
     from fleet_server.client import Client
+
+
+PHASES = (
+    "steady", "fetching", "trialing", "shadowing", "waiting", "canarying", "activating", "watching", "rolling_back", "quarantined"
+)  # fmt: skip
 
 
 @click.group(cls=Group)
@@ -19,32 +27,48 @@ def device() -> None:
 
 
 @device.command("list")
+@click.option("--text", help="Only devices with this in their id, a group or a model, or that serve this release.")
+@click.option("--prefix", help="Only devices whose id begins with this.")
 @click.option("--group", help="Only devices in this group.")
 @click.option("--model", help="Only devices that report this model.")
+@click.option("--release", metavar="RELEASE", help="Only devices that serve this release, such as digits:4.")
+@click.option("--phase", type=click.Choice(PHASES), help="Only devices with a model in this phase of an update.")
+@click.option("--online/--offline", default=None, help="Only devices that are there, or that are not.")
+@click.option("--hardware", help="Only devices of this hardware class, such as aarch64/Raspberry Pi 5/-.")
+@click.option("--trouble", is_flag=True, default=None, help="Only devices that somebody should look at.")
 @click.option(
     "--certificate", type=click.Choice(["good", "ends-soon", "ended"]), help="Only devices whose certificate is like this."
 )
+@click.option("--limit", type=click.IntRange(1), help="At most so many [default: all].")
 @with_json
 @click.pass_context
 @reports_errors
-def device_list(ctx: click.Context, group: str | None, model: str | None, certificate: str | None, *, as_json: bool) -> None:
-    """Lists devices and what each runs.
+def device_list(
+    ctx: click.Context, /, release: str | None, certificate: str | None, limit: int | None, *, as_json: bool, **filters: Any
+) -> None:
+    """Lists devices and what each runs, those that pass every filter.
 
     edge-fleet device list --group canary
-    edge-fleet device list --certificate ended
+    edge-fleet device list --release digits:4 --offline
+    edge-fleet device list --trouble --prefix warsaw-
     """
+    if release is not None:
+        ref = ReleaseRef.parse(release)
+        if filters["model"] not in {None, ref.model}:
+            raise click.UsageError(f"--release {release} is none of the model {filters['model']}")
+        filters |= {"model": ref.model, "release": ref.version}
+    filters["certificate"] = certificate and certificate.replace("-", "_")
     with connected(ctx) as client:
-        filters = {"group": group, "model": model, "certificate": certificate and certificate.replace("-", "_")}
-        show(_all_devices(client, filters), as_json, tables.devices)
+        show(list(itertools.islice(_all_devices(client, filters), limit)), as_json, tables.devices)
 
 
-def _all_devices(client: Client, filters: dict[str, str | None]) -> list[Any]:
-    found: list[Any] = []
-    while page := client.get("/devices", **filters, limit=1000, after=found[-1]["id"] if found else None):
-        found += page
-        if len(page) < 1000:
-            break
-    return found
+def _all_devices(client: Client, filters: dict[str, Any]) -> Iterator[Any]:
+    said = {name: str(value).lower() if isinstance(value, bool) else value for name, value in filters.items()}
+    after: str | None = ""
+    while after is not None:
+        page = client.get("/devices", **said, limit=1000, after=after or None)
+        yield from page["devices"]
+        after = page["next"]
 
 
 @device.command("show")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 WATCH_S = 1.0
 AWAY_S = 60.0
 OVER = frozenset({"completed", "aborted"})
+STANDINGS = ("committed", "shadowed", "refused", "failed", "rolled_back", "pending", "offline")
 
 
 @click.group(cls=Group)
@@ -168,6 +170,30 @@ def rollout_list(ctx: click.Context, model: str | None, *, as_json: bool) -> Non
     """
     with connected(ctx) as client:
         show(client.get("/rollouts", model=model), as_json, tables.rollouts)
+
+
+@rollout.command("devices")
+@click.argument("rollout_id")
+@click.option("--standing", type=click.Choice(STANDINGS), help="Only devices that stand like this to its release.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many [default: all].")
+@with_json
+@click.pass_context
+@reports_errors
+def rollout_devices(ctx: click.Context, rollout_id: str, standing: str | None, limit: int | None, *, as_json: bool) -> None:
+    """Lists the devices that a rollout reaches, and how each stands to its release by its last report.
+
+    edge-fleet rollout devices r3-9f1c --standing rolled_back
+    """
+    with connected(ctx) as client:
+        show(list(itertools.islice(_all_of(client, rollout_id, standing), limit)), as_json, tables.standings)
+
+
+def _all_of(client: Client, rollout_id: str, standing: str | None) -> Iterator[Any]:
+    after: str | None = ""
+    while after is not None:
+        page = client.get(f"/rollouts/{segment(rollout_id)}/devices", standing=standing, limit=1000, after=after or None)
+        yield from page["devices"]
+        after = page["next"]
 
 
 def _rollout_verb(verb: str, text: str) -> None:

@@ -230,6 +230,11 @@ def rollout(r: dict[str, Any]) -> None:
         console.print(f"  waits for confirmation: edge-fleet rollout promote {safe(r['id'])}")
 
 
+def standings(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [[one["device"], words(one["standing"]), one["reason"] or "-", one["message"]] for one in found]
+    _table("DEVICE|STANDING|REASON|SAYS", rows, "no device like that")
+
+
 def _team(r: dict[str, Any]) -> str:
     others = ", ".join(f"{one['model']}:{one['release']}" for one in r["team"])
     return f"  in a team with {safe(others)}: each device switches to all of them or to none"
@@ -293,7 +298,7 @@ def status(s: dict[str, Any]) -> None:
     console.print(f"[bold]{safe(s['fleet'])}[/bold]  version {safe(s['version'])}, up since {moment(s['started'])}")
     console.print(f"broker  {'connected' if s['broker_connected'] else 'NOT CONNECTED'}   devices at {safe(s['device_url'])}")
     console.print(f"messages {s['messages']['accepted']} accepted, dropped: {safe(s['messages']['dropped'] or 'none')}")
-    console.print(f"devices {s['devices']['online']} of {s['devices']['total']} online")
+    console.print(f"devices {s['devices']['online']} of {s['devices']['total']} online, {s['devices']['trouble']} in trouble")
     for warning in s["warnings"]:
         console.print(f"[bold red]warning[/bold red] {safe(warning)}")
     for role, at in s["expires"].items():

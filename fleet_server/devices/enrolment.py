@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from agent.contract import addresses
 from agent.contract.assignment import read_assignment
 from agent.contract.enrolment import EnrolmentRequest, EnrolmentResponse, EnrolmentString, RenewalRequest
+from agent.contract.reports import hardware_class
 from fleet_server.access import Actor, digest
 from fleet_server.config import FleetConfig
 from fleet_server.devices import pki
@@ -25,6 +26,7 @@ from fleet_server.releases.repository import Repository
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, EnrolmentToken
 
+MAX_CLASS = 512  # the width of its column
 MAX_USES = 100_000
 MAX_TTL_S = 365 * 86400.0
 STILL_NEW = 2 / 3
@@ -119,10 +121,12 @@ class Enrolment:
                 raise Denied(self._why_not(token) or "the enrolment token is not known", code="bad_token")
             device = self._choose_id(session, token, request.device)
             certificate = self._certify(session, device, csr)
+            kind = hardware_class(request.hardware)[:MAX_CLASS] if request.hardware else None
             token.uses_left -= 1
             row = Device(
                 id=device, created=self._clock(), groups=token.groups, labels={}, serial=first_serial(session, self._clock()), revoked=False, counter=-1, session=-1,
-                present=False, hardware=msgspec.to_builtins(request.hardware) if request.hardware else None,
+                present=False, hardware=msgspec.to_builtins(request.hardware) if request.hardware else None, hardware_class=kind,
+                expires=certificate.not_valid_after_utc.timestamp(),
             )  # fmt: skip
             session.add(row)
             self._inventory.sign_record(row)
@@ -148,6 +152,7 @@ class Enrolment:
             if row is None or row.revoked:
                 raise Refused(f"device {device!r} was revoked", code="revoked")
             certificate = self._still_new(session, device, csr) or self._certify(session, device, csr)
+            row.expires = max(row.expires or 0.0, certificate.not_valid_after_utc.timestamp())
         return self._answer(device, certificate)
 
     def _still_new(self, session: Session, device: str, csr: x509.CertificateSigningRequest) -> x509.Certificate | None:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, get_args
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import msgspec
 from cryptography import x509
-from securesystemslib.signer import Key  # type: ignore[attr-defined]
-from sqlalchemy import delete, func, or_, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from agent.contract import names
 from agent.contract.assignment import RECORD_PAYLOAD_TYPE, DeviceRecord
 from agent.contract.codec import convert, encode
-from agent.contract.reasons import Reason
-from agent.contract.reports import Hardware, ModelState, StateReport, hardware_class
+from agent.contract.reports import Hardware, ModelState, StateReport
 from fleet_server.access import Actor
 from fleet_server.config import FleetConfig
 from fleet_server.devices import pki, shared_identity
-from fleet_server.devices.envelopes import key_of
-from fleet_server.devices.views import CertificateState, CertificateView, DeviceCount, DeviceDetail, DeviceView
+from fleet_server.devices.envelopes import DeviceKey, key_of
+from fleet_server.devices.views import CertificateState, CertificateView, DeviceDetail, DeviceView
 from fleet_server.errors import Conflict, Invalid, NotFound, Refused
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases.repository import Repository
@@ -32,15 +30,6 @@ SERIAL_FLOOR = "deleted_serial"  # the row of `settings` with the largest record
 ENDS_SOON = 6  # a certificate with less than this part of its life left ends soon
 MAX_LATE_S = 30 * 86400.0  # for how long an operator may allow a late renewal at most
 T = TypeVar("T")
-_AHEAD = (Reason.METADATA_ROLLBACK.value, Reason.REPLAYED_ASSIGNMENT.value)
-
-
-def class_of(hardware: Mapping[str, Any] | None) -> str | None:
-    """The hardware class of a device by its last report; None when it has not said what it is."""
-    try:
-        return hardware_class(convert(hardware, Hardware)) if hardware else None
-    except msgspec.ValidationError:
-        return None
 
 
 class Link(Protocol):
@@ -71,6 +60,9 @@ class Inventory:
         """Makes a certificate known that was issued and forgotten; whether it did."""
         self.heard_since: Callable[[], float] = lambda: 0.0
         """Since when devices could be heard without a break; now while they cannot."""
+        self.silence_s = config.rollouts.silence_s
+        self.ends_soon_s = config.expiry.device_certificate_s / ENDS_SOON
+        """How much life is left of a certificate that ends soon: devices renew theirs when a third of it is left."""
 
     # -- reading -----------------------------------------------------------------------------------------------------------
 
@@ -81,86 +73,32 @@ class Inventory:
         A server or broker that was away makes nobody silent: otherwise devices still busy would stop counting and a wave would
         pass.
         """
-        if not present or last_seen is None:
-            return False
-        return now - max(last_seen, self.heard_since()) < self._config.rollouts.silence_s
+        return present and last_seen is not None and now < self.silent_at(last_seen)
 
-    def find(
-        self, *, group: str | None = None, model: str | None = None, online: bool | None = None, text: str | None = None,
-        certificate: CertificateState | None = None, limit: int = 1000, after: str = "",
-    ) -> list[DeviceView]:  # fmt: skip
-        """The devices that pass every filter, in the order of their ids, from behind `after` on."""
-        now = self._clock()
-        found: list[DeviceView] = []
-        with self._database.reading() as session:
-            ends = self.ends(session)
-            for row in session.scalars(select(Device).where(Device.id > after).order_by(Device.id)):
-                if len(found) >= limit:
-                    break
-                if certificate is not None and (row.revoked or self.standing(ends.get(row.id), now) != certificate):
-                    continue
-                if self._matches(row, group, model, online, text, now):
-                    found.append(self.view(row, now, ends.get(row.id)))
-        return found
-
-    def _matches(
-        self, row: Device, group: str | None, model: str | None, online: bool | None, text: str | None, now: float
-    ) -> bool:
-        return (
-            (group is None or group in row.groups)
-            and (model is None or model in ((row.state or {}).get("models") or {}))
-            and (online is None or self.is_online(row.present, row.last_seen, now) == online)
-            and (not text or text.lower() in row.id.lower())
-        )
-
-    def count(self) -> DeviceCount:
-        """How many devices there are (those shut out left out), and how many of them are online."""
-        now = self._clock()
-        with self._database.reading() as session:
-            rows = session.execute(select(Device.present, Device.last_seen).where(Device.revoked.is_(False))).all()
-        return DeviceCount(total=len(rows), online=sum(self.is_online(row.present, row.last_seen, now) for row in rows))
-
-    def present(self) -> int:
-        """How many devices the broker counts as present. Cheaper than `count`, and an old word for those that fell silent."""
-        with self._database.reading() as session:
-            query = select(func.count()).select_from(Device).where(Device.present.is_(True), Device.revoked.is_(False))
-            return int(session.scalar(query) or 0)
-
-    def shared(self) -> list[str]:
-        """Devices of which several machines report."""
-        query = select(Device.id).where(Device.revoked.is_(False), Device.shared > self._clock() - shared_identity.SHARED_S)
-        with self._database.reading() as session:
-            return list(session.scalars(query.order_by(Device.id)))
-
-    def ahead(self) -> list[str]:
-        """Devices that have seen newer signed documents than this server has, and so refuse its word: it was restored from a
-        copy.
-        """
-        problem = Device.state["problem"].as_string()
-        with self._database.reading() as session:
-            query = select(Device.id).where(Device.revoked.is_(False), or_(*(problem.like(f"{word}:%") for word in _AHEAD)))
-            return list(session.scalars(query.order_by(Device.id)))
+    def silent_at(self, last_seen: float) -> float:
+        """When a device that was heard last at that time counts as silent, unless it is heard again."""
+        return max(last_seen, self.heard_since()) + self.silence_s
 
     def get(self, device: str) -> DeviceDetail:
         """Everything about one device.  Raises: NotFound."""
         with self._database.reading() as session:
             row = _row(session, device)
             certificates = list(session.scalars(select(Certificate).where(Certificate.device == device)))
-        ends = max((c.expires for c in certificates if c.revoked is None), default=None)
         return DeviceDetail(
-            **msgspec.structs.asdict(self.view(row, self._clock(), ends)), state=_reported(row.state, StateReport),
+            **msgspec.structs.asdict(self.view(row, self._clock())), state=_reported(row.state, StateReport),
             certificates=[CertificateView(c.serial, c.issued, c.expires, c.revoked) for c in certificates],
         )  # fmt: skip
 
-    def view(self, row: Device, now: float, ends: float | None) -> DeviceView:
-        """`ends`: when the last certificate of the device does, seconds since the epoch."""
+    def view(self, row: Device, now: float) -> DeviceView:
+        """The device in `row` as it is shown in lists."""
         state = row.state or {}
         return DeviceView(
             id=row.id, groups=row.groups, labels=row.labels, online=self.is_online(row.present, row.last_seen, now),
             revoked=row.revoked, last_seen=row.last_seen, created=row.created, record_serial=row.serial,
             hardware=_reported(row.hardware, Hardware), agent_version=state.get("agent_version"),
-            assignment_version=state.get("assignment_version"), problem=state.get("problem"),
-            shared=shared_identity.are_several(row.shared, now), certificate=self.standing(ends, now), certificate_expires=ends,
+            assignment_version=state.get("assignment_version"), problem=state.get("problem"), trouble=row.trouble,
+            shared=shared_identity.are_several(row.shared, now), certificate=self.standing(row.expires, now),
+            certificate_expires=row.expires,
             renewal_allowed_until=row.late_until if row.late_until is not None and now < row.late_until else None,
             models=_reported(state.get("models"), dict[str, ModelState]) or {},
         )  # fmt: skip
@@ -190,7 +128,7 @@ class Inventory:
         with self._revocation:
             with self._database.session() as session:
                 row = _row(session, device)
-                row.revoked, row.present = True, False
+                row.revoked, row.present, row.expires = True, False, None
                 self._revoke_certificates(session, device)
                 self._journal.audit(session, actor, "device.revoke", device)
                 event = self._journal.record(
@@ -283,28 +221,13 @@ class Inventory:
         self._journal.changed("devices")
         return self.get(device)
 
-    def ends(self, session: Session) -> dict[str, float]:
-        """Device → when the last of its certificates ends."""
-        query = select(Certificate.device, func.max(Certificate.expires)).where(Certificate.revoked.is_(None))
-        return {device: float(expires) for device, expires in session.execute(query.group_by(Certificate.device))}
-
     def standing(self, expires: float | None, now: float) -> CertificateState:
         """How a certificate is that ends at `expires`. Devices renew theirs when a third of its life is left; one with a sixth
         left has failed to for long.
         """
         if expires is None or expires <= now:
             return "ended"
-        return "ends_soon" if expires - now < self._config.expiry.device_certificate_s / ENDS_SOON else "good"
-
-    def certificates(self) -> dict[CertificateState, list[str]]:
-        """The devices by how their certificates are, those shut out left out."""
-        now = self._clock()
-        found: dict[CertificateState, list[str]] = {state: [] for state in get_args(CertificateState)}
-        with self._database.reading() as session:
-            ends = self.ends(session)
-            for device in session.scalars(select(Device.id).where(Device.revoked.is_(False)).order_by(Device.id)):
-                found[self.standing(ends.get(device), now)].append(device)
-        return found
+        return "ends_soon" if expires < now + self.ends_soon_s else "good"
 
     def issued(self, serial: str) -> x509.Certificate | None:
         """The certificate with this serial number (hex), good or not."""
@@ -312,7 +235,7 @@ class Inventory:
             row = session.get(Certificate, serial)
         return x509.load_pem_x509_certificate(row.pem.encode()) if row is not None else None
 
-    def signers(self, device: str) -> list[Key]:
+    def signers(self, device: str) -> list[DeviceKey]:
         """The keys of the device's certificates that are still good: who may sign for it."""
         with self._database.reading() as session:
             query = select(Certificate.pem).where(

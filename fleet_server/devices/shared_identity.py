@@ -32,4 +32,4 @@ def is_stranger(runs: Sequence[str], run: str) -> bool:
 
 def are_several(shown_at: float | None, now: float) -> bool:
     """Whether the last sign (None: there was none) is fresh."""
-    return shown_at is not None and now - shown_at < SHARED_S
+    return shown_at is not None and now < shown_at + SHARED_S

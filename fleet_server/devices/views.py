@@ -6,14 +6,15 @@ from typing import Literal
 
 import msgspec
 
-from agent.contract.reports import Hardware, ModelState, StateReport
+from agent.contract.reports import Hardware, ModelState, Outcome, Phase, StateReport
 
 CertificateState = Literal["good", "ends_soon", "ended"]
+GOOD = (Outcome.COMMITTED, Outcome.SHADOWED)
 
 
 class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
-    """A device as operators see it in lists. `shared`: several machines report under its identity; times are seconds since the
-    epoch.
+    """A device as operators see it in lists. `shared`: several machines report under its identity; `trouble`: it has a problem,
+    or a model that does not serve or was answered badly; times are seconds since the epoch.
     """
 
     id: str
@@ -28,6 +29,7 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
     agent_version: str | None
     assignment_version: int | None
     problem: str | None
+    trouble: bool
     shared: bool
     certificate: CertificateState
     certificate_expires: float | None
@@ -51,8 +53,28 @@ class DeviceDetail(DeviceView, frozen=True, kw_only=True):
     certificates: list[CertificateView]
 
 
+class DevicePage(msgspec.Struct, frozen=True, kw_only=True):
+    """Devices in the order of their ids. `next`: what to give as `after` for those behind them; None when there are none."""
+
+    devices: list[DeviceView]
+    next: str | None
+
+
 class DeviceCount(msgspec.Struct, frozen=True, kw_only=True):
-    """How many devices there are, those shut out left out, and how many of them are online."""
+    """How many devices there are, those shut out left out, and how many of them are online, and in trouble."""
 
     total: int
     online: int
+    trouble: int = 0
+
+
+def in_trouble(report: StateReport) -> bool:
+    """Whether a person should look at the device that says this."""
+    return bool(report.problem) or any(_is_bad(model) for model in report.models.values())
+
+
+def _is_bad(model: ModelState) -> bool:
+    if model.serving is None or model.phase is Phase.QUARANTINED:
+        return True
+    last = max(model.answers, key=lambda answer: answer.at, default=None)
+    return last is not None and last.outcome not in GOOD and model.wanted in {None, last.release}

@@ -27,7 +27,7 @@ class FairQueue(Generic[T]):
         all together have `crowd_bytes` waiting nobody gets more in than its share.
         """
         self._share, self._limit, self._limit_bytes, self._crowd_bytes = share, limit, limit_bytes, crowd_bytes
-        self._all_bytes = 0
+        self._all_bytes = self._count = 0
         self._senders: collections.OrderedDict[str, collections.deque[tuple[T, int]]] = collections.OrderedDict()
         self._bytes: collections.Counter[str] = collections.Counter()
         self._changed = threading.Condition()
@@ -43,8 +43,13 @@ class FairQueue(Generic[T]):
             mine.append((item, size_bytes))
             self._bytes[sender] += size_bytes
             self._all_bytes += size_bytes
+            self._count += 1
             self._changed.notify()
             return Room.CROWDED if len(mine) > self._share else Room.WAITS
+
+    def __len__(self) -> int:
+        """How many items wait."""
+        return self._count
 
     def take(self, limit: int) -> list[T]:
         """Up to `limit` items, one of each sender in turn, as soon as there is any; none when closed and empty."""
@@ -57,6 +62,7 @@ class FairQueue(Generic[T]):
                 taken.append(item)
                 self._bytes[sender] -= size_bytes
                 self._all_bytes -= size_bytes
+                self._count -= 1
                 if mine:
                     self._senders[sender] = mine  # at the end: everybody else comes first
                 else:

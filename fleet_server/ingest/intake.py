@@ -4,8 +4,9 @@ A state report or an event counts only when it is signed with the key of a certi
 topic, and names that device; a report also only when its counter is above the last one's, an event only once. Everything else
 that does not fit is counted by cause, logged once per cause, and dropped: no message of a device can stop the intake.
 
-A batch is read, judged and written as a whole (three queries, three statements), because the database's cost is per statement.
-A report that says of a model what the last one said writes nothing of the model, and no rollout of it is judged for that.
+A batch is read, judged and written as a whole, because the database's cost is per statement. Most reports say what the last one
+said: a digest of that stands in the device's row, and where it is the same nothing is read or written but the report itself. What
+differs is numbered as a change (`storage.changes`), and rollouts of the models that it is about are judged anew.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-from securesystemslib.signer import Key  # type: ignore[attr-defined]
-from sqlalchemy import bindparam, delete, insert, select, update
+from sqlalchemy import select
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -31,13 +31,15 @@ from agent.contract.reports import (
     MAX_REPORT_BYTES,
     STATE_PAYLOAD_TYPE,
     Event,
-    ModelState,
     Presence,
     StateReport,
 )
 from fleet_server.devices import envelopes, shared_identity
 from fleet_server.errors import Refused
-from fleet_server.journal import EventView, Happening, Journal
+from fleet_server.ingest import reported
+from fleet_server.ingest.reported import Changes, Known
+from fleet_server.journal import Happening, Journal
+from fleet_server.storage import changes
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, DeviceModel
 
@@ -45,16 +47,12 @@ _log = logging.getLogger(__name__)
 
 MAX_PRESENCE_BYTES = 4 * 1024
 MAX_MODELS = 256
-MAX_ANSWERS = 64
 MAX_INTEGER = 2**63 - 1
 NUL = re.compile(
     rb"(?<!\\)((?:\\\\)*)\\u0000"
 )  # in JSON; PostgreSQL keeps no such character, and it means nothing in a message
 STRANGERS = ("unknown_device", "bad_signature")  # causes that a device may have without being at fault, see `devices.adoption`
 MAX_NAME, MAX_VARIANT = 64, 128  # the widths of their columns
-
-_models = DeviceModel.__table__
-DELETE_MODEL = delete(_models).where(_models.c.device == bindparam("of"), _models.c.model == bindparam("which"))  # type: ignore[arg-type]
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -70,38 +68,10 @@ class Dropped(Exception):
         self.cause = cause
 
 
-class Changes(msgspec.Struct):
-    """What a batch changed: models of which a device says something else than before, devices that were heard, new events."""
-
-    models: set[str] = msgspec.field(default_factory=set)
-    devices: set[str] = msgspec.field(default_factory=set)
-    events: list[EventView] = msgspec.field(default_factory=list)
-
-
-class Known(msgspec.Struct):
-    """What is known of a device while a batch is judged; written back once at its end."""
-
-    id: str
-    counter: int
-    session: int
-    present: bool
-    hardware: dict[str, Any] | None
-    runs: list[str] = msgspec.field(default_factory=list)
-    shared: float | None = None
-    several: bool = False
-    """Whether it showed itself to be several machines in this batch."""
-    models: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
-    """What it last said of each model: the row of it."""
-    changed: set[str] = msgspec.field(default_factory=set)
-    """Models of which it says something else now, or nothing any more."""
-    keys: list[Key] = msgspec.field(default_factory=list)
-    report: StateReport | None = None
-    heard: bool = False
-
-
 class Intake:
-    def __init__(self, database: Database, journal: Journal, clock: Callable[[], float]) -> None:
-        self._database, self._journal, self._clock = database, journal, clock
+    def __init__(self, database: Database, journal: Journal, clock: Callable[[], float], silence_s: float) -> None:
+        """`silence_s`: without a word for so long a device counts as offline."""
+        self._database, self._journal, self._clock, self._silence_s = database, journal, clock, silence_s
         self._lock = threading.Lock()
         self.on_stranger: Callable[[str], None] = lambda _device: None
         """Told of a device that is not known, or signed with a key that is not. Must not block."""
@@ -116,24 +86,24 @@ class Intake:
         """
         with self._lock:
             try:
-                changes, drops = self._store(batch)
+                changed, drops = self._store(batch)
             except OperationalError:
                 raise
             except (SQLAlchemyError, ValueError, OverflowError) as error:
                 if len(batch) == 1:
-                    changes, drops = Changes(), [(batch[0].topic, Dropped("cannot_store", str(error)))]
+                    changed, drops = Changes(), [(batch[0].topic, Dropped("cannot_store", str(error)))]
                 else:  # one of them cannot be stored: each on its own, so that only that one is lost
-                    changes, drops = self._store_one_by_one(batch)
+                    changed, drops = self._store_one_by_one(batch)
             self.accepted += len(batch) - len(drops)
             for topic, drop in drops:
                 self._drop(topic, drop)
-        self._journal.announce(changes.events)
-        if changes.devices:
+        self._journal.announce(changed.events)
+        if changed.devices:
             self._journal.changed("devices")
-        return changes
+        return changed
 
     def _store_one_by_one(self, batch: Sequence[Message]) -> tuple[Changes, list[tuple[str, Dropped]]]:
-        changes, drops = Changes(), []
+        changed, drops = Changes(), []
         for message in batch:
             try:
                 one, dropped = self._store([message])
@@ -141,11 +111,11 @@ class Intake:
                 raise
             except (SQLAlchemyError, ValueError, OverflowError) as error:
                 one, dropped = Changes(), [(message.topic, Dropped("cannot_store", str(error)))]
-            changes.models |= one.models
-            changes.devices |= one.devices
-            changes.events += one.events
+            changed.models |= one.models
+            changed.devices |= one.devices
+            changed.events += one.events
             drops += dropped
-        return changes, drops
+        return changed, drops
 
     def drop(self, topic: str, drop: Dropped) -> None:
         """Counts a message that was not even judged."""
@@ -163,55 +133,62 @@ class Intake:
             )
 
     def _store(self, batch: Sequence[Message]) -> tuple[Changes, list[tuple[str, Dropped]]]:
-        changes, drops = Changes(), []
+        changed, drops, events = Changes(), [], list[Event]()
         parsed = [(message, topics.parse_up(message.topic)) for message in batch]
         with self._database.session() as session:
             known = self._load(session, {where[0] for _, where in parsed if where is not None})
             for message, where in parsed:
                 try:
-                    self._judge(session, known, message, where, changes)
+                    _judge(known, message, where, events)
                 except Dropped as drop:  # noqa: PERF203 - one bad message must not undo the others
                     drops.append((message.topic, drop))
-            self._write(session, [device for device in known.values() if device.heard])
-            self._note_several(session, [device for device in known.values() if device.several], changes)
-        return changes, drops
+            heard = [device for device in known.values() if device.heard]
+            changed.devices |= {device.id for device in heard}
+            self._write(session, heard, changed)
+            self._note_several(session, [device for device in known.values() if device.several], changed)
+            changed.events += self._journal.record_from_devices(session, events)
+        return changed, drops
 
     # -- reading and writing -----------------------------------------------------------------------------------------------
 
     def _load(self, session: Session, devices: set[str]) -> dict[str, Known]:
         """The devices of a batch that are in the fleet and not shut out, with the keys that may sign for them."""
-        columns = select(Device.id, Device.counter, Device.session, Device.present, Device.hardware, Device.runs, Device.shared)
-        query = columns.where(Device.id.in_(devices), Device.revoked.is_(False))
-        known = {row.id: Known(*row) for row in session.execute(query)}
+        columns = (
+            Device.id, Device.counter, Device.session, Device.present, Device.last_seen, Device.runs, Device.shared, Device.said,
+            Device.hardware_class, Device.problem, Device.trouble,
+        )  # fmt: skip
+        query = select(*columns).where(Device.id.in_(devices), Device.revoked.is_(False))
+        known = {row.id: Known(*row, was_present=row.present) for row in session.execute(query)}
         good = select(Certificate.device, Certificate.pem).where(
             Certificate.device.in_(known), Certificate.revoked.is_(None), Certificate.expires > self._clock()
         )
         for device, pem in session.execute(good):
             known[device].keys.append(envelopes.key_of(pem))
-        said = select(*DeviceModel.__table__.columns).where(DeviceModel.device.in_(known))
-        for row in session.execute(said).mappings():
-            known[row["device"]].models[row["model"]] = dict(row)
         return known
 
-    def _write(self, session: Session, heard: list[Known]) -> None:
+    def _write(self, session: Session, heard: list[Known], changed: Changes) -> None:
         now = self._clock()
-        if heard:
-            presence = [{"key": d.id, "present": d.present, "session": d.session, "last_seen": now} for d in heard]
-            _update(session, presence)
-        reports = [(d, d.report) for d in heard if d.report is not None]
-        if reports:
-            _update(
-                session,
-                [{"key": d.id, "counter": r.counter, "state": r, "hardware": d.hardware, "runs": d.runs} for d, r in reports],
-            )
-            changed = [{"of": d.id, "which": model} for d, _ in reports for model in d.changed]
-            if changed:
-                session.connection().execute(DELETE_MODEL, changed)
-            rows = [d.models[model] for d, _ in reports for model in d.changed if model in d.models]
-            if rows:
-                session.execute(insert(DeviceModel), rows)
+        said = [(d, d.report) for d in heard if d.report is not None]
+        differ = [(d, report, digest) for d, report in said if (digest := reported.digest_of(report)) != d.said]
+        others = {d.id for d in heard if self._is_change(d, now)} - {d.id for d, _, _ in differ}
+        number = changes.take(session) if differ or others else 0
+        here = {d.id: {"key": d.id, "present": d.present, "session": d.session, "last_seen": now} for d in heard}
+        reported.update_devices(session, [here[d.id] for d in heard if d.report is None])
+        reported.update_devices(session, [{**here[d.id], "counter": report.counter, "state": report} for d, report in said])
+        reported.update_devices(session, [{"key": d.id, "runs": d.runs} for d in heard if d.runs_changed])
+        reported.update_devices(session, [{"key": device, "change": number} for device in others])
+        if differ:
+            reported.update_summaries(session, differ, number)
+            reported.write_models(session, [(device, report) for device, report, _ in differ], changed)
 
-    def _note_several(self, session: Session, devices: list[Known], changes: Changes) -> None:
+    def _is_change(self, device: Known, now: float) -> bool:
+        """Whether it counts as there or not in another way than before. One that was silent for half the time after which it
+        counts as offline may be offline by the clock of whoever judges.
+        """
+        last = device.last_seen
+        return device.present != device.was_present or last is None or not 0 <= now - last < self._silence_s / 2
+
+    def _note_several(self, session: Session, devices: list[Known], changed: Changes) -> None:
         """Said once, and again after a time without signs."""
         now = self._clock()
         for device in devices:
@@ -221,45 +198,40 @@ class Intake:
                     "report counts as nobody's success until each is a device of its own"
                 )
                 happening = Happening(name="identity_shared", message=message, device=device.id, reason="identity_shared")
-                changes.events.append(self._journal.record(session, happening))
-                changes.models |= set(device.models)
-            changes.devices.add(device.id)
+                changed.events.append(self._journal.record(session, happening))
+                changed.models |= set(session.scalars(select(DeviceModel.model).where(DeviceModel.device == device.id)))
+            changed.devices.add(device.id)
         if devices:
-            _update(session, [{"key": device.id, "shared": now} for device in devices])
+            number = changes.take(session)
+            reported.update_devices(session, [{"key": device.id, "shared": now, "change": number} for device in devices])
 
-    # -- judging -----------------------------------------------------------------------------------------------------------
 
-    def _judge(
-        self, session: Session, known: dict[str, Known], message: Message, where: tuple[str, str] | None, changes: Changes
-    ) -> None:
-        """Adds one message to what is known.  Raises: Dropped, with nothing added."""
-        if where is None:
-            raise Dropped("bad_topic", f"topic {message.topic!r} is not one a device may write")
-        name, what = where
-        device = known.get(name)
-        if device is None:
-            raise Dropped("unknown_device", f"{name!r} is not a device of this fleet")
-        if what == "state":
-            _read_state(device, message.payload, changes)
-        elif what == "presence":
-            _read_presence(device, message.payload)
-        elif what == "events":
-            self._read_event(session, device, message.payload, changes)
-        elif what != "telemetry":
-            raise Dropped("bad_topic", f"devices do not report {what!r}")
-        device.heard = True
-        changes.devices.add(name)
+# -- judging -----------------------------------------------------------------------------------------------------------------
 
-    def _read_event(self, session: Session, device: Known, payload: bytes, changes: Changes) -> None:
-        event = _verified(device, payload, EVENT_PAYLOAD_TYPE, Event, MAX_EVENT_BYTES)
+
+def _judge(known: dict[str, Known], message: Message, where: tuple[str, str] | None, events: list[Event]) -> None:
+    """Adds one message to what is known.  Raises: Dropped, with nothing added."""
+    if where is None:
+        raise Dropped("bad_topic", f"topic {message.topic!r} is not one a device may write")
+    name, what = where
+    device = known.get(name)
+    if device is None:
+        raise Dropped("unknown_device", f"{name!r} is not a device of this fleet")
+    if what == "state":
+        _read_state(device, message.payload)
+    elif what == "presence":
+        _read_presence(device, message.payload)
+    elif what == "events":
+        event = _verified(device, message.payload, EVENT_PAYLOAD_TYPE, Event, MAX_EVENT_BYTES)
         if event.release is not None and abs(event.release) > MAX_INTEGER:
             raise Dropped("bad_report", f"release {event.release} is out of range")
-        stored = self._journal.record_from_device(session, event)
-        if stored is not None:
-            changes.events.append(stored)
+        events.append(event)
+    elif what != "telemetry":
+        raise Dropped("bad_topic", f"devices do not report {what!r}")
+    device.heard = True
 
 
-def _read_state(device: Known, payload: bytes, changes: Changes) -> None:
+def _read_state(device: Known, payload: bytes) -> None:
     report = _verified(device, payload, STATE_PAYLOAD_TYPE, StateReport, MAX_REPORT_BYTES)
     if not device.counter < report.counter <= MAX_INTEGER:
         device.several |= report.counter <= device.counter and shared_identity.is_stranger(device.runs, report.run)
@@ -275,16 +247,10 @@ def _read_state(device: Known, payload: bytes, changes: Changes) -> None:
         # The first word of a newly enrolled device: the session is from what an earlier device of this id left at the broker. Or
         # the birth of a session was lost, with a broker that lost its disk: who reports in it is there.
         device.session, device.present = report.session, True
-    device.runs, back = shared_identity.heard(device.runs, report.run[:MAX_NAME])
+    runs, back = shared_identity.heard(device.runs, report.run[:MAX_NAME])
+    device.runs_changed |= runs != device.runs
     device.several |= back
-    device.counter, device.report = report.counter, report
-    said = {model: _row(device.id, model, state) for model, state in report.models.items()}
-    changed = {model for model in {*said, *device.models} if said.get(model) != device.models.get(model)}
-    device.changed |= changed
-    device.models = said
-    hardware = msgspec.to_builtins(report.hardware) if report.hardware is not None else device.hardware
-    changes.models |= changed if hardware == device.hardware else {*said, *changed}
-    device.hardware = hardware
+    device.runs, device.counter, device.report = runs, report.counter, report
 
 
 def _read_presence(device: Known, payload: bytes) -> None:
@@ -312,20 +278,6 @@ def _verified(device: Known, payload: bytes, payload_type: str, kind: type[Any],
     if document.device != device.id:
         raise Dropped("wrong_device", f"{device.id!r} sent a {kind.__name__} of {document.device!r}")
     return document
-
-
-def _row(device: str, model: str, state: ModelState) -> dict[str, Any]:
-    return {
-        "device": device, "model": model, "serving": state.serving, "sha256": state.sha256, "variant": state.variant,
-        "phase": state.phase.value, "answers": msgspec.to_builtins([*state.quarantined, *state.answers][-MAX_ANSWERS:]),
-    }  # fmt: skip
-
-
-def _update(session: Session, rows: list[dict[str, Any]]) -> None:
-    """Updates devices in one statement for all: `key` is the id, the other names are columns."""
-    columns: dict[str, Any] = {name: bindparam(name) for name in rows[0] if name != "key"}
-    statement = update(Device.__table__).where(Device.__table__.c.id == bindparam("key")).values(columns)  # type: ignore[arg-type]
-    session.connection().execute(statement, rows)
 
 
 def _decoded(payload: bytes, kind: type[Any], limit: int) -> Any:

@@ -33,12 +33,17 @@ from fleet_server.ingest.buffered_client import BufferedClient
 from fleet_server.ingest.connection import Connection
 from fleet_server.ingest.fair_queue import FairQueue, Room
 from fleet_server.ingest.flood import FloodWatch
-from fleet_server.ingest.intake import Changes, Dropped, Intake, Message
+from fleet_server.ingest.intake import Dropped, Intake, Message
+from fleet_server.ingest.reported import Changes
 from fleet_server.ingest.transfers import TransferAnswers
 
 _log = logging.getLogger(__name__)
 
-BATCH = 256  # one transaction for what came together: a commit costs as much as storing dozens of reports
+BATCH = 1024  # one transaction for what came together: a commit costs as much as storing dozens of reports
+REST_S, REST_SHARE = 0.05, 4.0
+"""After a batch the next one is let grow: for so many times as long as the batch took, and no longer than `REST_S`. So few messages
+cost little, and the first one after a quiet time waits for nothing.
+"""
 SHARE = 100  # small beside the window of unacknowledged messages that the broker's configuration allows
 LIMIT, LIMIT_BYTES = 5000, 32 * 1024 * 1024  # of one device: an agent that was away for days sends 2000 messages, 16 MiB
 CROWD_BYTES = 128 * 1024 * 1024  # of all devices together, beyond which nobody has more than its share
@@ -218,7 +223,10 @@ class MqttLink:
 
     def _work(self) -> None:
         while batch := self._waiting.take(BATCH):
+            began = time.monotonic()
             self.store(batch)
+            if len(self._waiting) < BATCH:
+                self._stopping.wait(min(REST_S, REST_SHARE * (time.monotonic() - began)))
 
     def store(self, batch: list[Received]) -> None:
         """Stores a batch, however often that must be tried, acknowledges it, and lets the rollouts be judged that it concerns.

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from agent.contract import topics
 from agent.contract.codec import encode
 from fleet_server.devices.inventory import Inventory
+from fleet_server.devices.survey import Survey
 from fleet_server.errors import FleetError
 from fleet_server.releases import news
 from fleet_server.releases.metadata_files import RepositoryDamaged
@@ -35,9 +36,11 @@ class Publisher(Protocol):
 class Pokes:
     """Pokes devices. For any thread."""
 
-    def __init__(self, repository: Repository, inventory: Inventory, link: Publisher, looks_per_s: float) -> None:
+    def __init__(
+        self, repository: Repository, inventory: Inventory, survey: Survey, link: Publisher, looks_per_s: float
+    ) -> None:
         """`looks_per_s`: how many devices the server wants to be asked by at most."""
-        self._repository, self._inventory = repository, inventory
+        self._repository, self._inventory, self._survey = repository, inventory, survey
         self._link, self._looks_per_s = link, looks_per_s
         self._strangers: dict[str, float] = {}
         """When each was poked last."""
@@ -65,7 +68,7 @@ class Pokes:
 
     def _spread_s(self) -> float:
         try:
-            present = self._inventory.present()
+            present = self._survey.present()
         except SQLAlchemyError as error:
             _log.error("nobody knows how many devices a poke reaches: %s", error)
             return LONGEST_SPREAD_S

@@ -232,15 +232,16 @@ def refuse_other_bytes(session: Session, ref: ReleaseRef, files: Collection[str]
 
     Raises: Conflict when a device serves a release of this name that is another one.
     """
-    query = select(DeviceModel.device, DeviceModel.sha256).join(Device, Device.id == DeviceModel.device)
-    query = query.where(DeviceModel.model == ref.model, DeviceModel.serving == ref.version, DeviceModel.sha256.is_not(None))
-    for device, sha256 in session.execute(query.where(Device.revoked.is_(False)).order_by(DeviceModel.device)):
-        if sha256 not in files:
-            raise Conflict(
-                f"device {device!r} serves a release {ref} with other bytes: it was published before this server was restored "
-                "from a copy; publish this one with a larger version",
-                code="version_in_use",
-            )
+    query = select(DeviceModel.device).join(Device, Device.id == DeviceModel.device).where(Device.revoked.is_(False))
+    query = query.where(DeviceModel.model == ref.model, DeviceModel.serving == ref.version)
+    query = query.where(DeviceModel.sha256.is_not(None), DeviceModel.sha256.not_in(files))
+    device = session.scalar(query.order_by(DeviceModel.device).limit(1))
+    if device is not None:
+        raise Conflict(
+            f"device {device!r} serves a release {ref} with other bytes: it was published before this server was restored "
+            "from a copy; publish this one with a larger version",
+            code="version_in_use",
+        )
 
 
 _summaries: dict[str, Summary] = {}

@@ -4,7 +4,9 @@ machine      the life of a rollout as a table. Pure
 gates        what the devices of a wave answered, and what follows. Pure
 wording      rollouts in words
 rows         what the rows of the database mean for the next decision
+tally        how many devices stand how, kept up by change. Pure
 facts        what each device says of a release
+ledger       a tally that follows the database
 teams        releases that switch together
 exclusions   releases that a hardware class does not run
 steps        one step of a rollout, written down

@@ -18,7 +18,7 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reports import hardware_class
 from fleet_server.access import Actor
 from fleet_server.devices.inventory import Inventory
-from fleet_server.devices.views import DeviceView
+from fleet_server.devices.survey import Filters, Survey
 from fleet_server.errors import Invalid, NotFound, Unavailable
 from fleet_server.journal import Journal
 from fleet_server.releases.catalogue import Catalogue
@@ -65,11 +65,13 @@ class Packed:
 
 class Bundles:
     def __init__(
-        self, database: Database, repository: Repository, inventory: Inventory, catalogue: Catalogue, assignment: FleetAssignment,
-        blobs: Blobs, journal: Journal, fleet: str, clock: Callable[[], float],
+        self, database: Database, repository: Repository, inventory: Inventory, survey: Survey, catalogue: Catalogue,
+        assignment: FleetAssignment, blobs: Blobs, journal: Journal, fleet: str, clock: Callable[[], float],
     ) -> None:  # fmt: skip
-        self._database, self._repository, self._inventory, self._catalogue = database, repository, inventory, catalogue
-        self._assignment, self._blobs, self._journal, self._fleet, self._clock = assignment, blobs, journal, fleet, clock
+        self._database, self._repository, self._inventory, self._survey = database, repository, inventory, survey
+        self._catalogue, self._assignment, self._blobs, self._journal, self._fleet, self._clock = (
+            catalogue, assignment, blobs, journal, fleet, clock
+        )  # fmt: skip
 
     def pack(
         self, actor: Actor, *, models: Sequence[str] = (), devices: Sequence[str] = (), group: str | None = None,
@@ -100,14 +102,13 @@ class Bundles:
         if devices and group is not None:
             raise Invalid("name devices or a group, not both")
         if devices:
-            found: Sequence[DeviceView] = [self._inventory.get(device) for device in dict.fromkeys(devices)]
+            shown = [self._inventory.get(device) for device in dict.fromkeys(devices)]
+            found = [(d.id, d.groups, hardware_class(d.hardware) if d.hardware else None) for d in shown if not d.revoked]
         else:
-            found = self._inventory.find(group=group, limit=MAX_DEVICES + 1)
+            found = self._survey.every(Filters(group=group), MAX_DEVICES + 1)
             if len(found) > MAX_DEVICES:
                 raise Invalid(f"a bundle is for {MAX_DEVICES} devices at most; make one for each group")
-        chosen = {
-            one.id: (one.groups, hardware_class(one.hardware) if one.hardware else None) for one in found if not one.revoked
-        }
+        chosen = {device: (groups, kind) for device, groups, kind in found}
         if not chosen:
             raise NotFound("there is no device to make a bundle for")
         return chosen

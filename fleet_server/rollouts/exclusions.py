@@ -9,23 +9,17 @@ for the others. An operator may end an exclusion, once and for all.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import msgspec
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from agent.contract.assignment import Exclusion
 from agent.contract.codec import convert
-from agent.contract.reasons import METADATA, RETRYABLE, Reason
-from agent.contract.reports import Hardware, Outcome, hardware_class
-from fleet_server.devices.inventory import class_of
 from fleet_server.errors import Conflict, NotFound
 from fleet_server.rollouts.gates import Fact
-from fleet_server.storage.models import Device, DeviceModel, ExclusionRow, RolloutRow
-
-NOT_QUARANTINED = frozenset({reason.value for reason in RETRYABLE | METADATA | {Reason.OPERATOR, Reason.WITHDRAWN}})
-"""For these reasons a device goes back and does not remember the release as bad."""
+from fleet_server.storage.models import ExclusionRow, RolloutRow
 
 EVIDENCE_KEPT = 20  # devices named in an exclusion; its count covers all of them
 
@@ -57,24 +51,16 @@ class ExclusionView(msgspec.Struct, frozen=True):
     ended_by: str | None
 
 
-def quarantined(fact: Fact) -> bool:
-    """Whether the device refuses the release from now on."""
-    return fact.outcome in (Outcome.REFUSED, Outcome.ROLLED_BACK) and fact.reason not in NOT_QUARANTINED
-
-
 def to_exclude(
-    facts: Iterable[Fact], classes: Mapping[str, str | None], serving: Mapping[str, int], least: int, share: float
+    refused: Mapping[str, list[Fact]], serving: Mapping[str, int], least: int, share: float
 ) -> dict[str, list[Fact]]:
-    """Class → the devices whose refusals exclude it. `serving`: how many devices of each class run the release. Pure."""
-    found: dict[str, list[Fact]] = collections.defaultdict(list)
-    for fact in facts:
-        kind = classes.get(fact.device)
-        if kind is not None and quarantined(fact):
-            found[kind].append(fact)
+    """Class → the devices whose refusals exclude it. `refused`: the devices of each class that quarantine the release;
+    `serving`: how many of each class run it. Pure.
+    """
     return {
-        kind: refused
-        for kind, refused in found.items()
-        if least and len(refused) >= least and len(refused) >= share * (len(refused) + serving.get(kind, 0))
+        kind: devices
+        for kind, devices in refused.items()
+        if least and len(devices) >= least and len(devices) >= share * (len(devices) + serving.get(kind, 0))
     }
 
 
@@ -116,29 +102,6 @@ def end(session: Session, number: int, who: str, now: float) -> ExclusionRow:
         raise Conflict(f"exclusion {number} was ended already", code="ended")
     row.ended, row.ended_by = now, who
     return row
-
-
-def classes_of(session: Session, devices: Iterable[str]) -> dict[str, str | None]:
-    """Device → its hardware class."""
-    rows = session.execute(select(Device.id, Device.hardware).where(Device.id.in_(list(devices))))
-    return {device: class_of(hardware) for device, hardware in rows}
-
-
-def serving(session: Session, model: str, release: int) -> dict[str, int]:
-    """Class → how many devices of it say that they serve the release."""
-    arch, machine, accelerator = (Device.hardware[name].as_string() for name in ("arch", "machine", "accelerator"))
-    query = (
-        select(arch, machine, accelerator, func.count())
-        .join(DeviceModel, DeviceModel.device == Device.id)
-        .where(
-            DeviceModel.model == model, DeviceModel.serving == release, Device.revoked.is_(False), Device.hardware.is_not(None)
-        )
-        .group_by(arch, machine, accelerator)
-    )
-    found: dict[str, int] = collections.Counter()
-    for of_arch, of_machine, of_accelerator, count in session.execute(query):
-        found[hardware_class(Hardware(arch=of_arch or "", machine=of_machine or "", accelerator=of_accelerator))] += count
-    return found
 
 
 def view(row: ExclusionRow) -> ExclusionView:

@@ -2,43 +2,112 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Text, cast, or_, select
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from agent.contract.assignment import reaches
+from agent.contract.assignment import Rollout, reaches
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import METADATA
 from agent.contract.reports import Outcome, Phase
 from fleet_server.devices import shared_identity
-from fleet_server.devices.inventory import Inventory
 from fleet_server.releases import catalogue
 from fleet_server.rollouts import exclusions, rows
 from fleet_server.rollouts.gates import Fact
+from fleet_server.rollouts.tally import Entry, quarantined
 from fleet_server.storage.models import Device, DeviceModel, RolloutRow
 
 ABOUT_METADATA = frozenset(reason.value for reason in METADATA)
+MESSAGE_CHARS, REASON_CHARS = 500, 128  # of what a device says; verdicts and views repeat it
+ROWS_AT_ONCE = 500
 
 
-def of_wave(session: Session, row: RolloutRow, inventory: Inventory, now: float) -> list[Fact]:
-    """A fact for each device that the rollout reaches by now, but for those in a class that is excluded from the release."""
-    wave = rows.as_assigned(row)
+class Hearing(Protocol):
+    """Who knows when a device that says nothing counts as silent: the inventory."""
+
+    heard_since: Any
+    """A function without arguments: since when devices could be heard without a break; now while they cannot."""
+
+    def silent_at(self, last_seen: float) -> float: ...
+
+
+class Said(Protocol):
+    """What a device says of a model; a row of `device_models`."""
+
+    serving: Any
+    sha256: Any
+    variant: Any
+    phase: Any
+    answers: Any
+
+
+class About(msgspec.Struct, frozen=True):
+    """What the facts of a rollout depend on besides the devices. `wave`: the rollout as devices read it; `hashes`: variant → the
+    sha256 of its model; `excluded`: the hardware classes that do not run the release; `over`: the rollout has ended, and only
+    who refuses the release from now on counts.
+    """
+
+    wave: Rollout
+    model: str
+    hashes: Mapping[str, str]
+    excluded: frozenset[str]
+    over: bool = False
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """What is known of one device at a moment. `until`: when it must be read again although nothing changed; `silent`: it counts
+    as offline only because nobody heard it.
+    """
+
+    device: str
+    entry: Entry
+    until: float = math.inf
+    silent: bool = False
+
+
+def about(session: Session, row: RolloutRow, *, over: bool = False) -> About:
     hashes = catalogue.summary_of(catalogue.find(session, ReleaseRef(row.model, row.release))).model_hashes
-    said = {d.device: d for d in session.scalars(select(DeviceModel).where(DeviceModel.model == row.model))}
-    # Columns, not whole rows: the states of ten thousand devices are not needed to count them.
-    columns = select(Device.id, Device.groups, Device.present, Device.last_seen, Device.shared)
-    facts = [
-        of_one(
-            fact_of(device, inventory.is_online(present, last_seen, now), said.get(device), row.release, hashes, row.id),
-            several=shared_identity.are_several(shared, now),
-        )
-        for device, groups, present, last_seen, shared in session.execute(columns.where(Device.revoked.is_(False)))
-        if reaches(wave, device, groups)
-    ]
-    excluded = {kind for kind, one in exclusions.known(session, row.model, row.release).items() if one.ended is None}
-    if not excluded:
-        return facts
-    kinds = exclusions.classes_of(session, [fact.device for fact in facts])
-    return [fact for fact in facts if kinds.get(fact.device) not in excluded]
+    known = exclusions.known(session, row.model, row.release)
+    excluded = frozenset(kind for kind, one in known.items() if one.ended is None)
+    return About(rows.as_assigned(row), row.model, hashes, excluded, over)
+
+
+def of_devices(model: str) -> Select[Any]:
+    """The query of the rows that `seen` reads: every device, with what it says of the model if it does."""
+    columns = (Device.id, Device.groups, Device.present, Device.last_seen, Device.shared, Device.revoked, Device.hardware_class)
+    said = (DeviceModel.serving, DeviceModel.sha256, DeviceModel.variant, DeviceModel.phase, DeviceModel.answers)
+    return select(*columns, *said).outerjoin(DeviceModel, (DeviceModel.device == Device.id) & (DeviceModel.model == model))
+
+
+def of_some(session: Session, model: str, devices: Iterable[str]) -> Iterable[Any]:
+    """The rows of these devices; of those that are there."""
+    wanted = list(devices)
+    for start in range(0, len(wanted), ROWS_AT_ONCE):
+        yield from session.execute(of_devices(model).where(Device.id.in_(wanted[start : start + ROWS_AT_ONCE])))
+
+
+def seen(about: About, row: Any, hearing: Hearing, now: float) -> Seen:
+    """What a row of `of_devices` means for the rollout."""
+    said = row if row.phase is not None else None
+    release = about.wave.release
+    serves = said is not None and said.serving == release and not row.revoked
+    nothing = Seen(row.id, Entry(None, row.hardware_class, serves))
+    if row.revoked or row.hardware_class in about.excluded or not reaches(about.wave, row.id, row.groups):
+        return nothing
+    if about.over:
+        fact = fact_of(row.id, True, said, release, {}, about.wave.id)
+        return Seen(row.id, Entry(fact, row.hardware_class, serves)) if quarantined(fact) else nothing
+    there = row.present and row.last_seen is not None
+    silent_at = hearing.silent_at(row.last_seen) if there else math.inf
+    online = there and now < silent_at
+    several = shared_identity.are_several(row.shared, now)
+    fact = of_one(fact_of(row.id, online, said, release, about.hashes, about.wave.id), several=several)
+    until = min(silent_at if online else math.inf, row.shared + shared_identity.SHARED_S if several else math.inf)
+    return Seen(row.id, Entry(fact, row.hardware_class, serves), until, silent=there and not online)
 
 
 def of_one(fact: Fact, *, several: bool) -> Fact:
@@ -50,32 +119,31 @@ def of_one(fact: Fact, *, several: bool) -> Fact:
     return Fact(fact.device, online=False, serving_it=False, message="several machines report under this identity")
 
 
-def refusals(session: Session, row: RolloutRow) -> list[Fact]:
-    """What devices say that answered the release badly, whether it is what they run now or not."""
-    answered = cast(DeviceModel.answers, Text)
-    bad = or_(answered.contains(Outcome.REFUSED.value), answered.contains(Outcome.ROLLED_BACK.value))
-    query = select(DeviceModel).join(Device, Device.id == DeviceModel.device)
-    said = session.scalars(query.where(DeviceModel.model == row.model, Device.revoked.is_(False), bad))
-    return [fact_of(one.device, True, one, row.release, {}, row.id) for one in said]
-
-
-def fact_of(device: str, online: bool, said: DeviceModel | None, release: int, hashes: dict[str, str], rollout: str) -> Fact:
+def fact_of(device: str, online: bool, said: Said | None, release: int, hashes: Mapping[str, str], rollout: str) -> Fact:
     """What a device's last signed report says about the release. `hashes`: variant → the sha256 of its model. An answer that
     was about the metadata of its time counts only in the `rollout` that it was given to.
     """
     if said is None:
         return Fact(device, online, serving_it=False)
     serving = said.serving == release and said.sha256 is not None and hashes.get(said.variant or "") == said.sha256
-    answers = [
-        answer
-        for answer in said.answers
-        if answer["release"] == release and (answer["reason"] not in ABOUT_METADATA or answer["rollout"] == rollout)
-    ]
-    last = max(answers, key=lambda answer: float(answer["at"]), default=None)
-    phase = Phase(said.phase) if said.phase in {p.value for p in Phase} else None
+    phase = Phase(said.phase) if said.phase in _PHASES else None
+    last = _last_answer(said.answers, release, rollout)
     if last is None:
         return Fact(device, online, serving_it=serving, phase=phase)
+    reason = last["reason"]
     return Fact(
-        device, online, serving_it=serving, phase=phase, outcome=Outcome(last["outcome"]), reason=last["reason"],
-        message=last["message"],
+        device, online, serving_it=serving, phase=phase, outcome=Outcome(last["outcome"]),
+        reason=reason and reason[:REASON_CHARS], message=last["message"][:MESSAGE_CHARS],
     )  # fmt: skip
+
+
+_PHASES = frozenset(phase.value for phase in Phase)
+
+
+def _last_answer(answers: Sequence[Mapping[str, Any]], release: int, rollout: str) -> Mapping[str, Any] | None:
+    counted = [
+        answer
+        for answer in answers
+        if answer["release"] == release and (answer["reason"] not in ABOUT_METADATA or answer["rollout"] == rollout)
+    ]
+    return max(counted, key=lambda answer: float(answer["at"]), default=None)

@@ -7,14 +7,12 @@ nor stop it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import Enum
 
 import msgspec
 
 from agent.contract.reports import Outcome, Phase
-
-EVIDENCE_KEPT = 50  # devices named in a stored verdict; the counts always cover all of them
 
 
 class Standing(str, Enum):
@@ -102,21 +100,15 @@ def standing(fact: Fact, *, shadow: bool = False) -> Standing:
     return Standing.PENDING
 
 
-def judge(facts: Iterable[Fact], *, max_failures: int, min_devices: int = 1, shadow: bool = False) -> Verdict:
-    """The verdict on a wave: FAIL above `max_failures`; PASS when `min_devices` committed and no online device is still to
-    answer. `shadow`: the rollout has mode shadow, and devices need not commit to pass.
+def judge(
+    counts: Counts, evidence: Sequence[Witness], *, max_failures: int, min_devices: int = 1, shadow: bool = False
+) -> Verdict:
+    """The verdict on a wave whose devices stand like that: FAIL above `max_failures`; PASS when `min_devices` committed and no
+    online device is still to answer. `evidence`: some of the devices, which the verdict names. `shadow`: the rollout has mode
+    shadow, and devices need not commit to pass.
     """
-    found = dict.fromkeys(Standing, 0)
-    witnesses = []
-    for fact in facts:
-        where = standing(fact, shadow=shadow)
-        found[where] += 1
-        witnesses.append(Witness(fact.device, where, fact.reason, fact.message))
-    counts = Counts(**{where.value: number for where, number in found.items()})
-    # Bad answers first: they are what a reader of the verdict looks for.
-    witnesses.sort(key=lambda w: (w.standing not in {Standing.REFUSED, Standing.ROLLED_BACK}, w.standing.value, w.device))
     ruling, why = _rule(counts, max_failures, min_devices, "shadowed" if shadow else "committed")
-    return Verdict(ruling, why, counts, tuple(witnesses[:EVIDENCE_KEPT]))
+    return Verdict(ruling, why, counts, tuple(evidence))
 
 
 def _rule(counts: Counts, max_failures: int, min_devices: int, wish: str) -> tuple[Ruling, str]:

@@ -13,8 +13,10 @@ from fleet_server.devices.inventory import Inventory
 from fleet_server.rollouts import exclusions, facts, gates, machine, rows, steps, teams, wording
 from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.decisions import Decision, Decisions
-from fleet_server.rollouts.gates import Fact, Ruling, Verdict
+from fleet_server.rollouts.gates import Ruling, Verdict
+from fleet_server.rollouts.ledger import Ledgers
 from fleet_server.rollouts.machine import Event, State
+from fleet_server.rollouts.tally import Tally
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import ModelRow, RolloutRow, VerdictRow
 
@@ -29,9 +31,10 @@ class Judge:
         self, database: Database, inventory: Inventory, assignment: FleetAssignment, decisions: Decisions, settings: RolloutSettings,
         clock: Callable[[], float],
     ) -> None:  # fmt: skip
-        self._database, self._inventory, self._assignment = database, inventory, assignment
+        self._database, self._assignment = database, assignment
         self._decisions, self._settings, self._clock = decisions, settings, clock
         self._what_runs_judged = 0.0
+        self.ledgers = Ledgers(inventory, clock)
 
     def evaluate(self, models: Iterable[str] | None = None) -> None:
         """Judges the running rollouts of `models`, or all of them, and acts on it. All of them is what the timer asks for: then
@@ -53,8 +56,20 @@ class Judge:
         """Judges one rollout, and again as long as gates pass: a wave whose devices all serve the release already takes no
         time.
         """
-        while self._decided(rollout_id):
-            pass
+        with self._decisions.lock:
+            if self.ledgers.of(rollout_id) is None:
+                self._prepare(rollout_id)
+            while self._decided(rollout_id):
+                self._prepare(rollout_id)
+
+    def _prepare(self, rollout_id: str) -> None:
+        """Reads every device before the decision, where that must be, so that nobody who writes waits for it."""
+        with self._database.reading() as session:
+            row = rows.find(session, rollout_id)
+            if State(row.state) not in machine.TERMINAL:
+                for member in teams.of(session, row):
+                    if not self.ledgers.are_current(facts.about(session, member)):
+                        self.ledgers.tally(session, member)
 
     def _decided(self, rollout_id: str) -> bool:
         """Whether something was decided, so that the rollout must be judged anew."""
@@ -63,8 +78,8 @@ class Judge:
             team = teams.of(session, rows.find(session, rollout_id))
             if State(team[0].state) in machine.TERMINAL:
                 return False
-            found = [(row, facts.of_wave(session, row, self._inventory, self._clock())) for row in team]
-            verdict = teams.verdict([(row, self._verdict(session, row, said)) for row, said in found])
+            found = [(row, self.ledgers.tally(session, row)) for row in team]
+            verdict = teams.verdict([(row, self.verdict(session, row, tally)) for row, tally in found])
             # What is bad for too many ends for everybody; only where the rollout may go on a class is excluded.
             if verdict.ruling is Ruling.FAIL or not self._exclude(decision, found):
                 for row in team:
@@ -74,30 +89,37 @@ class Judge:
 
     def _judge_what_runs(self) -> None:
         """Devices that were away refuse what every device runs after its rollout is over: their class may be excluded then,
-        too.
+        too. Keeps no ledger of a rollout that is of no use any more.
         """
         if self._clock() - self._what_runs_judged < WHAT_RUNS_JUDGED_S:
             return
-        self._what_runs_judged = self._clock()
-        with self._decisions.one() as decision:
-            session = decision.session
-            for model in session.scalars(select(ModelRow).where(ModelRow.release.is_not(None))):
+        self._what_runs_judged, least = self._clock(), self._settings.exclude_after
+        with self._database.reading() as session:
+            used, refused = set(session.scalars(select(RolloutRow.id).where(RolloutRow.state.in_(rows.ACTIVE)))), []
+            for model in session.scalars(select(ModelRow).where(ModelRow.release.is_not(None))) if least else ():
                 row = rows.came_to_all(session, model.model, model.release or 0)
-                if row is not None:
-                    self._exclude(decision, [(one, facts.refusals(session, one)) for one in teams.of(session, row)])
+                team = teams.of(session, row) if row is not None else []
+                used |= {one.id for one in team}
+                if any(self.ledgers.tally(session, one, over=True).refused(least) for one in team):
+                    refused.append(team[0].id)
+        for rollout_id in refused:
+            with self._decisions.one() as decision:
+                team = teams.of(decision.session, rows.find(decision.session, rollout_id))
+                self._exclude(decision, [(one, self.ledgers.tally(decision.session, one, over=True)) for one in team])
+        self.ledgers.keep(used)
 
-    def _exclude(self, decision: Decision, said: list[tuple[RolloutRow, list[Fact]]]) -> bool:
+    # -- verdicts ----------------------------------------------------------------------------------------------------------
+
+    def _exclude(self, decision: Decision, said: list[tuple[RolloutRow, Tally]]) -> bool:
         """Excludes the hardware classes of which enough devices refuse a release of the team; whether there was one."""
         session, least = decision.session, self._settings.exclude_after
         excluded = False
-        for row, found in said:
-            refused = [fact for fact in found if exclusions.quarantined(fact)]
-            if not least or len(refused) < least or row.state == State.CREATED.value:
+        for row, tally in said:
+            refused = tally.refused(least) if least and row.state != State.CREATED.value else {}
+            if not refused:
                 continue
-            kinds = exclusions.classes_of(session, [fact.device for fact in refused])
             decided = exclusions.known(session, row.model, row.release)
-            serving = exclusions.serving(session, row.model, row.release)
-            for kind, devices in exclusions.to_exclude(refused, kinds, serving, least, self._settings.exclude_share).items():
+            for kind, devices in exclusions.to_exclude(refused, tally.serving, least, self._settings.exclude_share).items():
                 if kind in decided:
                     continue
                 because = (
@@ -113,25 +135,28 @@ class Judge:
             steps.next_version(session)
         return excluded
 
-    def _verdict(self, session: Session, row: RolloutRow, said: list[Fact]) -> Verdict:
-        if not said and any(one.ended is None for one in exclusions.known(session, row.model, row.release).values()):
-            return Verdict(Ruling.FAIL, "every kind of hardware in the wave is excluded from it", gates.Counts())
+    def verdict(self, session: Session, row: RolloutRow, tally: Tally) -> Verdict:
+        """What the gate of the rollout's wave says of devices that stand like that."""
+        counts = tally.counts
+        if not counts.total and any(one.ended is None for one in exclusions.known(session, row.model, row.release).values()):
+            return Verdict(Ruling.FAIL, "every kind of hardware in the wave is excluded from it", counts)
         return gates.judge(
-            said, max_failures=row.max_failures, min_devices=self._settings.min_devices, shadow=row.mode == "shadow"
-        )
+            counts, tally.witnesses, max_failures=row.max_failures, min_devices=self._settings.min_devices,
+            shadow=row.mode == "shadow",
+        )  # fmt: skip
 
     def _keep(self, session: Session, row: RolloutRow, verdict: Verdict) -> bool:
-        """Stores the verdict unless it says what the last one of this wave said. Whether it did."""
+        """Stores the verdict, unless it is the last one; whether it did. One whose ruling is that of the last one takes its
+        place: a rollout has as many as its gates changed their minds, not as devices reported.
+        """
         last = session.scalar(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq.desc()).limit(1))
-        counts = msgspec.to_builtins(verdict.counts)
-        if last is not None and (last.wave, last.verdict, last.counts) == (row.wave, verdict.ruling.value, counts):
+        counts, evidence = msgspec.to_builtins(verdict.counts), msgspec.to_builtins(list(verdict.evidence))
+        if last is None or (last.wave, last.verdict) != (row.wave, verdict.ruling.value):
+            last = VerdictRow(rollout=row.id, wave=row.wave, verdict=verdict.ruling.value, counts={})
+            session.add(last)
+        elif (last.counts, last.evidence) == (counts, evidence):
             return False
-        session.add(
-            VerdictRow(
-                rollout=row.id, wave=row.wave, at=self._clock(), verdict=verdict.ruling.value, why=verdict.why, counts=counts,
-                evidence=msgspec.to_builtins(verdict.evidence),
-            )
-        )  # fmt: skip
+        last.at, last.why, last.counts, last.evidence = self._clock(), verdict.why, counts, evidence
         return True
 
     def _follow(self, decision: Decision, team: list[RolloutRow], verdict: Verdict) -> None:

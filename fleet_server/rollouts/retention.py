@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgspec
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from agent.contract.names import ReleaseRef
@@ -94,8 +94,11 @@ def needed(session: Session) -> dict[ReleaseRef, str]:
         need(rollout.model, rollout.previous, f"rollout {rollout.id} goes back to it when it fails")
     for exclusion in session.scalars(select(ExclusionRow).where(ExclusionRow.ended.is_(None))):
         need(exclusion.model, exclusion.instead, f"{exclusion.hardware} runs it instead of {exclusion.release}")
-    serving = select(DeviceModel.model, DeviceModel.serving, DeviceModel.device).join(Device, Device.id == DeviceModel.device)
-    for name, release, device in session.execute(serving.where(Device.revoked.is_(False), DeviceModel.serving.is_not(None))):
+    serving = select(DeviceModel.model, DeviceModel.serving, func.min(DeviceModel.device))
+    serving = serving.join(Device, Device.id == DeviceModel.device).where(Device.revoked.is_(False))
+    for name, release, device in session.execute(
+        serving.where(DeviceModel.serving.is_not(None)).group_by(DeviceModel.model, DeviceModel.serving)
+    ):
         need(name, release, f"device {device!r} serves it")
     return found
 

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fleet_server.rollouts.gates import EVIDENCE_KEPT, Counts, Ruling, Verdict
+from fleet_server.rollouts.gates import Counts, Ruling, Verdict
 from fleet_server.rollouts.machine import ACTIVE, State
 from fleet_server.storage.models import ModelRow, RolloutRow
 
+EVIDENCE_KEPT = 100  # devices that a verdict of several members names
 ROWS_READ = 200
 """Members of the newest teams. Older teams were followed by other rollouts of their models."""
 

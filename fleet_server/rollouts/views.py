@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from agent.contract.assignment import Mode
 from agent.contract.codec import convert
-from fleet_server.rollouts import exclusions, rows, teams
+from fleet_server.rollouts import exclusions, facts, gates, rows, teams
 from fleet_server.rollouts.exclusions import ExclusionView
-from fleet_server.rollouts.gates import Counts, Ruling, Witness
+from fleet_server.rollouts.facts import Hearing
+from fleet_server.rollouts.gates import Counts, Ruling, Standing, Witness
 from fleet_server.rollouts.machine import State, Wave
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import ExclusionRow, ModelRow, RolloutRow, VerdictRow
+from fleet_server.storage.models import Device, ExclusionRow, ModelRow, RolloutRow, VerdictRow
 
 EXCLUSIONS_LISTED = 200  # the newest ones
+EXCLUSIONS_OF_ONE = 50  # in the view of a rollout, the newest ones
+VERDICTS_SHOWN = 20  # in the view of a rollout, the newest ones
+WITNESSES_LISTED = 10  # devices named of each rollout in a list
+ROWS_READ = 2000  # devices looked at for one page of a rollout's devices
 
 
 class ModelView(msgspec.Struct, frozen=True):
@@ -35,8 +42,11 @@ class MemberView(msgspec.Struct, frozen=True):
 
 
 class VerdictView(msgspec.Struct, frozen=True):
-    """What a gate said about a wave, with the counts and some of the devices behind it."""
+    """What a gate said about a wave, with the counts and the first devices of each standing, bad answers first. `at`: when the
+    counts were like that last.
+    """
 
+    seq: int
     wave: int
     at: float
     verdict: Ruling
@@ -69,16 +79,25 @@ class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RolloutDetail(RolloutView, frozen=True, kw_only=True):
-    """A rollout with every verdict of its gates, oldest first."""
+    """A rollout with the newest verdicts of its gates, oldest first, one for each time that a gate changed its mind."""
 
     verdicts: tuple[VerdictView, ...]
+
+
+class StandingPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Devices that a rollout reaches, in the order of their ids, and how each stands to its release by its last report. `next`:
+    what to give as `after` for those behind them, also when none is here; None at the end.
+    """
+
+    devices: list[Witness]
+    next: str | None
 
 
 class Views:
     """Reads the database and changes nothing."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, hearing: Hearing, clock: Callable[[], float]) -> None:
+        self._database, self._hearing, self._clock = database, hearing, clock
 
     def rollouts(self, *, model: str | None = None, limit: int = 100) -> list[RolloutView]:
         """Rollouts, the newest first."""
@@ -86,15 +105,38 @@ class Views:
         if model is not None:
             query = query.where(RolloutRow.model == model)
         with self._database.reading() as session:
-            return [_rollout(session, row) for row in session.scalars(query)]
+            return [_rollout(session, row, WITNESSES_LISTED) for row in session.scalars(query)]
 
     def rollout(self, rollout_id: str) -> RolloutDetail:
         """Everything about a rollout.  Raises: NotFound."""
         with self._database.reading() as session:
             row = rows.find(session, rollout_id)
             shown = _rollout(session, row)
-            verdicts = session.scalars(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq))
-            return RolloutDetail(**msgspec.structs.asdict(shown), verdicts=tuple(map(_verdict, verdicts)))
+            return RolloutDetail(**msgspec.structs.asdict(shown), verdicts=_verdicts(session, row.id, VERDICTS_SHOWN))
+
+    def verdicts(self, rollout_id: str, *, before: int | None = None, limit: int = 100) -> list[VerdictView]:
+        """The newest verdicts of a rollout's gates (before the one of number `before`), oldest first.  Raises: NotFound."""
+        with self._database.reading() as session:
+            return list(_verdicts(session, rows.find(session, rollout_id).id, limit, before))
+
+    def devices(self, rollout_id: str, *, standing: Standing | None = None, limit: int = 100, after: str = "") -> StandingPage:
+        """The devices that a rollout reaches, or those of one standing, from behind `after` on.  Raises: NotFound."""
+        now, found, last, more = self._clock(), list[Witness](), after, False
+        with self._database.reading() as session:
+            row = rows.find(session, rollout_id)
+            about = facts.about(session, row)
+            query = facts.of_devices(row.model).where(Device.id > after).order_by(Device.id).limit(ROWS_READ)
+            read = session.execute(query).all()
+            for device in read:
+                fact = facts.seen(about, device, self._hearing, now).entry.fact
+                stands = gates.standing(fact, shadow=row.mode == "shadow") if fact is not None else None
+                if fact is not None and stands is not None and standing in {None, stands}:
+                    if len(found) == limit:
+                        more = True
+                        break
+                    found.append(Witness(device.id, stands, fact.reason, fact.message))
+                last = device.id
+        return StandingPage(devices=found, next=last if more or len(read) == ROWS_READ else None)
 
     def models(self) -> list[ModelView]:
         """What the fleet runs of each model."""
@@ -111,21 +153,32 @@ class Views:
             return [exclusions.view(row) for row in session.scalars(query)]
 
 
-def _rollout(session: Session, row: RolloutRow) -> RolloutView:
+def _rollout(session: Session, row: RolloutRow, witnesses: int | None = None) -> RolloutView:
+    """`witnesses`: how many devices its verdict names at most; None: all that it has."""
     last = session.scalar(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq.desc()).limit(1))
-    excluded = [one for one in exclusions.known(session, row.model, row.release).values() if one.rollout == row.id]
+    excluded = select(ExclusionRow).where(
+        ExclusionRow.model == row.model, ExclusionRow.release == row.release, ExclusionRow.rollout == row.id
+    )
+    newest = session.scalars(excluded.order_by(ExclusionRow.id.desc()).limit(EXCLUSIONS_OF_ONE)).all()
     return RolloutView(
         id=row.id, model=row.model, release=row.release, previous=row.previous, mode="shadow" if row.mode == "shadow" else "install",
         state=State(row.state), wave=row.wave, waves=rows.plan_of(row).waves, confirm=row.confirm, max_failures=row.max_failures,
         created=row.created, created_by=row.created_by, updated=row.updated, reason=row.reason,
-        verdict=_verdict(last) if last is not None else None, window=row.window,
+        verdict=_verdict(last, witnesses) if last is not None else None, window=row.window,
         team=tuple(MemberView(one.id, one.model, one.release) for one in teams.of(session, row) if one.id != row.id),
-        exclusions=tuple(map(exclusions.view, excluded)),
+        exclusions=tuple(map(exclusions.view, reversed(newest))),
     )  # fmt: skip
 
 
-def _verdict(row: VerdictRow) -> VerdictView:
+def _verdicts(session: Session, rollout_id: str, limit: int, before: int | None = None) -> tuple[VerdictView, ...]:
+    query = select(VerdictRow).where(VerdictRow.rollout == rollout_id).order_by(VerdictRow.seq.desc()).limit(limit)
+    if before is not None:
+        query = query.where(VerdictRow.seq < before)
+    return tuple(map(_verdict, reversed(session.scalars(query).all())))
+
+
+def _verdict(row: VerdictRow, witnesses: int | None = None) -> VerdictView:
     return VerdictView(
-        wave=row.wave, at=row.at, verdict=Ruling(row.verdict), why=row.why, counts=convert(row.counts, Counts),
-        evidence=convert(row.evidence, tuple[Witness, ...]),
+        seq=row.seq, wave=row.wave, at=row.at, verdict=Ruling(row.verdict), why=row.why, counts=convert(row.counts, Counts),
+        evidence=convert(row.evidence[:witnesses], tuple[Witness, ...]),
     )  # fmt: skip

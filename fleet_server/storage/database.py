@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from fleet_server.storage import changes
 from fleet_server.storage.database_file import DatabaseFile, DatabaseGone
 
 _log = logging.getLogger(__name__)
@@ -45,6 +46,13 @@ POSTGRESQL: dict[str, Any] = {
 
 class DatabaseError(Exception):
     """The database cannot be used as it is; the message says what to do."""
+
+
+class WritingSession(Session):
+    """Numbers what it changes of devices."""
+
+
+changes.follow(WritingSession)
 
 
 class Database:
@@ -111,7 +119,7 @@ class Database:
         """Raises: DatabaseGone also behind the block, when it was for nothing."""
         self.check()
         try:
-            with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            with WritingSession(self.engine, expire_on_commit=False) as session, session.begin():
                 yield session
         except DBAPIError as error:
             if isinstance(error, OperationalError) or getattr(error.orig, "sqlstate", None) == READ_ONLY:

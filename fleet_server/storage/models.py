@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text
+from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # A counter column: 64 bits everywhere, and SQLite's own row number where that is what counts.
@@ -49,6 +49,47 @@ class Device(Base):
     """When it last showed itself to be several machines."""
     late_until: Mapped[float | None] = mapped_column(Float)
     """Until when it may renew a certificate that has ended."""
+    change: Mapped[int] = mapped_column(default=0, server_default="0", index=True)
+    """The number of the transaction that last changed what rollouts know of it; see `storage.changes`."""
+    said: Mapped[str | None] = mapped_column(String(32))
+    """A digest of what seldom differs from one report to the next."""
+    # Of its last report, and of its certificates, what devices are searched and counted by:
+    hardware_class: Mapped[str | None] = mapped_column(String(512), index=True)
+    problem: Mapped[str | None] = mapped_column(String(256), index=True)
+    trouble: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    expires: Mapped[float | None] = mapped_column(Float)
+    """When the last of its certificates ends that were not revoked."""
+    __table_args__ = (
+        Index("ix_devices_seen", "revoked", "present", "last_seen"),
+        Index("ix_devices_trouble", "trouble", "id"),
+        Index("ix_devices_expires", "revoked", "expires"),
+        Index("ix_devices_shared", "shared"),
+    )
+
+
+class DeviceGroup(Base):
+    """A group of a device once more, for searching. Written wherever `Device.groups` is; see `storage.changes`."""
+
+    __tablename__ = "device_groups"
+    device: Mapped[str] = mapped_column(ForeignKey("devices.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    __table_args__ = (Index("ix_device_groups_name", "name", "device"),)
+
+
+class DeletedDevice(Base):
+    """A device that was deleted, with the number of the change that did it: whoever follows changes forgets it."""
+
+    __tablename__ = "deleted_devices"
+    device: Mapped[str] = mapped_column(String(64), primary_key=True)
+    change: Mapped[int] = mapped_column(index=True)
+
+
+class Counter(Base):
+    """A number that only grows. Whoever adds to it holds its row until the end of the transaction."""
+
+    __tablename__ = "counters"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[int]
 
 
 class DeviceModel(Base):
@@ -62,7 +103,10 @@ class DeviceModel(Base):
     variant: Mapped[str | None] = mapped_column(String(128))
     phase: Mapped[str] = mapped_column(String(32))
     answers: Mapped[list[Any]] = mapped_column(JSON, default=list)
-    __table_args__ = (Index("ix_device_models_model", "model"),)
+    __table_args__ = (
+        Index("ix_device_models_serving", "model", "serving", "device"),
+        Index("ix_device_models_phase", "phase", "model", "device"),
+    )
 
 
 class Certificate(Base):

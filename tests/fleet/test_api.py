@@ -293,7 +293,7 @@ def test_journal_keeps_a_bounded_number(fleet):
     journal = Journal(fleet.database, fleet.hub, lambda: 0.0, events_kept=10, prune_every=30)
     for n in range(30):
         with fleet.database.session() as session:
-            journal.record_from_device(session, Event(id=f"e{n}", device="d", at=0.0, name="x", message=str(n)))
+            journal.record_from_devices(session, [Event(id=f"e{n}", device="d", at=0.0, name="x", message=str(n))])
     assert [event.message for event in journal.events()] == [str(n) for n in range(20, 30)]
     assert SERVER.role is Role.ADMIN
 

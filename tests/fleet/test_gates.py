@@ -1,12 +1,15 @@
 """The gates: what each kind of device counts as, and which counts pass, wait or fail."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.contract.reports import Outcome, Phase
-from fleet_server.rollouts import facts
-from fleet_server.rollouts.gates import EVIDENCE_KEPT, Counts, Fact, Ruling, Standing, judge, standing
+from fleet_server.rollouts import facts, gates
+from fleet_server.rollouts.gates import Counts, Fact, Ruling, Standing, standing
+from fleet_server.rollouts.tally import NAMED, ORDER, Entry, Tally
 from fleet_server.storage.models import DeviceModel
 
 O, P, S = Outcome, Phase, Standing  # noqa: E741 - short names for the rows below
@@ -54,6 +57,20 @@ def test_in_a_rollout_of_mode_shadow_nothing_need_be_committed():
     assert judge([looked], max_failures=0).ruling is Ruling.WAIT
 
 
+some_facts = st.builds(
+    Fact, device=st.text(min_size=1, max_size=4), online=st.booleans(), serving_it=st.booleans(),
+    phase=st.none() | st.sampled_from(list(Phase)), outcome=st.none() | st.sampled_from(list(Outcome)),
+)  # fmt: skip
+
+
+def judge(found, *, shadow=False, **rules):
+    """The verdict on devices with these facts; a device named twice is what it was last."""
+    tally = Tally(shadow=shadow)
+    for fact in found:
+        tally.put(fact.device, Entry(fact, None, serves=False))
+    return gates.judge(tally.counts, tally.witnesses, shadow=shadow, **rules)
+
+
 def devices(**counts):
     made = {
         "committed": (True, True, P.STEADY, O.COMMITTED), "refused": (True, False, P.QUARANTINED, O.REFUSED),
@@ -93,21 +110,40 @@ def test_min_devices():
 
 
 def test_evidence_names_the_bad_ones_first_and_is_bounded():
-    verdict = judge(devices(committed=200, rolled_back=2), max_failures=5)
-    assert len(verdict.evidence) == EVIDENCE_KEPT
-    assert {w.standing for w in verdict.evidence[:2]} == {Standing.ROLLED_BACK}
+    verdict = judge(devices(committed=200, rolled_back=2, pending=30), max_failures=5)
+    assert [w.standing for w in verdict.evidence] == [S.ROLLED_BACK] * 2 + [S.PENDING] * NAMED + [S.COMMITTED] * NAMED
+    assert [w.device for w in verdict.evidence[2:4]] == ["pending-0", "pending-1"]
+    assert set(ORDER) == set(Standing)
 
 
-some_facts = st.builds(
-    Fact, device=st.text(min_size=1, max_size=4), online=st.booleans(), serving_it=st.booleans(),
-    phase=st.none() | st.sampled_from(list(Phase)), outcome=st.none() | st.sampled_from(list(Outcome)),
-)  # fmt: skip
+@given(st.data())
+def test_a_tally_is_what_the_last_facts_say(data):
+    """Whatever was put in and taken out before: counts, order, refusals and who serves are those of what is in it."""
+    names, kinds = st.sampled_from("abcdefgh"), st.none() | st.sampled_from(["k1", "k2"])
+    tally, known = Tally(), {}
+    for _ in range(data.draw(st.integers(1, 25))):
+        name = data.draw(names)
+        if data.draw(st.booleans()):
+            tally.drop(name)
+            known.pop(name, None)
+            continue
+        fact = data.draw(st.none() | some_facts)
+        known[name] = Entry(fact, data.draw(kinds), data.draw(st.booleans()))
+        tally.put(name, known[name])
+    fresh = Tally()
+    for name, entry in sorted(known.items(), reverse=True):
+        fresh.put(name, entry)
+    for one in (tally, fresh):
+        assert one.counts.total == sum(entry.fact is not None for entry in known.values())
+        assert one.serving == Counter(e.kind for e in known.values() if e.serves and e.kind)
+    assert (tally.counts, tally.witnesses, tally.refused(1)) == (fresh.counts, fresh.witnesses, fresh.refused(1))
 
 
 @pytest.mark.alone  # each example has a deadline
 @given(st.lists(some_facts, max_size=30), st.integers(0, 5), st.integers(1, 3))
 def test_no_wave_passes_on_anything_but_right_bytes(found, max_failures, min_devices):
     """PASS needs devices that serve the release; an online device that still has to answer, or a failure too many, prevents it."""
+    found = list({fact.device: fact for fact in found}.values())
     verdict = judge(found, max_failures=max_failures, min_devices=min_devices)
     assert verdict.counts.total == len(found)
     bad = sum(f.outcome in {O.REFUSED, O.ROLLED_BACK} for f in found)
@@ -121,7 +157,8 @@ def test_no_wave_passes_on_anything_but_right_bytes(found, max_failures, min_dev
 @pytest.mark.alone  # each example has a deadline
 @given(st.lists(some_facts, min_size=1, max_size=20), st.integers(0, 3))
 def test_the_order_of_devices_does_not_matter(found, max_failures):
-    assert judge(found, max_failures=max_failures).ruling is judge(found[::-1], max_failures=max_failures).ruling
+    found = list({fact.device: fact for fact in found}.values())
+    assert judge(found, max_failures=max_failures) == judge(found[::-1], max_failures=max_failures)
 
 
 @pytest.mark.parametrize(

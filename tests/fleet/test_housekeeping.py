@@ -158,7 +158,7 @@ def test_a_setting_that_was_lowered_is_reached_while_events_come(fleet, clock):
         journal = Journal(fleet.database, fleet.hub, clock, events_kept=50, prune_every=10)
         for number in range(300):
             event = Event(device="d", id=str(number), at=0.0, name="x", message="m", model=None, release=None, reason=None)
-            journal.record_from_device(session, event)
+            journal.record_from_devices(session, [event])
     assert len(fleet.journal.events(limit=1000)) <= 60
 
 

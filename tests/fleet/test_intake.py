@@ -18,6 +18,7 @@ from agent.contract.reports import (
     MAX_REPORT_BYTES,
     STATE_PAYLOAD_TYPE,
     Event,
+    Hardware,
     ModelState,
     Phase,
     Presence,
@@ -26,6 +27,7 @@ from agent.contract.reports import (
 from fleet_server.access import SERVER
 from fleet_server.devices import shared_identity
 from fleet_server.ingest.intake import Message
+from fleet_server.storage.models import Device
 from tests.fleet.stand import make_csr, signed, signed_event, signed_report
 
 
@@ -225,11 +227,61 @@ def test_silence_is_offline(fleet, device, clock):
     assert device.view.online
 
 
+def test_a_batch_is_what_its_messages_are_one_by_one(fleet, device, other):
+    """Several reports of a device in one batch: the last one counts; nothing changed, nothing is judged."""
+    batch = [
+        Message(topics.up(d.id, "state"), signed_report(d.report(counter), d.key))
+        for counter in (1, 2, 3)
+        for d in (device, other)
+    ]
+    assert fleet.intake.store(batch).models == {"m"}
+    assert (device.serving, other.serving) == ({"m": 3}, {"m": 3})
+    back = [device.report(4, models={}), device.report(5, models=device.report(3).models)]
+    assert fleet.intake.store([Message(topics.up("d1", "state"), signed_report(r, device.key)) for r in back]).models == set()
+    assert device.serving == {"m": 3}
+    assert fleet.intake.store([]).models == set()
+
+
+def test_a_report_of_before_the_digest_is_compared_with_what_is_stored(fleet, device):
+    """The first report after an upgrade: what it says is in the tables, but nobody wrote a digest of it yet."""
+    device.state(device.report(1))
+    with fleet.database.session() as session:
+        session.get(Device, "d1").said = None
+    again = device.report(2, models=device.report(1).models)
+    assert device.state(again).models == set()
+    with fleet.database.reading() as session:
+        assert session.get(Device, "d1").said is not None
+
+
+def test_hardware_that_changes_concerns_every_model(fleet, device):
+    device.state(device.report(1, hardware=Hardware(arch="aarch64", memory_bytes=1)))
+    same = device.report(1).models
+    assert device.state(device.report(2, models=same, hardware=Hardware(arch="aarch64", memory_bytes=2))).models == set()
+    assert device.view.hardware.memory_bytes == 2
+    assert device.state(device.report(3, models=same, hardware=Hardware(arch="x86_64"))).models == {"m"}
+    device.state(device.report(4, models=same))
+    assert device.view.hardware.arch == "x86_64", "a report that does not say it changes nothing"
+
+
 # -- events --------------------------------------------------------------------------------------------------------------------
 
 
 def event(number, device="d1", **fields):
     return Event(id=f"e{number}", device=device, at=1.0, name="committed", message="it runs", **fields)
+
+
+def test_events_of_one_batch(fleet, device, other):
+    """Each once and in their order, whatever comes twice or was stored before."""
+    device.event(event(2))
+    batch = [(device, event(1)), (other, event(1, device="d2")), (device, event(2)), (device, event(1)), (device, event(3))]
+    stored = fleet.intake.store([Message(topics.up(d.id, "events"), signed_event(one, d.key)) for d, one in batch]).events
+    assert [(one.device, one.id.rpartition("/")[2]) for one in stored] == [
+        ("d1", event(1).id),
+        ("d2", event(1).id),
+        ("d1", event(3).id),
+    ]
+    assert [one.seq for one in stored] == sorted(one.seq for one in stored)
+    assert fleet.journal.events()[-3:] == stored
 
 
 def test_an_event_is_stored_once(fleet, device):

@@ -114,7 +114,9 @@ def test_a_generated_client_lists_devices_and_starts_a_rollout(client_module, se
     )
     models = part("models")
     with client:
-        (device,) = part("api.devices.devices").sync(client=client, group="canary")
+        page = part("api.devices.devices").sync(client=client, group="canary")
+        assert isinstance(page, models.DevicePage)
+        (device,) = page.devices
         assert isinstance(device, models.DeviceView)
         assert (device.id, device.groups, device.certificate.value) == ("made-1", ["canary"], "good")
 

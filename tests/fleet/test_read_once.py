@@ -115,7 +115,7 @@ def test_a_report_that_changes_nothing(story, link, clock, monkeypatch):
     scans = [text for text in statements if "FROM devices" in text and "devices.id IN" not in text]
     assert scans == [], "no other device's row is read"
     assert not [text for text in statements if "rollouts" in text], "and no rollout is judged"
-    assert [text.split()[0] for text in statements if "device_models" in text] == ["SELECT"], "nothing is written of the model"
+    assert not [text for text in statements if "device_models" in text], "nothing is read or written of the model"
     assert story.fleet.inventory.get("d1").last_seen == clock.now
     assert story.fleet.inventory.get("d1").state.counter == 2
     assert story.state(rollout) == "running"

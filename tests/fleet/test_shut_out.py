@@ -9,6 +9,7 @@ import datetime as dt
 import itertools
 import json
 import logging
+from typing import get_args
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 
 from agent.host.clock import SystemClock
 from agent.store import Store
@@ -28,8 +29,10 @@ from agent.sync.http import FleetHttp, HttpStatus
 from agent.sync.operator.doctor import examine
 from fleet_server.config import Folder, load
 from fleet_server.devices.pki import Authority, serial_hex
+from fleet_server.devices.survey import Filters
+from fleet_server.devices.views import CertificateState
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import Certificate
+from fleet_server.storage.models import Certificate, Device
 from tests.fleet.stand import make_csr, wait_until
 
 HOUR = 3600.0
@@ -63,6 +66,7 @@ class Gone:
             at = ended.not_valid_after_utc.timestamp()
             pem = ended.public_bytes(serialization.Encoding.PEM).decode()
             session.add(Certificate(serial=serial_hex(ended), device=self.name, issued=at - HOUR, pem=pem, expires=at))
+            session.execute(update(Device).where(Device.id == self.name).values(expires=at))
         database.close()
         self.has(ended)
 
@@ -225,5 +229,7 @@ def test_how_a_certificate_stands_by_the_time_it_has_left(left, state, fleet, cl
     clock.now = expires - left * fleet.config.expiry.device_certificate_s
 
     assert fleet.inventory.get("d1").certificate == state
-    assert [one.id for one in fleet.inventory.find(certificate=state)] == ["d1"]
-    assert fleet.inventory.certificates()[state] == ["d1"]
+    assert [one.id for one in fleet.survey.find(Filters(certificate=state)).devices] == ["d1"]
+    assert {one: fleet.survey.certificates(one, 5).first for one in get_args(CertificateState)} == {
+        one: ["d1"] if one == state else [] for one in get_args(CertificateState)
+    }

@@ -8,15 +8,16 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
 from fleet_server.rollouts.gates import Ruling
 from fleet_server.rollouts.machine import State
 from fleet_server.rollouts.views import MemberView, Views
+from fleet_server.storage import changes
 from fleet_server.storage.database import MIGRATIONS, Database, DatabaseError, newest_revision
-from fleet_server.storage.models import Base
+from fleet_server.storage.models import Base, Device, DeviceGroup, DeviceModel
 from tests.fleet import databases
 
 
@@ -116,7 +117,7 @@ def test_a_database_of_before_keeps_its_teams_confirmations_and_exclusions(datab
     assert not database.is_current()
     database.migrate()
     assert database.is_current()
-    views = Views(database)
+    views = Views(database, hearing=None, clock=lambda: 5.0)
     first = views.rollout("r1-aaaa")
     assert (first.state, first.confirm, first.window) == (State.WAITING, True, "mon-fri 22:00-05:00")
     assert first.team == (MemberView("r2-bbbb", "eye", 5),)
@@ -124,3 +125,66 @@ def test_a_database_of_before_keeps_its_teams_confirmations_and_exclusions(datab
     assert not views.rollout("r2-bbbb").confirm
     (ended,) = views.exclusions()
     assert (ended.hardware, ended.ended, ended.ended_by, ended.devices[0].device) == ("aarch64/-/cuda", 4.0, "ann", "d1")
+
+
+DEVICES_BEFORE = """
+INSERT INTO devices (id, created, groups, labels, serial, record_expires, revoked, counter, last_seen, present, session, hardware, state, runs)
+VALUES ('d1', 1.0, '["canary", "warsaw"]', '{}', 1, 0.0, 0, 5, 2.0, 1, 3, '{"arch": "aarch64", "machine": "pi"}',
+  '{"problem": "metadata_rollback", "models": {}}', '[]');
+INSERT INTO devices (id, created, groups, labels, serial, record_expires, revoked, counter, last_seen, present, session, hardware, state, runs)
+VALUES ('d2', 1.0, '[]', '{}', 1, 0.0, 0, 5, 2.0, 1, 3, 'null',
+  '{"models": {"m": {"serving": 1, "phase": "steady", "wanted": 2, "answers": [{"release": 2, "outcome": "refused", "at": 1.0}]}}}', '[]');
+INSERT INTO devices (id, created, groups, labels, serial, record_expires, revoked, counter, last_seen, present, session, hardware, state, runs)
+VALUES ('d3', 1.0, '[]', '{}', 1, 0.0, 0, -1, NULL, 0, -1, NULL, NULL, '[]');
+INSERT INTO certificates (serial, device, pem, issued, expires, revoked) VALUES ('01', 'd1', 'x', 1.0, 50.0, NULL);
+INSERT INTO certificates (serial, device, pem, issued, expires, revoked) VALUES ('02', 'd1', 'x', 1.0, 70.0, NULL);
+INSERT INTO certificates (serial, device, pem, issued, expires, revoked) VALUES ('03', 'd1', 'x', 1.0, 90.0, 2.0);
+INSERT INTO device_models (device, model, serving, sha256, variant, phase, answers) VALUES ('d2', 'm', 1, NULL, NULL, 'steady', '[]');
+"""
+
+
+def test_devices_of_before_are_searched_and_followed(database):
+    """Written by the schema of revision 0005."""
+    database.migrate("0005")
+    with database.session() as session:
+        for statement in DEVICES_BEFORE.strip().split(";\n"):
+            session.execute(text(statement.rstrip(";").replace(": ", r"\: ")))
+    database.migrate()
+    with database.session() as session:
+        found = {row.id: row for row in session.scalars(select(Device))}
+        groups = session.execute(select(DeviceGroup.device, DeviceGroup.name).order_by(DeviceGroup.name)).all()
+        assert [(d.hardware_class, d.problem, d.trouble, d.expires) for d in (found["d1"], found["d2"], found["d3"])] == [
+            ("aarch64/pi/-", "metadata_rollback", True, 70.0), (None, None, True, None), (None, None, False, None)
+        ]  # fmt: skip
+        assert [tuple(row) for row in groups] == [("d1", "canary"), ("d1", "warsaw")]
+        assert {d.change for d in found.values()} == {0}
+        found["d3"].groups = ["canary"]
+        session.delete(found["d2"])
+    with database.reading() as session:
+        number = changes.last(session)
+        assert (session.get(Device, "d3").change, list(changes.deleted(session, 0, number))) == (number, ["d2"])
+        assert session.get(DeviceGroup, ("d3", "canary")) is not None
+        assert session.get(DeviceModel, ("d2", "m")) is None
+
+
+def test_changes_are_numbered_in_the_order_in_which_they_can_be_seen(database):
+    """One number for each transaction, none for what is not watched, and none is lost by one that was undone."""
+    database.migrate()
+    with database.session() as session:
+        session.add_all(Device(id=name, created=1.0, groups=[]) for name in "ab")
+    with database.reading() as session:
+        first = changes.last(session)
+        assert {d.change for d in session.scalars(select(Device))} == {first}
+    with database.session() as session:
+        session.get(Device, "a").record = "signed anew"
+    with pytest.raises(ZeroDivisionError), database.session() as session:  # noqa: PT012 - the whole block is what fails
+        session.get(Device, "a").present = True
+        session.flush()
+        assert session.get(Device, "a").change == first + 1
+        raise ZeroDivisionError
+    with database.reading() as session:
+        assert changes.last(session) == first
+    with database.session() as session:
+        session.get(Device, "b").revoked = True
+    with database.reading() as session:
+        assert (session.get(Device, "a").change, session.get(Device, "b").change) == (first, first + 1)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Annotated, Protocol
 
-from fastapi import Request
+from fastapi import Query, Request
 
+from agent.contract.reports import Phase
 from fleet_server.access import Role
 from fleet_server.api.operator.bodies import Groups, LateRenewal
 from fleet_server.api.operator.routes import Done, Limit, Route, actor_of
 from fleet_server.devices.inventory import Inventory
-from fleet_server.devices.views import CertificateState, DeviceDetail, DeviceView
+from fleet_server.devices.survey import Filters, Survey
+from fleet_server.devices.views import CertificateState, DeviceDetail, DevicePage
+
+Text = Annotated[str | None, Query(max_length=128)]
+Version = Annotated[int | None, Query(ge=1, le=2**63 - 1)]
 
 
 class Parts(Protocol):
     inventory: Inventory
+    survey: Survey
 
 
 def devices(
-    parts: Parts, group: str | None = None, model: str | None = None, online: bool | None = None, text: str | None = None,
-    certificate: CertificateState | None = None, limit: Limit = 1000, after: str = "",
-) -> list[DeviceView]:  # fmt: skip
-    """Lists devices by id, with what each runs. More than `limit`: ask again with `after` set to the last id."""
-    return parts.inventory.find(
-        group=group, model=model, online=online, text=text, certificate=certificate, limit=limit, after=after
-    )
+    parts: Parts, text: Text = None, prefix: Text = None, group: str | None = None, model: str | None = None,
+    release: Version = None, phase: Phase | None = None, online: bool | None = None, hardware: str | None = None,
+    certificate: CertificateState | None = None, trouble: bool | None = None, limit: Limit = 1000, after: str = "",
+) -> DevicePage:  # fmt: skip
+    """Lists devices by id, with what each runs. More than `limit`: ask again with `after` set to `next`."""
+    filters = Filters(
+        text=text, prefix=prefix, group=group, model=model, release=release, phase=phase.value if phase else None, online=online,
+        hardware=hardware, certificate=certificate, trouble=trouble,
+    )  # fmt: skip
+    return parts.survey.find(filters, limit=limit, after=after)
 
 
 def device(parts: Parts, device: str) -> DeviceDetail:

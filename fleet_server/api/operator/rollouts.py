@@ -10,12 +10,13 @@ from starlette.responses import Response, StreamingResponse
 from agent.contract.assignment import Assignment
 from fleet_server.access import Role
 from fleet_server.api.operator.bodies import NewBundle, NewRollout, Rollback
-from fleet_server.api.operator.routes import Limit, Number, Raw, Route, actor_of, ref_of
+from fleet_server.api.operator.routes import Limit, Number, Raw, Route, Seq, actor_of, ref_of
 from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.bundles import Bundles
 from fleet_server.rollouts.commands import RolledBack, Rollouts
 from fleet_server.rollouts.exclusions import ExclusionView
-from fleet_server.rollouts.views import ModelView, RolloutDetail, RolloutView, Views
+from fleet_server.rollouts.gates import Standing
+from fleet_server.rollouts.views import ModelView, RolloutDetail, RolloutView, StandingPage, VerdictView, Views
 
 TAR = "application/x-tar"
 
@@ -43,8 +44,20 @@ def rollouts(parts: Parts, model: str | None = None, limit: Limit = 100) -> list
 
 
 def rollout(parts: Parts, rollout: str) -> RolloutDetail:
-    """One rollout with its waves and every verdict of its gates."""
+    """One rollout with its waves and the newest verdicts of its gates."""
     return parts.views.rollout(rollout)
+
+
+def rollout_verdicts(parts: Parts, rollout: str, before: Seq = None, limit: Limit = 100) -> list[VerdictView]:
+    """Verdicts of a rollout's gates, the newest ones, or the newest before one of them. In their order."""
+    return parts.views.verdicts(rollout, before=before, limit=limit)
+
+
+def rollout_devices(
+    parts: Parts, rollout: str, standing: Standing | None = None, limit: Limit = 100, after: str = ""
+) -> StandingPage:
+    """The devices that a rollout reaches, by id, and how each stands to its release. Ask again with `after` set to `next`."""
+    return parts.views.devices(rollout, standing=standing, limit=limit, after=after)
 
 
 def start_rollout(parts: Parts, request: Request, body: NewRollout) -> RolloutDetail:
@@ -104,6 +117,8 @@ ROUTES = (
     Route("POST", "/models/{model}/rollback", roll_back, Role.OPERATOR),
     Route("GET", "/rollouts", rollouts, Role.VIEWER),
     Route("GET", "/rollouts/{rollout}", rollout, Role.VIEWER),
+    Route("GET", "/rollouts/{rollout}/devices", rollout_devices, Role.VIEWER),
+    Route("GET", "/rollouts/{rollout}/verdicts", rollout_verdicts, Role.VIEWER),
     Route("POST", "/rollouts", start_rollout, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/promote", promote, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/pause", pause, Role.OPERATOR),

@@ -2,7 +2,9 @@
 // The page. Everything that came from a device or a person is put in as text, never as markup.
 
 const API = "/api/v1";
-const SHOWN_DEVICES = 200;
+const SHOWN_DEVICES = 100; // more are asked for as a person wants them
+const MOST_DEVICES = 1000; // in one page of the API
+const SEARCH_PAUSE = 250; // ms without a key before the server is asked
 const SHOWN_EVENTS = 200;
 const RANKS = ["viewer", "publisher", "operator", "admin"];
 const KINDS = ["committed", "shadowed", "pending", "failed", "refused", "rolled_back", "offline"];
@@ -12,7 +14,7 @@ const OUTCOME_LOOK = { committed: "good", refused: "bad", rolled_back: "bad", fa
 const BAD_EVENTS = /abort|refus|rolled_back|fail|crash|revoke|withdraw|quarantin|problem|lost/;
 const GOOD_EVENTS = /commit|complet/;
 
-const state = { me: null, status: {}, devices: [], releases: [], rollouts: [], models: [], events: [], all: false, allRollouts: false };
+const state = { me: null, status: {}, devices: [], next: null, shown: SHOWN_DEVICES, releases: [], rollouts: [], models: [], events: [], allRollouts: false };
 const $ = (id) => document.getElementById(id);
 
 // -- small tools --------------------------------------------------------------------------------------------------------------
@@ -80,7 +82,13 @@ async function call(method, path, body) {
 
 const reading = {
   status: async () => { state.status = await call("GET", "/status"); },
-  devices: async () => { state.devices = await call("GET", "/devices?limit=1000"); },
+  devices: async () => {
+    const wanted = new URLSearchParams({ limit: String(state.shown) });
+    if ($("filter").value.trim()) wanted.set("text", $("filter").value.trim());
+    if ($("only-trouble").checked) wanted.set("trouble", "true");
+    const page = await call("GET", `/devices?${wanted}`);
+    [state.devices, state.next] = [page.devices, page.next];
+  },
   releases: async () => { state.releases = await call("GET", "/releases"); },
   rollouts: async () => {
     [state.rollouts, state.models] = await Promise.all([call("GET", "/rollouts?limit=30"), call("GET", "/models")]);
@@ -190,22 +198,14 @@ function render() {
   renderReleases();
 }
 
-const counted = () => state.status.devices || { online: 0, total: 0 };
-
-function trouble(device) {
-  if (device.problem) return true;
-  return Object.values(device.models).some((model) => {
-    const answer = lastAnswer(model);
-    return model.serving === null || (answer && !["committed", "shadowed"].includes(answer.outcome) && answer.release === (model.wanted ?? answer.release)) || model.phase === "quarantined";
-  });
-}
+const counted = () => state.status.devices || { online: 0, total: 0, trouble: 0 };
 
 function lastAnswer(model) {
   return [...(model.answers || [])].sort((a, b) => b.at - a.at)[0] || null;
 }
 
 function renderTiles() {
-  const bad = state.devices.filter((device) => !device.revoked && trouble(device)).length;
+  const bad = counted().trouble;
   const active = state.rollouts.filter((rollout) => !OVER.includes(rollout.state)).length;
   const tile = (number, of, text, look) => h("li", { class: `tile ${look || ""}` }, h("b", null, String(number), of ? h("small", null, ` of ${of}`) : null), h("span", { class: "muted" }, text));
   show($("tiles"),
@@ -275,22 +275,16 @@ function rolloutActions(rollout) {
     button("abort", "Abort", "danger", rollout.mode === "shadow" ? "Abort? Devices no longer try it; what serves is not touched." : rollout.previous === null ? "Abort? Devices stop serving the model: there is no release before." : `Abort? Every device goes back to ${rollout.model}:${rollout.previous}.`));
 }
 
-function matches(device, text) {
-  if (!text) return true;
-  const said = Object.entries(device.models).flatMap(([name, model]) => [name, `${name}:${model.serving}`, model.phase, model.variant, lastAnswer(model)?.outcome, lastAnswer(model)?.reason]);
-  return [device.id, ...device.groups, device.online ? "online" : "offline", ...said].some((word) => String(word ?? "").toLowerCase().includes(text));
-}
-
 function renderDevices() {
-  const text = $("filter").value.trim().toLowerCase();
-  const found = state.devices.filter((device) => matches(device, text) && (!$("only-trouble").checked || trouble(device)));
+  const searched = $("filter").value.trim() || $("only-trouble").checked;
+  if (!state.devices.length && searched) return show($("device-list"), h("p", { class: "empty" }, "No device matches."));
   if (!state.devices.length) return show($("device-list"), h("p", { class: "empty" }, "No device yet. Make an enrolment string: ", h("code", null, "edge-fleet token create"), "."));
-  if (!found.length) return show($("device-list"), h("p", { class: "empty" }, "No device matches."));
-  const rows = state.all ? found : found.slice(0, SHOWN_DEVICES);
+  const more = state.shown < MOST_DEVICES
+    ? h("button", { class: "small", "data-key": "more", onclick: () => { state.shown = Math.min(MOST_DEVICES, 2 * state.shown); refresh("devices"); } }, "Show more")
+    : "Search for others, or list all with edge-fleet device list.";
   show($("device-list"),
-    table("Devices", ["Device", "State", "Groups", "Runs", "Last answer", "Seen"], rows.map(deviceRow)),
-    counted().total > state.devices.length && state.devices.length >= 1000 ? h("p", { class: "more muted" }, `The first ${state.devices.length} of ${counted().total} devices are shown here; edge-fleet device list has all.`) : null,
-    rows.length < found.length ? h("p", { class: "more" }, `${rows.length} of ${found.length} `, h("button", { class: "small", "data-key": "all", onclick: () => { state.all = true; render(); } }, "Show all")) : null);
+    table("Devices", ["Device", "State", "Groups", "Runs", "Last answer", "Seen"], state.devices.map(deviceRow)),
+    state.next === null ? null : h("p", { class: "more muted" }, `The first ${state.devices.length}${searched ? " that match" : ` of ${counted().total}`}. `, more));
 }
 
 function table(caption, headings, rows) {
@@ -444,7 +438,13 @@ async function deviceDialog(id) {
 
 // -- begin --------------------------------------------------------------------------------------------------------------------
 
-$("filter").addEventListener("input", renderDevices);
-$("only-trouble").addEventListener("change", renderDevices);
+let typed = null;
+function search() {
+  clearTimeout(typed);
+  state.shown = SHOWN_DEVICES;
+  typed = setTimeout(() => refresh("devices"), SEARCH_PAUSE);
+}
+$("filter").addEventListener("input", search);
+$("only-trouble").addEventListener("change", search);
 setInterval(() => { if (state.me && !document.hidden) refresh("status", "devices", "rollouts"); }, 15000);
 start();

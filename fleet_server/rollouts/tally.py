@@ -1,0 +1,122 @@
+"""How the devices stand to a release: counted, and kept in order, by what changes. Pure.
+
+A device is put in with its latest fact and taken out again; each costs the same, however many devices there are, but for moving
+numbers within a list. So whoever judges asks for counts and for the first few of each standing, and walks no devices.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+from collections.abc import Mapping
+
+import msgspec
+
+from agent.contract.reasons import METADATA, RETRYABLE, Reason
+from agent.contract.reports import Outcome
+from fleet_server.rollouts.gates import Counts, Fact, Standing, Witness, standing
+
+NAMED = 10
+"""Devices of each standing that a verdict names; its counts cover all of them."""
+
+ORDER = (
+    Standing.REFUSED,
+    Standing.ROLLED_BACK,
+    Standing.FAILED,
+    Standing.PENDING,
+    Standing.OFFLINE,
+    Standing.SHADOWED,
+    Standing.COMMITTED,
+)
+"""Bad answers first: they are what a reader of a verdict looks for."""
+
+NOT_QUARANTINED = frozenset({reason.value for reason in RETRYABLE | METADATA | {Reason.OPERATOR, Reason.WITHDRAWN}})
+"""For these reasons a device goes back and does not remember the release as bad."""
+
+
+def quarantined(fact: Fact) -> bool:
+    """Whether the device refuses the release from now on."""
+    return fact.outcome in (Outcome.REFUSED, Outcome.ROLLED_BACK) and fact.reason not in NOT_QUARANTINED
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One device. `fact`: None when it is none of those that count; `kind`: its hardware class, None before it said so;
+    `serves`: whether it says that it serves the release, with whatever bytes.
+    """
+
+    fact: Fact | None
+    kind: str | None
+    serves: bool
+
+
+class Tally:
+    """`shadow`: the rollout has mode shadow."""
+
+    def __init__(self, *, shadow: bool = False) -> None:
+        self._shadow = shadow
+        self._entries: dict[str, Entry] = {}
+        self._standing: dict[Standing, list[str]] = {one: [] for one in Standing}
+        self._refused: dict[str, list[str]] = {}
+        self._serving: collections.Counter[str] = collections.Counter()
+
+    def put(self, device: str, entry: Entry) -> None:
+        """The device is like that from now on."""
+        if self._entries.get(device) == entry:
+            return
+        self.drop(device)
+        if entry.fact is None and not (entry.serves and entry.kind is not None):
+            return  # nothing to remember
+        self._entries[device] = entry
+        if entry.fact is not None:
+            bisect.insort(self._standing[standing(entry.fact, shadow=self._shadow)], device)
+            if entry.kind is not None and quarantined(entry.fact):
+                bisect.insort(self._refused.setdefault(entry.kind, []), device)
+        if entry.serves and entry.kind is not None:
+            self._serving[entry.kind] += 1
+
+    def drop(self, device: str) -> None:
+        """The device counts no more."""
+        entry = self._entries.pop(device, None)
+        if entry is None:
+            return
+        if entry.fact is not None:
+            _remove(self._standing[standing(entry.fact, shadow=self._shadow)], device)
+            if entry.kind is not None and quarantined(entry.fact):
+                _remove(self._refused[entry.kind], device)
+                if not self._refused[entry.kind]:
+                    del self._refused[entry.kind]
+        if entry.serves and entry.kind is not None:
+            self._serving[entry.kind] -= 1
+            if not self._serving[entry.kind]:
+                del self._serving[entry.kind]
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(**{where.value: len(devices) for where, devices in self._standing.items()})
+
+    @property
+    def witnesses(self) -> list[Witness]:
+        """The first few devices of each standing, bad answers first."""
+        return [
+            Witness(device, where, fact.reason, fact.message)
+            for where in ORDER
+            for device in self._standing[where][:NAMED]
+            if (fact := self._entries[device].fact) is not None
+        ]
+
+    @property
+    def serving(self) -> Mapping[str, int]:
+        """Hardware class → how many devices of it say that they serve the release."""
+        return self._serving
+
+    def refused(self, least: int) -> dict[str, list[Fact]]:
+        """Hardware class → the facts of its devices that quarantine the release, for classes with at least so many."""
+        return {
+            kind: [fact for device in devices if (fact := self._entries[device].fact) is not None]
+            for kind, devices in self._refused.items()
+            if len(devices) >= least
+        }
+
+
+def _remove(ordered: list[str], device: str) -> None:
+    del ordered[bisect.bisect_left(ordered, device)]
