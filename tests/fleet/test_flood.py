@@ -40,7 +40,9 @@ def test_each_sender_has_its_own_bounds():
     assert waiting.put("b", 0, 1) is Room.WAITS
     assert waiting.put("b", 1, 100) is Room.FULL
     assert waiting.put("c", 0, 1000) is Room.WAITS, "a single message is bounded by the broker"
+    assert len(waiting) == 6
     assert sorted(waiting.take(100)) == [0, 0, 0, 1, 2, 3]
+    assert len(waiting) == 0
     assert waiting.put("a", 9, 1) is Room.WAITS
 
 

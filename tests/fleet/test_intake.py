@@ -282,6 +282,7 @@ def test_events_of_one_batch(fleet, device, other):
     ]
     assert [one.seq for one in stored] == sorted(one.seq for one in stored)
     assert fleet.journal.events()[-3:] == stored
+    assert dropped(fleet) == {}, "what comes again is no fault"
 
 
 def test_an_event_is_stored_once(fleet, device):

@@ -111,6 +111,10 @@ def says(text, where="document.body"):
     return f"{where}.innerText.includes({json.dumps(text)})"
 
 
+def search(text):
+    return f"filter.value = {json.dumps(text)}; filter.dispatchEvent(new Event('input'))"
+
+
 def test_the_page(server, browser, connect):
     first, second = server.publish_simple("digits", 1), server.publish_simple("digits", 2)
     device = connect(server.enrol("camera-1", ["canary"]))
@@ -127,6 +131,14 @@ def test_the_page(server, browser, connect):
     browser.run("document.getElementById('dialog-form').requestSubmit()")
     browser.wait(says("completed", "document.getElementById('rollouts')"), "promoted by the page")
     assert server.get("/models")[0]["release"] == 1
+    browser.run(f"document.querySelector('[data-key=\"{rollout}-committed\"]').click()")
+    browser.wait(says("camera-1 committed", "document.getElementById('dialog')"), "which devices stand like that")
+    browser.run("document.getElementById('dialog-cancel').click()")
+    browser.run(search("nobody"))
+    browser.wait(says("No device matches", "document.getElementById('devices')"), "the server was asked")
+    browser.run(search("digits:1"))
+    browser.wait(says("camera-1", "document.getElementById('devices')"), "who serves it is found")
+    browser.run(search(""))
 
     browser.run("document.querySelector('[data-key=\"roll-digits:2\"]').click()")
     browser.wait("document.getElementById('dialog').open", "what to start")

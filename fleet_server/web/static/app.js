@@ -259,9 +259,14 @@ function verdictView(rollout) {
   const bar = h("div", { class: "meter", role: "img", "aria-label": present.map((kind) => `${counts[kind]} ${words(kind)}`).join(", ") || "no device yet" },
     present.map((kind) => { const part = h("span", { class: `c-${kind}` }); part.style.flexGrow = counts[kind]; return part; }));
   return h("div", null, bar,
-    h("ul", { class: "legend" }, present.map((kind) => h("li", null, h("i", { class: `c-${kind}` }), `${counts[kind]} ${words(kind)}`))),
+    h("ul", { class: "legend" }, present.map((kind) => h("li", null, h("i", { class: `c-${kind}` }), h("button", { class: "link", "data-key": `${rollout.id}-${kind}`, title: "Which devices?", onclick: () => standingDialog(rollout, kind) }, `${counts[kind]} ${words(kind)}`)))),
     h("p", { class: `why ${rollout.state === "aborted" ? "error" : "muted"}` }, rollout.state === "aborted" && rollout.reason ? `Aborted: ${rollout.reason}` : why),
-    bad.length ? h("ul", { class: "witnesses" }, bad.map((witness) => h("li", null, h("b", null, witness.device), ` ${words(witness.standing)}: `, h("code", null, witness.reason || "no reason"), ` ${witness.message}`))) : null);
+    bad.length ? h("ul", { class: "witnesses" }, bad.map(witnessLine)) : null);
+}
+
+function witnessLine(witness) {
+  const bad = ["refused", "rolled_back", "failed"].includes(witness.standing);
+  return h("li", null, h("b", null, witness.device), ` ${words(witness.standing)}`, bad ? [": ", h("code", null, witness.reason || "no reason")] : null, ` ${witness.message}`);
 }
 
 function rolloutActions(rollout) {
@@ -415,6 +420,26 @@ function startDialog(release) {
     release: release.release, groups: groups.value.split(/[\s,]+/).filter(Boolean), percent: percent.value ? Number(percent.value) : null,
     confirm: confirm.checked, mode: shadow.checked ? "shadow" : "install", max_failures: Number(failures.value || 0),
   }));
+}
+
+/** The devices that stand like that to a rollout's release, by what they say now; more of them as they are asked for. */
+async function standingDialog(rollout, kind) {
+  const list = h("ul", { class: "witnesses" });
+  const more = h("button", { class: "small", type: "button", "data-key": "more-devices" }, "Show more");
+  let after = "";
+  const show = async () => {
+    let page;
+    do {
+      page = await call("GET", `/rollouts/${encodeURIComponent(rollout.id)}/devices?${new URLSearchParams({ standing: kind, limit: "50", after })}`);
+      after = page.next;
+    } while (!page.devices.length && after !== null);
+    list.append(...page.devices.map(witnessLine));
+    if (!list.children.length) list.append(h("li", { class: "muted" }, "No device stands like that now."));
+    more.hidden = after === null;
+  };
+  more.addEventListener("click", () => show().catch((error) => { $("dialog-error").textContent = error.message; }));
+  await show();
+  openDialog(`${rollout.model}:${rollout.release} ${words(kind)}`, [list, more], "", null);
 }
 
 async function deviceDialog(id) {
