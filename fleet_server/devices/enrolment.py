@@ -126,7 +126,6 @@ class Enrolment:
             row = Device(
                 id=device, created=self._clock(), groups=token.groups, labels={}, serial=first_serial(session, self._clock()), revoked=False, counter=-1, session=-1,
                 present=False, hardware=msgspec.to_builtins(request.hardware) if request.hardware else None, hardware_class=kind,
-                expires=certificate.not_valid_after_utc.timestamp(),
             )  # fmt: skip
             session.add(row)
             self._inventory.sign_record(row)
@@ -152,7 +151,6 @@ class Enrolment:
             if row is None or row.revoked:
                 raise Refused(f"device {device!r} was revoked", code="revoked")
             certificate = self._still_new(session, device, csr) or self._certify(session, device, csr)
-            row.expires = max(row.expires or 0.0, certificate.not_valid_after_utc.timestamp())
         return self._answer(device, certificate)
 
     def _still_new(self, session: Session, device: str, csr: x509.CertificateSigningRequest) -> x509.Certificate | None:

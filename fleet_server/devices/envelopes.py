@@ -7,7 +7,6 @@ as long as the verification itself, and thousands of reports come in a second.
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 from collections.abc import Sequence
 
@@ -42,13 +41,28 @@ class DeviceKey:
 
 class _Signature(msgspec.Struct):
     keyid: str
-    sig: str
+    sig: bytes
 
 
 class _Envelope(msgspec.Struct, rename={"payload_type": "payloadType"}):
-    payload: str
+    """msgspec reads bytes from base64 of the usual alphabet."""
+
+    payload: bytes
     payload_type: str
     signatures: list[_Signature]
+
+
+class _OtherSignature(msgspec.Struct):
+    keyid: str
+    sig: str
+
+
+class _OtherEnvelope(msgspec.Struct, rename={"payload_type": "payloadType"}):
+    """For base64 of the alphabet for addresses, which DSSE allows as well."""
+
+    payload: str
+    payload_type: str
+    signatures: list[_OtherSignature]
 
 
 def opened(data: bytes, payload_type: str, signers: Sequence[DeviceKey], what: str) -> bytes:
@@ -57,9 +71,9 @@ def opened(data: bytes, payload_type: str, signers: Sequence[DeviceKey], what: s
     Raises: Refused (bad_envelope, bad_signature).
     """
     try:
-        envelope = decoder(_Envelope).decode(data)
-        payload = _from_base64(envelope.payload)
-        signatures = {one.keyid: _from_base64(one.sig) for one in envelope.signatures}
+        envelope = _read(data)
+        payload = envelope.payload
+        signatures = {one.keyid: one.sig for one in envelope.signatures}
         pae = b"DSSEv1 %d %b %d %b" % (len(payload_type), payload_type.encode(), len(payload), payload)
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise Refused(f"{what} is not a signed envelope: {error}", code="bad_envelope") from error
@@ -74,12 +88,19 @@ def opened(data: bytes, payload_type: str, signers: Sequence[DeviceKey], what: s
     return payload
 
 
-def _from_base64(text: str) -> bytes:
-    """As DSSE has it: either alphabet.  Raises: ValueError."""
+def _read(data: bytes) -> _Envelope:
+    """Raises: ValueError."""
     try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error:
-        return base64.b64decode(text, altchars="-_", validate=True)
+        return decoder(_Envelope).decode(data)
+    except msgspec.ValidationError:
+        other = decoder(_OtherEnvelope).decode(data)
+        signatures = [_Signature(one.keyid, _from_base64(one.sig)) for one in other.signatures]
+        return _Envelope(_from_base64(other.payload), other.payload_type, signatures)
+
+
+def _from_base64(text: str) -> bytes:
+    """Raises: ValueError."""
+    return base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True)
 
 
 @functools.lru_cache(maxsize=16384)

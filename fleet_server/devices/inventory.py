@@ -128,7 +128,7 @@ class Inventory:
         with self._revocation:
             with self._database.session() as session:
                 row = _row(session, device)
-                row.revoked, row.present, row.expires = True, False, None
+                row.revoked, row.present = True, False
                 self._revoke_certificates(session, device)
                 self._journal.audit(session, actor, "device.revoke", device)
                 event = self._journal.record(

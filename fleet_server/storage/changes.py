@@ -5,7 +5,8 @@ what it says of its models) takes one number and writes it into the device's row
 behind. The counter's row is held until the transaction ends, so numbers become visible in their order, also where several
 processes write: who has read up to a number has missed nothing below it.
 
-Rows that are changed as objects get their number by themselves (`follow`); statements must name it.
+Rows that are changed as objects get their number by themselves (`follow`), and what devices are searched by follows their groups and
+certificates; statements must do so on their own.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, event, insert, inspect, select, update
+from sqlalchemy import delete, event, func, insert, inspect, select, update
 from sqlalchemy.orm import Session
 
-from fleet_server.storage.models import Counter, DeletedDevice, Device, DeviceGroup
+from fleet_server.storage.models import Certificate, Counter, DeletedDevice, Device, DeviceGroup
 
 COUNTER = "device_changes"
 WATCHED = ("groups", "revoked", "present", "last_seen", "shared", "hardware_class")
@@ -50,9 +51,10 @@ def deleted(session: Session, after: int, up_to: int) -> Sequence[str]:
 
 
 def follow(session_class: type[Session]) -> None:
-    """Lets the sessions of this class number what they change of devices, and keep the groups that devices are searched by."""
+    """Lets the sessions of this class number what they change of devices, and keep what devices are searched by."""
     event.listen(session_class, "before_flush", _number)
     event.listen(session_class, "after_flush", _write_groups)
+    event.listen(session_class, "after_flush", _write_expiry)
 
 
 def _number(session: Session, *_: Any) -> None:
@@ -77,6 +79,19 @@ def _write_groups(session: Session, *_: Any) -> None:
                 )
 
 
-def _differs(row: Device, names: Sequence[str]) -> bool:
+def _write_expiry(session: Session, *_: Any) -> None:
+    rows = [row for row in [*session.new, *session.dirty] if isinstance(row, Certificate)]
+    touched = {row.device for row in rows if row in session.new or _differs(row, ("revoked", "expires"))}
+    touched |= {row.id for row in session.new if isinstance(row, Device)}  # its certificate may have been written before
+    if touched:
+        last = select(func.max(Certificate.expires)).where(Certificate.device == Device.id, Certificate.revoked.is_(None))
+        session.connection().execute(
+            update(Device.__table__)  # type: ignore[arg-type]
+            .where(Device.__table__.c.id.in_(touched))
+            .values(expires=last.correlate(Device).scalar_subquery())
+        )
+
+
+def _differs(row: Device | Certificate, names: Sequence[str]) -> bool:
     attributes = inspect(row).attrs
     return any(attributes[name].history.has_changes() for name in names)

@@ -27,6 +27,7 @@ from fleet_server.backups.backup import Backup
 from fleet_server.backups.restore import AHEAD, restore
 from fleet_server.config import FleetConfig, Folder, dump, load
 from fleet_server.devices import pki
+from fleet_server.devices.survey import Filters
 from fleet_server.errors import Conflict, Invalid, Refused
 from fleet_server.releases import keys
 from tests import warm
@@ -78,7 +79,7 @@ def test_a_server_made_of_a_backup_says_the_same_with_larger_numbers(story, back
     assert signed.version > lost.assignment.signed().version + AHEAD / 2
     assert signed.models == lost.assignment.signed().models
     assert made.authority.fingerprint == lost.authority.fingerprint
-    assert [one.id for one in made.inventory.find()] == ["d1", "d2"]
+    assert [one.id for one in made.survey.find(Filters()).devices] == ["d1", "d2"]
     for sha256 in lost.catalogue.blobs():
         assert (made.folder.blobs / sha256).read_bytes() == (lost.folder.blobs / sha256).read_bytes()
     records = [json.loads(fleet.inventory.record("d1"))["payload"] for fleet in (lost, made)]
@@ -188,7 +189,7 @@ def test_certificates_that_are_not_taken_back(story, backup, tmp_path, clock, wh
     certificate = _issued_at(authority, device, moment, days)
     with pytest.raises(Refused):
         made.inventory.authenticate(certificate)
-    assert sorted(one.id for one in made.inventory.find()) == ["d1", "d2"]
+    assert sorted(one.id for one in made.survey.find(Filters()).devices) == ["d1", "d2"]
     made.close()
 
 

@@ -27,7 +27,7 @@ from agent.contract.reports import (
 from fleet_server.access import SERVER
 from fleet_server.devices import shared_identity
 from fleet_server.ingest.intake import Message
-from fleet_server.storage.models import Device
+from fleet_server.storage.models import Device, DeviceModel
 from tests.fleet.stand import make_csr, signed, signed_event, signed_report
 
 
@@ -139,6 +139,8 @@ def test_a_model_that_is_gone_is_forgotten(fleet, device):
     device.state(device.report(1))
     assert device.state(device.report(2, models={})).models == {"m"}
     assert device.serving == {}
+    with fleet.database.reading() as session:
+        assert session.get(DeviceModel, ("d1", "m")) is None
 
 
 BAD = {
@@ -240,6 +242,18 @@ def test_a_batch_is_what_its_messages_are_one_by_one(fleet, device, other):
     assert fleet.intake.store([Message(topics.up("d1", "state"), signed_report(r, device.key)) for r in back]).models == set()
     assert device.serving == {"m": 3}
     assert fleet.intake.store([]).models == set()
+
+
+@pytest.mark.parametrize("alphabet", [base64.b64encode, base64.urlsafe_b64encode])
+def test_either_alphabet_of_base64_is_read(fleet, device, alphabet):
+    """DSSE leaves it to whoever writes an envelope."""
+    envelope = msgspec.json.decode(signed_report(device.report(1), device.key))
+    payload = base64.b64decode(envelope["payload"])
+    signature = base64.b64decode(envelope["signatures"][0]["sig"])
+    envelope["payload"] = alphabet(payload).decode()
+    envelope["signatures"][0]["sig"] = alphabet(signature).decode()
+    device.say("state", msgspec.json.encode(envelope))
+    assert (device.serving, dropped(fleet)) == ({"m": 1}, {})
 
 
 def test_a_report_of_before_the_digest_is_compared_with_what_is_stored(fleet, device):
