@@ -23,6 +23,8 @@ from fleet_server.storage.models import Device, DeviceGroup, DeviceModel
 PAGE_BYTES = 4 * 1024 * 1024
 """A page ends here, however few devices it has: one report may have 256 KiB."""
 
+ROWS_AT_ONCE = 100
+
 _AHEAD = (Reason.METADATA_ROLLBACK.value, Reason.REPLAYED_ASSIGNMENT.value)
 
 
@@ -60,17 +62,21 @@ class Survey:
 
     def find(self, filters: Filters, *, limit: int = 1000, after: str = "") -> DevicePage:
         """At most `limit` devices that pass the filters, in the order of their ids, from behind `after` on."""
-        query = select(Device).where(Device.id > after, *self._conditions(filters)).order_by(Device.id).limit(limit + 1)
-        now, found, size, more = self._clock(), list[DeviceView](), 0, False
+        query = select(Device).where(*self._conditions(filters)).order_by(Device.id)
+        now, found, size = self._clock(), list[DeviceView](), 0
         with self._database.reading() as session:
-            for row in session.scalars(query.execution_options(yield_per=100)):
-                if len(found) == limit or size > PAGE_BYTES:
-                    more = True
-                    break
-                found.append(self._inventory.view(row, now))
-                size += len(msgspec.json.encode(found[-1]))
-                session.expunge(row)
-        return DevicePage(devices=found, next=found[-1].id if more else None)
+            while True:
+                at_once = min(ROWS_AT_ONCE, limit + 1 - len(found))
+                rows = session.scalars(query.where(Device.id > after).limit(at_once)).all()
+                for row in rows:
+                    if len(found) == limit or size > PAGE_BYTES:
+                        return DevicePage(devices=found, next=after)
+                    found.append(self._inventory.view(row, now))
+                    size += len(msgspec.json.encode(found[-1]))
+                    after = row.id
+                if len(rows) < at_once:
+                    return DevicePage(devices=found, next=None)
+                session.expunge_all()
 
     def every(self, filters: Filters, limit: int) -> list[tuple[str, list[str], str | None]]:
         """Id, groups and hardware class of the devices that pass the filters and are not shut out, at most `limit`."""

@@ -394,5 +394,5 @@ def test_a_character_that_no_database_keeps_costs_nobody_the_report(fleet, devic
     state = ModelState(serving=1, sha256="0" * 64, variant="c\0pu", phase=Phase.STEADY)
     device.state(device.report(1, models={"m": state}, problem=f"metadata_rollback: {strange}"))
     assert device.view.state.problem == "metadata_rollback: lost\ufffd \\u0000 \\\ufffd"
-    assert fleet.inventory.ahead() == ["d1"]
+    assert fleet.survey.ahead(5).first == ["d1"]
     assert fleet.status.view().messages.dropped == {}

@@ -129,13 +129,13 @@ def test_a_database_of_before_keeps_its_teams_confirmations_and_exclusions(datab
 
 DEVICES_BEFORE = """
 INSERT INTO devices (id, created, groups, labels, serial, record_expires, revoked, counter, last_seen, present, session, hardware, state, runs)
-VALUES ('d1', 1.0, '["canary", "warsaw"]', '{}', 1, 0.0, 0, 5, 2.0, 1, 3, '{"arch": "aarch64", "machine": "pi"}',
+VALUES ('d1', 1.0, '["canary", "warsaw"]', '{}', 1, 0.0, false, 5, 2.0, true, 3, '{"arch": "aarch64", "machine": "pi"}',
   '{"problem": "metadata_rollback", "models": {}}', '[]');
 INSERT INTO devices (id, created, groups, labels, serial, record_expires, revoked, counter, last_seen, present, session, hardware, state, runs)
-VALUES ('d2', 1.0, '[]', '{}', 1, 0.0, 0, 5, 2.0, 1, 3, 'null',
+VALUES ('d2', 1.0, '[]', '{}', 1, 0.0, false, 5, 2.0, true, 3, 'null',
   '{"models": {"m": {"serving": 1, "phase": "steady", "wanted": 2, "answers": [{"release": 2, "outcome": "refused", "at": 1.0}]}}}', '[]');
 INSERT INTO devices (id, created, groups, labels, serial, record_expires, revoked, counter, last_seen, present, session, hardware, state, runs)
-VALUES ('d3', 1.0, '[]', '{}', 1, 0.0, 0, -1, NULL, 0, -1, NULL, NULL, '[]');
+VALUES ('d3', 1.0, '[]', '{}', 1, 0.0, false, -1, NULL, false, -1, NULL, NULL, '[]');
 INSERT INTO certificates (serial, device, pem, issued, expires, revoked) VALUES ('01', 'd1', 'x', 1.0, 50.0, NULL);
 INSERT INTO certificates (serial, device, pem, issued, expires, revoked) VALUES ('02', 'd1', 'x', 1.0, 70.0, NULL);
 INSERT INTO certificates (serial, device, pem, issued, expires, revoked) VALUES ('03', 'd1', 'x', 1.0, 90.0, 2.0);

@@ -136,6 +136,8 @@ def test_status_and_counts_read_no_rows_of_devices(story):
     statements = [statement for statement, _ in fetched if "FROM devices" in statement]
     assert statements
     assert all("count(" in statement or "LIMIT" in statement for statement in statements)
+    if story.fleet.database.engine.dialect.name != "sqlite":
+        return  # whose plans are read as follows
     with story.fleet.database.engine.connect() as connection:
         for where in (
             "revoked = 0 AND present = 1 AND last_seen > 5",
