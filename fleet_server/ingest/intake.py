@@ -72,7 +72,7 @@ class Intake:
     def __init__(self, database: Database, journal: Journal, clock: Callable[[], float], silence_s: float) -> None:
         """`silence_s`: without a word for so long a device counts as offline."""
         self._database, self._journal, self._clock, self._silence_s = database, journal, clock, silence_s
-        self._lock = threading.Lock()
+        self._lock, self._counting = threading.Lock(), threading.Lock()
         self.on_stranger: Callable[[str], None] = lambda _device: None
         """Told of a device that is not known, or signed with a key that is not. Must not block."""
         self.accepted = 0
@@ -95,8 +95,8 @@ class Intake:
                 else:  # one of them cannot be stored: each on its own, so that only that one is lost
                     changed, drops = self._store_one_by_one(batch)
             self.accepted += len(batch) - len(drops)
-            for topic, drop in drops:
-                self._drop(topic, drop)
+        for topic, drop in drops:
+            self.drop(topic, drop)
         self._journal.announce(changed.events)
         if changed.devices:
             self._journal.changed("devices")
@@ -118,16 +118,16 @@ class Intake:
         return changed, drops
 
     def drop(self, topic: str, drop: Dropped) -> None:
-        """Counts a message that was not even judged."""
-        with self._lock:
-            self._drop(topic, drop)
-
-    def _drop(self, topic: str, drop: Dropped) -> None:
-        self.dropped[drop.cause] += 1
+        """Counts a message that does not count. Waits for no batch that is being stored: whoever reads from the broker calls
+        this for each message of a flood.
+        """
+        with self._counting:
+            self.dropped[drop.cause] += 1
+            first = self.dropped[drop.cause] == 1
         where = topics.parse_up(topic)
         if where is not None and drop.cause in STRANGERS:
             self.on_stranger(where[0])
-        if self.dropped[drop.cause] == 1:
+        if first:
             _log.warning(
                 "dropped a message on %r: %s (further ones of cause %r are only counted)", topic[:200], drop, drop.cause
             )

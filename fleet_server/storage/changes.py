@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import delete, event, func, insert, inspect, select, update
 from sqlalchemy.orm import Session
 
-from fleet_server.storage.models import Certificate, Counter, DeletedDevice, Device, DeviceGroup
+from fleet_server.storage.models import Base, Certificate, Counter, DeletedDevice, Device, DeviceGroup
 
 COUNTER = "device_changes"
 WATCHED = ("groups", "revoked", "present", "last_seen", "shared", "hardware_class")
@@ -92,6 +92,6 @@ def _write_expiry(session: Session, *_: Any) -> None:
         )
 
 
-def _differs(row: Device | Certificate, names: Sequence[str]) -> bool:
+def _differs(row: Base, names: Sequence[str]) -> bool:
     attributes = inspect(row).attrs
     return any(attributes[name].history.has_changes() for name in names)
