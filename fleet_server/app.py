@@ -159,7 +159,7 @@ class Fleet:
 
     def addresses(self) -> Addresses:
         """Where devices are to reach this server."""
-        spread_s = round(self.inventory.count().total / self.config.looks_per_s, 3)
+        spread_s = round(self.survey.count().total / self.config.looks_per_s, 3)
         return Addresses(
             device_url=self.config.device_url, broker=self.config.broker_address, spread_s=min(LONGEST_SPREAD_S, spread_s)
         )
