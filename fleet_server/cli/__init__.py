@@ -8,7 +8,21 @@ from pathlib import Path
 
 import click
 
-from fleet_server.cli import access, backup, bundle, describe, device, exclusion, journal, keys, release, rollout, server, token
+from fleet_server.cli import (
+    access,
+    backup,
+    bundle,
+    describe,
+    device,
+    exclusion,
+    journal,
+    keys,
+    release,
+    rollout,
+    server,
+    simulate,
+    token,
+)
 from fleet_server.cli.command import Group
 
 
@@ -35,7 +49,7 @@ for command in (
     server.init, server.serve, server.doctor, server.renew_root, backup.backup, backup.restore,
     release.publish, release.release, release.withdraw, release.reinstate,
     keys.keys, keys.publisher,
-    rollout.rollout, rollout.rollback, exclusion.exclusion, bundle.bundle,
+    rollout.rollout, rollout.rollback, exclusion.exclusion, bundle.bundle, simulate.simulate,
     device.device, token.token, journal.events, access.access, journal.audit, server.status,
     describe.openapi, describe.completion,
 ):  # fmt: skip

@@ -1,0 +1,122 @@
+"""How a rollout must end with given devices, by what each of them is going to do. Pure.
+
+It shares no code with what judges rollouts, so that it can say whether that judged rightly.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import msgspec
+
+from agent.contract.assignment import EVERYONE, Rollout, reaches
+from fleet_server.errors import Invalid
+from fleet_server.simulation.behaviours import Behaviour
+from fleet_server.simulation.members import Member
+
+End = Literal["completed", "aborted", "waiting", "running"]
+Answers = Literal["good", "bad", "claims", "silent"]
+"""What a device comes to count as: it commits; it refuses or rolls back; it never answers though it is there; it is not heard."""
+
+ANSWERS: dict[Behaviour, Answers] = {
+    Behaviour.HONEST: "good",
+    Behaviour.SLOW: "good",
+    Behaviour.FLAPPING: "good",
+    Behaviour.WRONG_CLOCK: "good",
+    Behaviour.REFUSING: "bad",
+    Behaviour.ROLLING_BACK: "bad",
+    Behaviour.WRONG_DIGEST: "claims",  # signed by a device that is there, and no success: it keeps its wave waiting
+    Behaviour.OFFLINE: "silent",
+    Behaviour.SILENT: "silent",
+    Behaviour.UNSIGNED: "silent",  # what is not signed was never said
+    Behaviour.WRONG_KEY: "silent",
+    Behaviour.CLONED: "silent",  # of two that say the same name, neither counts
+}
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """A wave as an operator names it: a group, or a share of all devices in thousandths."""
+
+    group: str | None = None
+    permille: int = 0
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A rollout to be made. `confirm`: a person confirms what follows the first wave, and nobody does."""
+
+    stages: tuple[Stage, ...]
+    max_failures: int = 0
+    confirm: bool = False
+
+
+class Ending(msgspec.Struct, frozen=True):
+    """The state in which a rollout stops changing, the wave (from 0), and what the devices that it reaches then come to count
+    as.
+    """
+
+    state: End
+    wave: int
+    reached: int
+    counts: dict[str, int]
+
+
+def stages(text: str) -> tuple[Stage, ...]:
+    """`1,10,100` and `canary,100`: shares in percent, or groups. What is named last reaches everyone.
+
+    Raises: Invalid.
+    """
+    found = tuple(_stage(part.strip().removesuffix("%")) for part in text.split(","))
+    shares = [stage.permille for stage in found if stage.group is None]
+    if not shares or found[-1].permille != EVERYONE or shares != sorted(set(shares)):
+        raise Invalid(f"waves {text!r}: shares grow, and the last one is 100; for example 10,100 or canary,100")
+    return found
+
+
+def _stage(text: str) -> Stage:
+    try:
+        percent = float(text)
+    except ValueError:
+        return Stage(group=text)
+    if not 0 < percent <= 100:
+        raise Invalid(f"a wave of {text} %: a share is above 0 and at most 100")
+    return Stage(permille=max(1, round(10 * percent)))
+
+
+def ending(members: Iterable[Member], plan: Plan, rollout: str, model: str) -> Ending:
+    """How the rollout with this id must end."""
+    members = list(members)
+    for wave in range(len(plan.stages)):
+        reached = [member for member in members if _reaches(plan.stages[: wave + 1], rollout, member)]
+        counts = collections.Counter(_answers(member, model) for member in reached)
+        told = {kind: counts[kind] for kind in ("good", "bad", "claims", "silent")}
+        if counts["bad"] > plan.max_failures:
+            return Ending("aborted", wave, len(reached), told)
+        if counts["claims"] or not counts["good"]:
+            return Ending("running", wave, len(reached), told)
+        if wave == len(plan.stages) - 1:
+            return Ending("completed", wave, len(reached), told)
+        if plan.confirm:
+            return Ending("waiting", wave, len(reached), told)
+    raise AssertionError("a plan has stages")
+
+
+def does_well(member: Member, model: str) -> bool:
+    """Whether the device in the end serves what the fleet wants of it, whatever that is."""
+    return ANSWERS[member.behaviour] == "good" and model not in member.held
+
+
+def _answers(member: Member, model: str) -> Answers:
+    answers = ANSWERS[member.behaviour]
+    if model in member.held:  # it goes on with what it has, and says so
+        return "claims" if answers in {"good", "bad"} else answers
+    return answers
+
+
+def _reaches(said: Sequence[Stage], rollout: str, member: Member) -> bool:
+    wave = Rollout(
+        id=rollout, release=1, previous=None, groups=tuple(stage.group for stage in said if stage.group is not None),
+        permille=max(stage.permille for stage in said),
+    )  # fmt: skip
+    return reaches(wave, member.id, member.groups)
