@@ -58,6 +58,10 @@ bench: $(VENV)/.dev ## speed beside a raw socket and the engine alone, in one ru
 bench-peers: $(VENV)/.dev ## the same models behind other servers from PyPI, in one run (installs them; takes some minutes)
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
+.PHONY: bench-fleet
+bench-fleet: $(VENV)/.dev mosquitto ## 1 000, 3 000 and 10 000 simulated devices on one fleet server (ARGS="--devices N" for one size)
+	$(BIN)/python -m benchmarks.fleet $(ARGS)
+
 .PHONY: soak
 soak: $(VENV)/.dev ## an hour of mixed load with models coming and going (ARGS="--minutes 5")
 	$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -118,7 +118,7 @@ def simulate(
     from agent.contract.names import ReleaseRef
     from fleet_server.simulation import behaviours, expected
     from fleet_server.simulation.orders import Wish
-    from fleet_server.simulation.pace import Pinch
+    from fleet_server.simulation.pace import Realism
 
     if devices is not None and inventory is not None:
         raise click.UsageError("--devices makes devices up, --inventory names real ones; give one of them")
@@ -128,7 +128,7 @@ def simulate(
         release=ReleaseRef.parse(release) if release is not None else None,
         plan=expected.Plan(expected.stages(waves), max_failures),
         shares=tuple(behaviours.parse(text) for text in behave),
-        pinch=Pinch(verify=verify, fetch=fetch, speed=speed), seed=seed, timeout_s=timeout,
+        realism=Realism(verify=verify, fetch=fetch, speed=speed), seed=seed, timeout_s=timeout,
     )  # fmt: skip
     for file in (json_file, plot):
         _refuse_unwritable(file)

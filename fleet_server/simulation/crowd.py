@@ -7,7 +7,7 @@ import collections
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from fleet_server.simulation.link import KEEPALIVE_S, Link
 from fleet_server.simulation.looks import Looker
 from fleet_server.simulation.members import Member
 from fleet_server.simulation.news import Reader, Said
-from fleet_server.simulation.pace import Pace, Pinch
+from fleet_server.simulation.pace import Pace, Realism
 from fleet_server.simulation.papers import Address, Papers, SharedContext
 from fleet_server.simulation.voice import Voice
 
@@ -65,8 +65,8 @@ class Shared(msgspec.Struct, frozen=True):
     manifests: dict[ReleaseRef, ReleaseManifest]
     counted: Counted
     folder: Path
-    pinch: Pinch
-    bad: ReleaseRef
+    realism: Realism
+    bad: Collection[ReleaseRef]
     seed: int
     changed: Callable[[], None]
 
@@ -79,12 +79,12 @@ class Simulated:
     ) -> None:
         self._shared, self.member = shared, member
         rng = random.Random(f"{shared.seed} {member.id} {number}")  # noqa: S311 - to be repeated, not to be secret
-        self._pace = pace = Pace(rng, member.behaviour, shared.pinch.speed)
+        self._pace = pace = Pace(rng, member.behaviour, shared.realism)
         off_s = rng.choice((-CLOCK_OFF_S, CLOCK_OFF_S)) if member.behaviour is Behaviour.WRONG_CLOCK else 0.0
         self._wall: Callable[[], float] = lambda: time.time() + off_s
         self.link = Link(
             shared.address, papers, shared.context, shared.loop, shared.connecting, self,
-            speed=shared.pinch.speed, jitter=pace.jitter, wall=self._wall,
+            speed=shared.realism.speed, jitter=pace.jitter, wall=self._wall,
         )  # fmt: skip
         self.voice = Voice(member, papers, self.link, self._wall, f"{rng.getrandbits(64):016x}", shared.counted)
         self.device = Device(member, pace, self.voice, self._known, self._wall, shared.bad)
@@ -248,10 +248,10 @@ class Crowd:
     """Every simulated device. Made, used and closed in one running loop."""
 
     def __init__(
-        self, address: Address, members: Sequence[Member], papers: Mapping[str, Papers], folder: Path, *, pinch: Pinch, seed: int,
-        bad: ReleaseRef, manifests: Iterable[ReleaseManifest] = (),
+        self, address: Address, members: Sequence[Member], papers: Mapping[str, Papers], folder: Path, *, realism: Realism, seed: int,
+        bad: Collection[ReleaseRef], manifests: Iterable[ReleaseManifest] = (),
     ) -> None:  # fmt: skip
-        """`manifests`: of the releases that the devices run already. `bad`: the release with which they behave as they are to.
+        """`manifests`: of the releases that the devices run already. `bad`: the releases with which they behave as they are to.
 
         Raises: Unavailable when this process may not have as many connections.
         """
@@ -268,13 +268,13 @@ class Crowd:
         self._shared = shared = Shared(
             address, SharedContext(address.ca), asyncio.get_running_loop(), ThreadPoolExecutor(CONNECTING, "connecting"),
             ThreadPoolExecutor(LOOKING, "looking"), Reader(), {manifest.ref: manifest for manifest in manifests}, self.counted, folder,
-            pinch, bad, seed, self.moved.set,
+            realism, bad, seed, self.moved.set,
         )  # fmt: skip
-        rng = random.Random(f"pinch {seed}")  # noqa: S311 - to be repeated, not to be secret
+        rng = random.Random(f"realism {seed}")  # noqa: S311 - to be repeated, not to be secret
         there = [member for member in members if member.behaviour is not Behaviour.OFFLINE]
         verify, fetch = (
             {member.id for member in rng.sample(there, min(len(there), round(share * len(there)) or (share > 0)))}
-            for share in (pinch.verify, pinch.fetch)
+            for share in (realism.verify, realism.fetch)
         )
         self.devices = [
             Simulated(shared, one, papers[one.id], verifies=one.id in verify, fetches=one.id in fetch) for one in there
@@ -285,6 +285,7 @@ class Crowd:
             if one.behaviour is Behaviour.CLONED
         ]
         self.verifying = len(verify)
+        self._misbehave = False
         self._keeping = asyncio.create_task(self._keep_alive())
 
     def start(self) -> None:
@@ -293,7 +294,12 @@ class Crowd:
             one.start()
 
     def misbehave(self) -> None:
-        """From now on connections break and second machines come; whatever else devices do wrong begins with the new release."""
+        """From now on connections break and second machines come; whatever else devices do wrong begins with the new release. Once
+        is enough.
+        """
+        if self._misbehave:
+            return
+        self._misbehave = True
         for clone in self.clones:
             clone.start()
         for one in self.devices:

@@ -7,7 +7,7 @@ broker has (`delivered`); the device says through its `Voice` what an agent woul
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import msgspec
@@ -70,9 +70,9 @@ class Device:
 
     def __init__(
         self, member: Member, pace: Pace, voice: Voice, known: Callable[[ReleaseRef], Known | None], wall: Callable[[], float],
-        bad: ReleaseRef,
+        bad: Collection[ReleaseRef],
     ) -> None:  # fmt: skip
-        """`known` tells of a release what its manifest says, None while that has not come. `bad`: the release with which the
+        """`known` tells of a release what its manifest says, None while that has not come. `bad`: the releases with which the
         device behaves as it is to.
         """
         self.member, self._pace, self._voice, self._known, self._wall = member, pace, voice, known, wall
@@ -147,6 +147,11 @@ class Device:
         if self._dirty and now >= self._reported_at + REPORT_PAUSE_S:
             self._report(now)
 
+    def beat(self, now: float) -> None:
+        """Makes the next heartbeat due now."""
+        self._heartbeat_at = now
+        self.step(now)
+
     def next_at(self) -> float:
         """When something is due."""
         if self.muted:
@@ -195,7 +200,7 @@ class Device:
             return
         model.target, model.before, model.rollout = said.release, model.serving, said.rollout
         model.phase, model.passed, model.passed_in = Phase.FETCHING, False, None
-        self.spoilt |= ref == self._bad and self.member.behaviour in {Behaviour.UNSIGNED, Behaviour.WRONG_KEY}
+        self.spoilt |= ref in self._bad and self.member.behaviour in {Behaviour.UNSIGNED, Behaviour.WRONG_KEY}
         self._voice.event("update-started", f"release {ref} is wanted", model=model.name, release=said.release)
         if said.release in model.committed:  # it was here before, and is known to be good
             self._enter(model, Phase.ACTIVATING, now)
@@ -212,8 +217,8 @@ class Device:
 
     def _advance(self, model: Running, now: float) -> None:
         """The model's phase is over."""
-        bad = ReleaseRef(model.name, model.target or 1) == self._bad
-        does = self.member.behaviour if bad else Behaviour.HONEST
+        assert model.target is not None
+        does = self.member.behaviour if ReleaseRef(model.name, model.target) in self._bad else Behaviour.HONEST
         if model.phase is Phase.FETCHING:
             self._enter(model, Phase.TRIALING, now)
         elif model.phase is Phase.TRIALING and does is Behaviour.REFUSING:
@@ -273,12 +278,10 @@ class Device:
                 model.passed_in = number
 
     def _state(self, model: Running) -> ModelState:
-        serves = self._known(ReleaseRef(model.name, model.serving)) if model.serving is not None else None
+        ref = ReleaseRef(model.name, model.serving) if model.serving is not None else None
+        serves = self._known(ref) if ref is not None else None
         sha256 = serves.sha256 if serves is not None else None
-        if self.member.behaviour is Behaviour.WRONG_DIGEST and (model.name, model.serving) == (
-            self._bad.model,
-            self._bad.version,
-        ):
+        if self.member.behaviour is Behaviour.WRONG_DIGEST and ref in self._bad:
             sha256 = OTHER_BYTES
         return ModelState(
             serving=model.serving, sha256=sha256, phase=model.phase, wanted=model.wanted, target=model.target,

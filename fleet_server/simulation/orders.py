@@ -11,11 +11,10 @@ from agent.contract.assignment import EVERYONE
 from agent.contract.names import ReleaseRef
 from fleet_server.errors import Invalid
 from fleet_server.simulation import members as members_of
-from fleet_server.simulation import pace
 from fleet_server.simulation.behaviours import Share
 from fleet_server.simulation.expected import Plan, Stage
 from fleet_server.simulation.members import Member, most_run
-from fleet_server.simulation.pace import Pinch
+from fleet_server.simulation.pace import Realism
 from fleet_server.simulation.story import GROUP, Order
 
 MODEL, RELEASE = "model", 1
@@ -31,7 +30,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     release: ReleaseRef | None
     plan: Plan
     shares: tuple[Share, ...]
-    pinch: Pinch
+    realism: Realism
     seed: int
     timeout_s: float
 
@@ -64,8 +63,8 @@ def _order(members: list[Member], wish: Wish) -> Order:
         known = ", ".join(sorted(groups)[:10]) or "none"
         raise Invalid(f"no device is in the group {unknown[0]!r}; there are {known}")
     return Order(
-        members=members, release=release, plan=wish.plan, seed=wish.seed, pinch=wish.pinch, timeout_s=wish.timeout_s,
-        silence_s=pace.silence_s(wish.pinch.speed),
+        members=members, release=release, plan=wish.plan, seed=wish.seed, realism=wish.realism, timeout_s=wish.timeout_s,
+        silence_s=wish.realism.silence_s,
     )  # fmt: skip
 
 
@@ -85,6 +84,6 @@ def on_a_server(count: int, wish: Wish) -> Order:
     members = [msgspec.structs.replace(one, id=f"sim-{name}-{one.id[4:]}", groups=(group,), runs={}) for one in made]
     plan = Plan((Stage(group=group), Stage(permille=EVERYONE)), wish.plan.max_failures, confirm=True)
     return Order(
-        members=members, release=wish.release, plan=plan, seed=wish.seed, pinch=wish.pinch, timeout_s=wish.timeout_s,
+        members=members, release=wish.release, plan=plan, seed=wish.seed, realism=wish.realism, timeout_s=wish.timeout_s,
         silence_s=SERVER_SILENCE_S,
     )  # fmt: skip

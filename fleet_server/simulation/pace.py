@@ -32,22 +32,33 @@ LEAST_S = 0.5
 """No heartbeat comes sooner, however fast the time passes."""
 
 
-class Pinch(msgspec.Struct, frozen=True, kw_only=True):
+class Realism(msgspec.Struct, frozen=True, kw_only=True):
     """How much of what an agent does is done for real: shares of the devices that verify what they hear, and that fetch."""
 
     verify: float = 0.01
     fetch: float = 0.0
     speed: float = 1.0
+    beats_s: float | None = None
+    """Seconds between two heartbeats, when these are not to come `speed` times as fast as well."""
+
+    @property
+    def heartbeat_s(self) -> float:
+        return self.beats_s or max(LEAST_S, HEARTBEAT_S / self.speed)
+
+    @property
+    def silence_s(self) -> float:
+        """After how many seconds without a word a throw-away server counts a device as offline."""
+        return SILENCES * self.heartbeat_s
 
 
 class Pace:
-    """The durations of one device. Time passes `speed` times as fast as it does for devices."""
+    """The durations of one device."""
 
-    def __init__(self, rng: random.Random, behaviour: Behaviour, speed: float) -> None:
+    def __init__(self, rng: random.Random, behaviour: Behaviour, realism: Realism) -> None:
         self._rng = rng
-        self._factor = (SLOWER if behaviour is Behaviour.SLOW else 1.0) / speed
-        self._speed = speed
-        self.heartbeat_s = heartbeat_s(speed)
+        self._factor = (SLOWER if behaviour is Behaviour.SLOW else 1.0) / realism.speed
+        self._speed = realism.speed
+        self.heartbeat_s = realism.heartbeat_s
 
     def phase_s(self, phase: Phase) -> float:
         """How long the device stays in a phase of an update."""
@@ -63,12 +74,3 @@ class Pace:
 
     def jitter(self) -> float:
         return self._rng.random()
-
-
-def heartbeat_s(speed: float) -> float:
-    return max(LEAST_S, HEARTBEAT_S / speed)
-
-
-def silence_s(speed: float) -> float:
-    """After how many seconds without a word a throw-away server counts a device as offline."""
-    return SILENCES * heartbeat_s(speed)

@@ -28,7 +28,7 @@ def rehearse(order: Order, shown: Shown | None = None) -> Report:
     shown = shown or Nobody()
     descriptors.raise_limit()
     with tempfile.TemporaryDirectory(prefix="edge-fleet-simulation-") as name:
-        server = Throwaway(Path(name), speed=order.pinch.speed)
+        server = Throwaway(Path(name), silence_s=order.silence_s)
         count = len(order.members)
         prepared = server.prepare(
             order.members, published(order), most_run(order.members),
@@ -78,7 +78,7 @@ async def tell(
     """The story beside a server that runs."""
     known = [manifest for manifest in manifests if manifest.ref != order.release]
     crowd = Crowd(
-        address, order.members, papers, folder, pinch=order.pinch, seed=order.seed, bad=order.release, manifests=known
+        address, order.members, papers, folder, realism=order.realism, seed=order.seed, bad={order.release}, manifests=known
     )
     try:
         return await Story(client, crowd, order, shown, server_ended).tell()

@@ -21,7 +21,7 @@ from fleet_server.simulation.behaviours import Behaviour
 from fleet_server.simulation.crowd import Crowd, Simulated
 from fleet_server.simulation.expected import End, Ending, Plan, Stage
 from fleet_server.simulation.members import Member
-from fleet_server.simulation.pace import Pinch
+from fleet_server.simulation.pace import Realism
 from fleet_server.simulation.report import Moment, Report, Sent
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     release: ReleaseRef
     plan: Plan
     seed: int
-    pinch: Pinch
+    realism: Realism
     silence_s: float
     timeout_s: float
 
@@ -81,6 +81,10 @@ class Story:
     async def tell(self) -> Report:
         """From the first connection to the last commit."""
         connecting_s = await self.connect()
+        return await self.roll_out(connecting_s)
+
+    async def roll_out(self, connecting_s: float = 0.0) -> Report:
+        """The rollout alone, with devices that are connected."""
         connected = self.crowd.connected()
         await self.begin()
         late = await self.follow()
@@ -215,7 +219,7 @@ class Story:
         why = view["reason"] or (view["verdict"] or {"why": "nobody answered"})["why"]
         held = [one for one in crowd.devices if one.member.behaviour not in BREAKS]
         return Report(
-            devices=len(order.members), seed=order.seed, speed=order.pinch.speed, release=str(order.release), rollout=view["id"],
+            devices=len(order.members), seed=order.seed, speed=order.realism.speed, release=str(order.release), rollout=view["id"],
             behaviours={one.value: sum(m.behaviour is one for m in order.members) for one in Behaviour},
             max_failures=order.plan.max_failures, waves=[_named(stage) for stage in order.plan.stages],
             connected=connected, connecting_s=round(connecting_s, 2), over_s=round(over_s, 2),

@@ -29,7 +29,7 @@ from fleet_server.devices import pki
 from fleet_server.devices.inventory import first_serial
 from fleet_server.errors import Unavailable
 from fleet_server.releases import keys
-from fleet_server.simulation import pace, papers, releases
+from fleet_server.simulation import papers, releases
 from fleet_server.simulation.members import Member
 from fleet_server.simulation.papers import Address, Papers
 from fleet_server.storage.models import Certificate, Device
@@ -51,8 +51,8 @@ class Prepared(msgspec.Struct, frozen=True):
 class Throwaway:
     """Between `prepare` and `stop`. The folder is the caller's, who removes it."""
 
-    def __init__(self, folder: Path, *, speed: float, tick_s: float = 1.0) -> None:
-        """`speed`: how many times as fast time passes for the devices; a device that is silent is noticed as much sooner."""
+    def __init__(self, folder: Path, *, silence_s: float, tick_s: float = 1.0) -> None:
+        """`silence_s`: after how long a device that is silent counts as offline; `tick_s`: how often rollouts are judged anyway."""
         self.folder = folder
         self._where = Folder(folder / "fleet")
         self._offline = folder / "offline"
@@ -63,7 +63,7 @@ class Throwaway:
             fleet=FLEET, hosts=(HOST,), listen=HOST, operator_port=operator, device_port=device,
             broker=BrokerSettings(listen=HOST, port=broker), connections=connections,
             # Classes are not excluded: devices that misbehave are drawn from all of them.
-            rollouts=RolloutSettings(tick_s=tick_s, silence_s=pace.silence_s(speed), exclude_after=0),
+            rollouts=RolloutSettings(tick_s=tick_s, silence_s=silence_s, exclude_after=0),
         )  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
 
