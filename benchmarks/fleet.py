@@ -1,7 +1,7 @@
 """A fleet of simulated devices on one `edge-fleet serve` with mosquitto and SQLite: `make bench-fleet`, `python -m benchmarks.fleet`.
 
 For each size: the devices connect; they report for as many minutes as fit, as fast as the server stores it; a rollout in waves with 3 %
-failing devices, which its gate lets pass; another one, which its gate must stop. Everything shares this machine's processors. While the
+failing devices, which its gate lets pass; another one, which its gate must stop; one device is revoked. Everything shares this machine's processors. While the
 rollouts run, an operator in a process of its own asks for devices, the rollout and the status. Prints a table, and draws it (--plot).
 Exit status 1 when a rollout did not end as its gates say.
 """
@@ -41,11 +41,14 @@ from fleet_server.simulation.throwaway import Throwaway
 MODEL = "bench"
 SHARES = (behaviours.parse("refusing=2%"), behaviours.parse("rolling-back=1%"))
 ALLOWED = 0.05  # of the devices may fail in the rollout that is to pass; in the one that is to be stopped, none
-BURST = 20_000  # reports on their way at most; the broker holds ten times as many for the server
+BURST = 6000  # reports on their way, about; enough for the server to be busy, and little for the broker to hold
+ASK_S = 0.5  # between two questions how many are stored: the answer costs the server something, too
+PAUSE_S = 0.25  # an agent's reports are never closer
 PROBE_S = 0.25
 HOUR = 60  # reports of a device in an hour
 SIZES = (1000, 3000, 10_000)
 TIMEOUT_S = 1800.0
+REVOKED_S = 30.0
 
 
 class Used(msgspec.Struct, frozen=True):
@@ -66,6 +69,8 @@ class Result(msgspec.Struct, kw_only=True):
     enrolling_s: float = 0.0
     connecting_s: float = 0.0
     connecting_cpu: Used | None = None
+    connected_mb: tuple[float, float] = (0.0, 0.0)
+    """Server and broker, the proportional part of each, when all are connected and nothing happens."""
     steady_reports: int = 0
     steady_s: float = 0.0
     steady_cpu: Used | None = None
@@ -75,6 +80,9 @@ class Result(msgspec.Struct, kw_only=True):
     stopped_s: float = 0.0
     reached_before_stop: int = 0
     as_expected: bool = False
+    revoked_s: float = 0.0
+    reconnected: int = 0
+    """Connections of other devices that broke when one was revoked."""
     api_ms: dict[str, list[float]] = {}
     api_failed: int = 0
     server_mb: tuple[float, float] = (0.0, 0.0)
@@ -105,6 +113,10 @@ class Watched:
     def used(self) -> Used:
         own = resource.getrusage(resource.RUSAGE_SELF)
         return Used(_cpu_s(self._server), _cpu_s(self._broker), own.ru_utime + own.ru_stime)
+
+    def shares_mb(self) -> tuple[float, float]:
+        """Proportional, of server and broker."""
+        return _memory_mb(self._server.pid)[1], _memory_mb(self._broker.pid)[1]
 
     def memory(self, result: Result) -> None:
         result.server_mb, result.broker_mb = _memory_mb(self._server.pid), _memory_mb(self._broker.pid)
@@ -177,21 +189,38 @@ async def steady(crowd: Crowd, client: Client, watched: Watched, result: Result,
     async def behind(most: int) -> None:
         """Returns when no more than so many reports are not stored yet."""
         while crowd.counted.reports - sent - (await stored() - first) > most:  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(ASK_S)
 
     await asyncio.sleep(1.0)
     before, began, first = watched.used(), time.monotonic(), await stored()
     loop, sent = asyncio.get_running_loop(), crowd.counted.reports
+    ahead = sent
     for _ in range(rounds):
         for number, one in enumerate(crowd.devices):
             one.device.beat(loop.time())
             if number % 50 == 49:
                 await asyncio.sleep(0)  # the loop has other things to do
-        await behind(max(0, BURST - len(crowd.devices)))
-        await asyncio.sleep(0.25)  # an agent's reports are never closer
+            if crowd.counted.reports - ahead > BURST:
+                await behind(BURST // 2)
+                ahead = crowd.counted.reports - BURST // 2
+        await asyncio.sleep(PAUSE_S)
     await behind(0)
     result.steady_reports, result.steady_s = crowd.counted.reports - sent, time.monotonic() - began
     result.steady_cpu = watched.used().since(before)
+
+
+async def revoke(crowd: Crowd, client: Client, result: Result) -> None:
+    """One device is revoked while all others are connected."""
+    victim, *others = [one for one in crowd.devices if one.link.connected]
+    before = sum(one.link.connections for one in others)
+    began = time.monotonic()
+    asked = asyncio.create_task(asyncio.to_thread(client.post, f"/devices/{victim.member.id}/revoke"))
+    while victim.link.connected and time.monotonic() - began < REVOKED_S:  # noqa: ASYNC110 - the link has no event
+        await asyncio.sleep(0.005)
+    result.revoked_s = time.monotonic() - began
+    await asked
+    await asyncio.sleep(2.0)  # whoever was thrown off is back by then
+    result.reconnected = sum(one.link.connections for one in others) - before + sum(not one.link.connected for one in others)
 
 
 async def measure(server: Throwaway, client: Client, order: Order, prepared: Any, result: Result, rounds: int) -> None:
@@ -207,6 +236,7 @@ async def measure(server: Throwaway, client: Client, order: Order, prepared: Any
         story = Story(client, crowd, order, Nobody(), server.ended)
         result.connecting_s = await story.connect()
         result.connecting_cpu = watched.used().since(before)
+        result.connected_mb = watched.shares_mb()
         _say(f"connected {crowd.connected()} in {result.connecting_s:.1f} s")
         await steady(crowd, client, watched, result, rounds)
         _say(f"stored {result.steady_reports} reports in {result.steady_s:.1f} s")
@@ -222,6 +252,8 @@ async def measure(server: Throwaway, client: Client, order: Order, prepared: Any
             _say(f"{stopped.ended.state} in wave {stopped.ended.wave + 1} after {stopped.over_s:.1f} s")
         result.as_expected = passed.as_expected and stopped.as_expected
         result.reports = [passed, stopped]
+        await revoke(crowd, client, result)
+        _say(f"one revoked: out after {result.revoked_s:.2f} s, {result.reconnected} other connections broke")
         watched.memory(result)
     finally:
         await crowd.close()
@@ -257,7 +289,7 @@ def _say(text: str) -> None:
 
 def table(results: list[Result]) -> Iterator[str]:
     def row(name: str, *cells: str) -> str:
-        return f"{name:44}" + "".join(f"{cell:>20}" for cell in cells)
+        return f"{name:46}" + "".join(f"{cell:>20}" for cell in cells)
 
     def cpu(used: Used | None, devices: int) -> str:
         if used is None:
@@ -278,10 +310,14 @@ def table(results: list[Result]) -> Iterator[str]:
     yield row("bad rollout: stopped after, s", *(f"{r.stopped_s:.1f}" for r in results))
     yield row("  devices that it had reached", *(f"{r.reached_before_stop}" for r in results))
     yield row("both ended as their gates say", *("yes" if r.as_expected else "NO" for r in results))
+    yield row("one revoked: out after, s; others that broke", *(f"{r.revoked_s:.2f}; {r.reconnected}" for r in results))
     yield row("API meanwhile: p50 / p99, ms", *(f"{r.api(0.5):.0f} / {r.api(0.99):.0f}" for r in results))
     for name in ("devices", "rollout", "status", "assignment"):
         yield row(f"  {name}: p50, ms", *(f"{statistics.median(r.api_ms.get(name) or [float('nan')]):.0f}" for r in results))
     yield row("  requests, failed", *(f"{sum(map(len, r.api_ms.values()))}, {r.api_failed}" for r in results))
+    yield row(
+        "all connected: server / broker, PSS MB", *(f"{r.connected_mb[0]:.0f} / {r.connected_mb[1]:.0f}" for r in results)
+    )
     yield row("server: most RSS / PSS, MB", *(f"{r.server_mb[0]:.0f} / {r.server_mb[1]:.0f}" for r in results))
     yield row("broker: most RSS / PSS, MB", *(f"{r.broker_mb[0]:.0f} / {r.broker_mb[1]:.0f}" for r in results))
     yield row("simulator: most RSS, MB", *(f"{r.simulator_mb:.0f}" for r in results))

@@ -29,6 +29,9 @@ class Behaviour(str, Enum):
     WRONG_CLOCK = "wrong-clock"  # its clock is years off
 
 
+BREAKS = frozenset({Behaviour.FLAPPING, Behaviour.CLONED, Behaviour.SILENT})
+"""Behaviours of devices whose connections do not hold."""
+
 _AMOUNT = re.compile(r"([0-9]{1,7}(?:\.[0-9]{1,4})?)(%?)", re.ASCII)
 TEXT = ", ".join(one.value for one in Behaviour if one is not Behaviour.HONEST)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 import requests
 from securesystemslib.dsse import Envelope
-from tuf.api.exceptions import DownloadHTTPError, RepositoryError
+from securesystemslib.exceptions import VerificationError
+from tuf.api.exceptions import BadVersionNumberError, DownloadHTTPError, RepositoryError
 from tuf.api.metadata import Metadata, Targets  # type: ignore[attr-defined]
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignore[attr-defined]
 
@@ -41,8 +42,9 @@ class Looker:
         self.asked = 0
         """Requests that were made of the server."""
 
-    def look(self, news: News | None) -> Said:
-        """The fleet's word, verified.
+    def look(self, news: News | None) -> Said | None:
+        """The fleet's word, verified. None when `news` are older than what is known: the broker keeps the last poke, and metadata
+        may have been renewed since.
 
         Raises: Refused when it does not verify; Unavailable when the server does not answer.
         """
@@ -50,7 +52,13 @@ class Looker:
             fetcher = _Fetcher(self, session, news)
             try:
                 return self._look(fetcher)
-            except (RepositoryError, ContractError, ValueError) as error:
+            except BadVersionNumberError as error:
+                if news is not None:
+                    return None
+                raise Refused(
+                    f"{self._papers.device}: the server has older metadata than before: {error}", code="older"
+                ) from error
+            except (RepositoryError, VerificationError, ContractError, ValueError) as error:
                 raise Refused(
                     f"{self._papers.device}: the fleet's word does not verify: {error}", code="bad_signature"
                 ) from error

@@ -17,12 +17,13 @@ from agent.contract.names import ReleaseRef
 from fleet_server.client import Client
 from fleet_server.errors import Invalid, Unavailable
 from fleet_server.simulation import expected
-from fleet_server.simulation.behaviours import Behaviour
-from fleet_server.simulation.crowd import Crowd, Simulated
+from fleet_server.simulation.behaviours import BREAKS, Behaviour
+from fleet_server.simulation.crowd import Crowd
 from fleet_server.simulation.expected import End, Ending, Plan, Stage
 from fleet_server.simulation.members import Member
 from fleet_server.simulation.pace import Realism
 from fleet_server.simulation.report import Moment, Report, Sent
+from fleet_server.simulation.simulated import Simulated
 
 T = TypeVar("T")
 
@@ -33,13 +34,15 @@ CONNECTED_STILL_S = 45.0
 """When for so long no further device was connected, the rehearsal goes on with those that are."""
 
 SERVER_KNOWS_S = 60.0
+SERVER_AWAY_S = 60.0
+QUIET_S = 5.0
+"""A rollout in which nothing has changed for so long after the last silent device was noticed waits for good."""
+
 PAGE = 1000
 GROUP = "simulated"
 """What the names of groups begin with that devices on a running server are in."""
 
 OVER = frozenset({"completed", "aborted"})
-BREAKS = frozenset({Behaviour.FLAPPING, Behaviour.CLONED, Behaviour.SILENT})
-"""Behaviours whose connections are to break."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +113,8 @@ class Story:
         await self._until(self._all_are_known, "the server knows every device", SERVER_KNOWS_S + total / 100)
         while any(one.device.busy for one in crowd.devices):
             await self._pause()
+            if self._late():
+                raise Unavailable("the devices did not come to rest on what they are told to run within the time")
             self._shown.show("devices come to rest", sum(not one.device.busy for one in crowd.devices), total)
         return took_s
 
@@ -144,9 +149,9 @@ class Story:
                 still_since, before = time.monotonic(), now
             if state in OVER or state == "waiting":
                 return False
-            if time.monotonic() - still_since > self._order.silence_s + SERVER_KNOWS_S / 6:
+            if time.monotonic() - still_since > self._order.silence_s + QUIET_S:
                 return False
-            if time.monotonic() - self._began > self._order.timeout_s:
+            if self._late():
                 return True
             await asyncio.sleep(max(LOOK_S, len(self.crowd.devices) / 10_000))
             self._check()
@@ -157,7 +162,7 @@ class Story:
         """
         version = (await self._get("/assignment"))["version"]
         good = [one for one in self.crowd.devices if expected.does_well(one.member, self._order.release.model)]
-        while time.monotonic() - self._began < self._order.timeout_s:
+        while not self._late():
             lost = [one for one in good if not self._at_rest(one, version)]
             self._note(self.rollout)
             if not lost:
@@ -237,7 +242,19 @@ class Story:
     # -- waiting -----------------------------------------------------------------------------------------------------------
 
     async def _get(self, path: str, **query: Any) -> Any:
-        return await asyncio.to_thread(self._client.get, path, **query)
+        """Asked again for SERVER_AWAY_S when the server, which is busy, does not answer.  Raises: ServerRefused, Unavailable."""
+        until = time.monotonic() + SERVER_AWAY_S
+        while True:
+            try:
+                return await asyncio.to_thread(self._client.get, path, **query)
+            except Unavailable:
+                self._check()
+                if time.monotonic() > until:
+                    raise
+            await asyncio.sleep(LOOK_S)
+
+    def _late(self) -> bool:
+        return time.monotonic() - self._began > self._order.timeout_s
 
     async def _pause(self, seconds: float = LOOK_S) -> None:
         await asyncio.sleep(seconds)
