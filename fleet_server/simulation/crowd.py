@@ -108,7 +108,7 @@ class Crowd:
         yield from self.clones
 
     def connected(self) -> int:
-        return sum(one.link.connected for one in self.devices)
+        return self.counted.connected
 
     def standings(self, ref: ReleaseRef) -> collections.Counter[str]:
         """How many devices stand how to a release: committed, refused, rolled_back, busy or other."""

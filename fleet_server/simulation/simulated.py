@@ -35,6 +35,8 @@ CLOCK_OFF_S = 3 * 365 * 86400.0
 class Counted(msgspec.Struct):
     """What happened so far."""
 
+    connected: int = 0
+    """Devices that are connected now, second machines left out."""
     reports: int = 0
     events: int = 0
     pokes: int = 0
@@ -119,12 +121,14 @@ class Simulated:
     # -- Hears: what the link tells ----------------------------------------------------------------------------------------
 
     def linked(self) -> None:
+        self._shared.counted.connected += self._number == 0
         self.device.connected(self._now())
         if self._looker is not None and self.device.assignment is None:
             self._look(Said())  # as an agent does at its start
         self._wake()
 
     def unlinked(self) -> None:
+        self._shared.counted.connected -= self._number == 0
         self.device.disconnected()
 
     def poked(self, payload: bytes, alone: bool) -> None:

@@ -91,7 +91,10 @@ def test_an_update_goes_through_its_phases_and_is_committed_when_the_fleet_has_h
     assert played.last.phase is Phase.WATCHING
     assert played.last.passed
     assert played.last.serving == 2
-    played.device.delivered(len(played.voice.reports), played.now)
+    said_so = next(n for n, (models, _) in enumerate(played.voice.reports, start=1) if models["m"].passed)
+    played.device.delivered(said_so - 1, played.now)
+    assert played.device.models["m"].phase is Phase.WATCHING, "an earlier report does not say that it passed"
+    played.device.delivered(said_so, played.now)
     played.pass_time(1)
     assert played.phases() == [
         Phase.STEADY, Phase.FETCHING, Phase.TRIALING, Phase.ACTIVATING, Phase.WATCHING, Phase.STEADY,
@@ -207,6 +210,15 @@ def test_nothing_is_said_without_a_link_and_all_of_it_after():
     played.device.connected(played.now)
     played.pass_time(1)
     assert (played.last.serving, played.last.answers[-1].outcome) == (2, Outcome.COMMITTED)
+
+
+def test_what_the_link_did_not_take_is_said_again():
+    played = Played()
+    played.voice.link = False
+    played.pass_time(1)
+    played.voice.link = True
+    played.pass_time(1)
+    assert len(played.voice.reports) == 1
 
 
 # -- who they are --------------------------------------------------------------------------------------------------------------

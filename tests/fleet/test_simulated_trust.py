@@ -57,7 +57,7 @@ TAMPERED = [
     ("the assignment", "targets/assignments/", '"release":1', '"release":9'),
     ("the timestamp", "metadata/timestamp.json", '"version":', '"version":1'),
     ("a manifest", "targets/releases/", '"version":1', '"version":2'),
-    ("the record", "record", '"payload":"', '"payload":"AAAA'),
+    ("the record", "record", '"sig":"', '"sig":"AAAA'),
 ]
 
 
