@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from agent.contract import addresses
 from agent.contract.assignment import read_assignment
 from agent.contract.enrolment import EnrolmentRequest, EnrolmentResponse, EnrolmentString, RenewalRequest
-from agent.contract.reports import hardware_class
+from agent.contract.reports import Hardware, hardware_class
 from fleet_server.access import Actor, digest
 from fleet_server.config import FleetConfig
 from fleet_server.devices import pki
@@ -120,15 +120,8 @@ class Enrolment:
             if token is None or csr is None or self._why_not(token):
                 raise Denied(self._why_not(token) or "the enrolment token is not known", code="bad_token")
             device = self._choose_id(session, token, request.device)
-            certificate = self._certify(session, device, csr)
-            kind = hardware_class(request.hardware)[:MAX_CLASS] if request.hardware else None
+            certificate = self.add(session, device, csr, token.groups, request.hardware)
             token.uses_left -= 1
-            row = Device(
-                id=device, created=self._clock(), groups=token.groups, labels={}, serial=first_serial(session, self._clock()), revoked=False, counter=-1, session=-1,
-                present=False, hardware=msgspec.to_builtins(request.hardware) if request.hardware else None, hardware_class=kind,
-            )  # fmt: skip
-            session.add(row)
-            self._inventory.sign_record(row)
             event = self._journal.record(
                 session, Happening(name="device_enrolled", message=f"{device} joined the fleet", device=device)
             )
@@ -137,6 +130,22 @@ class Enrolment:
         self._journal.announce([event])
         self._journal.changed("devices")
         return self._answer(device, certificate)
+
+    def add(
+        self, session: Session, device: str, csr: x509.CertificateSigningRequest, groups: list[str], hardware: Hardware | None
+    ) -> x509.Certificate:
+        """A new device with its certificate and signed record, in the caller's transaction. Its id must be free and allowed; the
+        broker is not told.
+        """
+        certificate = self._certify(session, device, csr)
+        row = Device(
+            id=device, created=self._clock(), groups=groups, labels={}, serial=first_serial(session, self._clock()), revoked=False,
+            counter=-1, session=-1, present=False, hardware=msgspec.to_builtins(hardware) if hardware else None,
+            hardware_class=hardware_class(hardware)[:MAX_CLASS] if hardware else None,
+        )  # fmt: skip
+        session.add(row)
+        self._inventory.sign_record(row)
+        return certificate
 
     def renew(self, device: str, request: RenewalRequest) -> EnrolmentResponse:
         """A new certificate for a device that still has a valid one. When one was issued for the same key lately, it is given

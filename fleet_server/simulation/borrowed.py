@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import ssl
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import requests
 from cryptography.hazmat.primitives import serialization
@@ -35,6 +35,8 @@ TOKEN_S = 3600.0
 TIMEOUT_S = 60.0
 AT_ONCE = 4
 TRIES = 3
+LEFT_NAMED = 10
+NOT_FOUND = 404
 
 
 class Borrowed:
@@ -73,38 +75,42 @@ class Borrowed:
         )  # fmt: skip
 
     def leave(self, progress: Callable[[int, int], None]) -> None:
-        """Ends a rollout to the devices that is under way, deletes them and the enrolment token. What cannot be done is told.
+        """Ends a rollout to the devices that is under way, deletes them and the enrolment token.
 
-        Raises: Unavailable that names the devices that are left.
+        Raises: Unavailable that names what is left.
         """
-        self._end_rollouts()
-        left = []
+        left = self._end_rollouts()
         for number, device in enumerate(self._enrolled, start=1):
             if not self._tried(lambda device=device: self._client.delete(f"/devices/{device}")):  # type: ignore[misc]
-                left.append(device)
+                left.append(f"device {device}")
             progress(number, len(self._enrolled))
-        if self._token is not None:
-            self._tried(lambda: self._client.delete(f"/enrolment-tokens/{self._token}"))
+        if self._token is not None and not self._tried(lambda: self._client.delete(f"/enrolment-tokens/{self._token}")):
+            left.append(f"enrolment token {self._token}")
         if left:
-            raise Unavailable(
-                f"{len(left)} simulated devices could not be deleted: {', '.join(left[:5])}; delete those of the group {', '.join(self._groups)} by hand"
-            )
+            some = ", ".join(left[:LEFT_NAMED]) + (", …" if len(left) > LEFT_NAMED else "")
+            raise Unavailable(f"{len(left)} things could not be removed from the server, remove them by hand: {some}")
 
-    def _end_rollouts(self) -> None:
-        """Rollouts whose first wave is the group of these devices."""
-        with contextlib.suppress(FleetError):
-            for one in self._client.get("/rollouts", limit=100):
-                groups = [group for wave in one["waves"] for group in wave["groups"]]
-                if one["state"] not in {"completed", "aborted"} and self._groups & set(groups):
-                    self._tried(lambda one=one: self._client.post(f"/rollouts/{one['id']}/abort"))  # type: ignore[misc]
+    def _end_rollouts(self) -> list[str]:
+        """Ends what reaches the group of these devices; what could not be ended."""
+        found: list[Any] = []
+        if self._enrolled and not self._tried(lambda: found.extend(self._client.get("/rollouts", limit=100))):
+            return [f"a rollout to the group {', '.join(self._groups)}, if there is one"]
+        left = []
+        for one in found:
+            groups = {group for wave in one["waves"] for group in wave["groups"]}
+            under_way = one["state"] not in {"completed", "aborted"} and self._groups & groups
+            if under_way and not self._tried(lambda one=one: self._client.post(f"/rollouts/{one['id']}/abort")):  # type: ignore[misc]
+                left.append(f"rollout {one['id']}")
+        return left
 
     @staticmethod
     def _tried(ask: Callable[[], object]) -> bool:
+        """Whether it is done, or what it was about is not there."""
         for _ in range(TRIES):
             try:
                 ask()
             except ServerRefused as refused:
-                return refused.status == 404
+                return refused.status == NOT_FOUND
             except FleetError:
                 continue
             return True
@@ -130,6 +136,7 @@ class Borrowed:
     def _enrol(self, string: EnrolmentString, member: Member) -> Papers:
         key = ec.generate_private_key(ec.SECP256R1())
         csr = papers.request(key, member.id).public_bytes(serialization.Encoding.PEM).decode()
+        self._enrolled.append(member.id)  # before it is known whether it was: an answer may be lost
         asks = EnrolmentRequest(token=string.token, csr_pem=csr, device=member.id, hardware=member.hardware)
         try:
             answer = requests.post(
@@ -140,7 +147,6 @@ class Borrowed:
             self._answer = given = decode(answer.content, EnrolmentResponse, limit_bytes=MAX_RESPONSE_BYTES)
         except (requests.RequestException, ContractError) as error:
             raise Unavailable(f"{member.id} cannot be enrolled: {error}") from error
-        self._enrolled.append(member.id)
         file = self._folder / "devices" / f"{member.id}.pem"
         files.write(file, given.certificate_pem.encode() + pki.key_pem(key), mode=0o600)
         return Papers(member.id, key, file)

@@ -26,13 +26,11 @@ from fleet_server.app import Fleet
 from fleet_server.client import Client, Profile
 from fleet_server.config import BrokerSettings, ConnectionSettings, FleetConfig, Folder, RolloutSettings
 from fleet_server.devices import pki
-from fleet_server.devices.inventory import first_serial
 from fleet_server.errors import Unavailable
 from fleet_server.releases import keys
 from fleet_server.simulation import papers, releases
 from fleet_server.simulation.members import Member
 from fleet_server.simulation.papers import Address, Papers
-from fleet_server.storage.models import Certificate, Device
 
 FLEET = "rehearsal"
 HOST = "127.0.0.1"
@@ -118,30 +116,17 @@ class Throwaway:
         return Prepared(found, manifests)
 
     def _enrol(self, fleet: Fleet, members: Sequence[Member]) -> list[Papers]:
-        """As `Enrolment.enrol` does for each of them, in one transaction for all."""
-        now, lifetime_s, made = time.time(), self.config.expiry.device_certificate_s, []
+        """In one transaction for all of them."""
+        made = []
         with fleet.database.session() as session:
-            serial = first_serial(session, now)
             for member in members:
                 pki.check_device_id(member.id)
                 key = ec.generate_private_key(ec.SECP256R1())
-                certificate = fleet.authority.issue_device(member.id, papers.request(key, member.id), lifetime_s)
-                pem = pki.pem_of(certificate)
-                session.add(
-                    Certificate(
-                        serial=pki.serial_hex(certificate), device=member.id, issued=now, pem=pem.decode(),
-                        expires=certificate.not_valid_after_utc.timestamp(),
-                    )
-                )  # fmt: skip
-                row = Device(
-                    id=member.id, created=now, groups=sorted(set(member.groups)), labels={}, serial=serial, revoked=False, counter=-1,
-                    session=-1, present=False, hardware=msgspec.to_builtins(member.hardware),
-                )  # fmt: skip
-                fleet.inventory.sign_record(row)
-                session.add(row)
+                csr = papers.request(key, member.id)
+                certificate = fleet.enrolment.add(session, member.id, csr, sorted(set(member.groups)), member.hardware)
                 file = self.folder / "devices" / f"{member.id}.pem"
                 file.touch(mode=0o600)
-                file.write_bytes(pem + pki.key_pem(key))
+                file.write_bytes(pki.pem_of(certificate) + pki.key_pem(key))
                 made.append(Papers(member.id, key, file))
         return made
 
