@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 PANELS = (
-    ("start of a rollout to the last commit, s", (("", lambda r: r.settled_s or float("nan")),)),
+    (
+        "start of a rollout to its end, s",
+        (("by the server", lambda r: r.rollout_s), ("last commit of a device", lambda r: r.last_commit_s or float("nan"))),
+    ),
     (
         "CPU of a rollout, ms per device",
         tuple(

@@ -53,9 +53,10 @@ def _drawn(report: Report) -> list[str]:
             f'<text x="{x(at)}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{at:.0f} s</text>',
         ]
     for at, words in _waves(moments):
+        beside, anchor = (4, "start") if at < last_s / 2 else (-4, "end")
         found += [
             f'<line x1="{x(at)}" x2="{x(at)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#57606a" stroke-dasharray="4 3"/>',
-            f'<text x="{x(at) + 4}" y="{TOP + 12}" fill="#57606a">{escape(words)}</text>',
+            f'<text x="{x(at) + beside}" y="{TOP + 12}" fill="#57606a" text-anchor="{anchor}">{escape(words)}</text>',
         ]
     for number, (name, colour, pick) in enumerate(CURVES):
         points = " ".join(f"{x(moment.at)},{y(pick(moment))}" for moment in moments)

@@ -46,7 +46,8 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """A rehearsal from its beginning to its end. Times are seconds; `over_s` and `settled_s` count from the rollout's start.
 
-    `settled_s`: when the last device that can had done what it was told last; None when some had not within the time.
+    `last_commit_s`: when the last device committed, by its own word; None when none did. `settled_s`: when the last device that can had
+    done what it was told last, and the rollout was over; None when some had not within the time.
     """
 
     devices: int
@@ -67,6 +68,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     late: bool
     """Whether the time ran out before it ended."""
     over_s: float
+    last_commit_s: float | None
     settled_s: float | None
     lost: list[str]
     """Devices that did nothing wrong and are not where they should be in the end."""
@@ -107,7 +109,10 @@ def lines(report: Report) -> Iterator[str]:
         named = ", ".join(report.lost[:LOST_NAMED])
         yield f"  LOST: {len(report.lost)} devices that did nothing wrong are not where they should be: {named}"
     elif report.settled_s is not None:
-        yield f"  the last device was done after {report.settled_s:.1f} s"
+        committed = (
+            f"the last device committed after {report.last_commit_s:.1f} s, " if report.last_commit_s is not None else ""
+        )
+        yield f"  {committed}all was done after {report.settled_s:.1f} s"
     sent = report.sent
     yield (
         f"sent: {sent.reports} reports, {sent.events} events; heard: {sent.pokes} pokes; {sent.requests} HTTPS requests, "

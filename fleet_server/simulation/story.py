@@ -30,6 +30,12 @@ T = TypeVar("T")
 LOOK_S = 0.1
 """Between two looks at how the devices stand."""
 
+NOTED_S = 0.25
+"""Between two notes of the course of a rollout."""
+
+MANY = 10_000
+"""Of so many devices the states take some hundredths of a second to read: once a second then."""
+
 CONNECTED_STILL_S = 45.0
 """When for so long no further device was connected, the rehearsal goes on with those that are."""
 
@@ -89,10 +95,16 @@ class Story:
     async def roll_out(self, connecting_s: float = 0.0) -> Report:
         """The rollout alone, with devices that are connected."""
         connected = self.crowd.connected()
-        await self.begin()
-        late = await self.follow()
-        over_s = time.monotonic() - self._started
-        settled_s, lost = await self.settle()
+        self._started = time.monotonic()
+        course = asyncio.create_task(self._note_course())  # beside the questions to the server, whose answers may take seconds
+        try:
+            await self.begin()
+            late = await self.follow()
+            over_s = time.monotonic() - self._started
+            settled_s, lost = await self.settle()
+        finally:
+            course.cancel()
+        self._note()
         return await self._report(connected, connecting_s, over_s, settled_s, lost, late=late)
 
     async def connect(self) -> float:
@@ -133,7 +145,6 @@ class Story:
             "percent": first.permille / 10 if first.group is None and first.permille < EVERYONE else None,
         }  # fmt: skip
         self.crowd.misbehave()
-        self._started = time.monotonic()
         self.rollout = await asyncio.to_thread(self._client.post, "/rollouts", body)
 
     async def follow(self) -> bool:
@@ -142,7 +153,6 @@ class Story:
         while True:
             self.rollout = view = await self._get(f"/rollouts/{quote(self.rollout['id'], safe='')}")
             state, verdict = view["state"], view["verdict"] or {"counts": {}, "verdict": ""}
-            self._note(view)
             busy = any(one.device.busy and not one.device.muted for one in self.crowd.devices)
             now = (state, view["wave"], verdict["counts"])
             if now != before or busy:
@@ -153,8 +163,7 @@ class Story:
                 return False
             if self._late():
                 return True
-            await asyncio.sleep(max(LOOK_S, len(self.crowd.devices) / 10_000))
-            self._check()
+            await self._pause(max(LOOK_S, len(self.crowd.devices) / MANY))
 
     async def settle(self) -> tuple[float | None, list[str]]:
         """Until every device that does nothing wrong is where it should be, by its own word and by the server's; how many
@@ -164,12 +173,11 @@ class Story:
         good = [one for one in self.crowd.devices if expected.does_well(one.member, self._order.release.model)]
         while not self._late():
             lost = [one for one in good if not self._at_rest(one, version)]
-            self._note(self.rollout)
             if not lost:
                 settled_s = time.monotonic() - self._started
                 return settled_s, await self._unknown(good)
             self._shown.show("devices come to rest", len(good) - len(lost), len(good))
-            await self._pause(max(LOOK_S, len(good) / 10_000))
+            await self._pause(max(LOOK_S, len(good) / MANY))
         return None, [one.member.id for one in good if not self._at_rest(one, version)]
 
     def _at_rest(self, one: Simulated, version: int) -> bool:
@@ -202,8 +210,15 @@ class Story:
 
     # -- what is told ------------------------------------------------------------------------------------------------------
 
-    def _note(self, view: dict[str, Any]) -> None:
+    async def _note_course(self) -> None:
+        """Notes how things stand, a few times a second, until it is cancelled."""
+        while True:
+            self._note()
+            await asyncio.sleep(max(NOTED_S, len(self.crowd.devices) / MANY))
+
+    def _note(self) -> None:
         """Adds how things stand now to the course of the rollout, and shows it."""
+        view = self.rollout or {"wave": 0, "state": "running"}
         stand = self.crowd.standings(self._order.release)
         bad = stand["refused"] + stand["rolled_back"]
         moment = Moment(
@@ -229,7 +244,7 @@ class Story:
             max_failures=order.plan.max_failures, waves=[_named(stage) for stage in order.plan.stages],
             connected=connected, connecting_s=round(connecting_s, 2), over_s=round(over_s, 2),
             settled_s=round(settled_s, 2) if settled_s is not None else None, lost=lost, problems=crowd.problems(),
-            ended=Ending(state, view["wave"], sum(counts.values()), _kinds(counts)), expected=wants, late=late,
+            ended=Ending(state, view["wave"], sum(counts.values()), _kinds(counts)), expected=wants, late=late, last_commit_s=_last_commit_s(self.moments),
             why=f"the time ran out: {why}" if late else why, moments=self.moments,
             sent=Sent(
                 reports=counted.reports, events=counted.events, pokes=counted.pokes, requests=counted.requests,
@@ -271,6 +286,12 @@ class Story:
             if time.monotonic() > end:
                 raise Unavailable(f"not within {within_s:.0f} s: {what}")
             await self._pause(0.3)
+
+
+def _last_commit_s(moments: list[Moment]) -> float | None:
+    """When the last device committed that did, to the next note."""
+    most = max(moment.committed for moment in moments)
+    return next((moment.at for moment in moments if moment.committed == most), None) if most else None
 
 
 def _kinds(counts: dict[str, int]) -> dict[str, int]:
