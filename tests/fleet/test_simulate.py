@@ -169,7 +169,7 @@ def order(count, *shares: Share, **fields):
 
 
 @pytest.mark.long
-def test_one_of_many_is_revoked_and_only_that_one_is_out(tmp_path):
+def test_one_of_many_is_revoked_and_only_that_one_is_out_and_who_hangs_hears_nothing(tmp_path):
     wanted = order(150)
     server = Throwaway(tmp_path, silence_s=30.0)
     prepared = server.prepare(wanted.members, [ReleaseRef("m", 1)], {"m": 1})
@@ -191,6 +191,15 @@ def test_one_of_many_is_revoked_and_only_that_one_is_out(tmp_path):
             await asyncio.sleep(2.0)
             assert not victim.link.connected
             assert [one.link.connections for one in others] == [1] * len(others)
+            muted, listening = others[:2]
+            muted.link.mute()
+            for one in (muted, listening):  # each is poked alone, with its new record
+                await asyncio.to_thread(client.put, f"/devices/{one.member.id}/groups", {"groups": ["moved"]})
+            until = time.monotonic() + 10.0
+            while listening.device.groups != ("moved",):
+                await asyncio.sleep(0.05)
+                assert time.monotonic() < until, "who listens hears it"
+            assert muted.device.groups != ("moved",)
         finally:
             await crowd.close()
 
