@@ -15,7 +15,7 @@ import msgspec
 from agent.contract.assignment import EVERYONE
 from agent.contract.names import ReleaseRef
 from fleet_server.client import Client
-from fleet_server.errors import Invalid, Unavailable
+from fleet_server.errors import Unavailable
 from fleet_server.simulation import expected
 from fleet_server.simulation.behaviours import BREAKS, Behaviour
 from fleet_server.simulation.crowd import Crowd
@@ -137,8 +137,6 @@ class Story:
         """Starts the rollout, and lets devices do wrong what they are to do wrong."""
         order, plan = self._order, self._order.plan
         first = plan.stages[0]
-        if len(plan.stages) > 2:
-            raise Invalid("a rollout has one wave before everyone; name two waves, such as 10,100")
         body = {
             "release": str(order.release), "max_failures": plan.max_failures, "confirm": plan.confirm,
             "groups": [first.group] if first.group is not None else [],

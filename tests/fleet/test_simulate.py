@@ -85,6 +85,7 @@ USAGE = [
     (["--behave", "sleepy=3%"], 1, "is no behaviour"),
     (["--devices", "3", "--behave", "offline=4"], 1, "4 devices are to misbehave"),
     (["--waves", "50"], 1, "the last one is 100"),
+    (["--waves", "1,10,100"], 1, "one wave before everyone"),
     (["--waves", "shops,100"], 1, "no device is in the group 'shops'"),
     (["--release", "model:1"], 1, "is not new"),
     (["--verify", "0.5"], 2, "is not a share"),
