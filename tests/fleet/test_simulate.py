@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,21 +23,26 @@ from fleet_server.simulation.expected import Plan
 from fleet_server.simulation.pace import Realism
 from fleet_server.simulation.story import Nobody, Order, Story
 from fleet_server.simulation.throwaway import Throwaway
-from tests import warm
 from tests.fleet.stand import environment, wait_until
 
 FAST = ("--speed", "100")
 
 
 def simulate(tmp_path, *arguments, profile=None):
-    """The command's exit status, its report as JSON (None without one), and what it said of its failure."""
+    """The command's exit status, its report as JSON (None without one), and what it said of its failure. It runs in this process,
+    the server in another.
+    """
     scratch = tmp_path / "scratch"
     scratch.mkdir(exist_ok=True)
     words = [*(["--profile", str(profile)] if profile else []), "simulate", *FAST, "--json", "-", *map(str, arguments)]
-    done = warm.run("fleet_server.cli", words, env=environment(TMPDIR=str(scratch)), timeout=110)
+    before, tempfile.tempdir = tempfile.tempdir, str(scratch)
+    try:
+        done = CliRunner().invoke(main, words)
+    finally:
+        tempfile.tempdir = before
     assert list(scratch.iterdir()) == [], "nothing stays behind"
     assert servers_in(scratch) == []
-    return done.returncode, json.loads(done.stdout) if done.stdout else None, done.stderr
+    return done.exit_code, json.loads(done.stdout) if done.stdout else None, done.stderr
 
 
 def servers_in(folder):
