@@ -188,11 +188,13 @@ class Story:
         """Devices of which the server, in the end, does not know what they serve."""
         model = self._order.release.model
         wanted = {one.member.id: one.device.models[model].serving for one in good}
-        until = time.monotonic() + SERVER_KNOWS_S
+        since, fewest = time.monotonic(), len(good) + 1
         while True:
             known = await self._serving(model)
             missing = [device for device, serving in wanted.items() if known.get(device) != serving]
-            if not missing or time.monotonic() > until:
+            if len(missing) < fewest:  # what it has not stored yet, it stores
+                since, fewest = time.monotonic(), len(missing)
+            if not missing or time.monotonic() - since > SERVER_KNOWS_S:
                 return missing
             await self._pause(0.5)
 
