@@ -34,7 +34,7 @@ from fleet_server.simulation import behaviours, members
 from fleet_server.simulation.crowd import Crowd
 from fleet_server.simulation.expected import Plan, stages
 from fleet_server.simulation.pace import Realism
-from fleet_server.simulation.report import Report
+from fleet_server.simulation.report import Report, lines
 from fleet_server.simulation.story import Nobody, Order, Story
 from fleet_server.simulation.throwaway import Throwaway
 
@@ -251,6 +251,9 @@ async def measure(server: Throwaway, client: Client, order: Order, prepared: Any
             result.stopped_s, result.reached_before_stop = stopped.over_s, stopped.ended.reached
             _say(f"{stopped.ended.state} in wave {stopped.ended.wave + 1} after {stopped.over_s:.1f} s")
         result.as_expected = passed.as_expected and stopped.as_expected
+        for report in (passed, stopped):
+            if not report.as_expected:
+                _say("\n  ".join(lines(report)))
         result.reports = [passed, stopped]
         await revoke(crowd, client, result)
         _say(f"one revoked: out after {result.revoked_s:.2f} s, {result.reconnected} other connections broke")
