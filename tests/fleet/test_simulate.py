@@ -112,9 +112,9 @@ def test_a_rehearsal_that_is_ended_leaves_nothing(tmp_path, number):
     scratch.mkdir()
     command = [sys.executable, "-m", "fleet_server.cli", "simulate", "--devices", "5", "--speed", "1"]
     process = subprocess.Popen(command, env=environment(TMPDIR=str(scratch)), stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list(scratch.glob("*/fleet/broker/mosquitto.pid")), "a broker")
+    wait_until(lambda: list(scratch.glob("*/fleet/broker/mosquitto.pid")), "a broker", within=60)
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=50)
     assert (process.returncode, "Traceback" in said) == (1, False), said
     assert list(scratch.iterdir()) == []
     wait_until(lambda: servers_in(scratch) == [], "no server, no broker")
