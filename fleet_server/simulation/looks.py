@@ -69,7 +69,7 @@ class Looker:
         """Fetches a file and checks its hash; how many bytes it has.  Raises: Refused, Unavailable."""
         size, digest = 0, hashlib.sha256()
         try:
-            with self._session() as session, self._get(session, enrolment.BLOBS_PATH + sha256) as answer:
+            with self._session() as session, self._sent(self._get(session, enrolment.BLOBS_PATH + sha256)) as answer:
                 for chunk in answer.iter_content(CHUNK):
                     digest.update(chunk)
                     size += len(chunk)
@@ -87,10 +87,22 @@ class Looker:
 
     def _get(self, session: requests.Session, path: str) -> requests.Response:
         self.asked += 1
-        answer = session.get(self._address.device_url + path, timeout=TIMEOUT_S, stream=True)
+        answer = session.get(self._address.device_url + path, timeout=TIMEOUT_S, stream=True, allow_redirects=False)
         if answer.status_code != NOT_FOUND:
             answer.raise_for_status()
         return answer
+
+    @staticmethod
+    def _sent(answer: requests.Response) -> requests.Response:
+        """What the server sends, or what is at the address that it sends the device to, where this device's certificate and the
+        fleet's CA mean nothing.
+        """
+        if not answer.is_redirect:
+            return answer
+        answer.close()
+        elsewhere = requests.get(answer.headers["Location"], timeout=TIMEOUT_S, stream=True)
+        elsewhere.raise_for_status()
+        return elsewhere
 
     def _look(self, fetcher: _Fetcher) -> Said:
         targets = self._folder / "targets"
