@@ -200,12 +200,11 @@ class Story:
 
     async def _serving(self, model: str) -> dict[str, int | None]:
         found: dict[str, int | None] = {}
-        after = ""
-        while page := await self._get("/devices", limit=PAGE, after=after):
-            found |= {one["id"]: (one["models"].get(model) or {}).get("serving") for one in page}
-            after = page[-1]["id"]
-            if len(page) < PAGE:
-                break
+        after: str | None = ""
+        while after is not None:
+            page = await self._get("/devices", limit=PAGE, after=after)
+            found |= {one["id"]: (one["models"].get(model) or {}).get("serving") for one in page["devices"]}
+            after = page["next"]
         return found
 
     # -- what is told ------------------------------------------------------------------------------------------------------

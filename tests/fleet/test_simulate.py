@@ -158,12 +158,12 @@ def test_on_a_running_server_only_its_own_devices_are_reached_and_they_are_gone_
         tmp_path, "--on-server", "--devices", 4, "--release", "shared:1", "--yes", profile=server.profile
     )
     assert (status, said and said["ended"]["state"]) == (0, "waiting"), stderr
-    assert [one["id"] for one in server.get("/devices")] == [real.id]
+    assert [one["id"] for one in server.get("/devices")["devices"]] == [real.id]
     assert [one["state"] for one in server.get("/rollouts")] == ["aborted"]
     assert not any(token["usable"] and token["uses_left"] for token in server.get("/enrolment-tokens") if not token["device"])
     unknown = simulate(tmp_path, "--on-server", "--devices", 2, "--release", "shared:9", "--yes", profile=server.profile)
     assert unknown[0] == 3
-    assert [one["id"] for one in server.get("/devices")] == [real.id]
+    assert [one["id"] for one in server.get("/devices")["devices"]] == [real.id]
 
 
 def order(count, *shares: Share, **fields):

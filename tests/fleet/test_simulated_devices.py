@@ -9,7 +9,6 @@ from agent.contract.assignment import Assignment, ModelAssignment, Rollout
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Outcome, Phase
 from fleet_server.errors import Invalid
-from fleet_server.rollouts import gates
 from fleet_server.rollouts.gates import Fact, Ruling
 from fleet_server.simulation import behaviours, expected, members, orders, plot, report
 from fleet_server.simulation.behaviours import Behaviour, Share
@@ -18,6 +17,7 @@ from fleet_server.simulation.expected import Ending, Plan, Stage
 from fleet_server.simulation.members import KINDS, Member
 from fleet_server.simulation.orders import Wish
 from fleet_server.simulation.pace import Pace, Realism
+from tests.fleet.test_gates import judge
 
 NEW = ReleaseRef("m", 2)
 EVERYONE = (Stage(permille=1000),)
@@ -344,7 +344,7 @@ def test_endings_are_those_of_the_gates(counts, allowed, state):
         for kind in [expected.ANSWERS[one.behaviour]]
     ]
     ruling = {"completed": Ruling.PASS, "aborted": Ruling.FAIL, "running": Ruling.WAIT}[state]
-    assert gates.judge(facts, max_failures=allowed).ruling is ruling
+    assert judge(facts, max_failures=allowed).ruling is ruling
 
 
 def test_the_wave_in_which_it_ends():
