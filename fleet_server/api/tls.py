@@ -209,6 +209,12 @@ class Listener(uvicorn.Server):
         self.servers = [Acceptor(sock, protocol, config.ssl, self.room) for sock in sockets or []]  # type: ignore[misc]
         self.started = True
 
+    def renew(self) -> None:
+        """Shows whoever connects from now on the certificate that is on the disk. For any thread."""
+        context, config = self.config.ssl, self.config
+        if context is not None and config.ssl_certfile is not None and self._loop is not None and not self.should_exit:
+            self._loop.call_soon_threadsafe(context.load_cert_chain, config.ssl_certfile, config.ssl_keyfile)
+
     def hand(self, sock: socket.socket) -> None:
         """Takes a connection that was accepted elsewhere and of which nothing was read. For any thread."""
         if self._loop is None or self.should_exit:

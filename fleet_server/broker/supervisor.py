@@ -106,7 +106,7 @@ class Supervisor:
         self._terminate()
 
     def reload(self) -> None:
-        """Has the broker read its revocation list again; whoever is connected stays so."""
+        """Has the broker read its certificate and revocation list again; whoever is connected stays so."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGHUP)

@@ -107,7 +107,7 @@ def serve(folder: Path, log_level: str) -> None:
 
     edge-fleet serve /srv/fleet
     """
-    from fleet_server import app
+    from fleet_server import running
     from fleet_server.config import Folder
     from fleet_server.releases.metadata_files import RepositoryDamaged
     from fleet_server.storage.database import DatabaseError
@@ -117,7 +117,7 @@ def serve(folder: Path, log_level: str) -> None:
     logging.getLogger("tuf").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
-        app.serve(Folder(folder.absolute()))
+        running.serve(Folder(folder.absolute()))
     except (RepositoryDamaged, DatabaseError) as error:
         raise Unavailable(str(error)) from error
 

@@ -107,12 +107,16 @@ class MqttLink:
 
     def _make_client(self, authority: pki.Authority) -> BufferedClient:
         client = BufferedClient(CallbackAPIVersion.VERSION2, pki.SERVER_CN, protocol=mqtt.MQTTv5, manual_ack=True)
-        context = ssl.create_default_context(cafile=str(authority.ca_path))
-        context.load_cert_chain(authority.client_cert, authority.client_key)
-        client.tls_set_context(context)
+        self._authority, self._context = authority, ssl.create_default_context(cafile=str(authority.ca_path))
+        self.renew()
+        client.tls_set_context(self._context)
         client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
         client.on_subscribe, client.on_message = self._on_subscribe, self._on_message
         return client
+
+    def renew(self) -> None:
+        """Shows the broker the certificate that is on the disk, from the next connection on."""
+        self._context.load_cert_chain(self._authority.client_cert, self._authority.client_key)
 
     def start(self) -> None:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]

@@ -47,7 +47,7 @@ def test_a_server_whose_schema_is_current_does_not_load_alembic(database, tmp_pa
     database.migrate()
     code = f"""
 import sys
-import fleet_server.app
+import fleet_server.running
 from fleet_server.storage.database import Database
 Database({str(database.engine.url)!r}).migrate()
 assert "alembic" not in sys.modules

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from fleet_server.app import until_stopped
 from fleet_server.broker import supervisor
 from fleet_server.broker.supervisor import Supervisor
 from fleet_server.errors import Unavailable
+from fleet_server.running import until_stopped
 
 
 @pytest.fixture
