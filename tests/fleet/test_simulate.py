@@ -106,15 +106,25 @@ def test_what_cannot_be_rehearsed_is_said_at_once(words, status, said):
     assert (done.exit_code, said in done.stderr) == (status, True), done.output
 
 
+def heeding_ctrl_c():
+    """A shell lets what it starts in the background ignore Ctrl-C, and whoever that starts inherits it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_rehearsal_that_is_ended_leaves_nothing(tmp_path, number):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     command = [sys.executable, "-m", "fleet_server.cli", "simulate", "--devices", "5", "--speed", "1"]
-    process = subprocess.Popen(command, env=environment(TMPDIR=str(scratch)), stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list(scratch.glob("*/fleet/broker/mosquitto.pid")), "a broker", within=60)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=50)
+    with subprocess.Popen(
+        command, env=environment(TMPDIR=str(scratch)), stderr=subprocess.PIPE, text=True, preexec_fn=heeding_ctrl_c
+    ) as process:
+        try:
+            wait_until(lambda: list(scratch.glob("*/fleet/broker/mosquitto.pid")), "a broker", within=60)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=50)
+        finally:
+            process.kill()
     assert (process.returncode, "Traceback" in said) == (1, False), said
     assert list(scratch.iterdir()) == []
     wait_until(lambda: servers_in(scratch) == [], "no server, no broker")
