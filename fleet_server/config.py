@@ -37,8 +37,8 @@ class BrokerSettings(Settings, frozen=True, kw_only=True):
     """The TCP port (MQTT over TLS). Devices are told it, unless `public.broker` or `shared_port` says otherwise."""
     max_packet_bytes: int = 1024 * 1024
     """The largest message that may be sent, in bytes; whoever sends a larger one is disconnected."""
-    max_queued_messages: int = 200_000
-    """How many messages the broker keeps for one client that does not take them; further ones are dropped. Less than 200000 counts as
+    max_queued_messages: int = 400_000
+    """How many messages the broker keeps for one client that does not take them; further ones are dropped. Less than 400000 counts as
     that: it is what the server's own queue needs while a device floods.
     """
     max_connections: int = -1

@@ -40,9 +40,10 @@ from fleet_server.ingest.transfers import TransferAnswers
 _log = logging.getLogger(__name__)
 
 BATCH = 1024  # one transaction for what came together: a commit costs as much as storing dozens of reports
-REST_S, REST_SHARE = 0.05, 4.0
-"""After a batch the next one is let grow: for so many times as long as the batch took, and no longer than `REST_S`. So few messages
-cost little, and the first one after a quiet time waits for nothing.
+FEW, REST_S, REST_SHARE = 64, 0.05, 4.0
+"""After a batch of few the next one is let grow: for so many times as long as the batch took, and no longer than `REST_S`. So few
+messages cost little, and the first one after a quiet time waits for nothing. After a larger one nothing rests: what the server leaves
+of the processors, a device that floods takes.
 """
 SHARE = 100  # small beside the window of unacknowledged messages that the broker's configuration allows
 LIMIT, LIMIT_BYTES = 5000, 32 * 1024 * 1024  # of one device: an agent that was away for days sends 2000 messages, 16 MiB
@@ -229,7 +230,7 @@ class MqttLink:
         while batch := self._waiting.take(BATCH):
             began = time.monotonic()
             self.store(batch)
-            if len(self._waiting) < BATCH:
+            if len(batch) < FEW:
                 self._stopping.wait(min(REST_S, REST_SHARE * (time.monotonic() - began)))
 
     def store(self, batch: list[Received]) -> None:
