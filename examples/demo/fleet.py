@@ -106,7 +106,7 @@ class Fleet:
         return answer.json()
 
     def devices(self) -> dict[str, dict[str, Any]]:
-        return {device["id"]: device for device in self.get("devices")}
+        return {device["id"]: device for device in self.get("devices")["devices"]}
 
     def publish(self, release: Path) -> None:
         self.run("publish", release, "--key", self.keys / "releases.key", "--yes")
