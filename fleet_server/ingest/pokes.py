@@ -20,11 +20,12 @@ from fleet_server.errors import FleetError
 from fleet_server.releases import news
 from fleet_server.releases.metadata_files import RepositoryDamaged
 from fleet_server.releases.repository import Repository
+from fleet_server.sign_in import Allowance
 
 _log = logging.getLogger(__name__)
 
 LONGEST_SPREAD_S = 600.0
-STRANGER_EVERY_S, STRANGERS_KEPT = 60.0, 10_000
+STRANGER_EVERY_S = 60.0
 
 
 class Publisher(Protocol):
@@ -42,8 +43,7 @@ class Pokes:
         """`looks_per_s`: how many devices the server wants to be asked by at most."""
         self._repository, self._inventory, self._survey = repository, inventory, survey
         self._link, self._looks_per_s = link, looks_per_s
-        self._strangers: dict[str, float] = {}
-        """When each was poked last."""
+        self._strangers = Allowance(1, STRANGER_EVERY_S, time.monotonic)
 
     def poke_all(self, assignment_version: int) -> None:
         """One message for the whole fleet."""
@@ -58,12 +58,9 @@ class Pokes:
         """A device that this server does not know, or not by its present certificate, asks it over HTTPS, where it shows that. Once
         a minute at most, as it may speak without end.
         """
-        now = time.monotonic()
-        if now - self._strangers.get(device, -STRANGER_EVERY_S) < STRANGER_EVERY_S:
+        if self._strangers.wait_s(device) > 0:
             return
-        if len(self._strangers) >= STRANGERS_KEPT:
-            self._strangers.clear()
-        self._strangers[device] = now
+        self._strangers.spend(device)
         self._link.publish(topics.down_poke(device), encode(topics.Poke()))
 
     def _spread_s(self) -> float:
