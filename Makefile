@@ -160,5 +160,6 @@ test-packages: mosquitto
 	$(call need,faketime,faketime)
 	$(call need,softhsm2-util,softhsm2)
 	$(call need,cc,gcc libc6-dev)
+	$(call need,haproxy,haproxy)
 	$(call only-postgresql-programs)
 	$(call need,/usr/lib/postgresql/*/bin/postgres,postgresql)

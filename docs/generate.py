@@ -117,12 +117,12 @@ def manifest() -> str:
 
 
 def fleet_config() -> str:
-    from fleet_server import config
+    from fleet_server import config, process_settings
 
     intro = (
         "`fleet.yaml` in the server's data folder, written by `edge-fleet init`. An unknown or misspelt setting is an error."
     )
-    return settings_page("fleet.yaml", intro, "FleetConfig", config)
+    return settings_page("fleet.yaml", intro, "FleetConfig", config, process_settings)
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------

@@ -9,8 +9,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
+from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+
 from agent.contract.addresses import Addresses
 from fleet_server.access import Access
+from fleet_server.api.health import Health
 from fleet_server.config import FleetConfig, Folder
 from fleet_server.devices.adoption import Adoption
 from fleet_server.devices.enrolment import Enrolment
@@ -22,11 +27,11 @@ from fleet_server.housekeeping import Housekeeping
 from fleet_server.ingest.intake import Intake
 from fleet_server.ingest.pokes import LONGEST_SPREAD_S
 from fleet_server.journal import Journal
-from fleet_server.live import Hub
+from fleet_server.live import Hub, SharedHub
 from fleet_server.metrics import Metrics, Sample
 from fleet_server.releases.catalogue import Catalogue
 from fleet_server.releases.key_changes import KeyChanges
-from fleet_server.releases.online_keys import OnlineKeys
+from fleet_server.releases.online_keys import NoKeys, OnlineKeys
 from fleet_server.releases.repository import Repository
 from fleet_server.releases.trust import Trust
 from fleet_server.rollouts.assignment import FleetAssignment
@@ -38,23 +43,55 @@ from fleet_server.rollouts.retention import Retention
 from fleet_server.rollouts.views import Views
 from fleet_server.sign_in import SignIns, WrongTokens
 from fleet_server.status import Status
+from fleet_server.storage import once
 from fleet_server.storage.blobs import Blobs
-from fleet_server.storage.database import Database
+from fleet_server.storage.database import Database, DatabaseError
+from fleet_server.storage.documents import Documents, FolderDocuments, StoredDocuments
 from fleet_server.storage.object_store import shelf_of
 
 _log = logging.getLogger(__name__)
 
 
+SEVERAL = (
+    "this fleet's server runs as several processes, and what it signs is in its database: run `edge-fleet decide`, `ingest` and `api`, not this. "
+    "`edge-fleet gather FOLDER` makes one process of them again"
+)
+
+
+class Shared(msgspec.Struct, frozen=True):
+    """What one of several processes is made with. `signs`: whether this one has the keys."""
+
+    database: Database
+    documents: StoredDocuments
+    hub: SharedHub
+    signs: bool
+
+
 class Fleet:
     """Every part that works on one data folder, without the processes and sockets around them."""
 
-    def __init__(self, folder: Folder, config: FleetConfig, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, folder: Folder, config: FleetConfig, clock: Callable[[], float] = time.time, *, shared: Shared | None = None
+    ) -> None:
+        """`shared`: what it is given as one of several processes.
+
+        Raises: NotFound, Invalid (keys), DatabaseError; Unavailable when the fleet's server is several processes and this is none
+        of them.
+        """
         self.folder, self.config = folder, config
-        self.hub, self.metrics = Hub(), Metrics()
-        self.database = Database(folder.database_url(config), must_exist=True)
+        self.metrics = Metrics()
+        self.hub: Hub = shared.hub if shared is not None else Hub()
+        self.database = shared.database if shared is not None else Database(folder.database_url(config), must_exist=True)
+        self.database.at_beginning.append(once.check)
+        documents: Documents = FolderDocuments(folder.repository)
+        if shared is not None:
+            documents = shared.documents
+        elif self.database.is_shared and "documents" in self.database.tables() and StoredDocuments.are_in(self.database):
+            raise Unavailable(SEVERAL, code="several_processes")
         self.authority = Authority(folder.pki)
         self.blobs = Blobs(shelf_of(folder, config.blobs), folder.uploads)
-        self.repository = Repository(folder.metadata, folder.targets, OnlineKeys.read(folder.keys), config.expiry, clock)
+        keys = OnlineKeys.read(folder.keys) if shared is None or shared.signs else NoKeys()
+        self.repository = Repository(documents, keys, config.expiry, clock)
         self.access = Access(self.database, clock, session_s=config.session_s)
         self.journal = Journal(self.database, self.hub, clock, events_kept=config.events_kept)
         self.sign_ins = SignIns(self.database, self.access, self.journal, clock)
@@ -136,15 +173,24 @@ class Fleet:
             device_url=self.config.device_url, broker=self.config.broker_address, spread_s=min(LONGEST_SPREAD_S, spread_s)
         )
 
+    def health(self) -> Health:
+        """Whether requests may be sent here: nobody can be answered without the database."""
+        try:
+            with self.database.reading() as session:
+                session.execute(select(1))
+        except (SQLAlchemyError, DatabaseError) as error:
+            return Health(False, f"the database does not answer: {type(error).__name__}")
+        return Health(True, "")
+
     def close(self) -> None:
         self.database.close()
 
 
 @contextlib.contextmanager
-def locked(folder: Folder) -> Iterator[None]:
-    """Keeps every other server off the folder.  Raises: Unavailable naming the one that has it."""
+def locked(folder: Folder, name: str | None = None) -> Iterator[None]:
+    """Keeps every other server off the folder; with a `name`, of this kind.  Raises: Unavailable naming the one that has it."""
     try:
-        fd = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(folder.root / name if name is not None else folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise Unavailable(f"{folder.root} cannot be used: {error}") from error
     with os.fdopen(fd, "r+") as file:
@@ -153,7 +199,7 @@ def locked(folder: Folder) -> Iterator[None]:
         except BlockingIOError:
             holder = file.read().strip() or "unknown"
             raise Unavailable(
-                f"another edge-fleet serve (process {holder}) works on {folder.root}; stop it first", code="locked"
+                f"another edge-fleet (process {holder}) works on {folder.root}; stop it first", code="locked"
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

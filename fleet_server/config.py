@@ -11,6 +11,7 @@ import yaml
 
 from agent.contract import addresses, names
 from agent.contract.codec import convert
+from fleet_server.process_settings import DecideSettings, Settings
 
 FILE_NAME = "fleet.yaml"
 DAY_S = 86400.0
@@ -22,10 +23,6 @@ RENAMED = {"rollouts.class_stop": "rollouts.exclude_after", "rollouts.class_stop
 
 class ConfigError(ValueError):
     """The configuration cannot be used; the message names the file and the setting."""
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every section: frozen, and a misspelt setting is an error."""
 
 
 class BrokerSettings(Settings, frozen=True, kw_only=True):
@@ -242,6 +239,8 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
     """What is kept, and for how long, see below."""
     blobs: BlobSettings = BlobSettings()
     """Where files of releases are kept, see below."""
+    decide: DecideSettings = DecideSettings()
+    """Where the process that decides is reached, in a server of several processes, see below."""
     database_url: str | None = None
     """Where the database is: `postgresql://USER@HOST/NAME`, and the password in `~/.pgpass`; without it SQLite in the data folder."""
     looks_per_s: float = 50.0
@@ -351,8 +350,9 @@ class Folder:
         self.database = root / "database.sqlite3"
         self.pki = root / "pki"
         self.keys = root / "keys"
-        self.metadata = root / "repository" / "metadata"
-        self.targets = root / "repository" / "targets"
+        self.repository = root / "repository"
+        self.metadata = self.repository / "metadata"
+        self.targets = self.repository / "targets"
         self.blobs = root / "blobs"
         self.uploads = root / "uploads"
         self.broker = root / "broker"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import resource
 import shutil
 import socket
@@ -21,9 +22,12 @@ from fleet_server import descriptors
 from fleet_server.broker import settings as broker_settings
 from fleet_server.config import BrokerSettings, ConfigError, FleetConfig, Folder, load
 from fleet_server.errors import Unavailable
-from fleet_server.storage.database import VERSIONS, Database, newest_revision
+from fleet_server.storage import leadership, processes
+from fleet_server.storage.database import VERSIONS, Database, DatabaseError, newest_revision
+from fleet_server.storage.documents import StoredDocuments
 
 ANSWERS_WITHIN_S = 5.0
+SEVERAL = 2
 PUBLIC = "correct `hosts` or `public` in fleet.yaml, or what stands before the server (docs/how-to/reverse-proxy.md)"
 FREE_FAILED_BYTES, FREE_WARNING_BYTES = 256 * 1024**2, 2 * 1024**3
 """The database and the broker stop storing when the disk is full; a release is often some hundred megabytes."""
@@ -51,6 +55,8 @@ def examine(folder: Folder) -> Iterator[Finding]:
     yield _plugin(config.broker)
     yield _disk(folder)
     yield _database(folder, config)
+    if config.database_url is not None:
+        yield from _several(config.database_url)
     yield from _told(folder, config)
 
 
@@ -177,6 +183,40 @@ def _database(folder: Folder, config: FleetConfig) -> Finding:
     if found != newest_revision():
         return Finding(name, "ok", f"{where}, of an earlier version (schema {found}); the next start brings it along")
     return Finding(name, "ok", f"{where}, schema {found}")
+
+
+def _several(url: str) -> Iterator[Finding]:
+    """The processes, where the server is several."""
+    database = Database(url)
+    try:
+        if not database.is_shared or not database.is_current() or not StoredDocuments.are_in(database):
+            return
+        with database.reading() as session:
+            leader = leadership.current(session)
+            living = [one.process for one in processes.known(session) if not one.process.missing]
+    except (SQLAlchemyError, DatabaseError):
+        return  # said above
+    finally:
+        database.close()
+    if leader is None:
+        yield Finding(
+            "leader",
+            "failed",
+            "no process leads",
+            "start `edge-fleet decide` where the keys are; its log says why it does not lead",
+        )
+    else:
+        since = dt.datetime.fromtimestamp(leader.since).astimezone().isoformat(" ", "seconds")
+        yield Finding("leader", "ok", f"{leader.holder} leads with number {leader.number} since {since}, at {leader.address}")
+    kinds = {kind: sum(one.kind == kind for one in living) for kind in ("api", "ingest", "decide")}
+    message = "; ".join(f"{count} × {kind}" for kind, count in kinds.items())
+    missing = [kind for kind, count in kinds.items() if not count]
+    if missing:
+        yield Finding("processes", "failed", message, "start " + ", ".join(f"`edge-fleet {kind}`" for kind in missing))
+    elif kinds["api"] < SEVERAL or kinds["decide"] < SEVERAL:
+        yield Finding("processes", "warning", message, "run two of api and two of decide, so that one may end")
+    else:
+        yield Finding("processes", "ok", message)
 
 
 def _revision_in_file(path: Path) -> str | None:

@@ -42,6 +42,7 @@ class Housekeeping:
         self.removed["releases"] += self._retention.apply()
         self._rows("events", lambda: self._journal.prune_events(ROWS))
         self._rows("audit", lambda: self._journal.prune_audit(now - self._keep.audit_s, ROWS))
+        self._journal.forget_requests(now)
 
     def _rows(self, what: str, prune: Callable[[], int]) -> None:
         for _ in range(BATCHES):

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from agent.contract.reports import Event
 from fleet_server.access import Actor
 from fleet_server.live import Change, Hub
+from fleet_server.storage import once
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import AuditRow, EventRow
 
@@ -164,6 +165,11 @@ class Journal:
             oldest = select(AuditRow.seq).order_by(AuditRow.seq).limit(rows).subquery()
             query = delete(AuditRow).where(AuditRow.seq.in_(select(oldest.c.seq)), AuditRow.at < before)
             return session.execute(query).rowcount  # type: ignore[no-any-return,attr-defined]
+
+    def forget_requests(self, now: float) -> None:
+        """Forgets which requests were done, after a day."""
+        with self._database.session() as session:
+            once.forget(session, now)
 
     def audited(self, *, before: int | None = None, limit: int = 100) -> list[AuditView]:
         """Changes, the newest first."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
+from sqlalchemy.exc import SQLAlchemyError
+
+from fleet_server.storage.signals import Signals
+
+_log = logging.getLogger(__name__)
 
 PER_ACCOUNT = 16  # readers: a stream is never ended to make room, so they must not take all there is; a page open needs one
 MAX_WAITING = 1000  # a reader that is slower is dropped; it connects again and asks for what it missed
@@ -83,3 +89,52 @@ class Hub:
             readers = list(self._readers)
         for reader in readers:
             reader.offer(None)
+
+
+class SharedHub(Hub):
+    """Messages to the readers of every process: what is told here is called out, and told where it is heard, here too.
+
+    Events are read from the database when somebody says that there are new ones, in their order and once.
+    """
+
+    def __init__(self, signals: Signals) -> None:
+        super().__init__()
+        self._signals = signals
+        self.read: Callable[[int | None], list[Any]] = lambda _: []
+        """The events after that number, a bounded number of them; without a number the newest ones. In their order."""
+        self._last: int | None = None
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._relay, name="live", daemon=True)
+        signals.on("change", lambda about: self._to_readers(Change(about)))
+        signals.on("events", lambda _: self._wake.set())
+        signals.on_again("events", self._wake.set)
+
+    def start(self) -> None:
+        """From now on what happens is told to readers here."""
+        self._thread.start()
+
+    def tell(self, message: Any) -> None:
+        self._signals.send(*(("change", message.what) if isinstance(message, Change) else ("events", "")))
+
+    def close(self) -> None:
+        super().close()
+        self._wake.set()
+
+    def _to_readers(self, message: Any) -> None:
+        super().tell(message)
+
+    def _relay(self) -> None:
+        while not self.closed:
+            try:
+                new = self.read(self._last)
+            except SQLAlchemyError as error:
+                _log.debug("events cannot be read now: %s", error)
+                self._wake.wait(1.0)
+                continue
+            if self._last is not None:
+                for event in new:
+                    self._to_readers(event)
+            self._last = new[-1].seq if new else self._last or 0
+            if not new:
+                self._wake.wait()
+                self._wake.clear()

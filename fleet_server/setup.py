@@ -21,6 +21,7 @@ from fleet_server.releases import keys
 from fleet_server.releases.online_keys import OnlineKeys
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.database import Database, DatabaseError
+from fleet_server.storage.documents import FolderDocuments
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -52,8 +53,7 @@ def init(folder: Folder, config: FleetConfig, *, offline_keys: Path, profile: Pa
     addresses = Addresses(device_url=config.device_url, broker=config.broker_address, since=time.time())
     empty = Assignment(fleet=config.fleet, version=1, models={}, addresses=addresses)
     Repository.create(
-        folder.metadata,
-        folder.targets,
+        FolderDocuments(folder.repository),
         online,
         config.expiry,
         time.time,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
 
 import msgspec
 
@@ -16,6 +17,7 @@ from fleet_server.ingest.intake import Intake
 from fleet_server.releases.online_keys import ONLINE
 from fleet_server.releases.repository import Repository
 from fleet_server.releases.trust import WARN_BEFORE_S
+from fleet_server.storage.processes import ProcessView
 
 NAMED = 5  # devices in a warning
 RESTORED_SAID_S = 30 * 86400.0  # for how long it is said that the server was restored
@@ -28,9 +30,31 @@ class Messages(msgspec.Struct, frozen=True):
     dropped: dict[str, int]
 
 
+class LeaderView(msgspec.Struct, frozen=True):
+    """The process that decides and signs, with its fencing number, and since when."""
+
+    number: int
+    process: str
+    since: float
+
+
+class Several(Protocol):
+    """What is known of the processes, where the server is several."""
+
+    def leading(self) -> LeaderView | None: ...
+
+    def processes(self) -> list[ProcessView]: ...
+
+    def connected(self) -> bool: ...
+
+    def messages(self) -> Messages: ...
+
+    def paused(self) -> list[str]: ...
+
+
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     """How the server is. `expires`: when each role's signature ends; `warnings`: what a person must do something about, and
-    what.
+    what. `processes`: of a server that is several, and `leader`: which of them decides; empty and null for `edge-fleet serve`.
     """
 
     fleet: str
@@ -43,6 +67,8 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     expires: dict[str, float]
     messages: Messages
     warnings: list[str]
+    leader: LeaderView | None
+    processes: list[ProcessView]
 
 
 def software_version() -> str:
@@ -63,6 +89,7 @@ class Status:
         self._config, self._authority, self._repository = config, authority, repository
         self._survey, self._intake, self._clock = survey, intake, clock
         self._started = clock()
+        self.several: Several | None = None
         self.broker_connected: Callable[[], bool] = lambda: False
         self.live_revocation = True
         self.paused: Callable[[], list[str]] = list
@@ -72,22 +99,48 @@ class Status:
         """Of when the backup is that this server was restored from, and when it was restored."""
 
     def view(self) -> StatusView:
-        expires = self._repository.expirations()
+        expires, several = self._repository.expirations(), self.several
+        messages = Messages(self._intake.accepted, dict(self._intake.dropped)) if several is None else several.messages()
         return StatusView(
             fleet=self._config.fleet, version=software_version(), started=self._started, devices=self._survey.count(),
-            broker_connected=self.broker_connected(), ca_sha256=self._authority.fingerprint, device_url=self._config.device_url,
-            expires=expires, messages=Messages(self._intake.accepted, dict(self._intake.dropped)), warnings=self._warnings(expires),
+            broker_connected=self._is_connected(), ca_sha256=self._authority.fingerprint, device_url=self._config.device_url,
+            expires=expires, messages=messages, warnings=self._warnings(expires),
+            leader=several.leading() if several is not None else None, processes=several.processes() if several is not None else [],
         )  # fmt: skip
+
+    def _is_connected(self) -> bool:
+        return self.broker_connected() if self.several is None else self.several.connected()
+
+    def _of_processes(self) -> list[str]:
+        """What is wrong with the processes of a server that is several."""
+        if self.several is None:
+            return [] if self._is_connected() else ["the broker is not connected; its log lines stand in the server's log"]
+        found = []
+        if self.several.leading() is None:
+            found.append(
+                "no `edge-fleet decide` leads: rollouts stand still, nothing is signed, and changes are refused; start one"
+            )
+        if not self.several.connected():
+            found.append(
+                "no `edge-fleet ingest` is connected to the broker, so nothing that devices say is stored; see its log"
+            )
+        known = self.several.processes()
+        living = [one for one in known if not one.missing]
+        return found + [
+            f"{one.id} ended without saying so, and no other {one.kind} began on that machine since; it is forgotten after an hour"
+            for one in known
+            if one.missing and not any(other.place == one.place and other.since > one.seen for other in living)
+        ]
 
     def _warnings(self, expires: dict[str, float]) -> list[str]:
         """What a person must do something about, and what."""
-        found = [] if self.broker_connected() else ["the broker is not connected; its log lines stand in the server's log"]
+        found = self._of_processes()
         if not self.live_revocation:
             found.append(
                 "mosquitto's dynamic-security plug-in was not found, so revoking a device restarts the broker for everybody and a device "
                 "that floods is not thrown off: install it, or name the file in fleet.yaml under broker: dynamic_security:"
             )
-        if paused := self.paused():
+        if paused := self.paused() if self.several is None else self.several.paused():
             found.append(
                 f"{_some(Some(len(paused), paused[:NAMED]))} sent or asked for more than a device may, and the broker takes nothing of them for a while: see what runs there, and revoke what is not "
                 "yours"

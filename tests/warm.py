@@ -29,7 +29,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-LOADED = ("fleet_server.running", "fleet_server.setup", "fleet_server.cli", "agent.cli", "agent.sync.app")
+LOADED = (
+    "fleet_server.running",
+    "fleet_server.processes.api",
+    "fleet_server.processes.decide",
+    "fleet_server.setup",
+    "fleet_server.cli",
+    "agent.cli",
+    "agent.sync.app",
+)
 """What the process has imported. No inference engine: they start threads, which a fork does not take along."""
 
 MAX_BYTES = 1024 * 1024

@@ -63,14 +63,11 @@ LateCaller = Annotated[str, Depends(late_caller)]
 
 
 def metadata(request: Request, name: str, _caller: Caller) -> Response:
-    path = _fleet(request).repository.metadata_path(name)
-    headers = {"Cache-Control": documents.cache_of(name)}
-    return _file(path if path is not None and path.is_file() else None, f"metadata {name!r}", "application/json", headers)
+    return _document(request, _fleet(request).repository.metadata.served(name), f"metadata {name!r}")
 
 
 def target(request: Request, name: str, _caller: Caller) -> Response:
-    path = _fleet(request).repository.served_target(name)
-    return _file(path, f"target {name!r}", "application/json", {"Cache-Control": documents.IMMUTABLE})
+    return _document(request, _fleet(request).repository.targets.served(name), f"target {name!r}")
 
 
 def blob(request: Request, sha256: str, _caller: Caller) -> Response:
@@ -119,6 +116,19 @@ def build(fleet: Parts) -> ASGIApp:
 def _fleet(request: Request) -> Parts:
     fleet: Parts = request.app.state.fleet
     return fleet
+
+
+def _document(request: Request, name: str | None, what: str) -> Response:
+    """What is too large to be answered by `documents`, or was not to be had there."""
+    stored, kind = _fleet(request).repository.documents, "application/json"
+    if name is None:
+        raise NotFound(f"there is no {what}")
+    headers = {"Cache-Control": documents.cache_of(name)}
+    if (path := stored.local(name)) is not None:
+        return _file(path, what, kind, headers)
+    if (data := stored.read(name)) is None:
+        raise NotFound(f"there is no {what}")
+    return Response(data, media_type=kind, headers={**headers, "ETag": documents.of(data, "").etag})
 
 
 def _file(path: Path | None, what: str, kind: str, headers: dict[str, str] | None = None) -> Response:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
-from pathlib import Path
+import threading
+from collections.abc import Hashable
 from typing import Protocol
 
 import msgspec
@@ -55,11 +55,13 @@ class Parts(Protocol):
 
 
 class Documents:
-    """An ASGI application before another one. Everything but `__call__` is for the event loop's thread."""
+    """An ASGI application before another one."""
 
     def __init__(self, parts: Parts, behind: ASGIApp) -> None:
         self._inventory, self._repository, self._behind = parts.inventory, parts.repository, behind
-        self._kept: dict[Path, tuple[tuple[int, int, int], Document]] = {}
+        self._documents = parts.repository.documents
+        self._kept: dict[str, tuple[Hashable, Document]] = {}
+        self._lock = threading.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -96,38 +98,45 @@ class Documents:
                 device = await asyncio.to_thread(admission.look_up, scope["state"], self._inventory)
             if path == RECORD_PATH:
                 return of(await asyncio.to_thread(self._inventory.record, device), ASK_AGAIN_ALONE)
-            return self._file(path)
+            name = self._name_of(path)
+            if name is None or self._documents.at_hand(name):
+                return self._document(path, name)
+            return await asyncio.to_thread(self._document, path, name)
         except NotFound:
             raise
         except (FleetError, SQLAlchemyError, OSError):
             return None  # it fails again there, and is told in words
 
-    def _file(self, path: str) -> Document | None:
+    def _name_of(self, path: str) -> str | None:
+        """The name of the document at that path; None when there is none that this answers."""
         if path.startswith(METADATA_PATH):
-            file = self._repository.metadata_path(path.removeprefix(METADATA_PATH))
-        elif path.startswith(TARGETS_PATH):
-            file = self._repository.served_target(path.removeprefix(TARGETS_PATH))
-        else:
+            return self._repository.metadata.served(path.removeprefix(METADATA_PATH))
+        if path.startswith(TARGETS_PATH):
+            return self._repository.targets.served(path.removeprefix(TARGETS_PATH))
+        return None
+
+    def _document(self, path: str, name: str | None) -> Document | None:
+        """None when it is for the application behind.  Raises: NotFound."""
+        if name is None and path.startswith(BLOBS_PATH):
             return None
-        try:
-            stat = file.stat() if file is not None else None
-        except FileNotFoundError:
-            stat = None
-        if file is None or stat is None:
+        identity = self._documents.identity(name) if name is not None else None
+        if name is None or identity is None:
             raise NotFound(f"there is no {path.removeprefix('/')!r}")
-        identity = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        kept = self._kept.get(file)
+        kept = self._kept.get(name)
         if kept is not None and kept[0] == identity:
             return kept[1]
-        return self._read(file) if stat.st_size <= WHOLE_BYTES else None
+        size = self._documents.size(name)
+        return self._read(name, identity) if size is not None and size <= WHOLE_BYTES else None
 
-    def _read(self, file: Path) -> Document:
-        with file.open("rb") as opened:
-            stat = os.fstat(opened.fileno())
-            found = of(opened.read(), cache_of(file.name))
-        while len(self._kept) >= KEPT:
-            del self._kept[next(iter(self._kept))]
-        self._kept[file] = ((stat.st_mtime_ns, stat.st_size, stat.st_ino), found)
+    def _read(self, name: str, identity: Hashable) -> Document | None:
+        data = self._documents.read(name)
+        if data is None:
+            return None
+        found = of(data, cache_of(name))
+        with self._lock:
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[name] = (identity, found)
         return found
 
 
@@ -136,8 +145,8 @@ def of(data: bytes, cache: str) -> Document:
 
 
 def cache_of(name: str) -> str:
-    """What caches may do with a file of metadata or targets of this name."""
-    return ASK_AGAIN if name == "timestamp.json" else IMMUTABLE
+    """What caches may do with a document of metadata or targets of this name."""
+    return ASK_AGAIN if name == "metadata/timestamp.json" else IMMUTABLE
 
 
 def is_known(scope: Scope, etag: str) -> bool:

@@ -70,6 +70,11 @@ def answer(status: int, text: str, code: str) -> Response:
     return Response(msgspec.json.encode(ErrorAnswer(text, code)), status, headers, media_type="application/json")
 
 
+def json(data: bytes) -> Response:
+    """What is JSON already."""
+    return Response(data, media_type="application/json")
+
+
 def install(app: FastAPI, *, unlimited: str | None = None, renamed: Mapping[str, str] | None = None) -> None:
     """Error answers, limits and headers. Paths that begin with `unlimited` may receive bodies of any length. `renamed`:
     beginnings of paths that were called otherwise → what they are called now.

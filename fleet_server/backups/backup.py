@@ -24,6 +24,7 @@ from fleet_server.releases.metadata_files import RepositoryDamaged
 from fleet_server.releases.online_keys import OnlineKeys
 from fleet_server.releases.repository import Repository
 from fleet_server.status import software_version
+from fleet_server.storage.documents import FolderDocuments
 
 TRIES = 5  # a running server may change what is copied
 
@@ -103,7 +104,7 @@ class Backup:
     def _checked(self, config: FleetConfig, clock: Callable[[], float]) -> Repository:
         """The copied repository.  Raises: RepositoryDamaged, Unavailable when it was copied in the middle of a change."""
         keys = OnlineKeys.read(self._copy.keys)
-        repository = Repository(self._copy.metadata, self._copy.targets, keys, config.expiry, clock)
+        repository = Repository(FolderDocuments(self._copy.repository), keys, config.expiry, clock)
         repository.check()
         root = repository.root_role().signed
         if not all(keys.holds(role, root.roles[role].keyids) for role in ("snapshot", "timestamp")):

@@ -17,6 +17,7 @@ from fleet_server.cli import (
     exclusion,
     journal,
     keys,
+    processes,
     release,
     rollout,
     server,
@@ -46,7 +47,8 @@ def main(profile: Path | None) -> None:
 
 
 for command in (
-    server.init, server.serve, server.doctor, server.renew_root, backup.backup, backup.restore,
+    server.init, server.serve, processes.api, processes.ingest, processes.decide, processes.gather,
+    server.doctor, server.renew_root, backup.backup, backup.restore,
     release.publish, release.release, release.withdraw, release.reinstate,
     keys.keys, keys.publisher,
     rollout.rollout, rollout.rollback, exclusion.exclusion, bundle.bundle, simulate.simulate,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -13,6 +15,10 @@ from fleet_server.cli import tables
 from fleet_server.cli.command import EXIT_FAILED, Command, connected, profile_path, reports_errors, show, with_json
 from fleet_server.cli.signing import new_secret, signer
 from fleet_server.errors import Unavailable
+
+log_level = click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+)
 
 
 def _checked(_ctx: click.Context, _param: click.Parameter, hosts: tuple[str, ...]) -> tuple[str, ...]:
@@ -100,7 +106,7 @@ def init(
 
 @click.command(cls=Command)
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
+@log_level
 @reports_errors
 def serve(folder: Path, log_level: str) -> None:
     """Runs the fleet server: operators' and devices' listeners, broker, dashboard. Ends cleanly on SIGTERM or Ctrl-C.
@@ -109,15 +115,28 @@ def serve(folder: Path, log_level: str) -> None:
     """
     from fleet_server import running
     from fleet_server.config import Folder
-    from fleet_server.releases.metadata_files import RepositoryDamaged
-    from fleet_server.storage.database import DatabaseError
 
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log_to_stderr(log_level)
+    with servers_errors():
+        running.serve(Folder(folder.absolute()))
+
+
+def log_to_stderr(level: str) -> None:
+    """As a process of the server logs."""
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
     logging.getLogger("tuf").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def servers_errors() -> Iterator[None]:
+    """Raises: Unavailable for what a process of the server cannot work with."""
+    from fleet_server.releases.metadata_files import RepositoryDamaged
+    from fleet_server.storage.database import DatabaseError
+
     try:
-        running.serve(Folder(folder.absolute()))
+        yield
     except (RepositoryDamaged, DatabaseError) as error:
         raise Unavailable(str(error)) from error
 

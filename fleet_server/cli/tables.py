@@ -299,6 +299,15 @@ def status(s: dict[str, Any]) -> None:
     console.print(f"broker  {'connected' if s['broker_connected'] else 'NOT CONNECTED'}   devices at {safe(s['device_url'])}")
     console.print(f"messages {s['messages']['accepted']} accepted, dropped: {safe(s['messages']['dropped'] or 'none')}")
     console.print(f"devices {s['devices']['online']} of {s['devices']['total']} online, {s['devices']['trouble']} in trouble")
+    for one in s.get("processes", ()):
+        leads = s["leader"] is not None and s["leader"]["process"] == one["id"]
+        said = (
+            f"leads with number {s['leader']['number']} since {moment(s['leader']['since'])}"
+            if leads
+            else f"up since {moment(one['since'])}"
+        )
+        said = f"said nothing since {moment(one['seen'])}" if one["missing"] else said
+        console.print(f"  {safe(one['kind']):<7} {safe(one['id'])}  {said}")
     for warning in s["warnings"]:
         console.print(f"[bold red]warning[/bold red] {safe(warning)}")
     for role, at in s["expires"].items():

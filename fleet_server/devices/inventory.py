@@ -55,9 +55,13 @@ class Inventory:
         self.shut_out = 0
         """How often devices were shut out since this process began: who was let in before is looked up again."""
         self.link: Link | None = None
+        self.on_crl: Callable[[], None] = lambda: None
+        """Told when the list of revoked certificates was written."""
         self.on_groups_changed: Callable[[], None] = lambda: None
         self.adopt: Callable[[x509.Certificate], bool] = lambda _: False
         """Makes a certificate known that was issued and forgotten; whether it did."""
+        self.record_elsewhere: Callable[[str], bytes] | None = None
+        """Gets a record that is to be signed again, where this process signs nothing."""
         self.heard_since: Callable[[], float] = lambda: 0.0
         """Since when devices could be heard without a break; now while they cannot."""
         self.silence_s = config.rollouts.silence_s
@@ -174,6 +178,7 @@ class Inventory:
             query = select(Certificate.serial).where(Certificate.revoked.is_not(None), Certificate.expires > self._clock())
             serials = [int(serial, 16) for serial in session.scalars(query)]
         self._authority.write_crl(serials)
+        self.on_crl()
 
     # -- certificates and records ------------------------------------------------------------------------------------------
 
@@ -251,6 +256,8 @@ class Inventory:
         record, expires = found or (None, 0.0)
         current = record is not None and self._repository.record_keyid in record
         if not current or expires - now < self._config.expiry.record_s / 2:
+            if self.record_elsewhere is not None:
+                return self.record_elsewhere(device)
             with self._database.session() as session:
                 row = _row(session, device)
                 row.serial += 1

@@ -6,6 +6,7 @@ ECDSA P-256 throughout. A device's certificate says its id in the CN and may onl
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import hashlib
 import ipaddress
 from pathlib import Path
@@ -18,7 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from agent.common import files
 from agent.contract import names
-from fleet_server.errors import Invalid
+from fleet_server.errors import Invalid, Unavailable
 
 SERVER_CN = "fleet-server"
 RESERVED_IDS = frozenset({SERVER_CN, "all"})
@@ -44,10 +45,17 @@ class Authority:
         self.crl = folder / "crl.pem"
         self.ca_pem = self.ca_path.read_bytes()
         self.ca = x509.load_pem_x509_certificate(self.ca_pem)
-        key = serialization.load_pem_private_key(self._ca_key_path.read_bytes(), None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        self._key = key
         self._listed = dt.datetime.min.replace(tzinfo=dt.timezone.utc)  # when the last revocation list says it was written
+
+    @functools.cached_property
+    def _key(self) -> ec.EllipticCurvePrivateKey:
+        """Processes that certify nobody have none.  Raises: Unavailable."""
+        try:
+            key = serialization.load_pem_private_key(self._ca_key_path.read_bytes(), None)
+        except FileNotFoundError:
+            raise Unavailable(f"{self._ca_key_path} is not here, so this process certifies nobody", code="no_key") from None
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return key
 
     @classmethod
     def create(cls, folder: Path, fleet: str, hosts: tuple[str, ...]) -> Authority:

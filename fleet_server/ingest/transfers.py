@@ -19,7 +19,6 @@ from agent.contract import topics, transfers
 from agent.contract.codec import ContractError, decode
 from agent.contract.transfers import Ask, Part, Status
 from fleet_server.devices.inventory import Inventory
-from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import FleetError
 from fleet_server.ingest.fair_queue import FairQueue, Room
 from fleet_server.ingest.taken import Taken
@@ -40,6 +39,14 @@ class Sent(Protocol):
     def wait_for_publish(self, timeout: float | None = None) -> None: ...
 
 
+class RenewalsAsked(Protocol):
+    """Makes certificates for devices that ask over the broker."""
+
+    def certificate(self, device: str, request: str) -> bytes:
+        """The device's new certificate, PEM.  Raises: FleetError."""
+        ...
+
+
 Send = Callable[[str, bytes], Sent]
 
 
@@ -51,7 +58,7 @@ class _Asked(msgspec.Struct):
 class TransferAnswers:
     """Runs one thread between `start` and `stop`. `ask` is for any thread and never blocks."""
 
-    def __init__(self, blobs: Blobs, repository: Repository, inventory: Inventory, renewals: Renewals) -> None:
+    def __init__(self, blobs: Blobs, repository: Repository, inventory: Inventory, renewals: RenewalsAsked) -> None:
         self._blobs, self._repository, self._inventory, self._renewals = blobs, repository, inventory, renewals
         self._waiting: FairQueue[_Asked] = FairQueue(share=WAITING, limit=WAITING, limit_bytes=WAITING_BYTES)
         self._stopping = threading.Event()
@@ -130,8 +137,12 @@ class TransferAnswers:
         if ask.thing == "blob":
             return self._blobs.open(ask.name)
         target = ask.thing == "target"
-        path = self._repository.served_target(ask.name) if target else self._repository.metadata_path(ask.name)
-        return open_file(path) if path is not None and path.is_file() else None
+        name = self._repository.targets.served(ask.name) if target else self._repository.metadata.served(ask.name)
+        if name is None:
+            return None
+        documents = self._repository.documents
+        path = documents.local(name)
+        return open_file(path) if path is not None else documents.read(name)
 
 
 def _reader(found: Opened | bytes, stack: contextlib.ExitStack) -> tuple[Callable[[int, int], bytes], int]:

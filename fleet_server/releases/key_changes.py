@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from securesystemslib.signer import Key, Signer  # type: ignore[attr-defined]
 from tuf.api.metadata import Root, Targets  # type: ignore[attr-defined]
 
-from agent.common import files
 from fleet_server.errors import Refused
 from fleet_server.releases import key_change, key_rules
 from fleet_server.releases.delegations import ASSIGNMENTS, RELEASES
@@ -16,13 +15,14 @@ from fleet_server.releases.key_draft import Draft
 from fleet_server.releases.online_keys import ONLINE
 from fleet_server.releases.repository import Repository
 
+UNDER_WAY = "change-under-way.json"
+
 
 class KeyChanges:
-    """Drafts and applies changes of one repository. A change that was begun is kept in a file, for the next start."""
+    """Drafts and applies changes of one repository. A change that was begun is kept among the documents, for the next start."""
 
     def __init__(self, repository: Repository, clock: Callable[[], float]) -> None:
         self._repository, self._clock = repository, clock
-        self._under_way = repository.metadata.folder.parent / "change-under-way.json"
 
     def draft(self) -> Draft:
         """What is in force, to be changed and signed offline."""
@@ -48,16 +48,15 @@ class KeyChanges:
                         "replaced it; propose the change anew",
                         code="unknown_online_key",
                     )
-            files.write(self._under_way, key_change.write(change))
+            repository.documents.write(UNDER_WAY, key_change.write(change))
             self._carry_out(opened)
             return opened
 
     def finish(self) -> bool:
         """Carries out a change that an interrupted server had begun. Whether there was one."""
         with self._repository.lock:
-            try:
-                data = self._under_way.read_bytes()
-            except FileNotFoundError:
+            data = self._repository.documents.read(UNDER_WAY)
+            if data is None:
                 return False
             self._carry_out(Opened(key_change.read(data)))
             return True
@@ -89,6 +88,12 @@ class KeyChanges:
         """Every step can be done again. A device that asks between two of them is told to try later by a signature that does
         not fit.
         """
+        with self._repository.documents.together():
+            self._sign(opened)
+        self._repository.online.keys.keep()
+        self._repository.documents.remove(UNDER_WAY, durably=True)
+
+    def _sign(self, opened: Opened) -> None:
         metadata, online = self._repository.metadata, self._repository.online
         changed: dict[str, int] = {}
         documents = {**opened.roles, **({"targets": opened.targets} if opened.targets is not None else {})}
@@ -101,9 +106,6 @@ class KeyChanges:
         if opened.root is not None:
             metadata.write_role("root", opened.root)
         online.advance({**changed, f"{ASSIGNMENTS}.json": version})
-        online.keys.keep()
-        self._under_way.unlink(missing_ok=True)
-        files.sync_directory(self._under_way.parent)
 
 
 def _online_keyids(root: Root, targets: Targets) -> dict[str, list[str]]:

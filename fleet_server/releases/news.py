@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tuf.api.metadata import TargetFile  # type: ignore[attr-defined]
-
 from agent.contract.assignment import ASSIGNMENT_TARGET, Assignment, read_assignment
 from agent.contract.names import ReleaseRef
 from agent.contract.news import RECORD, pack_what_fits
@@ -40,7 +38,7 @@ def _needed(repository: Repository) -> dict[str, bytes]:
     names.append(f"{metadata.version(ASSIGNMENTS)}.{ASSIGNMENTS}.json")
     documents = {f"metadata/{name}": metadata.data(name) for name in names}
     info = metadata.role(ASSIGNMENTS).signed.targets[ASSIGNMENT_TARGET]
-    return {**documents, _where(repository, info): repository.target_bytes(info)}
+    return {**documents, repository.targets.name(info): repository.target_bytes(info)}
 
 
 def _useful(repository: Repository) -> Iterator[tuple[str, bytes]]:
@@ -53,7 +51,7 @@ def _useful(repository: Repository) -> Iterator[tuple[str, bytes]]:
         yield f"metadata/{role.signed.version}.{found}.json", repository.role_bytes(found)
         info = role.signed.targets.get(ReleaseRef(model, number).target_path) if number is not None else None
         if info is not None:
-            yield _where(repository, info), repository.target_bytes(info)
+            yield repository.targets.name(info), repository.target_bytes(info)
 
 
 def _brought(assignment: Assignment) -> Iterator[tuple[str, int | None]]:
@@ -63,8 +61,3 @@ def _brought(assignment: Assignment) -> Iterator[tuple[str, int | None]]:
     for model, rules in assignment.models.items():
         if rules.withdrawn:
             yield model, None
-
-
-def _where(repository: Repository, info: TargetFile) -> str:
-    """The path at which devices find a target."""
-    return f"targets/{repository.targets.path(info).relative_to(repository.targets.folder)}"

@@ -13,18 +13,29 @@ from pathlib import Path
 from securesystemslib.signer import CryptoSigner, Key  # type: ignore[attr-defined]
 
 from agent.common import files
-from fleet_server.errors import FleetError, Refused
+from fleet_server.errors import FleetError, Refused, Unavailable
 from fleet_server.releases import keys
 
 ONLINE = ("assignments", "snapshot", "timestamp")
 
 
 class OnlineKeys:
-    """`assignments`, `snapshot`, `timestamp`: the signers in use."""
+    """The signers in use."""
 
     def __init__(self, folder: Path, signers: dict[str, CryptoSigner]) -> None:
-        self._folder = folder
-        self._use(signers)
+        self._folder, self._signers = folder, signers
+
+    @property
+    def assignments(self) -> CryptoSigner:
+        return self._signer("assignments")
+
+    @property
+    def snapshot(self) -> CryptoSigner:
+        return self._signer("snapshot")
+
+    @property
+    def timestamp(self) -> CryptoSigner:
+        return self._signer("timestamp")
 
     @classmethod
     def create(cls, folder: Path) -> OnlineKeys:
@@ -62,7 +73,7 @@ class OnlineKeys:
                 "it was made elsewhere, or a later proposal replaced it; propose the change anew",
                 code="unknown_online_key",
             )
-        self._use({role: signer for role, signer in found.items() if signer is not None})
+        self._signers = {role: signer for role, signer in found.items() if signer is not None}
 
     def keep(self) -> None:
         """Makes the keys in use the ones on disk, and forgets what they replaced.  Raises: OSError."""
@@ -72,9 +83,8 @@ class OnlineKeys:
                 path.replace(self._folder / f"{role}.key")
         files.sync_directory(self._folder)
 
-    def _use(self, signers: dict[str, CryptoSigner]) -> None:
-        self._signers = signers
-        self.assignments, self.snapshot, self.timestamp = (signers[role] for role in ONLINE)
+    def _signer(self, role: str) -> CryptoSigner:
+        return self._signers[role]
 
     def _find(self, role: str, keyids: Iterable[str]) -> CryptoSigner | None:
         accepted = set(keyids)
@@ -86,3 +96,20 @@ class OnlineKeys:
             if signer.public_key.keyid in accepted:
                 return signer
         return None
+
+
+class NoKeys(OnlineKeys):
+    """Of a process that signs nothing.  Raises: Unavailable whenever one is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), {})
+
+    def propose(self, roles: Iterable[str]) -> dict[str, Key]:
+        raise _absent(", ".join(roles))
+
+    def _signer(self, role: str) -> CryptoSigner:
+        raise _absent(role)
+
+
+def _absent(role: str) -> Unavailable:
+    return Unavailable(f"this process has no key for {role}: `edge-fleet decide` signs", code="no_key")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import msgspec
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
@@ -38,8 +37,8 @@ class OnlineRoles:
         clock: Callable[[], float],
     ) -> None:
         self._metadata, self._targets, self.keys, self.expiry, self._clock = metadata, targets, keys, expiry, clock
-        self._documents: dict[str, Path] = {}
-        """The file of a version of assignments → the document that it signs, of those that are known."""
+        self._documents: dict[str, str] = {}
+        """A version of assignments → the name of the target that it signs, of those that are known."""
 
     # -- what is in force --------------------------------------------------------------------------------------------------
 
@@ -47,7 +46,7 @@ class OnlineRoles:
         """The target that the assignments role lists."""
         role = self._metadata.role(ASSIGNMENTS).signed
         info = role.targets[ASSIGNMENT_TARGET]
-        self._documents[f"{role.version}.{ASSIGNMENTS}.json"] = self._targets.path(info)
+        self._documents[f"{role.version}.{ASSIGNMENTS}.json"] = self._targets.name(info)
         return info
 
     def assignment_bytes(self) -> bytes:
@@ -66,7 +65,7 @@ class OnlineRoles:
         self._targets.write(info, document)
         expires = self.ends(self.expiry.assignments_s)
         self._sign(ASSIGNMENTS, Metadata(Targets(version=version, expires=expires, targets={ASSIGNMENT_TARGET: info})))
-        self._documents[f"{version}.{ASSIGNMENTS}.json"] = self._targets.path(info)
+        self._documents[f"{version}.{ASSIGNMENTS}.json"] = self._targets.name(info)
         return version
 
     def advance(self, changed: dict[str, int]) -> None:
@@ -100,21 +99,26 @@ class OnlineRoles:
         timestamp.sign(self.keys.timestamp)
         self._metadata.write("timestamp.json", timestamp)
 
-    def renew(self, oldest_s: float | None) -> list[str]:
-        """Signs again what has less than half of its time left, and a timestamp that is older than `oldest_s`; which roles."""
+    def due(self, oldest_s: float | None) -> list[str]:
+        """The roles that are to be signed again: what has less than half of its time left, and a timestamp older than `oldest_s`."""
         now = self._clock()
         if self._metadata.role(ASSIGNMENTS).signed.expires.timestamp() - now < self.expiry.assignments_s / 2:
-            self.assign(self.assignment_bytes())
             return [ASSIGNMENTS, "snapshot", "timestamp"]
         if self._metadata.snapshot().signed.expires.timestamp() - now < self.expiry.snapshot_s / 2:
-            self.advance({})
             return ["snapshot", "timestamp"]
         timestamp = self._metadata.timestamp().signed
         too_old = oldest_s is not None and now - float(timestamp.unrecognized_fields.get(ISSUED_FIELD, 0)) >= oldest_s
-        if too_old or timestamp.expires.timestamp() - now < self.expiry.timestamp_s / 2:
+        return ["timestamp"] if too_old or timestamp.expires.timestamp() - now < self.expiry.timestamp_s / 2 else []
+
+    def renew(self, roles: Sequence[str]) -> None:
+        """Signs again what is due."""
+        if ASSIGNMENTS in roles:
+            self.assign(self.assignment_bytes())
+        elif "snapshot" in roles:
+            self.advance({})
+        elif "timestamp" in roles:
+            timestamp = self._metadata.timestamp().signed
             self.write_timestamp(timestamp.version + 1, timestamp.snapshot_meta.version)
-            return ["timestamp"]
-        return []
 
     def jump(self, ahead: int) -> None:
         """Signs everything anew, with versions that are larger by `ahead`: after a restore devices know larger ones than are here."""
@@ -161,15 +165,15 @@ class OnlineRoles:
         for name, info in self._metadata.versions().items():
             if (role := name.removesuffix(".json")) != ASSIGNMENTS:
                 self._metadata.remove_before(role, info.version - KEPT_VERSIONS, day_ago)
-        kept = {path.name: self._document_of(path) for path in self._metadata.folder.glob(f"*.{ASSIGNMENTS}.json")}
+        kept = {name: self._document_of(name) for name in self._metadata.versions_of(ASSIGNMENTS)}
         self._documents = kept
         directory, _, base = ASSIGNMENT_TARGET.rpartition("/")
         self._targets.remove_others(directory, base, set(kept.values()))
 
-    def _document_of(self, path: Path) -> Path:
-        """The document that a version of assignments signs. Versions that this process wrote are not read again."""
-        known = self._documents.get(path.name)
+    def _document_of(self, name: str) -> str:
+        """The name of the target that a version of assignments signs. Versions that this process wrote are not read again."""
+        known = self._documents.get(name)
         if known is not None:
             return known
-        role = self._metadata.parse(path.read_bytes(), Targets, path.name)
-        return self._targets.path(role.signed.targets[ASSIGNMENT_TARGET])
+        role = self._metadata.parse(self._metadata.unkept(name), Targets, name)
+        return self._targets.name(role.signed.targets[ASSIGNMENT_TARGET])

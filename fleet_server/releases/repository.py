@@ -1,8 +1,8 @@
-"""The TUF repository on disk, as devices fetch it.
+"""The TUF repository, as devices fetch it.
 
 What is trusted is what timestamp.json leads to: timestamp → snapshot → targets, releases, assignments. A version that nothing
 leads to was left by an interrupted change; nobody ever saw it and the next change writes over it. So every change is: target
-files, role metadata, snapshot, timestamp, each durable before the next.
+files, role metadata, snapshot, timestamp, each durable before the next. In the database a change is one transaction.
 
     root, targets   signed offline; targets only delegates
     releases, …     one role per publisher, signed offline, one version per publication
@@ -12,9 +12,9 @@ files, role metadata, snapshot, timestamp, each durable before the next.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
@@ -32,31 +32,31 @@ from fleet_server.releases.metadata_files import MetadataFiles
 from fleet_server.releases.online_keys import ONLINE, OnlineKeys
 from fleet_server.releases.online_roles import OnlineRoles
 from fleet_server.releases.target_files import TargetFiles
+from fleet_server.storage.documents import Documents
 
 MAX_RENEWAL_S = 90 * 86400.0  # how long a signature made online may last: it is the bound of a freeze
 
 
 class Repository:
-    """Reads and changes the repository. Changes are serialised; readers of the files need no lock.
+    """Reads and changes the repository. Changes are serialised; readers of the documents need no lock.
 
     Raises: RepositoryDamaged from every method when trusted metadata is missing or cannot be read.
     """
 
-    def __init__(
-        self, metadata: Path, targets: Path, keys: OnlineKeys, expiry: ExpirySettings, clock: Callable[[], float]
-    ) -> None:
-        self.metadata, self.targets = MetadataFiles(metadata), TargetFiles(targets)
+    def __init__(self, documents: Documents, keys: OnlineKeys, expiry: ExpirySettings, clock: Callable[[], float]) -> None:
+        self.documents = documents
+        self.metadata, self.targets = MetadataFiles(documents), TargetFiles(documents)
         self.online = OnlineRoles(self.metadata, self.targets, keys, expiry, clock)
         self.lock = threading.RLock()
         """For a change: one is under way at a time."""
 
     @classmethod
     def create(
-        cls, metadata: Path, targets: Path, keys: OnlineKeys, expiry: ExpirySettings, clock: Callable[[], float],
+        cls, documents: Documents, keys: OnlineKeys, expiry: ExpirySettings, clock: Callable[[], float],
         *, root: CryptoSigner, releases: CryptoSigner, assignment: bytes,
     ) -> Repository:  # fmt: skip
         """The first version of everything. `root` and `releases` sign here once and are needed offline from then on."""
-        repository = cls(metadata, targets, keys, expiry, clock)
+        repository = cls(documents, keys, expiry, clock)
         online, ends = repository.online, repository.online.ends(OFFLINE_EXPIRY_S)
         role = Root(expires=ends, consistent_snapshot=True)
         for name, signer in (("root", root), ("targets", root), ("snapshot", keys.snapshot), ("timestamp", keys.timestamp)):
@@ -147,14 +147,6 @@ class Repository:
         """The verified bytes of a target, such as a manifest."""
         return self.targets.read(info)
 
-    def metadata_path(self, name: str) -> Path | None:
-        """The metadata file that a device asks for; None when no metadata can have that name."""
-        return self.metadata.path(name)
-
-    def served_target(self, name: str) -> Path | None:
-        """The target file that a device asks for, by its consistent-snapshot name; None when there is none of that name."""
-        return self.targets.served(name)
-
     def in_force(self) -> tuple[dict[str, bytes], Callable[[str], dict[str, bytes]], float]:
         """What a device needs to verify the current state, by the paths it asks for; what adds a target of that name; and until
         when it is believed (seconds since the epoch).
@@ -168,16 +160,16 @@ class Repository:
                 listed |= role.signed.targets
 
             def target(path: str) -> dict[str, bytes]:
-                where = self.targets.path(listed[path])
-                return {f"targets/{where.relative_to(self.targets.folder)}": where.read_bytes()}
+                return {self.targets.name(listed[path]): self.targets.read(listed[path])}
 
             online = {role: at for role, at in self.expirations().items() if role in {*ONLINE, "root", "targets"}}
             return {**documents, **target(ASSIGNMENT_TARGET)}, target, min(online.values())
 
     @property
     def record_keyid(self) -> str:
-        """The key that device records are signed with."""
-        return str(self.online.keys.assignments.public_key.keyid)
+        """The key that device records are signed with, as devices are told."""
+        keyids = self.targets_role().signed.get_delegated_role(ASSIGNMENTS).keyids
+        return str(keyids[0])
 
     def sign_record(self, record: bytes, payload_type: str) -> dict[str, object]:
         """A device record in its envelope, signed by the online assignments key."""
@@ -186,31 +178,41 @@ class Repository:
         signed: dict[str, object] = envelope.to_dict()
         return signed
 
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """For a change: one is under way at a time, and it is stored in one step where that can be."""
+        with self.lock, self.documents.together():
+            yield
+
     # -- changing ----------------------------------------------------------------------------------------------------------
 
     def publish(self, target: TargetFile, manifest: bytes, metadata: bytes, version: int, publisher: str = RELEASES) -> None:
         """Makes an already verified version of a publisher's role trusted: the manifest, then the role, then snapshot and
         timestamp.
         """
-        with self.lock:
+        with self.changing():
             self.targets.write(target, manifest)
             self.publish_role(publisher, metadata, version)
 
     def publish_role(self, publisher: str, metadata: bytes, version: int) -> None:
         """Makes an already verified version of a publisher's role trusted that adds no manifest."""
-        with self.lock:
+        with self.changing():
             self.metadata.write(f"{version}.{publisher}.json", metadata)
             self.online.advance({f"{publisher}.json": version})
 
     def assign(self, document: bytes) -> None:
         """Signs the assignment and makes it trusted."""
-        with self.lock:
+        with self.changing():
             self.online.assign(document)
 
     def renew(self, *, oldest_s: float | None = None) -> list[str]:
         """Signs again what has less than half of its time left, and a timestamp older than `oldest_s`; what it renewed."""
         with self.lock:
-            return self.online.renew(oldest_s)
+            due = self.online.due(oldest_s)
+            if due:
+                with self.documents.together():
+                    self.online.renew(due)
+            return due
 
     def renew_for(self, seconds: float) -> None:
         """Signs what is signed online anew, to be believed for the usual time or for these seconds if they are more, until the
@@ -220,7 +222,7 @@ class Repository:
         """
         if seconds > MAX_RENEWAL_S:
             raise Invalid(f"a signature may last {MAX_RENEWAL_S / 86400:.0f} days at most")
-        with self.lock:
+        with self.changing():
             self.online.renew_for(seconds)
 
     def check(self) -> None:

@@ -1,17 +1,16 @@
-"""The target files of the repository, as devices fetch them: manifests and assignments, under names with their hash."""
+"""The targets of the repository, as devices fetch them: manifests and assignments, under names with their hash."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Hashable
 
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import TargetFile  # type: ignore[attr-defined]
 
-from agent.common import files
 from fleet_server.releases.metadata_files import RepositoryDamaged
+from fleet_server.storage.documents import Documents
 
+FOLDER = "targets"
 MAX_PARTS, MAX_PART_CHARS = (
     8,
     200,
@@ -19,53 +18,53 @@ MAX_PARTS, MAX_PART_CHARS = (
 
 
 class TargetFiles:
-    """One folder of targets. Safe between threads."""
+    """The targets among the documents. Safe between threads."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._last: tuple[Path, tuple[int, int, int], bytes] | None = None
+    def __init__(self, documents: Documents) -> None:
+        self._documents = documents
+        self._last: tuple[str, Hashable, bytes] | None = None
         """What was read or written last: mostly the assignment, which is asked for again and again."""
 
-    def path(self, info: TargetFile) -> Path:
-        """Where a target stands: consistent-snapshot names, `dir/<sha256>.<file>`."""
+    @staticmethod
+    def name(info: TargetFile) -> str:
+        """The name of a target's document, at which devices find it: consistent-snapshot names, `targets/dir/<sha256>.<file>`."""
         directory, _, base = info.path.rpartition("/")
-        return self.folder / directory / f"{info.hashes['sha256']}.{base}"
+        return "/".join(part for part in (FOLDER, directory, f"{info.hashes['sha256']}.{base}") if part)
 
-    def served(self, name: str) -> Path | None:
-        """The file that a device asks for, by its consistent-snapshot name; None when there is none of that name."""
+    @staticmethod
+    def served(name: str) -> str | None:
+        """The document that a device asks for, by its consistent-snapshot name; None when no target can have that name."""
         parts = name.split("/")
         if any(not part or part.startswith(".") or len(part) > MAX_PART_CHARS for part in parts) or len(parts) > MAX_PARTS:
             return None
-        path = self.folder.joinpath(*parts)
-        return path if path.is_file() else None
+        return f"{FOLDER}/{name}"
 
     def read(self, info: TargetFile) -> bytes:
         """The verified bytes.  Raises: RepositoryDamaged."""
-        path = self.path(info)
+        name = self.name(info)
         try:
-            found = path.stat()
-            identity = (found.st_mtime_ns, found.st_size, found.st_ino)
-            if self._last is not None and self._last[:2] == (path, identity):
-                return self._last[2]
-            data = path.read_bytes()
+            identity, last = self._documents.identity(name), self._last
+            if last is not None and identity is not None and last[:2] == (name, identity):
+                return last[2]
+            data = self._documents.read(name)
+            if data is None:
+                raise RepositoryDamaged(f"{self._documents.where(name)} is missing")
             info.verify_length_and_hashes(data)
         except (OSError, RepositoryError) as error:
-            raise RepositoryDamaged(f"{path} is missing or damaged: {error}") from error
-        self._last = (path, identity, data)
+            raise RepositoryDamaged(f"{self._documents.where(name)} is missing or damaged: {error}") from error
+        self._last = (name, identity, data)
         return data
 
     def write(self, info: TargetFile, data: bytes) -> None:
         """Writes the target durably, unless it is there and whole."""
-        path = self.path(info)
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == info.hashes["sha256"]:
+        name = self.name(info)
+        if self._documents.read(name) == data:
             return
-        files.make_directory(path.parent)
-        files.write(path, data)
-        found = path.stat()
-        self._last = (path, (found.st_mtime_ns, found.st_size, found.st_ino), data)
+        self._documents.write(name, data)
+        self._last = (name, self._documents.identity(name), data)
 
-    def remove_others(self, directory: str, base: str, kept: Collection[Path]) -> None:
+    def remove_others(self, directory: str, base: str, kept: Collection[str]) -> None:
         """Removes every version of a target but those that are `kept`."""
-        for path in (self.folder / directory).glob(f"*.{base}"):
-            if path not in kept and not path.name.startswith("."):
-                path.unlink(missing_ok=True)
+        for name in self._documents.names(f"{FOLDER}/{directory}"):
+            if name not in kept and name.endswith(f".{base}"):
+                self._documents.remove(name)

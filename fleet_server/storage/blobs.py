@@ -133,12 +133,18 @@ class Blobs:
 
     def remove(self, sha256: str) -> bool:
         """Removes a blob, or the part of one; whether it did. Not one that is being uploaded."""
+        if not self.remove_part(sha256):
+            return False
+        self._shelf.remove(_checked(sha256))
+        return True
+
+    def remove_part(self, sha256: str) -> bool:
+        """Removes what arrived of a blob, and that it waits for a release; whether it did. Not one that is being uploaded."""
         partial = self.uploads / _checked(sha256)
         with contextlib.suppress(FileNotFoundError), partial.open("rb") as file:
             if not _lock(file):
                 return False
             partial.unlink()
-        self._shelf.remove(_checked(sha256))
         self.pending.forget([sha256])
         return True
 

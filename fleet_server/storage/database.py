@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,22 @@ changes.follow(WritingSession)
 class Database:
     """Sessions on one engine. A session is one transaction: committed when its block ends well, else undone."""
 
-    def __init__(self, url: str, *, must_exist: bool = False) -> None:
-        """`must_exist`: an SQLite database that is not there is not made."""
+    def __init__(self, url: str, *, must_exist: bool = False, name: str = "edge-fleet") -> None:
+        """`must_exist`: an SQLite database that is not there is not made. `name`: how PostgreSQL shows the connections."""
         self._must_exist = must_exist
+        self._arguments = {**POSTGRESQL, "application_name": name}
+        self.at_beginning: list[Callable[[Session], None]] = []
+        """Called at the beginning of each writing transaction, in it. What one of them raises undoes it."""
         # Who may read or write is bounded by the threads there are; none of them waits for another's connection to be free.
         arguments: dict[str, Any] = {"max_overflow": -1}
         address = _address(url)
         if address.get_backend_name() == "sqlite":
             arguments["connect_args"] = {"timeout": LOCK_WITHIN_S}
         else:
-            arguments |= {"connect_args": POSTGRESQL, "pool_pre_ping": True}  # the server may have been started anew meanwhile
+            arguments |= {
+                "connect_args": self._arguments,
+                "pool_pre_ping": True,
+            }  # the server may have been started anew meanwhile
         self.engine: Engine = create_engine(
             address, json_serializer=_to_json, json_deserializer=msgspec.json.decode, **arguments
         )
@@ -120,6 +126,8 @@ class Database:
         self.check()
         try:
             with WritingSession(self.engine, expire_on_commit=False) as session, session.begin():
+                for check in self.at_beginning:
+                    check(session)
                 yield session
         except DBAPIError as error:
             if isinstance(error, OperationalError) or getattr(error.orig, "sqlstate", None) == READ_ONLY:
@@ -137,6 +145,23 @@ class Database:
         """A session that changes nothing, and so waits for nobody who does."""
         with Session(self._readers, expire_on_commit=False) as session:
             yield session
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes can work on it, on several machines."""
+        return self.engine.dialect.name == "postgresql"
+
+    def connection(self, *, within_s: int = 3) -> Any:
+        """A connection of PostgreSQL's own library, outside of every pool, on which each statement is a transaction, and which waits
+        for no answer longer than that. It is no writing transaction in the sense of this class.  Raises: psycopg.Error.
+        """
+        places, named = self.engine.dialect.create_connect_args(self.engine.url)
+        bounds = {
+            "connect_timeout": within_s,
+            "tcp_user_timeout": 1000 * within_s,
+            "options": f"-c statement_timeout={within_s}s -c timezone=UTC",
+        }
+        return self.engine.dialect.connect(*places, **{**named, **self._arguments, **bounds, "autocommit": True})
 
     def migrate(self, revision: str = "head") -> None:
         """Brings the schema to `revision`, which is this version's, and watches the files from then on.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text, false
+from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, LargeBinary, String, Text, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # A counter column: 64 bits everywhere, and SQLite's own row number where that is what counts.
@@ -267,3 +267,51 @@ class AuditRow(Base):
     action: Mapped[str] = mapped_column(String(64))
     subject: Mapped[str] = mapped_column(String(256))
     detail: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+
+
+class DocumentRow(Base):
+    """A signed document, where the server is several processes; see `storage.documents`."""
+
+    __tablename__ = "documents"
+    name: Mapped[str] = mapped_column(String(512), primary_key=True)
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+    digest: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int]
+    written: Mapped[float] = mapped_column(Float)
+    change: Mapped[int] = mapped_column(index=True)
+    """The number of the transaction that stored it."""
+
+
+class LeaderRow(Base):
+    """Who decides and signs; see `storage.leadership`."""
+
+    __tablename__ = "leaders"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    number: Mapped[int]
+    """The fencing number: it grows with each leader."""
+    holder: Mapped[str] = mapped_column(String(128))
+    address: Mapped[str] = mapped_column(String(256))
+    since: Mapped[float] = mapped_column(Float)
+    until: Mapped[float] = mapped_column(Float)
+    """When its lease ends, by the database's clock; 0 when it gave it back."""
+
+
+class ProcessRow(Base):
+    """A process of the server that lives, or lived a moment ago; see `storage.processes`."""
+
+    __tablename__ = "processes"
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    version: Mapped[str] = mapped_column(String(64))
+    since: Mapped[float] = mapped_column(Float)
+    seen: Mapped[float] = mapped_column(Float)
+    """By the database's clock, as `since` is."""
+    detail: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+
+
+class DoneRequest(Base):
+    """A request that changed something, by its idempotency key and whose it was; see `storage.once`."""
+
+    __tablename__ = "done_requests"
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    at: Mapped[float] = mapped_column(Float, index=True)

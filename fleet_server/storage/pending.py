@@ -59,6 +59,19 @@ class Pending:
         sizes = [self._size(one) for one, _ in self._marks()]
         return len(sizes), sum(sizes)
 
+    def marked(self) -> set[str]:
+        """The files that wait for a release here."""
+        return {sha256 for sha256, _ in self._marks()}
+
+    def parts_older_than(self, moment: float) -> list[str]:
+        """The parts of files of which nothing came since then."""
+        found = []
+        for path in self._uploads.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < moment:
+                    found.append(path.name.removesuffix(MARK))
+        return sorted(set(found))
+
     def older_than(self, moment: float) -> list[str]:
         """The uploads, whole or not, of which nothing came or was asked since then."""
         found = dict(self._shelf.all())

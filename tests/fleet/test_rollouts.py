@@ -535,4 +535,4 @@ def test_offline_metadata_is_renewed_with_the_offline_keys(story, clock):
     assert [w for w in story.fleet.status.view().warnings if "metadata" in w] == []
     story.fleet.repository.check()
     story.publish(4)
-    assert story.fleet.repository.metadata_path("2.root.json").is_file()
+    assert story.fleet.repository.documents.read("metadata/2.root.json") is not None

@@ -194,7 +194,7 @@ def start(unit: str) -> bool:
 
 UNITS = (
     "edge-agent.socket", "edge-agent.service", "edge-agent-sync.service", "edge-agent-trial.socket",
-    "edge-agent-trial@.service", "edge-fleet.service",
+    "edge-agent-trial@.service", "edge-fleet.service", "edge-fleet-api.service", "edge-fleet-ingest.service", "edge-fleet-decide.service",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -9,14 +9,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, Response
 
 from fleet_server.api import http
+from fleet_server.api.health import Health
 from fleet_server.api.operator import access, devices, document, enrolment, events, keys, releases, rollouts, server
 from fleet_server.api.operator.routes import API, Route, endpoint, guard
 
+HEALTH = "/health"
 STATIC = Path(__file__).parents[2] / "web" / "static"
 
 SUBJECTS: Mapping[str, tuple[Route, ...]] = {
@@ -55,6 +58,8 @@ class Parts(
 ):
     """What this application needs of the server."""
 
+    def health(self) -> Health: ...
+
 
 def build(parts: Parts, *, title: str = "edge-fleet", version: str = "0") -> FastAPI:
     """The application of the operator and loopback listeners."""
@@ -80,6 +85,7 @@ def build(parts: Parts, *, title: str = "edge-fleet", version: str = "0") -> Fas
             add(API + route.path, route, tag)
     for route in enrolment.JOINING:
         add(route.path, route, "enrolment")
+    app.add_api_route(HEALTH, _health(parts), methods=["GET"], include_in_schema=False, response_model=None)
     _add_page(app)
     http.install(app, unlimited=f"{API}/blobs/", renamed=RENAMED)
     document.install(app, described)
@@ -95,6 +101,16 @@ def described_api() -> dict[str, Any]:
         access = None
 
     return build(NoParts()).openapi()  # type: ignore[arg-type]
+
+
+def _health(parts: Parts) -> Callable[[], Response]:
+    """Whether requests may be sent here, for balancers: anybody may ask."""
+
+    def health() -> Response:
+        found = parts.health()
+        return Response(msgspec.json.encode(found), 200 if found.ready else 503, media_type="application/json")
+
+    return health
 
 
 def _add_page(app: FastAPI) -> None:

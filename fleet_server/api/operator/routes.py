@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -21,9 +22,11 @@ from fleet_server.access import BAD_TOKEN, Access, Actor, Role
 from fleet_server.api.connections import address_of
 from fleet_server.errors import Denied, Invalid, Refused
 from fleet_server.sign_in import WrongTokens
+from fleet_server.storage import once
 
 API = "/api/v1"
 COOKIE = "edge_fleet_session"
+IDEMPOTENCY = "idempotency-key"
 PROOF = "x-edge-fleet"  # a header no other site can make a browser send; asked of changes that a cookie authorises
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
@@ -77,16 +80,26 @@ def endpoint(handler: Callable[..., Any], parts: Any) -> Callable[..., Any]:
     if asyncio.iscoroutinefunction(handler):
 
         async def answering(**given: Any) -> Response:
-            return reply(await handler(parts, **given))
+            with _once(given.get("request")):
+                return reply(await handler(parts, **given))
     else:
 
         def answering(**given: Any) -> Response:  # type: ignore[misc]
-            return reply(handler(parts, **given))
+            with _once(given.get("request")):
+                return reply(handler(parts, **given))
 
     parameters = list(signature.parameters.values())[1:]
     answering.__signature__ = signature.replace(parameters=parameters, return_annotation=Response)  # type: ignore[attr-defined]
     answering.__name__, answering.__doc__ = handler.__name__, handler.__doc__
     return answering
+
+
+def _once(request: Request | None) -> AbstractContextManager[None]:
+    """What the request changes is changed once for its Idempotency-Key, if it has one."""
+    if request is None or request.method in {"GET", "HEAD"}:
+        return nullcontext()
+    whose = request.headers.get("authorization") or request.cookies.get(COOKIE, "")
+    return once.only(request.headers.get(IDEMPOTENCY), f"{whose} {request.method} {request.url.path}")
 
 
 def reply(value: Any) -> Response:

@@ -1,0 +1,182 @@
+"""`edge-fleet ingest`: stores what devices send, and tells them by the broker what the leader wants them to be told. It has no key but
+those of its own certificates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from typing import Any
+
+from agent.common import files
+from agent.common.systemd import notify
+from fleet_server import descriptors, listeners
+from fleet_server.api.leader import ToLeader
+from fleet_server.app import Fleet, locked
+from fleet_server.broker import settings as broker_settings
+from fleet_server.broker_host import BrokerHost
+from fleet_server.config import FleetConfig, Folder, load
+from fleet_server.errors import Unavailable
+from fleet_server.metrics import Metrics
+from fleet_server.processes import aside
+from fleet_server.processes.common import AGAIN_S, CRL, Common, soon, stopped_within, until_signalled
+from fleet_server.running import BROKER_TRIES, READY_WITHIN_S, until_stopped
+from fleet_server.timers import guarded, watchdog
+
+_log = logging.getLogger(__name__)
+
+PAUSED_SHOWN = 20
+
+
+def ingest(folder: Folder, *, metrics: str | None = None) -> None:
+    """Runs until SIGTERM or SIGINT. `metrics`: HOST:PORT of a plain listener for health and metrics.
+
+    Raises: ConfigError, Unavailable (locked, no broker, a port is taken, what several processes need is missing), DatabaseError.
+    """
+    config = load(folder)
+    descriptors.raise_limit()
+    executable = broker_settings.find_mosquitto(config.broker)
+    with locked(folder, "ingest.lock"):
+        asyncio.run(Ingesting(folder, config, executable, metrics).run())
+
+
+class Ingesting:
+    """One process that stores, and the broker that it runs."""
+
+    def __init__(self, folder: Folder, config: FleetConfig, executable: str, metrics: str | None) -> None:
+        self._common, self._config, self._executable = Common(folder, config, "ingest"), config, executable
+        self._fleet: Fleet | None = None
+        self._broker: BrokerHost | None = None
+        self._stop = asyncio.Event()
+        self._orders: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        self._aside = aside.listener(metrics, self._metrics, self._why_not) if metrics is not None else None
+        self._common.detail = self._detail
+
+    async def run(self) -> None:
+        loop, common = asyncio.get_running_loop(), self._common
+        until_signalled(loop, self._stop)
+        for kind in ("poke_all", "poke", "admit", "shut_out"):
+            common.signals.on(kind, functools.partial(self._take_order, loop, kind))
+        common.signals.on_again("broker", functools.partial(self._take_order, loop, "again", ""))
+        common.start()
+        tasks = [asyncio.create_task(watchdog())]
+        if self._aside is not None:
+            sock = listeners.bind(self._aside.host, self._aside.port)
+            tasks.append(asyncio.create_task(self._aside.run_aside(sock), name="listener"))
+        broker: BrokerHost | None = None
+        try:
+            while not await asyncio.to_thread(common.is_prepared):
+                if await stopped_within(self._stop, AGAIN_S):
+                    return
+            self._fleet = fleet = await asyncio.to_thread(common.fleet, common.database, signs=False)
+            self._broker = broker = await asyncio.to_thread(self._host, fleet)
+            tasks.append(broker.begin())
+            broker.connect()
+            await self._until_connected(broker, tasks)
+            if self._stop.is_set():
+                return
+            common.pulse.beat()
+            notify("READY=1")
+            _log.info("ready: %s stores what devices send", common.id)
+            tasks += [asyncio.create_task(one) for one in (self._carry_out(broker), broker.watch_memory(), self._beat(broker))]
+            await until_stopped(self._stop, tasks)
+        finally:
+            notify("STOPPING=1")
+            _log.info("stopping")
+            await self._end(broker, tasks)
+
+    async def _until_connected(self, broker: BrokerHost, tasks: list[asyncio.Task[None]]) -> None:
+        """Raises: Unavailable."""
+        deadline = time.monotonic() + READY_WITHIN_S
+        while broker.missing is not None and not self._stop.is_set():
+            ended = any(task.done() and task.get_name() == "broker" for task in tasks)
+            if ended or time.monotonic() > deadline or broker.restarts >= BROKER_TRIES:
+                raise Unavailable(f"{broker.missing} did not start; the broker said: {broker.last_lines}")
+            await asyncio.sleep(0.02)
+
+    async def _end(self, broker: BrokerHost | None, tasks: list[asyncio.Task[None]]) -> None:
+        if self._aside is not None:
+            self._aside.should_exit = True
+        for task in tasks:
+            if task.get_name() != "broker":
+                task.cancel()
+        if broker is not None:
+            await broker.end()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._common.stop)
+
+    def _host(self, fleet: Fleet) -> BrokerHost:
+        leader = ToLeader(fleet.authority, self._common.others.leader, self._common.others.forget)
+        fleet.inventory.record_elsewhere = leader.record
+        self._write_crl(fleet)
+        return BrokerHost(fleet, self._executable, self._tell, leader)
+
+    def _tell(self, models: set[str]) -> None:
+        """The leader judges the rollouts of these models anew."""
+        for model in models:
+            self._common.signals.send("models", model)
+
+    # -- what the leader wants of the broker -------------------------------------------------------------------------------
+
+    def _take_order(self, loop: asyncio.AbstractEventLoop, kind: str, about: str) -> None:
+        """For the thread that hears signals."""
+        soon(loop, self._orders.put_nowait, (kind, about))()
+
+    async def _carry_out(self, broker: BrokerHost) -> None:
+        while True:
+            kind, about = await self._orders.get()
+            await guarded(functools.partial(self._do, broker, kind, about), "the broker could not be told")
+
+    def _do(self, broker: BrokerHost, kind: str, about: str) -> None:
+        assert self._fleet is not None
+        if kind == "poke_all":
+            broker.poke_all()
+        elif kind == "poke":
+            broker.poke_device(about)
+        elif kind == "admit":
+            broker.admit(about)
+        elif kind == "shut_out":
+            self._write_crl(self._fleet)
+            broker.shut_out(about)
+        elif self._write_crl(self._fleet):  # what was called out while nobody here heard it
+            broker.reload()
+            broker.poke_all()
+
+    def _write_crl(self, fleet: Fleet) -> bool:
+        """Brings the list of revoked certificates to where the broker reads it; whether it is another one."""
+        data, path = fleet.repository.documents.read(CRL), fleet.authority.crl
+        if data is None or (path.is_file() and path.read_bytes() == data):
+            return False
+        files.write(path, data)
+        return True
+
+    # -- what others know of this process ----------------------------------------------------------------------------------
+
+    async def _beat(self, broker: BrokerHost) -> None:
+        """Others hear at once when the broker is lost or found."""
+        before = True
+        while True:
+            await asyncio.sleep(0.2)
+            if before is not (before := broker.missing is None):
+                self._common.pulse.beat()
+
+    def _detail(self) -> dict[str, Any]:
+        fleet, broker = self._fleet, self._broker
+        if fleet is None or broker is None:
+            return {"connected": False}
+        connected = broker.missing is None
+        return {
+            "connected": connected, "heard_since": broker.link.heard_since() if connected else None,
+            "accepted": fleet.intake.accepted, "dropped": dict(fleet.intake.dropped),
+            "paused": broker.link.flood.paused()[:PAUSED_SHOWN],
+        }  # fmt: skip
+
+    def _why_not(self) -> str:
+        if self._broker is None:
+            return "it waits for a leader's first word"
+        return f"{self._broker.missing} does not answer" if self._broker.missing is not None else ""
+
+    def _metrics(self) -> Metrics | None:
+        return self._fleet.metrics if self._fleet is not None else None
