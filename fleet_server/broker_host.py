@@ -23,6 +23,7 @@ from fleet_server.journal import Happening
 
 _log = logging.getLogger(__name__)
 
+TRIES = 4  # a broker that ends as often while the server starts will not come up: its port is taken, its files are wrong
 MEMORY_READ_S = 0.5  # a device that reads nothing makes the broker hold 200 MB in a second
 
 
@@ -52,7 +53,7 @@ class BrokerHost:
         self.link.on_connected = self.poke_all
         if fleet.adoption.window is not None:
             fleet.intake.on_stranger = self.pokes.poke_stranger
-        self._link_started = False
+        self._started = False
 
     # What the inventory asks of the broker's side.
     def poke_device(self, device: str) -> None:
@@ -83,37 +84,41 @@ class BrokerHost:
 
     # -- while it runs -----------------------------------------------------------------------------------------------------
 
-    def begin(self) -> asyncio.Task[None]:
-        """Starts the broker; the task that ends when it does."""
+    async def run(self) -> None:
+        """The broker's process, until `end`."""
         self._loop = asyncio.get_running_loop()
-        return asyncio.create_task(self._broker.run(), name="broker")
-
-    def connect(self) -> None:
-        self._door.start()
-        self.link.start()
-        self._link_started = True
-
-    @property
-    def missing(self) -> str | None:
-        """What does not answer yet."""
-        return None if self.link.connected.is_set() else f"the broker on port {self._config.broker.port}"
-
-    @property
-    def restarts(self) -> int:
-        return self._broker.restarts
-
-    @property
-    def last_lines(self) -> str:
-        """What the broker said last."""
-        return " | ".join(self._broker.last_lines)
+        memory = asyncio.create_task(self._watch_memory())
+        try:
+            await self._broker.run()
+        finally:
+            memory.cancel()
 
     async def end(self) -> None:
-        if self._link_started:
-            await asyncio.to_thread(self._door.stop)
-            await asyncio.to_thread(self.link.stop)
         await self._broker.stop()
 
-    async def watch_memory(self) -> None:
+    def start(self) -> None:
+        """Connects, and lets devices in and out."""
+        self._door.start()
+        self.link.start()
+        self._started = True
+
+    def stop(self) -> None:
+        if self._started:
+            self._door.stop()
+            self.link.stop()
+
+    def missing(self) -> str:
+        """Why it is not ready, in words; empty when it is."""
+        if self.link.connected.is_set():
+            return ""
+        words = " | ".join(self._broker.last_lines)
+        return f"the broker on port {self._config.broker.port} did not start; it said: {words}"
+
+    def hopeless(self) -> bool:
+        """Whether it will not come up."""
+        return self._broker.restarts >= TRIES
+
+    async def _watch_memory(self) -> None:
         while True:
             await asyncio.sleep(MEMORY_READ_S)
             if self._broker.memory_bytes() > self._config.broker.memory_bytes and (device := self._taken.most()):

@@ -29,7 +29,6 @@ from fleet_server.timers import guarded, watchdog
 _log = logging.getLogger(__name__)
 
 READY_WITHIN_S = 30.0
-BROKER_TRIES = 4  # a broker that ends as often while the server starts will not come up: its port is taken, its files are wrong
 LEASES_READ_S = 15.0  # a lease that is shorter than before is kept from the next reading on
 RENEWALS_PER_LEASE = 4  # so that a device that misses one still has its lease
 RENEW_EVERY_S = 60.0
@@ -69,13 +68,13 @@ class Running:
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         found = self._listeners()
         sockets = [listeners.bind(listener.host, listener.port) for listener in found]
-        tasks = [self._broker.begin()]
+        tasks = [asyncio.create_task(self._broker.run(), name="broker")]
         tasks += [
             asyncio.create_task(listener.run_aside(sock), name="listener")
             for listener, sock in zip(found, sockets, strict=True)
         ]
         try:
-            self._broker.connect()
+            self._broker.start()
             await self._until_ready(found, tasks)
             if self._stop.is_set():
                 return
@@ -84,7 +83,6 @@ class Running:
             tasks += [
                 asyncio.create_task(self._ticks()),
                 asyncio.create_task(self._renewals()),
-                asyncio.create_task(self._broker.watch_memory()),
                 asyncio.create_task(self._housekeeping()),
                 asyncio.create_task(watchdog()),
             ]
@@ -98,15 +96,15 @@ class Running:
         """Returns when everything answers, or when asked to stop.  Raises: Unavailable that says what does not."""
         deadline = time.monotonic() + READY_WITHIN_S
         while not self._stop.is_set():
-            missing = [f"the listener on port {listener.port}" for listener in found if not listener.started]
-            missing += [self._broker.missing] if self._broker.missing is not None else []
+            missing = [f"the listener on port {listener.port} did not start" for listener in found if not listener.started]
+            missing += [self._broker.missing()] if self._broker.missing() else []
             if not missing:
                 return
             ended = [task for task in tasks if task.done()]
             if ended:
                 raise Unavailable(_why(ended[0]))
-            if time.monotonic() > deadline or self._broker.restarts >= BROKER_TRIES:
-                raise Unavailable(f"{', '.join(missing)} did not start; the broker said: {self._broker.last_lines}")
+            if time.monotonic() > deadline or self._broker.hopeless():
+                raise Unavailable("; ".join(missing))
             await asyncio.sleep(0.02)
 
     async def _end(self, found: list[Listener | SharedPort], tasks: list[asyncio.Task[None]]) -> None:
@@ -117,6 +115,7 @@ class Running:
             if task.get_name() not in {"broker", "listener"}:
                 task.cancel()
         await asyncio.gather(*(task for task in tasks if task.get_name() != "broker"), return_exceptions=True)
+        await asyncio.to_thread(self._broker.stop)
         await self._broker.end()
         await asyncio.gather(*tasks, return_exceptions=True)
 

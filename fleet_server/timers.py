@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from sqlalchemy.exc import OperationalError
+
 from agent.common.systemd import notify, watchdog_interval_s
 from fleet_server.errors import Unavailable
 
@@ -20,6 +22,8 @@ async def guarded(action: Callable[[], object], what: str) -> None:
         await asyncio.to_thread(action)
     except Unavailable as error:
         _log.error("%s; trying again later: %s", what, error)
+    except OperationalError as error:  # the database does not answer, which says nothing of this code
+        _log.error("%s; trying again later: %s", what, str(error.orig).partition("\n")[0])
     except Exception:  # noqa: BLE001 - whatever it was
         _log.exception("%s; trying again later", what)
 

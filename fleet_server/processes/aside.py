@@ -15,12 +15,12 @@ from fleet_server import listeners
 from fleet_server.api.connections import Limits
 from fleet_server.api.health import Health
 from fleet_server.api.tls import Listener
-from fleet_server.metrics import TEXT, Metrics
+from fleet_server.metrics import TEXT
 
 CONNECTIONS = 32
 
 
-def listener(place: str, metrics: Callable[[], Metrics | None], why_not: Callable[[], str]) -> Listener:
+def listener(place: str, metrics: Callable[[], str], why_not: Callable[[], str]) -> Listener:
     """A listener at HOST:PORT with `/metrics` and `/health`. `why_not`: what keeps the process from being of use; nothing when it is."""
 
     def health(_request: Request) -> Response:
@@ -29,8 +29,7 @@ def listener(place: str, metrics: Callable[[], Metrics | None], why_not: Callabl
         return Response(msgspec.json.encode(said), 200 if said.ready else 503, media_type="application/json")
 
     def counted(_request: Request) -> Response:
-        found = metrics()
-        return Response(found.text() if found is not None else "", media_type=TEXT)
+        return Response(metrics(), media_type=TEXT)
 
     app = Starlette(routes=[Route("/health", health), Route("/metrics", counted)])
     host, port = addresses.split(place)

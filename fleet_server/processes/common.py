@@ -99,6 +99,12 @@ def refuse_what_is_not_shared(config: FleetConfig) -> None:
             "a server of several processes needs PostgreSQL: set database_url in fleet.yaml (docs/how-to/use-postgresql.md)",
             code="not_shared",
         )
+    if config.shared_port is not None:
+        raise Unavailable(
+            "shared_port is for `edge-fleet serve`: before several processes the balancer tells apart who comes to one port "
+            "(docs/how-to/reverse-proxy.md); remove it from fleet.yaml, and say in `public` where they are reached",
+            code="not_shared",
+        )
     if config.blobs.store is None:
         raise Unavailable(
             "a server of several processes keeps files of releases in an object store: set blobs.store in fleet.yaml "

@@ -66,6 +66,10 @@ class Deciding:
         self._common = Common(folder, config, "decide")
         self._leadership = Leadership(self._common.database, self._common.id, config.decide.address)
         self._term: Term | None = None
+        self._own = Metrics()
+        leads, number = lambda: [Sample(self._leadership.leads)], lambda: [Sample(self._leadership.number or 0)]
+        self._own.add("edge_fleet_leads", "1 while this process decides", leads)
+        self._own.add("edge_fleet_fencing_number", "the number with which this process leads; 0 while it does not", number)
         self._said, self._is_migrated = "", False
         self._stop, self._wake = asyncio.Event(), asyncio.Event()
         self._aside = aside.listener(metrics, self._metrics, lambda: "") if metrics is not None else None
@@ -98,9 +102,10 @@ class Deciding:
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(self._common.stop)
 
-    def _metrics(self) -> Metrics | None:
+    def _metrics(self) -> str:
+        """Of this process, and while it leads of all that the leader counts."""
         term = self._term
-        return term.fleet.metrics if term is not None else None
+        return self._own.text() + (term.fleet.metrics.text() if term is not None else "")
 
     def _lead(self) -> bool:
         """Whether this process leads now. What keeps it from that is said once."""
@@ -126,7 +131,7 @@ class Deciding:
         database, failed = self._common.new_database(), False
         database.at_beginning.append(self._leadership.check)
         try:
-            self._term = term = await asyncio.to_thread(Term, self._common, self._leadership, database)
+            self._term = term = await asyncio.to_thread(Term, self._common, database)
             await term.run(self._stop, lost)
         except (SQLAlchemyError, DatabaseError, FleetError, RepositoryDamaged, OSError) as error:
             failed = not lost.is_set() and not self._stop.is_set()
@@ -156,9 +161,9 @@ class Deciding:
 class Term:
     """What the leader does while it leads."""
 
-    def __init__(self, common: Common, leadership: Leadership, database: Database) -> None:
+    def __init__(self, common: Common, database: Database) -> None:
         """Recovers, in the calling thread.  Raises: FleetError, SQLAlchemyError, RepositoryDamaged, OSError."""
-        self._common, self._leadership, self._config = common, leadership, common.config
+        self._common, self._config = common, common.config
         take_over_folder(common.folder, database)
         self.fleet = fleet = common.fleet(database, signs=True)
         use_trusted_keys(fleet.repository)
@@ -171,9 +176,6 @@ class Term:
         fleet.inventory.on_crl = lambda: fleet.repository.documents.write(CRL, fleet.authority.crl.read_bytes())
         common.signals.on("models", self._hear_of_models)
         common.signals.on_again("models", lambda: self._hear_of_models(""))
-        leads, number = lambda: [Sample(leadership.leads)], lambda: [Sample(leadership.number or 0)]
-        fleet.metrics.add("edge_fleet_leads", "1 while this process decides", leads)
-        fleet.metrics.add("edge_fleet_fencing_number", "the number with which this process leads", number)
         fleet.recover()
 
     async def run(self, stop: asyncio.Event, lost: asyncio.Event) -> None:

@@ -19,10 +19,9 @@ from fleet_server.broker import settings as broker_settings
 from fleet_server.broker_host import BrokerHost
 from fleet_server.config import FleetConfig, Folder, load
 from fleet_server.errors import Unavailable
-from fleet_server.metrics import Metrics
 from fleet_server.processes import aside
 from fleet_server.processes.common import AGAIN_S, CRL, Common, soon, stopped_within, until_signalled
-from fleet_server.running import BROKER_TRIES, READY_WITHIN_S, until_stopped
+from fleet_server.running import READY_WITHIN_S, until_stopped
 from fleet_server.timers import guarded, watchdog
 
 _log = logging.getLogger(__name__)
@@ -72,15 +71,15 @@ class Ingesting:
                     return
             self._fleet = fleet = await asyncio.to_thread(common.fleet, common.database, signs=False)
             self._broker = broker = await asyncio.to_thread(self._host, fleet)
-            tasks.append(broker.begin())
-            broker.connect()
+            tasks.append(asyncio.create_task(broker.run(), name="broker"))
+            broker.start()
             await self._until_connected(broker, tasks)
             if self._stop.is_set():
                 return
             common.pulse.beat()
             notify("READY=1")
             _log.info("ready: %s stores what devices send", common.id)
-            tasks += [asyncio.create_task(one) for one in (self._carry_out(broker), broker.watch_memory(), self._beat(broker))]
+            tasks += [asyncio.create_task(one) for one in (self._carry_out(broker), self._beat(broker))]
             await until_stopped(self._stop, tasks)
         finally:
             notify("STOPPING=1")
@@ -90,10 +89,10 @@ class Ingesting:
     async def _until_connected(self, broker: BrokerHost, tasks: list[asyncio.Task[None]]) -> None:
         """Raises: Unavailable."""
         deadline = time.monotonic() + READY_WITHIN_S
-        while broker.missing is not None and not self._stop.is_set():
+        while (missing := broker.missing()) and not self._stop.is_set():
             ended = any(task.done() and task.get_name() == "broker" for task in tasks)
-            if ended or time.monotonic() > deadline or broker.restarts >= BROKER_TRIES:
-                raise Unavailable(f"{broker.missing} did not start; the broker said: {broker.last_lines}")
+            if ended or time.monotonic() > deadline or broker.hopeless():
+                raise Unavailable(missing)
             await asyncio.sleep(0.02)
 
     async def _end(self, broker: BrokerHost | None, tasks: list[asyncio.Task[None]]) -> None:
@@ -103,6 +102,7 @@ class Ingesting:
             if task.get_name() != "broker":
                 task.cancel()
         if broker is not None:
+            await asyncio.to_thread(broker.stop)
             await broker.end()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self._common.stop)
@@ -159,14 +159,14 @@ class Ingesting:
         before = True
         while True:
             await asyncio.sleep(0.2)
-            if before is not (before := broker.missing is None):
+            if before is not (before := not broker.missing()):
                 self._common.pulse.beat()
 
     def _detail(self) -> dict[str, Any]:
         fleet, broker = self._fleet, self._broker
         if fleet is None or broker is None:
             return {"connected": False}
-        connected = broker.missing is None
+        connected = not broker.missing()
         return {
             "connected": connected, "heard_since": broker.link.heard_since() if connected else None,
             "accepted": fleet.intake.accepted, "dropped": dict(fleet.intake.dropped),
@@ -176,7 +176,7 @@ class Ingesting:
     def _why_not(self) -> str:
         if self._broker is None:
             return "it waits for a leader's first word"
-        return f"{self._broker.missing} does not answer" if self._broker.missing is not None else ""
+        return self._broker.missing()
 
-    def _metrics(self) -> Metrics | None:
-        return self._fleet.metrics if self._fleet is not None else None
+    def _metrics(self) -> str:
+        return self._fleet.metrics.text() if self._fleet is not None else ""

@@ -163,9 +163,13 @@ class Catalogue:
         """Indexes releases that are trusted but not in the database, because a crash came between; the releases it found."""
         delegator = self._repository.targets_role().signed
         found = []
+        with self._database.reading() as session:
+            known = {ReleaseRef(*row).target_path for row in session.execute(select(ReleaseRow.model, ReleaseRow.version))}
         for publisher, role in self._repository.publishers().items():
             result = delegator.get_verification_result(publisher, role.signed_bytes, role.signatures)
             for info in role.signed.targets.values():
+                if info.path in known:
+                    continue
                 data = self._repository.target_bytes(info)
                 manifest = parse_manifest(data)
                 with self._database.session() as session:

@@ -243,4 +243,4 @@ class Repository:
         self.assignment_bytes()
         for published in self.publishers().values():
             for info in published.signed.targets.values():
-                self.target_bytes(info)
+                self.targets.check(info)

@@ -55,10 +55,20 @@ class TargetFiles:
         self._last = (name, identity, data)
         return data
 
+    def check(self, info: TargetFile) -> None:
+        """Raises: RepositoryDamaged when the target is not there as it was signed."""
+        name = self.name(info)
+        try:
+            whole = self._documents.holds(name, info.hashes["sha256"], info.length)
+        except OSError as error:
+            raise RepositoryDamaged(f"{self._documents.where(name)} cannot be read: {error}") from error
+        if not whole:
+            raise RepositoryDamaged(f"{self._documents.where(name)} is missing or damaged")
+
     def write(self, info: TargetFile, data: bytes) -> None:
         """Writes the target durably, unless it is there and whole."""
         name = self.name(info)
-        if self._documents.read(name) == data:
+        if self._documents.holds(name, info.hashes["sha256"], len(data)):
             return
         self._documents.write(name, data)
         self._last = (name, self._documents.identity(name), data)

@@ -51,6 +51,10 @@ class Documents(Protocol):
         """In bytes; None when there is none of that name."""
         ...
 
+    def holds(self, name: str, sha256: str, size: int) -> bool:
+        """Whether the document is here and these are its bytes."""
+        ...
+
     def local(self, name: str) -> Path | None:
         """The document as a file, where it is one."""
         ...
@@ -110,6 +114,10 @@ class FolderDocuments:
     def size(self, name: str) -> int | None:
         path = self.root / name
         return path.stat().st_size if path.is_file() else None
+
+    def holds(self, name: str, sha256: str, size: int) -> bool:
+        data = self.read(name)
+        return data is not None and len(data) == size and hashlib.sha256(data).hexdigest() == sha256
 
     def local(self, name: str) -> Path | None:
         path = self.root / name
@@ -220,6 +228,11 @@ class StoredDocuments:
     def size(self, name: str) -> int | None:
         entry = self._entry(name)
         return entry.size if entry is not None else None
+
+    def holds(self, name: str, sha256: str, size: int) -> bool:
+        """By what was noted when they were stored: the database looks after its bytes, and reading all would keep who takes over."""
+        entry = self._entry(name)
+        return entry is not None and (entry.digest, entry.size) == (sha256, size)
 
     def local(self, name: str) -> Path | None:
         del name

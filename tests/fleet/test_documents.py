@@ -1,5 +1,6 @@
 """Signed documents in a folder and in the database: the same to whoever reads and writes them; and requests that are done once."""
 
+import hashlib
 import threading
 
 import msgspec
@@ -52,6 +53,11 @@ def test_what_is_written_is_read(documents):
     assert documents.names("a") == ["a/x.json"]
     assert documents.all() == ["a/b/y.json", "a/x.json", "top.json"]
     assert documents.at_hand("a/x.json")
+    digest = hashlib.sha256(b"two!").hexdigest()
+    assert documents.holds("a/x.json", digest, 4)
+    assert not documents.holds("a/x.json", digest, 5)
+    assert not documents.holds("a/x.json", hashlib.sha256(b"one").hexdigest(), 3)
+    assert not documents.holds("a/y.json", digest, 4)
 
     documents.remove("a/x.json")
     documents.remove("a/x.json")
