@@ -80,12 +80,15 @@ class Forwarding:
                 told.headers[KEY] = error.key
             await told(scope, receive, send)
             return
-        fields = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers]
-        await send({"type": "http.response.start", "status": answer.status, "headers": fields})
-        chunks = answer.chunks()
-        while (chunk := await self._in_thread(_next, chunks)) is not None:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        try:
+            fields = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers]
+            await send({"type": "http.response.start", "status": answer.status, "headers": fields})
+            chunks = answer.chunks()
+            while (chunk := await self._in_thread(_next, chunks)) is not None:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            answer.close()
 
     async def _in_thread(self, action: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._leader.threads, action, *given)

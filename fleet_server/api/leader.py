@@ -101,6 +101,10 @@ class Answer:
                     return
                 yield chunk
 
+    def close(self) -> None:
+        """Whether it was read or not."""
+        self._connection.close()
+
     def whole(self) -> bytes:
         return b"".join(self.chunks())
 

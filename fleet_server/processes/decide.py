@@ -128,8 +128,7 @@ class Deciding:
         self._leadership.hold(soon(loop, lost.set))
         number = self._leadership.number
         _log.warning("%s leads with number %s", self._common.id, number)
-        database, failed = self._common.new_database(), False
-        database.at_beginning.append(self._leadership.check)
+        database, failed = term_database(self._common, self._leadership), False
         try:
             self._term = term = await asyncio.to_thread(Term, self._common, database)
             await term.run(self._stop, lost)
@@ -156,6 +155,13 @@ class Deciding:
         _, pending = await asyncio.wait({stopped, woken}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for one in pending:
             one.cancel()
+
+
+def term_database(common: Common, leadership: Leadership) -> Database:
+    """The database of a term: each writing transaction checks that this process still leads."""
+    database = common.new_database()
+    database.at_beginning.append(leadership.check)
+    return database
 
 
 class Term:

@@ -8,14 +8,20 @@ import threading
 import time
 import uuid
 
+import msgspec
 import pytest
 import requests
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
+from fleet_server.access import SERVER, Role
 from fleet_server.config import Folder, load
+from fleet_server.processes.common import Common
+from fleet_server.processes.decide import Term, term_database
 from fleet_server.storage import leadership
 from fleet_server.storage.database import Database
+from fleet_server.storage.documents import StoredDocuments
 from fleet_server.storage.leadership import Fenced, Leadership
 from tests.fleet import databases
 from tests.fleet.several import Several
@@ -121,9 +127,16 @@ def test_a_device_that_is_shut_out_is_so_everywhere(server, connect):
     other = connect(server.enrol("good"))
     gone = threading.Event()
     device.mqtt.on_disconnect = lambda *_: gone.set()
-    assert device.get("/record").status_code == 200
-    assert server.post("/devices/bad/revoke")["revoked"]
-    wait_until(lambda: device.get("/record").status_code == 403, "refused over HTTPS", within=5)
+    with requests.Session() as session:  # on one connection, for which it was looked up already
+        session.trust_env = False
+        session.cert, session.verify = (str(device.certificate), str(device.key_file)), str(server.ca)
+
+        def asked():
+            return session.get(f"{server.device_url}/metadata/timestamp.json", timeout=20).status_code
+
+        assert asked() == 200
+        assert server.post("/devices/bad/revoke")["revoked"]
+        wait_until(lambda: asked() == 403, "refused over HTTPS", within=5)
     assert gone.wait(5), "thrown off the broker"
     assert other.mqtt.is_connected()
 
@@ -288,6 +301,47 @@ def test_a_fenced_one_stores_nothing(cluster):
             assert leadership.current(session) is None
     finally:
         for one in databases_:
+            one.close()
+
+
+def test_a_term_that_is_over_signs_nothing(cluster, store, tmp_path):
+    """A whole leader in this process, after another took over: it can decide, certify and sign nothing."""
+    made = Several(tmp_path, cluster, store.settings)
+    folder = Folder(made.data)
+    common = Common(folder, load(folder), "decide")
+    other = Database(folder.database_url(load(folder)), name="decide-other")
+    common.database.migrate()
+    first, second = Leadership(common.database, common.id, ""), Leadership(other, "decide-other", "")
+    assert first.take()
+    database = term_database(common, first)
+    try:
+        term = Term(common, database)
+        fleet = term.fleet
+        documents = StoredDocuments(other)
+        before = {name: documents.read(name) for name in documents.all()}
+        assert "metadata/timestamp.json" in before
+        with other.session() as session:
+            session.execute(text("UPDATE leaders SET until = 1"))
+        assert second.take()
+        attempts = [
+            lambda: fleet.repository.assign(fleet.repository.assignment_bytes() + b" "),
+            lambda: fleet.repository.renew_for(1.0),
+            lambda: fleet.assignment.tell(msgspec.structs.replace(fleet.addresses(), broker="elsewhere:1")),
+            lambda: fleet.access.create("x", Role.ADMIN),
+            lambda: fleet.enrolment.create_token(SERVER, device=None, groups=[], uses=1, ttl_s=60.0),
+            fleet.inventory.write_crl,
+            fleet.recover,
+        ]
+        for attempt in attempts:
+            with pytest.raises((Fenced, OperationalError)):
+                attempt()
+        documents.stale()
+        assert {name: documents.read(name) for name in documents.all()} == before
+        with other.reading() as session:
+            assert session.execute(text("SELECT count(*) FROM enrolment_tokens")).scalar() == 0
+            assert session.execute(text("SELECT count(*) FROM access_tokens")).scalar() == 1, "the one of init"
+    finally:
+        for one in (database, other, common.database):
             one.close()
 
 
