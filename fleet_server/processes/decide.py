@@ -176,6 +176,7 @@ class Term:
         self._models: set[str] = set()
         self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._listening: Listener | None = None
         broker = BrokerElsewhere(common, fleet)
         fleet.inventory.link, fleet.assignment.poker = broker, broker
         fleet.inventory.heard_since = common.others.heard_since
@@ -187,7 +188,7 @@ class Term:
     async def run(self, stop: asyncio.Event, lost: asyncio.Event) -> None:
         """Until one of the two is set.  Raises: Unavailable when a port is taken, or the listener ended."""
         self._loop = asyncio.get_running_loop()
-        listener = self._listener()
+        listener = self._listening = self._listener()
         sock = listeners.bind(listener.host, listener.port)
         serving = asyncio.create_task(listener.run_aside(sock), name="listener")
         timers = [asyncio.create_task(one) for one in (self._ticks(), self._judging(), self._renewals(), self._housekeeping())]
@@ -252,6 +253,15 @@ class Term:
         while True:
             await asyncio.sleep(min(interval, LEASES_READ_S))
             await guarded(self._renew, "metadata could not be renewed")
+            await guarded(self._renew_own, "the server's own certificates could not be renewed")
+
+    def _renew_own(self) -> None:
+        """Of this machine; those of the others are copied to them."""
+        if self.fleet.authority.renew_own(self._config.own_names) and self._listening is not None:
+            self._listening.renew()
+            _log.warning(
+                "the server's own certificates are new: copy them to the machines that answer and ingest, and restart those"
+            )
 
     def _renew(self) -> None:
         lease_s = self.fleet.assignment.shortest_lease_s()

@@ -51,7 +51,8 @@ def check(session: Session) -> None:
         return
     if session.get(DoneRequest, request.digest) is not None:
         raise Conflict(
-            "this request was done before (the same Idempotency-Key); see what it changed, or send a new key to do it once more",
+            "this change was made already, and its answer was lost or given before (the same Idempotency-Key): see what is there; with another "
+            "key it is made once more",
             code="already_done",
         )
     session.add(DoneRequest(key=request.digest, at=time.time()))

@@ -211,7 +211,7 @@ def test_once_begins_with_what_is_stored(database):
                 pass
     with once.only(None, "me"), database.session():
         pass
-    with once.only("k", "me"), pytest.raises(Conflict, match="done before"), database.session():
+    with once.only("k", "me"), pytest.raises(Conflict, match="made already"), database.session():
         pass
     with pytest.raises(Invalid, match="Idempotency-Key"), once.only("", "me"):
         pass

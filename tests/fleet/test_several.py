@@ -122,6 +122,29 @@ def test_a_rollout_through_all_of_them(server, connect):
     assert 'edge_fleet_forwarded_total{outcome="answered"}' in server.ask(0, "GET", "/metrics").text
 
 
+def test_one_that_answers_is_killed(server):
+    """The balancer sends everybody to the other one; what is on its way when it is killed fails, and nothing after."""
+    device = server.enrol()
+    server.apis[0].kill()
+    wait_until(server.answers, "the balancer noticed", within=5)
+    for _ in range(10):
+        assert server.get("/me")["role"] == "admin"
+        assert device.get("/metadata/timestamp.json").status_code == 200
+    server.make_token("viewer")
+
+
+def test_the_one_that_ingests_is_killed(server, connect):
+    """What the broker acknowledged meanwhile is stored when it is back."""
+    device = connect(server.enrol("kept"))
+    server.ingest.kill()
+    device.report({}, problem="said while nobody stored")  # returns when the broker has it
+    assert server.get("/devices/kept")["state"] is None
+    server.ingest.start()
+    wait_until(
+        lambda: (server.get("/devices/kept")["state"] or {}).get("problem") == "said while nobody stored", "it is stored"
+    )
+
+
 def test_a_device_that_is_shut_out_is_so_everywhere(server, connect):
     device = connect(server.enrol("bad"))
     other = connect(server.enrol("good"))
@@ -471,3 +494,25 @@ def test_what_several_processes_need_is_said(own_server):
         told = own_server.cli("api", own_server.data)
         assert "needs PostgreSQL" in told.stderr
     assert told.returncode == 1
+
+
+def test_a_rollout_to_many_while_the_leader_is_killed(server):
+    """Simulated devices that enrol, hear, fetch and report through all of it; the leader is killed in the middle of the rollout."""
+    server.publish_simple("sim", 1)
+    report = server.base / "report.json"
+    ended = []
+
+    def simulate():
+        words = "--devices 30 --on-server --yes --release sim:1 --fetch 20% --timeout 90s --json"
+        ended.append(server.cli("simulate", *words.split(), report))
+
+    before = {one["id"] for one in server.get("/rollouts")}
+    running = threading.Thread(target=simulate)
+    running.start()
+    started = wait_until(lambda: {one["id"] for one in server.get("/rollouts")} - before, "the rollout began", within=60).pop()
+    done = f"/rollouts/{started}/devices?standing=committed"
+    wait_until(lambda: server.ask(1, "GET", done).json()["devices"], "the first has committed")
+    server.leading().kill()
+    running.join()
+    assert ended[0].returncode == 0, ended[0].stdout + ended[0].stderr + server_log(server)[-3000:]
+    assert server.get(f"/rollouts/{started}")["state"] in {"completed", "aborted"}
