@@ -180,7 +180,7 @@ def renew_root(folder: Path, root_key: Path, releases_key: Path | None) -> None:
     from fleet_server.config import Folder, load
 
     where = Folder(folder.absolute())
-    with app.locked(where):
+    with servers_errors(), app.locked(where):
         fleet = app.Fleet(where, load(where))
         try:
             renewed = fleet.key_changes.renew_offline(signer(root_key), signer(releases_key) if releases_key else None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -128,8 +129,11 @@ class FolderDocuments:
         return True
 
     def names(self, folder: str) -> list[str]:
-        where = self.root / folder
-        return [f"{folder}/{path.name}" for path in where.glob("*") if not path.name.startswith(".") and path.is_file()]
+        try:
+            with os.scandir(self.root / folder) as found:
+                return [f"{folder}/{one.name}" for one in found if not one.name.startswith(".") and one.is_file()]
+        except FileNotFoundError:
+            return []
 
     def all(self) -> list[str]:
         paths = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
@@ -246,15 +250,19 @@ class StoredDocuments:
 
     def names(self, folder: str) -> list[str]:
         start = f"{folder}/"
-        return [name for name in self.all() if name.startswith(start) and "/" not in name[len(start) :]]
+        return [name for name in self._names() if name.startswith(start) and "/" not in name[len(start) :]]
 
     def all(self) -> list[str]:
+        return sorted(self._names())
+
+    def _names(self) -> set[str]:
         self._be_fresh()
         batch = self._batch()
-        changed = batch.changed if batch is not None else {}
         with self._lock:
-            found = {*self._known, *changed}
-        return sorted(name for name in found if changed.get(name, True) is not None)
+            found = set(self._known)
+        for name, changed in batch.changed.items() if batch is not None else ():
+            (found.add if changed is not None else found.discard)(name)
+        return found
 
     def written(self, name: str) -> float | None:
         entry = self._entry(name)
