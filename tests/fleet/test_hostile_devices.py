@@ -218,6 +218,7 @@ def flooding(device, qos, size, seconds):
             process.kill()
 
 
+@pytest.mark.long
 @pytest.mark.alone  # the flooder wants a processor of its own
 @pytest.mark.parametrize(("qos", "size"), [(1, 200), (0, 200), (1, 50_000)], ids=["qos1", "qos0", "large"])
 def test_a_flood_costs_nobody_else_an_acknowledged_event(qos, size, own_server, connect):

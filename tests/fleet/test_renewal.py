@@ -271,6 +271,7 @@ def synced(config: Path, log) -> warm.Process:
     return warm.Process("agent.cli", ["sync", "--config", str(config)], stdout=log, stderr=log, env=environment())
 
 
+@pytest.mark.long
 @pytest.mark.alone  # the first certificate lasts a minute
 def test_by_the_brokers_port_alone(own_server, tmp_path):
     """HTTPS closed, the certificate nearly over: `edge-agent sync` has a new one, and comes back when only that one opens the broker."""
