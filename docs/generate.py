@@ -117,12 +117,12 @@ def manifest() -> str:
 
 
 def fleet_config() -> str:
-    from fleet_server import config, process_settings
+    from fleet_server import config, sections
 
     intro = (
         "`fleet.yaml` in the server's data folder, written by `edge-fleet init`. An unknown or misspelt setting is an error."
     )
-    return settings_page("fleet.yaml", intro, "FleetConfig", config, process_settings)
+    return settings_page("fleet.yaml", intro, "FleetConfig", config, sections)
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------

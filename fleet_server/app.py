@@ -119,6 +119,7 @@ class Fleet:
         self.status = Status(config, self.authority, self.repository, self.survey, self.intake, clock)
         self.status.restored = lambda: self.adoption.window
         self.status.database_problem = lambda: self.database.problem
+        self.status.stalled = self.views.stalled
         self.housekeeping = Housekeeping(self.blobs, self.catalogue, self.retention, self.journal, config.keep, clock)
         self._count()
 

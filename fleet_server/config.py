@@ -11,10 +11,9 @@ import yaml
 
 from agent.contract import addresses, names
 from agent.contract.codec import convert
-from fleet_server.process_settings import DecideSettings, Settings
+from fleet_server.sections import DAY_S, DecideSettings, RolloutSettings, Settings
 
 FILE_NAME = "fleet.yaml"
-DAY_S = 86400.0
 
 
 RENAMED = {"rollouts.class_stop": "rollouts.exclude_after", "rollouts.class_stop_share": "rollouts.exclude_share"}
@@ -72,29 +71,6 @@ class ExpirySettings(Settings, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if min(self.assignments_s, self.snapshot_s, self.timestamp_s, self.record_s, self.device_certificate_s) < 60:
             raise ValueError("nothing may expire within less than 60 seconds")
-
-
-class RolloutSettings(Settings, frozen=True, kw_only=True):
-    """Rollouts are evaluated after every report; `tick_s` is for what no report announces (a device that fell silent)."""
-
-    tick_s: float = 5.0
-    """Seconds after which rollouts are judged again although no report came."""
-    silence_s: float = 180.0
-    """Seconds without a word after which a device counts as offline: three heartbeats."""
-    min_devices: int = 1
-    """How many devices of a wave must serve the release before the wave passes."""
-    exclude_after: int = 3
-    """How many devices of one hardware class must have quarantined a release for the class to be excluded from it. 0: never."""
-    exclude_share: float = 0.02
-    """And which part of the class's devices that run or quarantined the release: a few that are broken do not speak for a
-    thousand.
-    """
-
-    def __post_init__(self) -> None:
-        if self.tick_s <= 0 or self.silence_s <= 0 or self.min_devices < 1 or self.exclude_after < 0:
-            raise ValueError("tick_s and silence_s must be above 0, min_devices at least 1, exclude_after not negative")
-        if not 0 <= self.exclude_share <= 1:
-            raise ValueError(f"exclude_share is {self.exclude_share}; it must be from 0 to 1")
 
 
 class ConnectionSettings(Settings, frozen=True, kw_only=True):

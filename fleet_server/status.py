@@ -95,6 +95,8 @@ class Status:
         self.paused: Callable[[], list[str]] = list
         """The devices that are shut out for a while."""
         self.database_problem: Callable[[], str] = str
+        self.stalled: Callable[[], list[tuple[str, str]]] = list
+        """The rollouts that do not go on by themselves, and why."""
         self.restored: Callable[[], tuple[float, float] | None] = lambda: None
         """Of when the backup is that this server was restored from, and when it was restored."""
 
@@ -145,6 +147,11 @@ class Status:
                 f"{_some(Some(len(paused), paused[:NAMED]))} sent or asked for more than a device may, and the broker takes nothing of them for a while: see what runs there, and revoke what is not "
                 "yours"
             )
+        found += [
+            f"rollout {rollout} does not go on by itself: {why}; see who is missing (`edge-fleet rollout devices {rollout}`), skip those that "
+            "are known to be broken, or abort it"
+            for rollout, why in self.stalled()
+        ]
         if problem := self.database_problem():
             found.insert(0, f"NOTHING IS STORED: {problem}")
         now = self._clock()

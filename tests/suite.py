@@ -28,7 +28,10 @@ MEASURED = ("--cov", "--cov-report=")  # branch coverage: tests/coverage_floors.
 SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
     # several at a time, a file to each, what minds nobody. Three, because two leave two processors waiting a third of the time.
     # Then the rest: two at a time, because the processors rest for half of it; what measures for long is among the long ones, one by one.
-    "short": (("-n", "3", "--dist", "loadfile", "-m", f"{SHORT} and not alone"), ("-n", "2", "--dist", "loadfile", "-m", f"{SHORT} and alone")),
+    "short": (
+        ("-n", "3", "--dist", "loadfile", "-m", f"{SHORT} and not alone"),
+        ("-n", "2", "--dist", "loadfile", "-m", f"{SHORT} and alone"),
+    ),
     "long": (("-n", "2", "--dist", "loadfile", "-m", "long and not alone"), ("-m", "long and alone")),
     "survival": (("-m", "survival"),),
     # on PostgreSQL, as EDGE_TEST_DATABASE says

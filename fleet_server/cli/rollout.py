@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 WATCH_S = 1.0
 AWAY_S = 60.0
 OVER = frozenset({"completed", "aborted"})
-STANDINGS = ("committed", "shadowed", "refused", "failed", "rolled_back", "pending", "offline")
+STANDINGS = (
+    "committed", "shadowed", "refused", "failed", "rolled_back", "pending", "timed_out", "lost", "held", "skipped", "offline",
+)  # fmt: skip
 
 
 @click.group(cls=Group)
@@ -58,6 +60,16 @@ def rollout() -> None:
 @click.option(
     "--max-failures", type=click.IntRange(0), default=0, show_default=True, help="Devices that may refuse it or roll back."
 )
+@click.option(
+    "--min-percent",
+    type=click.FloatRange(0, 100),
+    help="Which part of a wave's devices that were there must have committed [default: rollouts.min_share in fleet.yaml].",
+)
+@click.option(
+    "--time-limit",
+    callback=duration,
+    help="How long a device may take from when it was told, such as 2h [default: rollouts.time_limit_s in fleet.yaml].",
+)
 @with_json
 @click.pass_context
 @reports_errors
@@ -67,6 +79,8 @@ def rollout_start(
     groups: tuple[str, ...],
     percent: float | None,
     window: str | None,
+    min_percent: float | None,
+    time_limit: float | None,
     *,
     team: bool,
     shadow: bool,
@@ -87,6 +101,7 @@ def rollout_start(
     body = {
         "release": first, "team": others, "groups": list(groups), "percent": percent, "window": window, "confirm": confirm,
         "max_failures": max_failures, "mode": "shadow" if shadow else "install",
+        "min_share": None if min_percent is None else min_percent / 100, "time_limit_s": time_limit,
     }  # fmt: skip
     with connected(ctx) as client:
         show(client.post("/rollouts", body), as_json, tables.rollout)
@@ -211,6 +226,26 @@ _rollout_verb("promote", "Confirms that the next wave of a rollout begins.")
 _rollout_verb("pause", "Begins no further wave; devices already reached go on.")
 _rollout_verb("resume", "Lets a paused rollout go on.")
 _rollout_verb("abort", "Ends a rollout; every device goes back to the release before.")
+
+
+def _of_a_device(verb: str, text: str) -> None:
+    @rollout.command(verb, help=f"{text}\n\nedge-fleet rollout {verb} r3-9f1c crane-7")
+    @click.argument("rollout_id")
+    @click.argument("device")
+    @with_json
+    @click.pass_context
+    @reports_errors
+    def command(ctx: click.Context, rollout_id: str, device: str, *, as_json: bool) -> None:
+        where = f"/rollouts/{segment(rollout_id)}/devices/{segment(device)}/skip"
+        with connected(ctx) as client:
+            show(client.post(where) if verb == "skip" else client.delete(where), as_json, tables.rollout)
+
+
+_of_a_device(
+    "skip",
+    "Takes a device out of a rollout's count: no wave waits for it, whatever it answers. It is told to run the release all the same.",
+)
+_of_a_device("unskip", "Lets a device that was skipped count again.")
 
 
 @click.command(cls=Command)

@@ -24,7 +24,7 @@ from fleet_server.errors import Conflict, Invalid, NotFound, Refused
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import Certificate, Device, DeviceModel, Setting
+from fleet_server.storage.models import Certificate, Device, DeviceModel, Setting, SkippedDevice, ToldDevice
 
 SERIAL_FLOOR = "deleted_serial"  # the row of `settings` with the largest record serial of a device that was deleted
 ENDS_SOON = 6  # a certificate with less than this part of its life left ends soon
@@ -149,7 +149,8 @@ class Inventory:
             with self._database.session() as session:
                 row = _row(session, device)
                 self._revoke_certificates(session, device)
-                session.execute(delete(DeviceModel).where(DeviceModel.device == device))
+                for table in (DeviceModel, ToldDevice, SkippedDevice):
+                    session.execute(delete(table).where(table.device == device))
                 session.delete(row)
                 _raise_floor(session, row.serial)
                 self._journal.audit(session, actor, "device.delete", device)

@@ -64,7 +64,7 @@ class Known(msgspec.Struct):
 def digest_of(report: StateReport) -> str:
     """Of what is kept of a report in columns of its own, and what rollouts are judged by."""
     models = {
-        name: (one.serving, one.sha256, one.variant, one.phase, one.quarantined, one.answers)
+        name: (one.serving, one.sha256, one.variant, one.phase, one.quarantined, one.answers, one.held)
         for name, one in report.models.items()
     }
     kept = encode((models, report.hardware, report.problem, in_trouble(report)))
@@ -124,7 +124,7 @@ def write_models(session: Session, reports: list[tuple[Known, StateReport]], cha
 def _row(device: str, model: str, state: ModelState) -> dict[str, Any]:
     return {
         "device": device, "model": model, "serving": state.serving, "sha256": state.sha256, "variant": state.variant,
-        "phase": state.phase.value, "answers": msgspec.to_builtins([*state.quarantined, *state.answers][-MAX_ANSWERS:]),
+        "phase": state.phase.value, "held": state.held, "answers": msgspec.to_builtins([*state.quarantined, *state.answers][-MAX_ANSWERS:]),
     }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import msgspec
 from sqlalchemy import func, select
@@ -19,10 +20,13 @@ from fleet_server.releases.repository import Repository
 from fleet_server.rollouts import exclusions, machine, rows, steps, teams, wording
 from fleet_server.rollouts.decisions import Decisions
 from fleet_server.rollouts.exclusions import ExclusionView
+from fleet_server.rollouts.gates import Rules
 from fleet_server.rollouts.judging import Judge
 from fleet_server.rollouts.machine import Event, State, Wave
 from fleet_server.rollouts.views import RolloutDetail, Views
 from fleet_server.storage.models import ModelRow, RolloutRow
+
+WEEK_S = 7 * 86400.0
 
 
 class RolledBack(msgspec.Struct, frozen=True):
@@ -45,7 +49,7 @@ class Plans(msgspec.Struct, frozen=True):
 
     waves: tuple[Wave, ...]
     confirm: bool
-    max_failures: int
+    rules: Rules
     mode: Mode
     window: str | None
 
@@ -64,15 +68,24 @@ class Rollouts:
     def start(
         self, actor: Actor, ref: ReleaseRef, *, groups: Iterable[str] = (), permille: int | None = None, confirm: bool = False,
         max_failures: int = 0, team: Iterable[ReleaseRef] = (), window: str | None = None, mode: Mode = "install",
+        min_share: float | None = None, time_limit_s: float | None = None,
     ) -> RolloutDetail:  # fmt: skip
         """Begins a rollout. `team`: releases of other models that switch with it on each device, all or none. `confirm`: a
-        person confirms each further wave. In mode shadow devices run it on copies of live requests and install nothing.
+        person confirms each further wave. In mode shadow devices run it on copies of live requests and install nothing. `min_share`,
+        `time_limit_s`: instead of what fleet.yaml says.
 
         Raises: NotFound, Conflict (another one is under way, withdrawn, not signed any more, already what everyone runs),
         Invalid.
         """
         refs = [ref, *team]
-        plans = _plans(refs, tuple(dict.fromkeys(groups)), permille, confirm, max_failures, mode, window)
+        wishes = {
+            "max_failures": max_failures,
+            "shadow": mode == "shadow",
+            "min_share": min_share,
+            "time_limit_s": time_limit_s,
+        }
+        rules = _rules(self._judge.rules, window, {name: wish for name, wish in wishes.items() if wish is not None})
+        plans = _plans(refs, tuple(dict.fromkeys(groups)), permille, confirm, rules, mode, window)
         with self._decisions.lock:
             with self._decisions.one() as decision:
                 session = decision.session
@@ -114,13 +127,14 @@ class Rollouts:
         row = RolloutRow(
             id=f"r{number}-{secrets.token_hex(2)}", number=number, model=ref.model, release=ref.version, previous=model.release,
             waves=[msgspec.to_builtins(wave) for wave in plans.waves], wave=0, state=State.CREATED.value, confirm=plans.confirm,
-            max_failures=plans.max_failures, mode=plans.mode, window=plans.window, created=now, created_by=actor.name, updated=now, reason="",
+            max_failures=plans.rules.max_failures, mode=plans.mode, window=plans.window, created=now, created_by=actor.name, updated=now,
+            reason="", rules=msgspec.to_builtins(plans.rules),
         )  # fmt: skip
         session.add(row)
         session.flush()
         self._journal.audit(
             session, actor, "rollout.start", row.id, release=str(ref), waves=row.waves, confirm=plans.confirm,
-            max_failures=plans.max_failures, mode=plans.mode,
+            mode=plans.mode, rules=row.rules,
         )  # fmt: skip
         return row
 
@@ -152,6 +166,29 @@ class Rollouts:
                 said = text.format(wave=wave, previous=wording.previous(team))
                 message = f"{row.id} ({wording.named(team)}) {said}"
                 decision.note(name, message, model=row.model, release=row.release)
+            self._judge.evaluate_one(rollout_id)
+            return self._views.rollout(rollout_id)
+
+    def skip(self, actor: Actor, rollout_id: str, device: str) -> RolloutDetail:
+        """Takes a device out of the count of a rollout: no wave waits for it, and what it answers says nothing of the release. It is
+        told to run the release all the same.  Raises: NotFound, Conflict (over, skipped already).
+        """
+        return self._leave_out(actor, rollout_id, device, out=True)
+
+    def unskip(self, actor: Actor, rollout_id: str, device: str) -> RolloutDetail:
+        """Lets a device that was skipped count again.  Raises: NotFound, Conflict (over, not skipped)."""
+        return self._leave_out(actor, rollout_id, device, out=False)
+
+    def _leave_out(self, actor: Actor, rollout_id: str, device: str, *, out: bool) -> RolloutDetail:
+        with self._decisions.lock:
+            with self._decisions.one() as decision:
+                session = decision.session
+                team = teams.of(session, rows.find(session, rollout_id))
+                steps.skip(session, team, device, actor.name if out else None, self._clock())
+                self._journal.audit(session, actor, "rollout.skip" if out else "rollout.unskip", team[0].id, device=device)
+                said = "is skipped: it does not count" if out else "counts again"
+                name, row = "rollout_skipped" if out else "rollout_unskipped", team[0]
+                decision.note(name, f"{row.id} ({wording.named(team)}): {device} {said}", model=row.model, release=row.release)
             self._judge.evaluate_one(rollout_id)
             return self._views.rollout(rollout_id)
 
@@ -257,12 +294,9 @@ class Rollouts:
 
 
 def _plans(
-    refs: list[ReleaseRef], groups: tuple[str, ...], permille: int | None, confirm: bool, max_failures: int, mode: Mode,
-    window: str | None,
+    refs: list[ReleaseRef], groups: tuple[str, ...], permille: int | None, confirm: bool, rules: Rules, mode: Mode, window: str | None,
 ) -> Plans:  # fmt: skip
     """What the operator asks for, checked as far as it goes without the database.  Raises: Invalid."""
-    if max_failures < 0:
-        raise Invalid("max_failures must not be negative")
     if mode == "shadow" and len(refs) > 1:
         raise Invalid("a team cannot be rolled out in mode shadow, in which nothing switches")
     if len({one.model for one in refs}) < len(refs):
@@ -273,7 +307,18 @@ def _plans(
             parse_window(window)
     except ValueError as error:
         raise Invalid(str(error)) from error
-    return Plans(waves, confirm, max_failures, mode, window)
+    return Plans(waves, confirm, rules, mode, window)
+
+
+def _rules(usual: Rules, window: str | None, wishes: Mapping[str, Any]) -> Rules:
+    """What the waves must keep.  Raises: Invalid."""
+    try:
+        rules = msgspec.structs.replace(usual, **wishes)
+    except ValueError as error:
+        raise Invalid(str(error)) from error
+    if window is not None and "time_limit_s" not in wishes:  # it may open once in a week
+        rules = msgspec.structs.replace(rules, time_limit_s=rules.time_limit_s + WEEK_S)
+    return rules
 
 
 def _leave_withdrawn(session: Session, ref: ReleaseRef) -> None:

@@ -19,7 +19,7 @@ from fleet_server.releases import catalogue
 from fleet_server.rollouts import exclusions, rows
 from fleet_server.rollouts.gates import Fact
 from fleet_server.rollouts.tally import Entry, quarantined
-from fleet_server.storage.models import Device, DeviceModel, RolloutRow
+from fleet_server.storage.models import Device, DeviceModel, RolloutRow, SkippedDevice, ToldDevice
 
 ABOUT_METADATA = frozenset(reason.value for reason in METADATA)
 MESSAGE_CHARS, REASON_CHARS = 500, 128  # of what a device says; verdicts and views repeat it
@@ -43,12 +43,13 @@ class Said(Protocol):
     variant: Any
     phase: Any
     answers: Any
+    held: Any
 
 
 class About(msgspec.Struct, frozen=True):
     """What the facts of a rollout depend on besides the devices. `wave`: the rollout as devices read it; `hashes`: variant → the
     sha256 of its model; `excluded`: the hardware classes that do not run the release; `over`: the rollout has ended, and only
-    who refuses the release from now on counts.
+    who refuses the release from now on counts; `time_limit_s`: how long a device may take from when it was told.
     """
 
     wave: Rollout
@@ -56,42 +57,56 @@ class About(msgspec.Struct, frozen=True):
     hashes: Mapping[str, str]
     excluded: frozenset[str]
     over: bool = False
+    time_limit_s: float = math.inf
 
 
 class Seen(msgspec.Struct, frozen=True):
     """What is known of one device at a moment. `until`: when it must be read again although nothing changed; `silent`: it counts
-    as offline only because nobody heard it.
+    as not there only because nobody heard it; `told_now`: nobody had seen before that it was told.
     """
 
     device: str
     entry: Entry
     until: float = math.inf
     silent: bool = False
+    told_now: bool = False
 
 
 def about(session: Session, row: RolloutRow, *, over: bool = False) -> About:
     hashes = catalogue.summary_of(catalogue.find(session, ReleaseRef(row.model, row.release))).model_hashes
     known = exclusions.known(session, row.model, row.release)
     excluded = frozenset(kind for kind, one in known.items() if one.ended is None)
-    return About(rows.as_assigned(row), row.model, hashes, excluded, over)
+    limit_s = rows.rules_of(row).time_limit_s
+    return About(rows.as_assigned(row), row.model, hashes, excluded, over, limit_s)
 
 
-def of_devices(model: str) -> Select[Any]:
-    """The query of the rows that `seen` reads: every device, with what it says of the model if it does."""
+def of_devices(about: About) -> Select[Any]:
+    """The query of the rows that `seen` reads: every device, with what it says of the model if it does, and what the rollout knows
+    of it.
+    """
+    rollout = about.wave.id
     columns = (Device.id, Device.groups, Device.present, Device.last_seen, Device.shared, Device.revoked, Device.hardware_class)
-    said = (DeviceModel.serving, DeviceModel.sha256, DeviceModel.variant, DeviceModel.phase, DeviceModel.answers)
-    return select(*columns, *said).outerjoin(DeviceModel, (DeviceModel.device == Device.id) & (DeviceModel.model == model))
+    said = (
+        DeviceModel.serving, DeviceModel.sha256, DeviceModel.variant, DeviceModel.phase, DeviceModel.answers, DeviceModel.held,
+    )  # fmt: skip
+    known = (ToldDevice.at.label("told"), SkippedDevice.at.label("skipped"))
+    return (
+        select(*columns, *said, *known)
+        .outerjoin(DeviceModel, (DeviceModel.device == Device.id) & (DeviceModel.model == about.model))
+        .outerjoin(ToldDevice, (ToldDevice.device == Device.id) & (ToldDevice.rollout == rollout))
+        .outerjoin(SkippedDevice, (SkippedDevice.device == Device.id) & (SkippedDevice.rollout == rollout))
+    )
 
 
-def of_some(session: Session, model: str, devices: Iterable[str]) -> Iterable[Any]:
+def of_some(session: Session, about: About, devices: Iterable[str]) -> Iterable[Any]:
     """The rows of these devices; of those that are there."""
     wanted = list(devices)
     for start in range(0, len(wanted), ROWS_AT_ONCE):
-        yield from session.execute(of_devices(model).where(Device.id.in_(wanted[start : start + ROWS_AT_ONCE])))
+        yield from session.execute(of_devices(about).where(Device.id.in_(wanted[start : start + ROWS_AT_ONCE])))
 
 
-def seen(about: About, row: Any, hearing: Hearing, now: float) -> Seen:
-    """What a row of `of_devices` means for the rollout."""
+def seen(about: About, row: Any, hearing: Hearing, now: float, told: float | None = None) -> Seen:
+    """What a row of `of_devices` means for the rollout. `told`: when the device was told, where that is not written down yet."""
     said = row if row.phase is not None else None
     release = about.wave.release
     serves = said is not None and said.serving == release and not row.revoked
@@ -105,9 +120,20 @@ def seen(about: About, row: Any, hearing: Hearing, now: float) -> Seen:
     silent_at = hearing.silent_at(row.last_seen) if there else math.inf
     online = there and now < silent_at
     several = shared_identity.are_several(row.shared, now)
-    fact = of_one(fact_of(row.id, online, said, release, about.hashes, about.wave.id), several=several)
-    until = min(silent_at if online else math.inf, row.shared + shared_identity.SHARED_S if several else math.inf)
-    return Seen(row.id, Entry(fact, row.hardware_class, serves), until, silent=there and not online)
+    told_at = told if row.told is None else row.told
+    told_now = online and told_at is None
+    late_at = (now if told_at is None else told_at) + about.time_limit_s
+    fact = msgspec.structs.replace(
+        fact_of(row.id, online, said, release, about.hashes, about.wave.id), told=told_now or told_at is not None,
+        overdue=late_at <= now, skipped=row.skipped is not None,
+    )  # fmt: skip
+    until = min(
+        silent_at if online else math.inf,
+        late_at if online and late_at > now else math.inf,
+        row.shared + shared_identity.SHARED_S if several else math.inf,
+    )
+    entry = Entry(of_one(fact, several=several), row.hardware_class, serves)
+    return Seen(row.id, entry, until, silent=there and not online, told_now=told_now)
 
 
 def of_one(fact: Fact, *, several: bool) -> Fact:
@@ -129,11 +155,11 @@ def fact_of(device: str, online: bool, said: Said | None, release: int, hashes: 
     phase = Phase(said.phase) if said.phase in _PHASES else None
     last = _last_answer(said.answers, release, rollout)
     if last is None:
-        return Fact(device, online, serving_it=serving, phase=phase)
+        return Fact(device, online, serving_it=serving, phase=phase, held=bool(said.held))
     reason = last["reason"]
     return Fact(
         device, online, serving_it=serving, phase=phase, outcome=Outcome(last["outcome"]),
-        reason=reason and reason[:REASON_CHARS], message=last["message"][:MESSAGE_CHARS],
+        reason=reason and reason[:REASON_CHARS], message=last["message"][:MESSAGE_CHARS], held=bool(said.held),
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """What the devices of a wave answered, and what follows. Pure.
 
 Only what a device signed counts, and only together with the digest that it really serves: a device that says "committed" and
-serves other bytes is pending, not a success. Offline devices and failed downloads say nothing about a release and neither pass
-nor stop it.
+serves other bytes is pending, not a success. A device that was not there since its wave began says nothing about the release. One
+that was there when it was told, and is silent since, may be silent because of the release: a wave does not wait for it, and does not
+pass when there are too many like it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from enum import Enum
 import msgspec
 
 from agent.contract.reports import Outcome, Phase
+from fleet_server.rollouts import sequential
 
 
 class Standing(str, Enum):
@@ -21,14 +23,21 @@ class Standing(str, Enum):
     COMMITTED = "committed"
     SHADOWED = "shadowed"
     REFUSED = "refused"
-    FAILED = "failed"
+    FAILED = "failed"  # it could not fetch or store the release; it tries again
     ROLLED_BACK = "rolled_back"
     PENDING = "pending"
-    OFFLINE = "offline"
+    TIMED_OUT = "timed_out"  # it is there, and has not answered within the time that a device has
+    LOST = "lost"  # it was there when it was told, and is silent since
+    HELD = "held"  # an operator keeps it on what it serves
+    SKIPPED = "skipped"  # an operator took it out of this rollout's count
+    OFFLINE = "offline"  # it was not there since its wave began
 
 
 class Ruling(str, Enum):
     WAIT = "wait"
+    STALL = (
+        "stall"  # no device is still to answer, and the wave cannot pass: a person, or devices that come back, must change that
+    )
     PASS = "pass"  # noqa: S105 - a verdict
     FAIL = "fail"
 
@@ -44,6 +53,12 @@ class Fact(msgspec.Struct, frozen=True):
     outcome: Outcome | None = None
     reason: str | None = None
     message: str = ""
+    told: bool = False
+    """It was there at a moment at which its wave had begun."""
+    overdue: bool = False
+    """It was told longer ago than a device may take."""
+    held: bool = False
+    skipped: bool = False
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -53,16 +68,30 @@ class Counts(msgspec.Struct, frozen=True):
     failed: int = 0
     rolled_back: int = 0
     pending: int = 0
+    timed_out: int = 0
+    lost: int = 0
+    held: int = 0
+    skipped: int = 0
     offline: int = 0
 
     @property
     def total(self) -> int:
-        return self.committed + self.shadowed + self.refused + self.failed + self.rolled_back + self.pending + self.offline
+        return sum(msgspec.structs.astuple(self))
 
     @property
     def failures(self) -> int:
         """How many answers say that the release is bad."""
         return self.refused + self.rolled_back
+
+    @property
+    def missing(self) -> int:
+        """How many devices were told and do not answer."""
+        return self.lost + self.timed_out
+
+    @property
+    def asked(self) -> int:
+        """How many devices the wave is judged by: those that were told, less those that an operator answers for."""
+        return self.total - self.offline - self.held - self.skipped
 
 
 class Witness(msgspec.Struct, frozen=True):
@@ -81,47 +110,89 @@ class Verdict(msgspec.Struct, frozen=True):
     evidence: tuple[Witness, ...] = ()
 
 
+class Rules(msgspec.Struct, frozen=True):
+    """What a wave must keep to pass. `max_failures`: devices that may refuse the release or roll it back. `min_devices` and
+    `min_share`: how many devices must have committed, and which part of those asked. `missing_share`: which part of those asked may fall
+    silent or run out of time (`time_limit_s` after it was told); when it is more than that, with `confidence` that it is no accident, the
+    wave does not pass. `shadow`: the rollout has mode shadow, and devices need not commit.
+    """
+
+    max_failures: int = 0
+    min_devices: int = 1
+    min_share: float = 0.5
+    missing_share: float = 0.1
+    confidence: float = 0.99
+    time_limit_s: float = 86400.0
+    shadow: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_failures < 0 or self.min_devices < 1:
+            raise ValueError("max_failures must not be negative, and min_devices must be at least 1")
+        if not (0 <= self.min_share <= 1 and 0 < self.missing_share < 1 and 0.5 <= self.confidence < 1):
+            raise ValueError("min_share must be from 0 to 1, missing_share above 0 and below 1, confidence from 0.5 to below 1")
+        if not self.time_limit_s >= 1:
+            raise ValueError("time_limit_s must be at least 1 second")
+
+
 def standing(fact: Fact, *, shadow: bool = False) -> Standing:
     """How one device stands. A bad answer counts whether the device is still there or not; a good one counts only while the
     right bytes serve. `shadow`: the rollout has mode shadow, and a release that kept its rules beside what serves is a success.
     """
+    good = fact.serving_it and (fact.outcome is Outcome.COMMITTED or fact.phase is Phase.STEADY)
+    if fact.skipped and not good:
+        return Standing.SKIPPED
     if fact.outcome is Outcome.REFUSED:
         return Standing.REFUSED
     if fact.outcome is Outcome.ROLLED_BACK:
         return Standing.ROLLED_BACK
-    if fact.serving_it and (fact.outcome is Outcome.COMMITTED or fact.phase is Phase.STEADY):
+    if good:
         return Standing.COMMITTED
     if shadow and fact.outcome is Outcome.SHADOWED:
         return Standing.SHADOWED
+    if fact.held:
+        return Standing.HELD
     if not fact.online:
-        return Standing.OFFLINE
-    if fact.outcome is Outcome.FAILED:
-        return Standing.FAILED
-    return Standing.PENDING
+        return Standing.LOST if fact.told else Standing.OFFLINE
+    if fact.overdue:
+        return Standing.TIMED_OUT
+    return Standing.FAILED if fact.outcome is Outcome.FAILED else Standing.PENDING
 
 
-def judge(
-    counts: Counts, evidence: Sequence[Witness], *, max_failures: int, min_devices: int = 1, shadow: bool = False
-) -> Verdict:
-    """The verdict on a wave whose devices stand like that: FAIL above `max_failures`; PASS when `min_devices` committed and no
-    online device is still to answer. `evidence`: some of the devices, which the verdict names. `shadow`: the rollout has mode
-    shadow, and devices need not commit to pass.
+def judge(counts: Counts, evidence: Sequence[Witness], rules: Rules) -> Verdict:
+    """The verdict on a wave whose devices stand like that: FAIL above `max_failures`; WAIT while a device that is there may still
+    answer; then PASS or STALL. `evidence`: some of the devices, which the verdict names.
     """
-    ruling, why = _rule(counts, max_failures, min_devices, "shadowed" if shadow else "committed")
+    ruling, why = _rule(counts, rules)
     return Verdict(ruling, why, counts, tuple(evidence))
 
 
-def _rule(counts: Counts, max_failures: int, min_devices: int, wish: str) -> tuple[Ruling, str]:
-    if counts.failures > max_failures:
+def _rule(counts: Counts, rules: Rules) -> tuple[Ruling, str]:
+    if counts.failures > rules.max_failures:
         bad = _say((counts.refused, "refused it"), (counts.rolled_back, "rolled back"))
-        return Ruling.FAIL, f"{bad}; {max_failures or 'none'} allowed"
+        return Ruling.FAIL, f"{bad}; {rules.max_failures or 'none'} allowed"
     if counts.pending or counts.failed:
         return Ruling.WAIT, _say((counts.pending, "still to answer"), (counts.failed, "could not fetch it"))
-    good = _say((counts.committed, "committed"), (counts.shadowed, "shadowed")) or f"0 {wish}"
-    if counts.committed + counts.shadowed < min_devices:
-        return Ruling.WAIT, f"{good}; at least {min_devices} needed"
-    left = f"; {counts.offline} offline" if counts.offline else ""
-    return Ruling.PASS, f"{good}{left}"
+    if not counts.asked:
+        return Ruling.WAIT, f"none of {counts.total} was there yet" if counts.total else "the wave reaches no device"
+    return _weigh(counts, rules)
+
+
+def _weigh(counts: Counts, rules: Rules) -> tuple[Ruling, str]:
+    """The verdict when nobody who is there is still to answer."""
+    good = counts.committed + counts.shadowed
+    wish = "shadowed" if rules.shadow else "committed"
+    said = _say((counts.committed, "committed"), (counts.shadowed, "shadowed")) or f"0 {wish}"
+    gone = _say((counts.lost, "fell silent after they were told"), (counts.timed_out, "did not answer in time"))
+    left = _say((counts.held, "held"), (counts.skipped, "skipped"), (counts.offline, "offline"))
+    all_said = "; ".join(filter(None, (said, gone, left)))
+    if good < rules.min_devices:
+        return Ruling.STALL, f"{all_said}; at least {rules.min_devices} needed"
+    if good < rules.min_share * counts.asked:
+        return Ruling.STALL, f"{all_said}; at least {rules.min_share:.0%} of {counts.asked} needed"
+    if sequential.is_above(rules.missing_share, counts.missing, counts.asked, rules.confidence):
+        limit = f"more than {rules.missing_share:.0%}, with {rules.confidence:.1%} confidence"
+        return Ruling.STALL, f"{all_said}: of {counts.asked} that is {limit}"
+    return Ruling.PASS, all_said
 
 
 def _say(*parts: tuple[int, str]) -> str:

@@ -8,20 +8,23 @@ import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fleet_server.config import RolloutSettings
 from fleet_server.devices.inventory import Inventory
 from fleet_server.rollouts import exclusions, facts, gates, machine, rows, steps, teams, wording
 from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.decisions import Decision, Decisions
-from fleet_server.rollouts.gates import Ruling, Verdict
+from fleet_server.rollouts.gates import Rules, Ruling, Verdict
 from fleet_server.rollouts.ledger import Ledgers
 from fleet_server.rollouts.machine import Event, State
 from fleet_server.rollouts.tally import Tally
+from fleet_server.sections import RolloutSettings
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import ModelRow, RolloutRow, VerdictRow
 
 WHAT_RUNS_JUDGED_S = 60.0
 """Between two readings of the refusals of what every device runs already: devices report as often, and nobody waits for it."""
+
+
+STALLED = "bring the devices back, skip those that are known to be broken (`edge-fleet rollout skip`), or abort"
 
 
 class Judge:
@@ -34,6 +37,11 @@ class Judge:
         self._database, self._assignment = database, assignment
         self._decisions, self._settings, self._clock = decisions, settings, clock
         self._what_runs_judged = 0.0
+        self.rules = Rules(
+            min_devices=settings.min_devices, min_share=settings.min_share, missing_share=settings.missing_share,
+            confidence=settings.confidence, time_limit_s=settings.time_limit_s,
+        )  # fmt: skip
+        """What a wave must keep where whoever starts its rollout says nothing else."""
         self.ledgers = Ledgers(inventory, clock)
 
     def evaluate(self, models: Iterable[str] | None = None) -> None:
@@ -59,8 +67,12 @@ class Judge:
         with self._decisions.lock:
             if self.ledgers.of(rollout_id) is None:
                 self._prepare(rollout_id)
-            while self._decided(rollout_id):
-                self._prepare(rollout_id)
+            try:
+                while self._decided(rollout_id):
+                    self._prepare(rollout_id)
+            except BaseException:
+                self.ledgers.forget_all()  # what they took for written down was not
+                raise
 
     def _prepare(self, rollout_id: str) -> None:
         """Reads every device before the decision, where that must be, so that nobody who writes waits for it."""
@@ -79,11 +91,12 @@ class Judge:
             if State(team[0].state) in machine.TERMINAL:
                 return False
             found = [(row, self.ledgers.tally(session, row)) for row in team]
+            self.ledgers.write_told(session, [row.id for row in team])
             verdict = teams.verdict([(row, self.verdict(session, row, tally)) for row, tally in found])
             # What is bad for too many ends for everybody; only where the rollout may go on a class is excluded.
             if verdict.ruling is Ruling.FAIL or not self._exclude(decision, found):
                 for row in team:
-                    decision.verdict_changed |= self._keep(session, row, verdict)
+                    self._keep(decision, row, verdict)
                 self._follow(decision, team, verdict)
             return bool(decision.events)
 
@@ -140,24 +153,26 @@ class Judge:
         counts = tally.counts
         if not counts.total and any(one.ended is None for one in exclusions.known(session, row.model, row.release).values()):
             return Verdict(Ruling.FAIL, "every kind of hardware in the wave is excluded from it", counts)
-        return gates.judge(
-            counts, tally.witnesses, max_failures=row.max_failures, min_devices=self._settings.min_devices,
-            shadow=row.mode == "shadow",
-        )  # fmt: skip
+        return gates.judge(counts, tally.witnesses, rows.rules_of(row))
 
-    def _keep(self, session: Session, row: RolloutRow, verdict: Verdict) -> bool:
-        """Stores the verdict, unless it is the last one; whether it did. One whose ruling is that of the last one takes its
-        place: a rollout has as many as its gates changed their minds, not as devices reported.
+    def _keep(self, decision: Decision, row: RolloutRow, verdict: Verdict) -> None:
+        """Stores the verdict, unless it is the last one. One whose ruling is that of the last one takes its place: a rollout has as
+        many as its gates changed their minds, not as devices reported. A wave that comes to a halt is told to people.
         """
+        session = decision.session
         last = session.scalar(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq.desc()).limit(1))
         counts, evidence = msgspec.to_builtins(verdict.counts), msgspec.to_builtins(list(verdict.evidence))
-        if last is None or (last.wave, last.verdict) != (row.wave, verdict.ruling.value):
+        new = last is None or (last.wave, last.verdict) != (row.wave, verdict.ruling.value)
+        if last is None or new:
             last = VerdictRow(rollout=row.id, wave=row.wave, verdict=verdict.ruling.value, counts={})
             session.add(last)
         elif (last.counts, last.evidence) == (counts, evidence):
-            return False
+            return
         last.at, last.why, last.counts, last.evidence = self._clock(), verdict.why, counts, evidence
-        return True
+        decision.verdict_changed = True
+        if new and verdict.ruling is Ruling.STALL and row.team in {None, row.id}:
+            message = f"{row.id} ({row.model}:{row.release}): wave {row.wave + 1} cannot pass: {verdict.why}; {STALLED}"
+            _note(decision, row, "rollout_stalled", message)
 
     def _follow(self, decision: Decision, team: list[RolloutRow], verdict: Verdict) -> None:
         """Does what the verdict asks for."""

@@ -5,7 +5,8 @@ Rules:
     number above the last one that it read, so it does not matter which process wrote it.
  2. What only time changes has a moment: a device falls silent, an identity counts as shared no more. Then its row is read again.
  3. Who counts as silent is read again when it turns out that nobody could have been heard.
- 4. What fits no rule (the first time, a clock or a counter that went back) makes the ledger anew from every row. So does its
+ 4. That a device was told (it was there while its wave reached it) is seen here first, and written down by whoever decides.
+ 5. What fits no rule (the first time, a clock or a counter that went back) makes the ledger anew from every row. So does its
     owner, by making another one, when what the rollout is about has changed: its wave, the classes excluded from it.
 """
 
@@ -16,13 +17,14 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
 from fleet_server.rollouts import facts
 from fleet_server.rollouts.facts import About, Hearing
 from fleet_server.rollouts.tally import Tally
 from fleet_server.storage import changes
-from fleet_server.storage.models import Device, RolloutRow
+from fleet_server.storage.models import Device, RolloutRow, ToldDevice
 
 
 class Ledger:
@@ -40,6 +42,9 @@ class Ledger:
         self._until: dict[str, float] = {}
         """Device → its moment; what stands in `_due` of another moment is old."""
         self._silent: set[str] = set()
+        self.told: dict[str, float] = {}
+        """Devices that were told → when, of those that this was seen of here."""
+        self._unwritten: set[str] = set()
 
     def follow(self, session: Session, now: float) -> None:
         """Brings the tally to what the database says now. When that fails, the next time begins anew."""
@@ -59,12 +64,12 @@ class Ledger:
     def _begin(self, session: Session, now: float) -> None:
         self.tally = Tally(shadow=self.about.wave.mode == "shadow")
         self._due, self._until, self._silent = [], {}, set()
-        self._take(session.execute(facts.of_devices(self.about.model)), now)
+        self._take(session.execute(facts.of_devices(self.about)), now)
 
     def _follow_changes(self, session: Session, after: int, up_to: int, now: float) -> None:
         for device in changes.deleted(session, after, up_to):  # first: it may have been enrolled again
             self._forget(device)
-        query = facts.of_devices(self.about.model).where(Device.change > after, Device.change <= up_to)
+        query = facts.of_devices(self.about).where(Device.change > after, Device.change <= up_to)
         self._take(session.execute(query), now)
 
     def _come_due(self, now: float) -> set[str]:
@@ -78,14 +83,17 @@ class Ledger:
     def _read_again(self, session: Session, devices: set[str], now: float) -> None:
         if not devices:
             return
-        for device in devices - self._take(facts.of_some(session, self.about.model, devices), now):
+        for device in devices - self._take(facts.of_some(session, self.about, devices), now):
             self._forget(device)  # deleted by a change that is still to be followed
 
     def _take(self, rows: Iterable[Any], now: float) -> set[str]:
         taken = set()
         for row in rows:
-            seen = facts.seen(self.about, row, self._hearing, now)
+            seen = facts.seen(self.about, row, self._hearing, now, self.told.get(row.id))
             taken.add(seen.device)
+            if seen.told_now:
+                self.told[seen.device] = now
+                self._unwritten.add(seen.device)
             self.tally.put(seen.device, seen.entry)
             self._until.pop(seen.device, None)
             if seen.until < math.inf:
@@ -95,10 +103,19 @@ class Ledger:
         self.read += len(taken)
         return taken
 
+    def write_told(self, session: Session) -> None:
+        """Writes down which devices were told since the last time. Whoever calls this drops the ledger when its transaction fails."""
+        found = [{"rollout": self.about.wave.id, "device": device, "at": self.told[device]} for device in self._unwritten]
+        if found:
+            session.execute(insert(ToldDevice), found)
+        self._unwritten = set()
+
     def _forget(self, device: str) -> None:
         self.tally.drop(device)
         self._until.pop(device, None)
         self._silent.discard(device)
+        self.told.pop(device, None)
+        self._unwritten.discard(device)
 
 
 class Ledgers:
@@ -123,6 +140,15 @@ class Ledgers:
         """Whether there is a ledger that goes by this already, so that no device must be read which has not changed."""
         known = self._known.get(about.wave.id)
         return known is not None and known.about == about
+
+    def write_told(self, session: Session, rollouts: Iterable[str]) -> None:
+        """Writes down which devices of these rollouts were told."""
+        for rollout_id in rollouts:
+            self._known[rollout_id].write_told(session)
+
+    def forget_all(self) -> None:
+        """From the next time on they are made anew from what the database says."""
+        self._known = {}
 
     def of(self, rollout_id: str) -> Ledger | None:
         """The ledger of a rollout, as it was brought up to date last."""

@@ -11,6 +11,7 @@ from agent.contract.names import ReleaseRef
 from fleet_server.errors import Conflict, NotFound
 from fleet_server.releases import catalogue
 from fleet_server.rollouts import machine
+from fleet_server.rollouts.gates import Rules
 from fleet_server.rollouts.machine import Plan, State, Wave
 from fleet_server.storage.models import ModelRow, RolloutRow, Setting
 
@@ -36,6 +37,11 @@ def as_assigned(row: RolloutRow) -> Rollout:
         mode="shadow" if row.mode == "shadow" else "install", window=parse_window(row.window) if row.window else None,
         team=row.team,
     )  # fmt: skip
+
+
+def rules_of(row: RolloutRow) -> Rules:
+    """What the waves of the rollout must keep to pass."""
+    return convert(row.rules or {"max_failures": row.max_failures, "shadow": row.mode == "shadow"}, Rules)
 
 
 def find(session: Session, rollout_id: str) -> RolloutRow:

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 from sqlalchemy.orm import Session
 
-from fleet_server.errors import Conflict
+from fleet_server.errors import Conflict, NotFound
 from fleet_server.rollouts import machine, rows
 from fleet_server.rollouts.machine import Event, IllegalTransition, State
-from fleet_server.storage.models import ModelRow, RolloutRow, Setting
+from fleet_server.storage import changes
+from fleet_server.storage.models import Device, ModelRow, RolloutRow, Setting, SkippedDevice
 
 
 def apply(session: Session, team: Iterable[RolloutRow], event: Event, now: float, *, reason: str = "") -> None:
@@ -31,6 +32,26 @@ def _apply(session: Session, row: RolloutRow, event: Event, now: float, reason: 
         model.release, model.previous = row.release, model.release
     if plan.state in machine.TERMINAL or event in machine.NEXT_WAVE:
         next_version(session)
+
+
+def skip(session: Session, team: Iterable[RolloutRow], device: str, by: str | None, now: float) -> None:
+    """Takes the device out of the rollout's count, or lets it count again where `by` is None.  Raises: NotFound, Conflict."""
+    row = session.get(Device, device)
+    if row is None:
+        raise NotFound(f"there is no device {device!r}; `edge-fleet rollout devices` shows those that a rollout reaches")
+    for rollout in team:
+        if State(rollout.state) in machine.TERMINAL:
+            raise Conflict(f"rollout {rollout.id} is {rollout.state}; nobody is waited for any more", code="illegal_transition")
+        skipped = session.get(SkippedDevice, (rollout.id, device))
+        if (skipped is not None) is (by is not None):
+            raise Conflict(
+                f"{device} {'is skipped already' if by else 'is not skipped'} in rollout {rollout.id}", code="no_change"
+            )
+        if skipped is not None:
+            session.delete(skipped)
+        elif by is not None:
+            session.add(SkippedDevice(rollout=rollout.id, device=device, at=now, by=by))
+    row.change = changes.take(session)
 
 
 def next_version(session: Session, *, at_least: int = 2) -> None:

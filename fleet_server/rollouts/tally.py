@@ -22,8 +22,12 @@ NAMED = 10
 ORDER = (
     Standing.REFUSED,
     Standing.ROLLED_BACK,
+    Standing.LOST,
+    Standing.TIMED_OUT,
     Standing.FAILED,
     Standing.PENDING,
+    Standing.HELD,
+    Standing.SKIPPED,
     Standing.OFFLINE,
     Standing.SHADOWED,
     Standing.COMMITTED,

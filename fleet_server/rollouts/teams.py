@@ -58,7 +58,7 @@ def verdict(verdicts: Sequence[tuple[RolloutRow, Verdict]]) -> Verdict:
     """One verdict from those of all members: it fails when one of them fails, and passes when all pass. Pure."""
     if len(verdicts) == 1:
         return verdicts[0][1]
-    order = (Ruling.FAIL, Ruling.WAIT, Ruling.PASS)
+    order = (Ruling.FAIL, Ruling.WAIT, Ruling.STALL, Ruling.PASS)
     ruling = min((one.ruling for _, one in verdicts), key=order.index)
     why = "; ".join(f"{row.model}:{row.release} {v.why}" for row, v in verdicts if v.ruling is ruling)
     evidence = tuple(witness for _, one in verdicts for witness in one.evidence)[:EVIDENCE_KEPT]

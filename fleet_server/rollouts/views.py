@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from agent.contract.assignment import Mode
@@ -125,7 +125,7 @@ class Views:
         with self._database.reading() as session:
             row = rows.find(session, rollout_id)
             about = facts.about(session, row)
-            query = facts.of_devices(row.model).where(Device.id > after).order_by(Device.id).limit(ROWS_READ)
+            query = facts.of_devices(about).where(Device.id > after).order_by(Device.id).limit(ROWS_READ)
             read = session.execute(query).all()
             for device in read:
                 fact = facts.seen(about, device, self._hearing, now).entry.fact
@@ -137,6 +137,16 @@ class Views:
                     found.append(Witness(device.id, stands, fact.reason, fact.message))
                 last = device.id
         return StandingPage(devices=found, next=last if more or len(read) == ROWS_READ else None)
+
+    def stalled(self) -> list[tuple[str, str]]:
+        """The rollouts under way whose wave cannot pass as it is, and why."""
+        newest = select(func.max(VerdictRow.seq)).where(VerdictRow.rollout == RolloutRow.id).scalar_subquery()
+        query = select(RolloutRow.id, VerdictRow.why).join(VerdictRow, VerdictRow.seq == newest)
+        query = query.where(RolloutRow.state.in_(rows.ACTIVE), VerdictRow.verdict == Ruling.STALL.value).order_by(
+            RolloutRow.number
+        )
+        with self._database.reading() as session:
+            return [(rollout, why) for rollout, why in session.execute(query)]
 
     def models(self) -> list[ModelView]:
         """What the fleet runs of each model."""

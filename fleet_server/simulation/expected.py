@@ -1,24 +1,29 @@
 """How a rollout must end with given devices, by what each of them is going to do. Pure.
 
-It shares no code with what judges rollouts, so that it can say whether that judged rightly.
+But for the test of a share, it has no code in common with what judges rollouts, so that it can say whether that judged rightly.
 """
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 from agent.contract.assignment import EVERYONE, Rollout, reaches
 from fleet_server.errors import Invalid
+from fleet_server.rollouts import sequential
 from fleet_server.simulation.behaviours import Behaviour
 from fleet_server.simulation.members import Member
 
 End = Literal["completed", "aborted", "waiting", "running"]
-Answers = Literal["good", "bad", "claims", "silent"]
-"""What a device comes to count as: it commits; it refuses or rolls back; it never answers though it is there; it is not heard."""
+Answers = Literal["good", "bad", "claims", "held", "lost", "silent"]
+"""What a device comes to count as: it commits; it refuses or rolls back; it never answers though it is there; an operator holds it; it falls
+silent after it was told; it is not heard at all.
+"""
+KINDS = get_args(Answers)
+MIN_SHARE, MISSING_SHARE, CONFIDENCE = 0.5, 0.1, 0.99  # what fleet.yaml says where nobody changed it
 
 ANSWERS: dict[Behaviour, Answers] = {
     Behaviour.HONEST: "good",
@@ -29,9 +34,9 @@ ANSWERS: dict[Behaviour, Answers] = {
     Behaviour.ROLLING_BACK: "bad",
     Behaviour.WRONG_DIGEST: "claims",  # signed by a device that is there, and no success: it keeps its wave waiting
     Behaviour.OFFLINE: "silent",
-    Behaviour.SILENT: "silent",
-    Behaviour.UNSIGNED: "silent",  # what is not signed was never said
-    Behaviour.WRONG_KEY: "silent",
+    Behaviour.SILENT: "lost",
+    Behaviour.UNSIGNED: "lost",  # what is not signed was never said
+    Behaviour.WRONG_KEY: "lost",
     Behaviour.CLONED: "silent",  # of two that say the same name, neither counts
 }
 
@@ -90,10 +95,12 @@ def ending(members: Iterable[Member], plan: Plan, rollout: str, model: str) -> E
     for wave in range(len(plan.stages)):
         reached = [member for member in members if _reaches(plan.stages[: wave + 1], rollout, member)]
         counts = collections.Counter(_answers(member, model) for member in reached)
-        told = {kind: counts[kind] for kind in ("good", "bad", "claims", "silent")}
+        told = {kind: counts[kind] for kind in KINDS}
         if counts["bad"] > plan.max_failures:
             return Ending("aborted", wave, len(reached), told)
-        if counts["claims"] or not counts["good"]:
+        asked = counts["good"] + counts["bad"] + counts["claims"] + counts["lost"]
+        too_few = not counts["good"] or counts["good"] < MIN_SHARE * asked
+        if too_few or counts["claims"] or sequential.is_above(MISSING_SHARE, counts["lost"], asked, CONFIDENCE):
             return Ending("running", wave, len(reached), told)
         if wave == len(plan.stages) - 1:
             return Ending("completed", wave, len(reached), told)
@@ -109,8 +116,8 @@ def does_well(member: Member, model: str) -> bool:
 
 def _answers(member: Member, model: str) -> Answers:
     answers = ANSWERS[member.behaviour]
-    if model in member.held:  # it goes on with what it has, and says so
-        return "claims" if answers in {"good", "bad"} else answers
+    if model in member.held and answers in {"good", "bad"}:  # it goes on with what it has, and says so
+        return "held"
     return answers
 
 

@@ -136,6 +136,8 @@ def _counted(ending: Ending) -> str:
         "good": "commit",
         "bad": "refuse it or roll back",
         "claims": "never answer though they are there",
+        "held": "are held",
+        "lost": "fall silent",
         "silent": "are not heard",
     }
     return ", ".join(f"{ending.counts.get(kind, 0)} {words}" for kind, words in names.items())

@@ -298,7 +298,9 @@ def _kinds(counts: dict[str, int]) -> dict[str, int]:
     return {
         "good": counts.get("committed", 0) + counts.get("shadowed", 0),
         "bad": counts.get("refused", 0) + counts.get("rolled_back", 0),
-        "claims": counts.get("pending", 0) + counts.get("failed", 0),
+        "claims": counts.get("pending", 0) + counts.get("failed", 0) + counts.get("timed_out", 0),
+        "held": counts.get("held", 0),
+        "lost": counts.get("lost", 0),
         "silent": counts.get("offline", 0),
     }
 

@@ -103,6 +103,7 @@ class DeviceModel(Base):
     variant: Mapped[str | None] = mapped_column(String(128))
     phase: Mapped[str] = mapped_column(String(32))
     answers: Mapped[list[Any]] = mapped_column(JSON, default=list)
+    held: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     __table_args__ = (
         Index("ix_device_models_serving", "model", "serving", "device"),
         Index("ix_device_models_phase", "phase", "model", "device"),
@@ -204,6 +205,27 @@ class RolloutRow(Base):
     created_by: Mapped[str] = mapped_column(String(128))
     updated: Mapped[float] = mapped_column(Float)
     reason: Mapped[str] = mapped_column(Text, default="")
+    rules: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """What its waves must keep to pass (`rollouts.gates.Rules`), as it was when the rollout began; null: begun before that was kept."""
+
+
+class ToldDevice(Base):
+    """A device that was there at a moment at which its wave of the rollout had begun, and when that was first seen."""
+
+    __tablename__ = "told_devices"
+    rollout: Mapped[str] = mapped_column(ForeignKey("rollouts.id", ondelete="CASCADE"), primary_key=True)
+    device: Mapped[str] = mapped_column(String(64), primary_key=True)
+    at: Mapped[float] = mapped_column(Float)
+
+
+class SkippedDevice(Base):
+    """A device that an operator took out of the rollout's count."""
+
+    __tablename__ = "skipped_devices"
+    rollout: Mapped[str] = mapped_column(ForeignKey("rollouts.id", ondelete="CASCADE"), primary_key=True)
+    device: Mapped[str] = mapped_column(String(64), primary_key=True)
+    at: Mapped[float] = mapped_column(Float)
+    by: Mapped[str] = mapped_column(String(128))
 
 
 class ExclusionRow(Base):

@@ -1,14 +1,16 @@
 """The gates: what each kind of device counts as, and which counts pass, wait or fail."""
 
+import math
 from collections import Counter
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.contract.reports import Outcome, Phase
 from fleet_server.rollouts import facts, gates
-from fleet_server.rollouts.gates import Counts, Fact, Ruling, Standing, standing
+from fleet_server.rollouts.gates import Counts, Fact, Rules, Ruling, Standing, standing
 from fleet_server.rollouts.tally import NAMED, ORDER, Entry, Tally
 from fleet_server.storage.models import DeviceModel
 
@@ -22,16 +24,16 @@ ROWS = [
     ("says committed, serves other bytes", True, False, P.STEADY, O.COMMITTED, S.PENDING),
     ("watching is not committed", True, True, P.WATCHING, None, S.PENDING),
     ("fetching", True, False, P.FETCHING, None, S.PENDING),
-    ("never heard of", False, False, None, None, S.OFFLINE),
+    ("silent since it was told", False, False, None, None, S.LOST),
     ("online, says nothing of the model", True, False, None, None, S.PENDING),
     ("refused", True, False, P.QUARANTINED, O.REFUSED, S.REFUSED),
     ("refused, gone since", False, False, P.QUARANTINED, O.REFUSED, S.REFUSED),
     ("rolled back", True, False, P.STEADY, O.ROLLED_BACK, S.ROLLED_BACK),
     ("rolled back, still says it serves it", True, True, P.STEADY, O.ROLLED_BACK, S.ROLLED_BACK),
     ("could not fetch", True, False, P.STEADY, O.FAILED, S.FAILED),
-    ("could not fetch, gone since", False, False, P.STEADY, O.FAILED, S.OFFLINE),
+    ("could not fetch, gone since", False, False, P.STEADY, O.FAILED, S.LOST),
     ("failed before, serves it now", True, True, P.STEADY, O.FAILED, S.COMMITTED),
-    ("fell silent on the way", False, False, P.FETCHING, None, S.OFFLINE),
+    ("fell silent on the way", False, False, P.FETCHING, None, S.LOST),
 ]  # fmt: skip
 
 
@@ -44,7 +46,32 @@ ROWS += [
 
 @pytest.mark.parametrize(("name", "online", "serving", "phase", "outcome", "expected"), ROWS, ids=[row[0] for row in ROWS])
 def test_what_a_device_counts_as(name, online, serving, phase, outcome, expected):
-    assert standing(Fact("d", online, serving, phase, outcome)) is expected
+    """Of devices that were told. One that was not is offline where this one is lost."""
+    assert standing(Fact("d", online, serving, phase, outcome, told=True)) is expected
+    untold = standing(Fact("d", online, serving, phase, outcome))
+    assert untold is (S.OFFLINE if expected is S.LOST else expected)
+
+
+@pytest.mark.parametrize(
+    ("fact", "expected"),
+    [
+        ({"held": True}, S.HELD),
+        ({"held": True, "online": False, "told": True}, S.HELD),
+        ({"held": True, "outcome": O.REFUSED}, S.REFUSED),
+        ({"held": True, "serving_it": True, "phase": P.STEADY}, S.COMMITTED),
+        ({"overdue": True}, S.TIMED_OUT),
+        ({"overdue": True, "outcome": O.FAILED}, S.TIMED_OUT),
+        ({"overdue": True, "outcome": O.REFUSED}, S.REFUSED),
+        ({"overdue": True, "online": False, "told": True}, S.LOST),
+        ({"overdue": True, "serving_it": True, "outcome": O.COMMITTED}, S.COMMITTED),
+        ({"skipped": True}, S.SKIPPED),
+        ({"skipped": True, "outcome": O.ROLLED_BACK}, S.SKIPPED),
+        ({"skipped": True, "overdue": True, "held": True}, S.SKIPPED),
+        ({"skipped": True, "serving_it": True, "outcome": O.COMMITTED}, S.COMMITTED),
+    ],
+)
+def test_who_is_not_waited_for(fact, expected):
+    assert standing(Fact(**{"device": "d", "online": True, "serving_it": False, "told": True} | fact)) is expected
 
 
 def test_in_a_rollout_of_mode_shadow_nothing_need_be_committed():
@@ -59,7 +86,8 @@ def test_in_a_rollout_of_mode_shadow_nothing_need_be_committed():
 
 some_facts = st.builds(
     Fact, device=st.text(min_size=1, max_size=4), online=st.booleans(), serving_it=st.booleans(),
-    phase=st.none() | st.sampled_from(list(Phase)), outcome=st.none() | st.sampled_from(list(Outcome)),
+    phase=st.none() | st.sampled_from(list(Phase)), outcome=st.none() | st.sampled_from(list(Outcome)), told=st.booleans(),
+    overdue=st.booleans(), held=st.booleans(), skipped=st.booleans(),
 )  # fmt: skip
 
 
@@ -68,16 +96,18 @@ def judge(found, *, shadow=False, **rules):
     tally = Tally(shadow=shadow)
     for fact in found:
         tally.put(fact.device, Entry(fact, None, serves=False))
-    return gates.judge(tally.counts, tally.witnesses, shadow=shadow, **rules)
+    return gates.judge(tally.counts, tally.witnesses, Rules(shadow=shadow, **rules))
 
 
 def devices(**counts):
     made = {
         "committed": (True, True, P.STEADY, O.COMMITTED), "refused": (True, False, P.QUARANTINED, O.REFUSED),
         "failed": (True, False, P.STEADY, O.FAILED), "rolled_back": (True, False, P.STEADY, O.ROLLED_BACK),
-        "pending": (True, False, P.FETCHING, None), "offline": (False, False, None, None),
+        "pending": (True, False, P.FETCHING, None), "offline": (False, False, None, None), "lost": (False, False, None, None),
+        "timed_out": (True, False, P.FETCHING, None), "held": (True, False, None, None), "skipped": (True, False, None, None),
     }  # fmt: skip
-    return [Fact(f"{kind}-{n}", *made[kind]) for kind, number in counts.items() for n in range(number)]
+    marks = {"lost": {"told": True}, "timed_out": {"overdue": True}, "held": {"held": True}, "skipped": {"skipped": True}}
+    return [Fact(f"{kind}-{n}", *made[kind], **marks.get(kind, {})) for kind, number in counts.items() for n in range(number)]
 
 
 @pytest.mark.parametrize(
@@ -93,9 +123,24 @@ def devices(**counts):
         ({"committed": 9, "rolled_back": 1}, 0, Ruling.FAIL),
         ({"committed": 9, "rolled_back": 1}, 1, Ruling.PASS),
         ({"committed": 9, "rolled_back": 1, "refused": 1}, 1, Ruling.FAIL),
-        ({"rolled_back": 1}, 1, Ruling.WAIT),
+        ({"rolled_back": 1}, 1, Ruling.STALL),
         ({"pending": 9, "rolled_back": 1}, 0, Ruling.FAIL),
         ({"failed": 3}, 0, Ruling.WAIT),
+        ({"committed": 110, "lost": 1016}, 0, Ruling.STALL),  # they fell silent in the update: what takes devices off the net
+        ({"committed": 110, "offline": 1016}, 0, Ruling.PASS),  # they were not there
+        ({"committed": 1, "lost": 5000}, 0, Ruling.STALL),
+        ({"committed": 2, "lost": 1}, 0, Ruling.PASS),
+        ({"committed": 1, "lost": 2}, 0, Ruling.STALL),
+        ({"lost": 3}, 0, Ruling.STALL),
+        ({"committed": 280, "lost": 20}, 0, Ruling.PASS),
+        ({"committed": 240, "lost": 60}, 0, Ruling.STALL),
+        ({"committed": 240, "timed_out": 60}, 0, Ruling.STALL),
+        ({"committed": 240, "lost": 30, "timed_out": 30}, 0, Ruling.STALL),
+        ({"committed": 240, "lost": 60, "pending": 1}, 0, Ruling.WAIT),
+        ({"committed": 5, "held": 5}, 0, Ruling.PASS),
+        ({"committed": 1, "held": 50, "skipped": 50}, 0, Ruling.PASS),
+        ({"held": 3}, 0, Ruling.WAIT),
+        ({"committed": 3, "timed_out": 1}, 0, Ruling.PASS),
     ],
 )
 def test_rulings(counts, max_failures, ruling):
@@ -105,7 +150,7 @@ def test_rulings(counts, max_failures, ruling):
 
 
 def test_min_devices():
-    assert judge(devices(committed=2), max_failures=0, min_devices=3).ruling is Ruling.WAIT
+    assert judge(devices(committed=2), max_failures=0, min_devices=3).ruling is Ruling.STALL
     assert judge(devices(committed=3), max_failures=0, min_devices=3).ruling is Ruling.PASS
 
 
@@ -146,12 +191,48 @@ def test_no_wave_passes_on_anything_but_right_bytes(found, max_failures, min_dev
     found = list({fact.device: fact for fact in found}.values())
     verdict = judge(found, max_failures=max_failures, min_devices=min_devices)
     assert verdict.counts.total == len(found)
-    bad = sum(f.outcome in {O.REFUSED, O.ROLLED_BACK} for f in found)
+    stands = [standing(f) for f in found]
+    bad = sum(one in {S.REFUSED, S.ROLLED_BACK} for one in stands)
+    assert bad >= sum(f.outcome in {O.REFUSED, O.ROLLED_BACK} for f in found if not f.skipped)
     assert (verdict.ruling is Ruling.FAIL) == (bad > max_failures)
     if verdict.ruling is Ruling.PASS:
-        good = [f for f in found if f.serving_it and f.outcome not in {O.REFUSED, O.ROLLED_BACK}]
-        assert len(good) >= min_devices
-        assert all(standing(f) in {S.COMMITTED, S.REFUSED, S.ROLLED_BACK} for f in found if f.online)
+        good = [f for f in found if f.serving_it and (f.skipped or f.outcome not in {O.REFUSED, O.ROLLED_BACK})]
+        asked = [one for one in stands if one not in {S.OFFLINE, S.HELD, S.SKIPPED}]
+        assert len(good) >= max(min_devices, len(asked) / 2)
+        assert not {S.PENDING, S.FAILED} & set(stands)
+
+
+@given(st.integers(1, 5000), st.integers(1, 200))
+def test_a_silent_fleet_never_passes(silent, committed):
+    """However many committed before: when most of those that were told are silent, no wave passes."""
+    counts = Counts(committed=committed, lost=max(silent, committed + 1))
+    assert gates.judge(counts, [], Rules()).ruling is Ruling.STALL
+
+
+@given(st.builds(Counts, **dict.fromkeys(Counts.__struct_fields__, st.integers(0, 50))))
+def test_who_is_held_skipped_or_not_there_changes_no_ruling(counts):
+    """So they never keep a wave waiting, and never let it pass."""
+    without = msgspec.structs.replace(counts, held=0, skipped=0, offline=0)
+    assert gates.judge(counts, [], Rules()).ruling is gates.judge(without, [], Rules()).ruling
+
+
+@given(st.builds(Counts, **dict.fromkeys(Counts.__struct_fields__, st.integers(0, 50))))
+def test_nobody_who_is_gone_is_waited_for(counts):
+    """WAIT means that a device which is there may still answer, or that nobody was there."""
+    waits = gates.judge(counts, [], Rules(max_failures=1000)).ruling is Ruling.WAIT
+    assert waits == bool(counts.pending or counts.failed or not counts.asked)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"max_failures": -1}, {"min_devices": 0}, {"min_share": 1.5}, {"min_share": math.nan}, {"missing_share": 0.0}, {"missing_share": 1.0},
+        {"confidence": 1.0}, {"confidence": 0.2}, {"time_limit_s": 0.0}, {"time_limit_s": math.nan},
+    ],
+)  # fmt: skip
+def test_rules_that_make_no_sense(rules):
+    with pytest.raises(ValueError, match="must"):
+        Rules(**rules)
 
 
 @pytest.mark.alone  # each example has a deadline

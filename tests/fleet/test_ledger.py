@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections import Counter
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,14 +14,14 @@ from agent.contract.assignment import reaches
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Answer, Hardware, ModelState, Outcome, Phase, Presence, hardware_class
 from fleet_server.access import SERVER
-from fleet_server.config import RolloutSettings
 from fleet_server.devices import shared_identity
 from fleet_server.errors import Conflict
 from fleet_server.rollouts import exclusions, facts, gates, rows
 from fleet_server.rollouts.gates import Counts, Fact, Standing, Witness, standing
 from fleet_server.rollouts.judging import WHAT_RUNS_JUDGED_S
 from fleet_server.rollouts.tally import NAMED, ORDER, quarantined
-from fleet_server.storage.models import Device, DeviceModel, RolloutRow
+from fleet_server.sections import RolloutSettings
+from fleet_server.storage.models import Device, DeviceModel, RolloutRow, SkippedDevice, ToldDevice
 from tests.fleet.stand import sha256
 from tests.fleet.test_rollouts import Story
 
@@ -38,8 +39,10 @@ class Reading:
     serving: Counter
 
 
-def read_everything(fleet, session, row, now):
-    """From the rows of every device, as it was done before there were ledgers, and without any of their code."""
+def read_everything(fleet, session, row, now, told):
+    """From the rows of every device, as it was done before there were ledgers, and without any of their code. `told`: device → when."""
+    limit_s = rows.rules_of(row).time_limit_s
+    skipped = set(session.scalars(select(SkippedDevice.device).where(SkippedDevice.rollout == row.id)))
     release = fleet.catalogue.manifest(ReleaseRef(row.model, row.release))
     hashes = {variant.name: release.model_sha256(variant) for variant in release.variants}
     said = {d.device: d for d in session.scalars(select(DeviceModel).where(DeviceModel.model == row.model))}
@@ -56,6 +59,9 @@ def read_everything(fleet, session, row, now):
             fleet.config.rollouts.silence_s
         )
         fact = facts.fact_of(device.id, device.present and heard, mine, row.release, hashes, row.id)
+        fact = msgspec.structs.replace(
+            fact, told=device.id in told, overdue=now >= told.get(device.id, now) + limit_s, skipped=device.id in skipped
+        )
         several = device.shared is not None and now - device.shared < shared_identity.SHARED_S
         if several and fact.outcome not in (Outcome.REFUSED, Outcome.ROLLED_BACK):
             fact = Fact(device.id, online=False, serving_it=False, message="several machines report under this identity")
@@ -103,16 +109,21 @@ class Fleet(Story):
         judge, ledgers, now = self.fleet.judge, self.fleet.judge.ledgers, self.clock()
         with self.fleet.database.reading() as session:
             for row in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(rows.ACTIVE))):
-                tally, reading = ledgers.tally(session, row), read_everything(self.fleet, session, row, now)
+                tally = ledgers.tally(session, row)
+                reading = read_everything(self.fleet, session, row, now, self.told(session, row))
                 assert Reading(tally.counts, tally.witnesses, tally.refused(1), Counter(tally.serving)) == reading
-                rules = {"max_failures": row.max_failures, "shadow": row.mode == "shadow"}
-                assert judge.verdict(session, row, tally).ruling is _ruling(reading, rules, session, row)
+                assert judge.verdict(session, row, tally).ruling is _ruling(reading, rows.rules_of(row), session, row)
             for row in session.scalars(select(RolloutRow).where(RolloutRow.state == "completed")):
                 if (known := ledgers.of(row.id)) is not None and known.about.over:
-                    tally, reading = ledgers.tally(session, row, over=True), read_everything(self.fleet, session, row, now)
+                    tally, reading = ledgers.tally(session, row, over=True), read_everything(self.fleet, session, row, now, {})
                     said = {kind: {fact.device for fact in found} for kind, found in tally.refused(1).items()}
                     assert said == {kind: {fact.device for fact in found} for kind, found in reading.refused.items()}
                     assert Counter(tally.serving) == reading.serving
+
+    def told(self, session, row):
+        """What is written down, and what whoever decides next is going to write down."""
+        written = session.execute(select(ToldDevice.device, ToldDevice.at).where(ToldDevice.rollout == row.id))
+        return self.fleet.judge.ledgers.of(row.id).told | dict(row for row in written)
 
     # What may happen. Each takes two numbers to choose by.
 
@@ -128,7 +139,9 @@ class Fleet(Story):
             () if outcome is None else (Answer(release=1 + (one + two) % 3, outcome=outcome, at=self.clock(), reason=reason),)
         )
         sha = sha256(f"digits {version}".encode()) if two % 7 else "0" * 64
-        state = ModelState(serving=version, sha256=sha, variant="cpu", phase=list(Phase)[two % 10], answers=answers)
+        state = ModelState(
+            serving=version, sha256=sha, variant="cpu", phase=list(Phase)[two % 10], answers=answers, held=two % 13 == 0
+        )  # fmt: skip
         report = self.devices[name].report(
             self.counters[name], models={} if two % 11 == 0 else {"digits": state}, hardware=self.hardware[name],
             run=f"run-{self.runs[name]}",
@@ -197,13 +210,20 @@ class Fleet(Story):
         waves = [{}, {"groups": ["canary"]}, {"permille": 400}, {"groups": ["canary"], "confirm": True}][one % 4]
         mode = "shadow" if two % 4 == 0 else "install"
         with _refusals_ignored():
-            self.start(1 + two % 3, max_failures=one % 3, mode=mode, **waves)
+            limit_s = [None, 30.0, 4000.0][(one // 3) % 3]
+            self.start(1 + two % 3, max_failures=one % 3, mode=mode, time_limit_s=limit_s, **waves)
 
     def does_ask(self, one, two):
         for row in self.active():
             with _refusals_ignored():
                 verb = ["promote", "pause", "resume", "abort"][one % (3 + (two % 5 == 0))]
                 getattr(self.fleet.rollouts, verb)(SERVER, row.id)
+
+    def does_skip(self, one, two):
+        name = NAMES[one % len(NAMES)]
+        for row in self.active() if name in self.devices else ():
+            with _refusals_ignored():
+                (self.fleet.rollouts.unskip if two % 3 == 0 else self.fleet.rollouts.skip)(SERVER, row.id, name)
 
     def does_end_an_exclusion(self, _one, _two):
         for one in self.fleet.views.exclusions():
@@ -222,7 +242,7 @@ def _ruling(reading, rules, session, row):
         one.ended is None for one in exclusions.known(session, row.model, row.release).values()
     ):
         return gates.Ruling.FAIL
-    return gates.judge(reading.counts, [], **rules).ruling
+    return gates.judge(reading.counts, [], rules).ruling
 
 
 def _refusals_ignored():
@@ -279,6 +299,10 @@ EVERYBODY, CANARY = 0, 1  # of `does_start`
         [("does_change_hardware", 0, 1), ("does_report", 0, 4), ("does_report", 0, 34)],
         [("does_ask", 3, 0), ("does_start", CANARY, 1), ("does_regroup", 0, 1), ("does_regroup", 1, 1), ("does_regroup", 0, 0)],
         [("does_ask", 3, 0), ("does_start", CANARY, 1), ("does_regroup", 0, 1), ("does_commit", 0, 0), ("does_commit", 5, 0)],
+        [("does_wait", SILENCE, 1), ("does_start_anew", 1, 0)],
+        [("does_skip", 0, 1), ("does_report", 0, 34), ("does_skip", 0, 0)],
+        [("does_shut_out", 0, 2), ("does_wait", SILENCE, 1)],
+        [("does_report", 0, 26)],
         [("does_commit", 5, 0), ("does_start_anew", 0, 0), ("does_report", 0, 34), ("does_start_anew", 0, 0), ("does_start_anew", 1, 0)],
     ],
 )  # fmt: skip
@@ -363,7 +387,7 @@ def test_who_falls_silent_is_read_when_it_does_and_not_before(many, clock):
     assert ledger(many).read == read
     clock.now += 1
     many.fleet.judge.evaluate()
-    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(offline=301, pending=1)
+    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(lost=301, pending=1)
     assert ledger(many).read == read + 301
 
 
@@ -371,10 +395,10 @@ def test_a_device_whose_words_come_late_is_there_again(many, clock):
     silence = many.fleet.config.rollouts.silence_s
     clock.now += 2 * silence
     many.fleet.judge.evaluate()
-    assert many.fleet.views.rollout(many.rollout).verdict.counts.offline == 302
+    assert many.fleet.views.rollout(many.rollout).verdict.counts.lost == 302
     many.devices["one"].say("telemetry", b"{}")
     many.fleet.judge.evaluate()
-    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(offline=301, pending=1)
+    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(lost=301, pending=1)
 
 
 def test_a_reading_that_breaks_off_loses_nothing(many, clock, monkeypatch):
@@ -385,7 +409,7 @@ def test_a_reading_that_breaks_off_loses_nothing(many, clock, monkeypatch):
         with pytest.raises(OSError, match="gone"):
             many.fleet.judge.evaluate()
     many.fleet.judge.evaluate()
-    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(offline=302)
+    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(lost=302)
 
 
 def test_verdicts_are_as_many_as_changes_of_mind(many):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import sqlite3
 
+import msgspec
 import pytest
 
 from agent.contract.assignment import EVERYONE, Assignment, reaches, slot, wanted
@@ -13,6 +14,8 @@ from agent.contract.reports import Answer, ModelState, Outcome, Phase, Presence
 from fleet_server.access import SERVER
 from fleet_server.errors import Conflict, Invalid, NotFound, Refused
 from fleet_server.releases import keys, publisher
+from fleet_server.rollouts import rows
+from fleet_server.rollouts.gates import Counts
 from fleet_server.rollouts.views import ModelView
 from tests.fleet.stand import sha256, simple_manifest
 from tests.fleet.test_intake import Known
@@ -218,15 +221,108 @@ def test_offline_devices_do_not_keep_a_wave_waiting(story, clock):
     story.fleet.judge.evaluate()
     found = story.fleet.views.rollout(rollout)
     assert found.state == "completed"
-    assert found.verdict.counts.offline == 2
+    assert (found.verdict.counts.offline, found.verdict.counts.lost) == (1, 1)
 
 
-def test_a_device_that_fell_silent_does_not_keep_a_wave_waiting(story, clock):
+def test_a_wave_most_of_which_fell_silent_does_not_pass_until_they_are_back(story, clock):
     rollout = story.start(1)
     story.commits("canary-1", version=1)
     clock.now += story.fleet.config.rollouts.silence_s
     story.commits("canary-1", version=1)
+    found = story.fleet.views.rollout(rollout)
+    assert (found.state, found.verdict.verdict, found.verdict.counts.lost) == ("running", "stall", 2)
+    assert "2 fell silent after they were told" in found.verdict.why
+    assert [one.name for one in story.fleet.journal.events(limit=1000)].count("rollout_stalled") == 1
+    assert story.fleet.views.stalled() == [(rollout, found.verdict.why)]
+    assert any(f"rollout {rollout} does not go on by itself" in text for text in story.fleet.status.view().warnings)
+    story.fleet.judge.ledgers.keep(())  # as after a restart
+    story.fleet.judge.evaluate()
+    assert story.fleet.views.rollout(rollout).verdict.counts.lost == 2, "it is written down who was told"
+    story.commits("plain-1", version=1)
     assert story.state(rollout) == "completed"
+    assert story.fleet.views.stalled() == []
+
+
+def test_a_device_that_was_away_and_is_told_when_it_comes_counts_from_then_on(story, clock):
+    story.join("away", online=False)
+    rollout = story.start(1, groups=["canary"], confirm=True)
+    story.fleet.inventory.set_groups(SERVER, "away", ["canary"])
+    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(pending=1, offline=1)
+    story.devices["away"].say("presence", Presence(device="away", session=2, online=True))
+    story.fleet.judge.evaluate()
+    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(pending=2)
+    story.devices["away"].say("presence", Presence(device="away", session=2, online=False))
+    story.fleet.judge.evaluate()
+    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(pending=1, lost=1)
+
+
+def test_a_device_that_is_held_is_not_waited_for(story):
+    rollout = story.start(1)
+    story.commits("canary-1", "plain-1", version=1)
+    story.counters["plain-2"] += 1
+    held = ModelState(serving=None, sha256=None, phase=Phase.STEADY, held=True)
+    device = story.devices["plain-2"]
+    story.fleet.judge.evaluate(device.state(device.report(story.counters["plain-2"], models={"digits": held})).models)
+    found = story.fleet.views.rollout(rollout)
+    assert (found.state, found.verdict.counts) == ("completed", Counts(committed=2, held=1))
+
+
+def test_a_device_without_room_is_waited_for_as_long_as_a_device_may_take(story, clock):
+    rollout = story.start(1, time_limit_s=3600)
+    story.commits("canary-1", "plain-1", version=1)
+    for _ in range(29):
+        clock.now += 118
+        story.say("plain-2", None, Outcome.FAILED, answered=1, sha="0" * 64)
+        story.commits("canary-1", "plain-1", version=1)
+    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(committed=2, failed=1)
+    clock.now += 100
+    story.fleet.judge.evaluate()
+    found = story.fleet.views.rollout(rollout)
+    assert (found.state, found.verdict.counts) == ("completed", Counts(committed=2, timed_out=1))
+
+
+def test_a_rollout_with_a_window_gives_a_week_more(story):
+    assert rules(story, story.start(1, window="sat 01:00-04:00")).time_limit_s == 8 * 86400
+    story.fleet.rollouts.abort(SERVER, story.fleet.views.rollouts()[0].id)
+    assert rules(story, story.start(1, window="sat 01:00-04:00", time_limit_s=60)).time_limit_s == 60
+
+
+def rules(story, rollout):
+    with story.fleet.database.reading() as session:
+        return rows.rules_of(rows.find(session, rollout))
+
+
+def test_a_device_that_is_skipped_counts_no_more_until_it_is_not(story):
+    rollout = story.start(1)
+    story.commits("canary-1", version=1)
+    story.fleet.rollouts.skip(SERVER, rollout, "plain-1")
+    story.say("plain-1", None, Outcome.REFUSED, answered=1, sha="0" * 64)
+    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(committed=1, skipped=1, pending=1)
+    with pytest.raises(Conflict, match="skipped already"):
+        story.fleet.rollouts.skip(SERVER, rollout, "plain-1")
+    with pytest.raises(NotFound, match="no device 'nobody'"):
+        story.fleet.rollouts.skip(SERVER, rollout, "nobody")
+    with pytest.raises(Conflict, match="is not skipped"):
+        story.fleet.rollouts.unskip(SERVER, rollout, "plain-2")
+    story.fleet.rollouts.unskip(SERVER, rollout, "plain-1")
+    assert story.state(rollout) == "aborted", "its refusal counts again"
+    with pytest.raises(Conflict, match="nobody is waited for"):
+        story.fleet.rollouts.skip(SERVER, rollout, "plain-2")
+    assert [one.action for one in story.fleet.journal.audited(limit=10)][:2] == ["rollout.unskip", "rollout.skip"]
+
+
+def test_what_a_wave_must_keep_is_what_was_said_when_the_rollout_began(story):
+    rollout = story.start(1, min_share=1.0)
+    story.fleet.judge.rules = msgspec.structs.replace(story.fleet.judge.rules, min_share=0.1)
+    story.commits("canary-1", "plain-1", version=1)
+    story.devices["plain-2"].say("presence", Presence(device="plain-2", session=1, online=False))
+    story.fleet.judge.evaluate()
+    found = story.fleet.views.rollout(rollout)
+    assert (found.verdict.verdict, found.verdict.why) == (
+        "stall", "2 committed; 1 fell silent after they were told; at least 100% of 3 needed"
+    )  # fmt: skip
+    with pytest.raises(Invalid, match="min_share"):
+        story.start(2, min_share=1.5)
 
 
 def test_devices_that_nobody_could_hear_are_not_silent(story, clock):
@@ -237,12 +333,12 @@ def test_devices_that_nobody_could_hear_are_not_silent(story, clock):
     story.fleet.inventory.heard_since = lambda: clock.now - 1
     story.fleet.judge.evaluate()
     found = story.fleet.views.rollout(rollout)
-    assert (found.state, found.verdict.counts.offline, found.verdict.counts.pending) == ("running", 0, 2)
+    assert (found.state, found.verdict.counts.lost, found.verdict.counts.pending) == ("running", 0, 2)
     since = clock.now
     story.fleet.inventory.heard_since = lambda: since
     clock.now += story.fleet.config.rollouts.silence_s + 1
     story.fleet.judge.evaluate()
-    assert story.state(rollout) == "completed"
+    assert story.fleet.views.rollout(rollout).verdict.counts.lost == 3 - 1
 
 
 def test_nobody_there_is_no_pass(story):

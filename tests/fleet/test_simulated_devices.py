@@ -324,6 +324,9 @@ ENDS = [
     ({"honest": 9, "refusing": 2}, 1, "aborted"),
     ({"honest": 9, "refusing": 1, "rolling_back": 1}, 1, "aborted"),
     ({"honest": 9, "offline": 5, "silent": 2, "cloned": 1, "unsigned": 1, "wrong_key": 1}, 0, "completed"),
+    ({"honest": 9, "offline": 50}, 0, "completed"),
+    ({"honest": 9, "silent": 10}, 0, "stalled"),
+    ({"honest": 90, "silent": 40}, 0, "stalled"),
     ({"honest": 9, "wrong_digest": 1}, 0, "running"),
     ({"offline": 9}, 0, "running"),
     ({"slow": 3, "flapping": 3, "wrong_clock": 3}, 0, "completed"),
@@ -336,14 +339,20 @@ def test_endings_are_those_of_the_gates(counts, allowed, state):
     """The oracle shares no code with the gates, and must agree with them."""
     found = fleet(**counts)
     ending = expected.ending(found, Plan(EVERYONE, allowed), "r1", "m")
-    assert (ending.state, ending.wave, ending.reached) == (state, 0, len(found))
-    outcomes = {"good": Outcome.COMMITTED, "bad": Outcome.REFUSED, "claims": None, "silent": None}
+    assert (ending.state, ending.wave, ending.reached) == ("running" if state == "stalled" else state, 0, len(found))
+    outcomes = {"good": Outcome.COMMITTED, "bad": Outcome.REFUSED}
     facts = [
-        Fact(one.id, online=kind != "silent", serving_it=kind == "good", outcome=outcomes[kind])
+        Fact(
+            one.id,
+            online=kind not in {"silent", "lost"},
+            serving_it=kind == "good",
+            outcome=outcomes.get(kind),
+            told=kind != "silent",
+        )
         for one in found
         for kind in [expected.ANSWERS[one.behaviour]]
     ]
-    ruling = {"completed": Ruling.PASS, "aborted": Ruling.FAIL, "running": Ruling.WAIT}[state]
+    ruling = {"completed": Ruling.PASS, "aborted": Ruling.FAIL, "running": Ruling.WAIT, "stalled": Ruling.STALL}[state]
     assert judge(facts, max_failures=allowed).ruling is ruling
 
 
@@ -351,7 +360,7 @@ def test_the_wave_in_which_it_ends():
     canaries = [member(Behaviour.REFUSING, id="c", groups=("canary",)), *fleet(honest=5)]
     plan = Plan((Stage(group="canary"), *EVERYONE))
     assert expected.ending(canaries, plan, "r1", "m") == Ending(
-        "aborted", 0, 1, {"good": 0, "bad": 1, "claims": 0, "silent": 0}
+        "aborted", 0, 1, {"good": 0, "bad": 1, "claims": 0, "held": 0, "lost": 0, "silent": 0}
     )
     good = [member(id="c", groups=("canary",)), *fleet(refusing=1, honest=5)]
     assert expected.ending(good, plan, "r1", "m").wave == 1
@@ -366,7 +375,7 @@ def told(**fields):
         reports=1, events=1, pokes=1, requests=1, fetched_bytes=0, verifying=1, distrusted=[], unanswered=0, reconnected=0, accepted=1,
         dropped={},
     )  # fmt: skip
-    end = Ending("completed", 1, 3, {"good": 3, "bad": 0, "claims": 0, "silent": 0})
+    end = Ending("completed", 1, 3, {"good": 3, "bad": 0, "claims": 0, "held": 0, "lost": 0, "silent": 0})
     moments = [
         report.Moment(at=float(n), connected=3, busy=1, committed=n, bad=0, wave=n // 2, state="running" if n < 3 else "completed")
         for n in range(4)

@@ -13,10 +13,10 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reports import Answer, Hardware, ModelState, Outcome, Phase, Presence, hardware_class
 from fleet_server.access import SERVER
 from fleet_server.app import Fleet
-from fleet_server.config import RolloutSettings
 from fleet_server.errors import Conflict, Invalid, NotFound
 from fleet_server.releases import keys, publisher
 from fleet_server.rollouts.views import MemberView
+from fleet_server.sections import RolloutSettings
 from tests.fleet.stand import sha256, simple_manifest
 from tests.fleet.test_intake import Known
 from tests.fleet.test_rollouts import Story

@@ -246,6 +246,8 @@ def test_too_many_busy_connections_are_refused_in_words(device):
 @pytest.mark.parametrize("threads", [1, 2, 8])
 def test_any_number_of_threads_serves(serve_files, scale, slow, threads):
     server = serve_files(scale, slow, options=("--threads", threads))
+    with server.client() as client:
+        until(lambda: client.ready("slow"), "the second model is loaded")
     clients = [threading.Thread(target=lambda: infer(server, "slow", ONE)) for _ in range(3)]
     for client in clients:
         client.start()

@@ -112,6 +112,8 @@ class NewRollout(Body):
     mode: Literal["install", "shadow"] = "install"
     confirm: bool = False
     max_failures: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    min_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    time_limit_s: Annotated[float, Field(ge=1, le=365 * 86400)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -66,6 +66,7 @@ def start_rollout(parts: Parts, request: Request, body: NewRollout) -> RolloutDe
     return parts.rollouts.start(
         actor_of(request), ref_of(body.release), groups=body.groups, permille=permille, confirm=body.confirm,
         max_failures=body.max_failures, team=[ref_of(text) for text in body.team], window=body.window, mode=body.mode,
+        min_share=body.min_share, time_limit_s=body.time_limit_s,
     )  # fmt: skip
 
 
@@ -87,6 +88,16 @@ def resume(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
 def abort(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
     """Ends a rollout: every device goes back to the release before."""
     return parts.rollouts.abort(actor_of(request), rollout)
+
+
+def skip(parts: Parts, request: Request, rollout: str, device: str) -> RolloutDetail:
+    """Takes a device out of a rollout's count: no wave waits for it, and what it answers says nothing of the release."""
+    return parts.rollouts.skip(actor_of(request), rollout, device)
+
+
+def unskip(parts: Parts, request: Request, rollout: str, device: str) -> RolloutDetail:
+    """Lets a device that was skipped count again."""
+    return parts.rollouts.unskip(actor_of(request), rollout, device)
 
 
 def exclusions(parts: Parts, model: str | None = None) -> list[ExclusionView]:
@@ -124,6 +135,8 @@ ROUTES = (
     Route("POST", "/rollouts/{rollout}/pause", pause, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/resume", resume, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/abort", abort, Role.OPERATOR),
+    Route("POST", "/rollouts/{rollout}/devices/{device}/skip", skip, Role.OPERATOR),
+    Route("DELETE", "/rollouts/{rollout}/devices/{device}/skip", unskip, Role.OPERATOR),
     Route("GET", "/exclusions", exclusions, Role.VIEWER),
     Route("POST", "/exclusions/{number}/end", end_exclusion, Role.OPERATOR),
     Route("POST", "/bundles", bundle, Role.OPERATOR, answer=Raw(TAR, {"type": "string", "format": "binary"})),

@@ -7,7 +7,7 @@ const MOST_DEVICES = 1000; // in one page of the API
 const SEARCH_PAUSE = 250; // ms without a key before the server is asked
 const SHOWN_EVENTS = 200;
 const RANKS = ["viewer", "publisher", "operator", "admin"];
-const KINDS = ["committed", "shadowed", "pending", "failed", "refused", "rolled_back", "offline"];
+const KINDS = ["committed", "shadowed", "pending", "failed", "refused", "rolled_back", "timed_out", "lost", "held", "skipped", "offline"];
 const OVER = ["completed", "aborted"];
 const STATE_LOOK = { running: "busy", waiting: "warn", paused: "warn", completed: "good", aborted: "bad", created: "busy" };
 const OUTCOME_LOOK = { committed: "good", refused: "bad", rolled_back: "bad", failed: "warn", shadowed: "good" };
@@ -255,7 +255,7 @@ function waveStep(rollout, wave, number) {
 function verdictView(rollout) {
   const { counts, why, evidence } = rollout.verdict;
   const present = KINDS.filter((kind) => counts[kind]);
-  const bad = evidence.filter((witness) => ["refused", "rolled_back", "failed"].includes(witness.standing)).slice(0, 8);
+  const bad = evidence.filter((witness) => ["refused", "rolled_back", "lost", "timed_out", "failed"].includes(witness.standing)).slice(0, 8);
   const bar = h("div", { class: "meter", role: "img", "aria-label": present.map((kind) => `${counts[kind]} ${words(kind)}`).join(", ") || "no device yet" },
     present.map((kind) => { const part = h("span", { class: `c-${kind}` }); part.style.flexGrow = counts[kind]; return part; }));
   return h("div", null, bar,
