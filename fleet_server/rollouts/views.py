@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from agent.contract.assignment import Mode
 from agent.contract.codec import convert
@@ -140,7 +140,8 @@ class Views:
 
     def stalled(self) -> list[tuple[str, str]]:
         """The rollouts under way whose wave cannot pass as it is, and why."""
-        newest = select(func.max(VerdictRow.seq)).where(VerdictRow.rollout == RolloutRow.id).scalar_subquery()
+        last = aliased(VerdictRow)
+        newest = select(func.max(last.seq)).where(last.rollout == RolloutRow.id).scalar_subquery()
         query = select(RolloutRow.id, VerdictRow.why).join(VerdictRow, VerdictRow.seq == newest)
         query = query.where(RolloutRow.state.in_(rows.ACTIVE), VerdictRow.verdict == Ruling.STALL.value).order_by(
             RolloutRow.number

@@ -62,7 +62,7 @@ def test_a_rollout_passes_with_as_many_failures_as_may_be(tmp_path):
         "--waves", "50,100", "--max-failures", 2, "--verify", "10%", "--fetch", "10%", "--plot", plot,
     )  # fmt: skip
     assert (status, said["as_expected"], said["ended"]["state"]) == (0, True, "completed")
-    assert said["ended"]["counts"] == {"good": 21, "bad": 2, "claims": 0, "silent": 1}
+    assert said["ended"]["counts"] == {"good": 21, "bad": 2, "claims": 0, "held": 0, "lost": 0, "silent": 1}
     assert said["sent"]["verifying"] == 2
     assert said["sent"]["fetched_bytes"] > 0
     assert said["sent"]["reconnected"] == 0
