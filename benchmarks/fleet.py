@@ -347,7 +347,7 @@ def main() -> int:
     parser.add_argument(
         "--devices", type=int, action="append", help=f"one size; repeatable (default: {', '.join(map(str, SIZES))})"
     )
-    parser.add_argument("--waves", default="1,100", help="of both rollouts, in percent")
+    parser.add_argument("--waves", default="1%,10%,100%", help="of both rollouts")
     parser.add_argument("--speed", type=float, default=10.0, help="how many times as fast as real ones devices try and watch")
     parser.add_argument("--reports", type=int, default=120_000, help="that are stored at most before the rollouts")
     parser.add_argument("--verify", type=float, default=0.01, help="share of devices that verify with TUF")

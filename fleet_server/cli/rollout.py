@@ -49,6 +49,10 @@ def rollout() -> None:
     help="Several releases, of different models: each device switches to all of them at once, or to none.",
 )
 @click.option("--window", help="When devices may switch, in their local time, such as 'mon-fri 22:00-05:00'.")
+@click.option(
+    "--waves",
+    help="The waves before everyone, with commas between: so many devices (1), a share of all (5%), or a group: 1,5%,canary,25%.",
+)
 @click.option("--group", "groups", multiple=True, help="First wave: devices in this group. Repeatable.")
 @click.option("--percent", type=click.FloatRange(0, 100, min_open=True), help="First wave: this share of the devices.")
 @click.option(
@@ -76,6 +80,7 @@ def rollout() -> None:
 def rollout_start(
     ctx: click.Context,
     releases: tuple[str, ...],
+    waves: str | None,
     groups: tuple[str, ...],
     percent: float | None,
     window: str | None,
@@ -88,8 +93,9 @@ def rollout_start(
     max_failures: int,
     as_json: bool,
 ) -> None:
-    """Begins a rollout: the first wave is what you name, then everyone. Naming nothing means everyone at once.
+    """Begins a rollout: the waves that you name, then everyone. Naming nothing means everyone at once. Each wave reaches one device at least.
 
+    edge-fleet rollout start digits:4 --waves 1,5%,25%
     edge-fleet rollout start digits:4 --group canary --confirm
     edge-fleet rollout start digits:4 --percent 10 --max-failures 1
     edge-fleet rollout start digits:4 --shadow --group canary
@@ -99,7 +105,7 @@ def rollout_start(
         raise click.UsageError("--team goes with two or more releases; rollouts of their own are started one by one")
     first, *others = releases
     body = {
-        "release": first, "team": others, "groups": list(groups), "percent": percent, "window": window, "confirm": confirm,
+        "release": first, "team": others, "waves": waves.split(",") if waves else [], "groups": list(groups), "percent": percent, "window": window, "confirm": confirm,
         "max_failures": max_failures, "mode": "shadow" if shadow else "install",
         "min_share": None if min_percent is None else min_percent / 100, "time_limit_s": time_limit,
     }  # fmt: skip

@@ -47,7 +47,7 @@ def _share(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
     "--release", metavar="MODEL:VERSION", help="What is brought out [default: a next version of what most devices run]."
 )
 @click.option(
-    "--waves", default="10,100", show_default=True, help="Shares of the devices in percent, or a group: 10,100 or canary,100."
+    "--waves", default="10%,100%", show_default=True, help="Shares of the devices, or a group: 10%,100% or canary,100%."
 )
 @click.option(
     "--max-failures", type=click.IntRange(0), default=0, show_default=True, help="Devices that may refuse it or roll back."
@@ -111,7 +111,7 @@ def simulate(
     edge-fleet simulate --devices 300 --behave offline=5% --behave rolling-back=2% --plot rollout.svg
 
     edge-fleet device list --json > inventory.json
-    edge-fleet simulate --inventory inventory.json --waves canary,100
+    edge-fleet simulate --inventory inventory.json --waves canary,100%
 
     edge-fleet simulate --devices 20 --on-server --release digits:4
     """

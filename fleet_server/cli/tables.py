@@ -197,6 +197,14 @@ def _counted(verdict: dict[str, Any] | None) -> str:
     return ", ".join(f"{number} {words(name)}" for name, number in verdict["counts"].items() if number) or "no device"
 
 
+def _reach(wave: Any) -> str:
+    if wave["count"]:
+        return "one device" if wave["count"] == 1 else f"{wave['count']} devices"
+    if wave["permille"] >= 1000:
+        return "everyone"
+    return ", ".join([*wave["groups"], *([f"{wave['permille'] / 10:g} %"] if wave["permille"] else [])])
+
+
 def rollout(r: dict[str, Any]) -> None:
     console = _console()
     before = f"{r['model']}:{r['previous']}" if r["previous"] else "nothing"
@@ -212,11 +220,7 @@ def rollout(r: dict[str, Any]) -> None:
     for one in r["exclusions"]:
         console.print(f"  {safe(one['hardware'])} is [bold red]excluded[/bold red]{_ended(one)}: {safe(one['reason'])}")
     for number, wave in enumerate(r["waves"]):
-        reach = (
-            "everyone"
-            if wave["permille"] >= 1000
-            else ", ".join([*wave["groups"], *([f"{wave['permille'] / 10:g} %"] if wave["permille"] else [])])
-        )
+        reach = _reach(wave)
         mark = "done" if number < r["wave"] or r["state"] == "completed" else "now" if number == r["wave"] else "later"
         console.print(f"  wave {number + 1}: {safe(reach)} ({mark})")
     if r["verdict"]:

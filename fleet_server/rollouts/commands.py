@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from agent.contract.assignment import Mode, parse_window
+from agent.contract.assignment import Mode, parse_window, slot
 from agent.contract.names import ReleaseRef
 from fleet_server.access import Actor
 from fleet_server.errors import Conflict, Invalid, NotFound
@@ -24,9 +24,10 @@ from fleet_server.rollouts.gates import Rules
 from fleet_server.rollouts.judging import Judge
 from fleet_server.rollouts.machine import Event, State, Wave
 from fleet_server.rollouts.views import RolloutDetail, Views
-from fleet_server.storage.models import ModelRow, RolloutRow
+from fleet_server.storage.models import Device, ModelRow, RolloutRow
 
 WEEK_S = 7 * 86400.0
+GROUPS_NAMED = 20
 
 
 class RolledBack(msgspec.Struct, frozen=True):
@@ -66,11 +67,12 @@ class Rollouts:
     # -- rollouts ----------------------------------------------------------------------------------------------------------
 
     def start(
-        self, actor: Actor, ref: ReleaseRef, *, groups: Iterable[str] = (), permille: int | None = None, confirm: bool = False,
+        self, actor: Actor, ref: ReleaseRef, *, waves: Sequence[str] = (), groups: Iterable[str] = (), permille: int | None = None, confirm: bool = False,
         max_failures: int = 0, team: Iterable[ReleaseRef] = (), window: str | None = None, mode: Mode = "install",
         min_share: float | None = None, time_limit_s: float | None = None,
     ) -> RolloutDetail:  # fmt: skip
-        """Begins a rollout. `team`: releases of other models that switch with it on each device, all or none. `confirm`: a
+        """Begins a rollout. `waves`: as `machine.read_waves` has them, or the first one alone as `groups` and `permille`, and then everyone;
+        each reaches one device at least. `team`: releases of other models that switch with it on each device, all or none. `confirm`: a
         person confirms each further wave. In mode shadow devices run it on copies of live requests and install nothing. `min_share`,
         `time_limit_s`: instead of what fleet.yaml says.
 
@@ -85,13 +87,14 @@ class Rollouts:
             "time_limit_s": time_limit_s,
         }
         rules = _rules(self._judge.rules, window, {name: wish for name, wish in wishes.items() if wish is not None})
-        plans = _plans(refs, tuple(dict.fromkeys(groups)), permille, confirm, rules, mode, window)
+        plans = _plans(refs, _waves(waves, tuple(dict.fromkeys(groups)), permille), confirm, rules, mode, window)
         with self._decisions.lock:
             with self._decisions.one() as decision:
                 session = decision.session
                 started = [self._create(session, actor, one, plans) for one in refs]
+                waves_of_all = _resolved(session, started[0].id, plans.waves)
                 for row in started:
-                    row.team = started[0].id if len(started) > 1 else None
+                    row.team, row.waves = started[0].id if len(started) > 1 else None, msgspec.to_builtins(waves_of_all)
                     row.state = machine.step(rows.plan_of(row), Event.START).state.value
                 steps.next_version(session)
                 goes = "runs beside what serves on" if mode == "shadow" else "goes to"
@@ -294,20 +297,44 @@ class Rollouts:
 
 
 def _plans(
-    refs: list[ReleaseRef], groups: tuple[str, ...], permille: int | None, confirm: bool, rules: Rules, mode: Mode, window: str | None,
-) -> Plans:  # fmt: skip
+    refs: list[ReleaseRef], waves: tuple[Wave, ...], confirm: bool, rules: Rules, mode: Mode, window: str | None
+) -> Plans:
     """What the operator asks for, checked as far as it goes without the database.  Raises: Invalid."""
     if mode == "shadow" and len(refs) > 1:
         raise Invalid("a team cannot be rolled out in mode shadow, in which nothing switches")
     if len({one.model for one in refs}) < len(refs):
         raise Invalid("the releases of a team are of different models")
     try:
-        waves = machine.waves(groups, permille)
         if window is not None:
             parse_window(window)
     except ValueError as error:
         raise Invalid(str(error)) from error
     return Plans(waves, confirm, rules, mode, window)
+
+
+def _waves(texts: Sequence[str], groups: tuple[str, ...], permille: int | None) -> tuple[Wave, ...]:
+    """Raises: Invalid."""
+    if texts and (groups or permille is not None):
+        raise Invalid("name all waves, or the groups and the share of the first one; not both")
+    try:
+        return machine.read_waves(texts) if texts else machine.waves(groups, permille)
+    except ValueError as error:
+        raise Invalid(str(error)) from error
+
+
+def _resolved(session: Session, rollout: str, waves: tuple[Wave, ...]) -> tuple[Wave, ...]:
+    """The waves as this fleet's devices make them.  Raises: Invalid when one of them names a group that nobody is in."""
+    query = select(Device.id, Device.groups).where(Device.revoked.is_(False))
+    devices = [(slot(rollout, device), frozenset(groups)) for device, groups in session.execute(query)]
+    known = frozenset().union(*(groups for _, groups in devices))
+    named = dict.fromkeys(group for wave in waves for group in wave.groups)
+    if nobody := [group for group in named if group not in known]:
+        groups = ", ".join(sorted(known)[:GROUPS_NAMED]) or "none"
+        raise Invalid(
+            f"no device is in the group {nobody[0]!r}, so a wave would reach nobody; groups with devices: {groups}",
+            code="nobody",
+        )
+    return machine.resolved(waves, devices)
 
 
 def _rules(usual: Rules, window: str | None, wishes: Mapping[str, Any]) -> Rules:

@@ -6,7 +6,7 @@ the next may begin. A failure at any time before the end brings the whole fleet 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from types import MappingProxyType
 
@@ -70,17 +70,22 @@ class IllegalTransition(Exception):
 
 
 class Wave(msgspec.Struct, frozen=True):
-    """Devices in one of `groups`, and those whose slot is below `permille`."""
+    """Devices in one of `groups`, and those whose slot is below `permille`. `count`: what was asked for is so many devices; `permille` is
+    then what reaches as many (`resolved`).
+    """
 
     groups: tuple[str, ...] = ()
     permille: int = 0
+    count: int = 0
 
     def __post_init__(self) -> None:
         for group in self.groups:
             names.check(names.GROUP_NAME, group, "group")
         if not 0 <= self.permille <= EVERYONE:
             raise ValueError(f"permille {self.permille} must be from 0 to {EVERYONE}")
-        if not self.groups and self.permille == 0:
+        if self.count < 0:
+            raise ValueError(f"a wave of {self.count} devices: a number of devices is at least 1")
+        if not self.groups and self.permille == 0 and self.count == 0:
             raise ValueError("a wave that names no group and has 0 percent reaches nobody")
 
     @property
@@ -114,6 +119,55 @@ def waves(groups: tuple[str, ...], permille: int | None) -> tuple[Wave, ...]:
         return (Wave(permille=EVERYONE),)
     first = Wave(groups, permille or 0)
     return (first,) if first.everyone else (first, Wave(permille=EVERYONE))
+
+
+def read_waves(texts: Sequence[str]) -> tuple[Wave, ...]:
+    """`1`, `5%`, `canary`, `25%`: so many devices, a share of all, a group. What follows the last one that is named reaches everyone.
+
+    Raises: ValueError.
+    """
+    found = [_read_wave(text.strip()) for text in texts]
+    for what, sizes in (("shares", [wave.permille for wave in found]), ("numbers of devices", [wave.count for wave in found])):
+        named = [size for size in sizes if size]
+        if named != sorted(set(named)):
+            raise ValueError(f"waves {', '.join(texts)}: {what} grow from wave to wave")
+    if any(wave.everyone for wave in found[:-1]):
+        raise ValueError(f"waves {', '.join(texts)}: nothing can follow a wave of 100%")
+    return tuple(found) if found and found[-1].everyone else (*found, Wave(permille=EVERYONE))
+
+
+def _read_wave(text: str) -> Wave:
+    if text.isdigit():
+        if not int(text):
+            raise ValueError("a wave of 0 devices reaches nobody")
+        return Wave(count=int(text))
+    if not text.endswith("%"):
+        return Wave(groups=(text,))
+    try:
+        percent = float(text[:-1])
+    except ValueError:
+        raise ValueError(f"wave {text!r} is not a number of devices, a share such as 5%, or a group") from None
+    if not 0 < percent <= 100:
+        raise ValueError(f"a wave of {text}: a share is above 0 and at most 100%")
+    return Wave(permille=max(1, round(10 * percent)))
+
+
+def resolved(waves: Sequence[Wave], devices: Sequence[tuple[int, Collection[str]]]) -> tuple[Wave, ...]:
+    """The waves with the share that each of them takes to reach as many devices as it names, and one at least. `devices`: the slot and the
+    groups of each device that may be reached.
+    """
+    slots, found, groups = sorted(slot for slot, _ in devices), list[Wave](), set[str]()
+    for wave in waves:
+        groups |= set(wave.groups)
+        permille = wave.permille
+        if wave.count:
+            others = sorted(slot for slot, mine in devices if not groups & set(mine))
+            more = wave.count - (len(slots) - len(others))
+            permille = 0 if more <= 0 else EVERYONE if more > len(others) else others[more - 1] + 1
+        elif permille and slots:
+            permille = max(permille, slots[0] + 1)
+        found.append(msgspec.structs.replace(wave, permille=permille))
+    return tuple(found)
 
 
 def step(plan: Plan, event: Event) -> Plan:

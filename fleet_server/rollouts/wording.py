@@ -23,6 +23,10 @@ def reach(wave: Wave) -> str:
     if wave.everyone:
         return "every device"
     parts = [f"group {group}" for group in wave.groups]
-    if wave.permille:
+    if wave.count:
+        parts.append("one device" if wave.count == 1 else f"{wave.count} devices")
+    elif wave.permille and not wave.groups:
         parts.append(f"{wave.permille / 10:g} % of the devices")
+    elif wave.permille:
+        parts.append(f"{wave.permille / 10:g} % of the others")
     return ", ".join(parts)

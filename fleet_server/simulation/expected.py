@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from agent.contract.assignment import EVERYONE, Rollout, reaches
+from agent.contract.assignment import EVERYONE, Rollout, reaches, slot
 from fleet_server.errors import Invalid
 from fleet_server.rollouts import sequential
 from fleet_server.simulation.behaviours import Behaviour
@@ -68,32 +68,37 @@ class Ending(msgspec.Struct, frozen=True):
 
 
 def stages(text: str) -> tuple[Stage, ...]:
-    """`1,10,100` and `canary,100`: shares in percent, or groups. What is named last reaches everyone.
+    """`1%,10%,100%` and `canary,100%`: shares, or groups. What is named last reaches everyone.
 
     Raises: Invalid.
     """
-    found = tuple(_stage(part.strip().removesuffix("%")) for part in text.split(","))
+    found = tuple(_stage(part.strip()) for part in text.split(","))
     shares = [stage.permille for stage in found if stage.group is None]
     if not shares or found[-1].permille != EVERYONE or shares != sorted(set(shares)):
-        raise Invalid(f"waves {text!r}: shares grow, and the last one is 100; for example 10,100 or canary,100")
+        raise Invalid(f"waves {text!r}: shares grow, and the last one is 100%; for example 10%,100% or canary,100%")
     return found
 
 
 def _stage(text: str) -> Stage:
-    try:
-        percent = float(text)
-    except ValueError:
+    if text.isdigit():
+        raise Invalid(f"a wave of {text} devices cannot be rehearsed; say {text}% for a share")
+    if not text.endswith("%"):
         return Stage(group=text)
+    try:
+        percent = float(text[:-1])
+    except ValueError:
+        raise Invalid(f"wave {text!r} is neither a share nor a group") from None
     if not 0 < percent <= 100:
-        raise Invalid(f"a wave of {text} %: a share is above 0 and at most 100")
+        raise Invalid(f"a wave of {text}: a share is above 0 and at most 100%")
     return Stage(permille=max(1, round(10 * percent)))
 
 
 def ending(members: Iterable[Member], plan: Plan, rollout: str, model: str) -> Ending:
     """How the rollout with this id must end."""
     members = list(members)
+    first = min((slot(rollout, member.id) for member in members), default=0)
     for wave in range(len(plan.stages)):
-        reached = [member for member in members if _reaches(plan.stages[: wave + 1], rollout, member)]
+        reached = [member for member in members if _reaches(plan.stages[: wave + 1], rollout, member, first)]
         counts = collections.Counter(_answers(member, model) for member in reached)
         told = {kind: counts[kind] for kind in KINDS}
         if counts["bad"] > plan.max_failures:
@@ -121,9 +126,11 @@ def _answers(member: Member, model: str) -> Answers:
     return answers
 
 
-def _reaches(said: Sequence[Stage], rollout: str, member: Member) -> bool:
+def _reaches(said: Sequence[Stage], rollout: str, member: Member, first: int) -> bool:
+    """`first`: the smallest slot of all devices; a wave with a share reaches one of them at least."""
+    share = max(stage.permille for stage in said)
     wave = Rollout(
         id=rollout, release=1, previous=None, groups=tuple(stage.group for stage in said if stage.group is not None),
-        permille=max(stage.permille for stage in said),
+        permille=max(share, first + 1) if share else 0,
     )  # fmt: skip
     return reaches(wave, member.id, member.groups)

@@ -17,9 +17,6 @@ from fleet_server.simulation.members import Member, most_run
 from fleet_server.simulation.pace import Realism
 from fleet_server.simulation.story import GROUP, Order
 
-STAGES = 2
-"""The waves that a rollout has at most: the one that is named, and everyone."""
-
 MODEL, RELEASE = "model", 1
 """What made-up devices run."""
 
@@ -60,8 +57,6 @@ def _order(members: list[Member], wish: Wish) -> Order:
     release = wish.release or ReleaseRef(model, newest + 1)
     if release.version <= newest:
         raise Invalid(f"--release {release} is not new: devices run version {newest} of it; the rehearsal needs a larger one")
-    if len(wish.plan.stages) > STAGES:
-        raise Invalid("a rollout has one wave before everyone; name two waves at most, such as 10,100")
     groups = {group for member in members for group in member.groups}
     unknown = [stage.group for stage in wish.plan.stages if stage.group is not None and stage.group not in groups]
     if unknown:

@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 import msgspec
 
-from agent.contract.assignment import EVERYONE
 from agent.contract.names import ReleaseRef
 from fleet_server.client import Client
 from fleet_server.errors import Unavailable
@@ -136,11 +135,9 @@ class Story:
     async def begin(self) -> None:
         """Starts the rollout, and lets devices do wrong what they are to do wrong."""
         order, plan = self._order, self._order.plan
-        first = plan.stages[0]
         body = {
             "release": str(order.release), "max_failures": plan.max_failures, "confirm": plan.confirm,
-            "groups": [first.group] if first.group is not None else [],
-            "percent": first.permille / 10 if first.group is None and first.permille < EVERYONE else None,
+            "waves": [stage.group or f"{stage.permille / 10:g}%" for stage in plan.stages],
         }  # fmt: skip
         self.crowd.misbehave()
         self.rollout = await asyncio.to_thread(self._client.post, "/rollouts", body)

@@ -230,7 +230,7 @@ def test_nothing_is_folded_in_a_pipe(capsys):
     rollout = {
         "team": [], "window": None, "mode": "install", "exclusions": [],
         "id": "r1-0000", "model": "digits", "release": 4, "previous": 3, "state": "aborted", "reason": "", "wave": 0, "verdict": verdict,
-        "waves": [{"groups": [], "permille": 1000}],
+        "waves": [{"groups": [], "permille": 1000, "count": 0}],
     }  # fmt: skip
     tables.rollout(rollout)
     shown = capsys.readouterr().out

@@ -18,6 +18,8 @@ from fleet_server.rollouts.machine import (
     State,
     Wave,
     on_pass,
+    read_waves,
+    resolved,
     step,
     waves,
 )  # fmt: skip
@@ -132,3 +134,64 @@ def test_no_order_of_events_breaks_it(events, confirm, count):
         follow = on_pass(plan)
         if follow is not None:
             step(plan, follow)  # what a passed gate means is always possible
+
+
+# -- waves that are named -----------------------------------------------------------------------------------------------------
+
+ALL = Wave(permille=EVERYONE)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (
+            ["1", "5%", "canary", "25%", "100%"],
+            (Wave(count=1), Wave(permille=50), Wave(groups=("canary",)), Wave(permille=250), ALL),
+        ),
+        (["1", "10"], (Wave(count=1), Wave(count=10), ALL)),
+        (["0.01%"], (Wave(permille=1), ALL)),
+        ([" canary "], (Wave(groups=("canary",)), ALL)),
+        (["100%"], (ALL,)),
+    ],
+)
+def test_named_waves(texts, expected):
+    assert read_waves(texts) == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["0"], "0 devices"), (["0%"], "above 0"), (["101%"], "at most 100%"), (["nan%"], "above 0"), (["x%"], "not a number of devices"),
+        (["5%", "1%"], "shares grow"), (["5%", "5%"], "shares grow"), (["10", "1"], "numbers of devices grow"), (["100%", "canary"], "nothing can follow"),
+        (["a group"], "group"), ([""], "group"), (["-1"], "group"),
+    ],
+)  # fmt: skip
+def test_waves_that_contradict_themselves(texts, said):
+    with pytest.raises(ValueError, match=said):
+        read_waves(texts)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, EVERYONE - 1), st.frozensets(st.sampled_from("ab"))), min_size=1, max_size=40),
+    st.lists(st.integers(1, 50), min_size=1, max_size=3, unique=True), st.integers(1, EVERYONE),
+)  # fmt: skip
+def test_a_wave_reaches_as_many_as_it_names_and_one_at_least(devices, counts, permille):
+    def reached(said):
+        groups, share = {group for wave in said for group in wave.groups}, max(wave.permille for wave in said)
+        return sum(slot < share or bool(groups & set(mine)) for slot, mine in devices)
+
+    asked = [*(Wave(count=count) for count in sorted(counts)), Wave(groups=("a",)), Wave(permille=permille), ALL]
+    found = resolved(asked, devices)
+    for number, count in enumerate(sorted(counts)):
+        together = reached(found[: number + 1])
+        assert together >= min(count, len(devices))
+        at_the_edge = max(sum(slot == one for slot, _ in devices) for one, _ in devices)
+        assert together < count + at_the_edge, "no more than share the last one's slot"
+    assert found[-2].permille >= permille
+    assert reached(found[-2:-1]) >= 1
+    assert reached(found) == len(devices)
+    assert [wave.groups for wave in found] == [wave.groups for wave in asked]
+
+
+def test_a_fleet_without_devices_has_waves_too():
+    assert resolved((Wave(count=2), Wave(permille=5), ALL), []) == (Wave(count=2, permille=EVERYONE), Wave(permille=5), ALL)

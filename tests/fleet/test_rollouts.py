@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import sqlite3
 
 import msgspec
@@ -14,7 +15,7 @@ from agent.contract.reports import Answer, ModelState, Outcome, Phase, Presence
 from fleet_server.access import SERVER
 from fleet_server.errors import Conflict, Invalid, NotFound, Refused
 from fleet_server.releases import keys, publisher
-from fleet_server.rollouts import rows
+from fleet_server.rollouts import rows, wording
 from fleet_server.rollouts.gates import Counts
 from fleet_server.rollouts.views import ModelView
 from tests.fleet.stand import sha256, simple_manifest
@@ -342,12 +343,48 @@ def test_devices_that_nobody_could_hear_are_not_silent(story, clock):
 
 
 def test_nobody_there_is_no_pass(story):
-    rollout = story.start(1, groups=["nobody"])
+    story.join("away", groups=["shop"], online=False)
+    rollout = story.start(1, groups=["shop"])
     story.fleet.judge.evaluate()
     assert story.state(rollout) == "running"
-    story.fleet.inventory.set_groups(SERVER, "plain-1", ["nobody"])
+    story.fleet.inventory.set_groups(SERVER, "plain-1", ["shop"])
     story.commits("plain-1", version=1)
     assert story.fleet.views.rollout(rollout).wave == 1
+
+
+@pytest.mark.parametrize("asked", [{"groups": ["canari"]}, {"waves": ["1", "canari", "50%"]}])
+def test_a_wave_that_reaches_nobody_is_refused(story, asked):
+    with pytest.raises(
+        Invalid, match="no device is in the group 'canari', so a wave would reach nobody; groups with devices: canary"
+    ):
+        story.start(1, **asked)
+    assert story.fleet.views.rollouts() == []
+
+
+def test_a_share_of_a_few_devices_is_one_of_them(story):
+    rollout = story.start(1, permille=1, confirm=True)
+    assert sum(story.wanted(name) == 1 for name in story.devices) == 1
+    assert story.fleet.views.rollout(rollout).verdict.counts.total == 1
+
+
+def test_any_number_of_waves(story):
+    story.join(*(f"more-{n}" for n in range(17)))
+    rollout = story.start(1, waves=["1", "canary", "25%"])
+    reached = []
+    while story.state(rollout) == "running":
+        reached.append([name for name in story.devices if story.wanted(name) == 1])
+        story.commits(*reached[-1], version=1)
+    assert len(reached[0]) == 1
+    assert len(reached) == 4
+    assert set(reached[1]) == {*reached[0], "canary-1"}
+    assert len(reached[3]) == 20
+    assert all(set(before) <= set(after) for before, after in itertools.pairwise(reached))
+    assert [wording.reach(wave) for wave in story.fleet.views.rollout(rollout).waves][:2] == ["one device", "group canary"]
+
+
+def test_all_waves_or_the_first_one(story):
+    with pytest.raises(Invalid, match="not both"):
+        story.start(1, waves=["1"], groups=["canary"])
 
 
 def test_the_right_version_with_other_bytes_is_no_success(story):

@@ -59,7 +59,7 @@ def test_a_rollout_passes_with_as_many_failures_as_may_be(tmp_path):
     plot = tmp_path / "rollout.svg"
     status, said, _ = simulate(
         tmp_path, "--devices", 24, "--behave", "refusing=1", "--behave", "rolling-back=1", "--behave", "offline=1",
-        "--waves", "50,100", "--max-failures", 2, "--verify", "10%", "--fetch", "10%", "--plot", plot,
+        "--waves", "50%,100%", "--max-failures", 2, "--verify", "10%", "--fetch", "10%", "--plot", plot,
     )  # fmt: skip
     assert (status, said["as_expected"], said["ended"]["state"]) == (0, True, "completed")
     assert said["ended"]["counts"] == {"good": 21, "bad": 2, "claims": 0, "held": 0, "lost": 0, "silent": 1}
@@ -79,7 +79,7 @@ def test_an_inventory_whose_canaries_fail(tmp_path):
     ]
     inventory = tmp_path / "inventory.json"
     inventory.write_text(json.dumps(listed))
-    status, said, _ = simulate(tmp_path, "--inventory", inventory, "--waves", "canary,100", "--behave", "refusing=100%")
+    status, said, _ = simulate(tmp_path, "--inventory", inventory, "--waves", "canary,100%", "--behave", "refusing=100%")
     assert (status, said["release"]) == (0, "digits:4")
     assert (said["ended"]["state"], said["ended"]["wave"], said["ended"]["reached"]) == ("aborted", 0, 3)
     assert said["moments"][-1]["bad"] <= 3
@@ -90,9 +90,9 @@ USAGE = [
     (["--on-server"], 2, "--on-server goes with --release"),
     (["--behave", "sleepy=3%"], 1, "is no behaviour"),
     (["--devices", "3", "--behave", "offline=4"], 1, "4 devices are to misbehave"),
-    (["--waves", "50"], 1, "the last one is 100"),
-    (["--waves", "1,10,100"], 1, "one wave before everyone"),
-    (["--waves", "shops,100"], 1, "no device is in the group 'shops'"),
+    (["--waves", "50%"], 1, "the last one is 100%"),
+    (["--waves", "1,100%"], 1, "say 1% for a share"),
+    (["--waves", "shops,100%"], 1, "no device is in the group 'shops'"),
     (["--release", "model:1"], 1, "is not new"),
     (["--verify", "0.5"], 2, "is not a share"),
     (["--inventory", "pyproject.toml"], 1, "not what `edge-fleet device list --json` prints"),
@@ -154,7 +154,7 @@ MATRIX = {
 def test_every_behaviour_gets_its_verdict_and_nobody_else_is_lost(tmp_path, name):
     behave, allowed, state = MATRIX[name]
     words = [word for one in behave for word in ("--behave", one)]
-    status, said, _ = simulate(tmp_path, "--devices", 30, *words, "--max-failures", allowed, "--waves", "100")
+    status, said, _ = simulate(tmp_path, "--devices", 30, *words, "--max-failures", allowed, "--waves", "100%")
     assert (status, said["ended"]["state"], said["lost"]) == (0, state, []), said
     assert said["ended"]["counts"] == said["expected"]["counts"] or state == "aborted"
     assert said["sent"]["reconnected"] == 0, "of those whose connections are to hold"

@@ -307,9 +307,9 @@ def test_what_is_brought_out_is_newer_than_what_runs():
 
 
 def test_waves():
-    assert expected.stages("1%, 10,100") == (Stage(permille=10), Stage(permille=100), Stage(permille=1000))
-    assert expected.stages("canary,100") == (Stage(group="canary"), Stage(permille=1000))
-    for text in ("", "10", "10,5,100", "canary", "0,100", "10,101", "10,10,100"):
+    assert expected.stages("1%, 10%,100%") == (Stage(permille=10), Stage(permille=100), Stage(permille=1000))
+    assert expected.stages("canary,100%") == (Stage(group="canary"), Stage(permille=1000))
+    for text in ("", "10%", "10%,5%,100%", "canary", "0%,100%", "10%,101%", "10%,10%,100%", "1,100%", "x%,100%"):
         with pytest.raises(Invalid):
             expected.stages(text)
 

@@ -64,7 +64,7 @@ def start_rollout(parts: Parts, request: Request, body: NewRollout) -> RolloutDe
     """Begins a rollout: the first wave is what is named, then every device."""
     permille = None if body.percent is None else max(1, round(body.percent * 10))
     return parts.rollouts.start(
-        actor_of(request), ref_of(body.release), groups=body.groups, permille=permille, confirm=body.confirm,
+        actor_of(request), ref_of(body.release), waves=body.waves, groups=body.groups, permille=permille, confirm=body.confirm,
         max_failures=body.max_failures, team=[ref_of(text) for text in body.team], window=body.window, mode=body.mode,
         min_share=body.min_share, time_limit_s=body.time_limit_s,
     )  # fmt: skip

@@ -35,7 +35,7 @@ function h(tag, properties, ...children) {
 
 const words = (text) => String(text ?? "").replaceAll("_", " ");
 const pill = (text, look) => h("span", { class: `pill ${look || ""}` }, words(text));
-const reach = (wave) => (wave.permille >= 1000 ? "everyone" : [...wave.groups, ...(wave.permille ? [`${wave.permille / 10} %`] : [])].join(", "));
+const reach = (wave) => (wave.count ? (wave.count === 1 ? "one device" : `${wave.count} devices`) : wave.permille >= 1000 ? "everyone" : [...wave.groups, ...(wave.permille ? [`${wave.permille / 10} %`] : [])].join(", "));
 const may = (role) => state.me && RANKS.indexOf(state.me.role) >= RANKS.indexOf(role);
 const clock = (at) => new Date(at * 1000).toLocaleTimeString([], { hour12: false });
 const moment = (at) => new Date(at * 1000).toLocaleString([], { hour12: false });
