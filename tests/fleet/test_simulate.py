@@ -179,7 +179,7 @@ def test_on_a_running_server_only_its_own_devices_are_reached_and_they_are_gone_
 def order(count, *shares: Share, **fields):
     found = members.made_up(count, "m", 1, shares, 1)
     base = {
-        "members": found, "release": ReleaseRef("m", 2), "plan": Plan(expected.stages("100")), "seed": 1, "realism": Realism(speed=100.0),
+        "members": found, "release": ReleaseRef("m", 2), "plan": Plan(expected.stages("100%")), "seed": 1, "realism": Realism(speed=100.0),
         "silence_s": 3.0, "timeout_s": 60.0,
     }  # fmt: skip
     return Order(**{**base, **fields})
