@@ -15,7 +15,7 @@ from agent.contract.names import ReleaseRef
 from agent.contract.reports import Answer, Hardware, ModelState, Outcome, Phase, Presence, hardware_class
 from fleet_server.access import SERVER
 from fleet_server.devices import shared_identity
-from fleet_server.errors import Conflict
+from fleet_server.errors import Conflict, Invalid
 from fleet_server.rollouts import exclusions, facts, gates, rows
 from fleet_server.rollouts.gates import Counts, Fact, Standing, Witness, standing
 from fleet_server.rollouts.judging import WHAT_RUNS_JUDGED_S
@@ -246,7 +246,7 @@ def _ruling(reading, rules, session, row):
 
 
 def _refusals_ignored():
-    return contextlib.suppress(Conflict)
+    return contextlib.suppress(Conflict, Invalid)
 
 
 STEPS = sorted(name for name in vars(Fleet) if name.startswith("does_"))
@@ -297,8 +297,8 @@ EVERYBODY, CANARY = 0, 1  # of `does_start`
         [("does_wait", SILENCE, 0), ("does_go_back_in_time", 150, 0)],
         [("does_report", 0, 34), ("does_report", 1, 34), ("does_end_an_exclusion", 0, 0)],
         [("does_change_hardware", 0, 1), ("does_report", 0, 4), ("does_report", 0, 34)],
-        [("does_ask", 3, 0), ("does_start", CANARY, 1), ("does_regroup", 0, 1), ("does_regroup", 1, 1), ("does_regroup", 0, 0)],
-        [("does_ask", 3, 0), ("does_start", CANARY, 1), ("does_regroup", 0, 1), ("does_commit", 0, 0), ("does_commit", 5, 0)],
+        [("does_ask", 3, 0), ("does_regroup", 3, 1), ("does_start", CANARY, 1), ("does_regroup", 0, 1), ("does_regroup", 1, 1), ("does_regroup", 0, 0)],
+        [("does_ask", 3, 0), ("does_regroup", 3, 1), ("does_start", CANARY, 1), ("does_regroup", 0, 1), ("does_commit", 0, 0), ("does_commit", 5, 0)],
         [("does_wait", SILENCE, 1), ("does_start_anew", 1, 0)],
         [("does_skip", 0, 1), ("does_report", 0, 34), ("does_skip", 0, 0)],
         [("does_shut_out", 0, 2), ("does_wait", SILENCE, 1)],
