@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,20 +41,62 @@ def rollout() -> None:
     """Staged changes of what the fleet runs."""
 
 
+def _with_reach(command: Callable[..., None]) -> Callable[..., None]:
+    """The releases of a rollout and which devices each wave reaches."""
+    for one in reversed(
+        (
+            click.argument("releases", nargs=-1, required=True, metavar="RELEASE..."),
+            click.option(
+                "--team",
+                is_flag=True,
+                help="Several releases, of different models: each device switches to all of them at once, or to none.",
+            ),
+            click.option(
+                "--waves",
+                help="The waves before everyone, with commas between: so many devices (1), a share of all (5%), or a group: 1,5%,canary,25%.",
+            ),
+            click.option("--group", "groups", multiple=True, help="First wave: devices in this group. Repeatable."),
+            click.option(
+                "--percent", type=click.FloatRange(0, 100, min_open=True), help="First wave: this share of the devices."
+            ),
+        )
+    ):
+        command = one(command)
+    return command
+
+
+def _reach(
+    releases: tuple[str, ...], waves: str | None, groups: tuple[str, ...], percent: float | None, *, team: bool
+) -> dict[str, Any]:
+    if team != (len(releases) > 1):
+        raise click.UsageError("--team goes with two or more releases; rollouts of their own are started one by one")
+    first, *others = releases
+    return {
+        "release": first, "team": others, "waves": waves.split(",") if waves else [], "groups": list(groups), "percent": percent,
+    }  # fmt: skip
+
+
+@rollout.command("plan")
+@_with_reach
+@with_json
+@click.pass_context
+@reports_errors
+def rollout_plan(
+    ctx: click.Context, releases: tuple[str, ...], waves: str | None, groups: tuple[str, ...], percent: float | None, *, team: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Shows what a rollout would reach, and what would stand in its way. Begins nothing.
+
+    edge-fleet rollout plan digits:4 --waves 1,5%,canary,25%
+    """
+    body = _reach(releases, waves, groups, percent, team=team)
+    with connected(ctx) as client:
+        show(client.post("/rollouts/plan", body), as_json, tables.previews)
+
+
 @rollout.command("start")
-@click.argument("releases", nargs=-1, required=True, metavar="RELEASE...")
-@click.option(
-    "--team",
-    is_flag=True,
-    help="Several releases, of different models: each device switches to all of them at once, or to none.",
-)
+@_with_reach
 @click.option("--window", help="When devices may switch, in their local time, such as 'mon-fri 22:00-05:00'.")
-@click.option(
-    "--waves",
-    help="The waves before everyone, with commas between: so many devices (1), a share of all (5%), or a group: 1,5%,canary,25%.",
-)
-@click.option("--group", "groups", multiple=True, help="First wave: devices in this group. Repeatable.")
-@click.option("--percent", type=click.FloatRange(0, 100, min_open=True), help="First wave: this share of the devices.")
 @click.option(
     "--shadow",
     is_flag=True,
@@ -101,12 +143,8 @@ def rollout_start(
     edge-fleet rollout start digits:4 --shadow --group canary
     edge-fleet rollout start detector:7 classifier:3 --team --window 'sat,sun 02:00-05:00'
     """
-    if team != (len(releases) > 1):
-        raise click.UsageError("--team goes with two or more releases; rollouts of their own are started one by one")
-    first, *others = releases
-    body = {
-        "release": first, "team": others, "waves": waves.split(",") if waves else [], "groups": list(groups), "percent": percent, "window": window, "confirm": confirm,
-        "max_failures": max_failures, "mode": "shadow" if shadow else "install",
+    body = _reach(releases, waves, groups, percent, team=team) | {
+        "window": window, "confirm": confirm, "max_failures": max_failures, "mode": "shadow" if shadow else "install",
         "min_share": None if min_percent is None else min_percent / 100, "time_limit_s": time_limit,
     }  # fmt: skip
     with connected(ctx) as client:

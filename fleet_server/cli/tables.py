@@ -27,6 +27,9 @@ def safe(value: object) -> str:
     return escape("".join(c if c.isprintable() else "�" for c in text))
 
 
+PREVIEWED = ("devices", "online", "serving", "held", "refusing", "unfit", "unknown")
+
+
 def words(code: str) -> str:
     """`rolled_back` as people write it."""
     return code.replace("_", " ")
@@ -195,6 +198,19 @@ def _counted(verdict: dict[str, Any] | None) -> str:
     if verdict is None:
         return "-"
     return ", ".join(f"{number} {words(name)}" for name, number in verdict["counts"].items() if number) or "no device"
+
+
+def previews(found: list[dict[str, Any]]) -> None:
+    console = _console()
+    for one in found:
+        console.print(f"[bold]{safe(one['release'])}[/bold]")
+        rows: list[list[object]] = [
+            [number, wave["reach"], *(wave[name] for name in PREVIEWED), size(wave["fetch_bytes"])]
+            for number, wave in enumerate(one["waves"], 1)
+        ]
+        _table("WAVE|ADDS|DEVICES|THERE NOW|SERVE IT|HELD|REFUSE IT|NO VARIANT|UNKNOWN|TO FETCH", rows, "no wave")
+        for worry in one["worries"]:
+            console.print(f"[yellow]![/yellow] {safe(worry)}")
 
 
 def _reach(wave: Any) -> str:

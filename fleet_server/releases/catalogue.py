@@ -200,12 +200,12 @@ class Catalogue:
         """Everything about a release, its manifest included.  Raises: NotFound."""
         with self._database.reading() as session:
             row = find(session, ref)
-            return ReleaseDetail(**msgspec.structs.asdict(_view(row)), manifest=_manifest_of(row))
+            return ReleaseDetail(**msgspec.structs.asdict(_view(row)), manifest=manifest_of(row))
 
     def manifest(self, ref: ReleaseRef) -> ReleaseManifest:
         """Raises: NotFound."""
         with self._database.reading() as session:
-            return _manifest_of(find(session, ref))
+            return manifest_of(find(session, ref))
 
 
 def _model_of(manifest: bytes) -> str:
@@ -257,7 +257,7 @@ def summary_of(row: ReleaseRow) -> Summary:
     if found is None:
         if len(_summaries) >= SUMMARIES_KEPT:
             _summaries.clear()
-        found = _summaries[row.sha256] = _summary(_manifest_of(row))
+        found = _summaries[row.sha256] = _summary(manifest_of(row))
     return found
 
 
@@ -272,7 +272,8 @@ def _summary(manifest: ReleaseManifest) -> Summary:
     )
 
 
-def _manifest_of(row: ReleaseRow) -> ReleaseManifest:
+def manifest_of(row: ReleaseRow) -> ReleaseManifest:
+    """What its publisher signed."""
     return parse_manifest(row.manifest.encode())
 
 

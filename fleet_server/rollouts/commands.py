@@ -10,24 +10,23 @@ import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from agent.contract.assignment import Mode, parse_window, slot
+from agent.contract.assignment import Mode, parse_window
 from agent.contract.names import ReleaseRef
 from fleet_server.access import Actor
 from fleet_server.errors import Conflict, Invalid, NotFound
 from fleet_server.journal import Journal
 from fleet_server.releases import catalogue
 from fleet_server.releases.repository import Repository
-from fleet_server.rollouts import exclusions, machine, rows, steps, teams, wording
+from fleet_server.rollouts import exclusions, machine, planning, rows, steps, teams, wording
 from fleet_server.rollouts.decisions import Decisions
 from fleet_server.rollouts.exclusions import ExclusionView
 from fleet_server.rollouts.gates import Rules
 from fleet_server.rollouts.judging import Judge
 from fleet_server.rollouts.machine import Event, State, Wave
 from fleet_server.rollouts.views import RolloutDetail, Views
-from fleet_server.storage.models import Device, ModelRow, RolloutRow
+from fleet_server.storage.models import ModelRow, RolloutRow
 
 WEEK_S = 7 * 86400.0
-GROUPS_NAMED = 20
 
 
 class RolledBack(msgspec.Struct, frozen=True):
@@ -87,14 +86,14 @@ class Rollouts:
             "time_limit_s": time_limit_s,
         }
         rules = _rules(self._judge.rules, window, {name: wish for name, wish in wishes.items() if wish is not None})
-        plans = _plans(refs, _waves(waves, tuple(dict.fromkeys(groups)), permille), confirm, rules, mode, window)
+        plans = _plans(refs, planning.read(waves, groups, permille), confirm, rules, mode, window)
         with self._decisions.lock:
             with self._decisions.one() as decision:
                 session = decision.session
                 started = [self._create(session, actor, one, plans) for one in refs]
-                waves_of_all = _resolved(session, started[0].id, plans.waves)
+                reached = planning.resolve(session, started[0].id, plans.waves)
                 for row in started:
-                    row.team, row.waves = started[0].id if len(started) > 1 else None, msgspec.to_builtins(waves_of_all)
+                    row.team, row.waves = started[0].id if len(started) > 1 else None, msgspec.to_builtins(reached)
                     row.state = machine.step(rows.plan_of(row), Event.START).state.value
                 steps.next_version(session)
                 goes = "runs beside what serves on" if mode == "shadow" else "goes to"
@@ -310,31 +309,6 @@ def _plans(
     except ValueError as error:
         raise Invalid(str(error)) from error
     return Plans(waves, confirm, rules, mode, window)
-
-
-def _waves(texts: Sequence[str], groups: tuple[str, ...], permille: int | None) -> tuple[Wave, ...]:
-    """Raises: Invalid."""
-    if texts and (groups or permille is not None):
-        raise Invalid("name all waves, or the groups and the share of the first one; not both")
-    try:
-        return machine.read_waves(texts) if texts else machine.waves(groups, permille)
-    except ValueError as error:
-        raise Invalid(str(error)) from error
-
-
-def _resolved(session: Session, rollout: str, waves: tuple[Wave, ...]) -> tuple[Wave, ...]:
-    """The waves as this fleet's devices make them.  Raises: Invalid when one of them names a group that nobody is in."""
-    query = select(Device.id, Device.groups).where(Device.revoked.is_(False))
-    devices = [(slot(rollout, device), frozenset(groups)) for device, groups in session.execute(query)]
-    known = frozenset().union(*(groups for _, groups in devices))
-    named = dict.fromkeys(group for wave in waves for group in wave.groups)
-    if nobody := [group for group in named if group not in known]:
-        groups = ", ".join(sorted(known)[:GROUPS_NAMED]) or "none"
-        raise Invalid(
-            f"no device is in the group {nobody[0]!r}, so a wave would reach nobody; groups with devices: {groups}",
-            code="nobody",
-        )
-    return machine.resolved(waves, devices)
 
 
 def _rules(usual: Rules, window: str | None, wishes: Mapping[str, Any]) -> Rules:

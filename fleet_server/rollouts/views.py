@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 from sqlalchemy import func, select
@@ -10,11 +10,13 @@ from sqlalchemy.orm import Session, aliased
 
 from agent.contract.assignment import Mode
 from agent.contract.codec import convert
-from fleet_server.rollouts import exclusions, facts, gates, rows, teams
+from agent.contract.names import ReleaseRef
+from fleet_server.rollouts import exclusions, facts, gates, planning, preview, rows, teams
 from fleet_server.rollouts.exclusions import ExclusionView
 from fleet_server.rollouts.facts import Hearing
 from fleet_server.rollouts.gates import Counts, Ruling, Standing, Witness
 from fleet_server.rollouts.machine import State, Wave
+from fleet_server.rollouts.preview import RolloutPreview
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Device, ExclusionRow, ModelRow, RolloutRow, VerdictRow
 
@@ -148,6 +150,15 @@ class Views:
         )
         with self._database.reading() as session:
             return [(rollout, why) for rollout, why in session.execute(query)]
+
+    def preview(
+        self, refs: Sequence[ReleaseRef], waves: Sequence[str], groups: Sequence[str], permille: int | None
+    ) -> list[RolloutPreview]:
+        """What a rollout of these releases would reach, with waves as `planning.read` takes them.  Raises: NotFound, Invalid."""
+        asked = planning.read(waves, groups, permille)
+        with self._database.reading() as session:
+            found = planning.resolve(session, preview.DRAW, asked)
+            return [preview.of(session, ref, found, self._hearing, self._clock()) for ref in refs]
 
     def models(self) -> list[ModelView]:
         """What the fleet runs of each model."""

@@ -7,12 +7,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from agent.contract.fitting import needed_files, satisfies
 from agent.contract.manifest import ReleaseManifest, Requires, Variant
 from agent.contract.reasons import Reason
 from agent.contract.reports import (
     Hardware,
 )
-from agent.sync.gates.variants import choose, needed_files, satisfies
+from agent.sync.gates.variants import choose
 from agent.sync.problems import Problem
 from tests.sync.fleet import script_release
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from agent.contract.fitting import needed_files
 from agent.contract.manifest import File, Variant
 from agent.contract.reasons import Reason
 from agent.contract.reports import Hardware
 from agent.store import Choice, Store, StoreError
 from agent.sync.fetching.downloader import Downloader
-from agent.sync.gates.variants import choose, needed_files, passed_over
+from agent.sync.gates.variants import choose, passed_over
 from agent.sync.ports import Releases, Signed
 from agent.sync.problems import NoEngine, Problem, Stopped, store_problem
 from agent.sync.updating.admission import Admission

@@ -98,19 +98,25 @@ RENAMED = {"hold": "confirm", "together": "team"}
 """Fields of a new rollout that were called otherwise → what they are called now."""
 
 
-class NewRollout(Body):
-    """`waves`: each is so many devices (`1`), a share of all (`5%`) or a group; after the last one comes everyone. Or the first one as `groups`
-    and `percent`. None of them: every device at once. `confirm`: wait for promote between waves. `team`: releases of
-    other models that switch with it on each device, all or none. `window`: when devices may switch, in their local time. `mode`
-    shadow: devices run it on copies of live requests and install nothing.
+class PlannedRollout(Body):
+    """`waves`: each is so many devices (`1`), a share of all (`5%`) or a group; after the last one comes everyone. Or the first one as
+    `groups` and `percent`. None of them: every device at once. `team`: releases of other models that switch with it on each device, all or
+    none.
     """
 
     release: Annotated[str, Field(max_length=100, examples=["digits:4"])]
     team: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=32)] = []
-    window: Annotated[str, Field(max_length=64, examples=["mon-fri 22:00-05:00"])] | None = None
     waves: Annotated[list[Name], Field(max_length=32, examples=[["1", "5%", "canary", "25%"]])] = []
     groups: Annotated[list[Name], Field(max_length=64)] = []
     percent: Annotated[float, Field(gt=0, le=100)] | None = None
+
+
+class NewRollout(PlannedRollout):
+    """`confirm`: wait for promote between waves. `window`: when devices may switch, in their local time. `mode` shadow: devices run it on
+    copies of live requests and install nothing. `min_share` and `time_limit_s`: instead of what fleet.yaml says.
+    """
+
+    window: Annotated[str, Field(max_length=64, examples=["mon-fri 22:00-05:00"])] | None = None
     mode: Literal["install", "shadow"] = "install"
     confirm: bool = False
     max_failures: Annotated[int, Field(ge=0, le=1_000_000)] = 0

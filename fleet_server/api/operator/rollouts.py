@@ -9,13 +9,14 @@ from starlette.responses import Response, StreamingResponse
 
 from agent.contract.assignment import Assignment
 from fleet_server.access import Role
-from fleet_server.api.operator.bodies import NewBundle, NewRollout, Rollback
+from fleet_server.api.operator.bodies import NewBundle, NewRollout, PlannedRollout, Rollback
 from fleet_server.api.operator.routes import Limit, Number, Raw, Route, Seq, actor_of, ref_of
 from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.bundles import Bundles
 from fleet_server.rollouts.commands import RolledBack, Rollouts
 from fleet_server.rollouts.exclusions import ExclusionView
 from fleet_server.rollouts.gates import Standing
+from fleet_server.rollouts.preview import RolloutPreview
 from fleet_server.rollouts.views import ModelView, RolloutDetail, RolloutView, StandingPage, VerdictView, Views
 
 TAR = "application/x-tar"
@@ -60,11 +61,20 @@ def rollout_devices(
     return parts.views.devices(rollout, standing=standing, limit=limit, after=after)
 
 
+def plan(parts: Parts, body: PlannedRollout) -> list[RolloutPreview]:
+    """What a rollout would reach, wave by wave, and what would stand in its way. Nothing is begun."""
+    refs = [ref_of(body.release), *(ref_of(text) for text in body.team)]
+    return parts.views.preview(refs, body.waves, body.groups, _permille(body))
+
+
+def _permille(body: PlannedRollout) -> int | None:
+    return None if body.percent is None else max(1, round(body.percent * 10))
+
+
 def start_rollout(parts: Parts, request: Request, body: NewRollout) -> RolloutDetail:
     """Begins a rollout: the first wave is what is named, then every device."""
-    permille = None if body.percent is None else max(1, round(body.percent * 10))
     return parts.rollouts.start(
-        actor_of(request), ref_of(body.release), waves=body.waves, groups=body.groups, permille=permille, confirm=body.confirm,
+        actor_of(request), ref_of(body.release), waves=body.waves, groups=body.groups, permille=_permille(body), confirm=body.confirm,
         max_failures=body.max_failures, team=[ref_of(text) for text in body.team], window=body.window, mode=body.mode,
         min_share=body.min_share, time_limit_s=body.time_limit_s,
     )  # fmt: skip
@@ -131,6 +141,7 @@ ROUTES = (
     Route("GET", "/rollouts/{rollout}/devices", rollout_devices, Role.VIEWER),
     Route("GET", "/rollouts/{rollout}/verdicts", rollout_verdicts, Role.VIEWER),
     Route("POST", "/rollouts", start_rollout, Role.OPERATOR),
+    Route("POST", "/rollouts/plan", plan, Role.VIEWER),
     Route("POST", "/rollouts/{rollout}/promote", promote, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/pause", pause, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/resume", resume, Role.OPERATOR),
