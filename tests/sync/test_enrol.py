@@ -195,6 +195,7 @@ enrolled(__import__("pathlib").Path(sys.argv[1]), Authority(), b"{}", url="https
 """
 
 
+@pytest.mark.long  # dozens of processes
 @pytest.mark.parametrize("before", ["nothing", "an identity"])
 def test_a_crash_at_any_moment_leaves_none_or_a_whole_identity(before, tmp_path: Path):
     """The process ends at the n-th call that changes the disk, for every n until it survives."""
