@@ -121,7 +121,8 @@ def _told(folder: Folder, config: FleetConfig) -> Iterator[Finding]:
 
 def _greet(folder: Folder, host: str, port: int, protocol: str) -> None:
     """A TLS handshake as far as the server's certificate.  Raises: OSError; its kind ssl.SSLCertVerificationError."""
-    context = ssl.create_default_context(cafile=str(folder.pki / "ca.crt"))
+    believed = folder.pki / "trusted.pem"  # not there before the first start of this version
+    context = ssl.create_default_context(cafile=str(believed if believed.is_file() else folder.pki / "ca.crt"))
     context.set_alpn_protocols([protocol])
     with (
         socket.create_connection((host, port), timeout=ANSWERS_WITHIN_S) as sock,

@@ -67,6 +67,7 @@ class Running:
         self._fleet, self._config = fleet, fleet.config
         plugin = broker_settings.find_plugin(self._config.broker)
         conf = broker_settings.write(fleet.folder, self._config.broker, plugin)
+        broker_settings.write_authorities(fleet.folder, fleet.authority.believed)
         self._broker = Supervisor(executable, conf, fleet.folder.root)
         host = self._config.broker_here
         transfers = TransferAnswers(fleet.blobs, fleet.repository, fleet.inventory, Renewals(fleet.inventory, fleet.enrolment))
@@ -87,6 +88,7 @@ class Running:
         if fleet.adoption.window is not None:
             fleet.intake.on_stranger = self._pokes.poke_stranger
         fleet.inventory.link, fleet.assignment.poker = self, self._pokes
+        fleet.ca_replacement.outside = self
         fleet.status.broker_connected, fleet.inventory.heard_since = self._link.connected.is_set, self._link.heard_since
 
     # What the inventory asks of the broker's side.
@@ -120,6 +122,18 @@ class Running:
     def restart(self) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._broker.restart)
+
+    def trust_changed(self, *, dropped: bool) -> None:
+        """Whoever is connected stays so, unless a CA is believed no more: then everybody has to connect to the broker anew."""
+        broker_settings.write_authorities(self._fleet.folder, self._fleet.authority.believed)
+        for listener in self._listening:
+            if isinstance(listener, Listener):
+                listener.renew()
+        self._link.renew()
+        if dropped:
+            self.restart()
+        else:
+            self.reload()
 
     async def run(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -232,15 +246,10 @@ class Running:
             self._poke_all()
 
     def _renew_own(self) -> None:
-        """Whoever is connected stays so; whoever connects from now on is shown the new certificate."""
-        if not self._fleet.authority.renew_own(self._config.own_names):
-            return
-        for listener in self._listening:
-            if isinstance(listener, Listener):
-                listener.renew()
-        self._link.renew()
-        self.reload()
-        _log.warning("the server's own certificates are new")
+        self._fleet.ca_replacement.tick()
+        if self._fleet.authority.renew_own(self._config.own_names):
+            self.trust_changed(dropped=False)
+            _log.warning("the server's own certificates are new")
 
 
 async def until_stopped(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:

@@ -12,6 +12,7 @@ from fleet_server.cli import (
     access,
     backup,
     bundle,
+    ca,
     describe,
     device,
     exclusion,
@@ -48,7 +49,7 @@ def main(profile: Path | None) -> None:
 for command in (
     server.init, server.serve, server.doctor, server.renew_root, backup.backup, backup.restore,
     release.publish, release.release, release.withdraw, release.reinstate,
-    keys.keys, keys.publisher,
+    keys.keys, keys.publisher, ca.ca,
     rollout.rollout, rollout.rollback, exclusion.exclusion, bundle.bundle, simulate.simulate,
     device.device, token.token, journal.events, access.access, journal.audit, server.status,
     describe.openapi, describe.completion,

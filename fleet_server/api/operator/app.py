@@ -14,7 +14,7 @@ from fastapi.security import HTTPBearer
 from starlette.responses import FileResponse
 
 from fleet_server.api import http
-from fleet_server.api.operator import access, devices, document, enrolment, events, keys, releases, rollouts, server
+from fleet_server.api.operator import access, ca, devices, document, enrolment, events, keys, releases, rollouts, server
 from fleet_server.api.operator.routes import API, Route, endpoint, guard
 
 STATIC = Path(__file__).parents[2] / "web" / "static"
@@ -23,6 +23,7 @@ SUBJECTS: Mapping[str, tuple[Route, ...]] = {
     "server": server.ROUTES,
     "devices": devices.ROUTES,
     "enrolment": enrolment.ROUTES,
+    "ca": ca.ROUTES,
     "access": access.ROUTES,
     "releases": releases.ROUTES,
     "keys": keys.ROUTES,
@@ -46,6 +47,7 @@ class Parts(
     server.Parts,
     devices.Parts,
     enrolment.Parts,
+    ca.Parts,
     access.Parts,
     releases.Parts,
     keys.Parts,
