@@ -67,7 +67,6 @@ class Running:
         self._fleet, self._config = fleet, fleet.config
         plugin = broker_settings.find_plugin(self._config.broker)
         conf = broker_settings.write(fleet.folder, self._config.broker, plugin)
-        broker_settings.write_authorities(fleet.folder, fleet.authority.believed)
         self._broker = Supervisor(executable, conf, fleet.folder.root)
         host = self._config.broker_here
         transfers = TransferAnswers(fleet.blobs, fleet.repository, fleet.inventory, Renewals(fleet.inventory, fleet.enrolment))
@@ -125,7 +124,6 @@ class Running:
 
     def trust_changed(self, *, dropped: bool) -> None:
         """Whoever is connected stays so, unless a CA is believed no more: then everybody has to connect to the broker anew."""
-        broker_settings.write_authorities(self._fleet.folder, self._fleet.authority.believed)
         for listener in self._listening:
             if isinstance(listener, Listener):
                 listener.renew()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +14,6 @@ from agent.contract import topics
 from fleet_server.config import BrokerSettings, Folder
 from fleet_server.descriptors import for_clients
 from fleet_server.devices import pki
-from fleet_server.devices.ca import Ca
 from fleet_server.errors import Unavailable
 from fleet_server.ingest.mqtt_link import CONTROL, WINDOW
 
@@ -65,27 +63,6 @@ NOBODY_SHUT_OUT = {
         }
     ],
 }
-
-
-AUTHORITIES = "authorities"
-"""The folder of CAs that the broker looks into when it meets an issuer that it does not know. The file of CAs it reads at its start
-only, so a CA that comes while it runs is found here."""
-
-
-def write_authorities(folder: Folder, believed: Iterable[Ca]) -> None:
-    """Brings the broker's folder of CAs to what is believed now. One that is taken out counts until the broker is restarted."""
-    where = folder.broker / AUTHORITIES
-    files.make_directory(where, mode=0o700)
-    wanted: dict[str, bytes] = {}
-    for one in believed:
-        number = sum(name.startswith(f"{one.directory_name}.") for name in wanted)
-        wanted[f"{one.directory_name}.{number}"] = one.pem
-    for name, pem in wanted.items():
-        if not (where / name).is_file() or (where / name).read_bytes() != pem:
-            files.write(where / name, pem)
-    for path in where.iterdir():
-        if path.name not in wanted and not path.name.startswith("."):
-            files.remove(path)
 
 
 def find_mosquitto(settings: BrokerSettings) -> str:
@@ -147,7 +124,6 @@ def write(folder: Folder, settings: BrokerSettings, plugin: Path | None) -> Path
         f"max_connections {settings.max_connections if settings.max_connections >= 0 else for_clients()}",
         "max_qos 1",
         "cafile pki/trusted.pem",
-        f"capath broker/{AUTHORITIES}",
         "certfile pki/server.crt",
         "keyfile pki/server.key",
         "crlfile pki/crl.pem",

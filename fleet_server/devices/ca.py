@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fleet_server.errors import Unavailable
+
 CA_DAYS = 3650
 CLOCK_SKEW = dt.timedelta(hours=24)  # boards without a clock chip come up in the past; a certificate must hold there too
 MAX_NAME_CHARS = 64  # of a common name
@@ -46,7 +48,9 @@ class Ca:
 
     @property
     def key(self) -> ec.EllipticCurvePrivateKey:
-        assert self._key is not None, "the key of this CA is not here"
+        """Processes that certify nobody have none.  Raises: Unavailable."""
+        if self._key is None:
+            raise Unavailable("the CA's key is not here, so this process certifies nobody", code="no_key")
         return self._key
 
     @property
@@ -105,17 +109,6 @@ class Ca:
             builder = builder.add_revoked_certificate(entry)
         return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
-    @property
-    def directory_name(self) -> str:
-        """How OpenSSL finds this CA in a folder of them, without the number behind it: a hash of the subject in its canonical form
-        (X509_NAME_hash).
-        """
-        attribute = _der(
-            0x30, _der(0x06, b"\x55\x04\x03") + _der(0x0C, " ".join(common_name(self.certificate).split()).lower().encode())
-        )
-        digest = hashlib.sha1(_der(0x31, attribute), usedforsecurity=False).digest()
-        return f"{int.from_bytes(digest[:4], 'little'):08x}"
-
 
 def common_name(certificate: x509.Certificate | x509.CertificateSigningRequest) -> str:
     """The one CN of a certificate, or of the request for one; empty when there is not one."""
@@ -167,8 +160,3 @@ def _alternative(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
-
-
-def _der(tag: int, content: bytes) -> bytes:
-    assert len(content) < 128, "a common name is short"
-    return bytes([tag, len(content)]) + content

@@ -69,7 +69,8 @@ class Authority:
     def _read_ca(self, name: str) -> Ca:
         certificate = (self.folder / f"{name}.crt").read_bytes()
         if certificate not in self._made:
-            self._made[certificate] = Ca.read(certificate, (self.folder / f"{name}.key").read_bytes())
+            key = self.folder / f"{name}.key"
+            self._made[certificate] = Ca.read(certificate, key.read_bytes() if key.is_file() else None)
         return self._made[certificate]
 
     @classmethod

@@ -4,7 +4,6 @@ import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from agent.common import files
 from agent.contract.enrolment import RENEWAL_PAYLOAD_TYPE, EnrolmentRequest, EnrolmentString, RenewalRequest, SignedRenewal
@@ -12,10 +11,9 @@ from agent.sync import authorities
 from fleet_server.access import SERVER
 from fleet_server.app import Fleet
 from fleet_server.devices import ca_steps, pki
-from fleet_server.devices.ca import Ca, pem_of
 from fleet_server.devices.ca_steps import TRANSITIONS, Event, Step
 from fleet_server.devices.renewals import Renewals
-from fleet_server.errors import Conflict, Refused
+from fleet_server.errors import Conflict, Refused, Unavailable
 from tests.fleet.stand import make_csr, signed
 
 DAY = 86400.0
@@ -444,33 +442,6 @@ def test_a_new_ca_that_was_not_entered_counts_for_nothing(made, clock):
     started.close()
 
 
-def test_how_openssl_finds_a_ca_in_a_folder(tmp_path):
-    """What the broker reads while it runs: the name of the file is a hash of the subject."""
-    import socket
-    import ssl
-    import threading
-
-    for number, name in enumerate(("test fleet CA", "Test  fleet CA 2", "x" * 40 + " fleet CA 12")):
-        ca = Ca.create(name)
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / f"{ca.directory_name}.0").write_bytes(ca.pem)
-        key = ec.generate_private_key(ec.SECP256R1())
-        usage = ExtendedKeyUsageOID.SERVER_AUTH
-        (folder / "crt").write_bytes(pem_of(ca.issue("x", key.public_key(), 1, usage, alternatives={"localhost"})))
-        (folder / "key").write_bytes(pki.key_pem(key))
-        serves = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        serves.load_cert_chain(folder / "crt", folder / "key")
-        asks = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        asks.load_verify_locations(capath=str(folder))
-        one, other = socket.socketpair()
-        with one, other:
-            thread = threading.Thread(target=lambda serves=serves, one=one: serves.wrap_socket(one, server_side=True).close())
-            thread.start()
-            asks.wrap_socket(other, server_hostname="localhost").close()
-            thread.join(10)
-
-
 def test_reports_of_before_and_after_are_read(two, made):
     """The same key signs, whichever certificate counts."""
     one, _ = two
@@ -483,3 +454,16 @@ def test_reports_of_before_and_after_are_read(two, made):
     assert made.inventory.signers("d2") == [], "its certificate counts no more"
     assert made.inventory.get("d2").certificate == "ended"
     assert msgspec.json.encode(made.ca_replacement.view())
+
+
+def test_a_process_without_the_key_knows_devices_and_certifies_nobody(two, made, tmp_path):
+    import shutil
+
+    made.ca_replacement.replace(SERVER)
+    shutil.copytree(made.folder.pki, tmp_path / "pki", ignore=shutil.ignore_patterns("ca.key", "next.key"))
+    authority = pki.Authority(tmp_path / "pki")
+    one, _ = two
+    assert authority.issuer_of(one.certificate).fingerprint == authority.present.fingerprint
+    assert authority.told() == made.authority.told()
+    with pytest.raises(Unavailable, match="certifies nobody"):
+        authority.issue_device("d9", pki.read_csr(make_csr(one.key)), DAY)
