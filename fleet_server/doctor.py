@@ -20,6 +20,7 @@ from agent.contract.addresses import DEVICES, MQTT
 from fleet_server import descriptors
 from fleet_server.broker import settings as broker_settings
 from fleet_server.config import BrokerSettings, ConfigError, FleetConfig, Folder, load
+from fleet_server.devices.pki import Authority
 from fleet_server.errors import Unavailable
 from fleet_server.storage.database import VERSIONS, Database, newest_revision
 
@@ -121,8 +122,7 @@ def _told(folder: Folder, config: FleetConfig) -> Iterator[Finding]:
 
 def _greet(folder: Folder, host: str, port: int, protocol: str) -> None:
     """A TLS handshake as far as the server's certificate.  Raises: OSError; its kind ssl.SSLCertVerificationError."""
-    believed = folder.pki / "trusted.pem"  # not there before the first start of this version
-    context = ssl.create_default_context(cafile=str(believed if believed.is_file() else folder.pki / "ca.crt"))
+    context = ssl.create_default_context(cafile=str(Authority(folder.pki).trusted_path))
     context.set_alpn_protocols([protocol])
     with (
         socket.create_connection((host, port), timeout=ANSWERS_WITHIN_S) as sock,

@@ -93,6 +93,8 @@ class CaReplacement:
         self._lock = threading.RLock()
         self._unapplied = False
         self.outside: Outside | None = None
+        self.impossible = ""
+        """Why this server cannot replace its CA: there are others that believe it and are not told."""
         self.tell: Callable[[Authorities | None], None] = lambda _: None
         """Tells devices which CAs to believe."""
 
@@ -188,6 +190,8 @@ class CaReplacement:
         """
         with self._lock:
             authority, now = self._authority, self._clock()
+            if self.impossible:
+                raise Conflict(self.impossible, code="not_alone")
             step = after(authority.replacement.step, Event.REPLACE)
             if now < authority.present.certificate.not_valid_before_utc.timestamp():
                 raise Conflict(

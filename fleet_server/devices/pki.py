@@ -52,7 +52,7 @@ class Authority:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ca_path, self.trusted_path = folder / "ca.crt", folder / "trusted.pem"
+        self.ca_path = folder / "ca.crt"
         self.server_cert, self.server_key = folder / "server.crt", folder / "server.key"
         self.client_cert, self.client_key = folder / "client.crt", folder / "client.key"
         self.crl = folder / "crl.pem"
@@ -141,11 +141,18 @@ class Authority:
             spread_s=self.replacement.spread_s,
         )
 
+    @property
+    def trusted_path(self) -> Path:
+        """The file of the CAs that are believed. A folder that was copied from a server that never replaced its CA may have none."""
+        written = self.folder / "trusted.pem"
+        return written if written.is_file() else self.ca_path
+
     def write_trusted(self) -> None:
         """Writes the CAs that are believed for those who read them as a file: listeners, broker, our own clients."""
         data = b"".join(one.pem for one in self.believed)
-        if not self.trusted_path.is_file() or self.trusted_path.read_bytes() != data:
-            files.write(self.trusted_path, data)
+        path = self.folder / "trusted.pem"
+        if not path.is_file() or path.read_bytes() != data:
+            files.write(path, data)
 
     # -- replacing ---------------------------------------------------------------------------------------------------------
 

@@ -467,3 +467,10 @@ def test_a_process_without_the_key_knows_devices_and_certifies_nobody(two, made,
     assert authority.told() == made.authority.told()
     with pytest.raises(Unavailable, match="certifies nobody"):
         authority.issue_device("d9", pki.read_csr(make_csr(one.key)), DAY)
+
+
+def test_a_server_that_is_not_alone_says_so(made):
+    made.ca_replacement.impossible = "others believe it"
+    with pytest.raises(Conflict, match="others believe it"):
+        made.ca_replacement.replace(SERVER)
+    assert made.authority.replacement.step is Step.SETTLED
