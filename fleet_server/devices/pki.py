@@ -130,7 +130,7 @@ class Authority:
 
     def told(self) -> Authorities | None:
         """What devices are told; None while the fleet's first CA was never replaced."""
-        crossed = self._crossed()
+        crossed = _crossed(self.folder)
         if self.replacement.step is not Step.SETTLED:
             crossed = [*crossed, (self.folder / "cross.pem").read_text()]
         if not crossed:
@@ -158,7 +158,7 @@ class Authority:
 
     def prepare(self, fleet: str) -> Ca:
         """Makes a CA that may become the next one, and has the present one certify it. Nothing counts until `enter` is called."""
-        number = f" {len(self._crossed()) + 2}"
+        number = f" {len(_crossed(self.folder)) + 2}"
         made = Ca.create(f"{fleet} fleet CA"[: ca.MAX_NAME_CHARS - len(number)] + number)
         files.write(self.folder / "next.key", made.key_pem, mode=0o600)
         files.write(self.folder / "next.crt", made.pem)
@@ -175,7 +175,7 @@ class Authority:
         if self.replacement.step is not Step.FINISHING:
             return False
         cross = self.folder / "cross.pem"
-        if cross.is_file() and (text := cross.read_text()) not in (crossed := self._crossed()):
+        if cross.is_file() and (text := cross.read_text()) not in (crossed := _crossed(self.folder)):
             files.write(self.folder / "crossed.pem", "".join([*crossed, text][-MAX_CROSS_CERTIFICATES:]).encode())
         files.write(self.folder / "ca.key", self.present.key_pem, mode=0o600)
         files.write(self.folder / "ca.crt", self.present.pem)
@@ -184,14 +184,6 @@ class Authority:
             files.remove(self.folder / name)
         return True
 
-    def _crossed(self) -> list[str]:
-        """The cross certificates of earlier replacements, the oldest first."""
-        try:
-            data = (self.folder / "crossed.pem").read_bytes()
-        except FileNotFoundError:
-            return []
-        return [pem_of(one).decode() for one in x509.load_pem_x509_certificates(data)]
-
     # -- the server's own --------------------------------------------------------------------------------------------------
 
     def renew_own(self, hosts: tuple[str, ...], *, force: bool = False) -> bool:
@@ -199,7 +191,7 @@ class Authority:
         are to be. Whether it did.
         """
         wanted = {*hosts, "localhost", "127.0.0.1", "::1"}
-        if not force and not self._own_is_stale(wanted):
+        if not force and self._own_are_good(wanted):
             return False
         key = ec.generate_private_key(ec.SECP256R1())
         usage = ExtendedKeyUsageOID.SERVER_AUTH
@@ -212,25 +204,13 @@ class Authority:
         files.write(self.client_cert, pem_of(client))
         return True
 
-    def _own_is_stale(self, wanted: set[str]) -> bool:
-        server, client = self._good(self.server_cert, self.server_key), self._good(self.client_cert, self.client_key)
+    def _own_are_good(self, wanted: set[str]) -> bool:
+        pairs = ((self.server_cert, self.server_key), (self.client_cert, self.client_key))
+        server, client = (_good(*pair, self.shown) for pair in pairs)
         if server is None or client is None:
-            return True
+            return False
         sans = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return not wanted <= {str(san.value) for san in sans}
-
-    def _good(self, path: Path, key: Path) -> x509.Certificate | None:
-        """The certificate, if it is of the CA that is shown, lasts, and belongs to the key: a server that was killed between two
-        writes has others.
-        """
-        try:
-            certificate = x509.load_pem_x509_certificate(path.read_bytes())
-            matches = _public_pem(key) == _spki(certificate.public_key())
-        except (OSError, ValueError):
-            return None
-        left = certificate.not_valid_after_utc - dt.datetime.now(dt.timezone.utc)
-        lasts = left >= dt.timedelta(days=RENEW_SERVER_BEFORE_DAYS)
-        return certificate if matches and lasts and self.shown.issued(certificate) else None
+        return wanted <= {str(san.value) for san in sans}
 
     # -- devices -----------------------------------------------------------------------------------------------------------
 
@@ -288,6 +268,29 @@ def check_device_id(device: str) -> str:
 
 def serial_hex(certificate: x509.Certificate) -> str:
     return f"{certificate.serial_number:x}"
+
+
+def _good(path: Path, key: Path, by: Ca) -> x509.Certificate | None:
+    """The certificate, if that CA issued it, it lasts, and it belongs to the key: a server that was killed between two writes has
+    others.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        matches = _public_pem(key) == _spki(certificate.public_key())
+    except (OSError, ValueError):
+        return None
+    left = certificate.not_valid_after_utc - dt.datetime.now(dt.timezone.utc)
+    lasts = left >= dt.timedelta(days=RENEW_SERVER_BEFORE_DAYS)
+    return certificate if matches and lasts and by.issued(certificate) else None
+
+
+def _crossed(folder: Path) -> list[str]:
+    """The cross certificates of earlier replacements, the oldest first."""
+    try:
+        data = (folder / "crossed.pem").read_bytes()
+    except FileNotFoundError:
+        return []
+    return [pem_of(one).decode() for one in x509.load_pem_x509_certificates(data)]
 
 
 def _public_pem(path: Path) -> bytes:
