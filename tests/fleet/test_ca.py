@@ -474,3 +474,42 @@ def test_a_server_that_is_not_alone_says_so(made):
     with pytest.raises(Conflict, match="others believe it"):
         made.ca_replacement.replace(SERVER)
     assert made.authority.replacement.step is Step.SETTLED
+
+
+@pytest.mark.sqlite
+def test_a_backup_in_the_middle_goes_on_from_there(two, made, clock, tmp_path):
+    import io
+
+    from fleet_server.backups.backup import Backup
+    from fleet_server.backups.restore import restore
+    from fleet_server.config import Folder, dump, load
+
+    made.folder.config.write_bytes(dump(made.config))
+    one, other = two
+    made.ca_replacement.replace(SERVER)
+    one.hear().renew()
+    out, scratch = io.BytesIO(), tmp_path / "scratch"
+    scratch.mkdir()
+    Backup(made.folder, scratch, clock, blobs=True).write(out)
+    other.hear().renew()
+    restore(io.BytesIO(out.getvalue()), Folder(tmp_path / "new"), clock)
+    again_made = Fleet(Folder(tmp_path / "new"), load(Folder(tmp_path / "new")), clock)
+    view = again_made.ca_replacement.view()
+    assert (view.step, view.followed) == (Step.INTRODUCED, 1)
+    for member in two:
+        assert Returned(again_made, member).is_let_in, "also who renewed after the backup: it is known again by its certificate"
+    assert again_made.ca_replacement.view().followed == 2
+    again_made.ca_replacement.switch(SERVER)
+    assert again_made.ca_replacement.finish(SERVER, leave_behind=False).step is Step.SETTLED
+    again_made.close()
+
+
+def test_what_doctor_says(made, clock):
+    from fleet_server.doctor import _authority
+
+    assert _authority(made.folder).level == "ok"
+    made.ca_replacement.replace(SERVER)
+    found = _authority(made.folder)
+    assert (found.level, "introduced" in found.message) == ("warning", True)
+    (made.folder.pki / "ca.crt").write_text("x")
+    assert _authority(made.folder).level == "failed"
