@@ -108,14 +108,14 @@ def _read(sock: ssl.SSLSocket, path: str, shown: str, limit_bytes: int) -> bytes
     connection = http.client.HTTPConnection("fleet")
     connection.sock = sock
     connection.request("GET", path, headers={"Accept-Encoding": "identity", "Connection": "close"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise HttpStatus(response.status, f"{shown}: the server answered {response.status}")
-    body = bytearray()
-    while chunk := response.read1(_CHUNK_BYTES):
-        body += chunk
-        if len(body) > limit_bytes:
-            raise TooLong(Reason.ENDLESS_DATA, f"{shown}: more than the {limit_bytes} bytes allowed")
-    if response.length:
-        raise Problem(Reason.DOWNLOAD_FAILED, f"{shown}: broke off after {len(body)} bytes")
-    return bytes(body)
+    with contextlib.closing(connection.getresponse()) as response:
+        if response.status != 200:
+            raise HttpStatus(response.status, f"{shown}: the server answered {response.status}")
+        body = bytearray()
+        while chunk := response.read1(_CHUNK_BYTES):
+            body += chunk
+            if len(body) > limit_bytes:
+                raise TooLong(Reason.ENDLESS_DATA, f"{shown}: more than the {limit_bytes} bytes allowed")
+        if response.length:
+            raise Problem(Reason.DOWNLOAD_FAILED, f"{shown}: broke off after {len(body)} bytes")
+        return bytes(body)
