@@ -22,7 +22,7 @@ from agent.contract import names
 from agent.contract.authorities import MAX_CROSS_CERTIFICATES, Authorities
 from fleet_server.devices import ca, ca_steps
 from fleet_server.devices.ca import CLOCK_SKEW, Ca, common_name, key_pem, pem_of
-from fleet_server.devices.ca_steps import Replacement, Step
+from fleet_server.devices.ca_steps import Event, Replacement, Step
 from fleet_server.errors import Invalid
 
 __all__ = ["CLOCK_SKEW", "Authority", "check_device_id", "common_name", "key_pem", "pem_of", "read_csr", "serial_hex"]
@@ -179,7 +179,7 @@ class Authority:
             files.write(self.folder / "crossed.pem", "".join([*crossed, text][-MAX_CROSS_CERTIFICATES:]).encode())
         files.write(self.folder / "ca.key", self.present.key_pem, mode=0o600)
         files.write(self.folder / "ca.crt", self.present.pem)
-        self.enter(ca_steps.SETTLED)
+        self.enter(Replacement(step=ca_steps.after(self.replacement.step, Event.DONE)))
         for name in ("next.key", "next.crt", "cross.pem"):
             files.remove(self.folder / name)
         return True

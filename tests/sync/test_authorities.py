@@ -5,6 +5,7 @@ Invariant: a CA that is new to a device is believed only when a chain of certifi
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
 import time
 from pathlib import Path
@@ -211,6 +212,19 @@ def test_a_device_follows_at_its_own_moment(device):
     device.told(ALONE)
     assert device.who.authorities() == known(SECOND)
     assert [dropped for _, dropped in device.changes] == [False, True]
+
+
+def test_a_clock_that_is_wrong_keeps_nobody_from_following(device, monkeypatch):
+    """The device stands in 1970, or the server made its CA with a clock that was ahead."""
+    device.clock.set_wall(0.0)
+    later = dt.datetime.now(dt.timezone.utc) + dt.timedelta(days=4000)
+    with monkeypatch.context() as patched:
+        patched.setattr("fleet_server.devices.ca._now", lambda: later)
+        ahead = Ca.create("test fleet CA 2")
+        crossed = FIRST.cross_certify(ahead)
+    device.told(said((ahead, FIRST), (crossed,)))
+    assert device.who.authorities() == known(ahead, FIRST)
+    assert device.wants_renewal
 
 
 def test_after_a_power_cut_it_goes_on(device):
