@@ -95,6 +95,8 @@ class Status:
         self.paused: Callable[[], list[str]] = list
         """The devices that are shut out for a while."""
         self.database_problem: Callable[[], str] = str
+        self.authorities: Callable[[], list[str]] = list
+        """What a person must know of the fleet's CAs."""
         self.restored: Callable[[], tuple[float, float] | None] = lambda: None
         """Of when the backup is that this server was restored from, and when it was restored."""
 
@@ -150,6 +152,7 @@ class Status:
         now = self._clock()
         if (restored := self.restored()) is not None and now - restored[1] < RESTORED_SAID_S:
             found.append(_lost(*restored))
+        found += self.authorities()
         for role, at in expires.items():
             if role not in ONLINE and at - now < WARN_BEFORE_S:
                 days, how = int((at - now) / 86400), f"`edge-fleet keys renew {role}`"

@@ -123,7 +123,7 @@ def write(folder: Folder, settings: BrokerSettings, plugin: Path | None) -> Path
         f"listener {settings.port} {'' if settings.listen == '::' else settings.listen}".rstrip(),  # at "::" IPv4 would be left out
         f"max_connections {settings.max_connections if settings.max_connections >= 0 else for_clients()}",
         "max_qos 1",
-        "cafile pki/ca.crt",
+        "cafile pki/trusted.pem",
         "certfile pki/server.crt",
         "keyfile pki/server.key",
         "crlfile pki/crl.pem",
