@@ -190,8 +190,7 @@ class CaReplacement:
         """
         with self._lock:
             authority, now = self._authority, self._clock()
-            if self.impossible:
-                raise Conflict(self.impossible, code="not_alone")
+            self._check_alone()
             step = after(authority.replacement.step, Event.REPLACE)
             if now < authority.present.certificate.not_valid_before_utc.timestamp():
                 raise Conflict(
@@ -214,6 +213,7 @@ class CaReplacement:
     def switch(self, actor: Actor) -> CaView:
         """Has the server show certificates of the new CA.  Raises: Conflict."""
         with self._lock:
+            self._check_alone()
             reached = self._authority.replacement
             self._authority.enter(msgspec.structs.replace(reached, step=after(reached.step, Event.SWITCH)))
             shown = self._authority.shown
@@ -229,6 +229,7 @@ class CaReplacement:
         Raises: Conflict that names them, unless they may be left behind.
         """
         with self._lock:
+            self._check_alone()
             reached = self._authority.replacement
             step = after(reached.step, Event.FINISH)
             view = self.view()
@@ -246,12 +247,16 @@ class CaReplacement:
             self.apply()
         return self.view()
 
+    def _check_alone(self) -> None:
+        if self.impossible:
+            raise Conflict(self.impossible, code="not_alone")
+
     def tick(self) -> None:
         """Does again what could not be done, and switches when it is time."""
         if self._unapplied:
             self.apply()
         reached = self._authority.replacement
-        if reached.step is Step.INTRODUCED and self._clock() >= reached.switch_at:
+        if reached.step is Step.INTRODUCED and self._clock() >= reached.switch_at and not self.impossible:
             self.switch(SERVER)
 
     # -- what follows from the step ----------------------------------------------------------------------------------------
