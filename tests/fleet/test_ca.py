@@ -513,3 +513,14 @@ def test_what_doctor_says(made, clock):
     assert (found.level, "introduced" in found.message) == ("warning", True)
     (made.folder.pki / "ca.crt").write_text("x")
     assert _authority(made.folder).level == "failed"
+
+
+def test_in_the_middle_it_takes_no_step_either(made, clock):
+    made.ca_replacement.replace(SERVER)
+    made.ca_replacement.impossible = "others believe it"
+    clock.now += 400 * DAY
+    made.ca_replacement.tick()
+    for step in (made.ca_replacement.switch, lambda actor: made.ca_replacement.finish(actor, leave_behind=True)):
+        with pytest.raises(Conflict, match="others believe it"):
+            step(SERVER)
+    assert made.authority.replacement.step is Step.INTRODUCED
