@@ -188,6 +188,13 @@ def rollout_machine() -> str:
     return f"# The rollout machine\n\n{NOTE}Generated from the table `TRANSITIONS` in `fleet_server/rollouts/machine.py`.\n\n```mermaid\nstateDiagram-v2\n{arrows}\n```\n"
 
 
+def a_million_devices() -> str:
+    sys.path.insert(0, str(HERE))
+    import capacity
+
+    return capacity.filled((HERE / "explanation/a-million-devices.md").read_text())
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "reference/edge-agent.md": edge_agent,
     "reference/edge-fleet.md": edge_fleet,
@@ -198,6 +205,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/reasons.md": reasons,
     "reference/update-machine.md": update_machine,
     "reference/rollout-machine.md": rollout_machine,
+    "explanation/a-million-devices.md": a_million_devices,
 }
 
 

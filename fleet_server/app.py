@@ -14,10 +14,12 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from agent.contract.addresses import Addresses
+from agent.contract.authorities import Authorities
 from fleet_server.access import Access
 from fleet_server.api.health import Health
 from fleet_server.config import FleetConfig, Folder
 from fleet_server.devices.adoption import Adoption
+from fleet_server.devices.ca_replacement import CaReplacement
 from fleet_server.devices.enrolment import Enrolment
 from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.pki import Authority
@@ -55,6 +57,12 @@ _log = logging.getLogger(__name__)
 SEVERAL = (
     "this fleet's server runs as several processes, and what it signs is in its database: run `edge-fleet decide`, `ingest` and `api`, not this. "
     "`edge-fleet gather FOLDER` makes one process of them again"
+)
+
+
+CA_OF_SEVERAL = (
+    "this fleet's server runs as several processes, whose certificates stand on several machines: take this step with one process "
+    "(docs/how-to/replace-the-ca.md)"
 )
 
 
@@ -101,6 +109,10 @@ class Fleet:
         self.inventory.adopt = self.adoption.adopt
         self.survey = Survey(self.database, self.inventory, clock)
         self.enrolment = Enrolment(self.database, self.authority, self.repository, self.inventory, self.journal, config, clock)
+        self.ca_replacement = CaReplacement(self.database, self.authority, self.inventory, self.journal, config, clock)
+        self.ca_replacement.tell = self._tell_authorities
+        if shared is not None:
+            self.ca_replacement.impossible = CA_OF_SEVERAL
         self.key_changes = KeyChanges(self.repository, clock)
         self.trust = Trust(self.database, self.repository, self.key_changes, self.journal, clock)
         self.catalogue = Catalogue(self.database, self.repository, self.blobs, self.journal, clock)
@@ -118,12 +130,14 @@ class Fleet:
         self.inventory.on_groups_changed = self.judge.evaluate
         self.status = Status(config, self.authority, self.repository, self.survey, self.intake, clock)
         self.status.restored = lambda: self.adoption.window
+        self.status.authorities = self.ca_replacement.warnings
         self.status.database_problem = lambda: self.database.problem
         self.status.stalled = self.views.stalled
         self.housekeeping = Housekeeping(self.blobs, self.catalogue, self.retention, self.journal, config.keep, clock)
         self._count()
 
     def _count(self) -> None:
+        self.ca_replacement.count(self.metrics)
         add, database = self.metrics.add, self.database
         refused = "transactions that the database did not take"
         add("edge_fleet_database_refused_total", refused, lambda: [Sample(database.refused)])
@@ -153,8 +167,7 @@ class Fleet:
     def recover(self) -> None:
         """Makes good what an interrupted server left, so that disk, database and signed documents say the same."""
         self.database.migrate()
-        self.authority.renew_own(self.config.own_names)
-        self.inventory.write_crl()
+        self.ca_replacement.recover()
         if self.key_changes.finish():
             _log.warning("a change of keys that was interrupted is complete now")
         self.repository.check()
@@ -164,8 +177,13 @@ class Fleet:
             _log.warning("the database is older than what is signed (a backup?); it was brought to what devices were told last")
         if self.assignment.tell(self.addresses()):
             _log.warning("devices are told to come to %s, broker %s", self.config.device_url, self.config.broker_address)
+        self.assignment.tell_authorities(self.authority.told())
         self.assignment.publish()
         self.repository.renew()
+
+    def _tell_authorities(self, authorities: Authorities | None) -> None:
+        if self.assignment.tell_authorities(authorities):
+            self.assignment.publish()
 
     def addresses(self) -> Addresses:
         """Where devices are to reach this server."""

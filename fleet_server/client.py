@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -30,23 +31,26 @@ OTHERS_UPLOAD_S = 60.0
 OTHERS_AGAIN_S = 0.3
 
 
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """Where the server is, whom to trust, and the access token. `ca` is a file with a certificate, `ca_sha256` the fingerprint
-    that it must have.
+    that it must have; several of both while the fleet's CA is replaced.
     """
 
     url: str
     token: str
     ca: str | None = None
-    ca_sha256: str | None = None
+    ca_sha256: str | tuple[str, ...] | None = None
 
     def write(self, path: Path) -> None:
         files.make_directory(path.parent, mode=0o700)
         files.write(path, yaml.safe_dump(msgspec.to_builtins(self), sort_keys=False).encode(), mode=0o600)
 
     @classmethod
-    def read(cls, path: Path) -> Profile:
-        """The profile in a file.  Raises: NotFound, Invalid."""
+    def read(cls, path: Path, *, checked: bool = True) -> Profile:
+        """The profile in a file; `checked`: its CA file is the one that it names.  Raises: NotFound, Invalid."""
         try:
             profile = convert(yaml.safe_load(path.read_bytes()), cls)
         except FileNotFoundError:
@@ -55,7 +59,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
             ) from None
         except (OSError, yaml.YAMLError, msgspec.ValidationError) as error:
             raise Invalid(f"profile {path} cannot be used: {error}") from error
-        profile.check_ca()
+        if checked:
+            profile.check_ca()
         return profile
 
     @classmethod
@@ -82,13 +87,15 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         """Raises: Invalid when the CA file does not have the fingerprint that the profile names."""
         if self.ca is None or self.ca_sha256 is None:
             return
+        named = (self.ca_sha256,) if isinstance(self.ca_sha256, str) else self.ca_sha256
         try:
-            der = ssl.PEM_cert_to_DER_cert(Path(self.ca).read_text())
+            found = [ssl.PEM_cert_to_DER_cert(one) for one in _CERTIFICATE.findall(Path(self.ca).read_text())]
         except (OSError, ValueError) as error:
             raise Invalid(f"the CA file {self.ca} of the profile cannot be read: {error}") from error
-        if hashlib.sha256(der).hexdigest() != self.ca_sha256:
+        if not found or any(hashlib.sha256(der).hexdigest() not in named for der in found):
             raise Invalid(
-                f"the CA file {self.ca} is not the one that the profile names (sha256 {self.ca_sha256}); get the right one"
+                f"the CA file {self.ca} is not the one that the profile names (sha256 {', '.join(named)}); get the right one. Where the "
+                "fleet's CA was replaced, its administrator has it (edge-fleet ca trust --out FILE)"
             )
 
 
@@ -213,7 +220,10 @@ def _translated(url: str) -> Iterator[None]:
     try:
         yield
     except requests.exceptions.SSLError as error:
-        raise Unavailable(f"{url} cannot prove that it is your server: {error}") from error
+        raise Unavailable(
+            f"{url} cannot prove that it is your server: {error}. If the fleet's CA was replaced, its administrator has the new one "
+            "(edge-fleet ca trust --out FILE)"
+        ) from error
     except requests.exceptions.RequestException as error:
         raise Unavailable(f"{url} cannot be reached: {error}; is `edge-fleet serve` running?") from error
 

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,8 @@ from agent.contract.addresses import DEVICES, MQTT
 from fleet_server import descriptors
 from fleet_server.broker import settings as broker_settings
 from fleet_server.config import BrokerSettings, ConfigError, FleetConfig, Folder, load
+from fleet_server.devices.ca_replacement import WARN_BEFORE_S
+from fleet_server.devices.pki import Authority
 from fleet_server.errors import Unavailable
 from fleet_server.storage import leadership, processes
 from fleet_server.storage.database import VERSIONS, Database, DatabaseError, newest_revision
@@ -55,6 +58,7 @@ def examine(folder: Folder) -> Iterator[Finding]:
     yield _plugin(config.broker)
     yield _disk(folder)
     yield _database(folder, config)
+    yield _authority(folder)
     if config.database_url is not None:
         yield from _several(config.database_url)
     yield from _told(folder, config)
@@ -127,13 +131,43 @@ def _told(folder: Folder, config: FleetConfig) -> Iterator[Finding]:
 
 def _greet(folder: Folder, host: str, port: int, protocol: str) -> None:
     """A TLS handshake as far as the server's certificate.  Raises: OSError; its kind ssl.SSLCertVerificationError."""
-    context = ssl.create_default_context(cafile=str(folder.pki / "ca.crt"))
+    context = ssl.create_default_context(cafile=str(Authority(folder.pki).trusted_path))
     context.set_alpn_protocols([protocol])
     with (
         socket.create_connection((host, port), timeout=ANSWERS_WITHIN_S) as sock,
         context.wrap_socket(sock, server_hostname=host),
     ):
         pass
+
+
+def _authority(folder: Folder) -> Finding:
+    name = "CA"
+    try:
+        authority = Authority(folder.pki)
+    except PermissionError as error:
+        return Finding(name, "warning", f"it may not be read: {error}", "ask as the server's user")
+    except (OSError, ValueError, Unavailable) as error:
+        return Finding(
+            name,
+            "failed",
+            f"it cannot be read: {error}",
+            "restore the folder from a backup",
+        )
+    step, days = authority.replacement.step, (authority.present.ends - time.time()) / 86400
+    message = f"{authority.present.fingerprint[:16]}, ends in {days:.0f} days"
+    if authority.next is not None:
+        message = f"{message}; being replaced by {authority.next.fingerprint[:16]}: {step.value}"
+        return Finding(
+            name,
+            "warning",
+            message,
+            "edge-fleet ca status says which devices are left, and docs/how-to/replace-the-ca.md how to go on",
+        )
+    if days < WARN_BEFORE_S / 86400:
+        return Finding(
+            name, "failed" if days < 30 else "warning", message, "edge-fleet ca replace, while devices still come in"
+        )
+    return Finding(name, "ok", message)
 
 
 def _broker(settings: BrokerSettings) -> Finding:

@@ -40,7 +40,7 @@ def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices:
     allowed = descriptors.allowed()
     room = fitted(config.connections, allowed if config.shared_port is None else allowed * (SHARED_PART - 1) // SHARED_PART)
     tls: dict[str, Any] = {"ssl_certfile": authority.server_cert, "ssl_keyfile": authority.server_key, "ssl_ciphers": CIPHERS}
-    device_tls = {**tls, "ssl_ca_certs": str(authority.ca_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    device_tls = {**tls, "ssl_ca_certs": str(authority.trusted_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
     proxies: dict[str, Any] = {
         "proxy_headers": bool(config.trusted_proxies),
         "forwarded_allow_ips": as_seen(config.trusted_proxies),

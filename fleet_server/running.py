@@ -62,6 +62,16 @@ class Running:
         fleet.inventory.link, fleet.assignment.poker = self._broker, self._broker.pokes
         link = self._broker.link
         fleet.status.broker_connected, fleet.inventory.heard_since = link.connected.is_set, link.heard_since
+        fleet.ca_replacement.outside = self
+
+    def trust_changed(self, *, dropped: bool) -> None:
+        """Whoever is connected stays so, unless a CA is believed no more: then everybody has to connect to the broker anew."""
+        for listener in self._listening:
+            if isinstance(listener, Listener):
+                listener.renew()
+        self._broker.renew()
+        if dropped:
+            self._broker.restart()
 
     async def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -157,14 +167,10 @@ class Running:
             self._broker.poke_all()
 
     def _renew_own(self) -> None:
-        """Whoever is connected stays so; whoever connects from now on is shown the new certificate."""
-        if not self._fleet.authority.renew_own(self._config.own_names):
-            return
-        for listener in self._listening:
-            if isinstance(listener, Listener):
-                listener.renew()
-        self._broker.renew()
-        _log.warning("the server's own certificates are new")
+        self._fleet.ca_replacement.tick()
+        if self._fleet.authority.renew_own(self._config.own_names):
+            self.trust_changed(dropped=False)
+            _log.warning("the server's own certificates are new")
 
 
 async def until_stopped(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:

@@ -97,6 +97,8 @@ class Status:
         self.database_problem: Callable[[], str] = str
         self.stalled: Callable[[], list[tuple[str, str]]] = list
         """The rollouts that do not go on by themselves, and why."""
+        self.authorities: Callable[[], list[str]] = list
+        """What a person must know of the fleet's CAs."""
         self.restored: Callable[[], tuple[float, float] | None] = lambda: None
         """Of when the backup is that this server was restored from, and when it was restored."""
 
@@ -157,6 +159,7 @@ class Status:
         now = self._clock()
         if (restored := self.restored()) is not None and now - restored[1] < RESTORED_SAID_S:
             found.append(_lost(*restored))
+        found += self.authorities()
         for role, at in expires.items():
             if role not in ONLINE and at - now < WARN_BEFORE_S:
                 days, how = int((at - now) / 86400), f"`edge-fleet keys renew {role}`"

@@ -15,6 +15,7 @@ import msgspec
 
 from agent.contract import names
 from agent.contract.addresses import Addresses
+from agent.contract.authorities import Authorities
 from agent.contract.codec import FORMAT, Document, decode, require_format
 
 ASSIGNMENT_TARGET = "assignments/fleet.json"
@@ -124,6 +125,8 @@ class Assignment(Document, frozen=True, kw_only=True):
     """Releases that switch together, all of them or none: the team's name → model → release. A model is in one team at most."""
     addresses: Addresses | None = None
     """Where devices reach the fleet server; None of a server that does not say."""
+    authorities: Authorities | None = None
+    """The CAs that vouch for the fleet server; None of a server that never replaced its CA."""
     kind: Literal["assignment"] = "assignment"
     format: int = FORMAT
 

@@ -83,9 +83,12 @@ class EnrolmentRequest(Document, frozen=True, kw_only=True):
 
 
 class RenewalRequest(Document, frozen=True, kw_only=True):
-    """A new certificate for the device that asks, known by the certificate it still has."""
+    """A new certificate for the device that asks, known by the certificate it still has. `authorities`: the CAs that it believes,
+    each by the sha256 of its certificate; it gets one of the newest of them. Empty of a device that knows of one CA only.
+    """
 
     csr_pem: str
+    authorities: tuple[str, ...] = ()
     format: int = FORMAT
 
 
@@ -105,6 +108,7 @@ class SignedRenewal(Document, frozen=True, kw_only=True):
     device: str
     replaces: str
     csr_pem: str
+    authorities: tuple[str, ...] = ()
     kind: Literal["renewal"] = "renewal"
     format: int = FORMAT
 

@@ -37,6 +37,7 @@ from agent.sync.fetching.mqtt import MqttBlobs, MqttDocuments, Transfers, sized
 from agent.sync.fetching.sharing import Sharing
 from agent.sync.fetching.spool import NoNetwork
 from agent.sync.fleet import link, takeovers
+from agent.sync.fleet.authorities import AuthorityFollower
 from agent.sync.fleet.connecting import Connector
 from agent.sync.fleet.counters import Counter
 from agent.sync.fleet.deliveries import Deliveries
@@ -110,7 +111,12 @@ class SyncApp:
         self._connector = Connector(who, clock, way := Way.configured(settings))
         self._mover = Mover(who.folder, who.known, clock, place(who.device), self._connector.answers, self._has_moved)
         self._fleet_http = self._http()
-        self._renewal = Renewal(clock, self._http, by_transfers(self._transfers), self._mover.told)
+        self._authorities = follows = AuthorityFollower(
+            lambda: self._who, clock, place(who.device),
+            lambda at: self.follower.look_by(at),  # noqa: PLW0108 - the follower comes later
+            self._other_authorities,
+        )  # fmt: skip
+        self._renewal = Renewal(clock, self._http, by_transfers(self._transfers), self._mover.told, follows.wants_renewal)
         sources = factory.sources(settings, self._http, clock, who.ca_file, clock.unset, way)
         if settings.mqtt_transfers:
             sources.append(MqttBlobs(self._transfers))
@@ -287,6 +293,7 @@ class SyncApp:
         for model in desired.models() if desired else ():
             self._workers.begin(model)
         self._mover.told(desired.assignment.addresses if desired else None)
+        self._authorities.told(desired)
         self._workers.wake()
         self._due.set()
 
@@ -303,12 +310,13 @@ class SyncApp:
         self._sharing.start()
 
     def _renew_when_due(self) -> None:
+        self._authorities.told(self.follower.current)
         self._who = self._renewal.renewed(self._who)
 
     def _ways(self) -> list[Documents]:
         """The ways to the fleet's documents while its server cannot be reached."""
         broker = [MqttDocuments(self._transfers)] if self._config.sync.mqtt_transfers and self.link.connected else []
-        return [*broker, *self._imports.ways()]
+        return [*broker, *self._imports.ways(), *([self._connector.unproven(self._fleet_http)] if self._networked else [])]
 
     def _busy_with(self, model: str, version: int) -> bool:
         """Whether the release may still have to be fetched."""
@@ -364,6 +372,11 @@ class SyncApp:
 
     def _http(self) -> FleetHttp:
         return self._connector.http(self._mover.known.used.device_url)
+
+    def _other_authorities(self, change: str, dropped: bool) -> None:
+        self._tell("ca-changed", change)
+        if dropped:  # who was believed because of it is believed no more
+            self.link.move(self.link.broker.host, self.link.broker.port)
 
     def _has_moved(self, known: Known) -> None:
         used = known.used

@@ -76,6 +76,7 @@ class _Adapter(HTTPAdapter):
 
     def __init__(self, *, untimed: bool, ca: Path | None, public: bool, protocols: list[str] | None) -> None:
         self.untimed, self._ca, self._public, self._protocols = untimed, ca, public, protocols
+        self.stamp = _stamp(ca)
         super().__init__()
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -89,6 +90,17 @@ class _Adapter(HTTPAdapter):
         if self._ca is not None:
             context.load_verify_locations(cafile=str(self._ca))
         super().init_poolmanager(*args, **kwargs, ssl_context=context)
+
+
+def _stamp(path: Path | None) -> tuple[int, int] | None:
+    """Changes when the file is replaced."""
+    if path is None:
+        return None
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _hurried(kind: type[HTTPConnection], way: Way) -> type[HTTPConnection]:
@@ -163,6 +175,8 @@ class FleetHttp:
         self._protocols = [DEVICES, "http/1.1"] if certificate else None
         self.base_url = base_url.rstrip("/")
         self.server_time: float | None = None
+        self.mistrusted = False
+        """Whether the last connection that was tried met a certificate that cannot be verified."""
         self._clock = clock
         self._unset = unset
         self._ca = ca
@@ -190,9 +204,9 @@ class FleetHttp:
         self, url: str, *, headers: dict[str, str] | None = None, accept: tuple[int, ...] = (200,)
     ) -> Iterator[requests.Response]:
         """The answer to GET, its body not yet read.  Raises: HttpStatus; Problem when the server cannot be reached."""
-        self._suit_clock()
+        self._suit()
         shown = url.partition("?")[0]  # what follows may be a signature that lets everybody in
-        with translated(shown):
+        with self._judging(), translated(shown):
             response = self._session.get(
                 url,
                 headers={"Accept-Encoding": "identity", **(headers or {})},
@@ -243,8 +257,8 @@ class FleetHttp:
     def post(self, path: str, data: bytes, *, limit_bytes: int) -> bytes:
         """The body of the answer.  Raises: HttpStatus with the server's own text; Problem."""
         url = self.url(path)
-        self._suit_clock()
-        with translated(url):
+        self._suit()
+        with self._judging(), translated(url):
             response = self._session.post(
                 url,
                 data=data,
@@ -262,9 +276,22 @@ class FleetHttp:
             raise TooLong(Reason.ENDLESS_DATA, f"{url}: more than the {limit_bytes} bytes allowed")
         return body
 
-    def _suit_clock(self) -> None:
+    @contextlib.contextmanager
+    def _judging(self) -> Iterator[None]:
+        try:
+            yield
+        except Problem as problem:
+            self.mistrusted = isinstance(_innermost(problem), ssl.SSLCertVerificationError)
+            raise
+        self.mistrusted = False
+
+    def _suit(self) -> None:
+        """Connects anew after the clock was set, or other CAs are believed than before."""
         adapter, untimed = self._session.get_adapter("https://"), self._unset()
-        suits = adapter.untimed is untimed if isinstance(adapter, _Adapter) else not untimed and self._ca is None
+        if isinstance(adapter, _Adapter):
+            suits = adapter.untimed is untimed and adapter.stamp == _stamp(self._ca)
+        else:
+            suits = not untimed and self._ca is None
         if not suits:
             adapter.close()
             made = _Adapter(untimed=untimed, ca=self._ca, public=self._public, protocols=self._protocols)
@@ -314,14 +341,18 @@ def _asked_to_wait_s(response: requests.Response) -> float:
 
 def _root(error: BaseException) -> str:
     """The innermost message: urllib3 wraps the sentence that matters three layers deep."""
-    while True:
-        if isinstance(error, ProxyFailed):
-            return str(error)
+    found = _innermost(error)
+    return str(found) or type(found).__name__
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while not isinstance(error, ProxyFailed):
         inner = error.__cause__ or error.__context__
         if inner is None and error.args and isinstance(error.args[0], BaseException):
             inner = error.args[0]
         if inner is None and isinstance(getattr(error, "reason", None), BaseException):
             inner = error.reason  # type: ignore[attr-defined]
         if inner is None or inner is error:
-            return str(error) or type(error).__name__
+            break
         error = inner
+    return error

@@ -2,7 +2,7 @@
 
     key.pem          the private key (ECDSA P-256), made here, mode 0600
     certificate.pem  what the fleet's CA issued for it; replaced on renewal
-    ca.pem           the fleet's CA
+    ca.pem           the fleet's CAs, the newest first; one, but while the fleet replaces its CA (`authorities.py`)
     fleet.json       FleetAddress: names and addresses, as they were at enrolment
     addresses.json   which addresses the fleet named since, and which of them is used (`addresses.py`); absent until it named one
     root.json        the first TUF root, as it was received at enrolment; never replaced (TUF keeps newer ones itself)
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -33,6 +33,8 @@ from agent.contract.codec import FORMAT, ContractError, Document, decode, encode
 from agent.contract.enrolment import EnrolmentResponse
 from agent.sync import addresses
 from agent.sync.addresses import Known
+from agent.sync.authorities import Certificates, issuer_of
+from agent.sync.authorities import read as read_authorities
 
 _MAX_FILE_BYTES = 1024 * 1024
 _RENAME_EXCHANGE = 2
@@ -93,6 +95,10 @@ class Identity(msgspec.Struct, frozen=True):
     def ca_file(self) -> Path:
         return self.folder / "ca.pem"
 
+    def authorities(self) -> Certificates:
+        """The CAs that this device believes, the newest first, as they stand on the disk.  Raises: IdentityError."""
+        return _load_authorities(self.folder)
+
     @property
     def not_before(self) -> float:
         return self.certificate.not_valid_before_utc.timestamp()
@@ -106,7 +112,7 @@ def load(folder: Path) -> Identity:
     """The identity in `folder`.  Raises: IdentityError."""
     address, known = whereabouts(folder)
     key, certificate = _load_key(folder), _load_certificate(folder)
-    _read(folder, "ca.pem")
+    _load_authorities(folder)
     if certificate.public_key() != key.public_key():
         raise IdentityError(f"{folder}: certificate.pem does not belong to key.pem; enrol again with --force")
     if (name := common_name(certificate)) != address.device:
@@ -153,21 +159,25 @@ def replace_certificate(identity: Identity, pem: bytes) -> Identity:
     """Keeps a renewed certificate, which may come from anybody: what is kept is the certificate alone, whatever stood around
     it.
 
-    Raises: IdentityError when this device's CA did not issue it, it is not for this key and device, or it ends before the one
-    there is; OSError.
+    Raises: IdentityError when no CA of this device's fleet issued it, or an older one than issued the one there is; when it is not
+    for this key and device, or ends before one of the same CA; OSError.
     """
-    authority = _parse_certificate(_read(identity.folder, "ca.pem"), str(identity.ca_file))
+    known = identity.authorities()
     try:
         certificate = x509.load_pem_x509_certificate(pem)
-        certificate.verify_directly_issued_by(authority)
         ours = certificate.public_key() == identity.key.public_key() and common_name(certificate) == identity.device
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise IdentityError(f"what came instead of a renewed certificate cannot be read ({error}): kept the old one") from error
+    issuer, before = issuer_of(certificate, known), issuer_of(identity.certificate, known)
+    if issuer is None:
         raise IdentityError(
-            f"the renewed certificate is not one that this fleet's CA issued ({error or 'wrong signature'}): kept the old one"
-        ) from error
+            "the renewed certificate is not one that this fleet's CA issued (wrong signature): kept the old one"
+        )
     if not ours:
         raise IdentityError("the renewed certificate is not for this device's key and name: kept the old one")
-    if certificate.not_valid_after_utc < identity.certificate.not_valid_after_utc:
+    if before is not None and issuer > before:
+        raise IdentityError("the renewed certificate is of an older CA than the one there is: kept the old one")
+    if issuer == before and certificate.not_valid_after_utc < identity.certificate.not_valid_after_utc:
         raise IdentityError(
             f"the renewed certificate ends at {certificate.not_valid_after_utc}, before the one there is: kept the old one"
         )
@@ -228,6 +238,13 @@ def _load_key(folder: Path) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise IdentityError(f"{folder / 'key.pem'} is not an elliptic-curve key; enrol again with --force")
     return key
+
+
+def _load_authorities(folder: Path) -> Certificates:
+    try:
+        return read_authorities(_read(folder, "ca.pem"))
+    except ValueError as error:
+        raise IdentityError(f"{folder / 'ca.pem'} is not a certificate ({error}); enrol again with --force") from error
 
 
 def _load_certificate(folder: Path) -> x509.Certificate:

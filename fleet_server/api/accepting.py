@@ -74,6 +74,10 @@ class Acceptor:
         else:
             sock.close()
 
+    def secure(self, context: ssl.SSLContext) -> None:
+        """Who connects from now on does so by these certificates. In this loop."""
+        self._context = context
+
     async def wait_closed(self) -> None:
         """Returns at once: connections are counted elsewhere."""
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import uvicorn
 from anyio.to_thread import current_default_thread_limiter
+from uvicorn.config import create_ssl_context
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -172,13 +173,28 @@ def secured(config: uvicorn.Config) -> uvicorn.Config:
     or be let in to renew it. Whoever asks for certificates checks the dates itself (`Inventory.authenticate`).
     """
     config.load()
-    context = config.ssl
-    if context is not None:
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
-        if context.verify_mode is ssl.CERT_REQUIRED:
-            context.verify_flags |= NO_CHECK_TIME
+    if config.ssl is not None:
+        _harden(config.ssl)
     return config
+
+
+def _harden(context: ssl.SSLContext) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    if context.verify_mode is ssl.CERT_REQUIRED:
+        context.verify_flags |= NO_CHECK_TIME
+
+
+def _anew(config: uvicorn.Config) -> ssl.SSLContext | None:
+    """The context of a configuration from what is on the disk now: one that has believed a CA cannot be made to forget it."""
+    if config.ssl is None or config.ssl_certfile is None:
+        return None
+    context = create_ssl_context(
+        certfile=config.ssl_certfile, keyfile=config.ssl_keyfile, password=config.ssl_keyfile_password, ssl_version=config.ssl_version,
+        cert_reqs=config.ssl_cert_reqs, ca_certs=config.ssl_ca_certs, ciphers=config.ssl_ciphers,
+    )  # fmt: skip
+    _harden(context)
+    return context
 
 
 class Listener(uvicorn.Server):
@@ -210,10 +226,16 @@ class Listener(uvicorn.Server):
         self.started = True
 
     def renew(self) -> None:
-        """Shows whoever connects from now on the certificate that is on the disk. For any thread."""
-        context, config = self.config.ssl, self.config
-        if context is not None and config.ssl_certfile is not None and self._loop is not None and not self.should_exit:
-            self._loop.call_soon_threadsafe(context.load_cert_chain, config.ssl_certfile, config.ssl_keyfile)
+        """Shows whoever connects from now on the certificate that is on the disk, and believes the CAs there. For any thread."""
+        context = _anew(self.config)
+        if context is not None and self._loop is not None and not self.should_exit:
+            self._loop.call_soon_threadsafe(self._secure, context)
+
+    def _secure(self, context: ssl.SSLContext) -> None:
+        self.config.ssl = context
+        for acceptor in self.servers:
+            assert isinstance(acceptor, Acceptor)
+            acceptor.secure(context)
 
     def hand(self, sock: socket.socket) -> None:
         """Takes a connection that was accepted elsewhere and of which nothing was read. For any thread."""

@@ -28,7 +28,7 @@ CONNACK = 0x20
 
 def forget(device: str, authority: pki.Authority, host: str, port: int) -> None:
     """Raises: OSError when the broker cannot be reached or refuses."""
-    context = ssl.create_default_context(cafile=str(authority.ca_path))
+    context = ssl.create_default_context(cafile=str(authority.trusted_path))
     _certify(context, device, authority)
     with (
         socket.create_connection((host, port), timeout=WITHIN_S) as sock,

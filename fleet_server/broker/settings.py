@@ -14,6 +14,7 @@ from agent.contract import topics
 from fleet_server.config import BrokerSettings, Folder
 from fleet_server.descriptors import for_clients
 from fleet_server.devices import pki
+from fleet_server.devices.pki import Authority
 from fleet_server.errors import Unavailable
 from fleet_server.ingest.mqtt_link import CONTROL, WINDOW
 
@@ -123,7 +124,7 @@ def write(folder: Folder, settings: BrokerSettings, plugin: Path | None) -> Path
         f"listener {settings.port} {'' if settings.listen == '::' else settings.listen}".rstrip(),  # at "::" IPv4 would be left out
         f"max_connections {settings.max_connections if settings.max_connections >= 0 else for_clients()}",
         "max_qos 1",
-        "cafile pki/ca.crt",
+        f"cafile {Authority(folder.pki).trusted_path.relative_to(folder.root)}",
         "certfile pki/server.crt",
         "keyfile pki/server.key",
         "crlfile pki/crl.pem",

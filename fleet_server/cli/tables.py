@@ -384,3 +384,31 @@ def findings(data: list[dict[str, Any]]) -> None:
         click.echo(f"{MARKS[finding['level']]} {finding['name']}: {finding['message']}")
         if finding["advice"]:
             click.echo(f"    → {finding['advice']}")
+
+
+def authorities(data: dict[str, Any]) -> None:
+    rows: list[list[object]] = [
+        [one["sha256"][:16], one["name"], moment(one["ends"]), one["devices"], "the server's own" if one["shown"] else ""]
+        for one in data["authorities"]
+    ]
+    _table("CA|NAME|ENDS|DEVICES|SHOWS", rows, "")
+    if data["step"] == "settled":
+        return
+    console = _console()
+    console.print(f"being replaced since {moment(data['since'])}: {data['step']}")
+    if data["switch_at"] is not None:
+        console.print(f"the server's own certificates switch at {moment(data['switch_at'])}")
+    console.print(f"{data['followed']} devices have followed")
+    for state, meaning in (
+        ("here", "are here and have not followed: an earlier agent, or something is wrong"),
+        ("away", "were not heard of since: they follow when they come back"),
+        (
+            "ended",
+            "have certificates that have ended, and need `edge-fleet device allow-renewal` or a new enrolment in any case",
+        ),
+    ):
+        if left := data[state]["count"]:
+            named = ", ".join(data[state]["devices"][:20]) + (", …" if left > 20 else "")
+            console.print(safe(f"{left} {meaning}: {named}"))
+    if data["tokens"]:
+        console.print(f"{data['tokens']} enrolment strings name the old CA; make new ones after the switch")

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from sqlalchemy.orm import Session
 
 from fleet_server.devices import pki
@@ -71,10 +70,11 @@ class Adoption:
             (certificate.not_valid_before_utc + pki.CLOCK_SKEW).timestamp(),
             certificate.not_valid_after_utc.timestamp(),
         )
-        if not taken - SLACK_S <= issued <= restored or expires <= self._clock() or not self._is_ours(certificate):
+        by = self._authority.issuer_of(certificate)
+        if by is None or not taken - SLACK_S <= issued <= restored or expires <= self._clock():
             return False
         try:
-            device = pki.check_device_id(pki.common_name(certificate) or "")
+            device = pki.check_device_id(pki.common_name(certificate))
         except Invalid:
             return False
         with self._database.session() as session:
@@ -92,7 +92,9 @@ class Adoption:
                     )
                 )  # fmt: skip
             pem = pki.pem_of(certificate).decode()
-            session.add(Certificate(serial=serial, device=device, pem=pem, issued=issued, expires=expires))
+            session.add(
+                Certificate(serial=serial, device=device, pem=pem, issued=issued, expires=expires, authority=by.fingerprint)
+            )
             message = (
                 f"{device} is known again by its certificate: it joined after the backup was taken, and its groups are lost"
                 if row is None
@@ -102,11 +104,4 @@ class Adoption:
         _log.warning("%s", message)
         self._journal.announce([event])
         self._journal.changed("devices")
-        return True
-
-    def _is_ours(self, certificate: x509.Certificate) -> bool:
-        try:
-            certificate.verify_directly_issued_by(self._authority.ca)
-        except (ValueError, TypeError, InvalidSignature):
-            return False
         return True

@@ -19,6 +19,7 @@ from agent.contract.reports import Hardware, hardware_class
 from fleet_server.access import Actor, digest
 from fleet_server.config import FleetConfig
 from fleet_server.devices import pki
+from fleet_server.devices.ca import Ca
 from fleet_server.devices.inventory import Inventory, check_groups, first_serial
 from fleet_server.errors import Conflict, Denied, Invalid, NotFound, Refused
 from fleet_server.journal import Happening, Journal
@@ -137,7 +138,7 @@ class Enrolment:
         """A new device with its certificate and signed record, in the caller's transaction. Its id must be free and allowed; the
         broker is not told.
         """
-        certificate = self._certify(session, device, csr)
+        certificate = self._certify(session, device, csr, self._authority.shown)
         row = Device(
             id=device, created=self._clock(), groups=groups, labels={}, serial=first_serial(session, self._clock()), revoked=False,
             counter=-1, session=-1, present=False, hardware=msgspec.to_builtins(hardware) if hardware else None,
@@ -159,15 +160,17 @@ class Enrolment:
             row = session.get(Device, device, with_for_update=True)
             if row is None or row.revoked:
                 raise Refused(f"device {device!r} was revoked", code="revoked")
-            certificate = self._still_new(session, device, csr) or self._certify(session, device, csr)
+            by = self._authority.issuer_for(request.authorities)
+            certificate = self._still_new(session, device, csr, by) or self._certify(session, device, csr, by)
         return self._answer(device, certificate)
 
-    def _still_new(self, session: Session, device: str, csr: x509.CertificateSigningRequest) -> x509.Certificate | None:
-        """The device's certificate for this key, if it has at least two thirds of a new one's life left."""
+    def _still_new(self, session: Session, device: str, csr: x509.CertificateSigningRequest, by: Ca) -> x509.Certificate | None:
+        """The device's certificate of that CA for this key, if it has at least two thirds of a new one's life left."""
         until = self._clock() + STILL_NEW * self.certificate_s
         good = select(Certificate.pem).where(
-            Certificate.device == device, Certificate.revoked.is_(None), Certificate.expires >= until
-        )
+            Certificate.device == device, Certificate.revoked.is_(None), Certificate.expires >= until,
+            Certificate.authority == by.fingerprint,
+        )  # fmt: skip
         found = (
             x509.load_pem_x509_certificate(pem.encode()) for pem in session.scalars(good.order_by(Certificate.expires.desc()))
         )
@@ -203,11 +206,11 @@ class Enrolment:
             )
         return device
 
-    def _certify(self, session: Session, device: str, csr: x509.CertificateSigningRequest) -> x509.Certificate:
-        certificate = self._authority.issue_device(device, csr, self.certificate_s)
+    def _certify(self, session: Session, device: str, csr: x509.CertificateSigningRequest, by: Ca) -> x509.Certificate:
+        certificate = self._authority.issue_device(device, csr, self.certificate_s, by=by)
         session.add(
             Certificate(
-                serial=pki.serial_hex(certificate), device=device, issued=self._clock(),
+                serial=pki.serial_hex(certificate), device=device, issued=self._clock(), authority=by.fingerprint,
                 pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
                 expires=certificate.not_valid_after_utc.timestamp(),
             )

@@ -174,9 +174,12 @@ class Inventory:
             self.link.shut_out(device)
 
     def write_crl(self) -> None:
-        """Writes the list of revoked certificates that have not ended by themselves."""
+        """Writes the list of revoked certificates that have not ended by themselves, of CAs that are believed."""
         with self._database.reading() as session:
-            query = select(Certificate.serial).where(Certificate.revoked.is_not(None), Certificate.expires > self._clock())
+            query = select(Certificate.serial).where(
+                Certificate.revoked.is_not(None), Certificate.expires > self._clock(),
+                Certificate.authority.in_([one.fingerprint for one in self._authority.believed]),
+            )  # fmt: skip
             serials = [int(serial, 16) for serial in session.scalars(query)]
         self._authority.write_crl(serials)
         self.on_crl()
@@ -190,7 +193,7 @@ class Inventory:
         Raises: Refused when it may not come in (any more).
         """
         query = (  # the columns alone: what a device reported last is large, and read for each of its requests
-            select(Device.id, Device.revoked, Device.late_until, Certificate.revoked, Certificate.expires)
+            select(Device.id, Device.revoked, Device.late_until, Certificate.revoked, Certificate.expires, Certificate.pem)
             .join(Certificate, Certificate.device == Device.id)
             .where(Certificate.serial == pki.serial_hex(certificate))
         )
@@ -199,9 +202,9 @@ class Inventory:
         if found is None and self.adopt(certificate):
             with self._database.reading() as session:
                 found = session.execute(query).one_or_none()
-        if found is None or pki.common_name(certificate) != found[0]:
+        if found is None or pki.pem_of(certificate).decode() != found[5]:  # byte for byte: the CA's key may be a thief's too
             raise Refused("this certificate belongs to no device of the fleet; enrol the device again", code="unknown_device")
-        device, shut_out, late_until, revoked, expires = found
+        device, shut_out, late_until, revoked, expires, _ = found
         if revoked is not None or shut_out:
             raise Refused(f"device {device!r} was revoked", code="revoked")
         now = self._clock()

@@ -34,7 +34,8 @@ class Renewals:
         csr = pki.read_csr(wanted.csr_pem)
         if csr.public_key() != present.public_key() or pki.common_name(csr) != device:
             raise Refused(f"the request of {device!r} is for another key or name than it has", code="wrong_key")
-        return self._enrolment.renew(device, RenewalRequest(csr_pem=wanted.csr_pem)).certificate_pem.encode()
+        renewal = RenewalRequest(csr_pem=wanted.csr_pem, authorities=wanted.authorities)
+        return self._enrolment.renew(device, renewal).certificate_pem.encode()
 
     def _read(self, device: str, request: str) -> SignedRenewal:
         signers = self._inventory.signers(device)

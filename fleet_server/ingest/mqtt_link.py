@@ -108,7 +108,7 @@ class MqttLink:
 
     def _make_client(self, authority: pki.Authority) -> BufferedClient:
         client = BufferedClient(CallbackAPIVersion.VERSION2, pki.SERVER_CN, protocol=mqtt.MQTTv5, manual_ack=True)
-        self._authority, self._context = authority, ssl.create_default_context(cafile=str(authority.ca_path))
+        self._authority, self._context = authority, ssl.create_default_context(cafile=str(authority.trusted_path))
         self.renew()
         client.tls_set_context(self._context)
         client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
@@ -116,7 +116,10 @@ class MqttLink:
         return client
 
     def renew(self) -> None:
-        """Shows the broker the certificate that is on the disk, from the next connection on."""
+        """Shows the broker the certificate that is on the disk, and believes the CAs there, from the next connection on. A CA that
+        is believed no more is forgotten with this process only: the broker is the server's own, and shows no certificate of it.
+        """
+        self._context.load_verify_locations(self._authority.trusted_path)
         self._context.load_cert_chain(self._authority.client_cert, self._authority.client_key)
 
     def start(self) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from agent.contract.addresses import Addresses
 from agent.contract.assignment import Assignment, ModelAssignment, read_assignment
+from agent.contract.authorities import Authorities
 from agent.contract.codec import encode
 from fleet_server.access import SERVER
 from fleet_server.journal import Journal
@@ -44,6 +45,7 @@ class FleetAssignment:
         self._lock = threading.RLock()
         self._read: tuple[bytes, Assignment] | None = None
         self._addresses: Addresses | None = None
+        self._authorities: Authorities | None = None
         self.poker: Poker | None = None
 
     def signed(self) -> Assignment:
@@ -70,6 +72,17 @@ class FleetAssignment:
                 self._journal.audit(
                     session, SERVER, "addresses.change", self._fleet, devices=addresses.device_url, broker=addresses.broker
                 )
+            return True
+
+    def tell_authorities(self, authorities: Authorities | None) -> bool:
+        """Says which CAs vouch for the server, from the next `publish` on; whether devices were told others before."""
+        with self._lock:
+            signed = self.signed()
+            if authorities is None or authorities == signed.authorities:
+                return False
+            self._authorities = authorities
+            with self._database.session() as session:
+                steps.next_version(session, at_least=signed.version + 1)
             return True
 
     def publish(self) -> None:
@@ -134,6 +147,7 @@ class FleetAssignment:
             version=version,
             teams=teams.assigned(session, models),
             addresses=self._addresses or self.signed().addresses,
+            authorities=self._authorities or self.signed().authorities,
             models={
                 model: ModelAssignment(
                     release=models[model].release if model in models else None,

@@ -120,6 +120,9 @@ class Certificate(Base):
     issued: Mapped[float] = mapped_column(Float)
     expires: Mapped[float] = mapped_column(Float)
     revoked: Mapped[float | None] = mapped_column(Float)
+    authority: Mapped[str | None] = mapped_column(String(64))
+    """The CA that issued it: the sha256 of the CA's certificate."""
+    __table_args__ = (Index("ix_certificates_authority", "authority", "device"),)
 
 
 class EnrolmentToken(Base):

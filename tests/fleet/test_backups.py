@@ -207,7 +207,7 @@ def _request(key: ec.EllipticCurvePrivateKey) -> x509.CertificateSigningRequest:
 def _issued_at(authority: pki.Authority, device: str, moment: float, days: float) -> x509.Certificate:
     """As the authority issues one at that moment."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fleet_server.devices.pki._now", lambda: dt.datetime.fromtimestamp(moment, tz=dt.timezone.utc))
+        patched.setattr("fleet_server.devices.ca._now", lambda: dt.datetime.fromtimestamp(moment, tz=dt.timezone.utc))
         return authority.issue_device(device, _request(ec.generate_private_key(ec.SECP256R1())), days * 86400)
 
 

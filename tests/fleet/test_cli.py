@@ -264,7 +264,7 @@ def test_every_help_has_an_example(path):
 
     done = CliRunner().invoke(main, [*path, "--help"])
     assert done.exit_code == 0
-    group = path in (["rollout"], ["token"], ["access"], ["device"], ["release"], ["exclusion"])
+    group = path in (["rollout"], ["token"], ["access"], ["device"], ["release"], ["exclusion"], ["ca"])
     assert group or f"\n  edge-fleet {' '.join(path)}" in done.output, "an example stands on a line of its own"
     assert not {"\\", "\b"} & set(done.output)
 

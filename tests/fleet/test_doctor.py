@@ -28,12 +28,12 @@ def test_all_is_well(own_server):
     before = sorted(path.name for path in own_server.data.iterdir())
     code, found = findings(own_server)
     assert code == 0
-    assert list(found) == ["configuration", "descriptors", "broker", "plug-in", "disk", "database", *TOLD]
+    assert list(found) == ["configuration", "descriptors", "broker", "plug-in", "disk", "database", "CA", *TOLD]
     assert {one["level"] for one in found.values()} == {"ok"}
     assert "mosquitto version" in found["broker"]["message"]
     assert sorted(path.name for path in own_server.data.iterdir()) == before, "it changes nothing"
     said = own_server.cli("doctor", own_server.data)
-    assert (said.returncode, said.stdout.count("✓ ")) == (0, 9)
+    assert (said.returncode, said.stdout.count("✓ ")) == (0, 10)
 
 
 def test_a_server_that_runs_is_asked_itself(server):

@@ -30,7 +30,7 @@ def end_soon(server):
     authority = pki.Authority(server.data / "pki")
     key = pki.ec.generate_private_key(pki.ec.SECP256R1())
     names = {"127.0.0.1", "localhost", "::1"}
-    soon = authority._issue("127.0.0.1", key.public_key(), 1, ExtendedKeyUsageOID.SERVER_AUTH, alternatives=names)  # noqa: SLF001
+    soon = authority.shown.issue("127.0.0.1", key.public_key(), 1, ExtendedKeyUsageOID.SERVER_AUTH, alternatives=names)
     files.write(authority.server_key, pki.key_pem(key), mode=0o600)
     files.write(authority.server_cert, pki.pem_of(soon))
 

@@ -10,6 +10,7 @@ from agent.contract.assignment import MAX_RECORD_BYTES
 from agent.host.clock import SignedClock
 from agent.sync.addresses import Ways
 from agent.sync.fleet import link
+from agent.sync.fleet.unproven import Unproven
 from agent.sync.http import NO_CHECK_TIME, FleetHttp, HttpStatus
 from agent.sync.identity import Identity
 from agent.sync.problems import Problem
@@ -48,6 +49,10 @@ class Connector:
         if self._clock.unset():
             context.verify_flags |= NO_CHECK_TIME
         return context
+
+    def unproven(self, proven: FleetHttp) -> Unproven:
+        """The way to documents that is left while `proven` meets a certificate of a CA that this device does not know."""
+        return Unproven(proven, self.tls, self.way)
 
     def greet_broker(self, host: str, port: int) -> str:
         """The version of TLS that a broker of this fleet speaks there.  Raises: OSError."""

@@ -22,6 +22,7 @@ from agent.contract.enrolment import (
     SignedRenewal,
 )
 from agent.host import clock as clocks
+from agent.sync import authorities
 from agent.sync import identity as identities
 from agent.sync.fetching.mqtt import Transfers
 from agent.sync.fleet.enrol import make_csr
@@ -59,7 +60,7 @@ def over_https(who: Identity, http: FleetHttp, told: Callable[[Addresses | None]
 
     Raises: Problem, IdentityError, ContractError, OSError.
     """
-    request = RenewalRequest(csr_pem=make_csr(who.key, who.device))
+    request = RenewalRequest(csr_pem=make_csr(who.key, who.device), authorities=_believed(who))
     answer = http.post(RENEW_PATH, encode(request), limit_bytes=MAX_RESPONSE_BYTES)
     response = decode(answer, EnrolmentResponse, limit_bytes=MAX_RESPONSE_BYTES)
     renewed = identities.replace_certificate(who, response.certificate_pem.encode())
@@ -89,8 +90,14 @@ def by_transfers(transfers: Transfers) -> Broker:
 def signed_request(who: Identity) -> str:
     """What only this device can ask: a new certificate for its own key and name, in the place of the one that it has."""
     serial = f"{who.certificate.serial_number:x}"
-    request = SignedRenewal(device=who.device, replaces=serial, csr_pem=make_csr(who.key, who.device))
+    request = SignedRenewal(
+        device=who.device, replaces=serial, csr_pem=make_csr(who.key, who.device), authorities=_believed(who)
+    )
     return Signer(who.key).envelope(encode(request), RENEWAL_PAYLOAD_TYPE).decode()
+
+
+def _believed(who: Identity) -> tuple[str, ...]:
+    return tuple(authorities.fingerprint(one) for one in who.authorities())
 
 
 class Renewal:
@@ -102,16 +109,19 @@ class Renewal:
         https: Callable[[], FleetHttp],
         broker: Broker,
         told: Callable[[Addresses | None], None] = lambda _: None,
+        superseded: Callable[[Identity], bool] = lambda _: False,
     ) -> None:
-        """`told` gets the fleet server's addresses that came with a new certificate over HTTPS."""
-        self._told = told
+        """`told` gets the fleet server's addresses that came with a new certificate over HTTPS. `superseded` says whether a
+        certificate is to be renewed because it is of a CA that is being replaced.
+        """
+        self._told, self._superseded = told, superseded
         self._clock, self._https, self._broker = clock, https, broker
         self._fruitless = 0
         self._rest_until = float("-inf")
 
     def renewed(self, who: Identity) -> Identity:
         """`who`, with a new certificate if one was due and could be had."""
-        if not due(who, self._clock.wall()) or self._clock.monotonic() < self._rest_until:
+        if not self._due(who) or self._clock.monotonic() < self._rest_until:
             return who
         problem: Exception | None = None
         found = who
@@ -141,10 +151,13 @@ class Renewal:
             except Problem as second:
                 raise Problem(second.reason, f"{first.message}; and over the broker: {second.message}") from second
 
+    def _due(self, who: Identity) -> bool:
+        return due(who, self._clock.wall()) or self._superseded(who)
+
     def _rest(self, who: Identity) -> float:
         """Sets when to ask again, if what there is now is still due: lost answers, or a server whose clock is behind ours."""
         now = self._clock.wall()
-        if not due(who, now):
+        if not self._due(who):
             self._fruitless, self._rest_until = 0, float("-inf")
             return 0.0
         longest_s = min(LONGEST_PAUSE_S, (who.not_after - now) / TRIES_LEFT)

@@ -48,6 +48,7 @@ class Follower:
         self._pokes = Pokes(device)
         self._asked = False
         self._look_at = float("-inf")
+        self._look_by = float("inf")
         self._imported = imported
         self._networked = networked
         self._at_most_s = at_most_s
@@ -73,6 +74,11 @@ class Follower:
         self._asked = True
         self._woken.set()
 
+    def look_by(self, at: float) -> None:
+        """Makes a look due at that moment (monotonic) at the latest. As `look_soon`, for what this machine knows itself."""
+        self._look_by = min(self._look_by, at)
+        self._woken.set()
+
     def stop(self) -> None:
         self._stop.set()
         self._woken.set()
@@ -88,9 +94,11 @@ class Follower:
         while (poke := self._pokes.take(self._monotonic())) is not None:
             self._read(*poke)
         now = self._monotonic()
-        if not (self._pokes.look_due(now) or self._asked or now >= self._look_at):
+        if not (self._pokes.look_due(now) or self._asked or now >= min(self._look_at, self._look_by)):
             return
         self._asked = False
+        if now >= self._look_by:
+            self._look_by = float("inf")
         self._pokes.looked()
         self.look()
         try:
@@ -104,7 +112,7 @@ class Follower:
     def rest_s(self) -> float:
         """The seconds until something is due."""
         now = self._monotonic()
-        return max(0.0, min(self._look_at, self._pokes.next_at(now)) - now)
+        return max(0.0, min(self._look_at, self._look_by, self._pokes.next_at(now)) - now)
 
     def _read(self, payload: bytes, alone: bool) -> None:
         """Hears what a poke says; makes a look due when that is not enough. Never raises, and is no reason to report a problem:

@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, Response
 
 from fleet_server.api import http
 from fleet_server.api.health import Health
-from fleet_server.api.operator import access, devices, document, enrolment, events, keys, releases, rollouts, server
+from fleet_server.api.operator import access, ca, devices, document, enrolment, events, keys, releases, rollouts, server
 from fleet_server.api.operator.routes import API, Route, endpoint, guard
 
 HEALTH = "/health"
@@ -26,6 +26,7 @@ SUBJECTS: Mapping[str, tuple[Route, ...]] = {
     "server": server.ROUTES,
     "devices": devices.ROUTES,
     "enrolment": enrolment.ROUTES,
+    "ca": ca.ROUTES,
     "access": access.ROUTES,
     "releases": releases.ROUTES,
     "keys": keys.ROUTES,
@@ -49,6 +50,7 @@ class Parts(
     server.Parts,
     devices.Parts,
     enrolment.Parts,
+    ca.Parts,
     access.Parts,
     releases.Parts,
     keys.Parts,

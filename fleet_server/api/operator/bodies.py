@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fleet_server.access import Role
+from fleet_server.devices.ca_replacement import LONGEST_SPREAD_S, MAX_SWITCH_AFTER_S, SWITCH_AFTER_S
 from fleet_server.devices.inventory import MAX_LATE_S
 
 Name = Annotated[str, Field(min_length=1, max_length=64)]
@@ -86,6 +87,21 @@ class KeyWish(Body):
     remove: Annotated[list[Name], Field(max_length=16)] = []
     threshold: Annotated[int, Field(ge=1, le=16)] | None = None
     patterns: Annotated[list[Annotated[str, Field(min_length=1, max_length=65)]], Field(max_length=64)] = []
+
+
+class CaReplace(Body):
+    """`switch_after_s`: when the server's own certificates are of the new CA. `spread_s`: the time over which devices renew; without
+    it what `looks_per_s` makes of their number.
+    """
+
+    switch_after_s: Annotated[float, Field(ge=0, le=MAX_SWITCH_AFTER_S)] = SWITCH_AFTER_S
+    spread_s: Annotated[float, Field(ge=0, le=LONGEST_SPREAD_S)] | None = None
+
+
+class CaFinish(Body):
+    """`leave_behind`: whether devices may be left that have not followed."""
+
+    leave_behind: bool = False
 
 
 class SignedChange(Body):
