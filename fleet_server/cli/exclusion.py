@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from fleet_server.cli import tables
+from fleet_server.cli import rollout_tables
 from fleet_server.cli.command import Group, connected, reports_errors, show, with_json
 
 
@@ -24,7 +24,7 @@ def exclusion_list(ctx: click.Context, model: str | None, *, as_json: bool) -> N
     edge-fleet exclusion list
     """
     with connected(ctx) as client:
-        show(client.get("/exclusions", model=model), as_json, tables.exclusions)
+        show(client.get("/exclusions", model=model), as_json, rollout_tables.exclusions)
 
 
 @exclusion.command("end")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fleet_server.cli import tables
+from fleet_server.cli import rollout_tables
 from fleet_server.cli.command import (
     EXIT_FAILED,
     EXIT_TOO_LATE,
@@ -91,7 +91,7 @@ def rollout_plan(
     """
     body = _reach(releases, waves, groups, percent, team=team)
     with connected(ctx) as client:
-        show(client.post("/rollouts/plan", body), as_json, tables.previews)
+        show(client.post("/rollouts/plan", body), as_json, rollout_tables.previews)
 
 
 @rollout.command("start")
@@ -148,7 +148,7 @@ def rollout_start(
         "min_share": None if min_percent is None else min_percent / 100, "time_limit_s": time_limit,
     }  # fmt: skip
     with connected(ctx) as client:
-        show(client.post("/rollouts", body), as_json, tables.rollout)
+        show(client.post("/rollouts", body), as_json, rollout_tables.rollout)
 
 
 @rollout.command("show")
@@ -177,7 +177,7 @@ def rollout_show(ctx: click.Context, rollout_id: str | None, *, watch: bool, tim
         last = None
         for data in _again_and_again(client, chosen, timeout) if watch else [client.get(f"/rollouts/{segment(chosen)}")]:
             if data != last:
-                show(data, as_json, tables.rollout)
+                show(data, as_json, rollout_tables.rollout)
                 last = data
     if watch and (last is None or last["state"] not in OVER):
         click.echo(f"edge-fleet: rollout {chosen} is not over after {timeout:g} s", err=True)
@@ -228,7 +228,7 @@ def rollout_list(ctx: click.Context, model: str | None, *, as_json: bool) -> Non
     edge-fleet rollout list
     """
     with connected(ctx) as client:
-        show(client.get("/rollouts", model=model), as_json, tables.rollouts)
+        show(client.get("/rollouts", model=model), as_json, rollout_tables.rollouts)
 
 
 @rollout.command("devices")
@@ -244,7 +244,7 @@ def rollout_devices(ctx: click.Context, rollout_id: str, standing: str | None, l
     edge-fleet rollout devices r3-9f1c --standing rolled_back
     """
     with connected(ctx) as client:
-        show(list(itertools.islice(_all_of(client, rollout_id, standing), limit)), as_json, tables.standings)
+        show(list(itertools.islice(_all_of(client, rollout_id, standing), limit)), as_json, rollout_tables.standings)
 
 
 def _all_of(client: Client, rollout_id: str, standing: str | None) -> Iterator[Any]:
@@ -263,7 +263,7 @@ def _rollout_verb(verb: str, text: str) -> None:
     @reports_errors
     def command(ctx: click.Context, rollout_id: str, *, as_json: bool) -> None:
         with connected(ctx) as client:
-            show(client.post(f"/rollouts/{segment(rollout_id)}/{verb}"), as_json, tables.rollout)
+            show(client.post(f"/rollouts/{segment(rollout_id)}/{verb}"), as_json, rollout_tables.rollout)
 
 
 _rollout_verb("promote", "Confirms that the next wave of a rollout begins.")
@@ -282,7 +282,7 @@ def _of_a_device(verb: str, text: str) -> None:
     def command(ctx: click.Context, rollout_id: str, device: str, *, as_json: bool) -> None:
         where = f"/rollouts/{segment(rollout_id)}/devices/{segment(device)}/skip"
         with connected(ctx) as client:
-            show(client.post(where) if verb == "skip" else client.delete(where), as_json, tables.rollout)
+            show(client.post(where) if verb == "skip" else client.delete(where), as_json, rollout_tables.rollout)
 
 
 _of_a_device(

@@ -27,9 +27,6 @@ def safe(value: object) -> str:
     return escape("".join(c if c.isprintable() else "�" for c in text))
 
 
-PREVIEWED = ("devices", "online", "serving", "held", "refusing", "unfit", "unknown")
-
-
 def words(code: str) -> str:
     """`rolled_back` as people write it."""
     return code.replace("_", " ")
@@ -57,25 +54,27 @@ def size(number: float) -> str:
     return f"{number:.1f} GiB"
 
 
-def _console() -> Console:
+def console() -> Console:
+    """Where tables are printed: as wide as they are where nobody looks."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=WIDTH_WITHOUT_TERMINAL, highlight=False)
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(width=WIDTH_WITHOUT_TERMINAL, highlight=False)
 
 
-def _table(headings: str, rows: list[list[object]], empty: str) -> None:
+def table(headings: str, rows: list[list[object]], empty: str) -> None:
+    """Prints rows below `headings`, which `|` separates, or `empty` without any."""
     from rich.table import Table
 
     if not rows:
-        _console().print(f"[dim]{empty}[/dim]")
+        console().print(f"[dim]{empty}[/dim]")
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    made = Table(box=None, header_style="bold", pad_edge=False)
     for heading in headings.split("|"):
-        table.add_column(heading)
+        made.add_column(heading)
     for row in rows:
-        table.add_row(*(safe(cell) for cell in row))
-    _console().print(table)
+        made.add_row(*(safe(cell) for cell in row))
+    console().print(made)
 
 
 def devices(found: list[dict[str, Any]]) -> None:
@@ -86,7 +85,7 @@ def devices(found: list[dict[str, Any]]) -> None:
         ]
         for d in found
     ]  # fmt: skip
-    _table("DEVICE|STATE|GROUPS|RUNS|SEEN", rows, "no device yet; make an enrolment string with `edge-fleet token create`")
+    table("DEVICE|STATE|GROUPS|RUNS|SEEN", rows, "no device yet; make an enrolment string with `edge-fleet token create`")
 
 
 def _standing(d: dict[str, Any]) -> str:
@@ -107,24 +106,22 @@ def _runs(name: str, model: dict[str, Any]) -> str:
 
 
 def device(d: dict[str, Any]) -> None:
-    console = _console()
-    console.print(f"[bold]{safe(d['id'])}[/bold]  {_standing(d)}, seen {ago(d['last_seen'])}")
-    console.print(f"groups  {safe(', '.join(d['groups']) or '-')}   record serial {d['record_serial']}")
-    console.print(f"agent   {safe(d['agent_version'] or '-')}   {safe(_hardware(d['hardware']))}")
+    out = console()
+    out.print(f"[bold]{safe(d['id'])}[/bold]  {_standing(d)}, seen {ago(d['last_seen'])}")
+    out.print(f"groups  {safe(', '.join(d['groups']) or '-')}   record serial {d['record_serial']}")
+    out.print(f"agent   {safe(d['agent_version'] or '-')}   {safe(_hardware(d['hardware']))}")
     if d["problem"]:
-        console.print(f"problem {safe(d['problem'])}")
+        out.print(f"problem {safe(d['problem'])}")
     for name, m in d["models"].items():
-        console.print(
+        out.print(
             f"\n[bold]{safe(name)}[/bold]  serves {m['serving']} ({safe(m['variant'])}), {safe(_phase(m))}, wanted {m['wanted']}"
         )
         if (stage := m.get("stage")) is not None:
             found = ", ".join(f"{words(name)} {value}" for name, value in stage["evidence"].items())
-            console.print(
-                f"  {stage['name']} of release {stage['release']} {stage['verdict']}: {safe(found or stage['message'])}"
-            )
+            out.print(f"  {stage['name']} of release {stage['release']} {stage['verdict']}: {safe(found or stage['message'])}")
         for answer in m["answers"]:
             why = f": {answer['reason']} {answer['message']}" if answer["reason"] else ""
-            console.print(f"  release {answer['release']} {safe(words(answer['outcome']))}{safe(why)} ({moment(answer['at'])})")
+            out.print(f"  release {answer['release']} {safe(words(answer['outcome']))}{safe(why)} ({moment(answer['at'])})")
 
 
 def _phase(model: dict[str, Any]) -> str:
@@ -155,127 +152,32 @@ def releases(found: list[dict[str, Any]]) -> None:
         ]
         for r in found
     ]  # fmt: skip
-    _table("RELEASE|STATE|SIZE|VARIANTS|GOLDEN|PUBLISHED", rows, "no release yet; publish one with `edge-fleet publish`")
+    table("RELEASE|STATE|SIZE|VARIANTS|GOLDEN|PUBLISHED", rows, "no release yet; publish one with `edge-fleet publish`")
 
 
 def release(r: dict[str, Any]) -> None:
-    console = _console()
+    out = console()
     state = _release_state(r) if _release_state(r) == "published" else f"[bold red]{_release_state(r)}[/bold red]"
-    console.print(f"[bold]{safe(r['release'])}[/bold]  {state} {moment(r['published'])}, {size(r['size_bytes'])}")
-    console.print(f"signed by {safe(', '.join(key[:12] for key in r['signers']))}   manifest sha256 {safe(r['sha256'])}")
+    out.print(f"[bold]{safe(r['release'])}[/bold]  {state} {moment(r['published'])}, {size(r['size_bytes'])}")
+    out.print(f"signed by {safe(', '.join(key[:12] for key in r['signers']))}   manifest sha256 {safe(r['sha256'])}")
     for variant in r["variants"]:
-        console.print(f"  variant {safe(variant['name'])}: {safe(variant['runtime'])}, {safe(variant['file'])}")
-    console.print(f"  acceptance: {r['golden_cases']} golden cases")
+        out.print(f"  variant {safe(variant['name'])}: {safe(variant['runtime'])}, {safe(variant['file'])}")
+    out.print(f"  acceptance: {r['golden_cases']} golden cases")
     for name, value in r["provenance"].items():
         if value:
-            console.print(f"  {words(name)}: {safe(value)}")
+            out.print(f"  {words(name)}: {safe(value)}")
 
 
 def manifest(m: ReleaseManifest) -> None:
-    console = _console()
-    console.print(f"[bold]{safe(m.ref)}[/bold]  {len(m.files)} files, {size(m.size_bytes)}")
+    out = console()
+    out.print(f"[bold]{safe(m.ref)}[/bold]  {len(m.files)} files, {size(m.size_bytes)}")
     for variant in m.variants:
         blocks = sum(len(m.files[name].blocks) for name in variant.files)
         listed = safe(variant.file) + "".join(f" + {safe(name)}" for name in variant.data.values())
-        console.print(
+        out.print(
             f"  variant {safe(variant.name)}: {safe(variant.runtime)}, {listed}, {size(m.model_bytes(variant))}, {blocks} blocks"
         )
-    console.print(f"  acceptance: {len(m.acceptance.golden)} golden cases")
-
-
-def rollouts(found: list[dict[str, Any]]) -> None:
-    rows: list[list[object]] = [
-        [
-            r["id"], f"{r['model']}:{r['release']}", r["state"], f"{r['wave'] + 1} of {len(r['waves'])}", _counted(r["verdict"]),
-            ago(r["updated"]),
-        ]
-        for r in found
-    ]  # fmt: skip
-    _table("ROLLOUT|RELEASE|STATE|WAVE|DEVICES|CHANGED", rows, "no rollout yet; begin one with `edge-fleet rollout start`")
-
-
-def _counted(verdict: dict[str, Any] | None) -> str:
-    if verdict is None:
-        return "-"
-    return ", ".join(f"{number} {words(name)}" for name, number in verdict["counts"].items() if number) or "no device"
-
-
-def previews(found: list[dict[str, Any]]) -> None:
-    console = _console()
-    for one in found:
-        console.print(f"[bold]{safe(one['release'])}[/bold]")
-        rows: list[list[object]] = [
-            [number, wave["reach"], *(wave[name] for name in PREVIEWED), size(wave["fetch_bytes"])]
-            for number, wave in enumerate(one["waves"], 1)
-        ]
-        _table("WAVE|ADDS|DEVICES|THERE NOW|SERVE IT|HELD|REFUSE IT|NO VARIANT|UNKNOWN|TO FETCH", rows, "no wave")
-        for worry in one["worries"]:
-            console.print(f"[yellow]![/yellow] {safe(worry)}")
-
-
-def _reach(wave: Any) -> str:
-    if wave["count"]:
-        return "one device" if wave["count"] == 1 else f"{wave['count']} devices"
-    if wave["permille"] >= 1000:
-        return "everyone"
-    return ", ".join([*wave["groups"], *([f"{wave['permille'] / 10:g} %"] if wave["permille"] else [])])
-
-
-def rollout(r: dict[str, Any]) -> None:
-    console = _console()
-    before = f"{r['model']}:{r['previous']}" if r["previous"] else "nothing"
-    console.print(
-        f"[bold]{safe(r['id'])}[/bold]  {safe(r['model'])}:{r['release']} after {safe(before)}  [bold]{r['state']}[/bold] {safe(r['reason'])}"
-    )
-    if r["mode"] == "shadow":
-        console.print("  only tried on copies of live requests: nothing is installed")
-    if r["team"]:
-        console.print(_team(r))
-    if r["window"]:
-        console.print(f"  in the window {safe(r['window'])} of each device's local time")
-    for one in r["exclusions"]:
-        console.print(f"  {safe(one['hardware'])} is [bold red]excluded[/bold red]{_ended(one)}: {safe(one['reason'])}")
-    for number, wave in enumerate(r["waves"]):
-        reach = _reach(wave)
-        mark = "done" if number < r["wave"] or r["state"] == "completed" else "now" if number == r["wave"] else "later"
-        console.print(f"  wave {number + 1}: {safe(reach)} ({mark})")
-    if r["verdict"]:
-        console.print(f"  {r['verdict']['verdict']}: {safe(r['verdict']['why'])} ({_counted(r['verdict'])})")
-        for witness in r["verdict"]["evidence"]:
-            if witness["standing"] in {"refused", "rolled_back", "failed"}:
-                console.print(
-                    f"    {safe(witness['device'])} {words(witness['standing'])}: {safe(witness['reason'])} {safe(witness['message'])}"
-                )
-    if r["state"] == "waiting":
-        console.print(f"  waits for confirmation: edge-fleet rollout promote {safe(r['id'])}")
-
-
-def standings(found: list[dict[str, Any]]) -> None:
-    rows: list[list[object]] = [[one["device"], words(one["standing"]), one["reason"] or "-", one["message"]] for one in found]
-    _table("DEVICE|STANDING|REASON|SAYS", rows, "no device like that")
-
-
-def _team(r: dict[str, Any]) -> str:
-    others = ", ".join(f"{one['model']}:{one['release']}" for one in r["team"])
-    return f"  in a team with {safe(others)}: each device switches to all of them or to none"
-
-
-def _ended(one: dict[str, Any]) -> str:
-    if one["ended"] is not None:
-        return f" no more (ended by {safe(one['ended_by'])})"
-    return f" (to end it: edge-fleet exclusion end {one['id']})"
-
-
-def exclusions(found: list[dict[str, Any]]) -> None:
-    rows: list[list[object]] = [
-        [
-            one["id"], f"{one['model']}:{one['release']}", one["hardware"], one["count"], one["devices"][0]["reason"] if one["devices"] else "-",
-            f"{one['model']}:{one['instead']}" if one["instead"] else "nothing", f"ended by {one['ended_by']}" if one["ended"] else "in force",
-            moment(one["at"]),
-        ]
-        for one in found
-    ]  # fmt: skip
-    _table("ID|RELEASE|HARDWARE|DEVICES|REASON|RUNS INSTEAD|STATE|SINCE", rows, "no hardware class is excluded from a release")
+    out.print(f"  acceptance: {len(m.acceptance.golden)} golden cases")
 
 
 def event_line(e: dict[str, Any]) -> str:
@@ -298,27 +200,27 @@ def tokens(found: list[dict[str, Any]]) -> None:
         ]
         for t in found
     ]  # fmt: skip
-    _table("ID|STATE|USES LEFT|DEVICE|GROUPS|EXPIRES|BY", rows, "no enrolment token; make one with `edge-fleet token create`")
+    table("ID|STATE|USES LEFT|DEVICE|GROUPS|EXPIRES|BY", rows, "no enrolment token; make one with `edge-fleet token create`")
 
 
 def access_tokens(found: list[dict[str, Any]]) -> None:
     rows: list[list[object]] = [
         [t["id"], t["name"], t["role"], "revoked" if t["revoked"] else "valid", moment(t["created"])] for t in found
     ]
-    _table("ID|NAME|ROLE|STATE|CREATED", rows, "no access token")
+    table("ID|NAME|ROLE|STATE|CREATED", rows, "no access token")
 
 
 def audit(found: list[dict[str, Any]]) -> None:
     rows: list[list[object]] = [[moment(a["at"]), a["who"], a["role"], a["action"], a["subject"]] for a in found]
-    _table("WHEN|WHO|ROLE|DID|TO", rows, "nobody changed anything yet")
+    table("WHEN|WHO|ROLE|DID|TO", rows, "nobody changed anything yet")
 
 
 def status(s: dict[str, Any]) -> None:
-    console = _console()
-    console.print(f"[bold]{safe(s['fleet'])}[/bold]  version {safe(s['version'])}, up since {moment(s['started'])}")
-    console.print(f"broker  {'connected' if s['broker_connected'] else 'NOT CONNECTED'}   devices at {safe(s['device_url'])}")
-    console.print(f"messages {s['messages']['accepted']} accepted, dropped: {safe(s['messages']['dropped'] or 'none')}")
-    console.print(f"devices {s['devices']['online']} of {s['devices']['total']} online, {s['devices']['trouble']} in trouble")
+    out = console()
+    out.print(f"[bold]{safe(s['fleet'])}[/bold]  version {safe(s['version'])}, up since {moment(s['started'])}")
+    out.print(f"broker  {'connected' if s['broker_connected'] else 'NOT CONNECTED'}   devices at {safe(s['device_url'])}")
+    out.print(f"messages {s['messages']['accepted']} accepted, dropped: {safe(s['messages']['dropped'] or 'none')}")
+    out.print(f"devices {s['devices']['online']} of {s['devices']['total']} online, {s['devices']['trouble']} in trouble")
     for one in s.get("processes", ()):
         leads = s["leader"] is not None and s["leader"]["process"] == one["id"]
         said = (
@@ -327,11 +229,11 @@ def status(s: dict[str, Any]) -> None:
             else f"up since {moment(one['since'])}"
         )
         said = f"said nothing since {moment(one['seen'])}" if one["missing"] else said
-        console.print(f"  {safe(one['kind']):<7} {safe(one['id'])}  {said}")
+        out.print(f"  {safe(one['kind']):<7} {safe(one['id'])}  {said}")
     for warning in s["warnings"]:
-        console.print(f"[bold red]warning[/bold red] {safe(warning)}")
+        out.print(f"[bold red]warning[/bold red] {safe(warning)}")
     for role, at in s["expires"].items():
-        console.print(f"  {role:<12} signed until {moment(at)}")
+        out.print(f"  {role:<12} signed until {moment(at)}")
 
 
 def keys(found: dict[str, Any]) -> None:
@@ -342,7 +244,7 @@ def keys(found: dict[str, Any]) -> None:
         ]
         for role in found["roles"]
     ]  # fmt: skip
-    _table("ROLE|KIND|STATE|VERSION|SIGNED UNTIL|NEEDS|KEYS", rows, "")
+    table("ROLE|KIND|STATE|VERSION|SIGNED UNTIL|NEEDS|KEYS", rows, "")
 
 
 def publishers(found: list[dict[str, Any]]) -> None:
@@ -350,7 +252,7 @@ def publishers(found: list[dict[str, Any]]) -> None:
         [role["role"], ", ".join(role["patterns"]), role["state"], f"{role['threshold']} of {len(role['keys'])}", _keyids(role)]
         for role in found
     ]
-    _table("PUBLISHER|MODELS|STATE|NEEDS|KEYS", rows, "nobody may sign releases")
+    table("PUBLISHER|MODELS|STATE|NEEDS|KEYS", rows, "nobody may sign releases")
 
 
 def _keyids(role: dict[str, Any]) -> str:
@@ -391,14 +293,14 @@ def authorities(data: dict[str, Any]) -> None:
         [one["sha256"][:16], one["name"], moment(one["ends"]), one["devices"], "the server's own" if one["shown"] else ""]
         for one in data["authorities"]
     ]
-    _table("CA|NAME|ENDS|DEVICES|SHOWS", rows, "")
+    table("CA|NAME|ENDS|DEVICES|SHOWS", rows, "")
     if data["step"] == "settled":
         return
-    console = _console()
-    console.print(f"being replaced since {moment(data['since'])}: {data['step']}")
+    out = console()
+    out.print(f"being replaced since {moment(data['since'])}: {data['step']}")
     if data["switch_at"] is not None:
-        console.print(f"the server's own certificates switch at {moment(data['switch_at'])}")
-    console.print(f"{data['followed']} devices have followed")
+        out.print(f"the server's own certificates switch at {moment(data['switch_at'])}")
+    out.print(f"{data['followed']} devices have followed")
     for state, meaning in (
         ("here", "are here and have not followed: an earlier agent, or something is wrong"),
         ("away", "were not heard of since: they follow when they come back"),
@@ -409,6 +311,6 @@ def authorities(data: dict[str, Any]) -> None:
     ):
         if left := data[state]["count"]:
             named = ", ".join(data[state]["devices"][:20]) + (", …" if left > 20 else "")
-            console.print(safe(f"{left} {meaning}: {named}"))
+            out.print(safe(f"{left} {meaning}: {named}"))
     if data["tokens"]:
-        console.print(f"{data['tokens']} enrolment strings name the old CA; make new ones after the switch")
+        out.print(f"{data['tokens']} enrolment strings name the old CA; make new ones after the switch")

@@ -232,7 +232,7 @@ def test_nothing_is_folded_in_a_pipe(capsys):
         "id": "r1-0000", "model": "digits", "release": 4, "previous": 3, "state": "aborted", "reason": "", "wave": 0, "verdict": verdict,
         "waves": [{"groups": [], "permille": 1000, "count": 0}],
     }  # fmt: skip
-    tables.rollout(rollout)
+    rollout_tables.rollout(rollout)
     shown = capsys.readouterr().out
     assert f"    dev-1 rolled back: error_ratio {MESSAGE}\n" in shown
     assert "(1 rolled back)" in shown

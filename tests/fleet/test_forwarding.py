@@ -23,10 +23,10 @@ from fleet_server.devices import pki
 from fleet_server.errors import Refused, Unavailable
 from fleet_server.journal import Happening
 from fleet_server.live import Change, SharedHub
-from fleet_server.process_settings import DecideSettings
 from fleet_server.processes import aside
 from fleet_server.processes.api import tidy
 from fleet_server.processes.common import refuse_what_is_not_shared
+from fleet_server.sections import DecideSettings
 from fleet_server.status import LeaderView, Messages
 from fleet_server.storage.processes import ProcessView, new_id
 from tests.fleet.stand import make_csr

@@ -1,0 +1,104 @@
+"""What the commands about rollouts print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fleet_server.cli.tables import ago, console, moment, safe, size, table, words
+
+PREVIEWED = ("devices", "online", "serving", "held", "refusing", "unfit", "unknown")
+
+
+def rollouts(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [
+        [
+            r["id"], f"{r['model']}:{r['release']}", r["state"], f"{r['wave'] + 1} of {len(r['waves'])}", _counted(r["verdict"]),
+            ago(r["updated"]),
+        ]
+        for r in found
+    ]  # fmt: skip
+    table("ROLLOUT|RELEASE|STATE|WAVE|DEVICES|CHANGED", rows, "no rollout yet; begin one with `edge-fleet rollout start`")
+
+
+def _counted(verdict: dict[str, Any] | None) -> str:
+    if verdict is None:
+        return "-"
+    return ", ".join(f"{number} {words(name)}" for name, number in verdict["counts"].items() if number) or "no device"
+
+
+def previews(found: list[dict[str, Any]]) -> None:
+    out = console()
+    for one in found:
+        out.print(f"[bold]{safe(one['release'])}[/bold]")
+        rows: list[list[object]] = [
+            [number, wave["reach"], *(wave[name] for name in PREVIEWED), size(wave["fetch_bytes"])]
+            for number, wave in enumerate(one["waves"], 1)
+        ]
+        table("WAVE|ADDS|DEVICES|THERE NOW|SERVE IT|HELD|REFUSE IT|NO VARIANT|UNKNOWN|TO FETCH", rows, "no wave")
+        for worry in one["worries"]:
+            out.print(f"[yellow]![/yellow] {safe(worry)}")
+
+
+def _reach(wave: Any) -> str:
+    if wave["count"]:
+        return "one device" if wave["count"] == 1 else f"{wave['count']} devices"
+    if wave["permille"] >= 1000:
+        return "everyone"
+    return ", ".join([*wave["groups"], *([f"{wave['permille'] / 10:g} %"] if wave["permille"] else [])])
+
+
+def rollout(r: dict[str, Any]) -> None:
+    out = console()
+    before = f"{r['model']}:{r['previous']}" if r["previous"] else "nothing"
+    out.print(
+        f"[bold]{safe(r['id'])}[/bold]  {safe(r['model'])}:{r['release']} after {safe(before)}  [bold]{r['state']}[/bold] {safe(r['reason'])}"
+    )
+    if r["mode"] == "shadow":
+        out.print("  only tried on copies of live requests: nothing is installed")
+    if r["team"]:
+        out.print(_team(r))
+    if r["window"]:
+        out.print(f"  in the window {safe(r['window'])} of each device's local time")
+    for one in r["exclusions"]:
+        out.print(f"  {safe(one['hardware'])} is [bold red]excluded[/bold red]{_ended(one)}: {safe(one['reason'])}")
+    for number, wave in enumerate(r["waves"]):
+        reach = _reach(wave)
+        mark = "done" if number < r["wave"] or r["state"] == "completed" else "now" if number == r["wave"] else "later"
+        out.print(f"  wave {number + 1}: {safe(reach)} ({mark})")
+    if r["verdict"]:
+        out.print(f"  {r['verdict']['verdict']}: {safe(r['verdict']['why'])} ({_counted(r['verdict'])})")
+        for witness in r["verdict"]["evidence"]:
+            if witness["standing"] in {"refused", "rolled_back", "failed"}:
+                out.print(
+                    f"    {safe(witness['device'])} {words(witness['standing'])}: {safe(witness['reason'])} {safe(witness['message'])}"
+                )
+    if r["state"] == "waiting":
+        out.print(f"  waits for confirmation: edge-fleet rollout promote {safe(r['id'])}")
+
+
+def standings(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [[one["device"], words(one["standing"]), one["reason"] or "-", one["message"]] for one in found]
+    table("DEVICE|STANDING|REASON|SAYS", rows, "no device like that")
+
+
+def _team(r: dict[str, Any]) -> str:
+    others = ", ".join(f"{one['model']}:{one['release']}" for one in r["team"])
+    return f"  in a team with {safe(others)}: each device switches to all of them or to none"
+
+
+def _ended(one: dict[str, Any]) -> str:
+    if one["ended"] is not None:
+        return f" no more (ended by {safe(one['ended_by'])})"
+    return f" (to end it: edge-fleet exclusion end {one['id']})"
+
+
+def exclusions(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [
+        [
+            one["id"], f"{one['model']}:{one['release']}", one["hardware"], one["count"], one["devices"][0]["reason"] if one["devices"] else "-",
+            f"{one['model']}:{one['instead']}" if one["instead"] else "nothing", f"ended by {one['ended_by']}" if one["ended"] else "in force",
+            moment(one["at"]),
+        ]
+        for one in found
+    ]  # fmt: skip
+    table("ID|RELEASE|HARDWARE|DEVICES|REASON|RUNS INSTEAD|STATE|SINCE", rows, "no hardware class is excluded from a release")
