@@ -207,7 +207,7 @@ MESSAGE = "the share of failed requests rose from 0.000 to 0.412 over 120 reques
 
 def test_nothing_is_folded_in_a_pipe(capsys):
     """One fact, one line: what grep and awk are given does not depend on the width of a terminal that is not there."""
-    from fleet_server.cli import tables
+    from fleet_server.cli import rollout_tables, tables
 
     answer = {"release": 4, "outcome": "rolled_back", "reason": "error_ratio", "message": MESSAGE, "at": 0.0}
     model = {"serving": 3, "variant": "cpu", "phase": "rolling_back", "wanted": 4, "answers": [answer]}

@@ -246,12 +246,17 @@ def _made(path):
 
 
 def _forged(authority, certificate, key):
-    builder = x509.CertificateBuilder().subject_name(certificate.subject).issuer_name(authority.ca.subject)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(certificate.subject)
+        .issuer_name(x509.load_pem_x509_certificate(authority.ca_path.read_bytes()).subject)
+    )
     builder = builder.public_key(key.public_key()).serial_number(certificate.serial_number)
     builder = builder.not_valid_before(certificate.not_valid_before_utc).not_valid_after(certificate.not_valid_after_utc)
-    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives import hashes, serialization
 
-    return builder.sign(authority._key, hashes.SHA256())  # noqa: SLF001 - as its thief would
+    stolen = serialization.load_pem_private_key((authority.folder / "ca.key").read_bytes(), None)
+    return builder.sign(stolen, hashes.SHA256())
 
 
 # -- readers along ---------------------------------------------------------------------------------------------------------
