@@ -151,6 +151,19 @@ define only-postgresql-programs
 	  echo "create_main_cluster = false" | $(SUDO) tee /etc/postgresql-common/createcluster.conf >/dev/null; }
 endef
 
+# Debian's packages start what they bring, on all addresses; the tests start their own, on loopback.
+define need-stopped
+	@PATH="$$PATH:/usr/sbin:/usr/lib/rabbitmq/bin" command -v $(1) >/dev/null || { \
+	  command -v apt-get >/dev/null || { echo "$(1) is missing: install it with this system's package manager"; exit 1; }; \
+	  echo "installing $(2) …"; \
+	  made=; [ -e /usr/sbin/policy-rc.d ] || { made=1; \
+	    printf '#!/bin/sh\nexit 101\n' | $(SUDO) tee /usr/sbin/policy-rc.d >/dev/null && $(SUDO) chmod 755 /usr/sbin/policy-rc.d; }; \
+	  $(SUDO) apt-get update -qq && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $(2) >/dev/null; \
+	  status=$$?; [ -z "$$made" ] || $(SUDO) rm -f /usr/sbin/policy-rc.d; \
+	  ! command -v systemctl >/dev/null || $(SUDO) systemctl --quiet disable $(3) 2>/dev/null || true; \
+	  exit $$status; }
+endef
+
 .PHONY: test-packages
 test-packages: mosquitto
 	$(call need,curl,curl)
@@ -160,7 +173,9 @@ test-packages: mosquitto
 	$(call need,jq,jq)
 	$(call need,faketime,faketime)
 	$(call need,softhsm2-util,softhsm2)
+	$(call need-stopped,haproxy,haproxy,haproxy)
 	$(call need,cc,gcc libc6-dev)
 	$(call need,haproxy,haproxy)
 	$(call only-postgresql-programs)
 	$(call need,/usr/lib/postgresql/*/bin/postgres,postgresql)
+	$(call need-stopped,rabbitmq-server,rabbitmq-server,rabbitmq-server epmd.service epmd.socket)

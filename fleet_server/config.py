@@ -11,7 +11,7 @@ import yaml
 
 from agent.contract import addresses, names
 from agent.contract.codec import convert
-from fleet_server.sections import DAY_S, DecideSettings, RolloutSettings, Settings
+from fleet_server.sections import DAY_S, BrokerSettings, DecideSettings, RolloutSettings, Settings
 
 FILE_NAME = "fleet.yaml"
 
@@ -22,33 +22,6 @@ RENAMED = {"rollouts.class_stop": "rollouts.exclude_after", "rollouts.class_stop
 
 class ConfigError(ValueError):
     """The configuration cannot be used; the message names the file and the setting."""
-
-
-class BrokerSettings(Settings, frozen=True, kw_only=True):
-    """The mosquitto that the server runs."""
-
-    listen: str = "0.0.0.0"  # noqa: S104 - devices and operators come from elsewhere
-    """The address of this machine that devices connect to; 0.0.0.0 is every IPv4 address it has, `::` every one, IPv6 and IPv4."""
-    port: int = 8883
-    """The TCP port (MQTT over TLS). Devices are told it, unless `public.broker` or `shared_port` says otherwise."""
-    max_packet_bytes: int = 1024 * 1024
-    """The largest message that may be sent, in bytes; whoever sends a larger one is disconnected."""
-    max_queued_messages: int = 400_000
-    """How many messages the broker keeps for one client that does not take them; further ones are dropped. Less than 400000 counts as
-    that: it is what the server's own queue needs while a device floods.
-    """
-    max_connections: int = -1
-    """How many clients may be connected at once; -1 is as many as the broker has descriptors for."""
-    memory_bytes: int = 1024**3
-    """How much memory the broker may have before the server pauses the device that was sent the most lately: one that asks for files
-    and reads nothing.
-    """
-    mosquitto: str | None = None
-    """The broker's executable; without it `mosquitto` is looked for in PATH and where distributions put it."""
-    dynamic_security: str | None = None
-    """mosquitto's plug-in that shuts single devices out of the running broker; without this setting `mosquitto_dynamic_security.so`
-    is looked for where distributions put it; `""` is to do without.
-    """
 
 
 class ExpirySettings(Settings, frozen=True, kw_only=True):
@@ -238,9 +211,14 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
         ports = [self.operator_port, self.device_port, self.broker.port, self.shared_port, self.loopback_port]
         if not all(port is None or 0 < port < 65536 for port in ports):
             raise ValueError("a port is a number from 1 to 65535")
+        if self.broker.kind == "rabbitmq" and (self.public.broker is None or self.shared_port is not None):
+            raise ValueError(
+                "broker.kind: rabbitmq needs public.broker, the HOST:PORT at which devices find the cluster, and no shared_port, which "
+                "leads to the server's own broker only"
+            )
         for proxy in self.trusted_proxies:
             ipaddress.ip_network(proxy)  # says what it does not like of it
-        if not _is_loopback(self.loopback_address):
+        if not is_loopback(self.loopback_address):
             raise ValueError(
                 f"loopback_address {self.loopback_address!r} must be 127.0.0.1 or ::1: that listener is not encrypted; "
                 "use the operator listener from other machines"
@@ -286,9 +264,17 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
     @property
     def own_names(self) -> tuple[str, ...]:
         """Every name and address by which somebody reaches this server: what its certificate must say."""
-        told = (addresses.split(one)[0] for one in msgspec.structs.astuple(self.public) if one is not None)
+        public = (*msgspec.structs.astuple(self.public), self.broker.rabbitmq.authorization)
+        told = (addresses.split(one)[0] for one in public if one is not None)
         listened = (one for one in (self.listen, self.broker.listen) if not is_wildcard(one))
         return tuple(dict.fromkeys(_as_certified(one) for one in (*self.hosts, *told, *listened)))
+
+    @property
+    def authorization(self) -> str:
+        """HOST:PORT where the nodes of a RabbitMQ cluster ask who may do what."""
+        asked = self.broker.rabbitmq
+        here = self.host if is_wildcard(asked.authorization_listen) else asked.authorization_listen
+        return asked.authorization or addresses.join(here, asked.authorization_port)
 
     @property
     def broker_here(self) -> str:
@@ -309,7 +295,7 @@ def is_wildcard(address: str) -> bool:
     return address in {"0.0.0.0", "::", ""}  # noqa: S104 - recognising it, not binding it
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     try:
         return str(ipaddress.ip_address(address)) in {"127.0.0.1", "::1"}
     except ValueError:

@@ -21,15 +21,17 @@ from agent.contract import addresses
 from agent.contract.addresses import DEVICES, MQTT
 from fleet_server import descriptors
 from fleet_server.broker import settings as broker_settings
-from fleet_server.config import BrokerSettings, ConfigError, FleetConfig, Folder, load
+from fleet_server.config import ConfigError, FleetConfig, Folder, load
 from fleet_server.devices.ca_replacement import WARN_BEFORE_S
 from fleet_server.devices.pki import Authority
 from fleet_server.errors import Unavailable
+from fleet_server.sections import BrokerSettings, NodeSettings
 from fleet_server.storage import leadership, processes
 from fleet_server.storage.database import VERSIONS, Database, DatabaseError, newest_revision
 from fleet_server.storage.documents import StoredDocuments
 
 ANSWERS_WITHIN_S = 5.0
+AMQP = "amqp"  # no node looks at the protocol that is offered
 SEVERAL = 2
 PUBLIC = "correct `hosts` or `public` in fleet.yaml, or what stands before the server (docs/how-to/reverse-proxy.md)"
 FREE_FAILED_BYTES, FREE_WARNING_BYTES = 256 * 1024**2, 2 * 1024**3
@@ -54,8 +56,11 @@ def examine(folder: Folder) -> Iterator[Finding]:
         return
     yield Finding("configuration", "ok", str(folder.config))
     yield _descriptors(folder)
-    yield _broker(config.broker)
-    yield _plugin(config.broker)
+    if config.broker.kind == "rabbitmq":
+        yield from _cluster(folder, config)
+    else:
+        yield _broker(config.broker)
+        yield _plugin(config.broker)
     yield _disk(folder)
     yield _database(folder, config)
     yield _authority(folder)
@@ -180,6 +185,44 @@ def _broker(settings: BrokerSettings) -> Finding:
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding(name, "failed", f"{path} cannot be run: {error}", "install the mosquitto broker anew")
     return Finding(name, "ok", f"{path}, {said.partition(chr(10))[0] or 'which does not say its version'}")
+
+
+def _cluster(folder: Folder, config: FleetConfig) -> Iterator[Finding]:
+    """Every node, and the queues. Those are made when the server first starts."""
+    from fleet_server.broker import cluster
+
+    if _running(folder) is None:  # the nodes ask the server who may log in, also about itself
+        for one in config.broker.rabbitmq.nodes:
+            yield _node(folder, one)
+        return
+    found = cluster.look(config.broker.rabbitmq, Authority(folder.pki))
+    silent = [node for node in found.nodes if node.problem]
+    for node in silent:
+        level: Literal["warning", "failed"] = "failed" if 2 * len(silent) >= len(found.nodes) else "warning"
+        advice = "see its log, and whether its files are those of `edge-fleet rabbitmq-files` (docs/how-to/use-rabbitmq.md)"
+        yield Finding(f"node {node.name}", level, f"it cannot be used: {node.problem}", advice)
+    answer = f"RabbitMQ, {len(found.nodes) - len(silent)} of {len(found.nodes)} nodes answer"
+    if 2 * len(silent) >= len(found.nodes):
+        yield Finding("broker", "failed", answer, "more than half of the nodes must be there for anything to be stored")
+        return
+    waiting = sum(queue.messages for queue in found.queues)
+    queues = f"{len(found.queues)} queues, {waiting} messages wait" if found.queues else "no queues yet: the server makes them"
+    yield Finding("broker", "ok", f"{answer}; {queues}")
+
+
+def _node(folder: Folder, node: NodeSettings) -> Finding:
+    """As far as it can be told while no server runs."""
+    name = f"node {node.name}"
+    try:
+        _greet(folder, *addresses.split(node.amqp), AMQP)
+    except OSError as error:
+        return Finding(
+            name,
+            "failed",
+            f"{node.amqp} is not a broker of this fleet: {error}",
+            "start it, with the files of `edge-fleet rabbitmq-files`",
+        )
+    return Finding(name, "ok", f"{node.amqp} answers; no server runs here, so nothing was asked of it")
 
 
 def _plugin(settings: BrokerSettings) -> Finding:

@@ -30,12 +30,16 @@ OTHER_DESCRIPTORS = 320
 """For everything but connections: three for each thread that reads the database, files that are sent, the broker, the log."""
 SHARED_PART = 4
 """One in so many descriptors is left to the shared port, however few there are."""
+OF_NODES = 128
+"""Connections of a broker cluster's nodes; a node has two, and more for a moment while many devices connect."""
 BACKLOG = 2048
 
 
-def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices: ASGIApp) -> list[Listener | SharedPort]:
-    """The listeners of operators, of devices, and where there is one that of this machine and the shared port. They are not run
-    yet.
+def make(
+    config: FleetConfig, authority: Authority, operators: ASGIApp, devices: ASGIApp, questions: ASGIApp | None = None
+) -> list[Listener | SharedPort]:
+    """The listeners of operators, of devices, and where there is one that of this machine, the shared port, and that of the broker's
+    `questions`. They are not run yet.
     """
     allowed = descriptors.allowed()
     room = fitted(config.connections, allowed if config.shared_port is None else allowed * (SHARED_PART - 1) // SHARED_PART)
@@ -58,12 +62,24 @@ def make(config: FleetConfig, authority: Authority, operators: ASGIApp, devices:
     if config.loopback_port is not None:  # one address, that of the reverse proxy
         here = Limits(total=room.loopback, per_address=room.loopback, per_device=room.loopback)
         found.append(listener(operators, config.loopback_address, config.loopback_port, here, "loopback", **proxies))
+    if questions is not None:
+        found.append(by_nodes(questions, config, authority))
     if config.shared_port is not None:
         left = allowed - OTHER_DESCRIPTORS - room.operators - room.devices - room.loopback
         most = min(left // 2, descriptors.for_clients())  # two each: the client's, and the broker's
         where = (config.broker_here, config.broker.port)
         found.append(SharedPort(config.listen, config.shared_port, by_operators_port, by_devices_port, where, most))
     return found
+
+
+def by_nodes(questions: ASGIApp, config: FleetConfig, authority: Authority) -> Listener:
+    """Where the nodes of a broker cluster ask. They have one name, and few addresses."""
+    tls: dict[str, Any] = {"ssl_certfile": authority.server_cert, "ssl_keyfile": authority.server_key, "ssl_ciphers": CIPHERS}
+    tls |= {"ssl_ca_certs": str(authority.trusted_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    limits = Limits(total=OF_NODES, per_address=OF_NODES, per_device=OF_NODES)
+    asked = config.broker.rabbitmq
+    where = (asked.authorization_listen, asked.authorization_port)
+    return listener(questions, *where, limits, "broker", http=ClientCertificateProtocol, **tls)
 
 
 def as_seen(networks: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from fleet_server.api.operator import app as operator_api
 from fleet_server.api.shared_port import SharedPort
 from fleet_server.api.tls import Listener
 from fleet_server.app import Fleet, locked
-from fleet_server.broker import settings as broker_settings
+from fleet_server.broker import choice
 from fleet_server.broker_host import BrokerHost
 from fleet_server.config import Folder, load
 from fleet_server.devices.renewals import Renewals
@@ -42,11 +42,11 @@ def serve(folder: Folder) -> None:
     config = load(folder)
     descriptors.raise_limit()
     with locked(folder):
-        executable = broker_settings.find_mosquitto(config.broker)
+        choice.check(config)
         fleet = Fleet(folder, config)
         try:
             fleet.recover()
-            asyncio.run(Running(fleet, executable).run())
+            asyncio.run(Running(fleet).run())
         finally:
             fleet.close()
 
@@ -54,9 +54,9 @@ def serve(folder: Folder) -> None:
 class Running:
     """The processes, sockets and timers of one server."""
 
-    def __init__(self, fleet: Fleet, executable: str) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         self._fleet, self._config = fleet, fleet.config
-        self._broker = BrokerHost(fleet, executable, fleet.judge.evaluate, Renewals(fleet.inventory, fleet.enrolment))
+        self._broker = BrokerHost(fleet, fleet.judge.evaluate, Renewals(fleet.inventory, fleet.enrolment))
         self._listening: list[Listener | SharedPort] = []
         self._stop = asyncio.Event()
         fleet.inventory.link, fleet.assignment.poker = self._broker, self._broker.pokes
@@ -131,7 +131,8 @@ class Running:
 
     def _listeners(self) -> list[Listener | SharedPort]:
         operators = operator_api.build(self._fleet, title=f"{self._config.fleet} fleet", version=software_version())
-        found = listeners.make(self._config, self._fleet.authority, operators, device_api.build(self._fleet))
+        devices = device_api.build(self._fleet)
+        found = listeners.make(self._config, self._fleet.authority, operators, devices, self._broker.questions)
         listeners.count(self._fleet.metrics, found)
         self._listening = found
         return found

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from typing import Literal
 
 import msgspec
 
 from agent.contract import addresses
 
 DAY_S = 86400.0
+MAX_PARTITIONS = 64
 WILDCARDS = {"0.0.0.0", "::", ""}  # noqa: S104 - recognising it, not binding it
 
 
@@ -72,3 +75,92 @@ class DecideSettings(Settings, frozen=True, kw_only=True):
         """HOST:PORT by which the others reach this one."""
         host = socket.gethostname() if self.listen in WILDCARDS else self.listen
         return self.told or addresses.join(host, self.port)
+
+
+class NodeSettings(Settings, frozen=True, kw_only=True):
+    """One node of a RabbitMQ cluster."""
+
+    name: str
+    """What the node calls itself, such as `rabbit@r1`."""
+    amqp: str
+    """HOST:PORT of its AMQP listener (TLS), as this server reaches it."""
+    mqtt: str
+    """HOST:PORT of its MQTT listener (TLS), as this server reaches it. Devices are told `public.broker`."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+@[A-Za-z0-9._-]+", self.name):
+            raise ValueError(f"a node is called {self.name!r}; a name is like rabbit@host")
+        addresses.split(self.amqp, f"amqp of node {self.name}")
+        addresses.split(self.mqtt, f"mqtt of node {self.name}")
+
+
+class RabbitSettings(Settings, frozen=True, kw_only=True):
+    """A RabbitMQ cluster that others run, in the place of mosquitto. Only read where `broker.kind` is `rabbitmq`."""
+
+    nodes: tuple[NodeSettings, ...] = ()
+    """Its nodes, see below. The server speaks to one, and to the next when that goes."""
+    vhost: str = "/"
+    """The virtual host of this fleet: one for each."""
+    partitions: int = 8
+    """In how many queues what devices report is kept; each is stored by one process at a time, so this is how many processes can
+    share the work; with a few times as many as processes each has about as much. There may be more of them later, and never fewer.
+    """
+    queue_messages: int = 200_000
+    """How many messages each of these queues keeps. A device is refused what finds no room, and keeps it."""
+    queue_bytes: int = 512 * 1024**2
+    """The same in bytes."""
+    authorization_listen: str = "127.0.0.1"
+    """The address of this machine at which the nodes ask who may do what (HTTPS; a node shows its certificate). Nodes on other hosts
+    need another than 127.0.0.1.
+    """
+    authorization_port: int = 8446
+    """The TCP port of that."""
+    authorization: str | None = None
+    """HOST:PORT at which the nodes find it; without it the address and port that it listens at, or the first of `hosts`."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.partitions <= MAX_PARTITIONS:
+            raise ValueError(f"partitions is {self.partitions}; it must be from 1 to {MAX_PARTITIONS}")
+        if self.queue_messages < 1000 or self.queue_bytes < 1024**2:
+            raise ValueError("queue_messages must be at least 1000 and queue_bytes at least 1 MiB")
+        if not 0 < self.authorization_port < 65536:
+            raise ValueError("authorization_port must be from 1 to 65535")
+        if len({node.name for node in self.nodes}) < len(self.nodes):
+            raise ValueError("two nodes have the same name")
+        if self.authorization is not None:
+            addresses.split(self.authorization, "authorization")
+
+
+class BrokerSettings(Settings, frozen=True, kw_only=True):
+    """The MQTT broker: a mosquitto that the server runs, or a RabbitMQ cluster that others run."""
+
+    kind: Literal["mosquitto", "rabbitmq"] = "mosquitto"
+    """Which of them. With `rabbitmq` only `rabbitmq` and `max_packet_bytes` count here, and `public.broker` is required."""
+    rabbitmq: RabbitSettings = RabbitSettings()
+    """The cluster, see below."""
+    listen: str = "0.0.0.0"  # noqa: S104 - devices and operators come from elsewhere
+    """The address of this machine that devices connect to; 0.0.0.0 is every IPv4 address it has, `::` every one, IPv6 and IPv4."""
+    port: int = 8883
+    """The TCP port (MQTT over TLS). Devices are told it, unless `public.broker` or `shared_port` says otherwise."""
+    max_packet_bytes: int = 1024 * 1024
+    """The largest message that may be sent, in bytes; whoever sends a larger one is disconnected."""
+    max_queued_messages: int = 400_000
+    """How many messages the broker keeps for one client that does not take them; further ones are dropped. Less than 400000 counts as
+    that: it is what the server's own queue needs while a device floods.
+    """
+    max_connections: int = -1
+    """How many clients may be connected at once; -1 is as many as the broker has descriptors for."""
+    memory_bytes: int = 1024**3
+    """How much memory the broker may have before the server pauses the device that was sent the most lately: one that asks for files
+    and reads nothing.
+    """
+    mosquitto: str | None = None
+    """The broker's executable; without it `mosquitto` is looked for in PATH and where distributions put it."""
+    dynamic_security: str | None = None
+    """mosquitto's plug-in that shuts single devices out of the running broker; without this setting `mosquitto_dynamic_security.so`
+    is looked for where distributions put it; `""` is to do without.
+    """
+
+    def __post_init__(self) -> None:
+        if self.kind == "rabbitmq" and not self.rabbitmq.nodes:
+            raise ValueError("kind: rabbitmq needs rabbitmq.nodes: the name, amqp and mqtt address of each node")

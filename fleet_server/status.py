@@ -13,6 +13,7 @@ from fleet_server.config import FleetConfig
 from fleet_server.devices.pki import Authority
 from fleet_server.devices.survey import Some, Survey
 from fleet_server.devices.views import DeviceCount
+from fleet_server.ingest.broker_views import BrokerView
 from fleet_server.ingest.intake import Intake
 from fleet_server.releases.online_keys import ONLINE
 from fleet_server.releases.repository import Repository
@@ -62,6 +63,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     started: float
     devices: DeviceCount
     broker_connected: bool
+    broker: BrokerView
     ca_sha256: str
     device_url: str
     expires: dict[str, float]
@@ -91,7 +93,9 @@ class Status:
         self._started = clock()
         self.several: Several | None = None
         self.broker_connected: Callable[[], bool] = lambda: False
-        self.live_revocation = True
+        self.broker: Callable[[], BrokerView] = lambda: BrokerView(config.broker.kind)
+        self.broker_warnings: Callable[[], list[str]] = list
+        """What a person must do about the broker."""
         self.paused: Callable[[], list[str]] = list
         """The devices that are shut out for a while."""
         self.database_problem: Callable[[], str] = str
@@ -107,7 +111,7 @@ class Status:
         messages = Messages(self._intake.accepted, dict(self._intake.dropped)) if several is None else several.messages()
         return StatusView(
             fleet=self._config.fleet, version=software_version(), started=self._started, devices=self._survey.count(),
-            broker_connected=self._is_connected(), ca_sha256=self._authority.fingerprint, device_url=self._config.device_url,
+            broker_connected=self._is_connected(), broker=self.broker(), ca_sha256=self._authority.fingerprint, device_url=self._config.device_url,
             expires=expires, messages=messages, warnings=self._warnings(expires),
             leader=several.leading() if several is not None else None, processes=several.processes() if several is not None else [],
         )  # fmt: skip
@@ -139,11 +143,7 @@ class Status:
     def _warnings(self, expires: dict[str, float]) -> list[str]:
         """What a person must do something about, and what."""
         found = self._of_processes()
-        if not self.live_revocation:
-            found.append(
-                "mosquitto's dynamic-security plug-in was not found, so revoking a device restarts the broker for everybody and a device "
-                "that floods is not thrown off: install it, or name the file in fleet.yaml under broker: dynamic_security:"
-            )
+        found += self.broker_warnings()
         if paused := self.paused() if self.several is None else self.several.paused():
             found.append(
                 f"{_some(Some(len(paused), paused[:NAMED]))} sent or asked for more than a device may, and the broker takes nothing of them for a while: see what runs there, and revoke what is not "

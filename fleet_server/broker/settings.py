@@ -5,40 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import get_args
 
 import msgspec
 
 from agent.common import files
-from agent.contract import topics
-from fleet_server.config import BrokerSettings, Folder
+from fleet_server.broker import rules
+from fleet_server.config import Folder
 from fleet_server.descriptors import for_clients
-from fleet_server.devices import pki
 from fleet_server.devices.pki import Authority
 from fleet_server.errors import Unavailable
 from fleet_server.ingest.mqtt_link import CONTROL, WINDOW
+from fleet_server.sections import BrokerSettings
 
 PLUGIN = "mosquitto_dynamic_security.so"
 PLUGIN_PLACES = (
     "/usr/lib/*-linux-*", "/usr/lib64", "/usr/lib", "/usr/lib/mosquitto", "/usr/lib64/mosquitto", "/usr/local/lib", "/opt/homebrew/lib",
 )  # fmt: skip
 PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/usr/local/opt/mosquitto/sbin")
-
-# The topics that exist, and no others: each could keep a retained message for ever.
-WRITES = "\n".join(f"pattern write {topics.up('%u', what)}" for what in get_args(topics.Upward))
-
-# No device can subscribe for another: reads are filtered by the same list. Shared subscriptions are not used anywhere,
-# because mosquitto's access list does not cover joining one and messages given to a member it may not read are lost.
-ACL = f"""\
-user {pki.SERVER_CN}
-topic readwrite {topics.ROOT}/#
-topic readwrite {CONTROL}/#
-
-{WRITES}
-pattern read {topics.ROOT}/d/%u/down/#
-pattern read {topics.ROOT}/all/#
-"""
-
 
 MAX_INFLIGHT_BYTES = MAX_QUEUED_BYTES = 128 * 1024 * 1024
 QUEUED_MESSAGES = 400_000
@@ -139,6 +122,6 @@ def write(folder: Folder, settings: BrokerSettings, plugin: Path | None) -> Path
     if os.geteuid() == 0:
         lines.insert(1, "user root")  # otherwise it becomes another user that may not read the data folder
     path = folder.broker / "mosquitto.conf"
-    files.write(folder.broker / "acl", ACL.encode(), mode=0o600)
+    files.write(folder.broker / "acl", rules.mosquitto_acl(CONTROL).encode(), mode=0o600)
     files.write(path, ("\n".join(lines) + "\n").encode(), mode=0o600)
     return path

@@ -8,7 +8,7 @@ import collections
 import re
 from collections.abc import Callable
 
-from agent.contract import topics
+from fleet_server.broker import rules
 from fleet_server.devices import pki
 
 ALLOWED = 32
@@ -32,15 +32,9 @@ class SubscriptionWatch:
         if found is None:
             return False
         client, wanted = found.groups()
-        if client != pki.SERVER_CN and wanted not in _filters(client):
+        if client != pki.SERVER_CN and wanted not in rules.filters(client):
             self._strange[client] += 1
             if self._strange[client] > ALLOWED:
                 del self._strange[client]
                 self._on_too_many(client)
         return True
-
-
-def _filters(device: str) -> set[str]:
-    """What there is for a device to subscribe to."""
-    down = f"{topics.ROOT}/d/{device}/down/#"
-    return {topics.down_poke(device), topics.POKE_ALL, topics.down_blocks(device, "+"), down, f"{topics.ROOT}/all/#"}

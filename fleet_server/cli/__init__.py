@@ -19,6 +19,7 @@ from fleet_server.cli import (
     journal,
     keys,
     processes,
+    rabbitmq,
     release,
     rollout,
     server,
@@ -54,6 +55,6 @@ for command in (
     keys.keys, keys.publisher, ca.ca,
     rollout.rollout, rollout.rollback, exclusion.exclusion, bundle.bundle, simulate.simulate,
     device.device, token.token, journal.events, access.access, journal.audit, server.status,
-    describe.openapi, describe.completion,
+    rabbitmq.rabbitmq_files, describe.openapi, describe.completion,
 ):  # fmt: skip
     main.add_command(command)

@@ -89,7 +89,8 @@ def init(
     edge-fleet init /srv/fleet --fleet demo --host fleet.example.com --host 192.0.2.10
     """
     from fleet_server import setup
-    from fleet_server.config import BrokerSettings, FleetConfig, Folder
+    from fleet_server.config import FleetConfig, Folder
+    from fleet_server.sections import BrokerSettings
 
     config = FleetConfig(
         fleet=fleet, hosts=hosts or (socket.getfqdn(),), operator_port=operator_port, device_port=device_port,

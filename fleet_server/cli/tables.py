@@ -215,10 +215,20 @@ def audit(found: list[dict[str, Any]]) -> None:
     table("WHEN|WHO|ROLE|DID|TO", rows, "nobody changed anything yet")
 
 
+def _cluster(broker: dict[str, Any]) -> None:
+    if broker["nodes"]:
+        up = [node["name"] for node in broker["nodes"] if not node["problem"]]
+        waiting = ", ".join(f"{queue['name']} {queue['messages']}" for queue in broker["queues"])
+        console().print(
+            f"{safe(broker['kind'])}  {len(up)} of {len(broker['nodes'])} nodes answer; waiting: {safe(waiting or 'not known')}"
+        )
+
+
 def status(s: dict[str, Any]) -> None:
     out = console()
     out.print(f"[bold]{safe(s['fleet'])}[/bold]  version {safe(s['version'])}, up since {moment(s['started'])}")
     out.print(f"broker  {'connected' if s['broker_connected'] else 'NOT CONNECTED'}   devices at {safe(s['device_url'])}")
+    _cluster(s["broker"])
     out.print(f"messages {s['messages']['accepted']} accepted, dropped: {safe(s['messages']['dropped'] or 'none')}")
     out.print(f"devices {s['devices']['online']} of {s['devices']['total']} online, {s['devices']['trouble']} in trouble")
     for one in s.get("processes", ()):

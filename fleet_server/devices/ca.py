@@ -71,16 +71,16 @@ class Ca:
         return True
 
     def issue(
-        self, cn: str, key: ec.EllipticCurvePublicKey, days: float, usage: x509.ObjectIdentifier, *, alternatives: Iterable[str] = ()
+        self, cn: str, key: ec.EllipticCurvePublicKey, days: float, *usages: x509.ObjectIdentifier, alternatives: Iterable[str] = ()
     ) -> x509.Certificate:  # fmt: skip
-        """A certificate that can sign no others, for one usage. `alternatives`: further names and addresses of a server."""
+        """A certificate that can sign no others, for these usages. `alternatives`: further names and addresses of a server."""
         now = _now()
         builder = x509.CertificateBuilder().subject_name(_named(cn)).issuer_name(self.certificate.subject).public_key(key)
         builder = builder.serial_number(x509.random_serial_number())
         builder = builder.not_valid_before(now - CLOCK_SKEW).not_valid_after(now + dt.timedelta(days=days))
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_usage(sign_certificates=False), critical=True)
-        builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
         builder = builder.add_extension(authority, critical=False)

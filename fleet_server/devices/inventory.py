@@ -216,6 +216,15 @@ class Inventory:
             )
         return str(device)
 
+    def is_admitted(self, device: str) -> bool:
+        """Whether there is a device of this name that is not shut out for good, and has a certificate that is good now."""
+        good = select(Certificate.serial).where(
+            Certificate.device == device, Certificate.revoked.is_(None), Certificate.expires > self._clock()
+        )
+        query = select(Device.id).where(Device.id == device, Device.revoked.is_(False), good.exists())
+        with self._database.reading() as session:
+            return session.scalar(query) is not None
+
     def allow_renewal(self, actor: Actor, device: str, seconds: float) -> DeviceDetail:
         """Lets the device renew a certificate that has ended, with its old key, for so long.  Raises: NotFound, Conflict."""
         with self._database.session() as session:

@@ -31,6 +31,9 @@ SERVER_CN = "fleet-server"
 RESERVED_IDS = frozenset({SERVER_CN, "all"})
 """Names with a meaning on the broker; no device may be called so."""
 
+BROKER_NODE_CN = "fleet broker"
+"""Of the certificates of a cluster's nodes. No device can be called so, because of the space."""
+
 SERVER_DAYS = 730
 RENEW_SERVER_BEFORE_DAYS = 60
 MAX_CSR_BYTES = 16 * 1024
@@ -204,6 +207,13 @@ class Authority:
         files.write(self.client_cert, pem_of(client))
         return True
 
+    def issue_broker_node(self, hosts: tuple[str, ...]) -> tuple[bytes, bytes]:
+        """A certificate and its key (PEM) with which a node of a broker cluster answers at `hosts`, and asks this server."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        usages = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+        certificate = self.shown.issue(BROKER_NODE_CN, key.public_key(), SERVER_DAYS, *usages, alternatives=hosts)
+        return pem_of(certificate), key_pem(key)
+
     def _own_are_good(self, wanted: set[str]) -> bool:
         pairs = ((self.server_cert, self.server_key), (self.client_cert, self.client_key))
         server, client = (_good(*pair, self.shown) for pair in pairs)
@@ -264,6 +274,11 @@ def check_device_id(device: str) -> str:
         return names.check(names.DEVICE_ID, device, "device id")
     except ValueError as error:
         raise Invalid(str(error), code="bad_device_id") from error
+
+
+def is_broker_node(certificate: x509.Certificate) -> bool:
+    """Whether a certificate of the fleet's CA is a broker node's, and good now."""
+    return common_name(certificate) == BROKER_NODE_CN and dt.datetime.now(dt.timezone.utc) < certificate.not_valid_after_utc
 
 
 def serial_hex(certificate: x509.Certificate) -> str:

@@ -113,6 +113,7 @@ class Intake:
                 one, dropped = Changes(), [(message.topic, Dropped("cannot_store", str(error)))]
             changed.models |= one.models
             changed.devices |= one.devices
+            changed.arrived |= one.arrived
             changed.events += one.events
             drops += dropped
         return changed, drops
@@ -144,6 +145,7 @@ class Intake:
                     drops.append((message.topic, drop))
             heard = [device for device in known.values() if device.heard]
             changed.devices |= {device.id for device in heard}
+            changed.arrived |= {device.id for device in heard if device.arrived and device.present}
             self._write(session, heard, changed)
             self._note_several(session, [device for device in known.values() if device.several], changed)
             changed.events += self._journal.record_from_devices(session, events)
@@ -246,7 +248,7 @@ def _read_state(device: Known, payload: bytes) -> None:
     if (device.counter < 0 and report.session < device.session) or device.session < report.session <= MAX_INTEGER:
         # The first word of a newly enrolled device: the session is from what an earlier device of this id left at the broker. Or
         # the birth of a session was lost, with a broker that lost its disk: who reports in it is there.
-        device.session, device.present = report.session, True
+        device.session, device.present, device.arrived = report.session, True, True
     runs, back = shared_identity.heard(device.runs, report.run[:MAX_NAME])
     device.runs_changed |= runs != device.runs
     device.several |= back
@@ -263,6 +265,7 @@ def _read_presence(device: Known, payload: bytes) -> None:
         raise Dropped("bad_report", f"session {presence.session} of {device.id!r} is out of range")
     if presence.session < device.session:
         raise Dropped("old_session", f"presence of session {presence.session} of {device.id!r}; it is in {device.session}")
+    device.arrived |= presence.session > device.session
     device.session, device.present = presence.session, presence.online
 
 

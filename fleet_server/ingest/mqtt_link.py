@@ -93,6 +93,9 @@ class MqttLink:
         """Told once that a device floods, and for how many seconds it is paused. Must not block."""
         self.on_answer: Callable[[bytes], None] = lambda _payload: None
         """Given what the broker's own control answers. Must not block."""
+        self.on_arrived: Callable[[set[str]], None] = lambda _devices: None
+        """Not called: this broker keeps the last poke to all for whoever comes."""
+        self.problem = ""
         self._retained: set[str] = set()
         self._stopping = threading.Event()
         self._worker = threading.Thread(target=self._work, name="ingest", daemon=True)

@@ -43,16 +43,27 @@ class Pokes:
         """`looks_per_s`: how many devices the server wants to be asked by at most."""
         self._repository, self._inventory, self._survey = repository, inventory, survey
         self._link, self._looks_per_s = link, looks_per_s
+        self._version: int | None = None
+        """Of the assignment, when it was last told."""
         self._strangers = Allowance(1, STRANGER_EVERY_S, time.monotonic)
 
     def poke_all(self, assignment_version: int) -> None:
         """One message for the whole fleet."""
+        self._version = assignment_version
         said = topics.Poke(assignment_version=assignment_version, news=self._news(None), spread_s=self._spread_s())
         self._link.publish(topics.POKE_ALL, encode(said), retain=True)
 
     def poke_device(self, device: str) -> None:
         """That device asks at once when the news are not enough."""
         self._link.publish(topics.down_poke(device), encode(topics.Poke(news=self._news(device))))
+
+    def poke_arrived(self, devices: set[str]) -> None:
+        """Devices that have just connected to a broker which keeps no poke hear the news, each on its own topic."""
+        said = encode(
+            topics.Poke(assignment_version=self._version, news=self._news(None), spread_s=self._spread_of(len(devices)))
+        )
+        for device in devices:
+            self._link.publish(topics.down_poke(device), said)
 
     def poke_stranger(self, device: str) -> None:
         """A device that this server does not know, or not by its present certificate, asks it over HTTPS, where it shows that. Once
@@ -69,7 +80,10 @@ class Pokes:
         except SQLAlchemyError as error:
             _log.error("nobody knows how many devices a poke reaches: %s", error)
             return LONGEST_SPREAD_S
-        return min(LONGEST_SPREAD_S, round(present / self._looks_per_s, 3))
+        return self._spread_of(present)
+
+    def _spread_of(self, devices: int) -> float:
+        return min(LONGEST_SPREAD_S, round(devices / self._looks_per_s, 3))
 
     def _news(self, device: str | None) -> bytes:
         """Nothing when there are none to be had: then devices ask, and are told what is wrong."""

@@ -31,10 +31,13 @@ UPDATE_MODEL = UPDATE_MODEL.values({name: bindparam(name) for name in _COLUMNS i
 
 
 class Changes(msgspec.Struct):
-    """What a batch changed: models of which a device says something else than before, devices that were heard, new events."""
+    """What a batch changed: models of which a device says something else than before, devices that were heard, devices that are in a
+    newer session at the broker than was heard of, new events.
+    """
 
     models: set[str] = msgspec.field(default_factory=set)
     devices: set[str] = msgspec.field(default_factory=set)
+    arrived: set[str] = msgspec.field(default_factory=set)
     events: list[EventView] = msgspec.field(default_factory=list)
 
 
@@ -59,6 +62,8 @@ class Known(msgspec.Struct):
     runs_changed: bool = False
     report: StateReport | None = None
     heard: bool = False
+    arrived: bool = False
+    """Whether a newer session of it at the broker was heard of."""
 
 
 def digest_of(report: StateReport) -> str:

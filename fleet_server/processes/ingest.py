@@ -14,8 +14,9 @@ from agent.common import files
 from agent.common.systemd import notify
 from fleet_server import descriptors, listeners
 from fleet_server.api.leader import ToLeader
+from fleet_server.api.tls import Listener
 from fleet_server.app import Fleet, locked
-from fleet_server.broker import settings as broker_settings
+from fleet_server.broker import choice
 from fleet_server.broker_host import BrokerHost
 from fleet_server.config import FleetConfig, Folder, load
 from fleet_server.errors import Unavailable
@@ -36,18 +37,20 @@ def ingest(folder: Folder, *, metrics: str | None = None) -> None:
     """
     config = load(folder)
     descriptors.raise_limit()
-    executable = broker_settings.find_mosquitto(config.broker)
+    choice.check(config)
     with locked(folder, "ingest.lock"):
-        asyncio.run(Ingesting(folder, config, executable, metrics).run())
+        asyncio.run(Ingesting(folder, config, metrics).run())
 
 
 class Ingesting:
     """One process that stores, and the broker that it runs."""
 
-    def __init__(self, folder: Folder, config: FleetConfig, executable: str, metrics: str | None) -> None:
-        self._common, self._config, self._executable = Common(folder, config, "ingest"), config, executable
+    def __init__(self, folder: Folder, config: FleetConfig, metrics: str | None) -> None:
+        self._common, self._config = Common(folder, config, "ingest"), config
         self._fleet: Fleet | None = None
         self._broker: BrokerHost | None = None
+        self._asked: Listener | None = None
+        """Where the nodes of a broker cluster ask."""
         self._stop = asyncio.Event()
         self._orders: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
         self._aside = aside.listener(metrics, self._metrics, self._why_not) if metrics is not None else None
@@ -71,6 +74,10 @@ class Ingesting:
                     return
             self._fleet = fleet = await asyncio.to_thread(common.fleet, common.database, signs=False)
             self._broker = broker = await asyncio.to_thread(self._host, fleet)
+            if broker.questions is not None:
+                self._asked = listeners.by_nodes(broker.questions, self._config, fleet.authority)
+                sock = listeners.bind(self._asked.host, self._asked.port)
+                tasks.append(asyncio.create_task(self._asked.run_aside(sock), name="listener"))
             tasks.append(asyncio.create_task(broker.run(), name="broker"))
             broker.start()
             await self._until_connected(broker, tasks)
@@ -96,8 +103,9 @@ class Ingesting:
             await asyncio.sleep(0.02)
 
     async def _end(self, broker: BrokerHost | None, tasks: list[asyncio.Task[None]]) -> None:
-        if self._aside is not None:
-            self._aside.should_exit = True
+        for listener in (self._aside, self._asked):
+            if listener is not None:
+                listener.should_exit = True
         for task in tasks:
             if task.get_name() != "broker":
                 task.cancel()
@@ -111,7 +119,7 @@ class Ingesting:
         leader = ToLeader(fleet.authority, self._common.others.leader, self._common.others.forget)
         fleet.inventory.record_elsewhere = leader.record
         self._write_crl(fleet)
-        return BrokerHost(fleet, self._executable, self._tell, leader)
+        return BrokerHost(fleet, self._tell, leader)
 
     def _tell(self, models: set[str]) -> None:
         """The leader judges the rollouts of these models anew."""

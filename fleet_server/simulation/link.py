@@ -17,7 +17,7 @@ from concurrent.futures import Executor
 from typing import Any, Protocol, cast
 
 import paho.mqtt.client as mqtt
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -28,6 +28,7 @@ from fleet_server.simulation.papers import Address, Papers, SharedContext
 
 KEEPALIVE_S = 60
 CONNECT_TIMEOUT_S = 30.0
+CONNACK_TIMEOUT_S = 15.0
 IN_FLIGHT = 10
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 120.0
 STEADY_AFTER_S = 10.0
@@ -60,6 +61,7 @@ class Link:
         self._hears, self._speed, self._jitter, self._wall = hears, speed, jitter, wall
         self._thread = threading.get_ident()
         self._client: mqtt.Client | None = None
+        self._protocol = MQTTProtocolVersion.MQTTv5
         self._wanted = self._muted = self._connecting = self._write_pending = self._writing = False
         self._lost_at = self._up_at = 0.0
         self.session = 0
@@ -119,7 +121,9 @@ class Link:
             return
         self._connecting = True
         self.session = max(self.session + 1, int(self._wall() * 1000))
-        client = self._client = self._client or self._make_client()
+        if self._client is None or self._client.protocol != self._protocol:
+            self._client = self._make_client()
+        client = self._client
         client.will_set(topics.up(self._papers.device, "presence"), self._presence(online=False), qos=1)
         self._pool.submit(self._reconnect, client)
 
@@ -143,11 +147,22 @@ class Link:
             sock.close()
         else:
             self._loop.add_reader(sock.fileno(), self._read)
+            self._loop.call_later(CONNACK_TIMEOUT_S, self._give_up, sock)
             self._write()
             self._read()
 
+    def _give_up(self, sock: object) -> None:
+        """Ends a connection that the broker has not accepted by now."""
+        if not self.connected and self._client is not None and self._client.socket() is sock:
+            self.problem = "the broker did not answer"
+            self.break_off()
+
     def _make_client(self) -> mqtt.Client:
-        client = mqtt.Client(CallbackAPIVersion.VERSION2, self._papers.device, protocol=mqtt.MQTTv5, reconnect_on_failure=False)
+        five = self._protocol == MQTTProtocolVersion.MQTTv5
+        options: dict[str, Any] = {} if five else {"clean_session": True}
+        client = mqtt.Client(
+            CallbackAPIVersion.VERSION2, self._papers.device, protocol=self._protocol, reconnect_on_failure=False, **options
+        )
         client.connect_timeout = CONNECT_TIMEOUT_S
         client.tls_set_context(cast("ssl.SSLContext", self._context.of(self._papers)))  # as much of one as it asks for
         client.max_inflight_messages_set(IN_FLIGHT)
@@ -155,11 +170,13 @@ class Link:
         client.on_message, client.on_publish = self._on_message, self._on_publish
         client.on_socket_close = self._on_close
         client.on_socket_register_write = self._on_writable_wanted
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        properties.SessionExpiryInterval = 0
-        client.connect_async(
-            self._address.broker_host, self._address.broker_port, KEEPALIVE_S, clean_start=True, properties=properties
-        )
+        where = (self._address.broker_host, self._address.broker_port, KEEPALIVE_S)
+        if five:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties.SessionExpiryInterval = 0
+            client.connect_async(*where, clean_start=True, properties=properties)
+        else:
+            client.connect_async(*where)
         return client
 
     def _presence(self, *, online: bool) -> bytes:
@@ -216,7 +233,8 @@ class Link:
             self.problem = str(reason)
             return
         device = self._papers.device
-        client.subscribe([(topics.down_poke(device), 1), (topics.POKE_ALL, 1), (topics.down_blocks(device, "+"), 0)])
+        qos = 1 if self._protocol == MQTTProtocolVersion.MQTTv5 else 0  # as an agent's
+        client.subscribe([(topics.down_poke(device), qos), (topics.POKE_ALL, qos), (topics.down_blocks(device, "+"), 0)])
         client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1)
         self.connected, self._up_at = True, self._loop.time()
         self.connections += 1
@@ -225,6 +243,9 @@ class Link:
     def _on_disconnect(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         was = self.connected
         self.connected = False
+        if not was and self.connections == 0:  # a broker of MQTT 3.1.1 ends the connection at a CONNECT of MQTT 5
+            five, three = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
+            self._protocol = three if self._protocol == five else five
         now = self._loop.time()
         if was and now - self._up_at >= STEADY_AFTER_S / self._speed:
             self._lost_at = now

@@ -24,11 +24,11 @@ from agent.contract.names import ReleaseRef
 from fleet_server import setup
 from fleet_server.app import Fleet
 from fleet_server.client import Client, Profile
-from fleet_server.config import BrokerSettings, ConnectionSettings, FleetConfig, Folder
+from fleet_server.config import ConnectionSettings, FleetConfig, Folder
 from fleet_server.devices import pki
 from fleet_server.errors import Unavailable
 from fleet_server.releases import keys
-from fleet_server.sections import RolloutSettings
+from fleet_server.sections import BrokerSettings, RolloutSettings
 from fleet_server.simulation import papers, releases
 from fleet_server.simulation.members import Member
 from fleet_server.simulation.papers import Address, Papers

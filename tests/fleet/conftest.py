@@ -7,8 +7,9 @@ import pytest
 
 from fleet_server.app import Fleet
 from fleet_server.broker import settings as broker_settings
-from fleet_server.config import BrokerSettings, FleetConfig, Folder, RolloutSettings
+from fleet_server.config import FleetConfig, Folder, RolloutSettings
 from fleet_server.errors import Unavailable
+from fleet_server.sections import BrokerSettings
 from fleet_server.setup import init
 from tests.fleet import databases
 from tests.fleet.stand import Server

@@ -334,9 +334,9 @@ class Device:
         cert = (str(self.certificate), str(self.key_file))
         return requests.get(self.server.device_url + path, cert=cert, verify=str(self.server.ca), timeout=20, **options)
 
-    def connect(self, *, presence=True):
+    def connect(self, *, presence=True, protocol=mqtt.MQTTv5, port=None):
         """To the broker, as a device does: will, birth, subscriptions."""
-        client = mqtt.Client(CallbackAPIVersion.VERSION2, self.id, protocol=mqtt.MQTTv5)
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, self.id, protocol=protocol)
         context = ssl.create_default_context(cafile=str(self.server.ca))
         context.load_cert_chain(self.certificate, self.key_file)
         client.tls_set_context(context)
@@ -348,7 +348,7 @@ class Device:
         if presence:
             will = Presence(device=self.id, session=self.session, online=False)
             client.will_set(topics.up(self.id, "presence"), encode(will), qos=1, retain=True)
-        client.connect("127.0.0.1", self.server.broker, keepalive=5)
+        client.connect("127.0.0.1", port or self.server.broker, keepalive=5)
         client.loop_start()
         self.mqtt = client
         assert ready.wait(DEADLINE_S), "the broker did not take the device"

@@ -12,8 +12,9 @@ from agent.contract.enrolment import EnrolmentString
 from fleet_server import config, setup
 from fleet_server.cli import main
 from fleet_server.client import Profile, default_profile
-from fleet_server.config import BrokerSettings, ConfigError, ExpirySettings, FleetConfig, Folder
+from fleet_server.config import ConfigError, ExpirySettings, FleetConfig, Folder
 from fleet_server.errors import FleetError
+from fleet_server.sections import BrokerSettings
 from tests.fleet.stand import Server, environment
 
 # -- init ----------------------------------------------------------------------------------------------------------------------

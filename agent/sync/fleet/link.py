@@ -29,6 +29,7 @@ from agent.contract.codec import encode
 from agent.contract.reports import Presence
 from agent.sync import refusals
 from agent.sync.fleet.outbox import Item
+from agent.sync.fleet.protocol import ProtocolChoice, poke_qos
 from agent.sync.proxy import DIRECT, Way
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class Link:
         self.stopping = threading.Event()
         self._woken = threading.Event()
         self._thread: threading.Thread | None = None
-        self._protocol = MQTTProtocolVersion.MQTTv5
+        self.protocol = ProtocolChoice()
         self.session = 0
         self.connected = False
         self._connected_to = ""
@@ -147,7 +148,7 @@ class Link:
 
     def move(self, host: str, port: int) -> None:
         """Goes to another broker; the present one is left in order. Any thread may."""
-        self.broker = msgspec.structs.replace(self.broker, host=host, port=port)
+        self.broker, self.protocol = msgspec.structs.replace(self.broker, host=host, port=port), ProtocolChoice()
         self._woken.set()
 
     @property
@@ -180,7 +181,7 @@ class Link:
         """One connection from beginning to end. Gives how long it lasted, in seconds."""
         try:
             self.session = self._next_session()
-            conversation = _Conversation(self, self._protocol)
+            conversation = _Conversation(self, self.protocol.present)
             return conversation.run()
         except OSError as error:  # includes every TLS error
             self.thrown_out = False
@@ -208,11 +209,6 @@ class Link:
         if text != self.problem:
             log.warning("%s", text)
         self.problem = text
-
-    def try_other_protocol(self) -> None:
-        """After a refusal that may be about the protocol: brokers of MQTT 3.1.1 answer a CONNECT of MQTT 5 in many ways."""
-        five, three = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
-        self._protocol = three if self._protocol == five else five
 
 
 class _Conversation:
@@ -259,7 +255,7 @@ class _Conversation:
         if not self._accepted:
             link.thrown_out = False
             link.say(f"refused the connection: {self._refused or refusals.in_words(self._error) or 'no answer'}")
-            link.try_other_protocol()
+            link.protocol.refused()
             return 0.0
         return time.monotonic() - accepted_at
 
@@ -300,12 +296,14 @@ class _Conversation:
             self._refused = str(reason)
             return
         self._accepted = True
+        self._link.protocol.accepted()
         if self._link.thrown_out:
             self._link.thrown_out = False
             self._link.on_taken_over(False)
         device = self._link.device
         self._link.asks.clear()
-        client.subscribe([(topics.down_poke(device), 1), (topics.POKE_ALL, 1), (topics.down_blocks(device, "+"), 0)])
+        qos = poke_qos(self._protocol)
+        client.subscribe([(topics.down_poke(device), qos), (topics.POKE_ALL, qos), (topics.down_blocks(device, "+"), 0)])
         client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1)
         self._link.set_connected(connected=True)
 
