@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 PREFETCH = 256
 """Messages of one queue that this process has and did not acknowledge yet: enough for a batch, and bounded, as each may have a MiB."""
 SHARES_S, BACK_AFTER_S = 2.0, 0.5
-IN_VAIN_S, REST_S = 10.0, 60.0
+IN_VAIN_S, REST_S = 10.0, 30.0
 """A queue that was left and is back after less than IN_VAIN_S found nobody else: the cluster counts consumers of a node that died for a
 while. Then none is left for REST_S.
 """

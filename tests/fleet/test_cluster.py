@@ -122,7 +122,7 @@ def test_processes_share_the_queues_and_take_over_from_one_that_is_killed(rabbit
     reporters = report("p", 12, pause_s=0.05)
     first, second = Ingester(rabbits.server), Ingester(rabbits.server)
     try:
-        wait_until(lambda: first.queues and second.queues, f"each has its share: {first.queues}, {second.queues}", within=40)
+        wait_until(lambda: first.queues and second.queues, f"each has its share: {first.queues}, {second.queues}", within=80)
         assert not first.queues & second.queues
         killed, at = set(first.queues), time.monotonic()
         first.kill()
