@@ -78,7 +78,7 @@ protos: $(VENV)/.dev ## generate the messages of gRPC from agent/serving/grpc/*.
 lock: ## resolve the dependencies anew (needs uv)
 	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --extra dev pyproject.toml -o requirements/dev.lock
 	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --extra onnx --extra tflite --extra fleet -c requirements/dev.lock pyproject.toml -o requirements/demo.lock
-	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --extra fleet --extra postgresql --extra object-store --extra backups -c requirements/dev.lock pyproject.toml -o requirements/server.lock
+	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --extra fleet --extra postgresql --extra object-store --extra backups --extra rabbitmq -c requirements/dev.lock pyproject.toml -o requirements/server.lock
 
 .PHONY: release
 release: $(VENV)/.dev test-packages ## check, build and tag VERSION (ARGS=--no-checks for a rehearsal)

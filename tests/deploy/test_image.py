@@ -25,7 +25,7 @@ COMPOSE = {path.stem: yaml.safe_load(path.read_text()) for path in (DEPLOY / "co
 
 def parsed(words, folder):
     """`edge-fleet WORDS`, as far as the command line reads them.  Raises: click.UsageError."""
-    words = [str(folder) if word == "/srv/fleet" else word for word in words]
+    words = [str(folder) if word == "/srv/fleet" else word.replace("$(POD_IP)", "192.0.2.7") for word in words]
     command = main.commands[words[0]]
     command.make_context(words[0], list(words[1:]), parent=click.Context(main))
 
