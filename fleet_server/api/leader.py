@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from agent.contract import addresses
+from agent.contract.codec import decoder
 from agent.contract.enrolment import RenewalRequest
 from fleet_server.api import internal
 from fleet_server.api.http import STATUS
@@ -29,6 +30,7 @@ from fleet_server.errors import FleetError, Unavailable
 from fleet_server.storage.leadership import Fenced, Leader
 
 _log = logging.getLogger(__name__)
+_SAID = decoder(dict[str, str])
 
 CONNECT_WITHIN_S = 3.0
 ANSWER_WITHIN_S = 60.0
@@ -201,7 +203,7 @@ def _checked(answer: Answer) -> bytes:
     if answer.status == 200:
         return data
     try:
-        said = msgspec.json.decode(data, type=dict[str, str])
+        said = _SAID.decode(data)
     except msgspec.MsgspecError:
         said = {}
     kind = next(

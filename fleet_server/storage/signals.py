@@ -13,9 +13,11 @@ from typing import Any
 
 import msgspec
 
+from agent.contract.codec import decoder
 from fleet_server.storage.database import Database
 
 _log = logging.getLogger(__name__)
+_SIGNALS = decoder(list[tuple[str, str]])
 
 CHANNEL = "edge_fleet"
 MAX_PAYLOAD_BYTES = 7000  # PostgreSQL takes 7999
@@ -127,7 +129,7 @@ class Signals:
 
     def _hear(self, payload: str) -> None:
         try:
-            signals = msgspec.json.decode(payload, type=list[tuple[str, str]])
+            signals = _SIGNALS.decode(payload)
         except msgspec.MsgspecError:
             return  # not ours
         for kind, about in signals:

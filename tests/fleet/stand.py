@@ -226,6 +226,11 @@ class Server:
         """A new device of the fleet."""
         return Device.join(self, self.enrolment_string(groups=list(groups)), device)
 
+    def begin(self, release):
+        """A rollout of which the first wave is a device that is never there."""
+        self.enrol(groups=["nobody"])
+        return self.post("/rollouts", {"release": release, "groups": ["nobody"]})
+
     def make_token(self, role):
         return self.post("/access-tokens", {"name": f"a {role}", "role": role})["token"]
 

@@ -211,7 +211,7 @@ def test_tuf_client_gets_assignment_and_manifest(server, device, tmp_path):
     client = updater(device, tmp_path)
     before = decode(fetch(client, tmp_path, "assignments/fleet.json"), Assignment, limit_bytes=1 << 20)
     manifest = server.publish_simple("tuf", 1)
-    server.post("/rollouts", {"release": "tuf:1", "groups": ["nobody"]})
+    server.begin("tuf:1")
     client = updater(device, tmp_path)
     after = decode(fetch(client, tmp_path, "assignments/fleet.json"), Assignment, limit_bytes=1 << 20)
     assert after.version > before.version

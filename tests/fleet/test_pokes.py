@@ -98,7 +98,7 @@ def listener(server, tmp_path):
 def test_a_rollout_reaches_a_device_that_asks_for_nothing(server, listener):
     device = listener("poke-1")
     server.publish_simple("quiet", 1)
-    server.post("/rollouts", {"release": "quiet:1", "groups": ["nobody"]})
+    server.begin("quiet:1")
     wait_until(lambda: "quiet" in device.follower.current.models(), "the assignment")
     assert device.http.asked == []
     assert device.follower.problem is None
@@ -119,7 +119,7 @@ def test_what_was_withdrawn_is_known_without_a_question(server, listener):
     device = listener("poke-3")
     for version in (1, 2):
         server.publish_simple("gone", version)
-    server.post("/rollouts", {"release": "gone:2", "groups": ["nobody"]})
+    server.begin("gone:2")
     server.post("/releases/gone/2/withdraw", {})
     wait_until(lambda: device.follower.current.withdrawn_before == {"gone": (2,)}, "the withdrawal")
     assert device.http.asked == []
@@ -138,7 +138,7 @@ def test_a_poke_names_the_time_to_spread_over(server, listener):
     device = listener("poke-6")
     wait_until(lambda: server.get("/status")["devices"]["online"] >= 1, "the device")
     server.publish_simple("spread", 1)
-    server.post("/rollouts", {"release": "spread:1", "groups": ["nobody"]})
+    server.begin("spread:1")
     wait_until(lambda: device.pokes, "a poke")
     said = read_poke(device.pokes[-1])
     assert 0 < said.spread_s <= 1.0
@@ -155,7 +155,7 @@ def test_an_older_agent_can_read_the_poke(server, listener):
 
     device = listener("poke-7")
     server.publish_simple("older", 1)
-    server.post("/rollouts", {"release": "older:1", "groups": ["nobody"]})
+    server.begin("older:1")
     wait_until(lambda: "older" in device.follower.current.models(), "the assignment")
     said = msgspec.json.decode(device.pokes[-1], type=Poke)
     assert (said.format, said.assignment_version) == (1, device.follower.current.assignment.version)
@@ -165,7 +165,7 @@ def test_a_device_that_was_away_hears_the_last_poke_when_it_is_back(server, list
     device = listener("poke-8")
     device.link.stop()
     server.publish_simple("missed", 1)
-    server.post("/rollouts", {"release": "missed:1", "groups": ["nobody"]})
+    server.begin("missed:1")
     device.connect()
     wait_until(lambda: "missed" in device.follower.current.models(), "the assignment")
     assert device.http.asked == []
