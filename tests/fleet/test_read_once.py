@@ -95,6 +95,7 @@ def link(story, monkeypatch):
 
 def test_a_report_that_changes_nothing(story, link, clock, monkeypatch):
     manifest = simple_manifest("digits", 1, b"digits 1")
+    story.join("idle", groups=["nobody"], online=False)
     rollout = story.start(1, groups=["nobody"], confirm=True)
     state = ModelState(
         serving=1, sha256=sha256(b"digits 1"), variant="cpu", phase=Phase.STEADY, answers=(answer(manifest, Outcome.COMMITTED),)
