@@ -74,10 +74,12 @@ def make(
 
 def by_nodes(questions: ASGIApp, config: FleetConfig, authority: Authority) -> Listener:
     """Where the nodes of a broker cluster ask. They have one name, and few addresses."""
-    tls: dict[str, Any] = {"ssl_certfile": authority.server_cert, "ssl_keyfile": authority.server_key, "ssl_ciphers": CIPHERS}
-    tls |= {"ssl_ca_certs": str(authority.trusted_path), "ssl_cert_reqs": ssl.CERT_REQUIRED}
     limits = Limits(total=OF_NODES, per_address=OF_NODES, per_device=OF_NODES)
     asked = config.broker.rabbitmq
+    tls: dict[str, Any] = {
+        "ssl_certfile": authority.server_cert, "ssl_keyfile": authority.server_key, "ssl_ciphers": CIPHERS,
+        "ssl_ca_certs": str(authority.trusted_path), "ssl_cert_reqs": ssl.CERT_REQUIRED,
+    }  # fmt: skip
     where = (asked.authorization_listen, asked.authorization_port)
     return listener(questions, *where, limits, "broker", http=ClientCertificateProtocol, **tls)
 

@@ -60,8 +60,7 @@ class Running:
         self._listening: list[Listener | SharedPort] = []
         self._stop = asyncio.Event()
         fleet.inventory.link, fleet.assignment.poker = self._broker, self._broker.pokes
-        link = self._broker.link
-        fleet.status.broker_connected, fleet.inventory.heard_since = link.connected.is_set, link.heard_since
+        fleet.inventory.heard_since = self._broker.link.heard_since
         fleet.ca_replacement.outside = self
 
     def trust_changed(self, *, dropped: bool) -> None:
@@ -131,8 +130,9 @@ class Running:
 
     def _listeners(self) -> list[Listener | SharedPort]:
         operators = operator_api.build(self._fleet, title=f"{self._config.fleet} fleet", version=software_version())
-        devices = device_api.build(self._fleet)
-        found = listeners.make(self._config, self._fleet.authority, operators, devices, self._broker.questions)
+        found = listeners.make(
+            self._config, self._fleet.authority, operators, device_api.build(self._fleet), self._broker.questions
+        )
         listeners.count(self._fleet.metrics, found)
         self._listening = found
         return found

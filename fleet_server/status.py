@@ -15,6 +15,7 @@ from fleet_server.devices.survey import Some, Survey
 from fleet_server.devices.views import DeviceCount
 from fleet_server.ingest.broker_views import BrokerView
 from fleet_server.ingest.intake import Intake
+from fleet_server.ingest.links import Link
 from fleet_server.releases.online_keys import ONLINE
 from fleet_server.releases.repository import Repository
 from fleet_server.releases.trust import WARN_BEFORE_S
@@ -22,6 +23,20 @@ from fleet_server.storage.processes import ProcessView
 
 NAMED = 5  # devices in a warning
 RESTORED_SAID_S = 30 * 86400.0  # for how long it is said that the server was restored
+
+
+class Broker(Protocol):
+    """What is asked of the broker's side."""
+
+    @property
+    def link(self) -> Link: ...
+
+    def paused(self) -> list[str]:
+        """The devices that are shut out for a while."""
+
+    def warnings(self) -> list[str]: ...
+
+    def view(self) -> BrokerView: ...
 
 
 class Messages(msgspec.Struct, frozen=True):
@@ -51,6 +66,11 @@ class Several(Protocol):
     def messages(self) -> Messages: ...
 
     def paused(self) -> list[str]: ...
+
+    def broker(self) -> BrokerView | None: ...
+
+    def warnings(self) -> list[str]:
+        """What those that speak with the broker say that a person must do something about."""
 
 
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,12 +112,7 @@ class Status:
         self._survey, self._intake, self._clock = survey, intake, clock
         self._started = clock()
         self.several: Several | None = None
-        self.broker_connected: Callable[[], bool] = lambda: False
-        self.broker: Callable[[], BrokerView] = lambda: BrokerView(config.broker.kind)
-        self.broker_warnings: Callable[[], list[str]] = list
-        """What a person must do about the broker."""
-        self.paused: Callable[[], list[str]] = list
-        """The devices that are shut out for a while."""
+        self.broker: Broker | None = None
         self.database_problem: Callable[[], str] = str
         self.stalled: Callable[[], list[tuple[str, str]]] = list
         """The rollouts that do not go on by themselves, and why."""
@@ -111,13 +126,21 @@ class Status:
         messages = Messages(self._intake.accepted, dict(self._intake.dropped)) if several is None else several.messages()
         return StatusView(
             fleet=self._config.fleet, version=software_version(), started=self._started, devices=self._survey.count(),
-            broker_connected=self._is_connected(), broker=self.broker(), ca_sha256=self._authority.fingerprint, device_url=self._config.device_url,
-            expires=expires, messages=messages, warnings=self._warnings(expires),
+            broker_connected=self._is_connected(), broker=self._broker(), ca_sha256=self._authority.fingerprint,
+            device_url=self._config.device_url, expires=expires, messages=messages, warnings=self._warnings(expires),
             leader=several.leading() if several is not None else None, processes=several.processes() if several is not None else [],
         )  # fmt: skip
 
+    def _broker(self) -> BrokerView:
+        nobody = BrokerView(self._config.broker.kind)
+        if self.several is not None:
+            return self.several.broker() or nobody
+        return self.broker.view() if self.broker is not None else nobody
+
     def _is_connected(self) -> bool:
-        return self.broker_connected() if self.several is None else self.several.connected()
+        if self.several is not None:
+            return self.several.connected()
+        return self.broker is not None and self.broker.link.connected.is_set()
 
     def _of_processes(self) -> list[str]:
         """What is wrong with the processes of a server that is several."""
@@ -142,9 +165,9 @@ class Status:
 
     def _warnings(self, expires: dict[str, float]) -> list[str]:
         """What a person must do something about, and what."""
-        found = self._of_processes()
-        found += self.broker_warnings()
-        if paused := self.paused() if self.several is None else self.several.paused():
+        side: Several | Broker | None = self.several or self.broker
+        found = self._of_processes() + (side.warnings() if side is not None else [])
+        if paused := side.paused() if side is not None else []:
             found.append(
                 f"{_some(Some(len(paused), paused[:NAMED]))} sent or asked for more than a device may, and the broker takes nothing of them for a while: see what runs there, and revoke what is not "
                 "yours"

@@ -41,19 +41,22 @@ class Broker(Protocol):
     def admit(self, device: str) -> None:
         """Lets a device in that was enrolled."""
 
+    def keep_out(self, device: str, seconds: float) -> None:
+        """Lets a device not in for a while that another process has paused and thrown off."""
+
     def paused(self) -> list[str]:
         """The devices that are shut out for a while."""
 
     def warnings(self) -> list[str]:
         """What a person must do something about, and what."""
 
-    def reload(self) -> None:
-        """The list of revoked certificates on this disk is another one."""
-
     def restart(self) -> None:
         """A CA is believed no more: everybody has to connect anew."""
 
     def renew(self) -> None:
         """The server's own certificates are new."""
+
+    def reload(self) -> None:
+        """The list of revoked certificates is another one."""
 
     def view(self) -> BrokerView: ...

@@ -54,7 +54,7 @@ class Cluster:
         )
         self.questions: ASGIApp | None = Questions(may)
         self._context = ssl.create_default_context(cafile=str(authority.trusted_path))
-        self._authority = authority
+        self._authority, self._stores = authority, stores
         self._view = BrokerView("rabbitmq", [NodeView(node.name, "not asked yet") for node in self._settings.nodes])
         self._stopping = threading.Event()
         self._ended = asyncio.Event()
@@ -69,7 +69,8 @@ class Cluster:
     def start(self) -> None:
         self._door.start()
         self.link.start()
-        self._looks.start()
+        if self._stores:
+            self._looks.start()
 
     def stop(self) -> None:
         self._stopping.set()
@@ -90,6 +91,9 @@ class Cluster:
     def admit(self, device: str) -> None:
         self._door.admit(device)
 
+    def keep_out(self, device: str, seconds: float) -> None:
+        self._door.keep_out(device, seconds)
+
     def paused(self) -> list[str]:
         return self.link.flood.paused()
 
@@ -100,9 +104,6 @@ class Cluster:
             found.append(f"{len(silent)} of {len(self._view.nodes)} nodes of the broker do not answer: {', '.join(silent)}")
         return found
 
-    def reload(self) -> None:
-        """Nothing to do: who logs in is asked of the database."""
-
     def restart(self) -> None:
         _log.warning(
             "a CA is believed no more: write the nodes' files anew (edge-fleet rabbitmq-files) and restart them one by one"
@@ -110,6 +111,9 @@ class Cluster:
 
     def renew(self) -> None:
         self.link.renew()
+
+    def reload(self) -> None:
+        """The nodes read no list of revoked certificates: they ask about each who logs in."""
 
     def view(self) -> BrokerView:
         return self._view

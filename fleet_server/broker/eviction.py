@@ -113,6 +113,10 @@ class ClusterDoor:
         self._paused[device] = time.monotonic() + seconds
         self._work.put(lambda: self._begin_pause(device, seconds))
 
+    def keep_out(self, device: str, seconds: float) -> None:
+        """Another process has paused the device, and throws it off."""
+        self._paused[device] = max(time.monotonic() + seconds, self._paused.get(device, 0.0))
+
     def again(self, device: str) -> None:
         """A paused device is still heard: it is thrown off once more, if that was not just done. Returns at once."""
         if time.monotonic() - self._evicted.get(device, 0.0) > ENOUGH_S:

@@ -88,6 +88,9 @@ class Mosquitto:
     def admit(self, device: str) -> None:
         self._door.admit(device)
 
+    def keep_out(self, device: str, seconds: float) -> None:
+        """No other process speaks with this broker."""
+
     def paused(self) -> list[str]:
         return self.link.flood.paused()
 

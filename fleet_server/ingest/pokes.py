@@ -43,13 +43,10 @@ class Pokes:
         """`looks_per_s`: how many devices the server wants to be asked by at most."""
         self._repository, self._inventory, self._survey = repository, inventory, survey
         self._link, self._looks_per_s = link, looks_per_s
-        self._version: int | None = None
-        """Of the assignment, when it was last told."""
         self._strangers = Allowance(1, STRANGER_EVERY_S, time.monotonic)
 
     def poke_all(self, assignment_version: int) -> None:
         """One message for the whole fleet."""
-        self._version = assignment_version
         said = topics.Poke(assignment_version=assignment_version, news=self._news(None), spread_s=self._spread_s())
         self._link.publish(topics.POKE_ALL, encode(said), retain=True)
 
@@ -57,10 +54,10 @@ class Pokes:
         """That device asks at once when the news are not enough."""
         self._link.publish(topics.down_poke(device), encode(topics.Poke(news=self._news(device))))
 
-    def poke_arrived(self, devices: set[str]) -> None:
+    def poke_arrived(self, devices: set[str], assignment_version: int) -> None:
         """Devices that have just connected to a broker which keeps no poke hear the news, each on its own topic."""
         said = encode(
-            topics.Poke(assignment_version=self._version, news=self._news(None), spread_s=self._spread_of(len(devices)))
+            topics.Poke(assignment_version=assignment_version, news=self._news(None), spread_s=self._spread_of(len(devices)))
         )
         for device in devices:
             self._link.publish(topics.down_poke(device), said)

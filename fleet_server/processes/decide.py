@@ -22,8 +22,10 @@ from fleet_server.api.internal import Internal
 from fleet_server.api.operator import app as operator_api
 from fleet_server.api.tls import CIPHERS, ClientCertificateProtocol, Listener
 from fleet_server.app import Fleet, locked
-from fleet_server.broker import sessions
+from fleet_server.broker import choice, sessions
+from fleet_server.broker_host import BrokerHost
 from fleet_server.config import FleetConfig, Folder, load
+from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import FleetError, Unavailable
 from fleet_server.metrics import Metrics, Sample
 from fleet_server.processes import aside
@@ -55,6 +57,8 @@ def decide(folder: Folder, *, metrics: str | None = None) -> None:
     """
     config = load(folder)
     descriptors.raise_limit()
+    if config.broker.kind == "rabbitmq":
+        choice.check(config)
     with locked(folder):
         asyncio.run(Deciding(folder, config, metrics).run())
 
@@ -177,7 +181,7 @@ class Term:
         self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listening: Listener | None = None
-        broker = BrokerElsewhere(common, fleet)
+        self._broker = broker = of_broker(common, fleet)
         fleet.inventory.link, fleet.assignment.poker = broker, broker
         fleet.inventory.heard_since = common.others.heard_since
         fleet.inventory.on_crl = lambda: fleet.repository.documents.write(CRL, fleet.authority.crl.read_bytes())
@@ -197,12 +201,14 @@ class Term:
         self._common.others.tell_of_leader()
         self._common.pulse.beat()
         try:
+            self._broker.start()
             await until_stopped(ended, [serving])
         finally:
             listener.should_exit = True
             for task in (*timers, *either):
                 task.cancel()
             await asyncio.gather(serving, *timers, *either, return_exceptions=True)
+            await asyncio.to_thread(self._broker.stop)
             self._loop = None
 
     def _listener(self) -> Listener:
@@ -259,6 +265,7 @@ class Term:
         """Of this machine; those of the others are copied to them."""
         if self.fleet.authority.renew_own(self._config.own_names) and self._listening is not None:
             self._listening.renew()
+            self._broker.renew()
             _log.warning(
                 "the server's own certificates are new: copy them to the machines that answer and ingest, and restart those"
             )
@@ -266,7 +273,43 @@ class Term:
     def _renew(self) -> None:
         lease_s = self.fleet.assignment.shortest_lease_s()
         if self.fleet.repository.renew(oldest_s=lease_s / RENEWALS_PER_LEASE if lease_s is not None else None):
-            self._common.signals.send("poke_all")
+            self._broker.poke_all(self.fleet.assignment.signed().version)
+
+
+def of_broker(common: Common, fleet: Fleet) -> BrokerElsewhere | BrokerCluster:
+    """Raises: Unavailable that says what is missing on this machine."""
+    return BrokerCluster(common, fleet) if fleet.config.broker.kind == "rabbitmq" else BrokerElsewhere(common, fleet)
+
+
+class BrokerCluster:
+    """A cluster that the leader speaks with itself; it publishes, and others store."""
+
+    def __init__(self, common: Common, fleet: Fleet) -> None:
+        self._signals = common.signals
+        self._host = BrokerHost(fleet, lambda _models: None, Renewals(fleet.inventory, fleet.enrolment), stores=False)
+
+    def start(self) -> None:
+        """Waits for nothing. With the connection all devices are poked: the one that led before may have left that to this one."""
+        self._host.start()
+
+    def stop(self) -> None:
+        self._host.stop()
+
+    def renew(self) -> None:
+        self._host.renew()
+
+    def poke_all(self, assignment_version: int) -> None:
+        self._host.pokes.poke_all(assignment_version)
+
+    def poke_device(self, device: str) -> None:
+        self._host.poke_device(device)
+
+    def admit(self, device: str) -> None:
+        self._host.admit(device)
+
+    def shut_out(self, device: str) -> None:
+        self._signals.send("shut_out", device)  # for who answers devices
+        self._host.shut_out(device)
 
 
 class BrokerElsewhere:
@@ -274,6 +317,13 @@ class BrokerElsewhere:
 
     def __init__(self, common: Common, fleet: Fleet) -> None:
         self._signals, self._fleet = common.signals, fleet
+
+    def start(self) -> None:
+        """Who runs the broker started it."""
+
+    def stop(self) -> None: ...
+
+    def renew(self) -> None: ...
 
     def poke_all(self, assignment_version: int) -> None:
         del assignment_version  # who pokes reads it

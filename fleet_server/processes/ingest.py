@@ -1,5 +1,5 @@
 """`edge-fleet ingest`: stores what devices send, and tells them by the broker what the leader wants them to be told. It has no key but
-those of its own certificates.
+those of its own certificates. Of a RabbitMQ cluster several may run, and they answer what its nodes ask.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import functools
 import logging
 import time
 from typing import Any
+
+import msgspec
 
 from agent.common import files
 from agent.common.systemd import notify
@@ -28,6 +30,8 @@ from fleet_server.timers import guarded, watchdog
 _log = logging.getLogger(__name__)
 
 PAUSED_SHOWN = 20
+MOSQUITTO_ORDERS = ("poke_all", "poke", "admit", "shut_out")
+"""What the leader has the one do that runs a mosquitto. Of a RabbitMQ cluster the leader does it itself."""
 
 
 def ingest(folder: Folder, *, metrics: str | None = None) -> None:
@@ -43,25 +47,27 @@ def ingest(folder: Folder, *, metrics: str | None = None) -> None:
 
 
 class Ingesting:
-    """One process that stores, and the broker that it runs."""
+    """One process that stores, and the broker that it runs or speaks with."""
 
     def __init__(self, folder: Folder, config: FleetConfig, metrics: str | None) -> None:
         self._common, self._config = Common(folder, config, "ingest"), config
+        self._orders_heard = MOSQUITTO_ORDERS if config.broker.kind == "mosquitto" else ("kept_out",)
         self._fleet: Fleet | None = None
         self._broker: BrokerHost | None = None
-        self._asked: Listener | None = None
-        """Where the nodes of a broker cluster ask."""
         self._stop = asyncio.Event()
         self._orders: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        self._asked: Listener | None = None
+        """Where the nodes of a broker cluster ask."""
         self._aside = aside.listener(metrics, self._metrics, self._why_not) if metrics is not None else None
         self._common.detail = self._detail
 
     async def run(self) -> None:
         loop, common = asyncio.get_running_loop(), self._common
         until_signalled(loop, self._stop)
-        for kind in ("poke_all", "poke", "admit", "shut_out"):
+        for kind in self._orders_heard:
             common.signals.on(kind, functools.partial(self._take_order, loop, kind))
-        common.signals.on_again("broker", functools.partial(self._take_order, loop, "again", ""))
+        if self._config.broker.kind == "mosquitto":
+            common.signals.on_again("broker", functools.partial(self._take_order, loop, "again", ""))
         common.start()
         tasks = [asyncio.create_task(watchdog())]
         if self._aside is not None:
@@ -74,10 +80,10 @@ class Ingesting:
                     return
             self._fleet = fleet = await asyncio.to_thread(common.fleet, common.database, signs=False)
             self._broker = broker = await asyncio.to_thread(self._host, fleet)
-            if broker.questions is not None:
-                self._asked = listeners.by_nodes(broker.questions, self._config, fleet.authority)
-                sock = listeners.bind(self._asked.host, self._asked.port)
-                tasks.append(asyncio.create_task(self._asked.run_aside(sock), name="listener"))
+            if broker.questions is not None:  # before anybody connects: the nodes ask about this process too
+                asked = self._asked = listeners.by_nodes(broker.questions, self._config, fleet.authority)
+                sock = listeners.bind(asked.host, asked.port)
+                tasks.append(asyncio.create_task(asked.run_aside(sock), name="listener"))
             tasks.append(asyncio.create_task(broker.run(), name="broker"))
             broker.start()
             await self._until_connected(broker, tasks)
@@ -103,15 +109,15 @@ class Ingesting:
             await asyncio.sleep(0.02)
 
     async def _end(self, broker: BrokerHost | None, tasks: list[asyncio.Task[None]]) -> None:
-        for listener in (self._aside, self._asked):
-            if listener is not None:
-                listener.should_exit = True
         for task in tasks:
-            if task.get_name() != "broker":
+            if task.get_name() not in {"broker", "listener"}:
                 task.cancel()
         if broker is not None:
             await asyncio.to_thread(broker.stop)
             await broker.end()
+        for listener in (self._aside, self._asked):
+            if listener is not None:
+                listener.should_exit = True
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self._common.stop)
 
@@ -119,7 +125,9 @@ class Ingesting:
         leader = ToLeader(fleet.authority, self._common.others.leader, self._common.others.forget)
         fleet.inventory.record_elsewhere = leader.record
         self._write_crl(fleet)
-        return BrokerHost(fleet, self._tell, leader)
+        made = BrokerHost(fleet, self._tell, leader)
+        made.on_pause = lambda device, seconds: self._common.signals.send("kept_out", f"{device} {seconds:.0f}")
+        return made
 
     def _tell(self, models: set[str]) -> None:
         """The leader judges the rollouts of these models anew."""
@@ -145,6 +153,9 @@ class Ingesting:
             broker.poke_device(about)
         elif kind == "admit":
             broker.admit(about)
+        elif kind == "kept_out":
+            device, _, seconds = about.partition(" ")
+            broker.keep_out(device, float(seconds))
         elif kind == "shut_out":
             self._write_crl(self._fleet)
             broker.shut_out(about)
@@ -178,7 +189,7 @@ class Ingesting:
         return {
             "connected": connected, "heard_since": broker.link.heard_since() if connected else None,
             "accepted": fleet.intake.accepted, "dropped": dict(fleet.intake.dropped),
-            "paused": broker.link.flood.paused()[:PAUSED_SHOWN],
+            "paused": broker.paused()[:PAUSED_SHOWN], "warnings": broker.warnings(), "broker": msgspec.to_builtins(broker.view()),
         }  # fmt: skip
 
     def _why_not(self) -> str:

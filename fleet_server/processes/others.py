@@ -8,8 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
+from fleet_server.ingest.broker_views import BrokerView
 from fleet_server.status import LeaderView, Messages
 from fleet_server.storage import leadership, processes
 from fleet_server.storage.database import Database
@@ -75,6 +77,14 @@ class Others:
 
     def paused(self) -> list[str]:
         return sorted({device for one in self._living() for device in one.detail.get("paused", ())})
+
+    def broker(self) -> BrokerView | None:
+        """How the broker is, as one that speaks with it sees it; None while nobody does."""
+        views = (one.detail["broker"] for one in self._living() if one.detail.get("connected") and "broker" in one.detail)
+        return next((msgspec.convert(view, BrokerView) for view in views), None)
+
+    def warnings(self) -> list[str]:
+        return list(dict.fromkeys(said for one in self._living() for said in one.detail.get("warnings", ())))
 
     def tell_of_leader(self) -> None:
         """Everybody reads anew who leads."""

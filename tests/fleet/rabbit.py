@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.fleet.stand import Server, wait_until
@@ -55,6 +56,11 @@ class Node:
                 cwd=self.folder, start_new_session=True,
             )  # fmt: skip
 
+    @property
+    def is_up(self):
+        """Whether it lets devices in."""
+        return self.process is not None and _open(self.mqtt)
+
     def wait(self):
         """Returns when devices are let in; MQTT is the last that a node begins with."""
         wait_until(self._is_up, f"{self.name} starts; it said {self.console()[-3000:]}", within=STARTS_S)
@@ -86,7 +92,8 @@ class Node:
 class Rabbits:
     """Nodes of one cluster, and the fleet server that uses them. The server starts first: the nodes ask it who may log in."""
 
-    def __init__(self, folder: Path, count: int, **settings) -> None:
+    def __init__(self, folder: Path, count: int, *, make: Callable[..., Server] = Server, **settings) -> None:
+        """`make` makes the server from its folder and settings; `settings` are those of `broker.rabbitmq`."""
         self.folder = folder / "rabbits"
         self.files = self.folder / "files"
         self.files.mkdir(parents=True)
@@ -104,16 +111,15 @@ class Rabbits:
         self.nodes = [Node(self, number) for number in range(1, count + 1)]
         (asks,) = free_ports(1)
         rabbit = {"nodes": [node.settings() for node in self.nodes], "authorization_port": asks, **settings}
-        self.server = Server(
-            folder, broker={"kind": "rabbitmq", "rabbitmq": rabbit}, public={"broker": f"127.0.0.1:{self.nodes[0].mqtt}"}
-        )
+        broker = {"kind": "rabbitmq", "rabbitmq": rabbit}
+        self.server = make(folder, broker=broker, public={"broker": f"127.0.0.1:{self.nodes[0].mqtt}"})
         done = self.server.cli("rabbitmq-files", self.server.data, self.files, "--place", "PLACE")
         assert done.returncode == 0, done.stderr
         for node in self.nodes:
             for name in ("rabbitmq.conf", "advanced.config"):
                 file = self.files / node.name / name
                 file.write_text(file.read_text().replace("PLACE", str(self.files / node.name)))
-        self.server.broker = self.nodes[0].mqtt
+        self.server.broker = self.server.mqtt_front or self.nodes[0].mqtt
 
     def start(self):
         """One node after the other: those that find no other each begin a cluster of their own, and two that join at once wait long."""

@@ -13,7 +13,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from agent.contract import topics
 from agent.contract.reports import Event
-from tests.fleet.stand import signed_event
+from tests.fleet.stand import signed_event, wait_until
 
 WINDOW = 10
 
@@ -124,3 +124,14 @@ def stored(server, device):
             return [int(message) for message in session.scalars(query)]
     finally:
         database.close()
+
+
+def assert_all_is_stored(server, reporters):
+    """What was acknowledged is stored, once, and in the order in which each device said it."""
+    for one in reporters:
+        one.finish()
+    for one in reporters:
+        wait_until(lambda one=one: set(stored(server, one.device)) >= one.acknowledged, f"all of {one.device.id} is stored")
+        numbers = stored(server, one.device)
+        assert numbers == sorted(set(numbers)), f"{one.device.id}: in order, and once"
+        assert set(numbers) >= one.acknowledged

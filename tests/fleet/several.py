@@ -1,4 +1,6 @@
-"""A server of several processes, as it runs on several machines: each has a folder of its own, behind a HAProxy."""
+"""A server of several processes, as it runs on several machines: each has a folder of its own, behind a HAProxy. The broker is a mosquitto
+beside the one that ingests, or a RabbitMQ cluster.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import requests
@@ -35,6 +38,7 @@ class Process:
 
     def begin(self) -> Process:
         """Starts it, and waits for nothing."""
+        self._hang_up()
         self._notify.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(self._notify))
@@ -80,6 +84,7 @@ class Process:
         return code
 
     def kill(self) -> None:
+        self._hang_up()
         self.process.kill()
         self.process.wait(20)
         self.process = None
@@ -92,21 +97,25 @@ class Process:
 
 
 class Several(Server):
-    """Two that decide, one that ingests (with the mosquitto that it runs), two that answer, and a HAProxy before those. `url` and
-    `device_url` are the HAProxy's.
+    """Two that decide, one that ingests (with the mosquitto that it runs) or two of them (with a RabbitMQ cluster), two that answer, and a
+    HAProxy before those that are several and before the nodes. `url` and `device_url` are the HAProxy's.
     """
 
     def __init__(self, base: Path, cluster: Cluster, blobs: dict[str, object], **settings: dict[str, object]) -> None:
-        self.front, self.front_devices, *self.decide_ports = free_ports(4)
+        self.front, self.front_devices, mqtt, asked, *self.decide_ports = free_ports(6)
         public = {
             "operators": f"127.0.0.1:{self.front}", "enrolment": f"127.0.0.1:{self.front}", "devices": f"127.0.0.1:{self.front_devices}",
         }  # fmt: skip
+        rabbit = settings.get("broker", {}).get("rabbitmq")
+        if rabbit is not None:
+            settings["broker"]["rabbitmq"] = {**rabbit, "authorization": f"127.0.0.1:{asked}"}
+            public["broker"] = f"127.0.0.1:{mqtt}"
+        settings["public"] = public
         super().__init__(
             base,
             fresh=True,
             database_url=cluster.new(),
             blobs=blobs,
-            public=public,
             decide={"port": self.decide_ports[0]},
             **settings,
         )
@@ -116,7 +125,12 @@ class Several(Server):
         self.aside = free_ports(1)[0]
         self.deciders = [Process("decide", self.data)]
         self.deciders.append(Process("decide", self._folder("decide-2", keys=True, decide={"port": self.decide_ports[1]})))
-        self.ingest = Process("ingest", self._folder("ingest-1"), "--metrics", f"127.0.0.1:{self.aside}")
+        self.mqtt_front = mqtt if rabbit is not None else None
+        self.ask_front, self.ask_ports = asked, free_ports(2)
+        self.nodes = [node["mqtt"] for node in rabbit["nodes"]] if rabbit is not None else []
+        self.ingests = [Process("ingest", self._ingests(1, rabbit), "--metrics", f"127.0.0.1:{self.aside}")]
+        if rabbit is not None:
+            self.ingests.append(Process("ingest", self._ingests(2, rabbit)))
         self.api_ports = [free_ports(2), free_ports(2)]
         self.apis = []
         for number, (operator, device) in enumerate(self.api_ports, 1):
@@ -140,26 +154,57 @@ class Several(Server):
         (made / "fleet.yaml").write_text(yaml.safe_dump(config))
         return made
 
+    def _ingests(self, number: int, rabbit: dict | None) -> Path:
+        """The folder of one that ingests; with a cluster each has a port of its own at which it answers the nodes."""
+        own = (
+            {**rabbit, "authorization": f"127.0.0.1:{self.ask_front}", "authorization_port": self.ask_ports[number - 1]}
+            if rabbit
+            else None
+        )
+        return self._folder(f"ingest-{number}", **({"broker": {"rabbitmq": own}} if own else {}))
+
     def _balanced(self) -> str:
-        """The example of the how-to page with this test's ports."""
-        example = re.search(r"```haproxy\n(.*?)```", HOW_TO.read_text(), re.DOTALL)
-        assert example is not None
-        text = (
-            example[1]
-            .replace("bind :8443", f"bind 127.0.0.1:{self.front}")
-            .replace("bind :8444", f"bind 127.0.0.1:{self.front_devices}")
+        """The examples of the how-to page with this test's ports."""
+        return self._example("defaults", self._before_those_that_answer) + (
+            self._example("listen mqtt", self._before_the_nodes) if self.nodes else ""
+        )
+
+    @staticmethod
+    def _example(begins: str, change: Callable[[str], str]) -> str:
+        found = re.search(rf"```haproxy\n({begins}.*?)```", HOW_TO.read_text(), re.DOTALL)
+        assert found is not None, begins
+        text = change(found[1])
+        assert "example.org" not in text, text
+        return text
+
+    def _before_the_nodes(self, text: str) -> str:
+        text = text.replace("bind :8883", f"bind 127.0.0.1:{self.mqtt_front}").replace(
+            "bind :8446", f"bind 127.0.0.1:{self.ask_front}"
+        )
+        for number, node in enumerate(self.nodes, 1):
+            text = text.replace(f"rabbit-{number}.example.org:8883", node)
+        for number, port in enumerate(self.ask_ports, 1):
+            text = text.replace(f"ingest-{number}.example.org:8446", f"127.0.0.1:{port}")
+        return text
+
+    def _before_those_that_answer(self, text: str) -> str:
+        text = text.replace("bind :8443", f"bind 127.0.0.1:{self.front}").replace(
+            "bind :8444", f"bind 127.0.0.1:{self.front_devices}"
         )
         for number, (operator, device) in enumerate(self.api_ports, 1):
             host = f"api-{number}.example.org"
             text = text.replace(f"{host}:8444 port 8443", f"127.0.0.1:{device} port {operator}").replace(
                 f"{host}:8443", f"127.0.0.1:{operator}"
             )
-        assert "example.org" not in text, text
         return text
 
     @property
+    def ingest(self) -> Process:
+        return self.ingests[0]
+
+    @property
     def processes(self) -> list[Process]:
-        return [*self.deciders, self.ingest, *self.apis]
+        return [*self.deciders, *self.ingests, *self.apis]
 
     def start(self, **_: str) -> Several:
         self.balancer.start()

@@ -79,6 +79,7 @@ class Server:
         self.offline = base / "offline"
         self.releases_key = self.offline / "releases.key"
         self.operator, self.device, self.loopback, self.broker = free_ports(4)
+        self.mqtt_front = None
         self._make(fresh, database_url)
         config = yaml.safe_load((self.data / "fleet.yaml").read_text())
         ports = {"operator_port": self.operator, "device_port": self.device, "loopback_port": self.loopback}

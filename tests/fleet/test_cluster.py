@@ -15,7 +15,7 @@ import time
 import pytest
 
 from tests.fleet.rabbit import Balancer, Rabbits
-from tests.fleet.reporters import Reporter, stored
+from tests.fleet.reporters import Reporter, assert_all_is_stored, stored
 from tests.fleet.stand import environment, wait_until
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(300)]
@@ -52,16 +52,6 @@ def report(rabbits):
     yield reporting
     for one in reporters:
         one.stop()
-
-
-def assert_all_is_stored(server, reporters):
-    for one in reporters:
-        one.finish()
-    for one in reporters:
-        wait_until(lambda one=one: set(stored(server, one.device)) >= one.acknowledged, f"all of {one.device.id} is stored")
-        numbers = stored(server, one.device)
-        assert numbers == sorted(set(numbers)), f"{one.device.id}: in order, and once"
-        assert set(numbers) >= one.acknowledged
 
 
 def test_a_node_that_is_killed_takes_nothing_along(rabbits, report):
@@ -122,7 +112,7 @@ def test_processes_share_the_queues_and_take_over_from_one_that_is_killed(rabbit
     reporters = report("p", 12, pause_s=0.05)
     first, second = Ingester(rabbits.server), Ingester(rabbits.server)
     try:
-        wait_until(lambda: first.queues and second.queues, f"each has its share: {first.queues}, {second.queues}", within=80)
+        wait_until(lambda: first.queues and second.queues, f"each has its share: {first.queues}, {second.queues}", within=40)
         assert not first.queues & second.queues
         killed, at = set(first.queues), time.monotonic()
         first.kill()
