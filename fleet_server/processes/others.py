@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
+from agent.contract.codec import convert
 from fleet_server.ingest.broker_views import BrokerView
 from fleet_server.status import LeaderView, Messages
 from fleet_server.storage import leadership, processes
@@ -80,8 +82,11 @@ class Others:
 
     def broker(self) -> BrokerView | None:
         """How the broker is, as one that speaks with it sees it; None while nobody does."""
-        views = (one.detail["broker"] for one in self._living() if one.detail.get("connected") and "broker" in one.detail)
-        return next((msgspec.convert(view, BrokerView) for view in views), None)
+        for one in self._living():
+            if one.detail.get("connected"):
+                with contextlib.suppress(msgspec.ValidationError):  # another version of this software has other words for it
+                    return convert(one.detail.get("broker"), BrokerView)
+        return None
 
     def warnings(self) -> list[str]:
         return list(dict.fromkeys(said for one in self._living() for said in one.detail.get("warnings", ())))
