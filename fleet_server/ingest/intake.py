@@ -265,7 +265,7 @@ def _read_presence(device: Known, payload: bytes) -> None:
         raise Dropped("bad_report", f"session {presence.session} of {device.id!r} is out of range")
     if presence.session < device.session:
         raise Dropped("old_session", f"presence of session {presence.session} of {device.id!r}; it is in {device.session}")
-    device.arrived |= presence.session > device.session
+    device.arrived |= presence.online
     device.session, device.present = presence.session, presence.online
 
 

@@ -63,7 +63,7 @@ class Known(msgspec.Struct):
     report: StateReport | None = None
     heard: bool = False
     arrived: bool = False
-    """Whether a newer session of it at the broker was heard of."""
+    """Whether it said that it is there, as devices do when they have connected."""
 
 
 def digest_of(report: StateReport) -> str:

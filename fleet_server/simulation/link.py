@@ -32,6 +32,7 @@ CONNACK_TIMEOUT_S = 15.0
 IN_FLIGHT = 10
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 120.0
 STEADY_AFTER_S = 10.0
+ASKED_AGAIN_S = (5.0, 15.0, 40.0, 600.0)
 """These are an agent's (agent/sync/fleet/link.py)."""
 
 
@@ -232,13 +233,22 @@ class Link:
         if reason.is_failure:
             self.problem = str(reason)
             return
-        device = self._papers.device
-        qos = 1 if self._protocol == MQTTProtocolVersion.MQTTv5 else 0  # as an agent's
-        client.subscribe([(topics.down_poke(device), qos), (topics.POKE_ALL, qos), (topics.down_blocks(device, "+"), 0)])
-        client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1)
         self.connected, self._up_at = True, self._loop.time()
         self.connections += 1
+        self._ask_for_pokes(client, self.connections, 1)
         self._hears.linked()
+
+    def _ask_for_pokes(self, client: mqtt.Client, connection: int, times: int) -> None:
+        """As an agent does; again where a cluster may have taken the subscription away (agent/sync/fleet/protocol.py)."""
+        if not self.connected or self._muted or connection != self.connections:
+            return
+        device, five = self._papers.device, self._protocol == MQTTProtocolVersion.MQTTv5
+        qos = 1 if five else 0
+        client.subscribe([(topics.down_poke(device), qos), (topics.POKE_ALL, qos), (topics.down_blocks(device, "+"), 0)])
+        client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1)
+        if not five:
+            again_s = ASKED_AGAIN_S[min(times, len(ASKED_AGAIN_S)) - 1] / self._speed
+            self._loop.call_later(again_s, self._ask_for_pokes, client, connection, times + 1)
 
     def _on_disconnect(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         was = self.connected

@@ -328,6 +328,12 @@ class Others:
     def paused(self):
         return []
 
+    def broker(self):
+        return None
+
+    def warnings(self):
+        return []
+
 
 @pytest.mark.parametrize(
     ("others", "warned"),

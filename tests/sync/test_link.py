@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from agent.contract import topics
-from agent.sync.fleet import link, takeovers
+from agent.sync.fleet import link, protocol, takeovers
 from agent.sync.fleet.link import Broker, Link, delay_s, tls_context
 from agent.sync.fleet.outbox import Outbox
 from tests.ports import free_ports
@@ -231,7 +231,7 @@ class OldBroker:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(broker.folder / "localhost.pem", broker.folder / "localhost.key")
         self.context, self.taken, self.ending = context, [], threading.Event()
-        self.deaf = False
+        self.deaf, self.subscriptions = False, 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.settimeout(0.1)
         self.port = self.listener.getsockname()[1]
@@ -270,6 +270,7 @@ class OldBroker:
         if kind == 0x10:
             channel.sendall(b"\x20\x02\x00\x00")
         elif kind == 0x80:
+            self.subscriptions += 1
             channel.sendall(b"\x90\x04" + packet[2:4] + b"\x01\x01")
         elif kind == 0x30:
             end = 4 + int.from_bytes(packet[2:4], "big")
@@ -293,6 +294,22 @@ def test_a_broker_of_mqtt_311_only(broker: Mosquitto, outbox: Outbox):
     try:
         eventually(lambda: outbox.waiting() == 0, "delivery over MQTT 3.1.1")
         assert (topics.up(DEVICE, "events"), b"old but good") in old.taken
+    finally:
+        ours.link.stop()
+        old.close()
+
+
+def test_pokes_are_asked_for_again_of_a_broker_of_mqtt_311(broker: Mosquitto, outbox: Outbox, monkeypatch):
+    """And each time the device says that it is there, so that what it missed is sent."""
+    monkeypatch.setattr(protocol, "ASKED_AGAIN_S", (0.1, 0.1, 0.1))
+    old = OldBroker(broker)
+    ours = Ours(broker, outbox)
+    ours.link.broker = Broker("127.0.0.1", old.port, lambda: broker.context(DEVICE))
+    ours.link.start()
+    said = topics.up(DEVICE, "presence")
+    try:
+        eventually(lambda: sum(topic == said for topic, _ in old.taken) == 4, "it says so four times in all")
+        assert old.subscriptions == 4
     finally:
         ours.link.stop()
         old.close()

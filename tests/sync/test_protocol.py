@@ -1,6 +1,8 @@
 """Which MQTT an agent speaks after a broker has accepted or refused it."""
 
-from agent.sync.fleet.protocol import FIVE, STAYS_FOR, THREE, ProtocolChoice
+import math
+
+from agent.sync.fleet.protocol import FIVE, STAYS_FOR, THREE, ProtocolChoice, asks_again_after_s
 
 
 def tried(choice, count):
@@ -33,3 +35,11 @@ def test_a_broker_that_was_replaced_by_one_of_mqtt_5_is_found_out():
     tried(choice, STAYS_FOR)
     choice.accepted()
     assert tried(choice, STAYS_FOR - 1) == [FIVE] * (STAYS_FOR - 1)
+
+
+def test_pokes_are_asked_for_again_where_a_cluster_may_forget_them():
+    """Soon after connecting, when a node has perhaps just died, and then seldom."""
+    waits = [asks_again_after_s(THREE, times) for times in range(1, 7)]
+    assert waits == sorted(waits)
+    assert (waits[0], waits[-1], waits[-2]) == (5.0, 600.0, 600.0)
+    assert asks_again_after_s(FIVE, 1) == math.inf

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 import random
 import socket
 import ssl
@@ -29,7 +30,7 @@ from agent.contract.codec import encode
 from agent.contract.reports import Presence
 from agent.sync import refusals
 from agent.sync.fleet.outbox import Item
-from agent.sync.fleet.protocol import ProtocolChoice, poke_qos
+from agent.sync.fleet.protocol import ProtocolChoice, asks_again_after_s, poke_qos
 from agent.sync.proxy import DIRECT, Way
 
 log = logging.getLogger(__name__)
@@ -222,6 +223,7 @@ class _Conversation:
         self._moved = 0.0  # when one of them was acknowledged, or the first of them sent
         self._after = 0
         self._accepted = False
+        self._asked, self._ask_at = 0, math.inf  # how often for pokes, and when next
         self._told = False  # that another connection took its place
         self._refused: str | None = None
         self._error = ""  # of the socket, in the words of who noticed it
@@ -243,6 +245,8 @@ class _Conversation:
                 break
             if self._accepted:
                 accepted_at = accepted_at or time.monotonic()
+                if time.monotonic() >= self._ask_at:
+                    self._ask_for_pokes()
                 self._drain()
                 if self._is_ignored():
                     log.warning("the broker acknowledges nothing: connecting anew")
@@ -291,7 +295,7 @@ class _Conversation:
     def _presence(self, *, online: bool) -> bytes:
         return encode(Presence(device=self._link.device, session=self._link.session, online=online))
 
-    def _on_connect(self, client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+    def _on_connect(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         if reason.is_failure:
             self._refused = str(reason)
             return
@@ -300,12 +304,17 @@ class _Conversation:
         if self._link.thrown_out:
             self._link.thrown_out = False
             self._link.on_taken_over(False)
-        device = self._link.device
         self._link.asks.clear()
-        qos = poke_qos(self._protocol)
-        client.subscribe([(topics.down_poke(device), qos), (topics.POKE_ALL, qos), (topics.down_blocks(device, "+"), 0)])
-        client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1)
+        self._ask_for_pokes()
         self._link.set_connected(connected=True)
+
+    def _ask_for_pokes(self) -> None:
+        """And says that the device is there, so that it is poked with what it may have missed."""
+        device, qos = self._link.device, poke_qos(self._protocol)
+        self._client.subscribe([(topics.down_poke(device), qos), (topics.POKE_ALL, qos), (topics.down_blocks(device, "+"), 0)])
+        self._client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1)
+        self._asked += 1
+        self._ask_at = time.monotonic() + asks_again_after_s(self._protocol, self._asked)
 
     def _on_log(self, _client: mqtt.Client, _data: Any, level: int, text: str) -> None:
         """The library tells what went wrong with the socket here and nowhere else."""

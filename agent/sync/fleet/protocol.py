@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from paho.mqtt.enums import MQTTProtocolVersion
 
@@ -12,6 +13,21 @@ FIVE, THREE = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
 STAYS_FOR = 8
 """After a broker has taken one, so many refusals in a row make the device try the other once: the broker may have been replaced.
 Fewer are about something else: it is starting, or the device is shut out."""
+
+
+ASKED_AGAIN_S, EVER_AGAIN_S = (5.0, 15.0, 40.0), 600.0
+
+
+def asks_again_after_s(protocol: MQTTProtocolVersion, times: int) -> float:
+    """How long after it asked for pokes for the `times`-th time on a connection a device asks once more; inf: never.
+
+    A cluster that speaks MQTT 3.1.1 (RabbitMQ before 3.13) keeps a subscription by the device's name, and deletes those of a node that died by
+    name, too: also the one that the device has made at another node since. Its connection stays, and it would hear nothing for good. Asked
+    again, the cluster restores the subscription or ends the connection, and the device makes a new one.
+    """
+    if protocol == FIVE:
+        return math.inf
+    return ASKED_AGAIN_S[times - 1] if times <= len(ASKED_AGAIN_S) else EVER_AGAIN_S
 
 
 def poke_qos(protocol: MQTTProtocolVersion) -> int:
