@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import logging
 import ssl
 import statistics
 import sys
@@ -74,6 +75,7 @@ class InAStorm(Story):
     storm: Storm
 
     async def settle(self) -> Any:
+        _say("the rollout is over; what everybody comes to in the calm …")
         await asyncio.to_thread(self.storm.stop)
         return await super().settle()
 
@@ -116,8 +118,14 @@ def reporting(server: Any, count: Any) -> Any:
     return found
 
 
+def _say(text: str) -> None:
+    print(f"  {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
 def storm(devices: Any, seed: Any, folder: Any) -> Any:
     """What is wrong in the end."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # each request to the object store
+    _say("three RabbitMQ nodes, PostgreSQL, an object store, HAProxy and two processes of each kind are started …")
     with contextlib.ExitStack() as stack:
         database = stack.enter_context(databases.cluster())
         store = ObjectStore()
@@ -138,6 +146,7 @@ def in_a_storm(rabbits: Any, database: Any, devices: Any, seed: Any, folder: Any
         server.execute(statement)
     server.publish_simple("story", 1)
     client = Patient(Profile.read(server.profile))
+    _say(f"{devices} devices enrol …")
     people, papers, address = crowd_of(client, folder, devices, seed)
     groups = [Stage(group=f"wave-{number}") for number in range(1, len(WAVES) + 1)]
     plan = Plan((*groups, Stage(permille=EVERYONE)), max_failures=devices)  # as the server reads it: the last wave is everybody
@@ -154,6 +163,7 @@ def in_a_storm(rabbits: Any, database: Any, devices: Any, seed: Any, folder: Any
         try:
             story = InAStorm(client, crowd, order, Nobody(), lambda: False)
             await story.connect()
+            _say("the rollout begins, and with it the storm …")
             story.storm = blows.start()
             report = await story.roll_out()
             return report, [describe(one) for one in crowd.devices if one.member.id in report.lost or not one.link.connected]
