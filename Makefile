@@ -175,7 +175,6 @@ test-packages: mosquitto
 	$(call need,softhsm2-util,softhsm2)
 	$(call need-stopped,haproxy,haproxy,haproxy)
 	$(call need,cc,gcc libc6-dev)
-	$(call need,haproxy,haproxy)
 	$(call only-postgresql-programs)
 	$(call need,/usr/lib/postgresql/*/bin/postgres,postgresql)
 	$(call need-stopped,rabbitmq-server,rabbitmq-server,rabbitmq-server epmd.service epmd.socket)
