@@ -32,7 +32,7 @@ FLOORS: Mapping[str, float] = {
     "agent/sync/gates": 95,
     "agent/sync/trust": 94,
     "agent/sync/updating": 93,
-    "fleet_server": 64,
+    "fleet_server": 66,
     "fleet_server/releases": 71,
     "fleet_server/rollouts": 88,
     "runtimes": 82,

@@ -203,6 +203,38 @@ def test_what_devices_say_cannot_move_the_cursor(server):
     assert not {"\x1b", "\r", "\n", "\x07"} & set(event_line(event))
 
 
+def test_people_are_shown_what_programs_get(server, capsys):
+    """Of every listing, and of the views of one thing: what its JSON is known by stands in what is printed."""
+    from fleet_server.cli import rollout_tables, tables
+
+    server.enrol("shown-1", ["shown"])
+    server.publish_simple("shown", 1)
+    server.enrolment_string(groups=["shown"])
+    begun = server.post("/rollouts", {"release": "shown:1", "waves": ["1", "shown", "50%"]})
+    planned = server.post("/rollouts/plan", {"release": "shown:1", "waves": ["1", "shown", "50%"]})
+    views = [
+        (tables.status, server.get("/status"), server.get("/status")["device_url"]),
+        (tables.devices, server.get("/devices")["devices"], "shown-1"),
+        (tables.device, server.get("/devices/shown-1"), "shown-1"),
+        (tables.releases, server.get("/releases"), "shown"),
+        (tables.release, server.get("/releases/shown/1"), "shown"),
+        (tables.events, server.get("/events"), "rollout_started"),
+        (tables.audit, server.get("/audit"), "rollout.start"),
+        (tables.tokens, server.get("/enrolment-tokens"), "shown"),
+        (tables.access_tokens, server.get("/access-tokens"), "admin"),
+        (tables.authorities, server.get("/ca"), server.get("/status")["ca_sha256"][:8]),
+        (rollout_tables.rollouts, server.get("/rollouts"), begun["id"]),
+        (rollout_tables.rollout, begun, "wave 2: shown"),
+        (rollout_tables.standings, server.get(f"/rollouts/{begun['id']}/devices")["devices"], "offline"),
+        (rollout_tables.previews, planned, "group shown"),
+        (rollout_tables.exclusions, [], "no"),
+    ]
+    for show, data, word in views:
+        show(data)
+        assert word in capsys.readouterr().out, show.__name__
+    server.post(f"/rollouts/{begun['id']}/abort")
+
+
 MESSAGE = "the share of failed requests rose from 0.000 to 0.412 over 120 requests " * 4
 
 

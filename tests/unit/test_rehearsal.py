@@ -90,6 +90,7 @@ def test_each_gets_its_verdict(rehearse):
     assert time.monotonic() - begun < LIMIT_S + 3, "a process that a model left behind is not waited for"
 
 
+@pytest.mark.long
 @pytest.mark.alone  # which of two things comes first depends on processors that have time
 def test_where_many_hang_the_others_come_first(rehearse, monkeypatch):
     """And those that hang do not fill the memory meanwhile."""
@@ -98,7 +99,7 @@ def test_where_many_hang_the_others_come_first(rehearse, monkeypatch):
         ["hangs"] * 3 * MOST_LATE + ["counts the others"], limit_s=3
     )  # slow processors take a second for the copies
     assert [name for name, _ in found].index("counts the others") < MOST_LATE
-    assert int(dict(found)["counts the others"]) <= MOST_LATE + 2 * len(os.sched_getaffinity(0))
+    assert int(dict(found)["counts the others"]) <= MOST_LATE + len(os.sched_getaffinity(0))
     assert {reason for name, reason in found if name == "hangs"} == {"loading it and a first run were not done in 3 s"}
 
 
