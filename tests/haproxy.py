@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import time
@@ -46,7 +47,10 @@ class HAProxy:
     def _listens(self) -> bool:
         """Whether the process has sockets that listen."""
         assert self.process is not None
-        fds = Path(f"/proc/{self.process.pid}/fd")
-        inodes = {str(fd.readlink())[8:-1] for fd in fds.iterdir() if str(fd.readlink()).startswith("socket:")}
+        inodes = set()
+        for fd in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if (target := str(fd.readlink())).startswith("socket:"):
+                    inodes.add(target[8:-1])
         lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
         return any(line.split()[3] == "0A" and line.split()[9] in inodes for line in lines)

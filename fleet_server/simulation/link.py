@@ -247,7 +247,7 @@ class Link:
         client.subscribe([(topics.down_poke(device), qos), (topics.POKE_ALL, qos), (topics.down_blocks(device, "+"), 0)])
         client.publish(topics.up(device, "presence"), self._presence(online=True), qos=1)
         if not five:
-            again_s = ASKED_AGAIN_S[min(times, len(ASKED_AGAIN_S)) - 1] / self._speed
+            again_s = ASKED_AGAIN_S[min(times, len(ASKED_AGAIN_S)) - 1]  # the broker's nodes are no faster than they are
             self._loop.call_later(again_s, self._ask_for_pokes, client, connection, times + 1)
 
     def _on_disconnect(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:

@@ -121,7 +121,7 @@ class Story:
         took_s = time.monotonic() - began
         if not done:
             raise Unavailable(f"no device could connect: {'; '.join(crowd.problems()) or 'no answer'}")
-        await self._until(self._all_are_known, "the server knows every device", SERVER_KNOWS_S + total / 100)
+        await self._until_all_are_known()
         while any(one.device.busy for one in crowd.devices):
             await self._pause()
             if self._late():
@@ -129,8 +129,15 @@ class Story:
             self._shown.show("devices come to rest", sum(not one.device.busy for one in crowd.devices), total)
         return took_s
 
-    async def _all_are_known(self) -> bool:
-        return bool((await self._get("/status"))["devices"]["online"] >= self.crowd.connected())
+    async def _until_all_are_known(self) -> None:
+        """Until the server counts every device as online that is connected.  Raises: Unavailable when it comes to know no more of them."""
+        since, most = time.monotonic(), -1
+        while (known := (await self._get("/status"))["devices"]["online"]) < self.crowd.connected():
+            if known > most:
+                since, most = time.monotonic(), known
+            if time.monotonic() - since > SERVER_KNOWS_S:
+                raise Unavailable(f"the server knows only {known} of {self.crowd.connected()} devices that are connected")
+            await self._pause(0.3)
 
     async def begin(self) -> None:
         """Starts the rollout, and lets devices do wrong what they are to do wrong."""
@@ -275,13 +282,6 @@ class Story:
         """Raises: Unavailable when the server is gone."""
         if self._server_ended():
             raise Unavailable("the server ended in the middle of the rehearsal")
-
-    async def _until(self, condition: Callable[[], Any], what: str, within_s: float) -> None:
-        end = time.monotonic() + within_s
-        while not await condition():
-            if time.monotonic() > end:
-                raise Unavailable(f"not within {within_s:.0f} s: {what}")
-            await self._pause(0.3)
 
 
 def _last_commit_s(moments: list[Moment]) -> float | None:

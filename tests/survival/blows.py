@@ -1,4 +1,4 @@
-"""What goes wrong around a server of several processes, and who looks on: processes and nodes are killed and started again as systemd would,
+"""What goes wrong around a server of several processes in `test_storm`, and who looks on: processes and nodes are killed and started again as systemd would,
 PostgreSQL crashes once, every signed document is written down, and everybody who answers is asked again and again.
 """
 
@@ -11,7 +11,6 @@ import json
 import random
 import threading
 import time
-from typing import Any
 
 import requests
 
@@ -37,47 +36,53 @@ KEEPS = (
 class Storm:
     """Between `start` and `stop` something is killed every few seconds. What took how long is in `took`: (kind, seconds)."""
 
-    def __init__(self, rabbits: Any, database: Any, reporters: Any, seed: Any) -> None:
+    def __init__(self, rabbits, database, reporters, seed):
         self._rabbits, self._server, self._database, self._reporters = rabbits, rabbits.server, database, reporters
         self._rng = random.Random(seed)
         self.took: list[tuple[str, float]] = []
         self.said: list[str] = []
         self.failed: list[str] = []
+        self.kinds: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def start(self) -> Any:
+    def start(self):
         self._thread.start()
         return self
 
-    def stop(self) -> None:
+    def stop(self):
         """Everything is there again afterwards."""
         self._stop.set()
-        self._thread.join(90)
+        if self._thread.ident is not None:
+            self._thread.join(90)
         for node in self._rabbits.nodes:
             if not node.is_up:
                 node.wait()
         self._server.leading()
 
-    def _run(self) -> None:
+    def _run(self):
+        """First each kind once, in an order of the seed, then whatever comes."""
+        once = ["leader", "ingest", "api", "node", "database"]
+        self._rng.shuffle(once)
         try:
-            for turn in range(10_000):
-                if self._stop.wait(self._rng.uniform(*PAUSES_S)):
-                    return
-                if turn == 2:
+            while not self._stop.wait(self._rng.uniform(*PAUSES_S)):
+                kind = once.pop() if once else None
+                if kind is None:
+                    self._strike()
+                elif kind == "database":
                     self._crash_database()
                 else:
-                    self._strike()
+                    self._kill(kind)
         except BaseException as error:  # the test says it
             self.failed.append(repr(error))
             raise
 
-    def _strike(self) -> None:
+    def _strike(self):
         kinds = ["decide", "ingest", "api"] + (["node"] if all(node.is_up for node in self._rabbits.nodes) else [])
         for kind in self._rng.sample(kinds, 2 if self._rng.random() < TWO_AT_ONCE else 1):
             self._kill(kind)
 
-    def _kill(self, kind: Any) -> None:
+    def _kill(self, kind):
         server, rng = self._server, self._rng
         if kind == "node":
             node = rng.choice(self._rabbits.nodes)
@@ -87,7 +92,8 @@ class Storm:
             threading.Timer(RESTARTS_AFTER_S, node.launch).start()
             self._measure("node", lambda: all(len(one.acknowledged) > before[one] for one in self._reporters))
             return
-        process = rng.choice([one for one in server.processes if one.kind == kind])
+        leading = self._leading() if kind == "leader" else None
+        process = leading or rng.choice([one for one in server.processes if one.kind == kind.replace("leader", "decide")])
         kind = "leader" if process is self._leading() else kind
         before = self._newest()
         number = self._number()
@@ -100,7 +106,7 @@ class Storm:
             self._measure("ingest", lambda: all(now > before[device] for device, now in self._newest().items()))
         time.sleep(RESTARTS_AFTER_S + 0.2)  # it is started again before the next is chosen
 
-    def _crash_database(self) -> None:
+    def _crash_database(self):
         self._note("database")
         number = self._number()
         self._database.stop()
@@ -108,7 +114,7 @@ class Storm:
         self._database.start()
         self._measure("database", lambda: self._number() >= number and self._leads())
 
-    def _measure(self, kind: Any, over: Any) -> None:
+    def _measure(self, kind, over):
         began = time.monotonic()
         while time.monotonic() - began < SETTLES_WITHIN_S:
             with contextlib.suppress(Exception):  # the database may be away, too
@@ -118,24 +124,25 @@ class Storm:
             time.sleep(0.05)
         self.failed.append(f"{kind}: not over within {SETTLES_WITHIN_S} s")
 
-    def _note(self, what: Any) -> None:
+    def _note(self, what):
+        self.kinds.add(what.partition(" ")[0])
         self.said.append(f"{time.strftime('%H:%M:%S')} {what}")
 
-    def _newest(self) -> Any:
+    def _newest(self):
         with contextlib.suppress(Exception):
             return {one.device.id: len(stored(self._server, one.device)) for one in self._reporters}
         return {one.device.id: 0 for one in self._reporters}
 
-    def _leads(self) -> Any:
+    def _leads(self):
         return rows(self._server, "SELECT number FROM leaders WHERE until > extract(epoch FROM clock_timestamp())")
 
-    def _number(self) -> Any:
+    def _number(self):
         """The fencing number of who leads, or led last and did not end well; -1 when it cannot be asked."""
         with contextlib.suppress(Exception):
             return self._leads()[0][0] if self._leads() else -1
         return -1
 
-    def _leading(self) -> Any:
+    def _leading(self):
         with contextlib.suppress(Exception):
             (holder,) = rows(self._server, "SELECT holder FROM leaders")[0]
             pid = int(holder.split("-")[-2])
@@ -143,7 +150,7 @@ class Storm:
         return None
 
 
-def rows(server: Any, statement: Any) -> Any:
+def rows(server, statement):
     from sqlalchemy import text
 
     database = Database(Folder(server.data).database_url(load(Folder(server.data))))
@@ -157,24 +164,24 @@ def rows(server: Any, statement: Any) -> Any:
 class Watch:
     """Asks each of those that answer, and whoever is behind the balancer, how the rollout and the assignment are."""
 
-    def __init__(self, server: Any) -> None:
+    def __init__(self, server):
         self._server = server
         self.wrong: list[str] = []
         self.counts: collections.Counter[str] = collections.Counter()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in (0, 1, None)]
 
-    def __enter__(self) -> Any:
+    def __enter__(self):
         for one in self._threads:
             one.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: object):
         self._stop.set()
         for one in self._threads:
             one.join(30)
 
-    def _run(self, number: Any) -> None:
+    def _run(self, number):
         version, wave = 0, {}
         while not self._stop.wait(0.3):
             found = self._ask(number, "/assignment")
@@ -189,7 +196,7 @@ class Watch:
                     self.wrong.append(f"rollout {one['id']} went back from {before} to {now}")
                 wave[one["id"]] = now
 
-    def _ask(self, number: Any, path: Any) -> Any:
+    def _ask(self, number, path):
         port = self._server.front if number is None else self._server.api_ports[number][0]
         try:
             answer = requests.get(
@@ -213,7 +220,7 @@ class Watch:
         return None
 
 
-def signed(server: Any) -> Any:
+def signed(server):
     """What was signed, in order: (role, version, the words that were signed, the fencing number)."""
     found = []
     for name, data, number in rows(server, "SELECT name, data, number FROM written ORDER BY seq"):

@@ -1,32 +1,31 @@
-"""A rollout to simulated devices while everything is killed: `python -m benchmarks.storm --devices 300`.
+"""A rollout to simulated devices while everything is killed, on a server of several processes.
 
 Three RabbitMQ nodes, PostgreSQL, an object store, two processes of each kind and a HAProxy before them, on this machine. Every few seconds one
-of them, or two, get kill -9 and are started again as systemd would; the database crashes once. Prints how soon each kind was made good and what
-is wrong in the end: what was acknowledged and not stored, signed twice, told twice, answered wrongly, and which devices do not know what
-the fleet wants. Exit status 1 when anything is. Needs the packages of `make test-packages`.
+of them, or two, get kill -9 and are started again as systemd would; the database crashes once. In the end nothing that was acknowledged is
+lost, nothing was signed twice, nobody was told twice, nobody was answered wrongly, and every device knows what the fleet wants. How soon each
+kind was made good is printed (pytest -s). EDGE_STORM_DEVICES is how many devices there are; EDGE_SEED makes a run again.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import collections
 import contextlib
+import gc
 import logging
+import os
+import random
 import ssl
 import statistics
 import sys
-import tempfile
 import time
 import uuid
-from pathlib import Path
-from typing import Any
 
 import msgspec
+import pytest
 
 from agent.contract.assignment import EVERYONE
 from agent.contract.names import ReleaseRef
-from benchmarks.blows import KEEPS, Storm, Watch, rows, signed
 from fleet_server.client import Client, Profile
 from fleet_server.errors import ServerRefused, Unavailable
 from fleet_server.simulation import members
@@ -42,7 +41,17 @@ from tests.fleet.reporters import Reporter, assert_all_is_stored
 from tests.fleet.several import Several
 from tests.fleet.stand import wait_until
 from tests.fleet.stored import ObjectStore
+from tests.survival.blows import KEEPS, Storm, Watch, rows, signed
 
+pytestmark = [
+    pytest.mark.survival,
+    pytest.mark.timeout(900),
+    # paho leaves the sockets of handshakes that fail to the collector
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+]
+
+DEVICES = int(os.environ.get("EDGE_STORM_DEVICES", "300"))
+SEED = int(os.environ.get("EDGE_SEED", str(random.randrange(1 << 32))))
 TAKEN_OVER_WITHIN_S = 10.0
 SPEED = 8.0
 WAVES = (0.1, 0.4, 1.0)
@@ -53,7 +62,7 @@ BEHAVE = ("refusing=3%", "rolling-back=2%", "wrong-clock=2%")
 class Patient(Client):
     """Repeats what was not answered, as a program does that heeds Retry-After."""
 
-    def _json(self, method: Any, path: Any, **options: Any) -> Any:
+    def _json(self, method, path, **options):
         options["headers"] = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
         until = time.monotonic() + 60
         while True:
@@ -74,13 +83,13 @@ class InAStorm(Story):
 
     storm: Storm
 
-    async def settle(self) -> Any:
+    async def settle(self):
         _say("the rollout is over; what everybody comes to in the calm …")
         await asyncio.to_thread(self.storm.stop)
         return await super().settle()
 
 
-def describe(one: Any) -> Any:
+def describe(one):
     version = one.device.assignment.version if one.device.assignment is not None else None
     return (
         one.member.id,
@@ -93,7 +102,7 @@ def describe(one: Any) -> Any:
     )
 
 
-def crowd_of(client: Any, folder: Any, count: Any, seed: Any) -> Any:
+def crowd_of(client, folder, count, seed):
     """The devices, enrolled, in a group for each wave: members, papers, address."""
     shares = tuple(parse(text) for text in BEHAVE)
     made = members.made_up(count, "story", 1, shares, seed)
@@ -107,7 +116,7 @@ def crowd_of(client: Any, folder: Any, count: Any, seed: Any) -> Any:
     return all_of_them, papers, server.address()
 
 
-def reporting(server: Any, count: Any) -> Any:
+def reporting(server, count):
     """Devices that report without end; no wave reaches them."""
     found = []
     for number in range(count):
@@ -118,111 +127,121 @@ def reporting(server: Any, count: Any) -> Any:
     return found
 
 
-def _say(text: str) -> None:
+def _say(text):
     print(f"  {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def storm(devices: Any, seed: Any, folder: Any) -> Any:
-    """What is wrong in the end."""
+@pytest.fixture
+def database():
+    with databases.cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def rabbits(database, tmp_path):
+    """A server of several processes with everything that belongs to it."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # each request to the object store
-    _say("three RabbitMQ nodes, PostgreSQL, an object store, HAProxy and two processes of each kind are started …")
     with contextlib.ExitStack() as stack:
-        database = stack.enter_context(databases.cluster())
         store = ObjectStore()
         stack.callback(store.close)
 
-        def several(where: Any, **settings: Any) -> Any:
-            return Several(where, database, store.settings, rollouts={"silence_s": 20.0, "exclude_after": 0}, **settings)
+        def several(where, **settings):
+            return Several(where, database, store.settings, rollouts={"silence_s": 60.0, "exclude_after": 0}, **settings)
 
-        rabbits = Rabbits(folder, 3, make=several, partitions=4)
-        stack.callback(rabbits.stop)
-        rabbits.start()
-        return in_a_storm(rabbits, database, devices, seed, folder)
+        made = Rabbits(tmp_path, 3, make=several, partitions=4)
+        stack.callback(made.stop)
+        made.start()
+        for statement in KEEPS:
+            made.server.execute(statement)
+        yield made
 
 
-def in_a_storm(rabbits: Any, database: Any, devices: Any, seed: Any, folder: Any) -> Any:
+def test_a_rollout_in_a_storm(rabbits, database, tmp_path):
     server = rabbits.server
-    for statement in KEEPS:
-        server.execute(statement)
     server.publish_simple("story", 1)
     client = Patient(Profile.read(server.profile))
-    _say(f"{devices} devices enrol …")
-    people, papers, address = crowd_of(client, folder, devices, seed)
-    groups = [Stage(group=f"wave-{number}") for number in range(1, len(WAVES) + 1)]
-    plan = Plan((*groups, Stage(permille=EVERYONE)), max_failures=devices)  # as the server reads it: the last wave is everybody
-    order = Order(
-        members=people, release=ReleaseRef("story", 1), plan=plan, seed=seed, realism=Realism(verify=0.05, speed=SPEED, beats_s=5.0),
-        silence_s=60.0, timeout_s=600.0,
-    )  # fmt: skip
+    _say(f"{DEVICES} devices enrol …")
+    people, papers, address = crowd_of(client, tmp_path, DEVICES, SEED)
     reporters = reporting(server, 8)
     wait_until(lambda: all(len(one.acknowledged) > 5 for one in reporters), "all report", within=30)
-    blows = Storm(rabbits, database, reporters, seed)
-
-    async def tell() -> Any:
-        crowd = Crowd(address, people, papers, folder, realism=order.realism, seed=seed, bad={order.release})
-        try:
-            story = InAStorm(client, crowd, order, Nobody(), lambda: False)
-            await story.connect()
-            _say("the rollout begins, and with it the storm …")
-            story.storm = blows.start()
-            report = await story.roll_out()
-            return report, [describe(one) for one in crowd.devices if one.member.id in report.lost or not one.link.connected]
-        finally:
-            await crowd.close(politely=False)
-
-    wrong = []
+    blows = Storm(rabbits, database, reporters, SEED)
+    order = order_of(people)
     with Watch(server) as watch:
         try:
-            report, odd = asyncio.run(tell())
+            report, lost = asyncio.run(
+                tell(client, lambda: Crowd(address, people, papers, tmp_path, realism=order.realism, seed=SEED, bad={order.release}), order, blows)
+            )  # fmt: skip
         finally:
             blows.stop()
-        try:
-            assert_all_is_stored(server, reporters)
-        except AssertionError as error:
-            wrong.append(f"what was acknowledged: {error}")
+        assert_all_is_stored(server, reporters)
     client.close()
-    documents, about_signing = signing(server)
-    began = [one["model"] for one in server.get("/rollouts")].count("story")
+    gc.collect()  # here, where it is allowed for
+    written = signed(server)
+    show(report, blows, watch, written)
     honest = {one.id for one in people if one.behaviour is Behaviour.HONEST}
-    wrong += [*blows.failed, *watch.wrong, *about_signing, *told_twice(server, honest)]
-    wrong += [f"the rollout was begun {began} times"] if began != 1 else []
-    wrong += [f"{report.ended.state}, expected {report.expected.state}"] if report.ended.state != report.expected.state else []
-    wrong += [f"does not know what the fleet wants: {one}" for one in odd]
+    assert report.ended.state == report.expected.state, lost
+    assert [one["model"] for one in server.get("/rollouts")].count("story") == 1
+    assert not blows.failed
+    assert blows.kinds >= {"leader", "ingest", "api", "node", "database"}, "each kind was hit"
+    assert not watch.wrong
+    assert_signed_once(written)
+    assert not told_twice(server, honest)
+    assert not lost, "these do not know what the fleet wants"
+    assert max(seconds for kind, seconds in blows.took if kind == "leader") <= TAKEN_OVER_WITHIN_S
+
+
+def order_of(people):
+    groups = [Stage(group=f"wave-{number}") for number in range(1, len(WAVES) + 1)]
+    plan = Plan(
+        (*groups, Stage(permille=EVERYONE)), max_failures=len(people)
+    )  # as the server reads it: the last wave is everybody
+    return Order(
+        members=people, release=ReleaseRef("story", 1), plan=plan, seed=SEED, realism=Realism(verify=0.05, speed=SPEED, beats_s=15.0),
+        silence_s=60.0, timeout_s=420.0,
+    )  # fmt: skip
+
+
+async def tell(client, crowd_there, order, blows):
+    """The rollout, and the storm during it: the report, and the devices that do not know what the fleet wants."""
+    crowd = crowd_there()
+    try:
+        story = InAStorm(client, crowd, order, Nobody(), lambda: False)
+        await story.connect()
+        _say("the rollout begins, and with it the storm …")
+        story.storm = blows.start()
+        report = await story.roll_out()
+        return report, [describe(one) for one in crowd.devices if one.member.id in report.lost or not one.link.connected]
+    finally:
+        await crowd.close(politely=False)
+
+
+def show(report, blows, watch, written):
     took = collections.defaultdict(list)
     for kind, seconds in blows.took:
         took[kind].append(seconds)
     print(
-        f"{devices} devices, seed {seed}, {len(blows.said)} blows; {report.ended.state} after {report.over_s} s; {documents} documents signed"
+        f"\n{DEVICES} devices, EDGE_SEED={SEED}, {len(blows.said)} blows; {report.ended.state} after {report.over_s} s; {len(written)} documents signed"
     )
     for kind, seconds in sorted(took.items()):
         print(
             f"  {kind:10} good again after {min(seconds):.1f} to {max(seconds):.1f} s, median {statistics.median(seconds):.1f} ({len(seconds)})"
         )
     print(f"  answers: {dict(watch.counts)}")
-    if max(took["leader"], default=0) > TAKEN_OVER_WITHIN_S:
-        wrong.append(f"a leader was taken over after {max(took['leader'])} s")
-    return wrong
 
 
-def signing(server: Any) -> Any:
-    """How many documents were signed, and what is wrong with them: of each role a version is signed once, versions only grow, and no
-    earlier leader signs after a later one.
-    """
-    newest, words, numbers, wrong = {}, {}, [], []
-    for name, role, version, data, number in signed(server):
+def assert_signed_once(written):
+    """Of each role a version is signed once, versions only grow, and no earlier leader signs after a later one."""
+    newest, words, numbers = {}, {}, []
+    for name, role, version, data, number in written:
         key = (name.rpartition("/")[2].lstrip("0123456789."), version)
-        if words.setdefault(key, data) != data:
-            wrong.append(f"{key} was signed twice")
-        if version < newest.get((key[0], role), 0):
-            wrong.append(f"{name} went back to version {version}")
+        assert words.setdefault(key, data) == data, f"{key} was signed twice"
+        assert version >= newest.get((key[0], role), 0), f"{name} went back to version {version}"
         newest[key[0], role] = version
         numbers.append(number)
-    if numbers != sorted(numbers):
-        wrong.append(f"leaders signed in the order {numbers}")
-    return len(words), wrong
+    assert numbers == sorted(numbers)
 
 
-def told_twice(server: Any, devices: Any) -> Any:
+def told_twice(server, devices):
     """What devices that do nothing wrong said more than once of the update, as it is stored."""
     said = collections.Counter(
         (device, name)
@@ -230,19 +249,3 @@ def told_twice(server: Any, devices: Any) -> Any:
         if device in devices
     )
     return [f"{device} said {name!r} {number} times" for (device, name), number in said.items() if number > 1]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, default=120)
-    parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="storm-") as folder:
-        wrong = storm(arguments.devices, arguments.seed, Path(folder))
-    for one in wrong:
-        print(f"WRONG: {one}")
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
