@@ -17,6 +17,7 @@ HEADS = (
     (b"\x89HDF\r\n\x1a\n", "a Keras model (HDF5): convert it, with tf2onnx or tf.lite.TFLiteConverter"),
     (b"x\x9c", "compressed (zlib), as joblib writes pickles, which are never opened: convert the model, with skl2onnx"),
     (b"ftrt", "an engine that TensorRT has built: its variant's runtime has to be tensorrt"),
+    (b"vtrt", "an engine that TensorRT-RTX has built: its variant's runtime has to be tensorrt"),
     (b"GGUF", "a GGUF file of llama.cpp, which no engine here runs"),
     (b"\x7fELF", "a program or library, not a model"),
     (b"%PDF", "a PDF document, not a model"),

@@ -11,6 +11,7 @@ import click
 from fleet_server.cli import (
     access,
     backup,
+    build,
     bundle,
     ca,
     describe,
@@ -51,7 +52,7 @@ def main(profile: Path | None) -> None:
 for command in (
     server.init, server.serve, processes.api, processes.ingest, processes.decide, processes.gather,
     server.doctor, server.renew_root, backup.backup, backup.restore,
-    release.publish, release.release, release.withdraw, release.reinstate,
+    build.build, release.publish, release.release, release.withdraw, release.reinstate,
     keys.keys, keys.publisher, ca.ca,
     rollout.rollout, rollout.rollback, exclusion.exclusion, bundle.bundle, simulate.simulate,
     device.device, token.token, journal.events, access.access, journal.audit, server.status,

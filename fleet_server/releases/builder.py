@@ -35,6 +35,7 @@ from fleet_server.releases import blocks
 from runtimes import onnx_external
 from runtimes.contract import ModelInvalid
 from runtimes.file_kinds import what_it_is
+from runtimes.tensorrt import header
 
 MAX_RELEASE_YAML_BYTES = 1024 * 1024
 ODD = re.compile(r"[^A-Za-z0-9._-]")  # what the names of a release's files have not
@@ -133,6 +134,8 @@ def _with_data(variant: dict[str, Any], paths: dict[str, Path]) -> dict[str, Any
     Raises: Invalid when it is no model, names a file that is not there, or one outside of its folder.
     """
     file, listed = str(variant.get("file")), variant.get("data") or {}
+    if file in paths and variant.get("runtime") == "tensorrt":
+        _check_engine(paths[file])
     if file not in paths or variant.get("runtime") not in ("onnx", "tflite") or not isinstance(listed, dict):
         return {}  # of the files of other runtimes nothing is known here
     path, data = paths[file], dict(listed)
@@ -172,3 +175,11 @@ def _me() -> str:
         return getpass.getuser()
     except (OSError, KeyError):
         return ""
+
+
+def _check_engine(path: Path) -> None:
+    """Raises: Invalid when it is no TensorRT engine, or is not whole."""
+    try:
+        header.read(path)
+    except ModelInvalid as error:
+        raise Invalid(f"{path}: {error}", code="bad_release") from error
