@@ -137,7 +137,7 @@ def varint(number: int) -> bytes:
 
 def roll_out(fleet: Fleet, device: Device, version: int) -> float:
     """Seconds until the device serves it."""
-    body = {"release": f"digits:{version}", "groups": [], "percent": None, "confirm": False, "max_failures": 0}
+    body = {"release": f"digits:{version}", "groups": [], "percent": None, "confirm": False}
     fleet.post("rollouts", body)
     return wait_for(
         f"release {version} on the device",

@@ -119,7 +119,7 @@ class Fleet:
         self.assignment = FleetAssignment(self.database, self.repository, self.journal, config.fleet, clock)
         decisions = Decisions(self.database, self.assignment, self.journal)
         self.judge = Judge(self.database, self.inventory, self.assignment, decisions, config.rollouts, clock)
-        self.views = Views(self.database, self.inventory, clock)
+        self.views = Views(self.database, self.inventory, self.judge.calendar, clock)
         self.rollouts = Rollouts(self.repository, self.journal, decisions, self.judge, self.views, clock)
         self.retention = Retention(decisions, self.catalogue, self.journal, config.keep.releases)
         self.bundles = Bundles(

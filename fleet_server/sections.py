@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from agent.contract import addresses
+from fleet_server import freezes
 
 DAY_S = 86400.0
 MAX_PARTITIONS = 64
@@ -26,6 +27,8 @@ class RolloutSettings(Settings, frozen=True, kw_only=True):
     """Seconds after which rollouts are judged again although no report came: a device may have fallen silent."""
     silence_s: float = 180.0
     """Seconds without a word after which a device counts as offline: three heartbeats."""
+    failure_share: float = 0.03
+    """Which part of the devices that were told may refuse a release or roll it back. A rollout with more ends, and everybody goes back."""
     min_devices: int = 1
     """How many devices of a wave must serve the release before the wave passes."""
     min_share: float = 0.5
@@ -33,9 +36,17 @@ class RolloutSettings(Settings, frozen=True, kw_only=True):
     missing_share: float = 0.1
     """Which part of them may fall silent, or not answer in time. A wave with more does not pass until they are back, or somebody decides."""
     confidence: float = 0.99
-    """How sure it must be that more than `missing_share` are missing: of rollouts in which no more are, 1 % is held up at 0.99."""
+    """How sure it must be that more than `failure_share` fail, or more than `missing_share` are missing: of rollouts in which no more do, 1 % is
+    ended, or held up, at 0.99.
+    """
     time_limit_s: float = DAY_S
     """Seconds that a wave waits for a device from when it was told. A rollout with a window allows a week more."""
+    freeze: tuple[str, ...] = ()
+    """Times in which no rollout begins, begins a wave or tells more devices: 'mon-fri 08:00-18:00 Europe/Berlin' every week (UTC where no
+    zone is named), '2026-12-23T18:00+01:00/2027-01-02T08:00+01:00' once. Aborts, rollbacks and withdrawals are done at any time.
+    """
+    approval: bool = False
+    """Whether another person than the one who started a rollout must approve it before it begins."""
     exclude_after: int = 3
     """How many devices of one hardware class must have quarantined a release for the class to be excluded from it. 0: never."""
     exclude_share: float = 0.02
@@ -48,6 +59,10 @@ class RolloutSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("tick_s and silence_s must be above 0, min_devices at least 1, exclude_after not negative")
         if not (0 <= self.exclude_share <= 1 and 0 <= self.min_share <= 1 and 0 < self.missing_share < 1):
             raise ValueError("exclude_share and min_share must be from 0 to 1, missing_share above 0 and below 1")
+        if not 0 < self.failure_share < 0.5:
+            raise ValueError("failure_share must be above 0 and below 0.5")
+        for text in self.freeze:
+            freezes.parse(text)
         if not (0.5 <= self.confidence < 1 and self.time_limit_s >= 1):
             raise ValueError("confidence must be from 0.5 to below 1, time_limit_s at least 1 second")
 

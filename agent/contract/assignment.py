@@ -87,6 +87,8 @@ class Rollout(Document, frozen=True, kw_only=True):
     previous: int | None
     groups: tuple[str, ...] = ()
     permille: int = 0
+    group_permille: dict[str, int] = {}
+    """Of these groups only the devices are reached whose slot is below the number; of the others every one."""
     mode: Mode = "install"
     window: Window | None = None
     team: str | None = None
@@ -96,6 +98,9 @@ class Rollout(Document, frozen=True, kw_only=True):
         names.check(names.GROUP_NAME, self.id, "rollout id")
         if not 0 <= self.permille <= EVERYONE:
             raise ValueError(f"permille {self.permille} must be from 0 to {EVERYONE}")
+        for group, permille in self.group_permille.items():
+            if not 0 <= permille <= EVERYONE:
+                raise ValueError(f"group_permille of {group!r}: {permille} must be from 0 to {EVERYONE}")
 
 
 class Exclusion(Document, frozen=True, kw_only=True):
@@ -203,8 +208,10 @@ def slot(rollout_id: str, device: str) -> int:
 
 
 def reaches(rollout: Rollout, device: str, groups: Collection[str]) -> bool:
-    """Whether the rollout's current wave includes the device."""
-    return any(group in groups for group in rollout.groups) or slot(rollout.team or rollout.id, device) < rollout.permille
+    """Whether the rollout reaches the device by now."""
+    shares = [rollout.group_permille.get(group, EVERYONE) for group in rollout.groups if group in groups]
+    share = max(rollout.permille, *shares) if shares else rollout.permille
+    return share >= EVERYONE or slot(rollout.team or rollout.id, device) < share
 
 
 def wanted(models: ModelAssignment, device: str, groups: Collection[str], hardware: str = "") -> Wanted:

@@ -1,5 +1,5 @@
 """edge-fleet: makes and runs the fleet server, and is its operators' command line. Exit codes: 0 ok, 1 failed, 2 usage, 3
-refused by the server, 4 the time ran out.
+refused by the server, 4 the time ran out, 5 a person must decide.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fleet_server.cli import (
     rabbitmq,
     release,
     rollout,
+    rollout_status,
     server,
     simulate,
     token,
@@ -59,3 +60,4 @@ for command in (
     rabbitmq.rabbitmq_files, describe.openapi, describe.completion,
 ):  # fmt: skip
     main.add_command(command)
+rollout.rollout.add_command(rollout_status.status)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_TOO_LATE = 1, 3, 4
+EXIT_FAILED, EXIT_REFUSED, EXIT_TOO_LATE, EXIT_ASKS = 1, 3, 4, 5
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d)")
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 EXAMPLE = "edge-fleet "
@@ -36,7 +36,6 @@ RENAMED_COMMANDS = {
     "devices": "device list",
     "releases": "release list",
     "rollout lift": "exclusion end",
-    "rollout status": "rollout show",
     "rollout stopped": "exclusion list",
 }
 RENAMED_OPTIONS = {"--hold": "--confirm", "--together": "--team"}

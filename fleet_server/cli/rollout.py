@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 WATCH_S = 1.0
 AWAY_S = 60.0
+MOST_RATE = 1_000_000.0
 OVER = frozenset({"completed", "aborted"})
 STANDINGS = (
     "committed", "shadowed", "refused", "failed", "rolled_back", "pending", "timed_out", "lost", "held", "skipped", "offline",
@@ -39,6 +40,20 @@ STANDINGS = (
 @click.group(cls=Group)
 def rollout() -> None:
     """Staged changes of what the fleet runs."""
+
+
+def _per_minute(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
+    """`60/min` → 60.0.  Raises: click.BadParameter."""
+    if value is None:
+        return None
+    number, _, unit = value.partition("/")
+    try:
+        found = float(number) * {"min": 1.0, "h": 1 / 60, "s": 60.0}[unit]
+    except (ValueError, KeyError):
+        found = 0.0
+    if not 0 < found <= MOST_RATE:
+        raise click.BadParameter(f"{value!r} is not a rate; write for example 60/min, 500/h or 2/s")
+    return found
 
 
 def _with_reach(command: Callable[..., None]) -> Callable[..., None]:
@@ -103,8 +118,17 @@ def rollout_plan(
     help="Only try it: devices run it on copies of live requests, say how it did, and install nothing.",
 )
 @click.option("--confirm", is_flag=True, help="Wait for `rollout promote` between waves.")
+@click.option("--at-once", is_flag=True, help="Each wave tells all of its devices in one step, and not a few first.")
+@click.option("--start-at", help="When it begins, with its time zone, such as 2026-12-24T02:00+01:00.")
+@click.option("--bake", callback=duration, help="For how long a wave must have passed before the next one begins, such as 30m.")
+@click.option("--rate", callback=_per_minute, help="How many devices are told in a minute at most, such as 60/min.")
 @click.option(
-    "--max-failures", type=click.IntRange(0), default=0, show_default=True, help="Devices that may refuse it or roll back."
+    "--failure-percent",
+    type=click.FloatRange(0, 50, min_open=True, max_open=True),
+    help="Which part of the devices may refuse it or roll back: it ends when it is surely more [default: rollouts.failure_share in fleet.yaml].",
+)
+@click.option(
+    "--max-failures", type=click.IntRange(0), help="It ends as well when more devices than so many refuse it or roll back."
 )
 @click.option(
     "--min-percent",
@@ -126,26 +150,34 @@ def rollout_start(
     groups: tuple[str, ...],
     percent: float | None,
     window: str | None,
+    start_at: str | None,
+    bake: float | None,
+    rate: float | None,
+    failure_percent: float | None,
+    max_failures: int | None,
     min_percent: float | None,
     time_limit: float | None,
     *,
     team: bool,
     shadow: bool,
     confirm: bool,
-    max_failures: int,
+    at_once: bool,
     as_json: bool,
 ) -> None:
-    """Begins a rollout: the waves that you name, then everyone. Naming nothing means everyone at once. Each wave reaches one device at least.
+    """Begins a rollout: the waves that you name, then everyone. Each wave reaches one device at least. It tells a few devices first, more as
+    they answer, and the rest when it is sure that few fail.
 
     edge-fleet rollout start digits:4 --waves 1,5%,25%
     edge-fleet rollout start digits:4 --group canary --confirm
     edge-fleet rollout start digits:4 --percent 10 --max-failures 1
+    edge-fleet rollout start digits:4 --waves 1,5% --bake 2h --rate 60/min --start-at 2026-12-24T02:00+01:00
     edge-fleet rollout start digits:4 --shadow --group canary
     edge-fleet rollout start detector:7 classifier:3 --team --window 'sat,sun 02:00-05:00'
     """
     body = _reach(releases, waves, groups, percent, team=team) | {
         "window": window, "confirm": confirm, "max_failures": max_failures, "mode": "shadow" if shadow else "install",
-        "min_share": None if min_percent is None else min_percent / 100, "time_limit_s": time_limit,
+        "min_share": None if min_percent is None else min_percent / 100, "time_limit_s": time_limit, "at_once": at_once,
+        "failure_share": None if failure_percent is None else failure_percent / 100, "bake_s": bake, "rate": rate, "starts": start_at,
     }  # fmt: skip
     with connected(ctx) as client:
         show(client.post("/rollouts", body), as_json, rollout_tables.rollout)
@@ -173,9 +205,9 @@ def rollout_show(ctx: click.Context, rollout_id: str | None, *, watch: bool, tim
     if timeout is not None and not watch:
         raise click.UsageError("--timeout goes with --watch")
     with connected(ctx) as client:
-        chosen = rollout_id or _newest(client)
+        chosen = rollout_id or newest(client)
         last = None
-        for data in _again_and_again(client, chosen, timeout) if watch else [client.get(f"/rollouts/{segment(chosen)}")]:
+        for data in again_and_again(client, chosen, timeout) if watch else [client.get(f"/rollouts/{segment(chosen)}")]:
             if data != last:
                 show(data, as_json, rollout_tables.rollout)
                 last = data
@@ -186,7 +218,7 @@ def rollout_show(ctx: click.Context, rollout_id: str | None, *, watch: bool, tim
         sys.exit(EXIT_FAILED)
 
 
-def _again_and_again(client: Client, rollout_id: str, timeout_s: float | None) -> Iterator[dict[str, Any]]:
+def again_and_again(client: Client, rollout_id: str, timeout_s: float | None) -> Iterator[dict[str, Any]]:
     """The rollout as it is, again and again until it is over or the time is up.
 
     Raises: ServerRefused; Unavailable when the server is away for longer than AWAY_S and no limit was given.
@@ -210,7 +242,7 @@ def _again_and_again(client: Client, rollout_id: str, timeout_s: float | None) -
         time.sleep(left_s)
 
 
-def _newest(client: Client) -> str:
+def newest(client: Client) -> str:
     found = client.get("/rollouts", limit=1)
     if not found:
         raise FleetError("there was no rollout yet; begin one with `edge-fleet rollout start MODEL:VERSION`")
@@ -266,6 +298,7 @@ def _rollout_verb(verb: str, text: str) -> None:
             show(client.post(f"/rollouts/{segment(rollout_id)}/{verb}"), as_json, rollout_tables.rollout)
 
 
+_rollout_verb("approve", "Lets a rollout begin that another person started (rollouts.approval in fleet.yaml).")
 _rollout_verb("promote", "Confirms that the next wave of a rollout begins.")
 _rollout_verb("pause", "Begins no further wave; devices already reached go on.")
 _rollout_verb("resume", "Lets a paused rollout go on.")

@@ -6,6 +6,7 @@ from typing import Any
 
 from fleet_server.cli.tables import ago, console, moment, safe, size, table, words
 
+EVERYONE = 1000
 PREVIEWED = ("devices", "online", "serving", "held", "refusing", "unfit", "unknown")
 
 
@@ -39,10 +40,10 @@ def previews(found: list[dict[str, Any]]) -> None:
             out.print(f"[yellow]![/yellow] {safe(worry)}")
 
 
-def _reach(wave: Any) -> str:
+def reach(wave: Any) -> str:
     if wave["count"]:
         return "one device" if wave["count"] == 1 else f"{wave['count']} devices"
-    if wave["permille"] >= 1000:
+    if wave["permille"] >= EVERYONE:
         return "everyone"
     return ", ".join([*wave["groups"], *([f"{wave['permille'] / 10:g} %"] if wave["permille"] else [])])
 
@@ -59,12 +60,14 @@ def rollout(r: dict[str, Any]) -> None:
         out.print(_team(r))
     if r["window"]:
         out.print(f"  in the window {safe(r['window'])} of each device's local time")
+    if r["waits_for"]:
+        out.print(f"  waits: {safe(r['waits_for'])}")
     for one in r["exclusions"]:
         out.print(f"  {safe(one['hardware'])} is [bold red]excluded[/bold red]{_ended(one)}: {safe(one['reason'])}")
     for number, wave in enumerate(r["waves"]):
-        reach = _reach(wave)
+        named = reach(wave)
         mark = "done" if number < r["wave"] or r["state"] == "completed" else "now" if number == r["wave"] else "later"
-        out.print(f"  wave {number + 1}: {safe(reach)} ({mark})")
+        out.print(f"  wave {number + 1}: {safe(named)} ({mark})")
     if r["verdict"]:
         out.print(f"  {r['verdict']['verdict']}: {safe(r['verdict']['why'])} ({_counted(r['verdict'])})")
         for witness in r["verdict"]["evidence"]:

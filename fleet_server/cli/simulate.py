@@ -50,8 +50,13 @@ def _share(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
     "--waves", default="10%,100%", show_default=True, help="Shares of the devices, or a group: 10%,100% or canary,100%."
 )
 @click.option(
-    "--max-failures", type=click.IntRange(0), default=0, show_default=True, help="Devices that may refuse it or roll back."
+    "--failure-percent",
+    type=click.FloatRange(0, 50, min_open=True, max_open=True),
+    default=3.0,
+    show_default=True,
+    help="Which part of the devices may refuse it or roll back.",
 )
+@click.option("--max-failures", type=click.IntRange(0), help="And how many at most.")
 @click.option(
     "--behave",
     multiple=True,
@@ -98,7 +103,8 @@ def _share(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
 @click.pass_context
 @reports_errors
 def simulate(
-    ctx: click.Context, devices: int | None, inventory: Path | None, release: str | None, waves: str, max_failures: int,
+    ctx: click.Context, devices: int | None, inventory: Path | None, release: str | None, waves: str, failure_percent: float,
+    max_failures: int | None,
     behave: tuple[str, ...], verify: float, fetch: float, speed: float, seed: int, timeout: float, json_file: Path | None,
     plot: Path | None, *, on_server: bool, yes: bool,
 ) -> None:  # fmt: skip
@@ -107,7 +113,7 @@ def simulate(
     They run against a server that is started on this machine for it, and gone afterwards. Exit status 0: the rollout ended as its gates
     say and every device that does nothing wrong is where it should be; 1: it did not; 4: the time ran out.
 
-    edge-fleet simulate --devices 300 --behave refusing=3% --max-failures 12
+    edge-fleet simulate --devices 300 --behave refusing=3%
     edge-fleet simulate --devices 300 --behave offline=5% --behave rolling-back=2% --plot rollout.svg
 
     edge-fleet device list --json > inventory.json
@@ -126,7 +132,7 @@ def simulate(
         raise click.UsageError("--on-server goes with --release, one that was published there, and with made-up devices")
     wish = Wish(
         release=ReleaseRef.parse(release) if release is not None else None,
-        plan=expected.Plan(expected.stages(waves), max_failures),
+        plan=expected.Plan(expected.stages(waves), max_failures, failure_percent / 100),
         shares=tuple(behaviours.parse(text) for text in behave),
         realism=Realism(verify=verify, fetch=fetch, speed=speed), seed=seed, timeout_s=timeout,
     )  # fmt: skip

@@ -125,14 +125,14 @@ class FleetAssignment:
         if row.previous in said.withdrawn:
             row.previous = None
         known = said.rollout.id if said.rollout is not None else None
-        for active in session.scalars(select(RolloutRow).where(RolloutRow.model == model, RolloutRow.state.in_(rows.ACTIVE))):
+        for active in session.scalars(select(RolloutRow).where(RolloutRow.model == model, RolloutRow.state.in_(rows.BEGUN))):
             if active.id != known:
                 reason = "the database was restored from an older backup"
                 steps.apply(session, [active], Event.ABORT, self._clock(), reason=reason)
 
     def _document(self, session: Session, version: int) -> Assignment:
         models = {row.model: row for row in session.scalars(select(ModelRow))}
-        active = {row.model: row for row in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(rows.ACTIVE)))}
+        active = {row.model: row for row in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(rows.BEGUN)))}
         withdrawn: dict[str, list[int]] = {}
         for model, number in session.execute(
             select(ReleaseRow.model, ReleaseRow.version).where(ReleaseRow.withdrawn.is_(True))

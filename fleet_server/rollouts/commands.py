@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from fleet_server.errors import Conflict, Invalid, NotFound
 from fleet_server.journal import Journal
 from fleet_server.releases import catalogue
 from fleet_server.releases.repository import Repository
-from fleet_server.rollouts import exclusions, machine, planning, rows, steps, teams, wording
+from fleet_server.rollouts import beginning, exclusions, planning, rows, steps, teams, wording
 from fleet_server.rollouts.decisions import Decisions
 from fleet_server.rollouts.exclusions import ExclusionView
 from fleet_server.rollouts.gates import Rules
@@ -67,13 +66,15 @@ class Rollouts:
 
     def start(
         self, actor: Actor, ref: ReleaseRef, *, waves: Sequence[str] = (), groups: Iterable[str] = (), permille: int | None = None, confirm: bool = False,
-        max_failures: int = 0, team: Iterable[ReleaseRef] = (), window: str | None = None, mode: Mode = "install",
-        min_share: float | None = None, time_limit_s: float | None = None,
+        team: Iterable[ReleaseRef] = (), window: str | None = None, mode: Mode = "install", at_once: bool = False, starts: float | None = None,
+        max_failures: int | None = None, failure_share: float | None = None, min_share: float | None = None, time_limit_s: float | None = None,
+        bake_s: float | None = None, rate: float | None = None,
     ) -> RolloutDetail:  # fmt: skip
         """Begins a rollout. `waves`: as `machine.read_waves` has them, or the first one alone as `groups` and `permille`, and then everyone;
         each reaches one device at least. `team`: releases of other models that switch with it on each device, all or none. `confirm`: a
-        person confirms each further wave. In mode shadow devices run it on copies of live requests and install nothing. `min_share`,
-        `time_limit_s`: instead of what fleet.yaml says.
+        person confirms each further wave. In mode shadow devices run it on copies of live requests and install nothing. `at_once`: a wave
+        tells all of its devices in one step. `starts`: it begins then. `max_failures`, `bake_s`, `rate`: see `gates.Rules`; `failure_share`,
+        `min_share`, `time_limit_s`: instead of what fleet.yaml says.
 
         Raises: NotFound, Conflict (another one is under way, withdrawn, not signed any more, already what everyone runs),
         Invalid.
@@ -81,6 +82,10 @@ class Rollouts:
         refs = [ref, *team]
         wishes = {
             "max_failures": max_failures,
+            "failure_share": failure_share,
+            "bake_s": bake_s,
+            "rate": rate,
+            "growth": mode == "install" and not at_once,  # in mode shadow nobody is harmed
             "shadow": mode == "shadow",
             "min_share": min_share,
             "time_limit_s": time_limit_s,
@@ -91,14 +96,18 @@ class Rollouts:
             with self._decisions.one() as decision:
                 session = decision.session
                 started = [self._create(session, actor, one, plans) for one in refs]
-                reached = planning.resolve(session, started[0].id, plans.waves)
+                beginning.resolve(session, started, plans.waves)
                 for row in started:
-                    row.team, row.waves = started[0].id if len(started) > 1 else None, msgspec.to_builtins(reached)
-                    row.state = machine.step(rows.plan_of(row), Event.START).state.value
-                steps.next_version(session)
-                goes = "runs beside what serves on" if mode == "shadow" else "goes to"
-                message = f"{started[0].id}: {wording.named(started)} {goes} {wording.reach(plans.waves[0])}"
-                decision.note("rollout_started", message, model=ref.model, release=ref.version)
+                    row.team, row.starts = started[0].id if len(started) > 1 else None, starts
+                calendar, now = self._judge.calendar, self._clock()
+                event = beginning.first_event(calendar, starts, now)
+                steps.apply(session, started, event, now)
+                if event is Event.START:
+                    beginning.note_started(decision, started)
+                else:
+                    name, row = "rollout_proposed" if event is Event.PROPOSE else "rollout_scheduled", started[0]
+                    message = f"{row.id} ({wording.named(started)}): {calendar.waits(row, now)}"
+                    decision.note(name, message, model=ref.model, release=ref.version)
             self._judge.evaluate_one(started[0].id)
             return self._views.rollout(started[0].id)
 
@@ -127,10 +136,10 @@ class Rollouts:
         number = (session.scalar(select(func.max(RolloutRow.number))) or 0) + 1
         now = self._clock()
         row = RolloutRow(
-            id=f"r{number}-{secrets.token_hex(2)}", number=number, model=ref.model, release=ref.version, previous=model.release,
+            id=planning.draw(session, number, plans.waves), number=number, model=ref.model, release=ref.version, previous=model.release,
             waves=[msgspec.to_builtins(wave) for wave in plans.waves], wave=0, state=State.CREATED.value, confirm=plans.confirm,
-            max_failures=plans.rules.max_failures, mode=plans.mode, window=plans.window, created=now, created_by=actor.name, updated=now,
-            reason="", rules=msgspec.to_builtins(plans.rules),
+            max_failures=plans.rules.max_failures or 0, mode=plans.mode, window=plans.window, created=now, created_by=actor.name, updated=now,
+            reason="", rules=msgspec.to_builtins(plans.rules), reach=0,
         )  # fmt: skip
         session.add(row)
         session.flush()
@@ -139,6 +148,27 @@ class Rollouts:
             mode=plans.mode, rules=row.rules,
         )  # fmt: skip
         return row
+
+    def approve(self, actor: Actor, rollout_id: str) -> RolloutDetail:
+        """Lets a rollout begin that another person started: at once, or at its time.  Raises: NotFound, Conflict."""
+        with self._decisions.lock:
+            with self._decisions.one() as decision:
+                session = decision.session
+                team = teams.of(session, rows.find(session, rollout_id))
+                row = team[0]
+                if actor.name == row.created_by and State(row.state) is State.PROPOSED:
+                    raise Conflict(
+                        f"{actor.name} started rollout {row.id}; another person must approve it (rollouts.approval in fleet.yaml)",
+                        code="same_person",
+                    )
+                steps.apply(session, team, Event.APPROVE, self._clock())
+                for member in team:
+                    member.approved_by = actor.name
+                self._journal.audit(session, actor, "rollout.approve", row.id)
+                message = f"{row.id} ({wording.named(team)}) was approved by {actor.name}"
+                decision.note("rollout_approved", message, model=row.model, release=row.release)
+            self._judge.evaluate_one(rollout_id)
+            return self._views.rollout(rollout_id)
 
     def promote(self, actor: Actor, rollout_id: str) -> RolloutDetail:
         """Confirms that the next wave begins."""

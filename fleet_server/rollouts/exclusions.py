@@ -9,7 +9,7 @@ for the others. An operator may end an exclusion, once and for all.
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 from sqlalchemy import select
@@ -52,15 +52,22 @@ class ExclusionView(msgspec.Struct, frozen=True):
 
 
 def to_exclude(
-    refused: Mapping[str, list[Fact]], serving: Mapping[str, int], least: int, share: float
+    refused: Mapping[str, list[Fact]],
+    serving: Mapping[str, int],
+    least: int,
+    share: float,
+    stands_out: Callable[[str, int], bool],
 ) -> dict[str, list[Fact]]:
     """Class → the devices whose refusals exclude it. `refused`: the devices of each class that quarantine the release;
-    `serving`: how many of each class run it. Pure.
+    `serving`: how many of each class run it; `stands_out`: `gates.stands_out`. Pure.
     """
     return {
         kind: devices
         for kind, devices in refused.items()
-        if least and len(devices) >= least and len(devices) >= share * (len(devices) + serving.get(kind, 0))
+        if least
+        and len(devices) >= least
+        and len(devices) >= share * (len(devices) + serving.get(kind, 0))
+        and stands_out(kind, len(devices))
     }
 
 

@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from agent.contract.assignment import Rollout, reaches
+from agent.contract.assignment import EVERYONE, Rollout, reaches, slot
 from agent.contract.names import ReleaseRef
 from agent.contract.reasons import METADATA
 from agent.contract.reports import Outcome, Phase
@@ -47,12 +47,14 @@ class Said(Protocol):
 
 
 class About(msgspec.Struct, frozen=True):
-    """What the facts of a rollout depend on besides the devices. `wave`: the rollout as devices read it; `hashes`: variant → the
-    sha256 of its model; `excluded`: the hardware classes that do not run the release; `over`: the rollout has ended, and only
+    """What the facts of a rollout depend on besides the devices. `wave`: the rollout as devices read it, of whose wave the devices are told
+    whose slot is below `reach`; `goal`: as they read it when all of them are; `hashes`: variant → the sha256 of its model; `excluded`: the hardware classes that do not run the release; `over`: the rollout has ended, and only
     who refuses the release from now on counts; `time_limit_s`: how long a device may take from when it was told.
     """
 
     wave: Rollout
+    goal: Rollout
+    reach: int
     model: str
     hashes: Mapping[str, str]
     excluded: frozenset[str]
@@ -77,7 +79,12 @@ def about(session: Session, row: RolloutRow, *, over: bool = False) -> About:
     known = exclusions.known(session, row.model, row.release)
     excluded = frozenset(kind for kind, one in known.items() if one.ended is None)
     limit_s = rows.rules_of(row).time_limit_s
-    return About(rows.as_assigned(row), row.model, hashes, excluded, over, limit_s)
+    return About(rows.as_assigned(row), rows.goal_of(row), rows.reach_of(row), row.model, hashes, excluded, over, limit_s)
+
+
+def is_wider(about: About, before: About) -> bool:
+    """Whether the one differs from the other only in that its wave tells more of its devices."""
+    return about.reach >= before.reach and about == msgspec.structs.replace(before, wave=about.wave, reach=about.reach)
 
 
 def of_devices(about: About) -> Select[Any]:
@@ -111,8 +118,13 @@ def seen(about: About, row: Any, hearing: Hearing, now: float, told: float | Non
     release = about.wave.release
     serves = said is not None and said.serving == release and not row.revoked
     nothing = Seen(row.id, Entry(None, row.hardware_class, serves))
-    if row.revoked or row.hardware_class in about.excluded or not reaches(about.wave, row.id, row.groups):
+    if row.revoked or row.hardware_class in about.excluded:
         return nothing
+    if not reaches(about.wave, row.id, row.groups):
+        if about.over or about.reach >= EVERYONE or not reaches(about.goal, row.id, row.groups):
+            return nothing
+        place, there = slot(about.wave.team or about.wave.id, row.id), row.present and row.last_seen is not None
+        return Seen(row.id, Entry(None, row.hardware_class, serves, ahead=place, there=there))
     if about.over:
         fact = fact_of(row.id, True, said, release, {}, about.wave.id)
         return Seen(row.id, Entry(fact, row.hardware_class, serves)) if quarantined(fact) else nothing

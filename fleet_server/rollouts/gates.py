@@ -8,7 +8,7 @@ pass when there are too many like it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 
 import msgspec
@@ -33,6 +33,14 @@ class Standing(str, Enum):
     OFFLINE = "offline"  # it was not there since its wave began
 
 
+MOST_ALLOWED = 0.5
+"""A release that half of all devices refuse is no release of theirs; and twice `failure_share` must be a share (`rollouts.growth`)."""
+
+
+MOST_BAKE_S = 365 * 86400.0
+MOST_RATE = 1_000_000.0
+
+
 class Ruling(str, Enum):
     WAIT = "wait"
     STALL = (
@@ -40,6 +48,10 @@ class Ruling(str, Enum):
     )
     PASS = "pass"  # noqa: S105 - a verdict
     FAIL = "fail"
+
+
+NOT_ASKED = frozenset({Standing.HELD, Standing.SKIPPED, Standing.OFFLINE})
+"""Nobody waits for these, and they say nothing of the release."""
 
 
 class Fact(msgspec.Struct, frozen=True):
@@ -91,7 +103,8 @@ class Counts(msgspec.Struct, frozen=True):
     @property
     def asked(self) -> int:
         """How many devices the wave is judged by: those that were told, less those that an operator answers for."""
-        return self.total - self.offline - self.held - self.skipped
+        not_asked: int = sum(getattr(self, standing.value) for standing in NOT_ASKED)
+        return self.total - not_asked
 
 
 class Witness(msgspec.Struct, frozen=True):
@@ -111,25 +124,36 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Rules(msgspec.Struct, frozen=True):
-    """What a wave must keep to pass. `max_failures`: devices that may refuse the release or roll it back. `min_devices` and
-    `min_share`: how many devices must have committed, and which part of those asked. `missing_share`: which part of those asked may fall
-    silent or run out of time (`time_limit_s` after it was told); when it is more than that, with `confidence` that it is no accident, the
-    wave does not pass. `shadow`: the rollout has mode shadow, and devices need not commit.
+    """What a wave must keep to pass. `failure_share`: which part of the devices asked may refuse the release or roll it back; when it is more
+    than that, with `confidence` that it is no accident, the rollout ends. None: no part is too much. `max_failures`: how many devices may, on
+    top of that; None: no such number. `min_devices` and `min_share`: how many devices must have committed, and which part of those asked.
+    `missing_share`: which part of those asked may fall silent or run out of time (`time_limit_s` after it was told); when it is more, with
+    `confidence`, the wave does not pass. `growth`: a wave tells its devices in steps (`rollouts.growth`). `bake_s`: for how long a wave
+    must have passed before the next one begins. `rate`: how many devices may be told in a minute; None: any number. `shadow`: the rollout has
+    mode shadow, and devices need not commit.
     """
 
-    max_failures: int = 0
+    max_failures: int | None = None
+    failure_share: float | None = 0.03
     min_devices: int = 1
     min_share: float = 0.5
     missing_share: float = 0.1
     confidence: float = 0.99
     time_limit_s: float = 86400.0
+    growth: bool = True
+    bake_s: float = 0.0
+    rate: float | None = None
     shadow: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_failures < 0 or self.min_devices < 1:
+        if (self.max_failures or 0) < 0 or self.min_devices < 1:
             raise ValueError("max_failures must not be negative, and min_devices must be at least 1")
+        if self.failure_share is not None and not 0 < self.failure_share < MOST_ALLOWED:
+            raise ValueError(f"failure_share must be above 0 and below {MOST_ALLOWED}")
         if not (0 <= self.min_share <= 1 and 0 < self.missing_share < 1 and 0.5 <= self.confidence < 1):
             raise ValueError("min_share must be from 0 to 1, missing_share above 0 and below 1, confidence from 0.5 to below 1")
+        if not 0 <= self.bake_s <= MOST_BAKE_S or (self.rate is not None and not 0 < self.rate <= MOST_RATE):
+            raise ValueError("bake_s must be from 0 to a year, and rate, in devices a minute, above 0 and at most a million")
         if not self.time_limit_s >= 1:
             raise ValueError("time_limit_s must be at least 1 second")
 
@@ -158,23 +182,65 @@ def standing(fact: Fact, *, shadow: bool = False) -> Standing:
     return Standing.FAILED if fact.outcome is Outcome.FAILED else Standing.PENDING
 
 
-def judge(counts: Counts, evidence: Sequence[Witness], rules: Rules) -> Verdict:
-    """The verdict on a wave whose devices stand like that: FAIL above `max_failures`; WAIT while a device that is there may still
-    answer; then PASS or STALL. `evidence`: some of the devices, which the verdict names.
+def judge(counts: Counts, evidence: Sequence[Witness], rules: Rules, *, whole: bool = True) -> Verdict:
+    """The verdict on a wave whose devices stand like that: FAIL when too many found the release bad; WAIT while a device that is there may
+    still answer; then PASS or STALL. `whole`: all devices of the wave may be told by now; until then it does not pass, and waits where it
+    would. `evidence`: some of the devices, which the verdict names.
     """
     ruling, why = _rule(counts, rules)
+    if ruling is Ruling.PASS and not whole:
+        ruling = Ruling.WAIT
     return Verdict(ruling, why, counts, tuple(evidence))
 
 
 def _rule(counts: Counts, rules: Rules) -> tuple[Ruling, str]:
-    if counts.failures > rules.max_failures:
-        bad = _say((counts.refused, "refused it"), (counts.rolled_back, "rolled back"))
-        return Ruling.FAIL, f"{bad}; {rules.max_failures or 'none'} allowed"
+    if (too_many := _too_many_failed(counts, rules)) is not None:
+        return Ruling.FAIL, too_many
     if counts.pending or counts.failed:
         return Ruling.WAIT, _say((counts.pending, "still to answer"), (counts.failed, "could not fetch it"))
     if not counts.asked:
         return Ruling.WAIT, f"none of {counts.total} was there yet" if counts.total else "the wave reaches no device"
     return _weigh(counts, rules)
+
+
+def _too_many_failed(counts: Counts, rules: Rules) -> str | None:
+    """Why the rollout ends; None when it does not. Failures are counted over all that were asked, those still to answer included: a device
+    refuses sooner than another one commits, so over those that answered they would be too many in every wave that just began.
+    """
+    bad = _say((counts.refused, "refused it"), (counts.rolled_back, "rolled back"))
+    if rules.max_failures is not None and counts.failures > rules.max_failures:
+        return f"{bad}; {rules.max_failures or 'none'} allowed"
+    if rules.failure_share is None or not counts.failures:
+        return None
+    if sequential.is_above(rules.failure_share, counts.failures, counts.asked, rules.confidence):
+        return f"{bad}: of {counts.asked} that is more than {100 * rules.failure_share:g} %, with {rules.confidence:.1%} confidence"
+    if counts.failures == counts.asked:
+        return f"{bad}, and nobody else was asked"
+    return None
+
+
+def stands_out(asked: Mapping[str, int], rules: Rules) -> Callable[[str, int], bool]:
+    """Whether so many devices of a hardware class that refuse the release are the class's own trouble: more than is allowed of all devices.
+    Otherwise a release that one device in ten refuses, of whatever class, would lose one class after the other and never be stopped. `asked`:
+    how many devices of each class were asked. Rules without a share, of rollouts begun before there was one, let any class stand out.
+    """
+
+    def does(kind: str, refused: int) -> bool:
+        if rules.failure_share is None:
+            return True
+        of = max(refused, asked.get(kind, 0))
+        return sequential.is_above(rules.failure_share, refused, of, rules.confidence)
+
+    return does
+
+
+def goes_well(counts: Counts, rest: Counts, rules: Rules) -> bool:
+    """Whether the gate does not fail without the devices of some hardware classes (`rest`), one device does well then, and no number of
+    failures that an operator named is exceeded by all of them (`counts`).
+    """
+    if rules.max_failures is not None and counts.failures > rules.max_failures:
+        return False
+    return rest.committed + rest.shadowed > 0 and _too_many_failed(rest, rules) is None
 
 
 def _weigh(counts: Counts, rules: Rules) -> tuple[Ruling, str]:

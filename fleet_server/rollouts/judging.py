@@ -8,11 +8,13 @@ import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from agent.contract.assignment import EVERYONE
 from fleet_server.devices.inventory import Inventory
-from fleet_server.rollouts import exclusions, facts, gates, machine, rows, steps, teams, wording
+from fleet_server.rollouts import beginning, exclusions, facts, gates, growth, machine, rows, steps, teams, wording
 from fleet_server.rollouts.assignment import FleetAssignment
+from fleet_server.rollouts.beginning import Calendar
 from fleet_server.rollouts.decisions import Decision, Decisions
-from fleet_server.rollouts.gates import Rules, Ruling, Verdict
+from fleet_server.rollouts.gates import Fact, Rules, Ruling, Verdict
 from fleet_server.rollouts.ledger import Ledgers
 from fleet_server.rollouts.machine import Event, State
 from fleet_server.rollouts.tally import Tally
@@ -37,8 +39,9 @@ class Judge:
         self._database, self._assignment = database, assignment
         self._decisions, self._settings, self._clock = decisions, settings, clock
         self._what_runs_judged = 0.0
+        self.calendar = Calendar(settings)
         self.rules = Rules(
-            min_devices=settings.min_devices, min_share=settings.min_share, missing_share=settings.missing_share,
+            failure_share=settings.failure_share, min_devices=settings.min_devices, min_share=settings.min_share, missing_share=settings.missing_share,
             confidence=settings.confidence, time_limit_s=settings.time_limit_s,
         )  # fmt: skip
         """What a wave must keep where whoever starts its rollout says nothing else."""
@@ -67,18 +70,22 @@ class Judge:
         with self._decisions.lock:
             if self.ledgers.of(rollout_id) is None:
                 self._prepare(rollout_id)
+            decided = False
             try:
                 while self._decided(rollout_id):
+                    decided = True
                     self._prepare(rollout_id)
             except BaseException:
                 self.ledgers.forget_all()  # what they took for written down was not
                 raise
+            if decided:
+                self._assignment.publish()  # steps of a wave are signed once, however many were decided
 
     def _prepare(self, rollout_id: str) -> None:
         """Reads every device before the decision, where that must be, so that nobody who writes waits for it."""
         with self._database.reading() as session:
             row = rows.find(session, rollout_id)
-            if State(row.state) not in machine.TERMINAL:
+            if State(row.state) in machine.BEGUN:
                 for member in teams.of(session, row):
                     if not self.ledgers.are_current(facts.about(session, member)):
                         self.ledgers.tally(session, member)
@@ -88,17 +95,36 @@ class Judge:
         with self._decisions.one() as decision:
             session = decision.session
             team = teams.of(session, rows.find(session, rollout_id))
-            if State(team[0].state) in machine.TERMINAL:
+            if beginning.is_due(self.calendar, team[0], self._clock()):
+                beginning.begin(decision, team, self._clock())
+                return True
+            if State(team[0].state) not in machine.BEGUN:
                 return False
             found = [(row, self.ledgers.tally(session, row)) for row in team]
             self.ledgers.write_told(session, [row.id for row in team])
             verdict = teams.verdict([(row, self.verdict(session, row, tally)) for row, tally in found])
-            # What is bad for too many ends for everybody; only where the rollout may go on a class is excluded.
-            if verdict.ruling is Ruling.FAIL or not self._exclude(decision, found):
+            grown = False
+            # What is bad for too many ends for everybody. Only where the rollout may go on, or goes well without it, a class is excluded.
+            if (verdict.ruling is Ruling.FAIL and not self._goes_well_without(found)) or not self._exclude(decision, found):
                 for row in team:
                     self._keep(decision, row, verdict)
                 self._follow(decision, team, verdict)
-            return bool(decision.events)
+                grown = self._grow(session, found, verdict)
+            return grown or bool(decision.events)
+
+    def _grow(self, session: Session, found: list[tuple[RolloutRow, Tally]], verdict: Verdict) -> bool:
+        """Lets the wave tell more of its devices, where what was heard allows it; whether it does."""
+        team, row, now = [row for row, _ in found], found[0][0], self._clock()
+        going = State(row.state) is State.RUNNING and rows.reach_of(row) < EVERYONE and now >= (row.grows or 0.0)
+        if not going or verdict.ruling is not Ruling.WAIT or self.calendar.frozen_until(now) is not None:
+            return False
+        reach = min(growth.next_reach(rows.reach_of(one), tally.ahead, _more(one, tally)) for one, tally in found)
+        if reach <= rows.reach_of(row):
+            return False
+        rate, ahead = rows.rules_of(row).rate, found[0][1].ahead
+        told = sum(ahead[rows.reach_of(row) : reach])
+        steps.grow(session, team, reach, None if rate is None else now + 60.0 * told / rate)
+        return True
 
     def _judge_what_runs(self) -> None:
         """Devices that were away refuse what every device runs after its rollout is over: their class may be excluded then,
@@ -125,14 +151,10 @@ class Judge:
 
     def _exclude(self, decision: Decision, said: list[tuple[RolloutRow, Tally]]) -> bool:
         """Excludes the hardware classes of which enough devices refuse a release of the team; whether there was one."""
-        session, least = decision.session, self._settings.exclude_after
-        excluded = False
+        session, excluded = decision.session, False
         for row, tally in said:
-            refused = tally.refused(least) if least and row.state != State.CREATED.value else {}
-            if not refused:
-                continue
             decided = exclusions.known(session, row.model, row.release)
-            for kind, devices in exclusions.to_exclude(refused, tally.serving, least, self._settings.exclude_share).items():
+            for kind, devices in self._excludable(row, tally).items():
                 if kind in decided:
                     continue
                 because = (
@@ -148,12 +170,28 @@ class Judge:
             steps.next_version(session)
         return excluded
 
+    def _excludable(self, row: RolloutRow, tally: Tally) -> dict[str, list[Fact]]:
+        """Hardware classes that have trouble of their own with the release → their devices that refuse it."""
+        least = self._settings.exclude_after
+        refused = tally.refused(least) if least else {}
+        if not refused:
+            return {}
+        stands_out = gates.stands_out(tally.asked, rows.rules_of(row))
+        return exclusions.to_exclude(refused, tally.serving, least, self._settings.exclude_share, stands_out)
+
+    def _goes_well_without(self, found: list[tuple[RolloutRow, Tally]]) -> bool:
+        """Whether classes can be excluded without which no gate of a team fails, and some device of another class does well."""
+        kinds = {kind for row, tally in found for kind in self._excludable(row, tally)}
+        return bool(kinds) and all(
+            gates.goes_well(tally.counts, tally.without(kinds), rows.rules_of(row)) for row, tally in found
+        )
+
     def verdict(self, session: Session, row: RolloutRow, tally: Tally) -> Verdict:
         """What the gate of the rollout's wave says of devices that stand like that."""
         counts = tally.counts
         if not counts.total and any(one.ended is None for one in exclusions.known(session, row.model, row.release).values()):
             return Verdict(Ruling.FAIL, "every kind of hardware in the wave is excluded from it", counts)
-        return gates.judge(counts, tally.witnesses, rows.rules_of(row))
+        return gates.judge(counts, tally.witnesses, rows.rules_of(row), whole=rows.reach_of(row) >= EVERYONE)
 
     def _keep(self, decision: Decision, row: RolloutRow, verdict: Verdict) -> None:
         """Stores the verdict, unless it is the last one. One whose ruling is that of the last one takes its place: a rollout has as
@@ -177,15 +215,15 @@ class Judge:
     def _follow(self, decision: Decision, team: list[RolloutRow], verdict: Verdict) -> None:
         """Does what the verdict asks for."""
         session, row, named = decision.session, team[0], wording.named(team)
-        if row.state == State.CREATED.value:
-            return
         if verdict.ruling is Ruling.FAIL:
             steps.apply(session, team, Event.GATE_FAILED, self._clock(), reason=verdict.why)
             message = f"{row.id} ({named}) was aborted: {verdict.why}; back to {wording.previous(team)}"
             _note(decision, row, "rollout_aborted", message, reason="gate_failed")
             return
         event = machine.on_pass(rows.plan_of(row)) if verdict.ruling is Ruling.PASS else None
-        if event is None:
+        if verdict.ruling is Ruling.STALL:
+            self._bake(team, None)
+        if event is None or not self._is_baked(team, event):
             return
         steps.apply(session, team, event, self._clock())
         if event is Event.LAST_WAVE_PASSED and row.mode == "shadow":
@@ -199,6 +237,28 @@ class Judge:
         else:
             wave = wording.reach(rows.plan_of(row).waves[row.wave])
             _note(decision, row, "rollout_wave", f"{row.id} ({named}): wave {row.wave} passed; goes on to {wave}")
+
+    def _is_baked(self, team: list[RolloutRow], event: Event) -> bool:
+        """Whether the wave has passed for long enough, and another one may begin now."""
+        now, row = self._clock(), team[0]
+        if row.passed is None:
+            self._bake(team, now)
+        frozen = event is Event.WAVE_PASSED and self.calendar.frozen_until(now) is not None
+        return not frozen and now >= beginning.bakes_until(row)
+
+    def _bake(self, team: list[RolloutRow], since: float | None) -> None:
+        for row in team:
+            row.passed = since
+
+
+def _more(row: RolloutRow, tally: Tally) -> int | None:
+    """How many more devices the wave may tell in this step; None: all of them."""
+    rules, counts = rows.rules_of(row), tally.counts
+    most = growth.may_be_told(counts, rules)
+    more = None if most is None else most - counts.asked
+    if rules.rate is None:
+        return more
+    return max(1, int(rules.rate)) if more is None else min(more, max(1, int(rules.rate)))
 
 
 def _note(decision: Decision, row: RolloutRow, name: str, message: str, *, reason: str | None = None) -> None:

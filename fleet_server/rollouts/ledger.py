@@ -6,7 +6,8 @@ Rules:
  2. What only time changes has a moment: a device falls silent, an identity counts as shared no more. Then its row is read again.
  3. Who counts as silent is read again when it turns out that nobody could have been heard.
  4. That a device was told (it was there while its wave reached it) is seen here first, and written down by whoever decides.
- 5. What fits no rule (the first time, a clock or a counter that went back) makes the ledger anew from every row. So does its
+ 5. When the wave tells more of its devices, only those are read.
+ 6. What fits no rule (the first time, a clock or a counter that went back) makes the ledger anew from every row. So does its
     owner, by making another one, when what the rollout is about has changed: its wave, the classes excluded from it.
 """
 
@@ -60,6 +61,13 @@ class Ledger:
                 again |= self._silent
             self._read_again(session, again, now)
         self._number, self._now, self._heard = number, now, heard
+
+    def widen(self, session: Session, about: About, now: float) -> None:
+        """The wave tells more of its devices from now on; nothing else about the rollout is different."""
+        number, self._number = self._number, None  # when this fails, the next time begins anew
+        more, self.about = self.tally.below(about.reach), about
+        self._read_again(session, more, now)
+        self._number = number
 
     def _begin(self, session: Session, now: float) -> None:
         self.tally = Tally(shadow=self.about.wave.mode == "shadow")
@@ -129,12 +137,14 @@ class Ledgers:
         """How the devices stand to the rollout as the database says now. `over`: it has ended, and only who quarantines its
         release counts.
         """
-        about = facts.about(session, row, over=over)
-        if not self.are_current(about):
-            self._known[row.id] = Ledger(about, self._hearing)
-        ledger = self._known[row.id]
-        ledger.follow(session, self._clock())
-        return ledger.tally
+        about, now = facts.about(session, row, over=over), self._clock()
+        known = self._known.get(row.id)
+        if known is not None and known.about != about and facts.is_wider(about, known.about):
+            known.widen(session, about, now)
+        elif known is None or known.about != about:
+            self._known[row.id] = known = Ledger(about, self._hearing)
+        known.follow(session, now)
+        return known.tally
 
     def are_current(self, about: About) -> bool:
         """Whether there is a ledger that goes by this already, so that no device must be read which has not changed."""

@@ -17,7 +17,9 @@ from agent.contract.assignment import EVERYONE
 
 
 class State(str, Enum):
-    CREATED = "created"  # written down, not assigned yet: only a crash of the server can be seen between this and running
+    CREATED = "created"  # written down, not assigned yet: only a crash of the server can be seen between this and what follows
+    PROPOSED = "proposed"  # another person must approve it
+    SCHEDULED = "scheduled"  # begins at its time, or when the fleet is no longer frozen
     RUNNING = "running"
     WAITING = "waiting"  # the wave passed; a person must confirm the next one (promote)
     PAUSED = "paused"  # no further wave begins; devices already reached go on
@@ -26,6 +28,9 @@ class State(str, Enum):
 
 
 class Event(str, Enum):
+    PROPOSE = "propose"
+    APPROVE = "approve"
+    SCHEDULE = "schedule"
     START = "start"
     WAVE_PASSED = "wave_passed"
     WAIT = "wait"  # a wave passed in a rollout whose waves a person confirms
@@ -38,8 +43,14 @@ class Event(str, Enum):
 
 
 TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType({
+    (State.CREATED, Event.PROPOSE): State.PROPOSED,
+    (State.CREATED, Event.SCHEDULE): State.SCHEDULED,
     (State.CREATED, Event.START): State.RUNNING,
     (State.CREATED, Event.ABORT): State.ABORTED,
+    (State.PROPOSED, Event.APPROVE): State.SCHEDULED,  # and on to running at once, unless its time has not come
+    (State.PROPOSED, Event.ABORT): State.ABORTED,
+    (State.SCHEDULED, Event.START): State.RUNNING,
+    (State.SCHEDULED, Event.ABORT): State.ABORTED,
     (State.RUNNING, Event.WAVE_PASSED): State.RUNNING,
     (State.RUNNING, Event.WAIT): State.WAITING,
     (State.RUNNING, Event.LAST_WAVE_PASSED): State.COMPLETED,
@@ -55,9 +66,13 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType({
     (State.PAUSED, Event.ABORT): State.ABORTED,
 })  # fmt: skip
 
-ACTIVE = (State.CREATED, State.RUNNING, State.WAITING, State.PAUSED)
+NOT_BEGUN = (State.CREATED, State.PROPOSED, State.SCHEDULED)
+"""No device was told of it yet."""
+BEGUN = (State.RUNNING, State.WAITING, State.PAUSED)
+ACTIVE = (*NOT_BEGUN, *BEGUN)
 TERMINAL = (State.COMPLETED, State.ABORTED)
 NEXT_WAVE = (Event.WAVE_PASSED, Event.PROMOTE)
+BEGINS_WAVE = (Event.START, *NEXT_WAVE)
 
 
 class IllegalTransition(Exception):
@@ -71,12 +86,13 @@ class IllegalTransition(Exception):
 
 class Wave(msgspec.Struct, frozen=True):
     """Devices in one of `groups`, and those whose slot is below `permille`. `count`: what was asked for is so many devices; `permille` is
-    then what reaches as many (`resolved`).
+    then what reaches as many (`resolved`). `devices`: how many it and the waves before it reached when the rollout began.
     """
 
     groups: tuple[str, ...] = ()
     permille: int = 0
     count: int = 0
+    devices: int = 0
 
     def __post_init__(self) -> None:
         for group in self.groups:
@@ -166,7 +182,9 @@ def resolved(waves: Sequence[Wave], devices: Sequence[tuple[int, Collection[str]
             permille = 0 if more <= 0 else EVERYONE if more > len(others) else others[more - 1] + 1
         elif permille and slots:
             permille = max(permille, slots[0] + 1)
-        found.append(msgspec.structs.replace(wave, permille=permille))
+        share = max(permille, *(earlier.permille for earlier in found), 0)
+        reached = sum(slot < share or not groups.isdisjoint(mine) for slot, mine in devices)
+        found.append(msgspec.structs.replace(wave, permille=permille, devices=reached))
     return tuple(found)
 
 

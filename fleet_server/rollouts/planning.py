@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Sequence
 
+import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from agent.contract.assignment import slot
 from fleet_server.errors import Invalid
-from fleet_server.rollouts import machine
+from fleet_server.rollouts import growth, machine
 from fleet_server.rollouts.machine import Wave
 from fleet_server.storage.models import Device
 
 GROUPS_NAMED = 20
+SITE = "site"
+CANDIDATES = 32
+HASHES = 100_000
+"""How many devices' slots are worked out for all candidates together: a tenth of a second. In a large fleet any draw is spread well."""
 
 
 def read(texts: Sequence[str], groups: Iterable[str], permille: int | None) -> tuple[Wave, ...]:
@@ -25,6 +31,49 @@ def read(texts: Sequence[str], groups: Iterable[str], permille: int | None) -> t
         return machine.read_waves(texts) if texts else machine.waves(first, permille)
     except ValueError as error:
         raise Invalid(str(error)) from error
+
+
+def draw(session: Session, number: int, waves: Sequence[Wave]) -> str:
+    """The id of a rollout with these waves. It decides which devices come first, so several are drawn, and the one is taken whose first wave has
+    most hardware classes, then most sites (label `site`), then most devices that are there; and of those alike, whose first three do.
+    """
+    query = select(Device.id, Device.groups, Device.hardware_class, Device.labels, Device.present).where(
+        Device.revoked.is_(False)
+    )
+    devices = [
+        Drawn(row.id, frozenset(row.groups), row.hardware_class, row.labels.get(SITE), row.present)
+        for row in session.execute(query)
+    ]
+    found = [f"r{number}-{secrets.token_hex(2)}" for _ in range(max(1, min(CANDIDATES, HASHES // max(1, len(devices)))))]
+    return max(found, key=lambda name: spread(name, devices, waves)) if len(found) > 1 else found[0]
+
+
+class Drawn(msgspec.Struct, frozen=True):
+    """A device that a wave may reach."""
+
+    id: str
+    groups: frozenset[str]
+    hardware: str | None
+    site: str | None
+    there: bool
+
+
+def spread(name: str, devices: Sequence[Drawn], waves: Sequence[Wave]) -> tuple[int, ...]:
+    """How well the first wave of a rollout of this name is spread over what the devices are; the larger the better. Pure."""
+    placed = sorted(((slot(name, one.id), one) for one in devices), key=lambda pair: pair[0])
+    first = machine.resolved(waves[:1], [(place, one.groups) for place, one in placed])[0]
+    reached = [one for place, one in placed if place < first.permille or not one.groups.isdisjoint(first.groups)]
+    there = [one for one in reached if one.there]
+    few = there[: growth.UNHEARD]
+    return (_kinds(there), _sites(there), len(there), _kinds(few), _sites(few))
+
+
+def _kinds(devices: Sequence[Drawn]) -> int:
+    return len({one.hardware for one in devices if one.hardware is not None})
+
+
+def _sites(devices: Sequence[Drawn]) -> int:
+    return len({one.site for one in devices if one.site is not None})
 
 
 def resolve(session: Session, rollout: str, waves: Sequence[Wave]) -> tuple[Wave, ...]:

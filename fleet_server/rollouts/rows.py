@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from agent.contract.assignment import Rollout, parse_window
+from agent.contract.assignment import EVERYONE, Rollout, parse_window
 from agent.contract.codec import convert
 from agent.contract.names import ReleaseRef
 from fleet_server.errors import Conflict, NotFound
@@ -19,6 +19,7 @@ VERSION_SETTING = "assignment_version"
 """The row of `settings` with the version of the assignment that the database makes necessary."""
 
 ACTIVE = [state.value for state in machine.ACTIVE]
+BEGUN = [state.value for state in machine.BEGUN]
 
 
 def plan_of(row: RolloutRow) -> Plan:
@@ -28,20 +29,36 @@ def plan_of(row: RolloutRow) -> Plan:
 
 
 def as_assigned(row: RolloutRow) -> Rollout:
-    """The rollout as devices read it: the current wave and all before it."""
-    reached = plan_of(row).waves[: row.wave + 1]
-    groups = dict.fromkeys(group for wave in reached for group in wave.groups)
-    permille = max(wave.permille for wave in reached)
+    """The rollout as devices read it: all waves before the current one, and this one as far as it has come."""
+    return _assigned(row, reach_of(row))
+
+
+def goal_of(row: RolloutRow) -> Rollout:
+    """The rollout as devices read it when its wave has told all of its devices."""
+    return _assigned(row, EVERYONE)
+
+
+def reach_of(row: RolloutRow) -> int:
+    """The slot up to which the wave tells its devices by now; EVERYONE: all of them."""
+    return EVERYONE if row.reach is None else row.reach
+
+
+def _assigned(row: RolloutRow, reach: int) -> Rollout:
+    *before, wave = plan_of(row).waves[: row.wave + 1]
+    groups = dict.fromkeys(group for earlier in before for group in earlier.groups)
+    new = [group for group in wave.groups if group not in groups] if reach else []
     return Rollout(
-        id=row.id, release=row.release, previous=row.previous, groups=tuple(groups), permille=permille,
-        mode="shadow" if row.mode == "shadow" else "install", window=parse_window(row.window) if row.window else None,
+        id=row.id, release=row.release, previous=row.previous, groups=(*groups, *new),
+        permille=max(min(wave.permille, reach), *(earlier.permille for earlier in before), 0),
+        group_permille={} if reach >= EVERYONE else dict.fromkeys(new, reach), mode="shadow" if row.mode == "shadow" else "install", window=parse_window(row.window) if row.window else None,
         team=row.team,
     )  # fmt: skip
 
 
 def rules_of(row: RolloutRow) -> Rules:
-    """What the waves of the rollout must keep to pass."""
-    return convert(row.rules or {"max_failures": row.max_failures, "shadow": row.mode == "shadow"}, Rules)
+    """What the waves of the rollout must keep to pass. One that was begun when only a number of failures ended it keeps to that."""
+    said = row.rules or {"max_failures": row.max_failures, "shadow": row.mode == "shadow"}
+    return convert({"failure_share": None, "growth": False} | said, Rules)
 
 
 def find(session: Session, rollout_id: str) -> RolloutRow:

@@ -26,12 +26,21 @@ def _apply(session: Session, row: RolloutRow, event: Event, now: float, reason: 
         raise Conflict(f"rollout {row.id}: {error}", code="illegal_transition") from error
     row.state, row.wave, row.updated = plan.state.value, plan.wave, now
     row.reason = reason or row.reason
+    if event in machine.BEGINS_WAVE:  # it tells nobody yet: that is what `grow` does, and what is signed then
+        row.reach, row.grows, row.passed = 0, None, None
     if plan.state is State.COMPLETED and row.mode == "install":
         model = session.get(ModelRow, row.model)
         assert model is not None
         model.release, model.previous = row.release, model.release
-    if plan.state in machine.TERMINAL or event in machine.NEXT_WAVE:
+    if plan.state in machine.TERMINAL:
         next_version(session)
+
+
+def grow(session: Session, team: Iterable[RolloutRow], reach: int, grows: float | None) -> None:
+    """The wave of each member tells its devices up to this slot from now on, and no more of them before `grows`."""
+    for row in team:
+        row.reach, row.grows = reach, grows
+    next_version(session)
 
 
 def skip(session: Session, team: Iterable[RolloutRow], device: str, by: str | None, now: float) -> None:

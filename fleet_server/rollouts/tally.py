@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import bisect
 import collections
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
+from agent.contract.assignment import EVERYONE
 from agent.contract.reasons import METADATA, RETRYABLE, Reason
 from agent.contract.reports import Outcome
-from fleet_server.rollouts.gates import Counts, Fact, Standing, Witness, standing
+from fleet_server.rollouts.gates import NOT_ASKED, Counts, Fact, Standing, Witness, standing
 
 NAMED = 10
 """Devices of each standing that a verdict names; its counts cover all of them."""
@@ -45,12 +46,15 @@ def quarantined(fact: Fact) -> bool:
 
 class Entry(msgspec.Struct, frozen=True):
     """One device. `fact`: None when it is none of those that count; `kind`: its hardware class, None before it said so;
-    `serves`: whether it says that it serves the release, with whatever bytes.
+    `serves`: whether it says that it serves the release, with whatever bytes; `ahead`: its slot, when the wave has it and did not tell it
+    yet; `there`: whether it is there.
     """
 
     fact: Fact | None
     kind: str | None
     serves: bool
+    ahead: int | None = None
+    there: bool = False
 
 
 class Tally:
@@ -62,17 +66,26 @@ class Tally:
         self._standing: dict[Standing, list[str]] = {one: [] for one in Standing}
         self._refused: dict[str, list[str]] = {}
         self._serving: collections.Counter[str] = collections.Counter()
+        self._asked: collections.Counter[str] = collections.Counter()
+        self._ahead: dict[int, set[str]] = {}
+        self._there = [0] * EVERYONE
 
     def put(self, device: str, entry: Entry) -> None:
         """The device is like that from now on."""
         if self._entries.get(device) == entry:
             return
         self.drop(device)
-        if entry.fact is None and not (entry.serves and entry.kind is not None):
+        if entry.fact is None and entry.ahead is None and not (entry.serves and entry.kind is not None):
             return  # nothing to remember
         self._entries[device] = entry
+        if entry.ahead is not None:
+            self._ahead.setdefault(entry.ahead, set()).add(device)
+            self._there[entry.ahead] += entry.there
         if entry.fact is not None:
-            bisect.insort(self._standing[standing(entry.fact, shadow=self._shadow)], device)
+            where = standing(entry.fact, shadow=self._shadow)
+            bisect.insort(self._standing[where], device)
+            if entry.kind is not None and where not in NOT_ASKED:
+                self._asked[entry.kind] += 1
             if entry.kind is not None and quarantined(entry.fact):
                 bisect.insort(self._refused.setdefault(entry.kind, []), device)
         if entry.serves and entry.kind is not None:
@@ -83,8 +96,14 @@ class Tally:
         entry = self._entries.pop(device, None)
         if entry is None:
             return
+        if entry.ahead is not None:
+            self._ahead[entry.ahead].discard(device)
+            self._there[entry.ahead] -= entry.there
         if entry.fact is not None:
-            _remove(self._standing[standing(entry.fact, shadow=self._shadow)], device)
+            where = standing(entry.fact, shadow=self._shadow)
+            _remove(self._standing[where], device)
+            if entry.kind is not None and where not in NOT_ASKED:
+                self._asked[entry.kind] -= 1
             if entry.kind is not None and quarantined(entry.fact):
                 _remove(self._refused[entry.kind], device)
                 if not self._refused[entry.kind]:
@@ -112,6 +131,28 @@ class Tally:
     def serving(self) -> Mapping[str, int]:
         """Hardware class → how many devices of it say that they serve the release."""
         return self._serving
+
+    @property
+    def asked(self) -> Mapping[str, int]:
+        """Hardware class → how many devices of it the wave is judged by."""
+        return self._asked
+
+    @property
+    def ahead(self) -> Sequence[int]:
+        """For each slot, how many devices are there that the wave has and did not tell yet."""
+        return self._there
+
+    def without(self, kinds: Collection[str]) -> Counts:
+        """How the devices of all other hardware classes stand. Walks all of them."""
+        found: collections.Counter[str] = collections.Counter()
+        for entry in self._entries.values():
+            if entry.fact is not None and entry.kind not in kinds:
+                found[standing(entry.fact, shadow=self._shadow).value] += 1
+        return Counts(**found)
+
+    def below(self, reach: int) -> set[str]:
+        """The devices that the wave has and did not tell yet whose slot is below `reach`, whether they are there or not."""
+        return {device for slot, devices in self._ahead.items() if slot < reach for device in devices}
 
     def refused(self, least: int) -> dict[str, list[Fact]]:
         """Hardware class → the facts of its devices that quarantine the release, for classes with at least so many."""

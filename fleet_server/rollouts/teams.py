@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from fleet_server.rollouts.gates import Counts, Ruling, Verdict
-from fleet_server.rollouts.machine import ACTIVE, State
+from fleet_server.rollouts.machine import BEGUN, State
 from fleet_server.storage.models import ModelRow, RolloutRow
 
 EVIDENCE_KEPT = 100  # devices that a verdict of several members names
@@ -42,12 +42,12 @@ def assigned(session: Session, models: Mapping[str, ModelRow]) -> dict[str, dict
     claimed: set[str] = set()
     for name, rows in teams.items():
         members = {row.model for row in rows}
-        if members & claimed:
+        if members & claimed or all(row.wave == 0 and row.reach == 0 for row in rows):  # nobody was told of it
             continue
         claimed |= members
         states = {State(row.state) for row in rows}
         current = {row.model: models[row.model].release for row in rows if row.model in models}
-        if states <= set(ACTIVE) or (states == {State.COMPLETED} and all(current.get(r.model) == r.release for r in rows)):
+        if states <= set(BEGUN) or (states == {State.COMPLETED} and all(current.get(r.model) == r.release for r in rows)):
             found[name] = {row.model: row.release for row in sorted(rows, key=lambda row: row.model)}
         elif states == {State.ABORTED} and all(current.get(r.model) == r.previous is not None for r in rows):
             found[f"{name}-back"] = {row.model: row.previous for row in rows if row.previous is not None}

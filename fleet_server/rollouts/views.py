@@ -12,6 +12,7 @@ from agent.contract.assignment import Mode
 from agent.contract.codec import convert
 from agent.contract.names import ReleaseRef
 from fleet_server.rollouts import exclusions, facts, gates, planning, preview, rows, teams
+from fleet_server.rollouts.beginning import Calendar
 from fleet_server.rollouts.exclusions import ExclusionView
 from fleet_server.rollouts.facts import Hearing
 from fleet_server.rollouts.gates import Counts, Ruling, Standing, Witness
@@ -58,7 +59,9 @@ class VerdictView(msgspec.Struct, frozen=True):
 
 
 class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
-    """A rollout with its last verdict. `wave` counts from 0; `team`: the rollouts whose releases switch with this one's."""
+    """A rollout with its last verdict. `wave` counts from 0; of its devices those are told by now whose slot is below `reach` (1000: all).
+    `team`: the rollouts whose releases switch with this one's. `waits_for`: what of time or people keeps it from going on, in words.
+    """
 
     id: str
     model: str
@@ -68,13 +71,20 @@ class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
     state: State
     wave: int
     waves: tuple[Wave, ...]
+    reach: int
     confirm: bool
-    max_failures: int
+    max_failures: int | None
+    failure_share: float | None
+    bake_s: float
+    rate: float | None
     created: float
     created_by: str
+    approved_by: str | None
+    starts: float | None
     updated: float
     reason: str
     verdict: VerdictView | None
+    waits_for: str | None
     window: str | None
     team: tuple[MemberView, ...]
     exclusions: tuple[ExclusionView, ...]
@@ -98,8 +108,8 @@ class StandingPage(msgspec.Struct, frozen=True, kw_only=True):
 class Views:
     """Reads the database and changes nothing."""
 
-    def __init__(self, database: Database, hearing: Hearing, clock: Callable[[], float]) -> None:
-        self._database, self._hearing, self._clock = database, hearing, clock
+    def __init__(self, database: Database, hearing: Hearing, calendar: Calendar, clock: Callable[[], float]) -> None:
+        self._database, self._hearing, self._calendar, self._clock = database, hearing, calendar, clock
 
     def rollouts(self, *, model: str | None = None, limit: int = 100) -> list[RolloutView]:
         """Rollouts, the newest first."""
@@ -107,13 +117,13 @@ class Views:
         if model is not None:
             query = query.where(RolloutRow.model == model)
         with self._database.reading() as session:
-            return [_rollout(session, row, WITNESSES_LISTED) for row in session.scalars(query)]
+            return [self._rollout(session, row, WITNESSES_LISTED) for row in session.scalars(query)]
 
     def rollout(self, rollout_id: str) -> RolloutDetail:
         """Everything about a rollout.  Raises: NotFound."""
         with self._database.reading() as session:
             row = rows.find(session, rollout_id)
-            shown = _rollout(session, row)
+            shown = self._rollout(session, row)
             return RolloutDetail(**msgspec.structs.asdict(shown), verdicts=_verdicts(session, row.id, VERDICTS_SHOWN))
 
     def verdicts(self, rollout_id: str, *, before: int | None = None, limit: int = 100) -> list[VerdictView]:
@@ -174,22 +184,23 @@ class Views:
         with self._database.reading() as session:
             return [exclusions.view(row) for row in session.scalars(query)]
 
-
-def _rollout(session: Session, row: RolloutRow, witnesses: int | None = None) -> RolloutView:
-    """`witnesses`: how many devices its verdict names at most; None: all that it has."""
-    last = session.scalar(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq.desc()).limit(1))
-    excluded = select(ExclusionRow).where(
-        ExclusionRow.model == row.model, ExclusionRow.release == row.release, ExclusionRow.rollout == row.id
-    )
-    newest = session.scalars(excluded.order_by(ExclusionRow.id.desc()).limit(EXCLUSIONS_OF_ONE)).all()
-    return RolloutView(
-        id=row.id, model=row.model, release=row.release, previous=row.previous, mode="shadow" if row.mode == "shadow" else "install",
-        state=State(row.state), wave=row.wave, waves=rows.plan_of(row).waves, confirm=row.confirm, max_failures=row.max_failures,
-        created=row.created, created_by=row.created_by, updated=row.updated, reason=row.reason,
-        verdict=_verdict(last, witnesses) if last is not None else None, window=row.window,
-        team=tuple(MemberView(one.id, one.model, one.release) for one in teams.of(session, row) if one.id != row.id),
-        exclusions=tuple(map(exclusions.view, reversed(newest))),
-    )  # fmt: skip
+    def _rollout(self, session: Session, row: RolloutRow, witnesses: int | None = None) -> RolloutView:
+        """`witnesses`: how many devices its verdict names at most; None: all that it has."""
+        last = session.scalar(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq.desc()).limit(1))
+        excluded = select(ExclusionRow).where(
+            ExclusionRow.model == row.model, ExclusionRow.release == row.release, ExclusionRow.rollout == row.id
+        )
+        newest = session.scalars(excluded.order_by(ExclusionRow.id.desc()).limit(EXCLUSIONS_OF_ONE)).all()
+        rules = rows.rules_of(row)
+        return RolloutView(
+            id=row.id, model=row.model, release=row.release, previous=row.previous, mode="shadow" if row.mode == "shadow" else "install",
+            state=State(row.state), wave=row.wave, waves=rows.plan_of(row).waves, reach=rows.reach_of(row), confirm=row.confirm,
+            max_failures=rules.max_failures, failure_share=rules.failure_share, bake_s=rules.bake_s, rate=rules.rate, starts=row.starts,
+            approved_by=row.approved_by, waits_for=self._calendar.waits(row, self._clock()), created=row.created, created_by=row.created_by, updated=row.updated, reason=row.reason,
+            verdict=_verdict(last, witnesses) if last is not None else None, window=row.window,
+            team=tuple(MemberView(one.id, one.model, one.release) for one in teams.of(session, row) if one.id != row.id),
+            exclusions=tuple(map(exclusions.view, reversed(newest))),
+        )  # fmt: skip
 
 
 def _verdicts(session: Session, rollout_id: str, limit: int, before: int | None = None) -> tuple[VerdictView, ...]:

@@ -23,7 +23,7 @@ Answers = Literal["good", "bad", "claims", "held", "lost", "silent"]
 silent after it was told; it is not heard at all.
 """
 KINDS = get_args(Answers)
-MIN_SHARE, MISSING_SHARE, CONFIDENCE = 0.5, 0.1, 0.99  # what fleet.yaml says where nobody changed it
+FAILURE_SHARE, MIN_SHARE, MISSING_SHARE, CONFIDENCE = 0.03, 0.5, 0.1, 0.99  # what fleet.yaml says where nobody changed it
 
 ANSWERS: dict[Behaviour, Answers] = {
     Behaviour.HONEST: "good",
@@ -49,22 +49,32 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """A rollout to be made. `confirm`: a person confirms what follows the first wave, and nobody does."""
+    """A rollout to be made. `max_failures`: None: no number ends it. `confirm`: a person confirms what follows the first wave, and nobody
+    does.
+    """
 
     stages: tuple[Stage, ...]
-    max_failures: int = 0
+    max_failures: int | None = None
+    failure_share: float = FAILURE_SHARE
     confirm: bool = False
 
 
 class Ending(msgspec.Struct, frozen=True):
     """The state in which a rollout stops changing, the wave (from 0), and what the devices that it reaches then come to count
-    as.
+    as. `sooner`: more fail than are allowed, too few for certainty; told in another order, they may be enough, and it is aborted before.
     """
 
     state: End
     wave: int
     reached: int
     counts: dict[str, int]
+    sooner: bool = False
+
+    def allows(self, ended: Ending) -> bool:
+        """Whether a rollout that had to end like this may have ended like that."""
+        if (ended.state, ended.wave) == (self.state, self.wave):
+            return True
+        return ended.state == "aborted" and ended.wave <= self.wave and self.sooner
 
 
 def stages(text: str) -> tuple[Stage, ...]:
@@ -95,22 +105,25 @@ def _stage(text: str) -> Stage:
 
 def ending(members: Iterable[Member], plan: Plan, rollout: str, model: str) -> Ending:
     """How the rollout with this id must end."""
-    members = list(members)
+    members, sooner = list(members), False
     first = min((slot(rollout, member.id) for member in members), default=0)
     for wave in range(len(plan.stages)):
         reached = [member for member in members if _reaches(plan.stages[: wave + 1], rollout, member, first)]
         counts = collections.Counter(_answers(member, model) for member in reached)
         told = {kind: counts[kind] for kind in KINDS}
-        if counts["bad"] > plan.max_failures:
-            return Ending("aborted", wave, len(reached), told)
         asked = counts["good"] + counts["bad"] + counts["claims"] + counts["lost"]
+        too_many = plan.max_failures is not None and counts["bad"] > plan.max_failures
+        share_is_above = sequential.is_above(plan.failure_share, counts["bad"], asked, CONFIDENCE)
+        sooner |= counts["bad"] > max(1, plan.failure_share * asked)
+        if too_many or share_is_above or (counts["bad"] and counts["bad"] == asked):
+            return Ending("aborted", wave, len(reached), told, sooner)
         too_few = not counts["good"] or counts["good"] < MIN_SHARE * asked
         if too_few or counts["claims"] or sequential.is_above(MISSING_SHARE, counts["lost"], asked, CONFIDENCE):
-            return Ending("running", wave, len(reached), told)
+            return Ending("running", wave, len(reached), told, sooner)
         if wave == len(plan.stages) - 1:
-            return Ending("completed", wave, len(reached), told)
+            return Ending("completed", wave, len(reached), told, sooner)
         if plan.confirm:
-            return Ending("waiting", wave, len(reached), told)
+            return Ending("waiting", wave, len(reached), told, sooner)
     raise AssertionError("a plan has stages")
 
 

@@ -56,7 +56,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     speed: float
     release: str
     rollout: str
-    max_failures: int
+    max_failures: int | None
+    failure_share: float
     waves: list[str]
     connected: int
     connecting_s: float
@@ -79,12 +80,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def as_expected(self) -> bool:
         """Whether the rollout ended as its gates say, with nobody lost and nothing distrusted."""
-        return (
-            (self.ended.state, self.ended.wave) == (self.expected.state, self.expected.wave)
-            and not self.late
-            and not self.lost
-            and not self.sent.distrusted
-        )
+        return self.expected.allows(self.ended) and not self.late and not self.lost and not self.sent.distrusted
 
     def to_builtins(self) -> dict[str, Any]:
         """For JSON."""
@@ -97,11 +93,9 @@ def lines(report: Report) -> Iterator[str]:
     odd = ", ".join(f"{number} {name}" for name, number in sorted(report.behaviours.items()) if name != "honest" and number)
     yield f"{report.devices} devices ({odd or 'none misbehaves'}), seed {report.seed}, {report.speed:g} times as fast as real ones"
     yield f"connected: {report.connected} within {report.connecting_s:.1f} s"
-    yield (
-        f"rollout {report.rollout} of {report.release}: waves {', '.join(report.waves)}; at most {report.max_failures} failures"
-    )
+    yield (f"rollout {report.rollout} of {report.release}: waves {', '.join(report.waves)}; {_allowed(report)}")
     yield f"  {_told(report.ended)} after {report.over_s:.1f} s ({report.why})"
-    if (report.ended.state, report.ended.wave) == (report.expected.state, report.expected.wave):
+    if report.expected.allows(report.ended):
         yield f"  as it had to: {_counted(report.expected)}"
     else:
         yield f"  NOT AS IT HAD TO: {_told(report.expected)}, because {_counted(report.expected)}"
@@ -124,6 +118,11 @@ def lines(report: Report) -> Iterator[str]:
         f"\n  DISTRUSTED: {text}" for text in sent.distrusted[:LOST_NAMED]
     )
     yield from (f"not connected: {text}" for text in report.problems)
+
+
+def _allowed(report: Report) -> str:
+    share = f"at most {100 * report.failure_share:g} % failures"
+    return share if report.max_failures is None else f"{share}, and at most {report.max_failures}"
 
 
 def _told(ending: Ending) -> str:

@@ -143,7 +143,7 @@ class Story:
         """Starts the rollout, and lets devices do wrong what they are to do wrong."""
         order, plan = self._order, self._order.plan
         body = {
-            "release": str(order.release), "max_failures": plan.max_failures, "confirm": plan.confirm,
+            "release": str(order.release), "max_failures": plan.max_failures, "failure_share": plan.failure_share, "confirm": plan.confirm,
             "waves": [stage.group or f"{stage.permille / 10:g}%" for stage in plan.stages],
         }  # fmt: skip
         self.crowd.misbehave()
@@ -244,7 +244,7 @@ class Story:
         return Report(
             devices=len(order.members), seed=order.seed, speed=order.realism.speed, release=str(order.release), rollout=view["id"],
             behaviours={one.value: sum(m.behaviour is one for m in order.members) for one in Behaviour},
-            max_failures=order.plan.max_failures, waves=[_named(stage) for stage in order.plan.stages],
+            max_failures=order.plan.max_failures, failure_share=order.plan.failure_share, waves=[_named(stage) for stage in order.plan.stages],
             connected=connected, connecting_s=round(connecting_s, 2), over_s=round(over_s, 2),
             settled_s=round(settled_s, 2) if settled_s is not None else None, lost=lost, problems=crowd.problems(),
             ended=Ending(state, view["wave"], sum(counts.values()), _kinds(counts)), expected=wants, late=late, last_commit_s=_last_commit_s(self.moments),

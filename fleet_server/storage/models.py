@@ -201,6 +201,7 @@ class RolloutRow(Base):
     state: Mapped[str] = mapped_column(String(16), index=True)
     confirm: Mapped[bool] = mapped_column(Boolean, default=False)
     max_failures: Mapped[int] = mapped_column(Integer, default=0)
+    """Read only where `rules` is null."""
     mode: Mapped[str] = mapped_column(String(16), default="install")
     team: Mapped[str | None] = mapped_column(String(64), index=True)
     window: Mapped[str | None] = mapped_column(String(64))
@@ -210,6 +211,15 @@ class RolloutRow(Base):
     reason: Mapped[str] = mapped_column(Text, default="")
     rules: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     """What its waves must keep to pass (`rollouts.gates.Rules`), as it was when the rollout began; null: begun before that was kept."""
+    reach: Mapped[int | None] = mapped_column(Integer)
+    """The slot up to which its wave tells its devices by now; null: all of them."""
+    grows: Mapped[float | None] = mapped_column(Float)
+    """When more of its devices may be told, by its rate."""
+    passed: Mapped[float | None] = mapped_column(Float)
+    """When its wave passed its gate; the bake time counts from then."""
+    starts: Mapped[float | None] = mapped_column(Float)
+    """When it is to begin; null: at once."""
+    approved_by: Mapped[str | None] = mapped_column(String(128))
 
 
 class ToldDevice(Base):

@@ -163,7 +163,7 @@ def test_exit_codes(server, arguments, code):
     ("arguments", "now"),
     [
         (["devices"], "device list"), (["devices", "show", "dev-1"], "device show"), (["releases", "--model", "x"], "release list"),
-        (["rollout", "stopped"], "exclusion list"), (["rollout", "lift", "3"], "exclusion end"), (["rollout", "status"], "rollout show"),
+        (["rollout", "stopped"], "exclusion list"), (["rollout", "lift", "3"], "exclusion end"),
         (["rollout", "start", "a:1", "--hold"], "--confirm"), (["rollout", "start", "a:1", "b:1", "--together"], "--team"),
     ],
 )  # fmt: skip
@@ -262,7 +262,7 @@ def test_nothing_is_folded_in_a_pipe(capsys):
     verdict = {"verdict": "fail", "why": "1 rolled back; none allowed", "counts": {"rolled_back": 1}, "evidence": [witness]}
     rollout = {
         "team": [], "window": None, "mode": "install", "exclusions": [],
-        "id": "r1-0000", "model": "digits", "release": 4, "previous": 3, "state": "aborted", "reason": "", "wave": 0, "verdict": verdict,
+        "id": "r1-0000", "model": "digits", "release": 4, "previous": 3, "state": "aborted", "reason": "", "wave": 0, "verdict": verdict, "waits_for": None,
         "waves": [{"groups": [], "permille": 1000, "count": 0}],
     }  # fmt: skip
     rollout_tables.rollout(rollout)

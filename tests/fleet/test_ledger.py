@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from agent.contract.assignment import reaches
+from agent.contract.assignment import EVERYONE, reaches, slot
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Answer, Hardware, ModelState, Outcome, Phase, Presence, hardware_class
 from fleet_server.access import SERVER
@@ -37,6 +37,8 @@ class Reading:
     witnesses: list
     refused: dict
     serving: Counter
+    ahead: dict
+    asked: Counter
 
 
 def read_everything(fleet, session, row, now, told):
@@ -47,13 +49,20 @@ def read_everything(fleet, session, row, now, told):
     hashes = {variant.name: release.model_sha256(variant) for variant in release.variants}
     said = {d.device: d for d in session.scalars(select(DeviceModel).where(DeviceModel.model == row.model))}
     excluded = {kind for kind, one in exclusions.known(session, row.model, row.release).items() if one.ended is None}
-    wave, found, refused, serving = rows.as_assigned(row), [], {}, Counter()
+    wave, found, refused, serving, ahead, asked = rows.as_assigned(row), [], {}, Counter(), Counter(), Counter()
+    goal = msgspec.structs.replace(
+        wave, groups=tuple(groups_of(row)), group_permille={}, permille=max(w["permille"] for w in reached_by(row))
+    )
     for device in session.scalars(select(Device).where(Device.revoked.is_(False)).order_by(Device.id)):
         kind = hardware_class(Hardware(**device.hardware)) if device.hardware else None
         mine = said.get(device.id)
         if mine is not None and mine.serving == row.release and kind is not None:
             serving[kind] += 1
-        if not reaches(wave, device.id, device.groups) or kind in excluded:
+        if kind in excluded:
+            continue
+        if not reaches(wave, device.id, device.groups):
+            if reaches(goal, device.id, device.groups) and device.present and device.last_seen is not None:
+                ahead[slot(row.team or row.id, device.id)] += 1
             continue
         heard = device.last_seen is not None and now - max(device.last_seen, fleet.inventory.heard_since()) < (
             fleet.config.rollouts.silence_s
@@ -66,6 +75,12 @@ def read_everything(fleet, session, row, now, told):
         if several and fact.outcome not in (Outcome.REFUSED, Outcome.ROLLED_BACK):
             fact = Fact(device.id, online=False, serving_it=False, message="several machines report under this identity")
         found.append(fact)
+        if kind is not None and standing(fact, shadow=row.mode == "shadow") not in {
+            Standing.OFFLINE,
+            Standing.HELD,
+            Standing.SKIPPED,
+        }:
+            asked[kind] += 1
         if kind is not None and quarantined(fact):
             refused.setdefault(kind, []).append(fact)
     stands = [(fact, standing(fact, shadow=row.mode == "shadow")) for fact in found]
@@ -75,7 +90,15 @@ def read_everything(fleet, session, row, now, told):
         for one in ORDER
         for fact, where in [pair for pair in stands if pair[1] is one][:NAMED]
     ]
-    return Reading(counts, witnesses, refused, serving)
+    return Reading(counts, witnesses, refused, serving, ahead, asked)
+
+
+def reached_by(row):
+    return row.waves[: row.wave + 1]
+
+
+def groups_of(row):
+    return dict.fromkeys(group for wave in reached_by(row) for group in wave["groups"])
 
 
 class Fleet(Story):
@@ -108,10 +131,12 @@ class Fleet(Story):
         """Every ledger there is, brought up to date as for a decision, beside a reading of everything."""
         judge, ledgers, now = self.fleet.judge, self.fleet.judge.ledgers, self.clock()
         with self.fleet.database.reading() as session:
-            for row in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(rows.ACTIVE))):
+            for row in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(rows.BEGUN))):
                 tally = ledgers.tally(session, row)
                 reading = read_everything(self.fleet, session, row, now, self.told(session, row))
-                assert Reading(tally.counts, tally.witnesses, tally.refused(1), Counter(tally.serving)) == reading
+                ahead = Counter({slot: number for slot, number in enumerate(tally.ahead) if number})
+                asked = Counter(tally.asked)
+                assert Reading(tally.counts, tally.witnesses, tally.refused(1), Counter(tally.serving), ahead, asked) == reading
                 assert judge.verdict(session, row, tally).ruling is _ruling(reading, rows.rules_of(row), session, row)
             for row in session.scalars(select(RolloutRow).where(RolloutRow.state == "completed")):
                 if (known := ledgers.of(row.id)) is not None and known.about.over:
@@ -211,7 +236,8 @@ class Fleet(Story):
         mode = "shadow" if two % 4 == 0 else "install"
         with _refusals_ignored():
             limit_s = [None, 30.0, 4000.0][(one // 3) % 3]
-            self.start(1 + two % 3, max_failures=one % 3, mode=mode, time_limit_s=limit_s, **waves)
+            failures, at_once = [None, 0, 2][one % 3], two % 5 == 0
+            self.start(1 + two % 3, max_failures=failures, mode=mode, time_limit_s=limit_s, at_once=at_once, **waves)
 
     def does_ask(self, one, two):
         for row in self.active():
@@ -242,7 +268,7 @@ def _ruling(reading, rules, session, row):
         one.ended is None for one in exclusions.known(session, row.model, row.release).values()
     ):
         return gates.Ruling.FAIL
-    return gates.judge(reading.counts, [], rules).ruling
+    return gates.judge(reading.counts, [], rules, whole=rows.reach_of(row) >= EVERYONE).ruling
 
 
 def _refusals_ignored():
@@ -345,7 +371,7 @@ def many(fleet, clock):
             Device(id=f"d{n:03}", created=clock(), groups=[], revoked=False, present=True, last_seen=clock())
             for n in range(300)
         )
-    made.rollout = made.start(1)
+    made.rollout = made.start(1, at_once=True)
     return made
 
 
@@ -354,14 +380,15 @@ def ledger(story):
 
 
 def test_a_report_costs_as_much_as_it_changed(many):
-    assert ledger(many).read == 302
+    begun = ledger(many).read
+    assert begun == 604, "each device once when the wave begins, and once when it is told"
     many.say("one", 1, phase=Phase.FETCHING)
-    assert ledger(many).read == 303
+    assert ledger(many).read == begun + 1
     many.say("one", 1, phase=Phase.WATCHING)
     many.commits("one", version=1)
-    assert ledger(many).read == 305
+    assert ledger(many).read == begun + 3
     many.fleet.judge.evaluate()
-    assert ledger(many).read == 305, "a tick without news reads no device"
+    assert ledger(many).read == begun + 3, "a tick without news reads no device"
     assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(committed=1, pending=301)
 
 

@@ -27,7 +27,9 @@ from fleet_server.rollouts.machine import (
 TWO = (Wave(groups=("canary",)), Wave(permille=EVERYONE))
 
 EXPECTED = {
-    "created": {"start": "running", "abort": "aborted"},
+    "created": {"propose": "proposed", "schedule": "scheduled", "start": "running", "abort": "aborted"},
+    "proposed": {"approve": "scheduled", "abort": "aborted"},
+    "scheduled": {"start": "running", "abort": "aborted"},
     "running": {
         "wave_passed": "running", "wait": "waiting", "last_wave_passed": "completed", "gate_failed": "aborted", "pause": "paused",
         "abort": "aborted",

@@ -59,7 +59,7 @@ def test_a_rollout_passes_with_as_many_failures_as_may_be(tmp_path):
     plot = tmp_path / "rollout.svg"
     status, said, _ = simulate(
         tmp_path, "--devices", 24, "--behave", "refusing=1", "--behave", "rolling-back=1", "--behave", "offline=1",
-        "--waves", "50%,100%", "--max-failures", 2, "--verify", "10%", "--fetch", "10%", "--plot", plot,
+        "--waves", "50%,100%", "--max-failures", 2, "--failure-percent", 40, "--verify", "10%", "--fetch", "10%", "--plot", plot,
     )  # fmt: skip
     assert (status, said["as_expected"], said["ended"]["state"]) == (0, True, "completed")
     assert said["ended"]["counts"] == {"good": 21, "bad": 2, "claims": 0, "held": 0, "lost": 0, "silent": 1}
@@ -154,7 +154,9 @@ MATRIX = {
 def test_every_behaviour_gets_its_verdict_and_nobody_else_is_lost(tmp_path, name):
     behave, allowed, state = MATRIX[name]
     words = [word for one in behave for word in ("--behave", one)]
-    status, said, _ = simulate(tmp_path, "--devices", 30, *words, "--max-failures", allowed, "--waves", "100%")
+    status, said, _ = simulate(
+        tmp_path, "--devices", 30, *words, "--max-failures", allowed, "--failure-percent", 40, "--waves", "100%"
+    )
     assert (status, said["ended"]["state"], said["lost"]) == (0, state, []), said
     assert said["ended"]["counts"] == said["expected"]["counts"] or state == "aborted"
     assert said["sent"]["reconnected"] == 0, "of those whose connections are to hold"

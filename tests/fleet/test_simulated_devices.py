@@ -381,7 +381,7 @@ def told(**fields):
         for n in range(4)
     ]  # fmt: skip
     base = {
-        "devices": 3, "behaviours": {"honest": 3}, "seed": 1, "speed": 1.0, "release": "m:2", "rollout": "r1", "max_failures": 0,
+        "devices": 3, "behaviours": {"honest": 3}, "seed": 1, "speed": 1.0, "release": "m:2", "rollout": "r1", "max_failures": 0, "failure_share": 0.03,
         "waves": ["10 %", "100 %"], "connected": 3, "connecting_s": 1.0, "ended": end, "expected": end, "why": "3 committed",
         "late": False, "over_s": 3.0, "last_commit_s": 3.0, "settled_s": 3.0, "lost": [], "problems": [], "sent": sent, "moments": moments,
     }  # fmt: skip

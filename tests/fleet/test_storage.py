@@ -12,9 +12,11 @@ from sqlalchemy import create_engine, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
+from fleet_server.rollouts.beginning import Calendar
 from fleet_server.rollouts.gates import Ruling
 from fleet_server.rollouts.machine import State
 from fleet_server.rollouts.views import MemberView, Views
+from fleet_server.sections import RolloutSettings
 from fleet_server.storage import changes
 from fleet_server.storage.database import MIGRATIONS, Database, DatabaseError, newest_revision
 from fleet_server.storage.models import Base, Device, DeviceGroup, DeviceModel
@@ -117,7 +119,7 @@ def test_a_database_of_before_keeps_its_teams_confirmations_and_exclusions(datab
     assert not database.is_current()
     database.migrate()
     assert database.is_current()
-    views = Views(database, hearing=None, clock=lambda: 5.0)
+    views = Views(database, hearing=None, calendar=Calendar(RolloutSettings()), clock=lambda: 5.0)
     first = views.rollout("r1-aaaa")
     assert (first.state, first.confirm, first.window) == (State.WAITING, True, "mon-fri 22:00-05:00")
     assert first.team == (MemberView("r2-bbbb", "eye", 5),)

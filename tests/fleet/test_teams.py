@@ -122,7 +122,7 @@ def test_its_waves_reach_the_same_devices(pair):
 
 
 def test_one_bad_member_aborts_all_and_they_go_back_together(pair):
-    first = pair.start_both(2)
+    first = pair.start_both(2, max_failures=0, at_once=True)
     pair.say("jetson-1", "eye", 1, Outcome.ROLLED_BACK, reason="error_ratio", answered=2)
     second = pair.get(first).team[0].id
 
@@ -222,7 +222,8 @@ def refuse(pair, *names, release=2, reason="golden_mismatch", outcome=Outcome.RE
 
 
 def test_three_devices_of_a_class_exclude_it_from_a_release(pair):
-    rollout = pair.start("arm", 2, max_failures=5)
+    rollout = pair.start("arm", 2, at_once=True)
+    pair.say("pi-1", "arm", 2)
     refuse(pair, "jetson-1", "jetson-2")
     assert pair.wants("jetson-3", "arm") == 2
     refuse(pair, "jetson-3")
@@ -241,26 +242,29 @@ def test_three_devices_of_a_class_exclude_it_from_a_release(pair):
 
 
 def test_devices_of_different_classes_do_not_add_up(pair):
-    pair.start("arm", 2, max_failures=5)
-    refuse(pair, "jetson-1", "jetson-2", "pi-1")
+    pair.start("arm", 2, at_once=True)
+    pair.say("pi-2", "arm", 2)
+    refuse(pair, "jetson-1", "pi-1")
     assert pair.assignment.models["arm"].excluded == ()
 
 
 @pytest.mark.parametrize("reason", ["operator", "cannot_report", "together", "no_space"])
 def test_what_is_not_the_releases_fault_does_not_count(pair, reason):
-    pair.start("arm", 2, max_failures=5)
+    pair.start("arm", 2, at_once=True)
+    pair.say("pi-1", "arm", 2)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3", reason=reason, outcome=Outcome.ROLLED_BACK)
     assert pair.assignment.models["arm"].excluded == ()
 
 
 def test_with_no_failures_allowed_the_first_one_still_ends_it(pair):
-    rollout = pair.start("arm", 2)
+    rollout = pair.start("arm", 2, max_failures=0, at_once=True)
     refuse(pair, "jetson-1")
     assert pair.state(rollout) == "aborted"
 
 
 def test_more_failures_than_allowed_end_it_for_everybody(pair):
-    rollout = pair.start("arm", 2, max_failures=2)
+    rollout = pair.start("arm", 2, max_failures=2, at_once=True)
+    pair.say("pi-1", "arm", 2)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")
     assert pair.state(rollout) == "aborted"
     assert pair.get(rollout).exclusions == ()
@@ -271,16 +275,33 @@ def test_a_wave_in_which_no_device_is_left_ends_the_rollout(pair):
     pair.say("jetson-5", "arm", 1)
     for name in ("jetson-1", "jetson-2", "jetson-3"):
         pair.fleet.inventory.set_groups(SERVER, name, ["jetsons"])
-    rollout = pair.start("arm", 2, groups=["jetsons"], max_failures=5)
+    rollout = pair.start("arm", 2, groups=["jetsons"])
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")
 
+    assert pair.state(rollout) == "aborted", "the kinds that it was not tried on do not get it untried"
+    assert "3 refused it" in pair.get(rollout).reason
+    assert pair.get(rollout).exclusions == ()
+
+
+def test_a_wave_whose_last_kind_of_hardware_is_excluded_ends_the_rollout(pair):
+    for name in ("jetson-1", "jetson-2", "jetson-3", "jetson-4"):
+        pair.fleet.inventory.set_groups(SERVER, name, ["jetsons"])
+    pair.fleet.inventory.set_groups(SERVER, "pi-1", ["jetsons"])
+    rollout = pair.start("arm", 2, groups=["jetsons"], at_once=True, confirm=True)
+    pair.say("pi-1", "arm", 2)
+    refuse(pair, "jetson-1", "jetson-2", "jetson-3")
+    assert pair.get(rollout).exclusions[0].hardware == JETSONS
+    pair.fleet.inventory.set_groups(SERVER, "pi-1", [])
+    pair.fleet.judge.evaluate()
     assert pair.state(rollout) == "aborted", "the kinds that it was not tried on do not get it untried"
     assert "every kind of hardware in the wave" in pair.get(rollout).reason
 
 
 def test_an_operator_ends_an_exclusion_once_and_for_all(pair):
-    rollout = pair.start("arm", 2, max_failures=5)
+    rollout = pair.start("arm", 2, at_once=True)
+    pair.say("pi-1", "arm", 2)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")
+    pair.say("pi-2", "arm", 2)
     [one] = pair.fleet.views.exclusions(model="arm")
     ended = pair.fleet.rollouts.end_exclusion(SERVER, one.id)
     assert ended.ended_by == SERVER.name
@@ -295,7 +316,9 @@ def test_an_operator_ends_an_exclusion_once_and_for_all(pair):
 
 
 def test_a_class_that_may_not_run_one_of_a_team_runs_none_of_it(pair):
-    pair.start_both(2, max_failures=5)
+    pair.start_both(2, at_once=True)
+    for model in ("arm", "eye"):
+        pair.say("pi-1", model, 2)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")
     assert (pair.wants("jetson-4", "arm"), pair.wants("jetson-4", "eye")) == (1, 1)
     assert (pair.wants("pi-1", "arm"), pair.wants("pi-1", "eye")) == (2, 2)
@@ -317,7 +340,8 @@ def test_a_few_devices_do_not_speak_for_a_class_that_runs_it_well(pair):
     pair.join(*well)
     for name in well:
         pair.say(name, "arm", 1)
-    pair.start("arm", 2, max_failures=5)
+    pair.start("arm", 2, at_once=True)
+    pair.say("pi-1", "arm", 2)
     for name in well:
         pair.say(name, "arm", 2)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")
@@ -328,11 +352,11 @@ def test_a_few_devices_do_not_speak_for_a_class_that_runs_it_well(pair):
 
 
 def test_a_later_release_is_another_matter(pair):
-    pair.start("arm", 2, max_failures=5)
+    pair.start("arm", 2, at_once=True)
+    pair.say("pi-1", "arm", 2)
     refuse(pair, "jetson-1", "jetson-2", "jetson-3")
-    for name in ("pi-1", "pi-2"):
-        pair.say(name, "arm", 2)
-    pair.start("arm", 3)
+    pair.say("pi-2", "arm", 2)
+    pair.start("arm", 3, at_once=True)
     assert {pair.wants(name, "arm") for name in pair.devices} == {3}
 
 

@@ -15,7 +15,7 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import DelegatedRole, Metadata, Root, Targets  # type: ignore[attr-defined]
 
 from agent.config import AgentConfig
-from agent.contract.assignment import Rollout, slot
+from agent.contract.assignment import EVERYONE, Rollout, slot
 from agent.contract.codec import ContractError
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
@@ -106,10 +106,14 @@ def _wanted(desired: Desired | None, model: str, held: int | None) -> dict[str, 
 
 
 def _reached_by(rollout: Rollout, desired: Desired) -> str:
-    groups = [group for group in rollout.groups if group in desired.record.groups]
-    if groups:
-        return f"rollout {rollout.id} reaches group {groups[0]}, and this device is in it"
     place = slot(rollout.team or rollout.id, desired.record.device)
+    shares = {group: rollout.group_permille.get(group, EVERYONE) for group in rollout.groups if group in desired.record.groups}
+    for group, share in shares.items():
+        if share >= EVERYONE:
+            return f"rollout {rollout.id} reaches group {group}, and this device is in it"
+        if place < share:
+            said = f"this device is in it, and its place is {place} of 1000"
+            return f"rollout {rollout.id} reaches {share / 10:g} % of group {group} by now, {said}"
     if rollout.permille >= 1000:
         return f"rollout {rollout.id} reaches every device"
     return f"rollout {rollout.id} reaches {rollout.permille / 10:g} % of the devices, and this one's place is {place} of 1000"

@@ -129,13 +129,21 @@ class PlannedRollout(Body):
 
 class NewRollout(PlannedRollout):
     """`confirm`: wait for promote between waves. `window`: when devices may switch, in their local time. `mode` shadow: devices run it on
-    copies of live requests and install nothing. `min_share` and `time_limit_s`: instead of what fleet.yaml says.
+    copies of live requests and install nothing. `at_once`: a wave tells all of its devices in one step. `starts`: when it begins, with its
+    zone. `max_failures`: how many devices may refuse it or roll it back, on top of `failure_share`. `bake_s`: for how long a wave must have
+    passed before the next one. `rate`: devices told in a minute. `failure_share`, `min_share` and `time_limit_s`: instead of what fleet.yaml
+    says.
     """
 
     window: Annotated[str, Field(max_length=64, examples=["mon-fri 22:00-05:00"])] | None = None
     mode: Literal["install", "shadow"] = "install"
     confirm: bool = False
-    max_failures: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    at_once: bool = False
+    starts: Annotated[str, Field(max_length=64, examples=["2026-12-24T02:00+01:00"])] | None = None
+    max_failures: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    failure_share: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    bake_s: Annotated[float, Field(ge=0, le=365 * 86400)] | None = None
+    rate: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     min_share: Annotated[float, Field(ge=0, le=1)] | None = None
     time_limit_s: Annotated[float, Field(ge=1, le=365 * 86400)] | None = None
 

@@ -11,6 +11,8 @@ from agent.contract.assignment import Assignment
 from fleet_server.access import Role
 from fleet_server.api.operator.bodies import NewBundle, NewRollout, PlannedRollout, Rollback
 from fleet_server.api.operator.routes import Limit, Number, Raw, Route, Seq, actor_of, ref_of
+from fleet_server.errors import Invalid
+from fleet_server.freezes import moment
 from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.bundles import Bundles
 from fleet_server.rollouts.commands import RolledBack, Rollouts
@@ -76,8 +78,21 @@ def start_rollout(parts: Parts, request: Request, body: NewRollout) -> RolloutDe
     return parts.rollouts.start(
         actor_of(request), ref_of(body.release), waves=body.waves, groups=body.groups, permille=_permille(body), confirm=body.confirm,
         max_failures=body.max_failures, team=[ref_of(text) for text in body.team], window=body.window, mode=body.mode,
-        min_share=body.min_share, time_limit_s=body.time_limit_s,
+        min_share=body.min_share, time_limit_s=body.time_limit_s, at_once=body.at_once, failure_share=body.failure_share,
+        bake_s=body.bake_s, rate=body.rate, starts=_moment(body.starts),
     )  # fmt: skip
+
+
+def _moment(text: str | None) -> float | None:
+    try:
+        return None if text is None else moment(text)
+    except ValueError as error:
+        raise Invalid(str(error)) from error
+
+
+def approve(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
+    """Lets a rollout begin that another person started (`rollouts.approval` in fleet.yaml)."""
+    return parts.rollouts.approve(actor_of(request), rollout)
 
 
 def promote(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
@@ -142,6 +157,7 @@ ROUTES = (
     Route("GET", "/rollouts/{rollout}/verdicts", rollout_verdicts, Role.VIEWER),
     Route("POST", "/rollouts", start_rollout, Role.OPERATOR),
     Route("POST", "/rollouts/plan", plan, Role.VIEWER),
+    Route("POST", "/rollouts/{rollout}/approve", approve, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/promote", promote, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/pause", pause, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/resume", resume, Role.OPERATOR),

@@ -9,7 +9,7 @@ const SHOWN_EVENTS = 200;
 const RANKS = ["viewer", "publisher", "operator", "admin"];
 const KINDS = ["committed", "shadowed", "pending", "failed", "refused", "rolled_back", "timed_out", "lost", "held", "skipped", "offline"];
 const OVER = ["completed", "aborted"];
-const STATE_LOOK = { running: "busy", waiting: "warn", paused: "warn", completed: "good", aborted: "bad", created: "busy" };
+const STATE_LOOK = { running: "busy", waiting: "warn", paused: "warn", completed: "good", aborted: "bad", created: "busy", proposed: "warn", scheduled: "warn" };
 const OUTCOME_LOOK = { committed: "good", refused: "bad", rolled_back: "bad", failed: "warn", shadowed: "good" };
 const BAD_EVENTS = /abort|refus|rolled_back|fail|crash|revoke|withdraw|quarantin|problem|lost/;
 const GOOD_EVENTS = /commit|complet/;
@@ -232,6 +232,7 @@ function rolloutCard(rollout) {
     h("div", { class: "rollout-head" }, h("h3", null, title), pill(rollout.state === "waiting" ? "waits for confirmation" : rollout.state, STATE_LOOK[rollout.state]),
       h("span", { class: "muted small" }, `${before} · ${rollout.id} · by ${rollout.created_by} · ${ago(rollout.created)}`), rolloutActions(rollout)),
     rollout.team.length ? h("p", { class: "muted small" }, `In a team with ${rollout.team.map((one) => `${one.model}:${one.release}`).join(", ")}: all of them on a device, or none.`) : null,
+    rollout.waits_for ? h("p", { class: "muted small" }, `Waits: ${rollout.waits_for}`) : null,
     rollout.mode === "shadow" ? h("p", { class: "muted small" }, "Only tried on copies of live requests: nothing is installed.") : null,
     rollout.window ? h("p", { class: "muted small" }, `Devices switch in ${rollout.window}, their local time.`) : null,
     h("ol", { class: "waves" }, rollout.waves.map((wave, number) => waveStep(rollout, wave, number))),
@@ -274,6 +275,7 @@ function rolloutActions(rollout) {
   const button = (verb, text, look, question) => h("button", { class: `small ${look}`, "data-key": `${rollout.id}-${verb}`, onclick: () => confirmThen(text, question, () => call("POST", `/rollouts/${encodeURIComponent(rollout.id)}/${verb}`, {})) }, text);
   const next = rollout.waves[rollout.wave + 1];
   return h("div", { class: "actions" },
+    rollout.state === "proposed" ? button("approve", "Approve", "primary", "Let the rollout begin?") : null,
     rollout.state === "waiting" && next ? button("promote", "Promote", "primary", `Go on to ${reach(next)}?`) : null,
     ["running", "waiting"].includes(rollout.state) ? button("pause", "Pause", "", "Begin no further wave? Devices already reached go on.") : null,
     rollout.state === "paused" ? button("resume", "Resume", "primary", "Let the rollout go on?") : null,
@@ -406,19 +408,19 @@ const confirmThen = (title, question, action) => openDialog(title, [h("p", null,
 function startDialog(release) {
   const groups = h("input", { id: "start-groups", placeholder: "canary, warsaw", spellcheck: "false" });
   const percent = h("input", { id: "start-percent", type: "number", min: "0.1", max: "100", step: "0.1" });
-  const failures = h("input", { id: "start-failures", type: "number", min: "0", value: "0" });
+  const failures = h("input", { id: "start-failures", type: "number", min: "0", placeholder: "any number that is no accident" });
   const confirm = h("input", { id: "start-confirm", type: "checkbox" });
   const shadow = h("input", { id: "start-shadow", type: "checkbox" });
   openDialog(`Roll out ${release.release}`, [
-    h("p", { class: "muted" }, "The first wave is what you name here, then everyone. Naming nothing means everyone at once."),
+    h("p", { class: "muted" }, "The first wave is what you name here, then everyone. A wave tells a few devices first, and the rest as they answer. A rollout that too many devices refuse is stopped."),
     h("label", { for: "start-groups" }, "First wave: groups"), groups,
     h("label", { for: "start-percent" }, "First wave: percent of the devices"), percent,
-    h("label", { for: "start-failures" }, "Devices that may refuse it or roll back"), failures,
+    h("label", { for: "start-failures" }, "At most so many devices may refuse it or roll back"), failures,
     h("label", { class: "check" }, confirm, "confirm each further wave"),
     h("label", { class: "check" }, shadow, "only try it: run it on copies of live requests, install nothing"),
   ], "Start", () => call("POST", "/rollouts", {
     release: release.release, groups: groups.value.split(/[\s,]+/).filter(Boolean), percent: percent.value ? Number(percent.value) : null,
-    confirm: confirm.checked, mode: shadow.checked ? "shadow" : "install", max_failures: Number(failures.value || 0),
+    confirm: confirm.checked, mode: shadow.checked ? "shadow" : "install", max_failures: failures.value === "" ? null : Number(failures.value),
   }));
 }
 

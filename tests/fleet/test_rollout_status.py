@@ -1,0 +1,67 @@
+"""`edge-fleet rollout status`: what it shows, and how it ends."""
+
+import pytest
+
+from fleet_server.cli import rollout_status
+
+COUNTS = {"committed": 4, "pending": 2, "offline": 1}
+SHOWN = {
+    "id": "r1-0000", "model": "digits", "release": 4, "previous": 3, "state": "running", "reason": "", "wave": 1, "reach": 300,
+    "waves": [
+        {"groups": [], "permille": 2, "count": 1, "devices": 1}, {"groups": ["shop"], "permille": 0, "count": 0, "devices": 9},
+        {"groups": [], "permille": 1000, "count": 0, "devices": 30},
+    ],
+    "verdict": {
+        "verdict": "wait", "why": "2 still to answer", "counts": COUNTS,
+        "evidence": [{"device": f"shop-{n}", "standing": "pending"} for n in range(2)] + [{"device": "shop-9", "standing": "committed"}],
+    },
+    "waits_for": None,
+}  # fmt: skip
+
+
+def test_a_bar_for_each_wave_and_who_is_waited_for():
+    assert rollout_status.lines(SHOWN) == [
+        "r1-0000  digits:4 after digits:3  running",
+        "  wave 1  [########################]  1 of 1  one device",
+        "  wave 2  [#########...............]  3 of 8  shop",
+        "  wave 3  [........................]  0 of 21  everyone",
+        "  4 committed, 2 pending, 1 offline; more are told as these answer",
+        "  waits for shop-0, shop-1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"state": "waiting"}, "  is waiting: edge-fleet rollout promote r1-0000"),
+        (
+            {"state": "proposed", "verdict": None, "waits_for": "another person"},
+            "  is proposed: edge-fleet rollout approve r1-0000",
+        ),
+        ({"verdict": {"verdict": "stall", "why": "1 lost", "counts": {}, "evidence": []}}, "  cannot go on by itself: 1 lost"),
+        ({"waits_for": "the fleet is frozen"}, "  waits: the fleet is frozen"),
+    ],
+)
+def test_what_keeps_it_from_going_on_is_said(changed, said):
+    assert said in rollout_status.lines(SHOWN | changed)
+
+
+def test_a_rollout_that_is_over_asks_for_nothing():
+    shown = rollout_status.lines(SHOWN | {"state": "completed"})
+    assert [line.count("#") for line in shown] == [0, 24, 24, 24]
+    assert rollout_status.asks(SHOWN | {"state": "aborted"}) is None
+    assert rollout_status.bar(0, 0) == rollout_status.bar(5, 5)
+
+
+def test_how_it_ends(server):
+    server.publish_simple("followed", 1)
+    server.enrol(groups=["followed"])
+    begun = server.post("/rollouts", {"release": "followed:1", "groups": ["followed"]})
+    late = server.cli("rollout", "status", "--timeout", "0.1s")
+    assert (late.returncode, "is not over after 0.1 s" in late.stderr) == (4, True)
+    assert "wave 1" in late.stdout
+    server.post(f"/rollouts/{begun['id']}/pause")
+    asked = server.cli("rollout", "status", begun["id"], "--unattended", "--timeout", "30s")
+    assert (asked.returncode, f"rollout resume {begun['id']}" in asked.stderr) == (5, True)
+    server.post(f"/rollouts/{begun['id']}/abort")
+    assert server.cli("rollout", "status", begun["id"]).returncode == 1
