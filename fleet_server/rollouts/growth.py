@@ -6,7 +6,8 @@ a few, and more as they answer, until what was heard says that the release is go
  1. UNHEARD devices may be told that have not answered yet, or three quarters as many as have answered, whichever is more.
  2. While failures, or devices that went missing, are so many that they speak for more than what is allowed of them, no more than CAREFUL
     devices may be told that have not answered yet.
- 3. Once failures are below TOLERABLE times what is allowed of them, with CONFIDENCE, the rest of the wave may be told.
+ 3. While so many went missing that the wave cannot pass, nobody more is told.
+ 4. Once failures are below TOLERABLE times what is allowed of them, with CONFIDENCE, the rest of the wave may be told.
 
 A step is not a wave: nobody confirms it, and it has no gate of its own. A failing release is stopped by the wave's gate (`gates`), at any moment.
 """
@@ -35,6 +36,8 @@ def may_be_told(counts: Counts, rules: Rules) -> int | None:
     if not rules.growth or rules.failure_share is None:
         return None
     heard = counts.asked - counts.pending - counts.failed
+    if sequential.is_above(rules.missing_share, counts.missing, heard, rules.confidence):
+        return counts.asked
     if _is_likely_above(rules.failure_share, counts.failures, heard) or _is_likely_above(
         rules.missing_share, counts.missing, heard
     ):

@@ -176,7 +176,9 @@ class Judge:
         refused = tally.refused(least) if least else {}
         if not refused:
             return {}
-        stands_out = gates.stands_out(tally.asked, rows.rules_of(row))
+        serving = {kind: len(devices) + tally.serving.get(kind, 0) for kind, devices in refused.items()}
+        asked = {kind: max(number, tally.asked.get(kind, 0)) for kind, number in serving.items()}
+        stands_out = gates.stands_out(asked, rows.rules_of(row))
         return exclusions.to_exclude(refused, tally.serving, least, self._settings.exclude_share, stands_out)
 
     def _goes_well_without(self, found: list[tuple[RolloutRow, Tally]]) -> bool:

@@ -366,6 +366,12 @@ def test_never_fewer_than_were_told_and_never_many_beyond_what_was_heard(counts)
         assert heard >= 20, "nobody is told at once before many have answered"
 
 
+def test_nobody_more_is_told_while_too_many_are_missing():
+    assert growth.may_be_told(Counts(committed=10, lost=10, pending=1), Rules()) == 21
+    assert growth.may_be_told(Counts(committed=10, lost=2, pending=1), Rules()) > 13
+    assert growth.may_be_told(Counts(committed=100, lost=1), Rules()) is None
+
+
 @given(some_counts)
 def test_who_is_held_skipped_or_away_changes_nothing(counts):
     without = msgspec.structs.replace(counts, held=0, skipped=0, offline=0)

@@ -65,3 +65,33 @@ def test_how_it_ends(server):
     assert (asked.returncode, f"rollout resume {begun['id']}" in asked.stderr) == (5, True)
     server.post(f"/rollouts/{begun['id']}/abort")
     assert server.cli("rollout", "status", begun["id"]).returncode == 1
+
+
+def test_the_pace_of_a_rollout_is_said_and_begun(server):
+    server.publish_simple("paced", 1)
+    server.enrol()
+    said = server.cli(
+        "rollout", "start", "paced:1", "--start-at", "2099-01-01T00:00Z", "--bake", "30m", "--rate", "120/h", "--failure-percent", 5, "--json"
+    )  # fmt: skip
+    begun = server.get("/rollouts", params={"model": "paced"})[0]
+    assert (begun["state"], begun["bake_s"], begun["rate"], begun["failure_share"]) == ("scheduled", 1800.0, 2.0, 0.05), (
+        said.stderr
+    )
+    assert "begins at 2099-01-01 00:00 UTC" in server.cli("rollout", "show", begun["id"]).stdout
+    assert server.get("/assignment")["models"].get("paced", {}).get("rollout") is None
+    refused = server.cli("rollout", "approve", begun["id"])
+    assert (refused.returncode, "cannot approve" in refused.stderr) == (3, True)
+    assert server.cli("rollout", "abort", begun["id"]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--start-at", "2099-01-01T00:00"], 3, "does not say its time zone"), (["--start-at", "soon"], 3, "is no moment"),
+        (["--rate", "60"], 2, "is not a rate"), (["--rate", "0/min"], 2, "is not a rate"), (["--failure-percent", "50"], 2, "--failure-percent"),
+        (["--bake", "soon"], 2, "not a duration"),
+    ],
+)  # fmt: skip
+def test_paces_that_cannot_be(server, words, status, said):
+    done = server.cli("rollout", "start", "nothing:1", *words)
+    assert (done.returncode, said in done.stderr) == (status, True), done.stderr

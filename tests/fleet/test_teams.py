@@ -132,6 +132,19 @@ def test_one_bad_member_aborts_all_and_they_go_back_together(pair):
     assert {pair.wants(d, m) for d in pair.devices for m in ("arm", "eye")} == {1}
 
 
+def test_a_team_that_has_not_begun_takes_the_place_of_none(pair):
+    first = pair.start_both(2, at_once=True)
+    for name in pair.devices:
+        for model in ("arm", "eye"):
+            pair.say(name, model, 2)
+    assert pair.assignment.teams == {first: {"arm": 2, "eye": 2}}
+    later = pair.start_both(3, starts=pair.clock.now + 600)
+    pair.fleet.inventory.set_groups(SERVER, "pi-1", ["canary"])
+    assert pair.state(later) == "scheduled"
+    pair.fleet.rollouts.abort(SERVER, later)
+    assert pair.assignment.teams == {first: {"arm": 2, "eye": 2}}, "nobody was told of the other"
+
+
 @pytest.mark.parametrize("member", [0, 1])
 def test_what_is_asked_of_one_is_done_to_all(pair, member):
     first = pair.start_both(2, groups=["canary"], confirm=True)
