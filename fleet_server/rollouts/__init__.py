@@ -2,6 +2,8 @@
 
 machine      the life of a rollout as a table. Pure
 gates        what the devices of a wave answered, and what follows. Pure
+growth       how many devices of a wave may be told by now. Pure
+sequential   tests of shares that may be looked at after every report. Pure
 wording      rollouts in words
 rows         what the rows of the database mean for the next decision
 tally        how many devices stand how, kept up by change. Pure
@@ -12,6 +14,7 @@ exclusions   releases that a hardware class does not run
 steps        one step of a rollout, written down
 assignment   what devices are told: made from the database, signed, poked
 decisions    one decision at a time: transaction, signing, poke, words
+beginning    when a rollout may begin, and with which waves
 judging      the gates of running rollouts, and what their verdicts do
 commands     what operators ask for
 views        what operators are shown

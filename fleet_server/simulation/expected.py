@@ -50,13 +50,14 @@ class Stage(msgspec.Struct, frozen=True):
 
 class Plan(msgspec.Struct, frozen=True):
     """A rollout to be made. `max_failures`: None: no number ends it. `confirm`: a person confirms what follows the first wave, and nobody
-    does.
+    does. `at_once`: a wave tells all of its devices in one step.
     """
 
     stages: tuple[Stage, ...]
     max_failures: int | None = None
     failure_share: float = FAILURE_SHARE
     confirm: bool = False
+    at_once: bool = False
 
 
 class Ending(msgspec.Struct, frozen=True):

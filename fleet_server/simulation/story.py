@@ -143,7 +143,7 @@ class Story:
         """Starts the rollout, and lets devices do wrong what they are to do wrong."""
         order, plan = self._order, self._order.plan
         body = {
-            "release": str(order.release), "max_failures": plan.max_failures, "failure_share": plan.failure_share, "confirm": plan.confirm,
+            "release": str(order.release), "max_failures": plan.max_failures, "failure_share": plan.failure_share, "confirm": plan.confirm, "at_once": plan.at_once,
             "waves": [stage.group or f"{stage.permille / 10:g}%" for stage in plan.stages],
         }  # fmt: skip
         self.crowd.misbehave()

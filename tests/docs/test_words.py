@@ -19,7 +19,7 @@ OLD = {
     r"\blift(s|ed|ing)? (a|the|that) (withdrawal|hold|exclusion)|class\.lift": "reinstate, unhold, end an exclusion",
     r"\bpeer_listen\b|\bsync\.peers\b|peer_limit_bytes_per_s": "neighbours, neighbour_listen",
     r"\bHolds\([^)]*\)\.(pin|pinned|lift)\b": "hold, held, unhold",
-    r'edge-fleet (devices|releases)\b(?!")|edge-fleet rollout (status|stopped|lift)\b': "device list, release list, rollout show, exclusion",
+    r'edge-fleet (devices|releases)\b(?!")|edge-fleet rollout (stopped|lift)\b': "device list, release list, rollout show, exclusion",
 }
 """A pattern of what was said → what is said now."""
 

@@ -193,8 +193,8 @@ def test_a_rollout_in_a_storm(rabbits, database, tmp_path):
 def order_of(people):
     groups = [Stage(group=f"wave-{number}") for number in range(1, len(WAVES) + 1)]
     plan = Plan(
-        (*groups, Stage(permille=EVERYONE)), failure_share=0.49
-    )  # as the server reads it: the last wave is everybody
+        (*groups, Stage(permille=EVERYONE)), failure_share=0.49, at_once=True
+    )  # the last wave is everybody, as the server reads it
     return Order(
         members=people, release=ReleaseRef("story", 1), plan=plan, seed=SEED, realism=Realism(verify=0.05, speed=SPEED, beats_s=15.0),
         silence_s=60.0, timeout_s=420.0,
