@@ -57,6 +57,7 @@ def _share(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
     help="Which part of the devices may refuse it or roll back.",
 )
 @click.option("--max-failures", type=click.IntRange(0), help="And how many at most.")
+@click.option("--at-once", is_flag=True, help="Each wave tells all of its devices in one step.")
 @click.option(
     "--behave",
     multiple=True,
@@ -106,7 +107,7 @@ def simulate(
     ctx: click.Context, devices: int | None, inventory: Path | None, release: str | None, waves: str, failure_percent: float,
     max_failures: int | None,
     behave: tuple[str, ...], verify: float, fetch: float, speed: float, seed: int, timeout: float, json_file: Path | None,
-    plot: Path | None, *, on_server: bool, yes: bool,
+    plot: Path | None, *, at_once: bool, on_server: bool, yes: bool,
 ) -> None:  # fmt: skip
     """Rehearses a rollout with simulated devices: real certificates, MQTT, HTTPS and signed reports, but no models.
 
@@ -132,7 +133,7 @@ def simulate(
         raise click.UsageError("--on-server goes with --release, one that was published there, and with made-up devices")
     wish = Wish(
         release=ReleaseRef.parse(release) if release is not None else None,
-        plan=expected.Plan(expected.stages(waves), max_failures, failure_percent / 100),
+        plan=expected.Plan(expected.stages(waves), max_failures, failure_percent / 100, at_once=at_once),
         shares=tuple(behaviours.parse(text) for text in behave),
         realism=Realism(verify=verify, fetch=fetch, speed=speed), seed=seed, timeout_s=timeout,
     )  # fmt: skip

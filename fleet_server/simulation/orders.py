@@ -82,7 +82,13 @@ def on_a_server(count: int, wish: Wish) -> Order:
     group = f"{GROUP}-{name}"
     made = members_of.made_up(count, wish.release.model, 1, wish.shares, wish.seed)
     members = [msgspec.structs.replace(one, id=f"sim-{name}-{one.id[4:]}", groups=(group,), runs={}) for one in made]
-    plan = Plan((Stage(group=group), Stage(permille=EVERYONE)), wish.plan.max_failures, wish.plan.failure_share, confirm=True)
+    plan = Plan(
+        (Stage(group=group), Stage(permille=EVERYONE)),
+        wish.plan.max_failures,
+        wish.plan.failure_share,
+        confirm=True,
+        at_once=wish.plan.at_once,
+    )
     return Order(
         members=members, release=wish.release, plan=plan, seed=wish.seed, realism=wish.realism, timeout_s=wish.timeout_s,
         silence_s=SERVER_SILENCE_S,
