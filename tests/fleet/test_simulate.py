@@ -155,7 +155,7 @@ def test_every_behaviour_gets_its_verdict_and_nobody_else_is_lost(tmp_path, name
     behave, allowed, state = MATRIX[name]
     words = [word for one in behave for word in ("--behave", one)]
     status, said, _ = simulate(
-        tmp_path, "--devices", 30, *words, "--max-failures", allowed, "--failure-percent", 40, "--waves", "100%"
+        tmp_path, "--devices", 30, *words, "--max-failures", allowed, "--failure-percent", 40, "--waves", "100%", "--at-once"
     )
     assert (status, said["ended"]["state"], said["lost"]) == (0, state, []), said
     assert said["ended"]["counts"] == said["expected"]["counts"] or state == "aborted"
