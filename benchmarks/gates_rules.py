@@ -14,8 +14,7 @@ from agent.contract.reports import Outcome
 from benchmarks.gates_devices import SILENCE_MIN, TIME_LIMIT_MIN, Fleet
 from fleet_server.rollouts import exclusions, gates, growth, sequential
 from fleet_server.rollouts.gates import Counts, Fact, Rules, Ruling
-from fleet_server.rollouts.health import Action, Health
-from fleet_server.rollouts.health import Rules as HealthRules
+from fleet_server.rollouts.health import Action, Health, HealthRules
 
 SHARES = (0.01, 0.05, 0.25, 1.0)
 EXCLUDE_AFTER, EXCLUDE_SHARE = 3, 0.02  # as in fleet.yaml

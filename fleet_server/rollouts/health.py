@@ -1,7 +1,7 @@
 """Whether a release does worse on devices than what each of them ran before: tests that may be looked at after every sample. Pure.
 
 A device gives one sample for each test: its own figures under the release before and under this one, taken once it has enough of both
-(`Rules.requests`, `Rules.rows`) and never again. What decides when it is taken is how much the device worked, not how well.
+(`HealthRules.requests`, `HealthRules.rows`) and never again. What decides when it is taken is how much the device worked, not how well.
 
  1. Latency, classes, confidence, agreement: is a device worse than its own past by more than a margin, and is that so in more than half of
     the devices? A device is worse or it is not, so a burst within one counts once, and slow devices are compared with themselves. What an
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 
 import msgspec
@@ -76,13 +76,13 @@ class Sample(msgspec.Struct, frozen=True):
             raise ValueError(f"a sample of {self.device!r} in test {self.test.value} counts more events than it has requests")
 
 
-class Rules(msgspec.Struct, frozen=True, kw_only=True):
+class HealthRules(msgspec.Struct, frozen=True, kw_only=True):
     """What the health of a release must keep. `abort` and `pause`: the tests whose finding does so; one that is in neither is not made.
 
     `latency_ratio`, `error_ratio`: how much worse than before is allowed. `drift`: how much further from its past than usual a device's
     classes or confidence may be. `disagreement`: which share of a device's compared answers may differ. `requests`, `rows`, `errors_of`: from
     how many on a device gives a sample: of latency, of outputs, of errors. `patience_s`: after so long at work a tenth of that is enough.
-    `devices`: a finding needs samples from so many. `require`: without them a wave does not pass.
+    `devices`: a finding needs samples from so many. `require`: without them a wave does not pass, of errors and of latency where both are tested.
     """
 
     abort: tuple[HealthTest, ...] = (HealthTest.ERRORS, HealthTest.UNUSABLE, HealthTest.LATENCY)
@@ -150,7 +150,7 @@ class Health:
     `shares`: how many models of a team share the alpha.
     """
 
-    def __init__(self, rules: Rules, *, shares: int = 1) -> None:
+    def __init__(self, rules: HealthRules, *, shares: int = 1) -> None:
         self.rules = rules
         self.taken = 0
         self._seen: set[tuple[str, HealthTest]] = set()
@@ -178,8 +178,9 @@ class Health:
             if said:
                 return HealthVerdict(action, "; ".join(said), findings)
         most = max((one.devices for one in findings), default=0)
-        if self.rules.require and most < self.rules.devices:
-            return HealthVerdict(Action.HOLD, f"health of {most} devices known, {self.rules.devices} needed", findings)
+        known = _known(findings)
+        if self.rules.require and known < self.rules.devices:
+            return HealthVerdict(Action.HOLD, f"health of {known} devices known, {self.rules.devices} needed", findings)
         why = f"health of {most} devices: nothing found" if most else "nothing is known of the devices' health"
         return HealthVerdict(Action.PROMOTE, why, findings)
 
@@ -189,7 +190,7 @@ class Health:
         return Finding(test, bet.devices, bet.worse, bet.figure, bet.peak, confidence >= self.rules.confidence, confidence)
 
 
-def judge(samples: Iterable[Sample], rules: Rules, *, shares: int = 1) -> HealthVerdict:
+def judge(samples: Iterable[Sample], rules: HealthRules, *, shares: int = 1) -> HealthVerdict:
     """The verdict after all of these samples, in their order."""
     health = Health(rules, shares=shares)
     for sample in samples:
@@ -200,7 +201,7 @@ def judge(samples: Iterable[Sample], rules: Rules, *, shares: int = 1) -> Health
 class _Coin:
     """Bets that more than half of the devices are worse."""
 
-    def __init__(self, test: HealthTest, rules: Rules) -> None:
+    def __init__(self, test: HealthTest, rules: HealthRules) -> None:
         self._test, self._rules = test, rules
         self._figures: list[float] = []
         self.devices = self.worse = 0
@@ -258,7 +259,14 @@ class _Events:
         return self._above / self._below if self._below else None
 
 
-def _said(one: Finding, rules: Rules) -> str:
+def _known(findings: Sequence[Finding]) -> int:
+    """Of how many devices enough is known: of requests both errors and latency, where these tests are made; or that it agrees."""
+    of_requests = [one.devices for one in findings if one.test in {HealthTest.ERRORS, HealthTest.LATENCY}]
+    others = [one.devices for one in findings if one.test is HealthTest.AGREEMENT or not of_requests]
+    return max(min(of_requests, default=0), max(others, default=0))
+
+
+def _said(one: Finding, rules: HealthRules) -> str:
     figure = "from none" if one.figure is None else f"{one.figure:.2f}"
     what = {
         HealthTest.ERRORS: f"errors are {figure} times as frequent as before ({rules.error_ratio:g} allowed)",
