@@ -120,7 +120,7 @@ class Fleet:
         decisions = Decisions(self.database, self.assignment, self.journal)
         self.judge = Judge(self.database, self.inventory, self.assignment, decisions, config.rollouts, clock)
         self.views = Views(self.database, self.inventory, self.judge.calendar, clock)
-        self.rollouts = Rollouts(self.repository, self.journal, decisions, self.judge, self.views, clock)
+        self.rollouts = Rollouts(self.repository, self.inventory, self.journal, decisions, self.judge, self.views, clock)
         self.retention = Retention(decisions, self.catalogue, self.journal, config.keep.releases)
         self.bundles = Bundles(
             self.database, self.repository, self.inventory, self.survey, self.catalogue, self.assignment, self.blobs, self.journal,
@@ -133,6 +133,7 @@ class Fleet:
         self.status.authorities = self.ca_replacement.warnings
         self.status.database_problem = lambda: self.database.problem
         self.status.stalled = self.views.stalled
+        self.status.refusals = self.views.refusals
         self.housekeeping = Housekeeping(self.blobs, self.catalogue, self.retention, self.journal, config.keep, clock)
         self._count()
 

@@ -19,6 +19,7 @@ from fleet_server.ingest.links import Link
 from fleet_server.releases.online_keys import ONLINE
 from fleet_server.releases.repository import Repository
 from fleet_server.releases.trust import WARN_BEFORE_S
+from fleet_server.rollouts.refusals import Refusals
 from fleet_server.storage.processes import ProcessView
 
 NAMED = 5  # devices in a warning
@@ -116,6 +117,8 @@ class Status:
         self.database_problem: Callable[[], str] = str
         self.stalled: Callable[[], list[tuple[str, str]]] = list
         """The rollouts that do not go on by themselves, and why."""
+        self.refusals: Callable[[], list[Refusals]] = list
+        """Devices that refuse what they should run after its rollout is complete."""
         self.authorities: Callable[[], list[str]] = list
         """What a person must know of the fleet's CAs."""
         self.restored: Callable[[], tuple[float, float] | None] = lambda: None
@@ -176,6 +179,12 @@ class Status:
             f"rollout {rollout} does not go on by itself: {why}; see who is missing (`edge-fleet rollout devices {rollout}`), skip those that "
             "are known to be broken, or abort it"
             for rollout, why in self.stalled()
+        ]
+        found += [
+            f"refused after the end of rollout {one.rollout}: {one.release}, by {_some(Some(one.count, list(one.devices)))}: "
+            f"{', '.join(f'{number} {cause}' for cause, number in one.causes.items())}; once they are repaired, `edge-fleet rollout retry "
+            f"{one.rollout}`"
+            for one in self.refusals()
         ]
         if problem := self.database_problem():
             found.insert(0, f"NOTHING IS STORED: {problem}")

@@ -71,7 +71,10 @@ def encode(document: object) -> bytes:
     return msgspec.json.encode(document, order="deterministic")
 
 
-def require_format(number: int, what: str) -> None:
-    """Raises: ValueError when a document was written by a newer generation than this one reads."""
-    if number != FORMAT:
-        raise ValueError(f"{what} has format {number}; this version reads format {FORMAT}: update the software")
+def require_format(number: int, what: str, newest: int = FORMAT) -> None:
+    """Raises: ValueError when a document was written by a newer generation than this one reads. `newest`: the format that such documents
+    have now.
+    """
+    if not FORMAT <= number <= newest:
+        known = f"format {FORMAT}" if newest == FORMAT else f"formats {FORMAT} to {newest}"
+        raise ValueError(f"{what} has format {number}; this version reads {known}: update the software")

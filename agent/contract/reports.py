@@ -58,6 +58,8 @@ class Answer(Document, frozen=True, kw_only=True):
     message: str = ""
     at: float = 0.0
     evidence: dict[str, float | str] = {}
+    attempt: int = 0
+    """The attempt at the release that this answers."""
 
 
 class Stage(Document, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from fleet_server.cli import (
     describe,
     device,
     exclusion,
+    hands,
     journal,
     keys,
     processes,
@@ -24,6 +25,7 @@ from fleet_server.cli import (
     release,
     rollout,
     rollout_status,
+    rule,
     server,
     simulate,
     token,
@@ -55,9 +57,10 @@ for command in (
     server.doctor, server.renew_root, backup.backup, backup.restore,
     build.build, release.publish, release.release, release.withdraw, release.reinstate,
     keys.keys, keys.publisher, ca.ca,
-    rollout.rollout, rollout.rollback, exclusion.exclusion, bundle.bundle, simulate.simulate,
+    rollout.rollout, rollout.rollback, exclusion.exclusion, rule.rule, bundle.bundle, simulate.simulate,
     device.device, token.token, journal.events, access.access, journal.audit, server.status,
     rabbitmq.rabbitmq_files, describe.openapi, describe.completion,
 ):  # fmt: skip
     main.add_command(command)
-rollout.rollout.add_command(rollout_status.status)
+for command in (rollout_status.status, hands.supersede, hands.complete, hands.retry):
+    rollout.rollout.add_command(command)

@@ -135,6 +135,17 @@ def profile_path(ctx: click.Context) -> Path:
     return chosen or default_profile()
 
 
+def with_scope(function: Callable[P, R]) -> Callable[P, R]:
+    return click.option(
+        "--scope",
+        "scopes",
+        multiple=True,
+        metavar="KIND:VALUES",
+        help="Whom it is for, in place of everyone: group:canary,beta, label:site=berlin, class:aarch64/-/- or device:a,b. Repeatable: a "
+        "device must meet all of them, and meets one by any of its values.",
+    )(function)
+
+
 def with_json(function: Callable[P, R]) -> Callable[P, R]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(function)
 

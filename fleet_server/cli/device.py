@@ -30,6 +30,7 @@ def device() -> None:
 @click.option("--text", help="Only devices with this in their id, a group or a model, or that serve this release.")
 @click.option("--prefix", help="Only devices whose id begins with this.")
 @click.option("--group", help="Only devices in this group.")
+@click.option("--label", help="Only devices with this label: site=berlin, or site with any value.")
 @click.option("--model", help="Only devices that report this model.")
 @click.option("--release", metavar="RELEASE", help="Only devices that serve this release, such as digits:4.")
 @click.option("--phase", type=click.Choice(PHASES), help="Only devices with a model in this phase of an update.")
@@ -99,6 +100,30 @@ def device_group(ctx: click.Context, name: str, groups: tuple[str, ...], *, as_j
     with connected(ctx) as client:
         data = client.put(f"/devices/{segment(name)}/groups", {"groups": list(groups)})
     show(data, as_json, lambda d: click.echo(f"{d['id']} is in {', '.join(d['groups']) or 'no group'}"))
+
+
+@device.command("label")
+@click.argument("name", metavar="DEVICE")
+@click.argument("labels", nargs=-1, metavar="[NAME=VALUE]...")
+@click.option("--unset", multiple=True, metavar="NAME", help="Take this label off. Repeatable.")
+@with_json
+@click.pass_context
+@reports_errors
+def device_label(ctx: click.Context, name: str, labels: tuple[str, ...], unset: tuple[str, ...], *, as_json: bool) -> None:
+    """Gives a device labels, or takes some off; others stay. Rollouts and rules can be for the devices with a label.
+
+    edge-fleet device label dev-1 site=berlin line=3
+    edge-fleet device label dev-1 --unset line
+    """
+    pairs = [text.partition("=") for text in labels]
+    if wrong := [text for text, (_, equals, _) in zip(labels, pairs, strict=True) if not equals]:
+        raise click.UsageError(f"{wrong[0]!r} is not NAME=VALUE, such as site=berlin")
+    if not labels and not unset:
+        raise click.UsageError("name a label to set, such as site=berlin, or one to take off with --unset")
+    with connected(ctx) as client:
+        body = {"set": {label: value for label, _, value in pairs}, "unset": list(unset)}
+        data = client.post(f"/devices/{segment(name)}/labels", body)
+    show(data, as_json, lambda d: click.echo(f"{d['id']} has {tables.labels(d['labels']) or 'no label'}"))
 
 
 @device.command("allow-renewal")

@@ -22,6 +22,7 @@ from fleet_server.cli.command import (
     segment,
     show,
     with_json,
+    with_scope,
 )
 from fleet_server.errors import FleetError, Unavailable
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 WATCH_S = 1.0
 AWAY_S = 60.0
 MOST_RATE = 1_000_000.0
-OVER = frozenset({"completed", "aborted"})
+OVER = frozenset({"completed", "superseded", "aborted"})
 STANDINGS = (
     "committed", "shadowed", "refused", "failed", "rolled_back", "pending", "timed_out", "lost", "held", "skipped", "offline",
 )  # fmt: skip
@@ -93,24 +94,26 @@ def _reach(
 
 @rollout.command("plan")
 @_with_reach
+@with_scope
 @with_json
 @click.pass_context
 @reports_errors
 def rollout_plan(
-    ctx: click.Context, releases: tuple[str, ...], waves: str | None, groups: tuple[str, ...], percent: float | None, *, team: bool,
-    as_json: bool,
+    ctx: click.Context, releases: tuple[str, ...], waves: str | None, groups: tuple[str, ...], percent: float | None,
+    scopes: tuple[str, ...], *, team: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Shows what a rollout would reach, and what would stand in its way. Begins nothing.
 
     edge-fleet rollout plan digits:4 --waves 1,5%,canary,25%
     """
-    body = _reach(releases, waves, groups, percent, team=team)
+    body = _reach(releases, waves, groups, percent, team=team) | {"scope": list(scopes)}
     with connected(ctx) as client:
         show(client.post("/rollouts/plan", body), as_json, rollout_tables.previews)
 
 
 @rollout.command("start")
 @_with_reach
+@with_scope
 @click.option("--window", help="When devices may switch, in their local time, such as 'mon-fri 22:00-05:00'.")
 @click.option(
     "--shadow",
@@ -140,6 +143,7 @@ def rollout_plan(
     callback=duration,
     help="How long a device may take from when it was told, such as 2h [default: rollouts.time_limit_s in fleet.yaml].",
 )
+@click.option("--retry", is_flag=True, help="Devices that refused the release before try it again.")
 @with_json
 @click.pass_context
 @reports_errors
@@ -149,6 +153,7 @@ def rollout_start(
     waves: str | None,
     groups: tuple[str, ...],
     percent: float | None,
+    scopes: tuple[str, ...],
     window: str | None,
     start_at: str | None,
     bake: float | None,
@@ -162,6 +167,7 @@ def rollout_start(
     shadow: bool,
     confirm: bool,
     at_once: bool,
+    retry: bool,
     as_json: bool,
 ) -> None:
     """Begins a rollout: the waves that you name, then everyone. Each wave reaches one device at least. It tells a few devices first, more as
@@ -171,6 +177,7 @@ def rollout_start(
     edge-fleet rollout start digits:4 --group canary --confirm
     edge-fleet rollout start digits:4 --percent 10 --max-failures 1
     edge-fleet rollout start digits:4 --waves 1,5% --bake 2h --rate 60/min --start-at 2026-12-24T02:00+01:00
+    edge-fleet rollout start digits:4 --scope label:site=berlin --scope group:kiosk --waves 1,25%
     edge-fleet rollout start digits:4 --shadow --group canary
     edge-fleet rollout start detector:7 classifier:3 --team --window 'sat,sun 02:00-05:00'
     """
@@ -178,6 +185,7 @@ def rollout_start(
         "window": window, "confirm": confirm, "max_failures": max_failures, "mode": "shadow" if shadow else "install",
         "min_share": None if min_percent is None else min_percent / 100, "time_limit_s": time_limit, "at_once": at_once,
         "failure_share": None if failure_percent is None else failure_percent / 100, "bake_s": bake, "rate": rate, "starts": start_at,
+        "retry": retry, "scope": list(scopes),
     }  # fmt: skip
     with connected(ctx) as client:
         show(client.post("/rollouts", body), as_json, rollout_tables.rollout)
@@ -185,7 +193,7 @@ def rollout_start(
 
 @rollout.command("show")
 @click.argument("rollout_id", required=False)
-@click.option("--watch", is_flag=True, help="Follow it until it is over. Exit status 1 when it is aborted.")
+@click.option("--watch", is_flag=True, help="Follow it until it is over. Exit status 1 when it is aborted or superseded.")
 @click.option(
     "--timeout",
     callback=duration,
@@ -214,7 +222,7 @@ def rollout_show(ctx: click.Context, rollout_id: str | None, *, watch: bool, tim
     if watch and (last is None or last["state"] not in OVER):
         click.echo(f"edge-fleet: rollout {chosen} is not over after {timeout:g} s", err=True)
         sys.exit(EXIT_TOO_LATE)
-    if watch and last is not None and last["state"] == "aborted":
+    if watch and last is not None and last["state"] in {"aborted", "superseded"}:
         sys.exit(EXIT_FAILED)
 
 
@@ -328,15 +336,23 @@ _of_a_device("unskip", "Lets a device that was skipped count again.")
 @click.command(cls=Command)
 @click.argument("model")
 @click.option("--to", "version", type=click.IntRange(1), help="The version to go back to [default: the one before].")
+@click.option("--forward", is_flag=True, help="With --to: it may be newer than what runs, if every device had it before.")
+@with_scope
 @with_json
 @click.pass_context
 @reports_errors
-def rollback(ctx: click.Context, model: str, version: int | None, *, as_json: bool) -> None:
-    """Takes every device back to an earlier release at once.
+def rollback(
+    ctx: click.Context, model: str, version: int | None, scopes: tuple[str, ...], *, forward: bool, as_json: bool
+) -> None:
+    """Takes every device back to an earlier release at once. It never goes to a newer one unless you say so.
 
     edge-fleet rollback digits
     edge-fleet rollback digits --to 2
+    edge-fleet rollback digits --to 4 --forward
+    edge-fleet rollback digits --scope group:kiosk
     """
+    if forward and version is None:
+        raise click.UsageError("--forward goes with --to: which release is it?")
     with connected(ctx) as client:
-        done = client.post(f"/models/{segment(model)}/rollback", {"to": version})
-    show(done, as_json, lambda data: click.echo(f"{data['model']} goes back from version {data['left']} to {data['release']}"))
+        done = client.post(f"/models/{segment(model)}/rollback", {"to": version, "forward": forward, "scope": list(scopes)})
+    show(done, as_json, lambda data: click.echo(f"{data['model']} goes from version {data['left']} to {data['release']}"))

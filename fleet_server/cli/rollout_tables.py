@@ -54,6 +54,10 @@ def rollout(r: dict[str, Any]) -> None:
     out.print(
         f"[bold]{safe(r['id'])}[/bold]  {safe(r['model'])}:{r['release']} after {safe(before)}  [bold]{r['state']}[/bold] {safe(r['reason'])}"
     )
+    if r.get("scope"):
+        out.print(f"  for {safe(scope(r['scope']))}")
+    if r.get("superseded"):
+        out.print(f"  took the place of {safe(', '.join(r['superseded']))}")
     if r["mode"] == "shadow":
         out.print("  only tried on copies of live requests: nothing is installed")
     if r["team"]:
@@ -75,8 +79,24 @@ def rollout(r: dict[str, Any]) -> None:
                 out.print(
                     f"    {safe(witness['device'])} {words(witness['standing'])}: {safe(witness['reason'])} {safe(witness['message'])}"
                 )
+    if refusals := r.get("refusals"):
+        causes = ", ".join(f"{number} {cause}" for cause, number in refusals["causes"].items())
+        out.print(f"  [bold red]refused after the end[/bold red]: {safe(causes)} ({safe(', '.join(refusals['devices']))})")
     if r["state"] == "waiting":
         out.print(f"  waits for confirmation: edge-fleet rollout promote {safe(r['id'])}")
+
+
+def scope(conditions: list[dict[str, Any]]) -> str:
+    return " and ".join(f"{one['kind']}:{','.join(one['values'])}" for one in conditions) or "everyone"
+
+
+def rules(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [
+        [one["model"], scope(rule["scope"]), rule["release"] or "-", rule["previous"] or "-", rule["rollout"] or "-"]
+        for one in found
+        for rule in [*one["rules"], {**one, "scope": [], "rollout": None}]
+    ]
+    table("MODEL|SCOPE|RELEASE|BEFORE|ROLLOUT", rows, "no model has a release yet")
 
 
 def standings(found: list[dict[str, Any]]) -> None:

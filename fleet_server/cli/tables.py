@@ -77,15 +77,23 @@ def table(headings: str, rows: list[list[object]], empty: str) -> None:
     console().print(made)
 
 
+def labels(found: dict[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in found.items())
+
+
 def devices(found: list[dict[str, Any]]) -> None:
     rows: list[list[object]] = [
         [
-            d["id"], _standing(d), ", ".join(d["groups"]) or "-",
+            d["id"], _standing(d), ", ".join([*d["groups"], *filter(None, [labels(d["labels"])])]) or "-",
             "; ".join(_runs(name, m) for name, m in d["models"].items()) or "-", ago(d["last_seen"]),
         ]
         for d in found
     ]  # fmt: skip
-    table("DEVICE|STATE|GROUPS|RUNS|SEEN", rows, "no device yet; make an enrolment string with `edge-fleet token create`")
+    table(
+        "DEVICE|STATE|GROUPS AND LABELS|RUNS|SEEN",
+        rows,
+        "no device yet; make an enrolment string with `edge-fleet token create`",
+    )
 
 
 def _standing(d: dict[str, Any]) -> str:
@@ -109,6 +117,8 @@ def device(d: dict[str, Any]) -> None:
     out = console()
     out.print(f"[bold]{safe(d['id'])}[/bold]  {_standing(d)}, seen {ago(d['last_seen'])}")
     out.print(f"groups  {safe(', '.join(d['groups']) or '-')}   record serial {d['record_serial']}")
+    if d["labels"]:
+        out.print(f"labels  {safe(labels(d['labels']))}")
     out.print(f"agent   {safe(d['agent_version'] or '-')}   {safe(_hardware(d['hardware']))}")
     if d["problem"]:
         out.print(f"problem {safe(d['problem'])}")
@@ -200,7 +210,11 @@ def tokens(found: list[dict[str, Any]]) -> None:
         ]
         for t in found
     ]  # fmt: skip
-    table("ID|STATE|USES LEFT|DEVICE|GROUPS|EXPIRES|BY", rows, "no enrolment token; make one with `edge-fleet token create`")
+    table(
+        "ID|STATE|USES LEFT|DEVICE|GROUPS|EXPIRES|BY",
+        rows,
+        "no enrolment token; make one with `edge-fleet token create`",
+    )
 
 
 def access_tokens(found: list[dict[str, Any]]) -> None:

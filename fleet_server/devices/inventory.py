@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from cryptography import x509
@@ -12,7 +12,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from agent.contract import names
-from agent.contract.assignment import RECORD_PAYLOAD_TYPE, DeviceRecord
+from agent.contract.assignment import RECORD_PAYLOAD_TYPE, DeviceRecord, Retry
 from agent.contract.codec import convert, encode
 from agent.contract.reports import Hardware, ModelState, StateReport
 from fleet_server.access import Actor
@@ -27,6 +27,7 @@ from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, DeviceModel, Setting, SkippedDevice, ToldDevice
 
 SERIAL_FLOOR = "deleted_serial"  # the row of `settings` with the largest record serial of a device that was deleted
+MAX_LABELS = 32
 ENDS_SOON = 6  # a certificate with less than this part of its life left ends soon
 MAX_LATE_S = 30 * 86400.0  # for how long an operator may allow a late renewal at most
 T = TypeVar("T")
@@ -122,10 +123,47 @@ class Inventory:
             event = self._journal.record(session, Happening(name="device_groups", message=message, device=device))
         self._journal.announce([event])
         self._journal.changed("devices")
-        if self.link:
-            self.link.poke_device(device)
+        self.poke(device)
         self.on_groups_changed()
         return self.get(device)
+
+    def set_labels(self, actor: Actor, device: str, given: Mapping[str, str], taken: Iterable[str] = ()) -> DeviceDetail:
+        """Gives the device these labels, takes others off, and signs a new record with the next serial. Other labels stay.  Raises: NotFound;
+        Invalid (not allowed, too many, one that it does not have).
+        """
+        check_labels(given)
+        with self._database.session() as session:
+            row = _row(session, device)
+            known = dict(row.labels or {})
+            if missing := [name for name in taken if name not in known]:
+                has = ", ".join(f"{name}={value}" for name, value in sorted(known.items())) or "none"
+                raise Invalid(f"{device} has no label {missing[0]!r}; it has: {has}", code="no_label")
+            labels = {**{name: value for name, value in known.items() if name not in set(taken)}, **given}
+            check_labels(labels)
+            row.labels = dict(sorted(labels.items()))
+            row.serial += 1
+            self.sign_record(row)
+            self._journal.audit(session, actor, "device.labels", device, labels=row.labels)
+            has = ", ".join(f"{name}={value}" for name, value in row.labels.items()) or "no label"
+            happening = Happening(name="device_labels", message=f"{device} has now {has}", device=device)
+            event = self._journal.record(session, happening)
+        self._journal.announce([event])
+        self._journal.changed("devices")
+        self.poke(device)
+        self.on_groups_changed()
+        return self.get(device)
+
+    def let_try_again(self, session: Session, device: str, retries: list[Any]) -> None:
+        """Signs a record that lets the device try these releases again. In the caller's transaction, after which `poke` tells it."""
+        row = _row(session, device)
+        row.retries = retries
+        row.serial += 1
+        self.sign_record(row)
+
+    def poke(self, device: str) -> None:
+        """Tells the device that there is something new for it."""
+        if self.link:
+            self.link.poke_device(device)
 
     def revoke(self, actor: Actor, device: str) -> DeviceDetail:
         """Shuts the device out: its certificates are on the revocation list and the listeners refuse it."""
@@ -285,7 +323,7 @@ class Inventory:
         expires = now + self._config.expiry.record_s
         record = DeviceRecord(
             fleet=self._config.fleet, device=row.id, serial=row.serial, groups=tuple(row.groups), issued=now, expires=expires,
-            labels=row.labels or {},
+            labels=row.labels or {}, retries=tuple(convert(one, Retry) for one in row.retries or ()),
         )  # fmt: skip
         envelope = self._repository.sign_record(encode(record), RECORD_PAYLOAD_TYPE)
         row.record, row.record_expires = msgspec.json.encode(envelope).decode(), expires
@@ -321,6 +359,18 @@ def _row(session: Session, device: str) -> Device:
     if row is None:
         raise NotFound(f"there is no device {device!r}; `edge-fleet device list` shows them")
     return row
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Raises: Invalid that names the first label that may not be like that, or says that there are too many."""
+    if len(labels) > MAX_LABELS:
+        raise Invalid(f"a device may have at most {MAX_LABELS} labels")
+    for name, value in labels.items():
+        try:
+            names.check(names.LABEL_NAME, name, "label name")
+            names.check(names.LABEL_VALUE, value, f"value of the label {name!r}")
+        except ValueError as error:  # noqa: PERF203 - a handful
+            raise Invalid(str(error), code="bad_label") from error
 
 
 def check_groups(groups: list[str]) -> None:

@@ -18,7 +18,7 @@ from fleet_server.devices import shared_identity
 from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.views import CertificateState, DeviceCount, DevicePage, DeviceView
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import Device, DeviceGroup, DeviceModel
+from fleet_server.storage.models import Device, DeviceGroup, DeviceLabel, DeviceModel
 
 PAGE_BYTES = 4 * 1024 * 1024
 """A page ends here, however few devices it has: one report may have 256 KiB."""
@@ -31,13 +31,15 @@ _AHEAD = (Reason.METADATA_ROLLBACK.value, Reason.REPLAYED_ASSIGNMENT.value)
 class Filters(msgspec.Struct, frozen=True, kw_only=True):
     """Which devices are looked for: those that pass every filter that is set.
 
-    `text` is in the id, in a group or in a model, or is the release that serves (`digits:4`); `prefix` begins the id. `model`,
+    `text` is in the id, in a group or in a model, or is the release that serves (`digits:4`); `prefix` begins the id; `label` is a name,
+    or a name and a value (`site=berlin`). `model`,
     `release` and `phase` are of the same model.
     """
 
     text: str | None = None
     prefix: str | None = None
     group: str | None = None
+    label: str | None = None
     model: str | None = None
     release: int | None = None
     phase: str | None = None
@@ -78,13 +80,16 @@ class Survey:
                     return DevicePage(devices=found, next=None)
                 session.expunge_all()
 
-    def every(self, filters: Filters, limit: int) -> list[tuple[str, list[str], str | None]]:
-        """Id, groups and hardware class of the devices that pass the filters and are not shut out, at most `limit`."""
-        query = select(Device.id, Device.groups, Device.hardware_class).where(
+    def every(self, filters: Filters, limit: int) -> list[tuple[str, list[str], str | None, dict[str, str]]]:
+        """Id, groups, hardware class and labels of the devices that pass the filters and are not shut out, at most `limit`."""
+        query = select(Device.id, Device.groups, Device.hardware_class, Device.labels).where(
             Device.revoked.is_(False), *self._conditions(filters)
         )
         with self._database.reading() as session:
-            return [(row.id, row.groups, row.hardware_class) for row in session.execute(query.order_by(Device.id).limit(limit))]
+            return [
+                (row.id, row.groups, row.hardware_class, row.labels or {})
+                for row in session.execute(query.order_by(Device.id).limit(limit))
+            ]
 
     def _conditions(self, filters: Filters) -> list[ColumnElement[bool]]:
         found: list[ColumnElement[bool]] = []
@@ -94,6 +99,10 @@ class Survey:
             found.append(_says(filters.text))
         if filters.group is not None:
             found.append(Device.id.in_(select(DeviceGroup.device).where(DeviceGroup.name == filters.group)))
+        if filters.label is not None:
+            name, equals, value = filters.label.partition("=")
+            wanted_value = [DeviceLabel.value == value] if equals else []
+            found.append(Device.id.in_(select(DeviceLabel.device).where(DeviceLabel.name == name, *wanted_value)))
         of_model: dict[Any, Any] = {
             DeviceModel.model: filters.model, DeviceModel.serving: filters.release, DeviceModel.phase: filters.phase
         }  # fmt: skip

@@ -56,8 +56,8 @@ def _useful(repository: Repository) -> Iterator[tuple[str, bytes]]:
 
 def _brought(assignment: Assignment) -> Iterator[tuple[str, int | None]]:
     for model, rules in assignment.models.items():
-        if rules.rollout is not None:
-            yield model, rules.rollout.release
+        for rollout in rules.rollouts():
+            yield model, rollout.release
     for model, rules in assignment.models.items():
         if rules.withdrawn:
             yield model, None

@@ -15,17 +15,17 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from agent.contract.addresses import Addresses
-from agent.contract.assignment import Assignment, ModelAssignment, read_assignment
+from agent.contract.assignment import Assignment, ModelAssignment, format_of, read_assignment
 from agent.contract.authorities import Authorities
 from agent.contract.codec import encode
 from fleet_server.access import SERVER
 from fleet_server.journal import Journal
 from fleet_server.releases import catalogue
 from fleet_server.releases.repository import Repository
-from fleet_server.rollouts import exclusions, rows, steps, teams
+from fleet_server.rollouts import exclusions, rows, rules, steps, teams
 from fleet_server.rollouts.machine import Event
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import ModelRow, ReleaseRow, RolloutRow
+from fleet_server.storage.models import ModelRow, ReleaseRow, RolloutRow, RuleRow
 
 
 class Poker(Protocol):
@@ -124,46 +124,63 @@ class FleetAssignment:
                 release.withdrawn = True
         if row.previous in said.withdrawn:
             row.previous = None
-        known = said.rollout.id if said.rollout is not None else None
+        self._adopt_rules(session, model, said)
+        known = {rollout.id for rollout in said.rollouts()}
         for active in session.scalars(select(RolloutRow).where(RolloutRow.model == model, RolloutRow.state.in_(rows.BEGUN))):
-            if active.id != known:
+            if active.id not in known:
                 reason = "the database was restored from an older backup"
                 steps.apply(session, [active], Event.ABORT, self._clock(), reason=reason)
 
+    @staticmethod
+    def _adopt_rules(session: Session, model: str, said: ModelAssignment) -> None:
+        told = {rules.stored(rule.scope): rule.release for rule in said.rules if rule.release is not None}
+        for row in session.scalars(select(RuleRow).where(RuleRow.model == model)).all():
+            if row.scope not in told:
+                session.delete(row)
+            elif row.release != told[row.scope]:
+                row.release, row.previous = told[row.scope], None
+            told.pop(row.scope, None)
+        session.add_all(RuleRow(model=model, scope=scope, release=release, previous=None) for scope, release in told.items())
+
     def _document(self, session: Session, version: int) -> Assignment:
         models = {row.model: row for row in session.scalars(select(ModelRow))}
-        active = {row.model: row for row in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(rows.BEGUN)))}
+        query = select(RolloutRow).where(RolloutRow.state.in_(rows.BEGUN), RolloutRow.scope == "")
+        active, scoped = {row.model: row for row in session.scalars(query)}, rules.of_models(session)
         withdrawn: dict[str, list[int]] = {}
         for model, number in session.execute(
             select(ReleaseRow.model, ReleaseRow.version).where(ReleaseRow.withdrawn.is_(True))
         ):
             withdrawn.setdefault(model, []).append(number)
-        releases = {model: {row.release} for model, row in models.items() if row.release is not None}
-        for model, rollout in active.items():
-            releases.setdefault(model, set()).add(rollout.release)
-        excluded = exclusions.in_force(session, releases)
+        told = {
+            model: ModelAssignment(
+                release=models[model].release if model in models else None,
+                rollout=rows.as_assigned(active[model]) if model in active else None,
+                withdrawn=tuple(sorted(withdrawn.get(model, []))),
+                rules=scoped.get(model, ()),
+            )
+            for model in sorted({*models, *active, *scoped})
+        }
+        excluded = exclusions.in_force(session, {model: one.named() for model, one in told.items()})
+        told = {model: msgspec.structs.replace(one, excluded=excluded.get(model, ())) for model, one in told.items()}
         return Assignment(
             fleet=self._fleet,
             version=version,
+            format=format_of(told.values()),
             teams=teams.assigned(session, models),
             addresses=self._addresses or self.signed().addresses,
             authorities=self._authorities or self.signed().authorities,
-            models={
-                model: ModelAssignment(
-                    release=models[model].release if model in models else None,
-                    rollout=rows.as_assigned(active[model]) if model in active else None,
-                    withdrawn=tuple(sorted(withdrawn.get(model, []))),
-                    excluded=excluded.get(model, ()),
-                )
-                for model in sorted({*models, *active})
-            },
+            models=told,
         )
 
     def shortest_lease_s(self) -> float | None:
         """The shortest lease, in seconds, of a release that some device may be told to run; None when none has one."""
         with self._database.reading() as session:
-            refs = [(row.model, number) for row in session.scalars(select(ModelRow)) for number in (row.release, row.previous)]
-            refs += [(r.model, r.release) for r in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(rows.ACTIVE)))]
+            bases: list[ModelRow | RuleRow] = [*session.scalars(select(ModelRow)), *session.scalars(select(RuleRow))]
+            refs = [(base.model, number) for base in bases for number in (base.release, base.previous)]
+            for row in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(rows.ACTIVE))):
+                refs += [
+                    (row.model, number) for number in (row.release, *(kept.release for kept in rows.as_assigned(row).kept))
+                ]
             found = [session.get(ReleaseRow, (model, number)) for model, number in refs if number is not None]
             leases = [catalogue.summary_of(row).lease_s for row in found if row is not None]
         return min((lease for lease in leases if lease is not None), default=None)

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from agent.contract.assignment import EVERYONE
 from fleet_server.errors import Invalid
 from fleet_server.freezes import frozen_until, parse, said
-from fleet_server.rollouts import planning, rows, steps, wording
+from fleet_server.rollouts import planning, rows, rules, steps, wording
 from fleet_server.rollouts.decisions import Decision
 from fleet_server.rollouts.machine import Event, State, Wave
 from fleet_server.sections import RolloutSettings
@@ -79,7 +79,7 @@ def begin(decision: Decision, team: Sequence[RolloutRow], now: float) -> None:
 
 def resolve(session: Session, team: Sequence[RolloutRow], waves: Sequence[Wave]) -> None:
     """Writes down which slots these waves take.  Raises: Invalid."""
-    reached = msgspec.to_builtins(planning.resolve(session, team[0].id, waves))
+    reached = msgspec.to_builtins(planning.resolve(session, team[0], waves))
     for row in team:
         row.waves = reached
 
@@ -87,5 +87,5 @@ def resolve(session: Session, team: Sequence[RolloutRow], waves: Sequence[Wave])
 def note_started(decision: Decision, team: list[RolloutRow]) -> None:
     row = team[0]
     goes = "runs beside what serves on" if row.mode == "shadow" else "goes to"
-    message = f"{row.id}: {wording.named(team)} {goes} {wording.reach(rows.plan_of(row).waves[0])}"
+    message = f"{row.id}: {wording.named(team)} {goes} {wording.reach(rows.plan_of(row).waves[0], rules.scope_of(row))}"
     decision.note("rollout_started", message, model=row.model, release=row.release)

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from agent.contract import bundle
-from agent.contract.assignment import Assignment, ModelAssignment, wanted
+from agent.contract.assignment import NO_LABELS, Assignment, ModelAssignment, wanted
 from agent.contract.codec import encode
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import hardware_class
@@ -32,8 +32,8 @@ CHUNK_BYTES = 512 * 1024
 DAY_S = 86400.0
 MAX_DEVICES = 10_000
 
-_Kind = tuple[list[str], str | None]
-"""The groups of a device, and its hardware class if it has ever said what it is."""
+_Kind = tuple[list[str], str | None, dict[str, str]]
+"""The groups of a device, its hardware class if it has ever said what it is, and its labels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +103,14 @@ class Bundles:
             raise Invalid("name devices or a group, not both")
         if devices:
             shown = [self._inventory.get(device) for device in dict.fromkeys(devices)]
-            found = [(d.id, d.groups, hardware_class(d.hardware) if d.hardware else None) for d in shown if not d.revoked]
+            found = [
+                (d.id, d.groups, hardware_class(d.hardware) if d.hardware else None, d.labels) for d in shown if not d.revoked
+            ]
         else:
             found = self._survey.every(Filters(group=group), MAX_DEVICES + 1)
             if len(found) > MAX_DEVICES:
                 raise Invalid(f"a bundle is for {MAX_DEVICES} devices at most; make one for each group")
-        chosen = {device: (groups, kind) for device, groups, kind in found}
+        chosen = {device: (groups, kind, labels) for device, groups, kind, labels in found}
         if not chosen:
             raise NotFound("there is no device to make a bundle for")
         return chosen
@@ -120,7 +122,9 @@ class Bundles:
         found = set()
         for model, rules in assignment.models.items():
             if not models or model in models:
-                numbers = [may_want(rules, device, groups, hardware) for device, (groups, hardware) in devices.items()]
+                numbers = [
+                    may_want(rules, device, groups, hardware, labels) for device, (groups, hardware, labels) in devices.items()
+                ]
                 found |= {ReleaseRef(model, number) for number in set().union(*numbers)}
         return sorted(found)
 
@@ -134,13 +138,23 @@ class Bundles:
         return found
 
 
-def may_want(rules: ModelAssignment, device: str, groups: Collection[str], hardware: str | None) -> set[int]:
+def may_want(
+    rules: ModelAssignment, device: str, groups: Collection[str], hardware: str | None, labels: Mapping[str, str] = NO_LABELS
+) -> set[int]:
     """The releases of a model that the device may want. A device without a network has never said what hardware it is
-    (`hardware` None): then what it would want in each of the classes that are excluded from a release counts, too.
+    (`hardware` None): then what it would want in each of the classes that are excluded from a release, or have a rule of their own, counts, too.
     """
-    kinds = [hardware] if hardware is not None else ["", *(exclusion.hardware for exclusion in rules.excluded)]
-    found = (wanted(rules, device, groups, kind).release for kind in kinds)
+    kinds = (
+        [hardware] if hardware is not None else ["", *(exclusion.hardware for exclusion in rules.excluded), *_classes(rules)]
+    )
+    found = (wanted(rules, device, groups, kind, labels).release for kind in kinds)
     return {number for number in found if number is not None}
+
+
+def _classes(rules: ModelAssignment) -> set[str]:
+    """The hardware classes that rules are for."""
+    conditions = [condition for rule in rules.rules for condition in rule.scope]
+    return {value for condition in conditions if condition.kind == "class" for value in condition.values}
 
 
 def _contents(opened: Opened | None, sha256: str, size: int) -> Iterator[bytes]:

@@ -1,8 +1,8 @@
-"""What operators ask for: starting, promoting, pausing and aborting rollouts, rollbacks, withdrawals, ending exclusions."""
+"""What operators ask for: starting, promoting, pausing and ending rollouts, and having releases tried again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,70 +11,36 @@ from sqlalchemy.orm import Session
 
 from agent.contract.assignment import Mode, parse_window
 from agent.contract.names import ReleaseRef
+from agent.contract.scopes import EVERYBODY, Scope, text_of
 from fleet_server.access import Actor
-from fleet_server.errors import Conflict, Invalid, NotFound
-from fleet_server.journal import Journal
+from fleet_server.errors import Conflict, Invalid
 from fleet_server.releases import catalogue
-from fleet_server.releases.repository import Repository
-from fleet_server.rollouts import beginning, exclusions, planning, rows, steps, teams, wording
-from fleet_server.rollouts.decisions import Decisions
-from fleet_server.rollouts.exclusions import ExclusionView
+from fleet_server.rollouts import beginning, planning, retries, rows, rules, steps, superseding, teams, wording
 from fleet_server.rollouts.gates import Rules
-from fleet_server.rollouts.judging import Judge
-from fleet_server.rollouts.machine import Event, State, Wave
-from fleet_server.rollouts.views import RolloutDetail, Views
-from fleet_server.storage.models import ModelRow, RolloutRow
+from fleet_server.rollouts.machine import TERMINAL, Event, State, Wave
+from fleet_server.rollouts.superseding import Plans
+from fleet_server.rollouts.views import RolloutDetail
+from fleet_server.rollouts.what_runs import WhatRuns
+from fleet_server.storage.models import Device, RolloutRow
 
 WEEK_S = 7 * 86400.0
 
 
-class RolledBack(msgspec.Struct, frozen=True):
-    """The release that every device goes back to, and the one that it leaves (None: there was none)."""
-
-    model: str
-    release: int
-    left: int | None
-
-
-class Withdrawal(msgspec.Struct, frozen=True):
-    """Whether the release is withdrawn by now."""
-
-    release: str
-    withdrawn: bool
-
-
-class Plans(msgspec.Struct, frozen=True):
-    """What the members of a team have in common when they begin."""
-
-    waves: tuple[Wave, ...]
-    confirm: bool
-    rules: Rules
-    mode: Mode
-    window: str | None
-
-
-class Rollouts:
+class Rollouts(WhatRuns):
     """Every command of an operator about what the fleet runs. Safe between threads."""
-
-    def __init__(
-        self, repository: Repository, journal: Journal, decisions: Decisions, judge: Judge, views: Views, clock: Callable[[], float]
-    ) -> None:  # fmt: skip
-        self._repository, self._journal, self._decisions = repository, journal, decisions
-        self._judge, self._views, self._clock = judge, views, clock
-
-    # -- rollouts ----------------------------------------------------------------------------------------------------------
 
     def start(
         self, actor: Actor, ref: ReleaseRef, *, waves: Sequence[str] = (), groups: Iterable[str] = (), permille: int | None = None, confirm: bool = False,
         team: Iterable[ReleaseRef] = (), window: str | None = None, mode: Mode = "install", at_once: bool = False, starts: float | None = None,
         max_failures: int | None = None, failure_share: float | None = None, min_share: float | None = None, time_limit_s: float | None = None,
-        bake_s: float | None = None, rate: float | None = None,
+        bake_s: float | None = None, rate: float | None = None, retry: bool = False, scope: Scope = EVERYBODY,
     ) -> RolloutDetail:  # fmt: skip
         """Begins a rollout. `waves`: as `machine.read_waves` has them, or the first one alone as `groups` and `permille`, and then everyone;
         each reaches one device at least. `team`: releases of other models that switch with it on each device, all or none. `confirm`: a
         person confirms each further wave. In mode shadow devices run it on copies of live requests and install nothing. `at_once`: a wave
         tells all of its devices in one step. `starts`: it begins then. `max_failures`, `bake_s`, `rate`: see `gates.Rules`; `failure_share`,
-        `min_share`, `time_limit_s`: instead of what fleet.yaml says.
+        `min_share`, `time_limit_s`: instead of what fleet.yaml says. `retry`: devices that refused the release before try it again.
+        `scope`: whom it is for; it ends there, and they keep the release for good.
 
         Raises: NotFound, Conflict (another one is under way, withdrawn, not signed any more, already what everyone runs),
         Invalid.
@@ -90,8 +56,8 @@ class Rollouts:
             "min_share": min_share,
             "time_limit_s": time_limit_s,
         }
-        rules = _rules(self._judge.rules, window, {name: wish for name, wish in wishes.items() if wish is not None})
-        plans = _plans(refs, planning.read(waves, groups, permille), confirm, rules, mode, window)
+        kept_rules = _rules(self._judge.rules, window, {name: wish for name, wish in wishes.items() if wish is not None})
+        plans = _plans(refs, planning.read(waves, groups, permille), confirm, kept_rules, mode, window, retry, scope)
         with self._decisions.lock:
             with self._decisions.one() as decision:
                 session = decision.session
@@ -111,6 +77,84 @@ class Rollouts:
             self._judge.evaluate_one(started[0].id)
             return self._views.rollout(started[0].id)
 
+    def supersede(
+        self, actor: Actor, rollout_id: str, ref: ReleaseRef, *, waves: Sequence[str] = (), confirm: bool | None = None
+    ) -> RolloutDetail:
+        """Lets a newer release of the model take the place of a rollout that is under way. Devices that the first had reached keep its release
+        until the second reaches them, and then go straight on to it. `waves`, `confirm`: instead of those of the first; the rest of
+        its plan stays.
+
+        Raises: NotFound, Conflict (over, of a team, in mode shadow, not newer, withdrawn …), Invalid.
+        """
+        asked = planning.read(waves, (), None) if waves else None
+        with self._decisions.lock:
+            with self._decisions.one() as decision:
+                session = decision.session
+                first = superseding.refuse_unfit(rows.find(session, rollout_id), ref, approval=self._judge.calendar.approval)
+                plans = superseding.plans_of(first, asked, confirm)
+                steps.apply(session, [first], Event.SUPERSEDE, self._clock(), reason=f"superseded by {ref}, says {actor.name}")
+                session.flush()  # it is under way no more when the other begins
+                row = self._create(session, actor, ref, plans)
+                row.kept = superseding.kept(first)
+                beginning.resolve(session, [row], plans.waves)
+                steps.apply(session, [row], Event.START, self._clock())
+                first.reason = f"superseded by {row.id} ({ref}), says {actor.name}"
+                self._journal.audit(session, actor, "rollout.supersede", first.id, by=row.id, release=str(ref))
+                message = f"{row.id}: {ref} takes the place of {first.model}:{first.release} ({first.id}); goes to {wording.reach(plans.waves[0], plans.scope)}"
+                decision.note("rollout_superseded", message, model=ref.model, release=ref.version)
+                started = row.id
+            self._judge.evaluate_one(started)
+            return self._views.rollout(started)
+
+    def complete(self, actor: Actor, rollout_id: str) -> RolloutDetail:
+        """Ends a rollout as if its last wave had passed: every device is assigned the release now, with no further wave and gate. In
+        mode shadow it only ends.  Raises: NotFound, Conflict.
+        """
+        return self._ask(actor, rollout_id, Event.COMPLETE, "rollout_completed", "was completed by {who}: {all}")
+
+    def retry(self, actor: Actor, rollout_id: str, device: str | None = None) -> RolloutDetail:
+        """Lets devices try the release again that refused it, rolled it back or failed: one, or all that the rollout reached. Also after
+        its end. What they answered before counts no more, and stays in the verdicts.
+
+        Raises: NotFound; Conflict (it did not refuse, none did, too many to be told one by one).
+        """
+        told: list[str] = []
+        with self._decisions.lock:
+            with self._decisions.one() as decision:
+                session, now = decision.session, self._clock()
+                team = teams.of(session, rows.find(session, rollout_id))
+                row, attempt = team[0], retries.next_attempt(session, now)
+                if device is None and State(row.state) not in TERMINAL:
+                    for one in team:
+                        one.attempt, one.updated = attempt, now
+                    steps.next_version(session)
+                    whom = "devices that refused it"
+                else:
+                    told = self._tell_to_retry(session, team, device, attempt)
+                    whom = told[0] if device is not None else f"{len(told)} devices that refused it"
+                audited = told[: retries.AT_ONCE] or ["all"]
+                self._journal.audit(session, actor, "rollout.retry", row.id, attempt=attempt, devices=audited)
+                message = f"{row.id} ({wording.named(team)}): attempt {attempt} for {whom}, says {actor.name}"
+                decision.note("rollout_retried", message, model=row.model, release=row.release)
+            for one_device in told:
+                self._inventory.poke(one_device)
+            if State(row.state) not in TERMINAL:
+                self._judge.evaluate_one(rollout_id)
+            return self._views.rollout(rollout_id)
+
+    def _tell_to_retry(self, session: Session, team: list[RolloutRow], device: str | None, attempt: int) -> list[str]:
+        found: dict[str, list[RolloutRow]] = {}
+        for row in team:
+            for name in retries.failed(session, row, device):
+                found.setdefault(name, []).append(row)
+        retries.refuse_none(session, team[0], device, found)
+        for name, refused in found.items():
+            known = session.get_one(Device, name).retries
+            for row in refused:
+                known = retries.with_retry(known, row.model, row.release, attempt)
+            self._inventory.let_try_again(session, name, known or [])
+        return list(found)
+
     def _create(self, session: Session, actor: Actor, ref: ReleaseRef, plans: Plans) -> RolloutRow:
         if catalogue.find(session, ref).withdrawn:
             raise Conflict(f"release {ref} was withdrawn; publish a new version", code="withdrawn")
@@ -118,28 +162,34 @@ class Rollouts:
         self._refuse_unsigned(session, ref)
         if plans.mode == "install":
             catalogue.refuse_other_bytes(session, ref, catalogue.summary_of(catalogue.find(session, ref)).files)
-        other = rows.active_of(session, ref.model)
+        other = rows.active_of(session, ref.model, rules.stored(plans.scope))
         if other is not None:
             raise Conflict(
                 f"rollout {other.id} of {other.model}:{other.release} is {other.state}; "
-                f"wait for its end or abort it (`edge-fleet rollout abort {other.id}`)",
+                f"wait for its end, abort it (`edge-fleet rollout abort {other.id}`), or let {ref} take its place "
+                f"(`edge-fleet rollout supersede {other.id} {ref}`)",
                 code="rollout_active",
             )
-        model = steps.model_row(session, ref.model)
+        _refuse_scope(session, ref.model, plans.scope)
+        steps.model_row(session, ref.model)
+        base = rules.base_of(session, ref.model, plans.scope)
+        model = base if base is not None else steps.model_row(session, ref.model)
         if model.release is None and plans.mode == "shadow":
             raise Conflict(
                 f"no release of {ref.model} serves yet, so there are no requests to try {ref} with; roll it out without --shadow",
                 code="nothing_serves",
             )
-        if model.release == ref.version:
-            raise Conflict(f"every device is assigned {ref} already", code="already_assigned")
+        if base is not None and base.release == ref.version:
+            who = f"every device in {text_of(plans.scope)}" if plans.scope else "every device"
+            raise Conflict(f"{who} is assigned {ref} already", code="already_assigned")
         number = (session.scalar(select(func.max(RolloutRow.number))) or 0) + 1
         now = self._clock()
         row = RolloutRow(
-            id=planning.draw(session, number, plans.waves), number=number, model=ref.model, release=ref.version, previous=model.release,
+            id=planning.draw(session, number, plans.waves, ref.model, plans.scope), number=number, model=ref.model, release=ref.version, previous=model.release,
             waves=[msgspec.to_builtins(wave) for wave in plans.waves], wave=0, state=State.CREATED.value, confirm=plans.confirm,
             max_failures=plans.rules.max_failures or 0, mode=plans.mode, window=plans.window, created=now, created_by=actor.name, updated=now,
-            reason="", rules=msgspec.to_builtins(plans.rules), reach=0,
+            reason="", rules=msgspec.to_builtins(plans.rules), reach=0, scope=rules.stored(plans.scope),
+            attempt=retries.next_attempt(session, now) if plans.retry else 0,
         )  # fmt: skip
         session.add(row)
         session.flush()
@@ -191,11 +241,11 @@ class Rollouts:
                 session = decision.session
                 team = teams.of(session, rows.find(session, rollout_id))
                 row = team[0]
-                reason = f"by {actor.name}" if event is Event.ABORT else ""
+                reason = f"by {actor.name}" if event in {Event.ABORT, Event.COMPLETE} else ""
                 steps.apply(session, team, event, self._clock(), reason=reason)
                 self._journal.audit(session, actor, f"rollout.{event.value}", row.id)
-                wave = wording.reach(rows.plan_of(row).waves[row.wave])
-                said = text.format(wave=wave, previous=wording.previous(team))
+                wave = wording.reach(rows.plan_of(row).waves[row.wave], rules.scope_of(row))
+                said = text.format(wave=wave, previous=wording.previous(team), who=actor.name, all=wording.everywhere(team))
                 message = f"{row.id} ({wording.named(team)}) {said}"
                 decision.note(name, message, model=row.model, release=row.release)
             self._judge.evaluate_one(rollout_id)
@@ -224,113 +274,22 @@ class Rollouts:
             self._judge.evaluate_one(rollout_id)
             return self._views.rollout(rollout_id)
 
-    # -- models and releases -----------------------------------------------------------------------------------------------
-
-    def roll_back(self, actor: Actor, model: str, to: int | None) -> RolledBack:
-        """Takes every device to an earlier release of the model at once, ending a rollout that is under way.  Raises: NotFound,
-        Conflict.
-        """
-        with self._decisions.one() as decision:
-            session = decision.session
-            row = session.get(ModelRow, model)
-            if row is None:
-                raise NotFound(f"nothing of model {model!r} was ever rolled out")
-            active = rows.active_of(session, model)
-            target = self._rollback_target(session, row, active, to)
-            if active is not None:
-                reason = f"rolled back by {actor.name}"
-                steps.apply(session, teams.of(session, active), Event.ABORT, self._clock(), reason=reason)
-            left = active.release if active is not None else row.release
-            if target != row.release:
-                row.release, row.previous = target, rows.before(session, model, target)
-            steps.next_version(session)
-            self._journal.audit(session, actor, "model.rollback", model, to=target, left=left)
-            message = f"{model} goes back to version {target} everywhere"
-            decision.note("model_rolled_back", message, model=model, release=target)
-        return RolledBack(model, target, left)
-
-    def _rollback_target(self, session: Session, row: ModelRow, active: RolloutRow | None, to: int | None) -> int:
-        """The release to go back to.  Raises: Conflict when there is none that devices may run."""
-        model = row.model
-        target = to if to is not None else (row.release if active else row.previous)
-        rows.refuse_forward(session, row, to)
-        if target is None:
-            raise Conflict(f"there is no earlier release of {model!r} to go back to; name one with --to", code="no_previous")
-        if catalogue.find(session, ReleaseRef(model, target)).withdrawn:
-            raise Conflict(f"release {model}:{target} was withdrawn; name another with --to", code="withdrawn")
-        catalogue.refuse_deleted(session, ReleaseRef(model, target))
-        self._refuse_unsigned(session, ReleaseRef(model, target))
-        if target == row.release and active is None:
-            raise Conflict(f"every device is assigned {model}:{target} already", code="already_assigned")
-        return target
-
-    def withdraw(self, actor: Actor, ref: ReleaseRef) -> Withdrawal:
-        """Nobody may run the release any more, in this fleet, ever. Devices that do go back to the one before.  Raises:
-        NotFound, Conflict.
-        """
-        with self._decisions.one() as decision:
-            session = decision.session
-            release = catalogue.find(session, ref)
-            if release.withdrawn:
-                raise Conflict(f"release {ref} was withdrawn already", code="withdrawn")
-            release.withdrawn = True
-            active = rows.active_of(session, ref.model)
-            if active is not None and active.release == ref.version:
-                reason = f"{ref} was withdrawn by {actor.name}"
-                steps.apply(session, teams.of(session, active), Event.ABORT, self._clock(), reason=reason)
-            _leave_withdrawn(session, ref)
-            steps.next_version(session)
-            self._journal.audit(session, actor, "release.withdraw", str(ref))
-            message = f"{ref} was withdrawn: no device may run it"
-            decision.note("release_withdrawn", message, model=ref.model, release=ref.version)
-        self._journal.changed("releases")
-        return Withdrawal(str(ref), True)
-
-    def reinstate(self, actor: Actor, ref: ReleaseRef) -> Withdrawal:
-        """The release may be rolled out again: its publisher signed so. Nothing is rolled out by that.  Raises: NotFound."""
-        with self._decisions.one() as decision:
-            session = decision.session
-            catalogue.find(session, ref).withdrawn = False
-            steps.next_version(session)
-            message = f"{ref} may be run again: its publisher signed so, at the request of {actor.name}"
-            decision.note("release_reinstated", message, model=ref.model, release=ref.version)
-        self._journal.changed("releases")
-        return Withdrawal(str(ref), False)
-
-    def end_exclusion(self, actor: Actor, number: int) -> ExclusionView:
-        """Lets an excluded hardware class have the release after all. The class is not excluded from it again.  Raises:
-        NotFound, Conflict.
-        """
-        with self._decisions.one() as decision:
-            session = decision.session
-            row = exclusions.end(session, number, actor.name, self._clock())
-            steps.next_version(session)
-            release = f"{row.model}:{row.release}"
-            self._journal.audit(session, actor, "exclusion.end", str(number), release=release, hardware=row.hardware)
-            message = f"{release} may go to {row.hardware} after all, says {actor.name}"
-            decision.note("exclusion_ended", message, model=row.model, release=row.release)
-        return exclusions.view(row)
-
-    def _refuse_unsigned(self, session: Session, ref: ReleaseRef) -> None:
-        """Raises: Conflict when no publisher vouches for the release any more, so that every device would refuse it."""
-        sha256 = catalogue.find(session, ref).sha256
-        for publisher in self._repository.publishers().values():
-            target = publisher.signed.targets.get(ref.target_path)
-            if target is not None and target.hashes.get("sha256") == sha256:
-                return
-        raise Conflict(
-            f"release {ref} is not signed by any publisher that the fleet trusts now, so every device would refuse it: "
-            f"its publisher was removed (`edge-fleet publisher list`); publish a new version",
-            code="not_signed",
-        )
-
 
 def _plans(
-    refs: list[ReleaseRef], waves: tuple[Wave, ...], confirm: bool, rules: Rules, mode: Mode, window: str | None
+    refs: list[ReleaseRef],
+    waves: tuple[Wave, ...],
+    confirm: bool,
+    rules: Rules,
+    mode: Mode,
+    window: str | None,
+    retry: bool,
+    scope: Scope,
 ) -> Plans:
     """What the operator asks for, checked as far as it goes without the database.  Raises: Invalid."""
     if mode == "shadow" and len(refs) > 1:
         raise Invalid("a team cannot be rolled out in mode shadow, in which nothing switches")
+    if scope and len(refs) > 1:
+        raise Invalid("a team is for every device, because its releases only switch together; leave the scope out, or the team")
     if len({one.model for one in refs}) < len(refs):
         raise Invalid("the releases of a team are of different models")
     try:
@@ -338,7 +297,7 @@ def _plans(
             parse_window(window)
     except ValueError as error:
         raise Invalid(str(error)) from error
-    return Plans(waves, confirm, rules, mode, window)
+    return Plans(waves, confirm, rules, mode, window, retry, scope)
 
 
 def _rules(usual: Rules, window: str | None, wishes: Mapping[str, Any]) -> Rules:
@@ -352,13 +311,13 @@ def _rules(usual: Rules, window: str | None, wishes: Mapping[str, Any]) -> Rules
     return rules
 
 
-def _leave_withdrawn(session: Session, ref: ReleaseRef) -> None:
-    """Takes the withdrawn release out of what every device runs, or ran before."""
-    model = session.get(ModelRow, ref.model)
-    if model is None:
-        return
-    if model.previous == ref.version:
-        model.previous = None
-    if model.release == ref.version:
-        model.release = model.previous
-        model.previous = rows.before(session, ref.model, model.release) if model.release is not None else None
+def _refuse_scope(session: Session, model: str, scope: Scope) -> None:
+    """Raises: Invalid, Conflict when no rollout with this scope may begin."""
+    rules.refuse_nobody(session, model, scope)
+    rules.refuse_meeting(session, model, scope)
+    rules.refuse_too_many(session, model, scope)
+    if scope and (team := teams.of_model(session, model)) is not None:
+        raise Conflict(
+            f"{model} switches together with the other releases of team {team}, on every device; roll it out without a scope",
+            code="of_a_team",
+        )

@@ -10,18 +10,17 @@ import msgspec
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from agent.contract.assignment import EVERYONE, Rollout, reaches, slot
+from agent.contract.assignment import EVERYONE, Rollout, Rule, reaches, slot
 from agent.contract.names import ReleaseRef
-from agent.contract.reasons import METADATA
 from agent.contract.reports import Outcome, Phase
+from agent.contract.scopes import EVERYBODY, Scope
 from fleet_server.devices import shared_identity
 from fleet_server.releases import catalogue
-from fleet_server.rollouts import exclusions, rows
+from fleet_server.rollouts import exclusions, rows, rules
 from fleet_server.rollouts.gates import Fact
-from fleet_server.rollouts.tally import Entry, quarantined
+from fleet_server.rollouts.tally import NOT_QUARANTINED, Entry, quarantined
 from fleet_server.storage.models import Device, DeviceModel, RolloutRow, SkippedDevice, ToldDevice
 
-ABOUT_METADATA = frozenset(reason.value for reason in METADATA)
 MESSAGE_CHARS, REASON_CHARS = 500, 128  # of what a device says; verdicts and views repeat it
 ROWS_AT_ONCE = 500
 
@@ -48,8 +47,10 @@ class Said(Protocol):
 
 class About(msgspec.Struct, frozen=True):
     """What the facts of a rollout depend on besides the devices. `wave`: the rollout as devices read it, of whose wave the devices are told
-    whose slot is below `reach`; `goal`: as they read it when all of them are; `hashes`: variant → the sha256 of its model; `excluded`: the hardware classes that do not run the release; `over`: the rollout has ended, and only
-    who refuses the release from now on counts; `time_limit_s`: how long a device may take from when it was told.
+    whose slot is below `reach`; `goal`: as they read it when all of them are; `hashes`: variant → the sha256 of its model; `excluded`: the
+    hardware classes that do not run the release; `over`: the rollout has ended, and only who refuses the release from now on counts;
+    `time_limit_s`: how long a device may take from when it was told. `scope`: whom the rollout is for; `ahead`: the rules that its devices
+    look at before its own.
     """
 
     wave: Rollout
@@ -60,6 +61,8 @@ class About(msgspec.Struct, frozen=True):
     excluded: frozenset[str]
     over: bool = False
     time_limit_s: float = math.inf
+    scope: Scope = EVERYBODY
+    ahead: tuple[Rule, ...] = ()
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -79,7 +82,9 @@ def about(session: Session, row: RolloutRow, *, over: bool = False) -> About:
     known = exclusions.known(session, row.model, row.release)
     excluded = frozenset(kind for kind, one in known.items() if one.ended is None)
     limit_s = rows.rules_of(row).time_limit_s
-    return About(rows.as_assigned(row), rows.goal_of(row), rows.reach_of(row), row.model, hashes, excluded, over, limit_s)
+    scope, ahead = rules.scope_of(row), rules.ahead_of(session, row)
+    wave, goal, reach = rows.as_assigned(row), rows.goal_of(row), rows.reach_of(row)
+    return About(wave, goal, reach, row.model, hashes, excluded, over, limit_s, scope, ahead)
 
 
 def is_wider(about: About, before: About) -> bool:
@@ -98,7 +103,7 @@ def of_devices(about: About) -> Select[Any]:
     )  # fmt: skip
     known = (ToldDevice.at.label("told"), SkippedDevice.at.label("skipped"))
     return (
-        select(*columns, *said, *known)
+        select(*columns, Device.retries, Device.labels, *said, *known)
         .outerjoin(DeviceModel, (DeviceModel.device == Device.id) & (DeviceModel.model == about.model))
         .outerjoin(ToldDevice, (ToldDevice.device == Device.id) & (ToldDevice.rollout == rollout))
         .outerjoin(SkippedDevice, (SkippedDevice.device == Device.id) & (SkippedDevice.rollout == rollout))
@@ -118,15 +123,16 @@ def seen(about: About, row: Any, hearing: Hearing, now: float, told: float | Non
     release = about.wave.release
     serves = said is not None and said.serving == release and not row.revoked
     nothing = Seen(row.id, Entry(None, row.hardware_class, serves))
-    if row.revoked or row.hardware_class in about.excluded:
+    if row.revoked or row.hardware_class in about.excluded or not is_in_scope(about, row):
         return nothing
     if not reaches(about.wave, row.id, row.groups):
         if about.over or about.reach >= EVERYONE or not reaches(about.goal, row.id, row.groups):
             return nothing
         place, there = slot(about.wave.team or about.wave.id, row.id), row.present and row.last_seen is not None
         return Seen(row.id, Entry(None, row.hardware_class, serves, ahead=place, there=there))
+    attempt = attempt_of(about, row.retries)
     if about.over:
-        fact = fact_of(row.id, True, said, release, {}, about.wave.id)
+        fact = fact_of(row.id, True, said, release, {}, about.wave.id, attempt)
         return Seen(row.id, Entry(fact, row.hardware_class, serves)) if quarantined(fact) else nothing
     there = row.present and row.last_seen is not None
     silent_at = hearing.silent_at(row.last_seen) if there else math.inf
@@ -136,7 +142,7 @@ def seen(about: About, row: Any, hearing: Hearing, now: float, told: float | Non
     told_now = online and told_at is None
     late_at = (now if told_at is None else told_at) + about.time_limit_s
     fact = msgspec.structs.replace(
-        fact_of(row.id, online, said, release, about.hashes, about.wave.id), told=told_now or told_at is not None,
+        fact_of(row.id, online, said, release, about.hashes, about.wave.id, attempt), told=told_now or told_at is not None,
         overdue=late_at <= now, skipped=row.skipped is not None,
     )  # fmt: skip
     until = min(
@@ -157,15 +163,34 @@ def of_one(fact: Fact, *, several: bool) -> Fact:
     return Fact(fact.device, online=False, serving_it=False, message="several machines report under this identity")
 
 
-def fact_of(device: str, online: bool, said: Said | None, release: int, hashes: Mapping[str, str], rollout: str) -> Fact:
-    """What a device's last signed report says about the release. `hashes`: variant → the sha256 of its model. An answer that
-    was about the metadata of its time counts only in the `rollout` that it was given to.
+def is_in_scope(about: About, row: Any) -> bool:
+    """Whether the device of a row of `of_devices` follows the rule that the rollout is about."""
+    return not (about.scope or about.ahead) or rules.follows(about.scope, about.ahead, rules.identity_of(row))
+
+
+def is_reached(about: About, row: Any) -> bool:
+    """Whether the rollout has come to the device of a row of `of_devices`."""
+    return is_in_scope(about, row) and reaches(about.wave, row.id, row.groups)
+
+
+def attempt_of(about: About, retries: Sequence[Mapping[str, Any]] | None) -> int:
+    """The attempt at the release that a device is to make, by the rollout and by its own record."""
+    own = [one["attempt"] for one in retries or () if (one["model"], one["release"]) == (about.model, about.wave.release)]
+    return int(max([about.wave.attempt, *own]))
+
+
+def fact_of(
+    device: str, online: bool, said: Said | None, release: int, hashes: Mapping[str, str], rollout: str, attempt: int = 0
+) -> Fact:
+    """What a device's last signed report says about the release. `hashes`: variant → the sha256 of its model. A bad answer for a cause that
+    makes no device refuse the release for good counts only in the `rollout` that it was given to, and one to an attempt before `attempt` not
+    at all: the device tries again, and is judged by that.
     """
     if said is None:
         return Fact(device, online, serving_it=False)
     serving = said.serving == release and said.sha256 is not None and hashes.get(said.variant or "") == said.sha256
     phase = Phase(said.phase) if said.phase in _PHASES else None
-    last = _last_answer(said.answers, release, rollout)
+    last = _last_answer(said.answers, release, rollout, attempt)
     if last is None:
         return Fact(device, online, serving_it=serving, phase=phase, held=bool(said.held))
     reason = last["reason"]
@@ -175,13 +200,16 @@ def fact_of(device: str, online: bool, said: Said | None, release: int, hashes: 
     )  # fmt: skip
 
 
+_GOOD = frozenset({Outcome.COMMITTED.value, Outcome.SHADOWED.value})
 _PHASES = frozenset(phase.value for phase in Phase)
 
 
-def _last_answer(answers: Sequence[Mapping[str, Any]], release: int, rollout: str) -> Mapping[str, Any] | None:
+def _last_answer(answers: Sequence[Mapping[str, Any]], release: int, rollout: str, attempt: int) -> Mapping[str, Any] | None:
     counted = [
         answer
         for answer in answers
-        if answer["release"] == release and (answer["reason"] not in ABOUT_METADATA or answer["rollout"] == rollout)
+        if answer["release"] == release
+        and (answer["reason"] not in NOT_QUARANTINED or answer["rollout"] == rollout)
+        and (answer["outcome"] in _GOOD or answer.get("attempt", 0) >= attempt)
     ]
     return max(counted, key=lambda answer: float(answer["at"]), default=None)

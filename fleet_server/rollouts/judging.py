@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from agent.contract.assignment import EVERYONE
 from fleet_server.devices.inventory import Inventory
-from fleet_server.rollouts import beginning, exclusions, facts, gates, growth, machine, rows, steps, teams, wording
+from fleet_server.rollouts import beginning, exclusions, facts, gates, growth, machine, rows, rules, steps, teams, wording
 from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.beginning import Calendar
 from fleet_server.rollouts.decisions import Decision, Decisions
@@ -20,7 +20,7 @@ from fleet_server.rollouts.machine import Event, State
 from fleet_server.rollouts.tally import Tally
 from fleet_server.sections import RolloutSettings
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import ModelRow, RolloutRow, VerdictRow
+from fleet_server.storage.models import ModelRow, RolloutRow, RuleRow, VerdictRow
 
 WHAT_RUNS_JUDGED_S = 60.0
 """Between two readings of the refusals of what every device runs already: devices report as often, and nobody waits for it."""
@@ -135,8 +135,10 @@ class Judge:
         self._what_runs_judged, least = self._clock(), self._settings.exclude_after
         with self._database.reading() as session:
             used, refused = set(session.scalars(select(RolloutRow.id).where(RolloutRow.state.in_(rows.ACTIVE)))), []
-            for model in session.scalars(select(ModelRow).where(ModelRow.release.is_not(None))) if least else ():
-                row = rows.came_to_all(session, model.model, model.release or 0)
+            what_runs = [*session.scalars(select(ModelRow)), *session.scalars(select(RuleRow))] if least else []
+            for base in what_runs:
+                scope = base.scope if isinstance(base, RuleRow) else ""
+                row = rows.came_to_all(session, base.model, base.release, scope) if base.release is not None else None
                 team = teams.of(session, row) if row is not None else []
                 used |= {one.id for one in team}
                 if any(self.ledgers.tally(session, one, over=True).refused(least) for one in team):
@@ -232,12 +234,12 @@ class Judge:
             said = f"{named} kept its rules beside what serves ({verdict.why}); nothing was installed"
             _note(decision, row, "rollout_completed", f"{row.id}: {said}")
         elif event is Event.LAST_WAVE_PASSED:
-            _note(decision, row, "rollout_completed", f"{row.id}: every device is assigned {named} ({verdict.why})")
+            _note(decision, row, "rollout_completed", f"{row.id}: {wording.everywhere(team)} ({verdict.why})")
         elif event is Event.WAIT:
             message = f"{row.id} ({named}): wave {row.wave + 1} passed; waits for confirmation (promote)"
             _note(decision, row, "rollout_waiting", message)
         else:
-            wave = wording.reach(rows.plan_of(row).waves[row.wave])
+            wave = wording.reach(rows.plan_of(row).waves[row.wave], rules.scope_of(row))
             _note(decision, row, "rollout_wave", f"{row.id} ({named}): wave {row.wave} passed; goes on to {wave}")
 
     def _is_baked(self, team: list[RolloutRow], event: Event) -> bool:

@@ -24,6 +24,7 @@ class State(str, Enum):
     WAITING = "waiting"  # the wave passed; a person must confirm the next one (promote)
     PAUSED = "paused"  # no further wave begins; devices already reached go on
     COMPLETED = "completed"
+    SUPERSEDED = "superseded"  # a newer release took its place; nobody went back for it
     ABORTED = "aborted"
 
 
@@ -39,6 +40,8 @@ class Event(str, Enum):
     PROMOTE = "promote"
     PAUSE = "pause"
     RESUME = "resume"
+    COMPLETE = "complete"  # an operator ends it as if its last wave had passed
+    SUPERSEDE = "supersede"
     ABORT = "abort"
 
 
@@ -56,13 +59,19 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType({
     (State.RUNNING, Event.LAST_WAVE_PASSED): State.COMPLETED,
     (State.RUNNING, Event.GATE_FAILED): State.ABORTED,
     (State.RUNNING, Event.PAUSE): State.PAUSED,
+    (State.RUNNING, Event.COMPLETE): State.COMPLETED,
+    (State.RUNNING, Event.SUPERSEDE): State.SUPERSEDED,
     (State.RUNNING, Event.ABORT): State.ABORTED,
     (State.WAITING, Event.PROMOTE): State.RUNNING,
     (State.WAITING, Event.GATE_FAILED): State.ABORTED,  # a device that rolls back late
     (State.WAITING, Event.PAUSE): State.PAUSED,
+    (State.WAITING, Event.COMPLETE): State.COMPLETED,
+    (State.WAITING, Event.SUPERSEDE): State.SUPERSEDED,
     (State.WAITING, Event.ABORT): State.ABORTED,
     (State.PAUSED, Event.RESUME): State.RUNNING,  # its gate is judged again; one that has passed moves on at once
     (State.PAUSED, Event.GATE_FAILED): State.ABORTED,  # a pause never protects a bad release
+    (State.PAUSED, Event.COMPLETE): State.COMPLETED,
+    (State.PAUSED, Event.SUPERSEDE): State.SUPERSEDED,
     (State.PAUSED, Event.ABORT): State.ABORTED,
 })  # fmt: skip
 
@@ -70,18 +79,37 @@ NOT_BEGUN = (State.CREATED, State.PROPOSED, State.SCHEDULED)
 """No device was told of it yet."""
 BEGUN = (State.RUNNING, State.WAITING, State.PAUSED)
 ACTIVE = (*NOT_BEGUN, *BEGUN)
-TERMINAL = (State.COMPLETED, State.ABORTED)
+TERMINAL = (State.COMPLETED, State.SUPERSEDED, State.ABORTED)
 NEXT_WAVE = (Event.WAVE_PASSED, Event.PROMOTE)
 BEGINS_WAVE = (Event.START, *NEXT_WAVE)
+
+
+HANDS: Mapping[Event, str] = MappingProxyType({
+    Event.APPROVE: "approved",
+    Event.PROMOTE: "promoted",
+    Event.PAUSE: "paused",
+    Event.RESUME: "resumed",
+    Event.COMPLETE: "completed",
+    Event.SUPERSEDE: "superseded",
+    Event.ABORT: "aborted",
+})  # fmt: skip
+"""What operators can do to a rollout, as they say it."""
+
+
+def instead_of(state: State) -> str:
+    """What an operator can do to a rollout in this state, in words."""
+    possible = [event.value for event in HANDS if (state, event) in TRANSITIONS]
+    if possible:
+        return f"what can be done: {', '.join(possible)}"
+    return "it is over: begin another one with `edge-fleet rollout start`, or go back with `edge-fleet rollback`"
 
 
 class IllegalTransition(Exception):
     """The rollout is in a state in which that cannot happen; nothing was changed."""
 
     def __init__(self, state: State, event: Event) -> None:
-        possible = sorted(e.value for s, e in TRANSITIONS if s is state)
-        instead = f"possible are {', '.join(possible)}" if possible else "it is over"
-        super().__init__(f"a rollout that is {state.value} cannot {event.value.replace('_', ' ')}; {instead}")
+        done = HANDS.get(event, event.value.replace("_", " "))
+        super().__init__(f"it is {state.value} and cannot be {done}; {instead_of(state)}")
 
 
 class Wave(msgspec.Struct, frozen=True):

@@ -17,11 +17,11 @@ from agent.contract.manifest import File, ReleaseManifest, Variant
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Hardware
 from fleet_server.releases import catalogue
-from fleet_server.rollouts import facts, wording
+from fleet_server.rollouts import facts, rules, wording
 from fleet_server.rollouts.facts import Hearing
 from fleet_server.rollouts.machine import Wave
 from fleet_server.rollouts.tally import quarantined
-from fleet_server.storage.models import Device, DeviceModel, ReleaseRow
+from fleet_server.storage.models import Device, DeviceModel, ReleaseRow, RolloutRow
 
 DRAW = "preview"  # as the id of a rollout: by it the devices of a share are drawn
 CAUSES_NAMED = 5
@@ -55,15 +55,18 @@ class RolloutPreview(msgspec.Struct, frozen=True, kw_only=True):
     worries: tuple[str, ...]
 
 
-def of(session: Session, ref: ReleaseRef, waves: Sequence[Wave], hearing: Hearing, now: float) -> RolloutPreview:
-    """Of these waves, resolved for the rollout `DRAW`.  Raises: NotFound."""
+def of(
+    session: Session, ref: ReleaseRef, waves: Sequence[Wave], drawn: RolloutRow, hearing: Hearing, now: float
+) -> RolloutPreview:
+    """Of these waves, resolved for the rollout `drawn`, whose id is `DRAW`.  Raises: NotFound."""
+    scope, ahead = rules.scope_of(drawn), rules.ahead_of(session, drawn)
     manifest = catalogue.manifest_of(catalogue.find(session, ref))
     fits, fetches = _Fits(manifest), _Fetches(session, ref.model, manifest)
     found, why = [collections.Counter[str]() for _ in waves], collections.Counter[str]()
     for row in session.execute(_rows(ref.model)):
         place, groups = slot(DRAW, row.id), set(row.groups)
         wave = next((n for n, one in enumerate(waves) if place < one.permille or groups & set(one.groups)), None)
-        if wave is None:
+        if wave is None or not rules.follows(scope, ahead, rules.identity_of(row)):
             continue
         counts, said = found[wave], row if row.phase is not None else None
         counts["devices"] += 1
@@ -83,12 +86,14 @@ def of(session: Session, ref: ReleaseRef, waves: Sequence[Wave], hearing: Hearin
             why[reason] += 1
         else:
             counts["fetch_bytes"] += fetches.bytes_of(variant, said.serving if said is not None else None)
-    shown = tuple(WavePreview(reach=wording.reach(wave), **one) for wave, one in zip(waves, found, strict=True))
+    shown = tuple(WavePreview(reach=wording.reach(wave, scope), **one) for wave, one in zip(waves, found, strict=True))
     return RolloutPreview(release=str(ref), waves=shown, worries=tuple(_worries(shown, why)))
 
 
 def _rows(model: str) -> Select[Any]:
-    columns = (Device.id, Device.groups, Device.present, Device.last_seen, Device.hardware)
+    columns = (
+        Device.id, Device.groups, Device.labels, Device.present, Device.last_seen, Device.hardware, Device.hardware_class,
+    )  # fmt: skip
     said = (
         DeviceModel.serving, DeviceModel.sha256, DeviceModel.variant, DeviceModel.phase, DeviceModel.answers, DeviceModel.held,
     )  # fmt: skip
@@ -106,7 +111,7 @@ def _worries(shown: Sequence[WavePreview], why: Mapping[str, int]) -> list[str]:
     found += [f"devices that no variant fits: {number} ({reason})" for reason, number in ranked]
     if refusing := sum(wave.refusing for wave in shown):
         found.append(
-            f"devices that quarantined it before and refuse it again: {refusing}; `edge-agent quarantine clear` on them, or publish a new version"
+            f"devices that quarantined it before and refuse it again: {refusing}; begin it with --retry, or publish a new version"
         )
     if held := sum(wave.held for wave in shown):
         found.append(f"devices that are held on what they run, and not waited for: {held}")

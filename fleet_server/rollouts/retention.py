@@ -12,14 +12,15 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from agent.contract.names import ReleaseRef
+from agent.contract.scopes import text_of
 from fleet_server.access import SERVER, Actor
 from fleet_server.errors import Conflict
 from fleet_server.journal import Journal
 from fleet_server.releases import catalogue
 from fleet_server.releases.catalogue import Catalogue
-from fleet_server.rollouts import rows
+from fleet_server.rollouts import rows, rules
 from fleet_server.rollouts.decisions import Decision, Decisions
-from fleet_server.storage.models import Device, DeviceModel, ExclusionRow, ModelRow, ReleaseRow, RolloutRow
+from fleet_server.storage.models import Device, DeviceModel, ExclusionRow, ModelRow, ReleaseRow, RolloutRow, RuleRow
 
 AT_ONCE = 20  # releases in one turn
 
@@ -89,8 +90,13 @@ def needed(session: Session) -> dict[ReleaseRef, str]:
         need(model.model, model.previous, "a rollback goes back to it")
         if model.release is not None:
             need(model.model, rows.before(session, model.model, model.release), "a rollback goes back to it")
+    for rule in session.scalars(select(RuleRow)):
+        need(rule.model, rule.release, f"devices in {text_of(rules.scope_of(rule))} are assigned it")
+        need(rule.model, rule.previous, "a rollback goes back to it")
     for rollout in session.scalars(select(RolloutRow).where(RolloutRow.state.in_(rows.ACTIVE))):
         need(rollout.model, rollout.release, f"rollout {rollout.id} brings it to devices")
+        for kept in rows.as_assigned(rollout).kept:
+            need(rollout.model, kept.release, f"devices keep it until rollout {rollout.id} reaches them")
         need(rollout.model, rollout.previous, f"rollout {rollout.id} goes back to it when it fails")
     for exclusion in session.scalars(select(ExclusionRow).where(ExclusionRow.ended.is_(None))):
         need(exclusion.model, exclusion.instead, f"{exclusion.hardware} runs it instead of {exclusion.release}")

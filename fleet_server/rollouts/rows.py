@@ -5,15 +5,15 @@ from __future__ import annotations
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from agent.contract.assignment import EVERYONE, Rollout, parse_window
+from agent.contract.assignment import EVERYONE, Reach, Rollout, parse_window
 from agent.contract.codec import convert
 from agent.contract.names import ReleaseRef
-from fleet_server.errors import Conflict, NotFound
+from fleet_server.errors import NotFound
 from fleet_server.releases import catalogue
 from fleet_server.rollouts import machine
 from fleet_server.rollouts.gates import Rules
 from fleet_server.rollouts.machine import Plan, State, Wave
-from fleet_server.storage.models import ModelRow, RolloutRow, Setting
+from fleet_server.storage.models import RolloutRow, Setting
 
 VERSION_SETTING = "assignment_version"
 """The row of `settings` with the version of the assignment that the database makes necessary."""
@@ -51,7 +51,7 @@ def _assigned(row: RolloutRow, reach: int) -> Rollout:
         id=row.id, release=row.release, previous=row.previous, groups=(*groups, *new),
         permille=max(min(wave.permille, reach), *(earlier.permille for earlier in before), 0),
         group_permille={} if reach >= EVERYONE else dict.fromkeys(new, reach), mode="shadow" if row.mode == "shadow" else "install", window=parse_window(row.window) if row.window else None,
-        team=row.team,
+        team=row.team, attempt=row.attempt, kept=tuple(convert(one, Reach) for one in row.kept or ()),
     )  # fmt: skip
 
 
@@ -69,17 +69,18 @@ def find(session: Session, rollout_id: str) -> RolloutRow:
     return row
 
 
-def active_of(session: Session, model: str) -> RolloutRow | None:
-    """The rollout of the model that is under way; there is one at most."""
-    return session.scalar(select(RolloutRow).where(RolloutRow.model == model, RolloutRow.state.in_(ACTIVE)))
+def active_of(session: Session, model: str, scope: str = "") -> RolloutRow | None:
+    """The rollout of the model that is under way for exactly this scope (as it is stored); there is one at most."""
+    query = select(RolloutRow).where(RolloutRow.model == model, RolloutRow.state.in_(ACTIVE), RolloutRow.scope == scope)
+    return session.scalar(query)
 
 
-def before(session: Session, model: str, release: int) -> int | None:
-    """What every device ran before `release` came to all of them; None when that was nothing or may not be run.
+def before(session: Session, model: str, release: int, scope: str = "") -> int | None:
+    """What every device of the scope ran before `release` came to all of them; None when that was nothing or may not be run.
 
     Never a release that was left by a rollback to `release`: a second rollback would lead to the bad one again.
     """
-    row = came_to_all(session, model, release)
+    row = came_to_all(session, model, release, scope)
     previous = row.previous if row is not None else None
     if previous is None or previous >= release:
         return None
@@ -87,25 +88,13 @@ def before(session: Session, model: str, release: int) -> int | None:
     return None if found.withdrawn or found.deleted else previous
 
 
-def came_to_all(session: Session, model: str, release: int) -> RolloutRow | None:
-    """The last rollout that brought the release to every device, with every gate passed."""
+def came_to_all(session: Session, model: str, release: int, scope: str = "") -> RolloutRow | None:
+    """The last rollout that brought the release to every device of the scope: every gate passed, or an operator completed it."""
     query = select(RolloutRow).where(
         RolloutRow.model == model, RolloutRow.release == release, RolloutRow.state == State.COMPLETED.value,
-        RolloutRow.mode == "install",
+        RolloutRow.mode == "install", RolloutRow.scope == scope,
     )  # fmt: skip
     return session.scalar(query.order_by(RolloutRow.number.desc()).limit(1))
-
-
-def refuse_forward(session: Session, row: ModelRow, to: int | None) -> None:
-    """Raises: Conflict when `to` is newer than what everybody runs and never passed every gate."""
-    if to is None or (row.release is not None and to <= row.release):
-        return
-    catalogue.find(session, ReleaseRef(row.model, to))
-    if came_to_all(session, row.model, to) is None:
-        raise Conflict(
-            f"{row.model}:{to} is no earlier release; bring it out with `edge-fleet rollout start {row.model}:{to}`",
-            code="not_earlier",
-        )
 
 
 def assignment_version(session: Session) -> int:

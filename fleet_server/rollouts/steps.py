@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from sqlalchemy.orm import Session
 
 from fleet_server.errors import Conflict, NotFound
-from fleet_server.rollouts import machine, rows
+from fleet_server.rollouts import machine, rows, rules
 from fleet_server.rollouts.machine import Event, IllegalTransition, State
 from fleet_server.storage import changes
 from fleet_server.storage.models import Device, ModelRow, RolloutRow, Setting, SkippedDevice
@@ -23,15 +23,13 @@ def _apply(session: Session, row: RolloutRow, event: Event, now: float, reason: 
     try:
         plan = machine.step(rows.plan_of(row), event)
     except IllegalTransition as error:
-        raise Conflict(f"rollout {row.id}: {error}", code="illegal_transition") from error
+        raise Conflict(f"rollout {row.id} ({row.model}:{row.release}): {error}", code="illegal_transition") from error
     row.state, row.wave, row.updated = plan.state.value, plan.wave, now
     row.reason = reason or row.reason
     if event in machine.BEGINS_WAVE:  # it tells nobody yet: that is what `grow` does, and what is signed then
         row.reach, row.grows, row.passed = 0, None, None
     if plan.state is State.COMPLETED and row.mode == "install":
-        model = session.get(ModelRow, row.model)
-        assert model is not None
-        model.release, model.previous = row.release, model.release
+        rules.settle(session, row)
     if plan.state in machine.TERMINAL:
         next_version(session)
 

@@ -30,6 +30,12 @@ def of(session: Session, row: RolloutRow) -> list[RolloutRow]:
     return list(session.scalars(select(RolloutRow).where(RolloutRow.team == row.team).order_by(RolloutRow.number)))
 
 
+def of_model(session: Session, model: str) -> str | None:
+    """The team that the model is of, by what the assignment has now."""
+    models = {row.model: row for row in session.scalars(select(ModelRow))}
+    return next((name for name, members in assigned(session, models).items() if model in members), None)
+
+
 def assigned(session: Session, models: Mapping[str, ModelRow]) -> dict[str, dict[str, int]]:
     """Name → model → release of the teams that the assignment has: those under way, those that are what every device runs, and
     the releases that devices go back to as a team after theirs was aborted.

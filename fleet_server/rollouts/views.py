@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, aliased
 
-from agent.contract.assignment import Mode
+from agent.contract.assignment import Mode, Rule
 from agent.contract.codec import convert
 from agent.contract.names import ReleaseRef
-from fleet_server.rollouts import exclusions, facts, gates, planning, preview, rows, teams
+from agent.contract.scopes import EVERYBODY, Scope
+from fleet_server.rollouts import exclusions, facts, gates, planning, preview, refusals, rows, rules, teams
 from fleet_server.rollouts.beginning import Calendar
 from fleet_server.rollouts.exclusions import ExclusionView
 from fleet_server.rollouts.facts import Hearing
 from fleet_server.rollouts.gates import Counts, Ruling, Standing, Witness
 from fleet_server.rollouts.machine import State, Wave
 from fleet_server.rollouts.preview import RolloutPreview
+from fleet_server.rollouts.refusals import Refusals
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import Device, ExclusionRow, ModelRow, RolloutRow, VerdictRow
+from fleet_server.storage.models import Device, ExclusionRow, ModelRow, RolloutRow, RuleRow, VerdictRow
 
 EXCLUSIONS_LISTED = 200  # the newest ones
 EXCLUSIONS_OF_ONE = 50  # in the view of a rollout, the newest ones
@@ -28,12 +30,25 @@ WITNESSES_LISTED = 10  # devices named of each rollout in a list
 ROWS_READ = 2000  # devices looked at for one page of a rollout's devices
 
 
+class RuleView(msgspec.Struct, frozen=True):
+    """What the devices of a scope run of a model in place of what everyone does. `release` None: nothing was brought to all of them yet;
+    `rollout`: the one to them that is under way.
+    """
+
+    model: str
+    scope: Scope
+    release: int | None
+    previous: int | None
+    rollout: str | None
+
+
 class ModelView(msgspec.Struct, frozen=True):
     """What every device runs of a model that no rollout reaches, and what it ran before."""
 
     model: str
     release: int | None
     previous: int | None
+    rules: tuple[RuleView, ...] = ()
 
 
 class MemberView(msgspec.Struct, frozen=True):
@@ -61,6 +76,8 @@ class VerdictView(msgspec.Struct, frozen=True):
 class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
     """A rollout with its last verdict. `wave` counts from 0; of its devices those are told by now whose slot is below `reach` (1000: all).
     `team`: the rollouts whose releases switch with this one's. `waits_for`: what of time or people keeps it from going on, in words.
+    `scope`: whom it is for, everyone when it is empty; `attempt`: what devices refused in one with a lower number is tried again;
+    `superseded`: the rollouts whose place it took.
     """
 
     id: str
@@ -88,12 +105,17 @@ class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
     window: str | None
     team: tuple[MemberView, ...]
     exclusions: tuple[ExclusionView, ...]
+    scope: Scope
+    attempt: int
+    superseded: tuple[str, ...]
 
 
 class RolloutDetail(RolloutView, frozen=True, kw_only=True):
     """A rollout with the newest verdicts of its gates, oldest first, one for each time that a gate changed its mind."""
 
     verdicts: tuple[VerdictView, ...]
+    refusals: Refusals | None
+    """Devices that refuse the release now that it is what they should run; None of a rollout that is not complete, or was followed."""
 
 
 class StandingPage(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,7 +146,11 @@ class Views:
         with self._database.reading() as session:
             row = rows.find(session, rollout_id)
             shown = self._rollout(session, row)
-            return RolloutDetail(**msgspec.structs.asdict(shown), verdicts=_verdicts(session, row.id, VERDICTS_SHOWN))
+            return RolloutDetail(
+                **msgspec.structs.asdict(shown),
+                verdicts=_verdicts(session, row.id, VERDICTS_SHOWN),
+                refusals=refusals.after_the_end(session, row),
+            )
 
     def verdicts(self, rollout_id: str, *, before: int | None = None, limit: int = 100) -> list[VerdictView]:
         """The newest verdicts of a rollout's gates (before the one of number `before`), oldest first.  Raises: NotFound."""
@@ -161,20 +187,37 @@ class Views:
         with self._database.reading() as session:
             return [(rollout, why) for rollout, why in session.execute(query)]
 
+    def refusals(self) -> list[Refusals]:
+        """Devices that refuse what they should run after its rollout is complete, for each release of which there are some."""
+        with self._database.reading() as session:
+            return refusals.of_fleet(session)
+
     def preview(
-        self, refs: Sequence[ReleaseRef], waves: Sequence[str], groups: Sequence[str], permille: int | None
-    ) -> list[RolloutPreview]:
+        self, refs: Sequence[ReleaseRef], waves: Sequence[str], groups: Sequence[str], permille: int | None, scope: Scope = EVERYBODY,
+    ) -> list[RolloutPreview]:  # fmt: skip
         """What a rollout of these releases would reach, with waves as `planning.read` takes them.  Raises: NotFound, Invalid."""
         asked = planning.read(waves, groups, permille)
         with self._database.reading() as session:
-            found = planning.resolve(session, preview.DRAW, asked)
-            return [preview.of(session, ref, found, self._hearing, self._clock()) for ref in refs]
+            drawn = [RolloutRow(id=preview.DRAW, model=ref.model, scope=rules.stored(scope)) for ref in refs]
+            for row in drawn:
+                rules.refuse_nobody(session, row.model, scope)
+            found = planning.resolve(session, drawn[0], asked)
+            return [
+                preview.of(session, ref, found, row, self._hearing, self._clock()) for ref, row in zip(refs, drawn, strict=True)
+            ]
 
     def models(self) -> list[ModelView]:
         """What the fleet runs of each model."""
         with self._database.reading() as session:
             found = session.scalars(select(ModelRow).order_by(ModelRow.model))
-            return [ModelView(row.model, row.release, row.previous) for row in found]
+            of_models, scopes = (
+                rules.of_models(session),
+                {(row.model, row.scope): row for row in session.scalars(select(RuleRow))},
+            )
+            return [
+                ModelView(row.model, row.release, row.previous, _rules(row.model, of_models.get(row.model, ()), scopes))
+                for row in found
+            ]
 
     def exclusions(self, *, model: str | None = None) -> list[ExclusionView]:
         """Hardware classes that do not run a release, the newest first, those that were ended included."""
@@ -191,16 +234,26 @@ class Views:
             ExclusionRow.model == row.model, ExclusionRow.release == row.release, ExclusionRow.rollout == row.id
         )
         newest = session.scalars(excluded.order_by(ExclusionRow.id.desc()).limit(EXCLUSIONS_OF_ONE)).all()
-        rules = rows.rules_of(row)
+        kept_rules = rows.rules_of(row)
         return RolloutView(
             id=row.id, model=row.model, release=row.release, previous=row.previous, mode="shadow" if row.mode == "shadow" else "install",
             state=State(row.state), wave=row.wave, waves=rows.plan_of(row).waves, reach=rows.reach_of(row), confirm=row.confirm,
-            max_failures=rules.max_failures, failure_share=rules.failure_share, bake_s=rules.bake_s, rate=rules.rate, starts=row.starts,
+            max_failures=kept_rules.max_failures, failure_share=kept_rules.failure_share, bake_s=kept_rules.bake_s, rate=kept_rules.rate, starts=row.starts,
             approved_by=row.approved_by, waits_for=self._calendar.waits(row, self._clock()), created=row.created, created_by=row.created_by, updated=row.updated, reason=row.reason,
             verdict=_verdict(last, witnesses) if last is not None else None, window=row.window,
             team=tuple(MemberView(one.id, one.model, one.release) for one in teams.of(session, row) if one.id != row.id),
-            exclusions=tuple(map(exclusions.view, reversed(newest))),
+            exclusions=tuple(map(exclusions.view, reversed(newest))), scope=rules.scope_of(row), attempt=row.attempt,
+            superseded=tuple(one.id for one in rows.as_assigned(row).kept),
         )  # fmt: skip
+
+
+def _rules(model: str, found: tuple[Rule, ...], known: Mapping[tuple[str, str], RuleRow]) -> tuple[RuleView, ...]:
+    views = []
+    for rule in found:
+        row = known.get((model, rules.stored(rule.scope)))
+        previous = row.previous if row is not None else None
+        views.append(RuleView(model, rule.scope, rule.release, previous, rule.rollout.id if rule.rollout else None))
+    return tuple(views)
 
 
 def _verdicts(session: Session, rollout_id: str, limit: int, before: int | None = None) -> tuple[VerdictView, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from agent.contract.scopes import EVERYBODY, Scope, text_of
+from fleet_server.rollouts import rules
 from fleet_server.rollouts.machine import Wave
 from fleet_server.storage.models import RolloutRow
 
@@ -18,8 +20,21 @@ def previous(rows: list[RolloutRow]) -> str:
     return ", ".join(f"{row.model}:{row.previous}" if row.previous else "no release" for row in rows)
 
 
-def reach(wave: Wave) -> str:
-    """Which devices a wave reaches."""
+def everywhere(rows: list[RolloutRow]) -> str:
+    """What follows when a rollout is complete."""
+    if rows[0].mode == "shadow":
+        return "nothing was installed"
+    scope = rules.scope_of(rows[0])
+    return f"every device{' in ' + text_of(scope) if scope else ''} is assigned {named(rows)}"
+
+
+def reach(wave: Wave, scope: Scope = EVERYBODY) -> str:
+    """Which devices of the scope a wave reaches."""
+    within = f" in {text_of(scope)}" if scope else ""
+    return f"{_reach(wave)}{within}"
+
+
+def _reach(wave: Wave) -> str:
     if wave.everyone:
         return "every device"
     parts = [f"group {group}" for group in wave.groups]

@@ -98,7 +98,7 @@ class Borrowed:
         left = []
         for one in found:
             groups = {group for wave in one["waves"] for group in wave["groups"]}
-            under_way = one["state"] not in {"completed", "aborted"} and self._groups & groups
+            under_way = one["state"] not in {"completed", "superseded", "aborted"} and self._groups & groups
             if under_way and not self._tried(lambda one=one: self._client.post(f"/rollouts/{one['id']}/abort")):  # type: ignore[misc]
                 left.append(f"rollout {one['id']}")
         return left

@@ -55,6 +55,7 @@ class Running(msgspec.Struct):
     target: int | None = None
     before: int | None = None
     rollout: str | None = None
+    attempt: int = 0
     answers: list[Answer] = []
     quarantined: list[Answer] = []
     committed: set[int] = set()
@@ -124,7 +125,7 @@ class Device:
         if model.phase is Phase.FETCHING and model.target == ref.version:
             if problem:
                 self._answer(model, Outcome.FAILED, Reason.DOWNLOAD_FAILED, problem)
-                self._begin(model, Wanted(ref.version, rollout=model.rollout), now)
+                self._begin(model, Wanted(ref.version, rollout=model.rollout, attempt=model.attempt), now)
             else:
                 model.due = now
 
@@ -181,7 +182,7 @@ class Device:
             model.serving, model.phase = None, Phase.STEADY
         elif said.release == model.serving:
             model.phase = Phase.STEADY
-        elif any(answer.release == said.release for answer in model.quarantined):
+        elif any(answer.release == said.release and answer.attempt >= said.attempt for answer in model.quarantined):
             model.phase = Phase.QUARANTINED
         else:
             self._begin(model, said, now)
@@ -198,7 +199,8 @@ class Device:
         if self._known(ref) is None:
             self.missing.add(ref)
             return
-        model.target, model.before, model.rollout = said.release, model.serving, said.rollout
+        model.target, model.before, model.rollout, model.attempt = said.release, model.serving, said.rollout, said.attempt
+        model.quarantined = [answer for answer in model.quarantined if answer.release != said.release]
         model.phase, model.passed, model.passed_in = Phase.FETCHING, False, None
         self.spoilt |= ref in self._bad and self.member.behaviour in {Behaviour.UNSIGNED, Behaviour.WRONG_KEY}
         self._voice.event("update-started", f"release {ref} is wanted", model=model.name, release=said.release)
@@ -258,7 +260,7 @@ class Device:
         assert model.target is not None
         answer = Answer(
             release=model.target, outcome=outcome, rollout=model.rollout, reason=reason.value if reason else None,
-            message=message, at=self._wall(),
+            message=message, at=self._wall(), attempt=model.attempt,
         )  # fmt: skip
         model.answers = [*model.answers, answer][-ANSWERS_KEPT:]
         self._dirty = True

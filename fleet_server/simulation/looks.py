@@ -115,12 +115,7 @@ class Looker:
         assignment = read_assignment(self._target(updater, ASSIGNMENT_TARGET))
         if assignment.fleet != self._address.fleet:
             raise Refused(f"{self._papers.device}: the assignment is of fleet {assignment.fleet!r}", code="wrong_fleet")
-        wanted = {
-            ReleaseRef(model, number)
-            for model, rules in assignment.models.items()
-            for number in (rules.release, rules.rollout.release if rules.rollout else None)
-            if number is not None
-        }
+        wanted = {ReleaseRef(model, number) for model, rules in assignment.models.items() for number in rules.named()}
         manifests = tuple(self._manifest(updater, ref) for ref in sorted(wanted))
         return Said(assignment, self._groups(fetcher), manifests)
 

@@ -17,10 +17,10 @@ from typing import Any
 from sqlalchemy import delete, event, func, insert, inspect, select, update
 from sqlalchemy.orm import Session
 
-from fleet_server.storage.models import Base, Certificate, Counter, DeletedDevice, Device, DeviceGroup
+from fleet_server.storage.models import Base, Certificate, Counter, DeletedDevice, Device, DeviceGroup, DeviceLabel
 
 COUNTER = "device_changes"
-WATCHED = ("groups", "revoked", "present", "last_seen", "shared", "hardware_class")
+WATCHED = ("groups", "labels", "revoked", "present", "last_seen", "shared", "hardware_class", "retries")
 _KEPT = "device_change"  # in the session's notes: the number of its transaction
 
 _ADD = (
@@ -54,6 +54,7 @@ def follow(session_class: type[Session]) -> None:
     """Lets the sessions of this class number what they change of devices, and keep what devices are searched by."""
     event.listen(session_class, "before_flush", _number)
     event.listen(session_class, "after_flush", _write_groups)
+    event.listen(session_class, "after_flush", _write_labels)
     event.listen(session_class, "after_flush", _write_expiry)
 
 
@@ -77,6 +78,16 @@ def _write_groups(session: Session, *_: Any) -> None:
                 connection.execute(
                     insert(DeviceGroup), [{"device": row.id, "name": name} for name in dict.fromkeys(row.groups)]
                 )
+
+
+def _write_labels(session: Session, *_: Any) -> None:
+    for row in [*session.new, *session.dirty]:
+        if isinstance(row, Device) and (row in session.new or _differs(row, ("labels",))):
+            connection = session.connection()
+            connection.execute(delete(DeviceLabel).where(DeviceLabel.device == row.id))
+            if row.labels:
+                found = [{"device": row.id, "name": name, "value": value} for name, value in row.labels.items()]
+                connection.execute(insert(DeviceLabel), found)
 
 
 def _write_expiry(session: Session, *_: Any) -> None:

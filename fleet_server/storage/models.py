@@ -6,7 +6,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, LargeBinary, String, Text, false
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Text,
+    UniqueConstraint,
+    false,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # A counter column: 64 bits everywhere, and SQLite's own row number where that is what counts.
@@ -47,6 +60,8 @@ class Device(Base):
     """The words of its agent's last processes; see `devices.shared_identity`."""
     shared: Mapped[float | None] = mapped_column(Float)
     """When it last showed itself to be several machines."""
+    retries: Mapped[list[Any] | None] = mapped_column(JSON)
+    """The releases that it alone is to try again, and in which attempt (`Retry` of the contract)."""
     late_until: Mapped[float | None] = mapped_column(Float)
     """Until when it may renew a certificate that has ended."""
     change: Mapped[int] = mapped_column(default=0, server_default="0", index=True)
@@ -74,6 +89,16 @@ class DeviceGroup(Base):
     device: Mapped[str] = mapped_column(ForeignKey("devices.id", ondelete="CASCADE"), primary_key=True)
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     __table_args__ = (Index("ix_device_groups_name", "name", "device"),)
+
+
+class DeviceLabel(Base):
+    """A label of a device once more, for searching. Written wherever `Device.labels` is; see `storage.changes`."""
+
+    __tablename__ = "device_labels"
+    device: Mapped[str] = mapped_column(ForeignKey("devices.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(String(64))
+    __table_args__ = (Index("ix_device_labels_name", "name", "value", "device"),)
 
 
 class DeletedDevice(Base):
@@ -187,6 +212,18 @@ class ModelRow(Base):
     previous: Mapped[int | None]
 
 
+class RuleRow(Base):
+    """What the devices of a scope run of a model, in place of what everyone does, and what they ran before."""
+
+    __tablename__ = "rules"
+    id: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    model: Mapped[str] = mapped_column(String(64))
+    scope: Mapped[str] = mapped_column(Text)
+    release: Mapped[int | None]
+    previous: Mapped[int | None]
+    __table_args__ = (UniqueConstraint("model", "scope", name="uq_rules_scope"),)
+
+
 class RolloutRow(Base):
     """A staged change: its waves and where it stands."""
 
@@ -220,6 +257,12 @@ class RolloutRow(Base):
     starts: Mapped[float | None] = mapped_column(Float)
     """When it is to begin; null: at once."""
     approved_by: Mapped[str | None] = mapped_column(String(128))
+    attempt: Mapped[int] = mapped_column(default=0, server_default="0")
+    """What devices refused in an attempt with a lower number is tried again; see `rollouts.retries`."""
+    kept: Mapped[list[Any] | None] = mapped_column(JSON)
+    """The rollouts that it superseded, the latest first, and whom they had reached (`Reach` of the contract)."""
+    scope: Mapped[str] = mapped_column(Text, default="", server_default="")
+    """Whom it is for (`rollouts.rules.stored`); empty: everyone."""
 
 
 class ToldDevice(Base):

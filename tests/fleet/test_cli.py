@@ -245,7 +245,7 @@ def test_nothing_is_folded_in_a_pipe(capsys):
     answer = {"release": 4, "outcome": "rolled_back", "reason": "error_ratio", "message": MESSAGE, "at": 0.0}
     model = {"serving": 3, "variant": "cpu", "phase": "rolling_back", "wanted": 4, "answers": [answer]}
     device = {
-        "id": "d" * 60, "revoked": False, "online": True, "last_seen": None, "groups": [f"group-{n}" for n in range(30)], "record_serial": 1,
+        "id": "d" * 60, "revoked": False, "online": True, "last_seen": None, "groups": [f"group-{n}" for n in range(30)], "record_serial": 1, "labels": {"site": "b" * 60},
         "agent_version": "1", "hardware": None, "problem": MESSAGE, "models": {"digits": model},
     }  # fmt: skip
     tables.device(device)

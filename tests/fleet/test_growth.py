@@ -328,7 +328,7 @@ def test_another_person_approves_before_anybody_is_told(many, clock):
     assert [(one.action, one.who) for one in audited if one.action.startswith("rollout.")] == [
         ("rollout.approve", "bob"), ("rollout.start", "ada"),
     ]  # fmt: skip
-    with pytest.raises(Conflict, match="cannot approve"):
+    with pytest.raises(Conflict, match="cannot be approved"):
         many.fleet.rollouts.approve(bob, rollout)
 
 
@@ -431,10 +431,10 @@ def test_the_first_wave_is_spread_over_hardware_and_sites_and_is_there(fleet):
     waves = machine.read_waves(["6"])
     alone = sorted(planning.spread(f"r1-{number:04x}", devices, waves) for number in range(300))
     with fleet.database.reading() as session:
-        chosen = [planning.spread(planning.draw(session, 1, waves), devices, waves) for _ in range(10)]
+        chosen = [planning.spread(planning.draw(session, 1, waves, "digits", ()), devices, waves) for _ in range(10)]
     assert min(chosen) >= alone[len(alone) // 2], "better than a draw of one in every case"
-    assert all(kinds == 3 for kinds, *_ in chosen)
-    assert sum(there for _, _, there, *_ in chosen) / 10 > sum(there for _, _, there, *_ in alone) / len(alone)
+    assert all(kinds == 3 for _, kinds, *_ in chosen)
+    assert sum(there for _, _, _, there, *_ in chosen) / 10 > sum(there for _, _, _, there, *_ in alone) / len(alone)
 
 
 def test_in_a_large_fleet_few_are_drawn(monkeypatch, fleet):
@@ -443,4 +443,4 @@ def test_in_a_large_fleet_few_are_drawn(monkeypatch, fleet):
         session.add_all(Device(id=f"d{number}", created=0.0) for number in range(11))
     monkeypatch.setattr(planning, "spread", None)  # nothing to choose by: it would fail
     with fleet.database.reading() as session:
-        assert planning.draw(session, 7, machine.read_waves(["1"])).startswith("r7-")
+        assert planning.draw(session, 7, machine.read_waves(["1"]), "digits", ()).startswith("r7-")

@@ -463,7 +463,10 @@ def test_roll_back(story):
     completed(story, 2)
     story.fleet.rollouts.roll_back(SERVER, "digits", None)
     assert {story.wanted(d) for d in story.devices} == {1}
-    story.fleet.rollouts.roll_back(SERVER, "digits", 2)
+    with pytest.raises(Conflict, match="--to 2 --forward"):
+        story.fleet.rollouts.roll_back(SERVER, "digits", 2)
+    assert {story.wanted(d) for d in story.devices} == {1}
+    story.fleet.rollouts.roll_back(SERVER, "digits", 2, forward=True)
     assert {story.wanted(d) for d in story.devices} == {2}
     with pytest.raises(NotFound):
         story.fleet.rollouts.roll_back(SERVER, "digits", 77)

@@ -123,6 +123,7 @@ def test_a_database_of_before_keeps_its_teams_confirmations_and_exclusions(datab
     first = views.rollout("r1-aaaa")
     assert (first.state, first.confirm, first.window) == (State.WAITING, True, "mon-fri 22:00-05:00")
     assert first.team == (MemberView("r2-bbbb", "eye", 5),)
+    assert (first.scope, first.attempt, first.superseded) == ((), 0, ()), "it is for everyone, as it was"
     assert (first.verdict.verdict, first.verdict.counts.committed) == (Ruling.PASS, 1)
     assert not views.rollout("r2-bbbb").confirm
     (ended,) = views.exclusions()

@@ -192,7 +192,7 @@ class Watch:
             for one in self._ask(number, "/rollouts") or []:
                 now = (one["wave"], one["state"])
                 before = wave.get(one["id"], now)
-                if now[0] < before[0] or (before[1] in {"completed", "aborted"} and now[1] != before[1]):
+                if now[0] < before[0] or (before[1] in {"completed", "superseded", "aborted"} and now[1] != before[1]):
                     self.wrong.append(f"rollout {one['id']} went back from {before} to {now}")
                 wave[one["id"]] = now
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agent.config import SyncSettings
 from agent.contract.acceptance import ShadowRules
-from agent.contract.assignment import Assignment, DeviceRecord, ModelAssignment, Rollout
+from agent.contract.assignment import Assignment, DeviceRecord, ModelAssignment, Retry, Rollout
 from agent.contract.codec import encode
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
@@ -229,6 +229,7 @@ class Bench:
         self.news: list[str] = []
         self.reports = 0
         self.groups: tuple[str, ...] = ()
+        self.retries: tuple[Retry, ...] = ()
         self.assignment = Assignment(fleet=FLEET, version=0, models={})
         self.valid_s = 7 * DAY
         self.known = False
@@ -288,6 +289,7 @@ class Bench:
             device=DEVICE,
             serial=1,
             groups=self.groups,
+            retries=self.retries,
             issued=self.verified_at,
             expires=self.verified_at + self.valid_s,
         )

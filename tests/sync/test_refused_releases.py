@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from agent.contract.assignment import Rollout
+from agent.contract.assignment import Retry, Rollout
 from agent.contract.codec import encode
 from agent.contract.reasons import METADATA, Reason
 from agent.contract.reports import Outcome, Phase
@@ -78,6 +78,50 @@ def test_an_operator_on_the_device_can_lift_a_refusal(on_one: Bench):
     on_one.until(P.STEADY)
 
     assert on_one.serving == 2
+
+
+def test_the_fleet_lets_this_device_alone_try_again_and_only_once(on_one: Bench):
+    on_one.trial = no(Reason.GOLDEN_MISMATCH)
+    on_one.want(2)
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+    on_one.retries = (Retry(model=MODEL, release=2, attempt=7), Retry(model="other", release=2, attempt=9))
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+
+    assert on_one.tried == ["crane:2", "crane:2"]
+    assert (on_one.answer.outcome, on_one.answer.attempt) == (Outcome.REFUSED, 7)
+    for _ in range(20):
+        on_one.step()
+    on_one.again()
+    for _ in range(20):
+        on_one.step()
+    assert on_one.tried == ["crane:2", "crane:2"], "the number is as it was: it is refused again, also after a restart"
+
+    on_one.trial = lambda *_: {}
+    on_one.retries = (Retry(model=MODEL, release=2, attempt=8),)
+    on_one.step()
+    on_one.until(P.STEADY)
+    assert on_one.serving == 2
+
+
+def test_a_rollout_with_a_higher_attempt_is_tried_again_and_one_without_is_not(on_one: Bench):
+    on_one.trial = no(Reason.GOLDEN_MISMATCH)
+    on_one.want(1, rollout=Rollout(id="first", release=2, previous=1, permille=1000))
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+    on_one.want(1, rollout=Rollout(id="first", release=2, previous=1, permille=1000, attempt=5))
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+    assert (on_one.tried, on_one.answer.attempt) == (["crane:2", "crane:2"], 5)
+    on_one.want(1, rollout=Rollout(id="second", release=2, previous=1, permille=1000))
+    on_one.step()
+    on_one.until(P.QUARANTINED)
+    assert on_one.answer.rollout == "second"
+    on_one.want(1, rollout=Rollout(id="second", release=2, previous=1, permille=1000, attempt=5))
+    for _ in range(20):
+        on_one.step()
+    assert on_one.tried == ["crane:2", "crane:2"], "the fifth attempt was made already"
 
 
 @pytest.mark.parametrize("reason", sorted(METADATA, key=lambda reason: reason.value))

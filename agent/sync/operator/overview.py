@@ -69,6 +69,7 @@ def _model(store: Store, states: States, quarantine: Quarantine, model: str) -> 
         "active": active,
         "wanted": state.wanted,
         "target": state.target,
+        "attempt": state.attempt,
         "since": state.since,
         "waiting_for": state.waiting_for,
         "retry_at": state.retry_at,
@@ -104,7 +105,8 @@ def text(models: dict[str, Any]) -> str:
 
 
 def _target(model: dict[str, Any]) -> str:
-    parts = [f", target {model['target']}" if model["target"] else ""]
+    attempt = f" (attempt {model['attempt']})" if model["attempt"] else ""
+    parts = [f", target {model['target']}{attempt}" if model["target"] else ""]
     if model["waiting_for"]:
         until = f" until {moment(model['retry_at'])}" if model["retry_at"] else ""
         parts.append(f", waiting for {_WAITS[model['waiting_for']]}{until}")

@@ -20,6 +20,7 @@ from agent.contract.codec import ContractError
 from agent.contract.manifest import ReleaseManifest
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import hardware_class
+from agent.contract.scopes import text_of
 from agent.host import hardware
 from agent.store import Selection, Store, StoreError
 from agent.sync.serving import ServeAway, ServeClient, ServeRefused, VersionStatus
@@ -90,19 +91,27 @@ def _wanted(desired: Desired | None, model: str, held: int | None) -> dict[str, 
     found: dict[str, Any] = {"release": wanted.release, "rollout": wanted.rollout, "mode": wanted.mode}
     if rules is None:
         return {**found, "because": "the assignment does not name the model"}
-    if wanted.rollout is not None and rules.rollout is not None:
-        return {**found, "because": _reached_by(rules.rollout, desired)}
+    if wanted.attempt:
+        found["attempt"] = wanted.attempt
+    rule = desired.rule(model, kind, wanted)
+    found["scope"] = text_of(rule.scope)
+    if wanted.rollout is not None and rule.rollout is not None:
+        return {**found, "because": _by_rollout(rule.rollout, wanted.rollout, desired)}
     if wanted.release is None:
         return {**found, "because": "no release of it may run"}
     for exclusion in rules.excluded:
         if exclusion.hardware == kind:
             return {**found, "because": f"release {exclusion.release} is stopped for this kind of hardware ({kind})"}
-    return {
-        **found,
-        "because": "it is what every device runs"
-        if wanted.release == rules.release
-        else "it is the one before what was withdrawn",
-    }
+    if wanted.release != rule.release:
+        return {**found, "because": "it is the one before what was withdrawn"}
+    who = f"every device in {found['scope']} runs, and this is one" if rule.scope else "every device runs"
+    return {**found, "because": f"it is what {who}"}
+
+
+def _by_rollout(rollout: Rollout, brought_by: str, desired: Desired) -> str:
+    if brought_by == rollout.id:
+        return _reached_by(rollout, desired)
+    return f"rollout {brought_by} brought it here, until rollout {rollout.id} comes, which took its place"
 
 
 def _reached_by(rollout: Rollout, desired: Desired) -> str:
@@ -127,6 +136,7 @@ def _assignment(desired: Desired | None, metadata: Path) -> dict[str, Any] | Non
         "version": desired.assignment.version,
         "device": desired.record.device,
         "groups": list(desired.record.groups),
+        "labels": dict(desired.record.labels),
         "record_serial": desired.record.serial,
         "verified_at": desired.verified_at,
         "valid_until": desired.valid_until,

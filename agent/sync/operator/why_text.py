@@ -45,10 +45,14 @@ def _serving(model: str, said: dict[str, Any]) -> str:
 def _wanted(wanted: dict[str, Any], assignment: dict[str, Any] | None) -> str:
     release = f"release {wanted['release']}" if wanted["release"] is not None else "nothing"
     lines = [f"{release}: {wanted['because']}"]
+    if wanted.get("attempt"):
+        lines.append(f"attempt {wanted['attempt']}: what was refused here in an earlier one is tried again")
     if assignment is not None:
         groups = ", ".join(assignment["groups"]) or "none"
+        known = ", ".join(f"{name}={value}" for name, value in assignment["labels"].items())
+        labels = f"; labels: {known}" if known else ""
         lines.append(
-            f"assignment {assignment['version']} of fleet {assignment['fleet']!r}, for {assignment['device']} (groups: {groups})"
+            f"assignment {assignment['version']} of fleet {assignment['fleet']!r}, for {assignment['device']} (groups: {groups}{labels})"
         )
         lines.append(f"heard {moment(assignment['verified_at'])}, good until {moment(assignment['valid_until'])}")
         lines += [_role(role) for role in assignment["signed_by"]]

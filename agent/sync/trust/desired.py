@@ -11,6 +11,7 @@ from agent.contract.assignment import (
     Assignment,
     DeviceRecord,
     ModelAssignment,
+    Rule,
     Wanted,
     has_former_keys,
     wanted,
@@ -18,6 +19,7 @@ from agent.contract.assignment import (
 )
 from agent.contract.codec import FORMAT, Document, decode, require_format
 from agent.contract.names import ReleaseRef
+from agent.contract.scopes import Identity, depends_on_hardware, meets
 
 
 class Desired(Document, frozen=True, kw_only=True):
@@ -49,11 +51,23 @@ class Desired(Document, frozen=True, kw_only=True):
 
     def wanted(self, model: str, hardware: str = "") -> Wanted:
         """What to run of `model` on this hardware class; nothing when the assignment does not name it."""
-        return wanted(self._rules(model), self.record.device, self.record.groups, hardware)
+        found = wanted(self._rules(model), self.record.device, self.record.groups, hardware, self.record.labels)
+        return msgspec.structs.replace(found, attempt=max(found.attempt, self.record.attempt(model, found.release)))
+
+    def rule(self, model: str, hardware: str, found: Wanted) -> Rule:
+        """The rule that `found` (what is wanted of the model) comes from: by its rollout, else the first one with its release."""
+        identity = Identity(self.record.device, self.record.groups, self.record.labels, hardware)
+        rules = [rule for rule in self._rules(model).all_rules() if meets(rule.scope, identity)]
+        for rule in rules:
+            told = {rule.rollout.id, *(kept.id for kept in rule.rollout.kept)} if rule.rollout is not None else set()
+            if (found.rollout in told) if found.rollout is not None else (found.release == rule.release):
+                return rule
+        return rules[-1]
 
     def depends_on_hardware(self, model: str) -> bool:
-        """Whether `wanted` has to know the hardware class: some class is left out of a release."""
-        return bool(self._rules(model).excluded)
+        """Whether `wanted` has to know the hardware class: some class is left out of a release, or a rule is for one."""
+        rules = self._rules(model)
+        return bool(rules.excluded) or depends_on_hardware(rule.scope for rule in rules.rules)
 
     def team(self, model: str, release: int) -> dict[str, int] | None:
         """The releases, by model, that switch together with this one, itself among them; None when it switches alone."""
@@ -69,9 +83,8 @@ class Desired(Document, frozen=True, kw_only=True):
         """Releases that the fleet wants although they were withdrawn and nobody who may has reinstated them: they are refused."""
         found = set()
         for model, rules in self.assignment.models.items():
-            named = {rules.release, rules.rollout.release if rules.rollout else None}
             memory = set(self.withdrawn_before.get(model, ())) - set(rules.withdrawn)
-            found |= {ReleaseRef(model, number) for number in named & memory if number is not None}
+            found |= {ReleaseRef(model, number) for number in rules.named() & memory}
         return tuple(sorted(found))
 
     def _rules(self, model: str) -> ModelAssignment:

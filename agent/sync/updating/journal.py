@@ -37,7 +37,7 @@ Gate = Literal[
     "lease",
 ]
 Verdict = Literal[
-    "wanted", "passed", "refused", "put off", "waits", "rolled back", "committed", "overtaken", "stopped", "resumed"
+    "wanted", "passed", "refused", "put off", "waits", "rolled back", "committed", "overtaken", "stopped", "resumed", "retried"
 ]
 
 

@@ -167,6 +167,7 @@ class ModelUpdate:
             message=message,
             at=self._clock.wall(),
             evidence=evidence or {},
+            attempt=self.state.attempt,
         )
 
     @property

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import msgspec
+
 from agent.common import files
 from agent.contract import names
 from agent.contract.codec import FORMAT, ContractError, Document, decode, encode, require_format
@@ -42,8 +44,10 @@ class Quarantine:
         self._lock = threading.Lock()
 
     def add(self, model: str, manifest: str, answer: Answer) -> None:
-        """Remembers, durably, before the update goes on.  Raises: OSError."""
+        """Remembers, durably, before the update goes on. What was refused before keeps the number of its last attempt.  Raises: OSError."""
         with self._lock:
+            if (known := self.find(model, answer.release, manifest)) is not None and known.attempt > answer.attempt:
+                answer = msgspec.structs.replace(answer, attempt=known.attempt)
             kept = [e for e in self.entries(model) if (e.answer.release, e.manifest) != (answer.release, manifest)]
             kept.append(Entry(manifest=manifest, answer=answer))
             self._write(model, tuple(kept[-ENTRIES_KEPT:]))
@@ -64,6 +68,16 @@ class Quarantine:
         with self._lock:
             entries = self.entries(model)
             kept = tuple(entry for entry in entries if entry.answer.release != version)
+            if len(kept) == len(entries):
+                return False
+            self._write(model, kept)
+            return True
+
+    def lift(self, model: str, version: int, attempt: int) -> bool:
+        """The fleet's word: try it again, where it was refused in an attempt with a lower number. False when it was not.  Raises: OSError."""
+        with self._lock:
+            entries = self.entries(model)
+            kept = tuple(e for e in entries if e.answer.release != version or e.answer.attempt >= attempt)
             if len(kept) == len(entries):
                 return False
             self._write(model, kept)

@@ -51,6 +51,11 @@ class Resting:
             return self._selected.serve_nothing(one, selection, status)
         if selection and selection.active.version == wanted.release and not self._selected.damaged(one, selection, status):
             return self._in_place(one, selection, wanted, status)
+        if self._quarantine.lift(one.model, wanted.release, wanted.attempt):
+            one.note(
+                "assignment", "retried", f"attempt {wanted.attempt}: what was refused is tried again", release=wanted.release
+            )
+            one.say("retried", f"release {wanted.release} is tried again, as the fleet asks", release=wanted.release)
         if self._refused_already(one, wanted) or self._wanted.expired(one.model) is not None:
             if selection and self._wanted.withdrawn(one.model, selection.active.version):
                 return self._selected.serve_nothing(one, selection, status)
@@ -61,7 +66,10 @@ class Resting:
         self._housekeeping.fetching(one.model, None)
         before = _other_than(release, selection)
         now = self._clock.wall()
-        one.apply(update.begin(one.state, now, wanted=release, rollout=wanted.rollout, mode=wanted.mode, before=before))
+        begun = update.begin(
+            one.state, now, wanted=release, rollout=wanted.rollout, mode=wanted.mode, before=before, attempt=wanted.attempt
+        )
+        one.apply(begun)
         one.note("assignment", "wanted", self._why(one.model, wanted), release=release)
         one.say("update-started", f"release {release} is wanted", release=release)
         return AT_ONCE

@@ -177,6 +177,7 @@ class UpdateState(Document, frozen=True, kw_only=True):
     since: float = 0.0
     wanted: int | None = None
     rollout: str | None = None
+    attempt: int = 0
     mode: Mode = "install"
     target: int | None = None
     manifest: str | None = None
@@ -227,12 +228,12 @@ def after(state: UpdateState, event: Event, now: float, **changes: object) -> Up
 
 
 def begin(
-    state: UpdateState, now: float, *, wanted: int, rollout: str | None, mode: Mode, before: Choice | None
+    state: UpdateState, now: float, *, wanted: int, rollout: str | None, mode: Mode, before: Choice | None, attempt: int = 0
 ) -> UpdateState:
     """The start of a new update."""
     return after(
         state, Event.WANTED, now,
-        wanted=wanted, rollout=rollout, mode=mode, target=wanted, before=before, manifest=None, variant=None, judged_by=None,
+        wanted=wanted, rollout=rollout, attempt=attempt, mode=mode, target=wanted, before=before, manifest=None, variant=None, judged_by=None,
         interruptions=0, tries=0, unreported=0, waiting_for=None, retry_at=None, failure=None, activated=False, watched=None,
         shadowed=None, canaried=None, team=(),
     )  # fmt: skip

@@ -14,6 +14,10 @@ Name = Annotated[str, Field(min_length=1, max_length=64)]
 Version = Annotated[int, Field(ge=1, le=2**53 - 1)]
 
 
+ScopeText = Annotated[str, Field(max_length=8192, examples=["group:canary", "label:site=berlin", "device:crane-1,crane-2"])]
+Scopes = Annotated[list[ScopeText], Field(max_length=8)]
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -22,6 +26,13 @@ class Groups(Body):
     """All groups the device shall be in; those not named it leaves."""
 
     groups: Annotated[list[Name], Field(max_length=64)]
+
+
+class Labels(Body):
+    """Labels to give, and names of those to take off. Others stay."""
+
+    set: dict[str, str] = {}
+    unset: Annotated[list[Name], Field(max_length=64)] = []
 
 
 class LateRenewal(Body):
@@ -117,13 +128,14 @@ RENAMED = {"hold": "confirm", "together": "team"}
 class PlannedRollout(Body):
     """`waves`: each is so many devices (`1`), a share of all (`5%`) or a group; after the last one comes everyone. Or the first one as
     `groups` and `percent`. None of them: every device at once. `team`: releases of other models that switch with it on each device, all or
-    none.
+    none. `scope`: whom it is for; each is a condition, all of which a device must meet.
     """
 
     release: Annotated[str, Field(max_length=100, examples=["digits:4"])]
     team: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=32)] = []
     waves: Annotated[list[Name], Field(max_length=32, examples=[["1", "5%", "canary", "25%"]])] = []
     groups: Annotated[list[Name], Field(max_length=64)] = []
+    scope: Scopes = []
     percent: Annotated[float, Field(gt=0, le=100)] | None = None
 
 
@@ -132,7 +144,7 @@ class NewRollout(PlannedRollout):
     copies of live requests and install nothing. `at_once`: a wave tells all of its devices in one step. `starts`: when it begins, with its
     zone. `max_failures`: how many devices may refuse it or roll it back, on top of `failure_share`. `bake_s`: for how long a wave must have
     passed before the next one. `rate`: devices told in a minute. `failure_share`, `min_share` and `time_limit_s`: instead of what fleet.yaml
-    says.
+    says. `retry`: devices that refused the release before try it again.
     """
 
     window: Annotated[str, Field(max_length=64, examples=["mon-fri 22:00-05:00"])] | None = None
@@ -146,6 +158,7 @@ class NewRollout(PlannedRollout):
     rate: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     min_share: Annotated[float, Field(ge=0, le=1)] | None = None
     time_limit_s: Annotated[float, Field(ge=1, le=365 * 86400)] | None = None
+    retry: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -156,10 +169,26 @@ class NewRollout(PlannedRollout):
         return given
 
 
+class Superseding(Body):
+    """The newer release that takes a rollout's place. `waves` and `confirm`: instead of those of the first."""
+
+    release: Annotated[str, Field(max_length=100, examples=["digits:5"])]
+    waves: Annotated[list[Name], Field(max_length=32)] = []
+    confirm: bool | None = None
+
+
 class Rollback(Body):
-    """Without `to`: the release that ran before."""
+    """Without `to`: the release that ran before. `forward`: `to` may be newer than what runs."""
 
     to: Version | None = None
+    forward: bool = False
+    scope: Scopes = []
+
+
+class RuleEnd(Body):
+    """The scope whose rule ends."""
+
+    scope: Annotated[list[ScopeText], Field(min_length=1, max_length=8)]
 
 
 class NewBundle(Body):

@@ -8,7 +8,7 @@ from fastapi import Query, Request
 
 from agent.contract.reports import Phase
 from fleet_server.access import Role
-from fleet_server.api.operator.bodies import Groups, LateRenewal
+from fleet_server.api.operator.bodies import Groups, Labels, LateRenewal
 from fleet_server.api.operator.routes import Done, Limit, Route, actor_of
 from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.survey import Filters, Survey
@@ -26,12 +26,12 @@ class Parts(Protocol):
 def devices(
     parts: Parts, text: Text = None, prefix: Text = None, group: str | None = None, model: str | None = None,
     release: Version = None, phase: Phase | None = None, online: bool | None = None, hardware: str | None = None,
-    certificate: CertificateState | None = None, trouble: bool | None = None, limit: Limit = 1000, after: str = "",
+    certificate: CertificateState | None = None, trouble: bool | None = None, label: Text = None, limit: Limit = 1000, after: str = "",
 ) -> DevicePage:  # fmt: skip
     """Lists devices by id, with what each runs. More than `limit`: ask again with `after` set to `next`."""
     filters = Filters(
         text=text, prefix=prefix, group=group, model=model, release=release, phase=phase.value if phase else None, online=online,
-        hardware=hardware, certificate=certificate, trouble=trouble,
+        hardware=hardware, certificate=certificate, trouble=trouble, label=label,
     )  # fmt: skip
     return parts.survey.find(filters, limit=limit, after=after)
 
@@ -44,6 +44,11 @@ def device(parts: Parts, device: str) -> DeviceDetail:
 def set_groups(parts: Parts, request: Request, device: str, body: Groups) -> DeviceDetail:
     """Puts a device in exactly these groups. Its record is signed again with the next serial."""
     return parts.inventory.set_groups(actor_of(request), device, list(body.groups))
+
+
+def set_labels(parts: Parts, request: Request, device: str, body: Labels) -> DeviceDetail:
+    """Gives a device labels, or takes some off. Its record is signed again with the next serial."""
+    return parts.inventory.set_labels(actor_of(request), device, body.set, body.unset)
 
 
 def revoke_device(parts: Parts, request: Request, device: str) -> DeviceDetail:
@@ -66,6 +71,7 @@ ROUTES = (
     Route("GET", "/devices", devices, Role.VIEWER),
     Route("GET", "/devices/{device}", device, Role.VIEWER),
     Route("PUT", "/devices/{device}/groups", set_groups, Role.OPERATOR),
+    Route("POST", "/devices/{device}/labels", set_labels, Role.OPERATOR),
     Route("POST", "/devices/{device}/revoke", revoke_device, Role.OPERATOR),
     Route("POST", "/devices/{device}/allow-renewal", allow_renewal, Role.OPERATOR),
     Route("DELETE", "/devices/{device}", delete_device, Role.OPERATOR),

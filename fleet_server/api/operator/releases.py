@@ -18,8 +18,9 @@ from fleet_server.releases.catalogue import Catalogue, ReleaseDetail, ReleaseVie
 from fleet_server.releases.delegations import RELEASES
 from fleet_server.releases.repository import Repository
 from fleet_server.releases.trust import Trust
-from fleet_server.rollouts.commands import Rollouts, Withdrawal
+from fleet_server.rollouts.commands import Rollouts
 from fleet_server.rollouts.retention import Deletion, Retention
+from fleet_server.rollouts.what_runs import Withdrawal
 from fleet_server.storage.blobs import Blobs
 
 

@@ -8,18 +8,20 @@ from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
 from agent.contract.assignment import Assignment
+from agent.contract.scopes import Scope, scope_of
 from fleet_server.access import Role
-from fleet_server.api.operator.bodies import NewBundle, NewRollout, PlannedRollout, Rollback
+from fleet_server.api.operator.bodies import NewBundle, NewRollout, PlannedRollout, Rollback, RuleEnd, Superseding
 from fleet_server.api.operator.routes import Limit, Number, Raw, Route, Seq, actor_of, ref_of
 from fleet_server.errors import Invalid
 from fleet_server.freezes import moment
 from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.bundles import Bundles
-from fleet_server.rollouts.commands import RolledBack, Rollouts
+from fleet_server.rollouts.commands import Rollouts
 from fleet_server.rollouts.exclusions import ExclusionView
 from fleet_server.rollouts.gates import Standing
 from fleet_server.rollouts.preview import RolloutPreview
-from fleet_server.rollouts.views import ModelView, RolloutDetail, RolloutView, StandingPage, VerdictView, Views
+from fleet_server.rollouts.views import ModelView, RolloutDetail, RolloutView, RuleView, StandingPage, VerdictView, Views
+from fleet_server.rollouts.what_runs import RolledBack
 
 TAR = "application/x-tar"
 
@@ -38,7 +40,20 @@ def models(parts: Parts) -> list[ModelView]:
 
 def roll_back(parts: Parts, request: Request, model: str, body: Rollback) -> RolledBack:
     """Takes every device to an earlier release of the model at once."""
-    return parts.rollouts.roll_back(actor_of(request), model, body.to)
+    return parts.rollouts.roll_back(actor_of(request), model, body.to, forward=body.forward, scope=scope_in(body.scope))
+
+
+def remove_rule(parts: Parts, request: Request, model: str, body: RuleEnd) -> RuleView:
+    """Ends the rule of a scope: its devices follow the next rule at once, in the end what everyone does."""
+    return parts.rollouts.remove_rule(actor_of(request), model, scope_in(body.scope))
+
+
+def scope_in(texts: list[str]) -> Scope:
+    """Raises: Invalid."""
+    try:
+        return scope_of(texts)
+    except ValueError as error:
+        raise Invalid(str(error), code="bad_scope") from error
 
 
 def rollouts(parts: Parts, model: str | None = None, limit: Limit = 100) -> list[RolloutView]:
@@ -66,7 +81,7 @@ def rollout_devices(
 def plan(parts: Parts, body: PlannedRollout) -> list[RolloutPreview]:
     """What a rollout would reach, wave by wave, and what would stand in its way. Nothing is begun."""
     refs = [ref_of(body.release), *(ref_of(text) for text in body.team)]
-    return parts.views.preview(refs, body.waves, body.groups, _permille(body))
+    return parts.views.preview(refs, body.waves, body.groups, _permille(body), scope_in(body.scope))
 
 
 def _permille(body: PlannedRollout) -> int | None:
@@ -79,7 +94,7 @@ def start_rollout(parts: Parts, request: Request, body: NewRollout) -> RolloutDe
         actor_of(request), ref_of(body.release), waves=body.waves, groups=body.groups, permille=_permille(body), confirm=body.confirm,
         max_failures=body.max_failures, team=[ref_of(text) for text in body.team], window=body.window, mode=body.mode,
         min_share=body.min_share, time_limit_s=body.time_limit_s, at_once=body.at_once, failure_share=body.failure_share,
-        bake_s=body.bake_s, rate=body.rate, starts=_moment(body.starts),
+        bake_s=body.bake_s, rate=body.rate, starts=_moment(body.starts), retry=body.retry, scope=scope_in(body.scope),
     )  # fmt: skip
 
 
@@ -113,6 +128,26 @@ def resume(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
 def abort(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
     """Ends a rollout: every device goes back to the release before."""
     return parts.rollouts.abort(actor_of(request), rollout)
+
+
+def supersede(parts: Parts, request: Request, rollout: str, body: Superseding) -> RolloutDetail:
+    """Lets a newer release take the place of a rollout that is under way; nobody goes back in between. Answers the new rollout."""
+    return parts.rollouts.supersede(actor_of(request), rollout, ref_of(body.release), waves=body.waves, confirm=body.confirm)
+
+
+def complete(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
+    """Ends a rollout as if its last wave had passed: every device is assigned the release now."""
+    return parts.rollouts.complete(actor_of(request), rollout)
+
+
+def retry(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
+    """Lets all devices of a rollout that refused its release try it again, also after its end."""
+    return parts.rollouts.retry(actor_of(request), rollout)
+
+
+def retry_device(parts: Parts, request: Request, rollout: str, device: str) -> RolloutDetail:
+    """Lets one device that refused the release of a rollout try it again, also after its end."""
+    return parts.rollouts.retry(actor_of(request), rollout, device)
 
 
 def skip(parts: Parts, request: Request, rollout: str, device: str) -> RolloutDetail:
@@ -151,6 +186,7 @@ def assignment(parts: Parts) -> Assignment:
 ROUTES = (
     Route("GET", "/models", models, Role.VIEWER),
     Route("POST", "/models/{model}/rollback", roll_back, Role.OPERATOR),
+    Route("POST", "/models/{model}/rules/remove", remove_rule, Role.OPERATOR),
     Route("GET", "/rollouts", rollouts, Role.VIEWER),
     Route("GET", "/rollouts/{rollout}", rollout, Role.VIEWER),
     Route("GET", "/rollouts/{rollout}/devices", rollout_devices, Role.VIEWER),
@@ -162,6 +198,10 @@ ROUTES = (
     Route("POST", "/rollouts/{rollout}/pause", pause, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/resume", resume, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/abort", abort, Role.OPERATOR),
+    Route("POST", "/rollouts/{rollout}/supersede", supersede, Role.OPERATOR),
+    Route("POST", "/rollouts/{rollout}/complete", complete, Role.OPERATOR),
+    Route("POST", "/rollouts/{rollout}/retry", retry, Role.OPERATOR),
+    Route("POST", "/rollouts/{rollout}/devices/{device}/retry", retry_device, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/devices/{device}/skip", skip, Role.OPERATOR),
     Route("DELETE", "/rollouts/{rollout}/devices/{device}/skip", unskip, Role.OPERATOR),
     Route("GET", "/exclusions", exclusions, Role.VIEWER),
