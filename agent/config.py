@@ -11,6 +11,7 @@ import msgspec
 import yaml
 
 from agent.contract.assignment import parse_window
+from agent.contract.telemetry import MAX_SECONDS
 
 DEFAULT_PATH = Path("/etc/edge-agent/agent.yaml")
 
@@ -117,6 +118,9 @@ class ServeSettings(Settings, frozen=True, kw_only=True):
     shared_memory: Literal["off", "owner"] = "off"
     """Triton's system shared memory extension. owner: a user may register POSIX shared memory that belongs to it."""
 
+    output_sketches: bool = True
+    """Whether what models answer is counted for the fleet: the best class, its confidence, values that are no numbers; of ten answers a
+    second at most, and nothing of an answer is kept."""
     shadow_max_load: float = 0.9
     """Candidates run on copies of live requests only below this load of the machine: the load average of the last minute, per core. 0: it
     is not looked at."""
@@ -153,6 +157,9 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     """How often to look for news when no poke comes, with jitter."""
     heartbeat_s: float = 60.0
     """How often to report when nothing changes. The fleet server takes three missed ones for silence."""
+    telemetry_interval_s: float = 300.0
+    """How often the fleet is told how models do here, in numbers: requests, failures, latency, classes, temperature. With the first report
+    after so long. 0: never."""
     disk_reserve_bytes: int = 64 * 1024 * 1024
     """Space on the disk of the store that a download leaves free."""
     disk_quota_bytes: int = 0
@@ -202,8 +209,8 @@ class SyncSettings(Settings, frozen=True, kw_only=True):
     """Committed releases kept for rollbacks, beside the active one and the one before it."""
 
     def __post_init__(self) -> None:
-        if self.poll_interval_s <= 0 or self.heartbeat_s <= 0:
-            raise ValueError("poll_interval_s and heartbeat_s must be above 0")
+        if self.poll_interval_s <= 0 or self.heartbeat_s <= 0 or not 0 <= self.telemetry_interval_s <= MAX_SECONDS / 7:
+            raise ValueError("poll_interval_s and heartbeat_s must be above 0, telemetry_interval_s from 0 to 86400")
         if self.watch_poll_s <= 0 or self.trial_timeout_s <= 0 or self.download_min_bytes_per_s < 1:
             raise ValueError("watch_poll_s, trial_timeout_s and download_min_bytes_per_s must be above 0")
         if self.disk_quota_bytes < 0 or self.bandwidth_limit_bytes_per_s < 0 or self.neighbour_limit_bytes_per_s < 0:

@@ -95,7 +95,9 @@ class Parts:
 
 def assemble(store: Store | None, settings: ServeSettings, notes: Path | None = None) -> Parts:
     """`notes` is the folder where it stands which model is being loaded."""
-    host = ModelHost(max_sequences=settings.max_sequences, sequence_idle_s=settings.sequence_idle_s)
+    host = ModelHost(
+        max_sequences=settings.max_sequences, sequence_idle_s=settings.sequence_idle_s, sketches=settings.output_sketches
+    )
     scheduler = Scheduler(busy_threads(settings.threads), limit=settings.max_queue_size, away_s=settings.reload_timeout_s)
     dataplane = Dataplane(host, scheduler)
     residency = Residency(

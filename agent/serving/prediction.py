@@ -185,6 +185,9 @@ class Prediction:
         tap = version.tap  # once: another thread may remove it
         if tap is not None and self.feeds is not None:
             tap.copy(plan, self.feeds, arrays, self.run_s)
+        sketch = version.sketch
+        if sketch is not None and done_s >= sketch.next_s:
+            sketch.take(version.outputs, plan.outputs, arrays, done_s)  # type: ignore[union-attr]
         self.request, self.arrays = None, NOTHING  # as `release` does
         return answer
 

@@ -45,6 +45,7 @@ from agent.sync.fleet.moving import Mover
 from agent.sync.fleet.outbox import Outbox
 from agent.sync.fleet.renewal import Renewal, by_transfers
 from agent.sync.fleet.reports import Reporter, Signer, model_states
+from agent.sync.fleet.telemetry import Collector
 from agent.sync.http import FleetHttp
 from agent.sync.identity import Identity
 from agent.sync.ports import Clock
@@ -94,15 +95,10 @@ class SyncApp:
         self.outbox = Outbox(private / "outbox.db")
         self._sessions = Counter(private / "session.json", clock)
         deliveries = Deliveries(clock)
-        self._reporter = Reporter(
-            who.device,
-            Signer(who.key),
-            self.outbox,
-            Counter(private / "counter.json", clock),
-            clock,
-            lambda: self._hardware.known,
+        self._reporter = tells = Reporter(
+            who.device, Signer(who.key), self.outbox, Counter(private / "counter.json", clock), clock, lambda: self._hardware.known,
             deliveries,
-        )
+        )  # fmt: skip
         self._transfers = Transfers(
             lambda ask: self.link.ask(ask),  # noqa: PLW0108 - the link comes later
             lambda: self.link.connected,
@@ -136,6 +132,8 @@ class SyncApp:
             device=who.device,
         )
         self._serving = ServeClient(config.serve.socket)
+        telemetry_s = settings.telemetry_interval_s if networked else 0.0
+        self._telemetry = Collector(self._serving, tells, clock, telemetry_s, lambda: tells.restarts)
         self._records = Records.below(private)
         self._machine = Machine(
             Fleet(
@@ -284,6 +282,7 @@ class SyncApp:
             )
         except OSError as error:
             log.warning("the state report could not be kept for the fleet: %s", error)
+        self._telemetry.collect()
 
     # -- inside -------------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import msgspec
 from agent.contract import names
 from agent.contract.acceptance import ShadowRules
 from agent.contract.codec import ContractError, decode
+from agent.contract.telemetry import ServeFigures
 from agent.host import unix
 from agent.sync.gates.shadow import ShadowCounts
 from agent.sync.gates.watch import Stats
@@ -219,6 +220,10 @@ class ServeClient:
 
     def status(self) -> ServeStatus:
         return _parse(self._ask("GET", "/control/v1/status", None, STATUS_TIMEOUT_S), ServeStatus)
+
+    def counters(self) -> ServeFigures:
+        """What was counted of each version, for telemetry.  Raises: ServeAway; ServeRefused, as by one that counts none."""
+        return _parse(self._ask("GET", "/control/v1/telemetry", None, STATUS_TIMEOUT_S), ServeFigures)
 
     def load(self, model: str, version: int, variant: str) -> VersionStatus:
         answer = self._change(model, "load", {"version": version, "variant": variant})

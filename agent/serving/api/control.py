@@ -11,8 +11,10 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from agent.contract.names import MAX_VERSION, check_model
+from agent.contract.telemetry import ServeFigures
 from agent.serving.access import Access
 from agent.serving.answers import Answer, Refusal, json_answer
+from agent.serving.api import figures
 from agent.serving.api.changes import Changes
 from agent.serving.api.descriptions import agent_version
 from agent.serving.api.json_body import read_body
@@ -91,6 +93,7 @@ class Control:
         ]
         return [
             Route("GET", "/control/v1/status", Access.OBSERVE, self.status),
+            Route("GET", "/control/v1/telemetry", Access.OBSERVE, self.telemetry),
             Route("GET", model, Access.OBSERVE, self.model),
             Route("GET", model + "/shadow", Access.OBSERVE, self.shadow_numbers),
             Route("POST", "/control/v1/activate", Access.CONTROL, self._alone(self.activate_team), Kind.CONTROL),
@@ -116,6 +119,10 @@ class Control:
             "memory": {"budget_bytes": self._residency.room.budget_bytes, "used_bytes": self._residency.room.used_bytes},
             "models": {served.name: served.document() for served in self._host},
         })  # fmt: skip
+
+    def telemetry(self, _request: Request) -> Answer:
+        """What was counted of each version since it was loaded, for `sync` to tell the fleet."""
+        return json_answer(ServeFigures(instance=self.instance, counters=tuple(figures.of(self._host, self._shadows))))
 
     def model(self, call: Request) -> Answer:
         return json_answer(self._host.served(call.params["model"]).document())

@@ -16,6 +16,7 @@ from typing import Any
 
 from agent.serving.answers import Refusal
 from agent.serving.models.canary import Canary
+from agent.serving.models.outputs import OutputSketch
 from agent.serving.models.version import Version
 
 LABELS = ("stable", "candidate", "previous")
@@ -67,9 +68,12 @@ class Served:
 
 
 class ModelHost:
-    """All models of this process. What a version keeps for sequences is bounded by `max_sequences` and `sequence_idle_s`."""
+    """All models of this process. What a version keeps for sequences is bounded by `max_sequences` and `sequence_idle_s`. `sketches`: what
+    versions answer is counted.
+    """
 
-    def __init__(self, *, max_sequences: int = 64, sequence_idle_s: float = 60.0) -> None:
+    def __init__(self, *, max_sequences: int = 64, sequence_idle_s: float = 60.0, sketches: bool = False) -> None:
+        self._sketches = sketches
         self._max_sequences = max_sequences
         self._sequence_idle_s = sequence_idle_s
         self.on_close: Callable[[Version], None] = lambda _: None  # told of a version that is away before it goes for good
@@ -117,6 +121,7 @@ class ModelHost:
 
     def add(self, version: Version) -> None:
         """Puts a version beside the others; nothing is answered by it yet."""
+        version.sketch = OutputSketch() if self._sketches else None
         version.arrange(max_sequences=self._max_sequences, sequence_idle_s=self._sequence_idle_s)
         served = self.models.get(version.name)
         if served is None:

@@ -9,11 +9,14 @@ its own.
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from agent.contract.telemetry import BINS_PER_OCTAVE, LAST_BIN
 
 BOUNDS_MS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0)
 _BOUNDS_S = np.array(BOUNDS_MS) / 1e3
@@ -40,7 +43,7 @@ class Stats:
     """`succeeded` and `failed` are called once per request; readers may see a request half counted, never a wrong total later."""
 
     __slots__ = (
-        "_batches", "_counts", "_fresh", "_lock", "_sums_s", "cancelled", "executions", "failures", "inferences", "last_s",
+        "_batches", "_counts", "_fine", "_fresh", "_lock", "_sums_s", "begun", "cancelled", "executions", "failures", "inferences", "last_s",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -53,6 +56,8 @@ class Stats:
         self._lock = threading.Lock()  # for adding them up
         self._sums_s = np.zeros(_ROWS)
         self._counts = np.zeros(_ROWS * _BINS, np.int64)
+        self._fine = np.zeros(LAST_BIN + 1, np.int64)  # of the whole, in the bins of telemetry
+        self.begun = secrets.token_hex(4)  # of whoever reads them twice: other counts have another word
         self._batches: dict[int, list[float]] = {}  # by size, of a version whose requests are gathered
 
     def succeeded(self, arrived_s: float, input_s: float, run_s: float, output_s: float, now_s: float) -> None:
@@ -88,6 +93,9 @@ class Stats:
             bins = np.searchsorted(_BOUNDS_S, times) + _OFFSETS
             self._counts += np.bincount(bins.ravel(), minlength=len(self._counts))
             self._sums_s += times.sum(0)
+            octaves = np.log2(np.maximum(times[:, 0] * 1e6, 1.0))
+            fine = np.minimum((octaves * BINS_PER_OCTAVE).astype(np.int64), LAST_BIN)
+            self._fine += np.bincount(fine, minlength=len(self._fine))
 
     def _row(self, row: int) -> tuple[float, list[int]]:
         self._add_up()
@@ -135,6 +143,15 @@ class Stats:
         if not self._batches:
             return [BatchStats(1, self.executions, self.input_s, self.run_s, self.output_s)] if self.executions else []
         return [BatchStats(size, int(b[0]), b[1], b[2], b[3]) for size, b in sorted(self._batches.copy().items())]
+
+    def counts(self) -> dict[str, object]:
+        """As fields of telemetry's `Figures`."""
+        self._add_up()
+        with self._lock:
+            found = np.flatnonzero(self._fine).tolist()
+            latency = {at: int(self._fine[at]) for at in found}
+        failures: dict[str, object] = {why: self.failures[why] for why in self.failures}
+        return {"ok": sum(latency.values()), **failures, "latency": latency}
 
     def failed(self, why: Failure) -> None:
         self.failures[why] += 1

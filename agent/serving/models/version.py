@@ -12,6 +12,7 @@ from agent.contract.manifest import Picture, Serving
 from agent.host import priority
 from agent.serving.models.canary import Canary
 from agent.serving.models.cost import Cost
+from agent.serving.models.outputs import OutputSketch
 from agent.serving.models.presence import READY, SAID, Presence, State, Step
 from agent.serving.models.stats import Stats
 from agent.serving.scheduling.lanes import Job, Lane
@@ -113,6 +114,7 @@ class Version:
         self.lane = Lane(self.serving)
         self.stats = Stats()
         self.plans: dict[bytes, Any] = {}  # the protocol's: requests seen before, understood
+        self.sketch: OutputSketch | None = None  # of what it answers, where somebody wants to know
         self.tap: Tap | None = None  # is to be given the next request that it answered
         self.canary: Canary[Version] | None = None  # of the active version: another one answers a share of its requests
         self.enter = self.presence.enter

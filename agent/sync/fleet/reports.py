@@ -27,6 +27,7 @@ from agent.contract.reports import (
     Phase,
     StateReport,
 )
+from agent.contract.telemetry import TELEMETRY_PAYLOAD_TYPE, MachineFigures, ModelFigures, Telemetry, packed
 from agent.store import Store, StoreError
 from agent.sync.fleet.counters import Counter
 from agent.sync.fleet.outbox import Kind
@@ -216,6 +217,18 @@ class Reporter:
             reason=reason,
         )
         self._queue.put("events", self._signer.envelope(encode(event), EVENT_PAYLOAD_TYPE))
+
+    def telemetry(self, seconds: float, figures: tuple[ModelFigures, ...], machine: MachineFigures) -> None:
+        """Puts signed telemetry of the last `seconds` into the outbox.  Raises: OSError."""
+        told = Telemetry(
+            device=self._device, counter=self._counter.next(), at=self._clock.wall(), seconds=seconds, figures=figures, machine=machine,
+        )  # fmt: skip
+        self._queue.put("telemetry", self._signer.envelope(packed(told), TELEMETRY_PAYLOAD_TYPE))
+
+    @property
+    def restarts(self) -> int:
+        """How often `serve` was another process than before, since this one began."""
+        return self._restarts
 
     def _notice(self, status: ServeStatus | None) -> None:
         if status is None or status.instance == self._instance:
