@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from agent.contract.addresses import Addresses
 from agent.contract.authorities import Authorities
+from agent.contract.codec import convert
 from fleet_server.access import Access
 from fleet_server.api.health import Health
 from fleet_server.config import FleetConfig, Folder
@@ -24,6 +25,7 @@ from fleet_server.devices.enrolment import Enrolment
 from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.pki import Authority
 from fleet_server.devices.survey import Survey
+from fleet_server.devices.told import Told
 from fleet_server.errors import Unavailable
 from fleet_server.housekeeping import Housekeeping
 from fleet_server.ingest.intake import Intake
@@ -40,6 +42,8 @@ from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.bundles import Bundles
 from fleet_server.rollouts.commands import Rollouts
 from fleet_server.rollouts.decisions import Decisions
+from fleet_server.rollouts.evidence import Recorder
+from fleet_server.rollouts.health import Rules as HealthRules
 from fleet_server.rollouts.judging import Judge
 from fleet_server.rollouts.retention import Retention
 from fleet_server.rollouts.views import Views
@@ -119,6 +123,8 @@ class Fleet:
         self.assignment = FleetAssignment(self.database, self.repository, self.journal, config.fleet, clock)
         decisions = Decisions(self.database, self.assignment, self.journal)
         self.judge = Judge(self.database, self.inventory, self.assignment, decisions, config.rollouts, clock)
+        self.judge.health = convert(msgspec.to_builtins(config.health), HealthRules)
+        self.recorder = Recorder(self.database)
         self.views = Views(self.database, self.inventory, self.judge.calendar, clock)
         self.rollouts = Rollouts(self.repository, self.inventory, self.journal, decisions, self.judge, self.views, clock)
         self.retention = Retention(decisions, self.catalogue, self.journal, config.keep.releases)
@@ -126,7 +132,7 @@ class Fleet:
             self.database, self.repository, self.inventory, self.survey, self.catalogue, self.assignment, self.blobs, self.journal,
             config.fleet, clock,
         )  # fmt: skip
-        self.intake = Intake(self.database, self.journal, clock, config.rollouts.silence_s)
+        self.intake = Intake(self.database, self.journal, clock, config.rollouts.silence_s, config.telemetry)
         self.inventory.on_groups_changed = self.judge.evaluate
         self.status = Status(config, self.authority, self.repository, self.survey, self.intake, clock)
         self.status.restored = lambda: self.adoption.window
@@ -134,7 +140,10 @@ class Fleet:
         self.status.database_problem = lambda: self.database.problem
         self.status.stalled = self.views.stalled
         self.status.refusals = self.views.refusals
-        self.housekeeping = Housekeeping(self.blobs, self.catalogue, self.retention, self.journal, config.keep, clock)
+        self.told = Told(self.database, config.telemetry, clock)
+        self.housekeeping = Housekeeping(
+            self.blobs, self.catalogue, self.retention, self.journal, config.keep, clock, self.told
+        )
         self._count()
 
     def _count(self) -> None:
@@ -150,7 +159,7 @@ class Fleet:
         add(
             "edge_fleet_removed_total",
             "what was removed because nobody needs it",
-            lambda: [Sample(removed[what], {"what": what}) for what in ("uploads", "releases", "events", "audit")],
+            lambda: [Sample(removed[what], {"what": what}) for what in ("uploads", "releases", "events", "audit", "figures")],
         )
         outcomes = self.sign_ins.outcomes
         add(

@@ -11,7 +11,15 @@ import yaml
 
 from agent.contract import addresses, names
 from agent.contract.codec import convert
-from fleet_server.sections import DAY_S, BrokerSettings, DecideSettings, RolloutSettings, Settings
+from fleet_server.sections import (
+    DAY_S,
+    BrokerSettings,
+    DecideSettings,
+    HealthSettings,
+    RolloutSettings,
+    Settings,
+    TelemetrySettings,
+)
 
 FILE_NAME = "fleet.yaml"
 
@@ -182,6 +190,10 @@ class FleetConfig(Settings, frozen=True, kw_only=True):
     """How long what is signed is believed, see below."""
     rollouts: RolloutSettings = RolloutSettings()
     """How rollouts are judged, see below."""
+    health: HealthSettings = HealthSettings()
+    """When the devices' health stops a rollout, see below."""
+    telemetry: TelemetrySettings = TelemetrySettings()
+    """What is kept of what devices tell about how their models do, see below."""
     connections: ConnectionSettings = ConnectionSettings()
     """How many HTTPS connections there may be, see below."""
     keep: KeepSettings = KeepSettings()

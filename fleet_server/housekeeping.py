@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable
 
 from fleet_server.config import KeepSettings
+from fleet_server.devices.told import Told
 from fleet_server.journal import Journal
 from fleet_server.releases.catalogue import Catalogue
 from fleet_server.rollouts.retention import Retention
@@ -20,14 +22,14 @@ BATCHES = 100  # in one turn
 
 
 class Housekeeping:
-    """`removed`: how many uploads, releases' files, events and entries of the audit were removed since the start."""
+    """`removed`: how many uploads, releases' files, events, entries of the audit and figures of devices were removed since the start."""
 
     def __init__(
         self, blobs: Blobs, catalogue: Catalogue, retention: Retention, journal: Journal, keep: KeepSettings,
-        clock: Callable[[], float],
+        clock: Callable[[], float], told: Told | None = None,
     ) -> None:  # fmt: skip
         self._blobs, self._catalogue, self._retention = blobs, catalogue, retention
-        self._journal, self._keep, self._clock = journal, keep, clock
+        self._journal, self._keep, self._clock, self._told = journal, keep, clock, told
         self.removed: Counter[str] = Counter()
 
     def run(self) -> None:
@@ -42,6 +44,8 @@ class Housekeeping:
         self.removed["releases"] += self._retention.apply()
         self._rows("events", lambda: self._journal.prune_events(ROWS))
         self._rows("audit", lambda: self._journal.prune_audit(now - self._keep.audit_s, ROWS))
+        if self._told is not None:
+            self._rows("figures", functools.partial(self._told.prune, ROWS))
         self._journal.forget_requests(now)
 
     def _rows(self, what: str, prune: Callable[[], int]) -> None:

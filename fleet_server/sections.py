@@ -179,3 +179,72 @@ class BrokerSettings(Settings, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.kind == "rabbitmq" and not self.rabbitmq.nodes:
             raise ValueError("kind: rabbitmq needs rabbitmq.nodes: the name, amqp and mqtt address of each node")
+
+
+HealthTestName = Literal["errors", "unusable", "latency", "classes", "confidence", "agreement"]
+
+
+class HealthSettings(Settings, frozen=True, kw_only=True):
+    """When the health of devices stops a rollout. A test asks whether devices do worse with the release than each of them did before;
+    docs/how-to/health-gates.md has what they are.
+    """
+
+    abort: tuple[HealthTestName, ...] = ("errors", "unusable", "latency")
+    """The tests that take everybody back when they find something."""
+    pause: tuple[HealthTestName, ...] = ("classes", "confidence", "agreement")
+    """Those that pause the rollout, for a person to look. A test that is in neither is not made."""
+    confidence: float = 0.99
+    """How sure all tests together must be: of rollouts of good releases, 1 % are stopped falsely at 0.99, however long they take."""
+    latency_ratio: float = 1.1
+    """How much slower than before the median request of a device may be. More devices than half must be beyond it."""
+    error_ratio: float = 1.2
+    """How much more frequent than before errors may be, and answers that are no numbers."""
+    drift: float = 0.1
+    """Which share of a device's answers may be of other classes than before, beyond what changes on it from day to day."""
+    disagreement: float = 0.1
+    """In mode shadow: which share of a device's compared answers may differ."""
+    requests: int = 200
+    """How many requests a device must have answered, with the release and before, for its latency to count."""
+    rows: int = 200
+    """How many of its answers must have been looked at, for its classes, confidence and agreement to count."""
+    errors_of: int = 1000
+    """How many requests it must have had for its errors to count."""
+    patience_s: float = 3600.0
+    """After so many seconds of work with the release a tenth of these numbers is enough."""
+    devices: int = 3
+    """From how many devices on something can be found."""
+    require: bool = False
+    """Whether a wave waits until as many devices have shown how they do with the release. Devices that tell nothing hold it then."""
+
+    def __post_init__(self) -> None:
+        if len({*self.abort, *self.pause}) < len(self.abort) + len(self.pause):
+            raise ValueError("a test stands once in abort or once in pause")
+        if not (0.5 <= self.confidence < 1 and 1 <= self.latency_ratio <= 100 and 1 <= self.error_ratio <= 100):
+            raise ValueError("confidence must be from 0.5 to below 1, latency_ratio and error_ratio from 1 to 100")
+        if not (0 <= self.drift < 1 and 0 <= self.disagreement < 1):
+            raise ValueError("drift and disagreement must be from 0 to below 1")
+        if min(self.requests, self.rows, self.errors_of, self.devices) < 1 or not self.patience_s >= 0:
+            raise ValueError("requests, rows, errors_of and devices must be at least 1, patience_s not negative")
+
+
+class TelemetrySettings(Settings, frozen=True, kw_only=True):
+    """What is kept of what devices tell about how their models do."""
+
+    max_age_s: float = DAY_S
+    """Telemetry that a device could not deliver for longer is dropped: no rollout is judged by what is that old."""
+    window_s: float = DAY_S
+    """How long one of the two windows is that a device's past is made of: the present one and the one before. Whole days have the same
+    hours in them.
+    """
+    minutes_kept_s: float = 6 * 3600.0
+    """How long figures of five minutes are kept."""
+    hours_kept_s: float = 14 * DAY_S
+    """How long those of an hour."""
+    days_kept_s: float = 400 * DAY_S
+    """And those of a day."""
+
+    def __post_init__(self) -> None:
+        if self.max_age_s < 60 or self.window_s < 1:
+            raise ValueError("max_age_s must be at least 60, window_s at least 1")
+        if min(self.minutes_kept_s, self.hours_kept_s, self.days_kept_s) < 0:
+            raise ValueError("minutes_kept_s, hours_kept_s and days_kept_s must not be negative; 0 keeps none")

@@ -16,6 +16,7 @@ from fleet_server.cli import (
     ca,
     describe,
     device,
+    evidence,
     exclusion,
     hands,
     journal,
@@ -62,5 +63,5 @@ for command in (
     rabbitmq.rabbitmq_files, describe.openapi, describe.completion,
 ):  # fmt: skip
     main.add_command(command)
-for command in (rollout_status.status, hands.supersede, hands.complete, hands.retry):
+for command in (rollout_status.status, hands.supersede, hands.complete, hands.retry, evidence.rollout_evidence):
     rollout.rollout.add_command(command)

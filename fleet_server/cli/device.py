@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.contract.names import ReleaseRef
-from fleet_server.cli import tables
+from fleet_server.cli import evidence_tables, tables
 from fleet_server.cli.command import Group, agreed, connected, duration, reports_errors, segment, show, with_json
 
 if TYPE_CHECKING:
@@ -83,7 +83,37 @@ def device_show(ctx: click.Context, name: str, *, as_json: bool) -> None:
     edge-fleet device show dev-1
     """
     with connected(ctx) as client:
-        show(client.get(f"/devices/{segment(name)}"), as_json, tables.device)
+        show(client.get(f"/devices/{segment(name)}"), as_json, _shown)
+
+
+def _shown(found: dict[str, Any]) -> None:
+    tables.device(found)
+    evidence_tables.telemetry(found["telemetry"])
+
+
+@device.command("health")
+@click.argument("name", metavar="DEVICE")
+@click.option("--model", help="Only this model.")
+@click.option(
+    "--by",
+    type=click.Choice(["minutes", "hours", "days"]),
+    default="hours",
+    show_default=True,
+    help="In stretches of 5 minutes, hours, days.",
+)
+@click.option("--limit", type=click.IntRange(1, 1000), default=24, show_default=True, help="At most so many lines.")
+@with_json
+@click.pass_context
+@reports_errors
+def device_health(ctx: click.Context, name: str, model: str | None, by: str, limit: int, *, as_json: bool) -> None:
+    """Shows how the models of a device did, the newest time first.
+
+    edge-fleet device health dev-1
+    edge-fleet device health dev-1 --model digits --by days
+    """
+    with connected(ctx) as client:
+        found = client.get(f"/devices/{segment(name)}/figures", by=by, model=model, limit=limit)
+    show(found, as_json, evidence_tables.series)
 
 
 @device.command("group")

@@ -17,7 +17,7 @@ from agent.contract.codec import convert, encode
 from agent.contract.reports import Hardware, ModelState, StateReport
 from fleet_server.access import Actor
 from fleet_server.config import FleetConfig
-from fleet_server.devices import pki, shared_identity
+from fleet_server.devices import pki, shared_identity, told
 from fleet_server.devices.envelopes import DeviceKey, key_of
 from fleet_server.devices.views import CertificateState, CertificateView, DeviceDetail, DeviceView
 from fleet_server.errors import Conflict, Invalid, NotFound, Refused
@@ -89,8 +89,9 @@ class Inventory:
         with self._database.reading() as session:
             row = _row(session, device)
             certificates = list(session.scalars(select(Certificate).where(Certificate.device == device)))
+            telemetry = told.last(session, device)
         return DeviceDetail(
-            **msgspec.structs.asdict(self.view(row, self._clock())), state=_reported(row.state, StateReport),
+            **msgspec.structs.asdict(self.view(row, self._clock())), state=_reported(row.state, StateReport), telemetry=telemetry,
             certificates=[CertificateView(c.serial, c.issued, c.expires, c.revoked) for c in certificates],
         )  # fmt: skip
 
@@ -189,6 +190,7 @@ class Inventory:
                 self._revoke_certificates(session, device)
                 for table in (DeviceModel, ToldDevice, SkippedDevice):
                     session.execute(delete(table).where(table.device == device))
+                told.forget(session, device)
                 session.delete(row)
                 _raise_floor(session, row.serial)
                 self._journal.audit(session, actor, "device.delete", device)

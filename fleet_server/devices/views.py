@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from agent.contract.reports import Hardware, ModelState, Outcome, Phase, StateReport
+from agent.contract.telemetry import Figures, Telemetry
 
 CertificateState = Literal["good", "ends_soon", "ended"]
 GOOD = (Outcome.COMMITTED, Outcome.SHADOWED)
@@ -46,10 +47,36 @@ class CertificateView(msgspec.Struct, frozen=True):
     revoked: float | None
 
 
+class TelemetryView(msgspec.Struct, frozen=True):
+    """What a device told last of how its models do, and when that arrived. `medians_ms`: release (`digits:4`) → the median of its
+    latencies.
+    """
+
+    received: float
+    told: Telemetry
+    medians_ms: dict[str, float | None]
+
+
+class FiguresView(msgspec.Struct, frozen=True, kw_only=True):
+    """What a release did on a device in the `length_s` seconds from `start` on."""
+
+    model: str
+    release: int
+    start: int
+    length_s: int
+    requests: int
+    errors: int
+    median_ms: float | None
+    figures: Figures
+
+
 class DeviceDetail(DeviceView, frozen=True, kw_only=True):
-    """Everything about one device. `state` is its last signed report; None before the first."""
+    """Everything about one device. `state` is its last signed report, `telemetry` what it told last of how its models do; None before the
+    first.
+    """
 
     state: StateReport | None
+    telemetry: TelemetryView | None
     certificates: list[CertificateView]
 
 

@@ -34,11 +34,13 @@ from agent.contract.reports import (
     Presence,
     StateReport,
 )
+from agent.contract.telemetry import MAX_TELEMETRY_BYTES, TELEMETRY_PAYLOAD_TYPE, Telemetry
 from fleet_server.devices import envelopes, shared_identity
 from fleet_server.errors import Refused
-from fleet_server.ingest import reported
+from fleet_server.ingest import reported, telemetry
 from fleet_server.ingest.reported import Changes, Known
 from fleet_server.journal import Happening, Journal
+from fleet_server.sections import TelemetrySettings
 from fleet_server.storage import changes
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, DeviceModel
@@ -69,10 +71,13 @@ class Dropped(Exception):
 
 
 class Intake:
-    def __init__(self, database: Database, journal: Journal, clock: Callable[[], float], silence_s: float) -> None:
+    def __init__(
+        self, database: Database, journal: Journal, clock: Callable[[], float], silence_s: float,
+        settings: TelemetrySettings | None = None,
+    ) -> None:  # fmt: skip
         """`silence_s`: without a word for so long a device counts as offline."""
         self._database, self._journal, self._clock, self._silence_s = database, journal, clock, silence_s
-        self._lock, self._counting = threading.Lock(), threading.Lock()
+        self._lock, self._counting, self._telemetry = threading.Lock(), threading.Lock(), settings or TelemetrySettings()
         self.on_stranger: Callable[[str], None] = lambda _device: None
         """Told of a device that is not known, or signed with a key that is not. Must not block."""
         self.accepted = 0
@@ -138,18 +143,35 @@ class Intake:
         parsed = [(message, topics.parse_up(message.topic)) for message in batch]
         with self._database.session() as session:
             known = self._load(session, {where[0] for _, where in parsed if where is not None})
+            told = {where[0] for _, where in parsed if where is not None and where[1] == "telemetry"} & known.keys()
+            for device, counter in telemetry.counters(session, told).items() if told else ():
+                known[device].told = counter
             for message, where in parsed:
                 try:
-                    _judge(known, message, where, events)
+                    self._judge(known, message, where, events)
                 except Dropped as drop:  # noqa: PERF203 - one bad message must not undo the others
                     drops.append((message.topic, drop))
             heard = [device for device in known.values() if device.heard]
             changed.devices |= {device.id for device in heard}
             changed.arrived |= {device.id for device in heard if device.arrived and device.present}
+            telemetry.store(session, heard, self._clock(), self._telemetry, changed)
             self._write(session, heard, changed)
             self._note_several(session, [device for device in known.values() if device.several], changed)
             changed.events += self._journal.record_from_devices(session, events)
         return changed, drops
+
+    def _judge(self, known: dict[str, Known], message: Message, where: tuple[str, str] | None, events: list[Event]) -> None:
+        """Adds one message to what is known.  Raises: Dropped, with nothing added."""
+        if where is None or where[1] != "telemetry" or where[0] not in known:
+            _judge(known, message, where, events)
+            return
+        device = known[where[0]]
+        told = _verified(device, message.payload, TELEMETRY_PAYLOAD_TYPE, Telemetry, MAX_TELEMETRY_BYTES)
+        fault = telemetry.fault(device, told, self._clock(), self._telemetry.max_age_s)
+        if fault is not None:
+            raise Dropped(*fault)
+        device.told, device.heard = told.counter, True
+        device.telemetry.append(told)
 
     # -- reading and writing -----------------------------------------------------------------------------------------------
 
@@ -228,7 +250,7 @@ def _judge(known: dict[str, Known], message: Message, where: tuple[str, str] | N
         if event.release is not None and abs(event.release) > MAX_INTEGER:
             raise Dropped("bad_report", f"release {event.release} is out of range")
         events.append(event)
-    elif what != "telemetry":
+    else:
         raise Dropped("bad_topic", f"devices do not report {what!r}")
     device.heard = True
 

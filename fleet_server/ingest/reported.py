@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from agent.contract.codec import encode
 from agent.contract.reports import ModelState, StateReport, hardware_class
+from agent.contract.telemetry import Telemetry
 from fleet_server.devices.envelopes import DeviceKey
 from fleet_server.devices.views import in_trouble
 from fleet_server.journal import EventView
@@ -62,6 +63,9 @@ class Known(msgspec.Struct):
     runs_changed: bool = False
     report: StateReport | None = None
     heard: bool = False
+    telemetry: list[Telemetry] = msgspec.field(default_factory=list)
+    told: int = -1
+    """The counter of its last telemetry."""
     arrived: bool = False
     """Whether it said that it is there, as devices do when they have connected."""
 

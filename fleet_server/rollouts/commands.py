@@ -188,7 +188,7 @@ class Rollouts(WhatRuns):
             id=planning.draw(session, number, plans.waves, ref.model, plans.scope), number=number, model=ref.model, release=ref.version, previous=model.release,
             waves=[msgspec.to_builtins(wave) for wave in plans.waves], wave=0, state=State.CREATED.value, confirm=plans.confirm,
             max_failures=plans.rules.max_failures or 0, mode=plans.mode, window=plans.window, created=now, created_by=actor.name, updated=now,
-            reason="", rules=msgspec.to_builtins(plans.rules), reach=0, scope=rules.stored(plans.scope),
+            reason="", rules=msgspec.to_builtins(plans.rules), reach=0, health=msgspec.to_builtins(self._judge.health), scope=rules.stored(plans.scope),
             attempt=retries.next_attempt(session, now) if plans.retry else 0,
         )  # fmt: skip
         session.add(row)

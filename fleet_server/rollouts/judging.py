@@ -9,15 +9,18 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from agent.contract.assignment import EVERYONE
+from agent.contract.codec import convert
 from fleet_server.devices.inventory import Inventory
 from fleet_server.rollouts import beginning, exclusions, facts, gates, growth, machine, rows, rules, steps, teams, wording
 from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.beginning import Calendar
 from fleet_server.rollouts.decisions import Decision, Decisions
 from fleet_server.rollouts.gates import Fact, Rules, Ruling, Verdict
+from fleet_server.rollouts.health import Rules as HealthRules
 from fleet_server.rollouts.ledger import Ledgers
 from fleet_server.rollouts.machine import Event, State
 from fleet_server.rollouts.tally import Tally
+from fleet_server.rollouts.vitals import Vitals, VitalsLedgers, to_pause
 from fleet_server.sections import RolloutSettings
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import ModelRow, RolloutRow, RuleRow, VerdictRow
@@ -26,6 +29,7 @@ WHAT_RUNS_JUDGED_S = 60.0
 """Between two readings of the refusals of what every device runs already: devices report as often, and nobody waits for it."""
 
 
+PAUSED = "let it go on (`edge-fleet rollout resume`) or abort it"
 STALLED = "bring the devices back, skip those that are known to be broken (`edge-fleet rollout skip`), or abort"
 
 
@@ -46,6 +50,9 @@ class Judge:
         )  # fmt: skip
         """What a wave must keep where whoever starts its rollout says nothing else."""
         self.ledgers = Ledgers(inventory, clock)
+        self.health = HealthRules()
+        """And the health of its release."""
+        self.vitals = VitalsLedgers()
 
     def evaluate(self, models: Iterable[str] | None = None) -> None:
         """Judges the running rollouts of `models`, or all of them, and acts on it. All of them is what the timer asks for: then
@@ -103,12 +110,14 @@ class Judge:
             found = [(row, self.ledgers.tally(session, row)) for row in team]
             self.ledgers.write_told(session, [row.id for row in team])
             verdict = teams.verdict([(row, self.verdict(session, row, tally)) for row, tally in found])
+            verdict, vitals = self.vitals.judge(session, team, verdict)
             grown = False
             # What is bad for too many ends for everybody. Only where the rollout may go on, or goes well without it, a class is excluded.
             if (verdict.ruling is Ruling.FAIL and not self._goes_well_without(found)) or not self._exclude(decision, found):
                 for row in team:
-                    self._keep(decision, row, verdict)
+                    self._keep(decision, row, verdict, vitals)
                 self._follow(decision, team, verdict)
+                self._pause(decision, team, vitals)
                 grown = self._grow(session, found, verdict)
             return grown or bool(decision.events)
 
@@ -148,6 +157,7 @@ class Judge:
                 team = teams.of(decision.session, rows.find(decision.session, rollout_id))
                 self._exclude(decision, [(one, self.ledgers.tally(decision.session, one, over=True)) for one in team])
         self.ledgers.keep(used)
+        self.vitals.keep(used)
 
     # -- verdicts ----------------------------------------------------------------------------------------------------------
 
@@ -197,20 +207,21 @@ class Judge:
             return Verdict(Ruling.FAIL, "every kind of hardware in the wave is excluded from it", counts)
         return gates.judge(counts, tally.witnesses, rows.rules_of(row), whole=rows.reach_of(row) >= EVERYONE)
 
-    def _keep(self, decision: Decision, row: RolloutRow, verdict: Verdict) -> None:
+    def _keep(self, decision: Decision, row: RolloutRow, verdict: Verdict, vitals: Vitals | None) -> None:
         """Stores the verdict, unless it is the last one. One whose ruling is that of the last one takes its place: a rollout has as
         many as its gates changed their minds, not as devices reported. A wave that comes to a halt is told to people.
         """
         session = decision.session
         last = session.scalar(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq.desc()).limit(1))
         counts, evidence = msgspec.to_builtins(verdict.counts), msgspec.to_builtins(list(verdict.evidence))
+        health = msgspec.to_builtins(vitals)
         new = last is None or (last.wave, last.verdict) != (row.wave, verdict.ruling.value)
         if last is None or new:
             last = VerdictRow(rollout=row.id, wave=row.wave, verdict=verdict.ruling.value, counts={})
             session.add(last)
-        elif (last.counts, last.evidence) == (counts, evidence):
+        elif (last.counts, last.evidence, last.health) == (counts, evidence, health):
             return
-        last.at, last.why, last.counts, last.evidence = self._clock(), verdict.why, counts, evidence
+        last.at, last.why, last.counts, last.evidence, last.health = self._clock(), verdict.why, counts, evidence, health
         decision.verdict_changed = True
         if new and verdict.ruling is Ruling.STALL and row.team in {None, row.id}:
             message = f"{row.id} ({row.model}:{row.release}): wave {row.wave + 1} cannot pass: {verdict.why}; {STALLED}"
@@ -253,6 +264,23 @@ class Judge:
     def _bake(self, team: list[RolloutRow], since: float | None) -> None:
         for row in team:
             row.passed = since
+
+    def _pause(self, decision: Decision, team: list[RolloutRow], vitals: Vitals | None) -> None:
+        """Pauses a rollout under way when the devices' health asks for it; once for each test."""
+        row, session = team[0], decision.session
+        pausing = {one.model: convert(one.health, HealthRules).pause for one in team if one.health is not None}
+        tests = to_pause(vitals, pausing) if (State(row.state), Event.PAUSE) in machine.TRANSITIONS else ()
+        if vitals is None or not tests:
+            return
+        steps.apply(session, team, Event.PAUSE, self._clock(), reason=vitals.why)
+        for one in team:
+            last = session.scalar(
+                select(VerdictRow).where(VerdictRow.rollout == one.id).order_by(VerdictRow.seq.desc()).limit(1)
+            )
+            assert last is not None
+            last.health = msgspec.to_builtins(msgspec.structs.replace(vitals, paused=(*vitals.paused, *tests)))
+        message = f"{row.id} ({wording.named(team)}) was paused: {vitals.why}; look at `edge-fleet rollout evidence {row.id}`, then {PAUSED}"
+        _note(decision, row, "rollout_paused", message, reason="health")
 
 
 def _more(row: RolloutRow, tally: Tally) -> int | None:

@@ -20,6 +20,7 @@ from fleet_server.rollouts.gates import Counts, Ruling, Standing, Witness
 from fleet_server.rollouts.machine import State, Wave
 from fleet_server.rollouts.preview import RolloutPreview
 from fleet_server.rollouts.refusals import Refusals
+from fleet_server.rollouts.vitals import Vitals
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Device, ExclusionRow, ModelRow, RolloutRow, RuleRow, VerdictRow
 
@@ -71,6 +72,8 @@ class VerdictView(msgspec.Struct, frozen=True):
     why: str
     counts: Counts
     evidence: tuple[Witness, ...]
+    health: Vitals | None = None
+    """What was known of the devices' health; None where the rollout began before that was kept."""
 
 
 class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
@@ -266,5 +269,5 @@ def _verdicts(session: Session, rollout_id: str, limit: int, before: int | None 
 def _verdict(row: VerdictRow, witnesses: int | None = None) -> VerdictView:
     return VerdictView(
         seq=row.seq, wave=row.wave, at=row.at, verdict=Ruling(row.verdict), why=row.why, counts=convert(row.counts, Counts),
-        evidence=convert(row.evidence[:witnesses], tuple[Witness, ...]),
+        evidence=convert(row.evidence[:witnesses], tuple[Witness, ...]), health=convert(row.health, Vitals) if row.health else None,
     )  # fmt: skip

@@ -263,6 +263,8 @@ class RolloutRow(Base):
     """The rollouts that it superseded, the latest first, and whom they had reached (`Reach` of the contract)."""
     scope: Mapped[str] = mapped_column(Text, default="", server_default="")
     """Whom it is for (`rollouts.rules.stored`); empty: everyone."""
+    health: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """What the health of its release must keep (`rollouts.health.Rules`), as it was when the rollout began."""
 
 
 class ToldDevice(Base):
@@ -316,6 +318,8 @@ class VerdictRow(Base):
     why: Mapped[str] = mapped_column(Text)
     counts: Mapped[dict[str, Any]] = mapped_column(JSON)
     evidence: Mapped[list[Any]] = mapped_column(JSON, default=list)
+    health: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """What the devices' health said, where something was known of it (`rollouts.vitals.Vitals`)."""
 
 
 class EventRow(Base):

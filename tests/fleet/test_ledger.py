@@ -23,6 +23,7 @@ from fleet_server.rollouts.tally import NAMED, ORDER, quarantined
 from fleet_server.sections import RolloutSettings
 from fleet_server.storage.models import Device, DeviceModel, RolloutRow, SkippedDevice, ToldDevice
 from tests.fleet.stand import sha256
+from tests.fleet.tellers import signed_telemetry, telemetry
 from tests.fleet.test_rollouts import Story
 
 NAMES = ("a", "b", "c", "d", "e", "f")
@@ -423,7 +424,8 @@ def test_a_device_whose_words_come_late_is_there_again(many, clock):
     clock.now += 2 * silence
     many.fleet.judge.evaluate()
     assert many.fleet.views.rollout(many.rollout).verdict.counts.lost == 302
-    many.devices["one"].say("telemetry", b"{}")
+    told = telemetry("one", 1, clock())
+    many.devices["one"].say("telemetry", signed_telemetry(told, many.devices["one"].key))
     many.fleet.judge.evaluate()
     assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(lost=301, pending=1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 from fastapi import Query, Request
 
@@ -12,13 +12,19 @@ from fleet_server.api.operator.bodies import Groups, Labels, LateRenewal
 from fleet_server.api.operator.routes import Done, Limit, Route, actor_of
 from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.survey import Filters, Survey
-from fleet_server.devices.views import CertificateState, DeviceDetail, DevicePage
+from fleet_server.devices.told import Told
+from fleet_server.devices.views import CertificateState, DeviceDetail, DevicePage, FiguresView
 
 Text = Annotated[str | None, Query(max_length=128)]
 Version = Annotated[int | None, Query(ge=1, le=2**63 - 1)]
 
 
+LENGTHS_S = {"minutes": 300, "hours": 3600, "days": 86400}
+Length = Literal["minutes", "hours", "days"]
+
+
 class Parts(Protocol):
+    told: Told
     inventory: Inventory
     survey: Survey
 
@@ -39,6 +45,11 @@ def devices(
 def device(parts: Parts, device: str) -> DeviceDetail:
     """Everything about one device: its last report, groups and certificates."""
     return parts.inventory.get(device)
+
+
+def figures(parts: Parts, device: str, by: Length = "hours", model: str | None = None, limit: Limit = 100) -> list[FiguresView]:
+    """How the models of a device did, in stretches of five minutes, hours or days, newest first."""
+    return parts.told.series(device, length_s=LENGTHS_S[by], model=model, limit=limit)
 
 
 def set_groups(parts: Parts, request: Request, device: str, body: Groups) -> DeviceDetail:
@@ -70,6 +81,7 @@ def delete_device(parts: Parts, request: Request, device: str) -> Done:
 ROUTES = (
     Route("GET", "/devices", devices, Role.VIEWER),
     Route("GET", "/devices/{device}", device, Role.VIEWER),
+    Route("GET", "/devices/{device}/figures", figures, Role.VIEWER),
     Route("PUT", "/devices/{device}/groups", set_groups, Role.OPERATOR),
     Route("POST", "/devices/{device}/labels", set_labels, Role.OPERATOR),
     Route("POST", "/devices/{device}/revoke", revoke_device, Role.OPERATOR),

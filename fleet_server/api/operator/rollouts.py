@@ -17,6 +17,7 @@ from fleet_server.freezes import moment
 from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.bundles import Bundles
 from fleet_server.rollouts.commands import Rollouts
+from fleet_server.rollouts.evidence import Evidence, Recorder
 from fleet_server.rollouts.exclusions import ExclusionView
 from fleet_server.rollouts.gates import Standing
 from fleet_server.rollouts.preview import RolloutPreview
@@ -30,6 +31,7 @@ class Parts(Protocol):
     assignment: FleetAssignment
     bundles: Bundles
     rollouts: Rollouts
+    recorder: Recorder
     views: Views
 
 
@@ -69,6 +71,11 @@ def rollout(parts: Parts, rollout: str) -> RolloutDetail:
 def rollout_verdicts(parts: Parts, rollout: str, before: Seq = None, limit: Limit = 100) -> list[VerdictView]:
     """Verdicts of a rollout's gates, the newest ones, or the newest before one of them. In their order."""
     return parts.views.verdicts(rollout, before=before, limit=limit)
+
+
+def rollout_evidence(parts: Parts, rollout: str, after: Seq = None, limit: Limit = 1000) -> Evidence:
+    """Everything that a rollout was judged by, so that it can be judged again. Ask again with `after` set to `next` for more samples."""
+    return parts.recorder.evidence(rollout, after=after or 0, limit=limit)
 
 
 def rollout_devices(
@@ -190,6 +197,7 @@ ROUTES = (
     Route("GET", "/rollouts", rollouts, Role.VIEWER),
     Route("GET", "/rollouts/{rollout}", rollout, Role.VIEWER),
     Route("GET", "/rollouts/{rollout}/devices", rollout_devices, Role.VIEWER),
+    Route("GET", "/rollouts/{rollout}/evidence", rollout_evidence, Role.VIEWER),
     Route("GET", "/rollouts/{rollout}/verdicts", rollout_verdicts, Role.VIEWER),
     Route("POST", "/rollouts", start_rollout, Role.OPERATOR),
     Route("POST", "/rollouts/plan", plan, Role.VIEWER),

@@ -2,6 +2,7 @@
 
 from alembic import context
 
+from fleet_server.storage import telemetry_models  # noqa: F401 - its tables
 from fleet_server.storage.models import Base
 
 context.configure(
