@@ -50,8 +50,11 @@ class VitalsLedgers:
         self._known: dict[str, tuple[Health, int]] = {}
 
     def judge(self, session: Session, team: Sequence[RolloutRow], verdict: Verdict) -> tuple[Verdict, Vitals | None]:
-        """The verdict with what is known of the devices' health; None where the rollout began before that was kept."""
-        known = {row.model: self._follow(session, row, len(team)) for row in team if row.health is not None}
+        """The verdict with what is known of the devices' health; None where the rollout began before that was kept, and of a first release,
+        which there is nothing to compare with.
+        """
+        judged = [row for row in team if row.health is not None and row.previous is not None]
+        known = {row.model: self._follow(session, row, len(team)) for row in judged}
         if not known:
             return verdict, None
         models = {model: one.verdict() for model, (one, _) in known.items()}

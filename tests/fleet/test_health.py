@@ -123,6 +123,18 @@ def test_missing_telemetry_neither_passes_nor_fails_and_the_verdict_says_so() ->
     assert (held.action, held.why) == (Action.HOLD, "health of 0 devices known, 3 needed")
 
 
+def test_where_health_is_required_both_errors_and_latency_must_be_known_or_agreement() -> None:
+    rules = Rules(require=True)
+    fast = [Sample(f"d{number}", HealthTest.LATENCY, 10.0, 10.0, 1000, 1000) for number in range(5)]
+    right = [Sample(f"d{number}", HealthTest.ERRORS, 3, 3, 1000, 1000) for number in range(3)]
+    agree = [Sample(f"d{number}", HealthTest.AGREEMENT, 0, 0, 0, 500) for number in range(3)]
+    assert health.judge(fast, rules).action is Action.HOLD
+    assert health.judge([*fast, *right[:2]], rules).why == "health of 2 devices known, 3 needed"
+    assert health.judge([*fast, *right], rules).action is Action.PROMOTE
+    assert health.judge(agree, rules).action is Action.PROMOTE
+    assert health.judge(fast, Rules(require=True, abort=(HealthTest.LATENCY,))).action is Action.PROMOTE
+
+
 def test_drift_pauses_and_worse_figures_abort() -> None:
     moved = [Sample(f"d{number}", HealthTest.CLASSES, 0.02, 0.5, 1000, 1000) for number in range(20)]
     slow = [Sample(f"d{number}", HealthTest.LATENCY, 10.0, 20.0, 1000, 1000) for number in range(20)]
