@@ -20,6 +20,7 @@ with atheris.instrument_imports(include=["agent.serving", "agent.contract"], ena
     from agent.contract.codec import ContractError, decode
     from agent.contract.manifest import parse_manifest
     from agent.contract.reports import StateReport
+    from agent.contract.telemetry import Telemetry
     from agent.serving import compression
     from agent.serving.access import Access, Grant
     from agent.serving.answers import Answer, Refusal
@@ -141,6 +142,7 @@ def document(data):
         parse_manifest,
         lambda text: decode(text, Assignment, limit_bytes=LIMIT),
         lambda text: decode(text, StateReport, limit_bytes=LIMIT),
+        lambda text: decode(text, Telemetry, limit_bytes=LIMIT),
     ):
         try:
             read(data)

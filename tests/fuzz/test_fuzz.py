@@ -28,13 +28,18 @@ MANIFEST = json.dumps({
     "variants": [{"name": "v", "runtime": "onnx", "file": "f"}], "kind": "release", "format": 1,
 }).encode()  # fmt: skip
 
+TOLD = json.dumps({
+    "device": "d", "counter": 1, "at": 1.0, "seconds": 300, "kind": "telemetry", "format": 1, "machine": {"celsius": 50},
+    "figures": [{"model": "m", "release": 1, "figures": {"ok": 2, "latency": {"80": 2}, "rows": 1, "classes": {"3": 1}, "confidence": {"9": 1}}}],
+}).encode()  # fmt: skip
+
 # The fuzzer's provider takes its numbers from the end of the data and the bytes from the front.
 SEEDS = {
     "request": [JSON_REQUEST + bytes(8), HEAD + bytes(16) + bytes(8)],
     "stream": [POST + POST + bytes(8), CHUNKS + b"GET /v2 HTTP/1.1\r\nHost: t\r\n\r\n" + bytes(8), POST + b"\x05\x40\x20\x10\x04"],
     "columns": [b'{"instances": [[1, 2, 3, 4]]}' + bytes(4), b'{"inputs": {"x": [[1, 2, 3, 4]]}}' + bytes(4), b'{"examples": [{"x": [1, 2, 3, 4]}]}\x01\x00'],
     "inflated": [b"\x00" + gzip.compress(b"hello" * 100), b"\x01" + zlib.compress(b"hello" * 100)],
-    "document": [MANIFEST, b'{"format": 1}'],
+    "document": [MANIFEST, TOLD, b'{"format": 1}'],
 }  # fmt: skip
 
 
