@@ -28,6 +28,7 @@ from agent.contract import topics
 from agent.contract.codec import encode
 from agent.contract.names import ReleaseRef
 from agent.contract.reports import Answer, Event, Hardware, ModelState, Outcome, Phase, Presence, StateReport
+from benchmarks.kept import usual
 from fleet_server.access import SERVER
 from fleet_server.app import Fleet
 from fleet_server.config import FleetConfig, Folder
@@ -37,6 +38,7 @@ from fleet_server.releases import keys, publisher
 from fleet_server.setup import init
 from fleet_server.storage.models import Certificate, Device
 from tests.fleet.stand import make_csr, sha256, signed_event, signed_report, simple_manifest
+from tests.fleet.tellers import signed_telemetry, telemetry
 
 KEYS = 256
 BATCHES = 8  # that are judged, of each phase that devices go through
@@ -104,6 +106,20 @@ class Bench:
             found.append(Message(topics.up(name, "state"), signed_report(report, self._keys[n % len(self._keys)])))
         return found
 
+    def telemetry(self) -> list[Message]:
+        """What each device tells of five minutes."""
+        self.counter += 1
+        figures = ((1, usual(1000)),)
+        return [
+            Message(
+                topics.up(name, "telemetry"),
+                signed_telemetry(
+                    telemetry(name, self.counter, time.time(), *figures, model=MODEL), self._keys[n % len(self._keys)]
+                ),
+            )
+            for n, name in enumerate(self.devices)
+        ]
+
     def events(self) -> list[Message]:
         """An event of each device."""
         self.counter += 1
@@ -156,6 +172,7 @@ def storing(bench: Bench, rounds: int) -> dict[str, Any]:
             _rates(bench, bench.reports(phase=phase), 1024)
         )
         found.setdefault("reports one by one", []).append(_rates(bench, bench.reports()[:200], 1))
+        found.setdefault("telemetry, batches of 256", []).append(_rates(bench, bench.telemetry(), 256))
         for batch in (256, 1024):
             found.setdefault(f"events, batches of {batch}", []).append(_rates(bench, bench.events(), batch))
         found.setdefault("events one by one", []).append(_rates(bench, bench.events()[:200], 1))

@@ -117,9 +117,9 @@ class _Taking:
         self._session, self._now, self._window_s = session, now, window_s
         names = list(devices)
         query = select(PastRow).where(PastRow.device.in_(names), PastRow.model.in_(models))
-        self._rows: dict[tuple[str, str], dict[int, PastRow]] = {}
+        self._rows: dict[str, dict[str, dict[int, PastRow]]] = {name: {} for name in names}
         for row in session.scalars(query):
-            self._rows.setdefault((row.device, row.model), {})[row.release] = row
+            self._rows[row.device].setdefault(row.model, {})[row.release] = row
         active = select(RolloutRow.id, RolloutRow.model, RolloutRow.release, RolloutRow.health).where(
             RolloutRow.state.in_(rows.ACTIVE), RolloutRow.model.in_(models)
         )
@@ -140,7 +140,9 @@ class _Taking:
         self._models: set[str] = set()
 
     def take(self, device: str, told: Telemetry, figures: Iterable[ModelFigures]) -> None:
-        before = {model: max((row.counter for row in found.values()), default=-1) for (_, model), found in self._of(device)}
+        before = {
+            model: max((row.counter for row in found.values()), default=-1) for model, found in self._rows[device].items()
+        }
         for one in figures:
             self._add(device, told, one, before.get(one.model, -1))
         for one in figures:
@@ -155,12 +157,9 @@ class _Taking:
         self._session.add_all(self._found)
         changed.models |= self._models
 
-    def _of(self, device: str) -> list[tuple[tuple[str, str], dict[int, PastRow]]]:
-        return [item for item in self._rows.items() if item[0][0] == device]
-
     def _add(self, device: str, told: Telemetry, one: ModelFigures, before: int) -> None:
         """`before`: the counter of the last telemetry that told of the model at all."""
-        found = self._rows.setdefault((device, one.model), {})
+        found = self._rows[device].setdefault(one.model, {})
         row = found.get(one.release)
         past, comes = (pasts.read(row.past), row.counter < before) if row is not None else (Past(), True)
         past = past.plus(one.figures, told.seconds, int(self._now // self._window_s), comes=comes)
@@ -173,7 +172,7 @@ class _Taking:
         rollout, rules = self._rollouts.get((one.model, one.release), (None, None))
         if rollout is None or rules is None:
             return
-        found = self._rows[device, one.model]
+        found = self._rows[device][one.model]
         others = sorted((row for release, row in found.items() if release != one.release), key=lambda row: -row.counter)
         taken = self._taken.setdefault((rollout, device), set())
         now = pasts.read(found[one.release].past)

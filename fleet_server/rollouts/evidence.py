@@ -108,7 +108,8 @@ def _again(evidence: Evidence, verdict: RecordedVerdict) -> tuple[str, str]:
         judged = health.judge(samples, evidence.health, shares=evidence.members)
         known = msgspec.structs.replace(known, models={**known.models, evidence.model: judged})
     if evidence.members == 1 and verdict.counts.total:  # without devices it is not their counts that decided
-        gate = gates.judge(verdict.counts, (), evidence.rules)
+        whole = known.whole if known is not None else verdict.verdict is not Ruling.WAIT
+        gate = gates.judge(verdict.counts, (), evidence.rules, whole=whole)
         ruling = gate.ruling if known is None else vitals.combined(gate, known).ruling
     elif known is not None:
         ruling = vitals.combined(Verdict(known.outcome, "", verdict.counts), known).ruling

@@ -11,8 +11,9 @@ import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from agent.contract.assignment import EVERYONE
 from agent.contract.codec import convert
-from fleet_server.rollouts import health
+from fleet_server.rollouts import health, rows
 from fleet_server.rollouts.gates import Ruling, Verdict
 from fleet_server.rollouts.health import Action, Health, HealthTest, HealthVerdict, Sample
 from fleet_server.storage import changes
@@ -24,13 +25,14 @@ WORST_FIRST = (Action.ABORT, Action.PAUSE, Action.HOLD, Action.PROMOTE)
 
 class Vitals(msgspec.Struct, frozen=True):
     """What a verdict knew of the devices' health. `models`: what the samples of each model said, with those of `changes`, model → the
-    number up to which they were read; `outcome`: what the gate said without it; `paused`: the tests for which the rollout was paused: not
+    number up to which they were read; `outcome`: what the gate said without it; `whole`: all devices of the wave might be told by then; `paused`: the tests for which the rollout was paused: not
     again when somebody let it go on.
     """
 
     models: dict[str, HealthVerdict]
     changes: dict[str, int]
     outcome: Ruling
+    whole: bool = True
     paused: tuple[HealthTest, ...] = ()
 
     @property
@@ -58,9 +60,9 @@ class VitalsLedgers:
         if not known:
             return verdict, None
         models = {model: one.verdict() for model, (one, _) in known.items()}
-        vitals = Vitals(
-            models, {model: number for model, (_, number) in known.items()}, verdict.ruling, paused(session, team[0])
-        )
+        numbers = {model: number for model, (_, number) in known.items()}
+        whole = rows.reach_of(team[0]) >= EVERYONE
+        vitals = Vitals(models, numbers, verdict.ruling, whole, paused(session, team[0]))
         return combined(verdict, vitals), vitals
 
     def keep(self, rollouts: Collection[str]) -> None:

@@ -12,10 +12,13 @@ from sqlalchemy import create_engine, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
+from fleet_server.rollouts import rows
 from fleet_server.rollouts.beginning import Calendar
-from fleet_server.rollouts.gates import Ruling
+from fleet_server.rollouts.evidence import Recorder, differences
+from fleet_server.rollouts.gates import Counts, Ruling, Verdict
 from fleet_server.rollouts.machine import State
 from fleet_server.rollouts.views import MemberView, Views
+from fleet_server.rollouts.vitals import VitalsLedgers
 from fleet_server.sections import RolloutSettings
 from fleet_server.storage import changes
 from fleet_server.storage.database import MIGRATIONS, Database, DatabaseError, newest_revision
@@ -191,3 +194,31 @@ def test_changes_are_numbered_in_the_order_in_which_they_can_be_seen(database):
         session.get(Device, "b").revoked = True
     with database.reading() as session:
         assert (session.get(Device, "a").change, session.get(Device, "b").change) == (first, first + 1)
+
+
+JUDGED_BEFORE = """
+INSERT INTO rollouts (id, number, model, release, previous, waves, wave, state, confirm, max_failures, mode, team, "window", created,
+  created_by, updated, reason, rules)
+VALUES ('r1-aaaa', 1, 'arm', 2, 1, '[{"groups": ["canary"], "permille": 0}, {"groups": [], "permille": 1000}]', 0, 'running', false, 2, 'install',
+  NULL, NULL, 1.0, 'ann', 2.0, '', '{"max_failures": 2, "min_share": 0.25}');
+INSERT INTO verdicts (rollout, wave, at, verdict, why, counts, evidence)
+VALUES ('r1-aaaa', 0, 3.5, 'pass', '3 committed; 1 offline', '{"committed": 3, "offline": 1}', '[]');
+"""
+
+
+def test_a_rollout_of_before_health_goes_on_without_it_and_its_evidence_is_judged_again(database):
+    """Written by the schema of revision 0009."""
+    database.migrate("0009")
+    with database.session() as session:
+        for statement in JUDGED_BEFORE.strip().split(";\n"):
+            session.execute(text(statement.rstrip(";").replace(": ", r"\: ")))
+    database.migrate()
+    views = Views(database, hearing=None, calendar=Calendar(RolloutSettings()), clock=lambda: 5.0)
+    assert views.rollout("r1-aaaa").verdict.health is None
+    evidence = Recorder(database).evidence("r1-aaaa")
+    assert (evidence.health, evidence.samples, evidence.rules.min_share) == (None, (), 0.25)
+    assert differences(evidence) == []
+    with database.reading() as session:
+        row = rows.find(session, "r1-aaaa")
+        passed = Verdict(Ruling.PASS, "", Counts(committed=3))
+        assert VitalsLedgers().judge(session, [row], passed) == (passed, None)
