@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fleet_server.rollouts.health import Action, Health, HealthTest, Rules, Sample
+from fleet_server.rollouts.health import Action, Health, HealthRules, HealthTest, Sample
 
 DEVICES = 300
 Fleet = Callable[[np.random.Generator, str], Sample]
@@ -70,7 +70,7 @@ FLEETS: tuple[tuple[str, Fleet], ...] = (
 
 def needed(fleet: Fleet, seed: int) -> int | None:
     """Devices until something is found; None: nothing in DEVICES."""
-    rng, health = np.random.default_rng(seed), Health(Rules())
+    rng, health = np.random.default_rng(seed), Health(HealthRules())
     for number in range(DEVICES):
         health.add(fleet(rng, f"d{number}"))
         if health.verdict().action is not Action.PROMOTE:

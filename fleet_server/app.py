@@ -43,7 +43,7 @@ from fleet_server.rollouts.bundles import Bundles
 from fleet_server.rollouts.commands import Rollouts
 from fleet_server.rollouts.decisions import Decisions
 from fleet_server.rollouts.evidence import Recorder
-from fleet_server.rollouts.health import Rules as HealthRules
+from fleet_server.rollouts.health import HealthRules
 from fleet_server.rollouts.judging import Judge
 from fleet_server.rollouts.retention import Retention
 from fleet_server.rollouts.views import Views

@@ -18,7 +18,7 @@ from agent.contract.telemetry import Figures, ModelFigures, Telemetry
 from fleet_server.devices import shared_identity
 from fleet_server.ingest.reported import Changes, Known
 from fleet_server.rollouts import pasts, rows
-from fleet_server.rollouts.health import HealthTest, Rules
+from fleet_server.rollouts.health import HealthRules, HealthTest
 from fleet_server.rollouts.pasts import Past
 from fleet_server.sections import TelemetrySettings
 from fleet_server.storage import changes
@@ -124,7 +124,7 @@ class _Taking:
             RolloutRow.state.in_(rows.ACTIVE), RolloutRow.model.in_(models)
         )
         self._rollouts = {
-            (model, release): (rollout, codec.convert(rules, Rules))
+            (model, release): (rollout, codec.convert(rules, HealthRules))
             for rollout, model, release, rules in session.execute(active)
             if rules is not None
         }

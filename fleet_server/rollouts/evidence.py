@@ -53,7 +53,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     release: int
     members: int
     rules: gates.Rules
-    health: health.Rules | None
+    health: health.HealthRules | None
     verdicts: tuple[RecordedVerdict, ...]
     samples: tuple[RecordedSample, ...]
     next: int | None = None
@@ -81,7 +81,7 @@ class Recorder:
             verdicts = session.scalars(select(VerdictRow).where(VerdictRow.rollout == row.id).order_by(VerdictRow.seq)).all()
             return Evidence(
                 rollout=row.id, model=row.model, release=row.release, members=len(teams.of(session, row)), rules=rows.rules_of(row),
-                health=convert(row.health, health.Rules) if row.health is not None else None, verdicts=tuple(map(_verdict, verdicts)),
+                health=convert(row.health, health.HealthRules) if row.health is not None else None, verdicts=tuple(map(_verdict, verdicts)),
                 samples=recorded, next=more,
             )  # fmt: skip
 

@@ -16,7 +16,7 @@ from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.beginning import Calendar
 from fleet_server.rollouts.decisions import Decision, Decisions
 from fleet_server.rollouts.gates import Fact, Rules, Ruling, Verdict
-from fleet_server.rollouts.health import Rules as HealthRules
+from fleet_server.rollouts.health import HealthRules
 from fleet_server.rollouts.ledger import Ledgers
 from fleet_server.rollouts.machine import Event, State
 from fleet_server.rollouts.tally import Tally

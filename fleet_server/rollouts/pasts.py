@@ -14,7 +14,7 @@ import msgspec
 
 from agent.contract import codec
 from agent.contract.telemetry import Figures, median_ms, shares_apart
-from fleet_server.rollouts.health import HealthTest, Rules, Sample
+from fleet_server.rollouts.health import HealthRules, HealthTest, Sample
 
 
 class Past(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -55,7 +55,9 @@ def stored(value: object) -> Any:
     return msgspec.to_builtins(value, str_keys=True)
 
 
-def samples(device: str, rules: Rules, now: Past, others: Iterable[Past], taken: Collection[HealthTest]) -> Iterator[Sample]:
+def samples(
+    device: str, rules: HealthRules, now: Past, others: Iterable[Past], taken: Collection[HealthTest]
+) -> Iterator[Sample]:
     """What the device says by now in the tests in which it has said nothing yet. `others`: its pasts with other releases, the last one
     first; the first that has enough is what it is compared with.
     """

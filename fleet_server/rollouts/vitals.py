@@ -72,7 +72,7 @@ class VitalsLedgers:
     def _follow(self, session: Session, row: RolloutRow, shares: int) -> tuple[Health, int]:
         found = self._known.get(row.id)
         if found is None or found[1] > changes.last(session):
-            found = Health(convert(row.health, health.Rules), shares=shares), 0
+            found = Health(convert(row.health, health.HealthRules), shares=shares), 0
         one, number = found
         for sample in samples(session, row.id, number):
             one.add(sample_of(sample))

@@ -264,7 +264,7 @@ class RolloutRow(Base):
     scope: Mapped[str] = mapped_column(Text, default="", server_default="")
     """Whom it is for (`rollouts.rules.stored`); empty: everyone."""
     health: Mapped[dict[str, Any] | None] = mapped_column(JSON)
-    """What the health of its release must keep (`rollouts.health.Rules`), as it was when the rollout began."""
+    """What the health of its release must keep (`rollouts.health.HealthRules`), as it was when the rollout began."""
 
 
 class ToldDevice(Base):

@@ -16,6 +16,7 @@ from fleet_server.rollouts import growth, machine, planning
 from fleet_server.rollouts.gates import Counts, Rules
 from fleet_server.sections import RolloutSettings
 from fleet_server.storage.models import Device, RolloutRow
+from tests.fleet.tellers import signed_telemetry, telemetry
 from tests.fleet.test_rollouts import Story
 
 NAMES = [f"d{n:02}" for n in range(24)]
@@ -304,7 +305,9 @@ def test_in_a_freeze_no_wave_begins_but_a_bad_release_is_stopped(many, clock):
 
 def hear(story):
     """Every device is there now."""
-    story.fleet.intake.store([Message(topics.up(name, "telemetry"), b"{}") for name in story.devices])
+    now = story.clock()
+    told = [(name, signed_telemetry(telemetry(name, int(now * 1000), now), one.key)) for name, one in story.devices.items()]
+    story.fleet.intake.store([Message(topics.up(name, "telemetry"), words) for name, words in told])
 
 
 approved = pytest.mark.parametrize("settings", [RolloutSettings(approval=True)], ids=["approval"])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from fleet_server.rollouts import health
-from fleet_server.rollouts.health import Action, Health, HealthTest, Rules, Sample
+from fleet_server.rollouts.health import Action, Health, HealthRules, HealthTest, Sample
 
 Fleet = Callable[[random.Random, int], Iterable[Sample]]
 
@@ -48,9 +48,9 @@ def poisson(rng: random.Random, mean: float) -> int:
     return count
 
 
-def devices_needed(fleet: Fleet, seed: int, devices: int, rules: Rules | None = None) -> int | None:
+def devices_needed(fleet: Fleet, seed: int, devices: int, rules: HealthRules | None = None) -> int | None:
     """After how many devices something is found, looking after each; None when it never is."""
-    rng, seen = random.Random(seed), Health(rules or Rules())
+    rng, seen = random.Random(seed), Health(rules or HealthRules())
     for device in range(devices):
         for sample in fleet(rng, device):
             seen.add(sample)
@@ -94,18 +94,18 @@ def test_what_is_worse_is_found(fleet: Fleet, devices: int) -> None:
 def test_one_device_never_decides_whatever_happens_on_it() -> None:
     wild = Sample("d0", HealthTest.ERRORS, 0, 100_000, 100_000, 100_000)
     fine = [Sample(f"d{number}", HealthTest.ERRORS, 300, 300, 100_000, 100_000) for number in range(1, 10)]
-    assert health.judge([wild, *fine], Rules()).action is Action.PROMOTE
+    assert health.judge([wild, *fine], HealthRules()).action is Action.PROMOTE
 
 
 def test_one_device_with_a_burst_before_does_not_hide_what_the_others_say() -> None:
     calm = Sample("d0", HealthTest.ERRORS, 5000, 0, 5000, 1000)
     worse = [Sample(f"d{number}", HealthTest.ERRORS, 15, 30, 5000, 1000) for number in range(1, 20)]
-    assert health.judge([calm, *worse], Rules()).action is Action.ABORT
+    assert health.judge([calm, *worse], HealthRules()).action is Action.ABORT
 
 
 def test_a_device_says_its_part_once() -> None:
     slow = [Sample("d0", HealthTest.LATENCY, 10.0, 50.0, 1000, 1000)] * 50
-    verdict = health.judge(slow, Rules())
+    verdict = health.judge(slow, HealthRules())
     assert verdict.action is Action.PROMOTE
     assert [one.devices for one in verdict.findings if one.test is HealthTest.LATENCY] == [1]
 
@@ -113,18 +113,18 @@ def test_a_device_says_its_part_once() -> None:
 def test_what_is_found_stays_found() -> None:
     slow = [Sample(f"d{number}", HealthTest.LATENCY, 10.0, 20.0, 1000, 1000) for number in range(30)]
     fast = [Sample(f"f{number}", HealthTest.LATENCY, 10.0, 10.0, 1000, 1000) for number in range(200)]
-    assert health.judge([*slow, *fast], Rules()).action is Action.ABORT
+    assert health.judge([*slow, *fast], HealthRules()).action is Action.ABORT
 
 
 def test_missing_telemetry_neither_passes_nor_fails_and_the_verdict_says_so() -> None:
-    assert health.judge([], Rules()).why == "nothing is known of the devices' health"
-    assert health.judge([], Rules()).action is Action.PROMOTE
-    held = health.judge([], Rules(require=True))
+    assert health.judge([], HealthRules()).why == "nothing is known of the devices' health"
+    assert health.judge([], HealthRules()).action is Action.PROMOTE
+    held = health.judge([], HealthRules(require=True))
     assert (held.action, held.why) == (Action.HOLD, "health of 0 devices known, 3 needed")
 
 
 def test_where_health_is_required_both_errors_and_latency_must_be_known_or_agreement() -> None:
-    rules = Rules(require=True)
+    rules = HealthRules(require=True)
     fast = [Sample(f"d{number}", HealthTest.LATENCY, 10.0, 10.0, 1000, 1000) for number in range(5)]
     right = [Sample(f"d{number}", HealthTest.ERRORS, 3, 3, 1000, 1000) for number in range(3)]
     agree = [Sample(f"d{number}", HealthTest.AGREEMENT, 0, 0, 0, 500) for number in range(3)]
@@ -132,14 +132,14 @@ def test_where_health_is_required_both_errors_and_latency_must_be_known_or_agree
     assert health.judge([*fast, *right[:2]], rules).why == "health of 2 devices known, 3 needed"
     assert health.judge([*fast, *right], rules).action is Action.PROMOTE
     assert health.judge(agree, rules).action is Action.PROMOTE
-    assert health.judge(fast, Rules(require=True, abort=(HealthTest.LATENCY,))).action is Action.PROMOTE
+    assert health.judge(fast, HealthRules(require=True, abort=(HealthTest.LATENCY,))).action is Action.PROMOTE
 
 
 def test_drift_pauses_and_worse_figures_abort() -> None:
     moved = [Sample(f"d{number}", HealthTest.CLASSES, 0.02, 0.5, 1000, 1000) for number in range(20)]
     slow = [Sample(f"d{number}", HealthTest.LATENCY, 10.0, 20.0, 1000, 1000) for number in range(20)]
-    assert health.judge(moved, Rules()).action is Action.PAUSE
-    verdict = health.judge([*moved, *slow], Rules())
+    assert health.judge(moved, HealthRules()).action is Action.PAUSE
+    verdict = health.judge([*moved, *slow], HealthRules())
     assert verdict.action is Action.ABORT
     assert (
         "the median latency is 2.00 times each device's own (1.1 allowed), worse on 20 of 20 devices, with more than 99.99% confidence"
@@ -150,7 +150,7 @@ def test_drift_pauses_and_worse_figures_abort() -> None:
 def test_the_alpha_is_shared_by_the_models_of_a_team() -> None:
     slow = [Sample(f"d{number}", HealthTest.LATENCY, 10.0, 20.0, 1000, 1000) for number in range(40)]
     alone, shared = (
-        next(n for n in range(1, 41) if health.judge(slow[:n], Rules(), shares=s).action is Action.ABORT) for s in (1, 50)
+        next(n for n in range(1, 41) if health.judge(slow[:n], HealthRules(), shares=s).action is Action.ABORT) for s in (1, 50)
     )
     assert alone < shared
 
@@ -158,7 +158,7 @@ def test_the_alpha_is_shared_by_the_models_of_a_team() -> None:
 def test_the_same_samples_give_the_same_verdict() -> None:
     rng = random.Random(1)
     samples = list(itertools.chain.from_iterable(errors(0.003, 0.006)(rng, device) for device in range(50)))
-    assert health.judge(samples, Rules()) == health.judge(samples, Rules())
+    assert health.judge(samples, HealthRules()) == health.judge(samples, HealthRules())
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_the_same_samples_give_the_same_verdict() -> None:
 )  # fmt: skip
 def test_rules_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="health"):
-        Rules(**wrong)  # type: ignore[arg-type]
+        HealthRules(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

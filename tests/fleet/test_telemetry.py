@@ -17,7 +17,7 @@ from fleet_server.housekeeping import ROWS
 from fleet_server.ingest.intake import Message
 from fleet_server.ingest.telemetry import LENGTHS_S
 from fleet_server.rollouts.evidence import Evidence, differences
-from fleet_server.rollouts.health import Action, HealthTest, Rules
+from fleet_server.rollouts.health import Action, HealthRules, HealthTest
 from fleet_server.storage.telemetry_models import DeviceTelemetry, FiguresRow, HealthSampleRow, PastRow
 from tests.fleet.stand import sha256, signed_event, signed_report
 from tests.fleet.tellers import did, signed_telemetry, telemetry
@@ -339,7 +339,7 @@ def test_without_a_past_or_telemetry_nothing_is_known_and_that_is_said(clinic):
 
 
 def test_where_health_is_required_a_wave_waits_for_it(clinic):
-    clinic.fleet.judge.health = Rules(require=True)
+    clinic.fleet.judge.health = HealthRules(require=True)
     clinic.live_on(1)
     rollout = clinic.start(2)
     clinic.all_commit(2)
