@@ -366,7 +366,7 @@ def test_what_a_release_did_in_an_earlier_rollout_is_not_taken_for_now(clinic):
     clinic.all_tell((2, did(1000, ms=50)))
     clinic.live_on(1, ms=10)
     again = clinic.start(2)
-    clinic.all_tell((2, did(1000, ms=10)))
+    clinic.all_tell((2, did(400, ms=10)))
     assert clinic.at_work(first).state == "aborted"
     assert clinic.at_work(again).state == "running"
     latencies = [row.now for row in clinic.rows(HealthSampleRow) if row.test == "latency" and row.rollout == again]
