@@ -44,7 +44,6 @@ class Collector:
         self._interval_s, self._restarts, self._thermal = interval_s, restarts, thermal
         self._at: float | None = None
         self._before: dict[Key, Figures] = {}
-        self._instance = ""
 
     def collect(self) -> None:
         """Tells when it is time to. Never raises: telling is less than serving."""
@@ -58,7 +57,7 @@ class Collector:
         figures = self._differences(counted)
         began, self._at = self._at, now
         if began is None:
-            return
+            return  # it may have counted for months
         try:
             self._teller.telemetry(
                 min(max(now - began, 1e-3), MAX_SECONDS), figures, machine_figures(self._restarts(), self._thermal)
@@ -67,20 +66,16 @@ class Collector:
             log.warning("telemetry could not be kept for the fleet: %s", error)
 
     def _differences(self, counted: ServeFigures) -> tuple[ModelFigures, ...]:
-        known_process = self._instance in {"", counted.instance}
-        is_first = self._at is None
         found: dict[tuple[str, int], Figures] = {}
         now: dict[Key, Figures] = {}
         for one in counted.counters:
             key = (counted.instance, one.model, one.release, one.begun)
             now[key] = one.figures
-            if is_first and known_process:
-                continue  # it may have counted for months
             more = _more(one.figures, self._before.get(key, Figures()))
             if more:
                 of = (one.model, one.release)
                 found[of] = found[of].plus(more) if of in found else more
-        self._before, self._instance = now, counted.instance
+        self._before = now
         most = sorted(found.items(), key=lambda item: -item[1].requests)[:MAX_FIGURES]
         return tuple(ModelFigures(model=model, release=release, figures=more) for (model, release), more in sorted(most))
 
