@@ -63,5 +63,6 @@ for command in (
     rabbitmq.rabbitmq_files, describe.openapi, describe.completion,
 ):  # fmt: skip
     main.add_command(command)
-for command in (rollout_status.status, hands.supersede, hands.complete, hands.retry, evidence.rollout_evidence):
+for command in (rollout_status.status, hands.supersede, hands.complete, hands.retry):
     rollout.rollout.add_command(command)
+rollout.rollout.add_command(evidence.rollout_evidence)

@@ -22,7 +22,7 @@ from fleet_server.rollouts.health import HealthRules, HealthTest
 from fleet_server.rollouts.pasts import Past
 from fleet_server.sections import TelemetrySettings
 from fleet_server.storage import changes
-from fleet_server.storage.models import ReleaseRow, RolloutRow
+from fleet_server.storage.models import ReleaseRow, RolloutRow, ToldDevice
 from fleet_server.storage.telemetry_models import DeviceTelemetry, FiguresRow, HealthSampleRow, PastRow
 
 MINUTES_S, HOUR_S, DAY_S = LENGTHS_S = (300, 3600, 86400)
@@ -123,19 +123,24 @@ class _Taking:
         active = select(RolloutRow.id, RolloutRow.model, RolloutRow.release, RolloutRow.health).where(
             RolloutRow.state.in_(rows.ACTIVE), RolloutRow.model.in_(models)
         )
-        self._rollouts = {
-            (model, release): (rollout, codec.convert(rules, HealthRules))
-            for rollout, model, release, rules in session.execute(active)
-            if rules is not None
-        }
+        self._rollouts: dict[Of, dict[str, HealthRules]] = {}
+        for rollout, model, release, rules in session.execute(active):
+            if rules is not None:
+                self._rollouts.setdefault((model, release), {})[rollout] = codec.convert(rules, HealthRules)
         self._taken: dict[tuple[str, str], set[HealthTest]] = {}
         if self._rollouts:
-            ids = [rollout for rollout, _ in self._rollouts.values()]
+            ids = [rollout for found in self._rollouts.values() for rollout in found]
             known = select(HealthSampleRow.rollout, HealthSampleRow.device, HealthSampleRow.test).where(
                 HealthSampleRow.rollout.in_(ids), HealthSampleRow.device.in_(names)
             )
             for rollout, device, test in session.execute(known):
                 self._taken.setdefault((rollout, device), set()).add(HealthTest(test))
+        several = [rollout for found in self._rollouts.values() if len(found) > 1 for rollout in found]
+        asked = select(ToldDevice.rollout, ToldDevice.device).where(
+            ToldDevice.rollout.in_(several), ToldDevice.device.in_(names)
+        )
+        self._asked = {(rollout, device) for rollout, device in session.execute(asked)} if several else set()
+        """Which rollout told which device, where several bring one release, each to devices of its own."""
         self._found: list[HealthSampleRow] = []
         self._models: set[str] = set()
 
@@ -169,9 +174,12 @@ class _Taking:
         row.counter, row.at, row.past = told.counter, self._now, pasts.stored(past)
 
     def _sample(self, device: str, one: ModelFigures) -> None:
-        rollout, rules = self._rollouts.get((one.model, one.release), (None, None))
-        if rollout is None or rules is None:
-            return
+        rollouts = self._rollouts.get((one.model, one.release), {})
+        for rollout, rules in rollouts.items():
+            if len(rollouts) == 1 or (rollout, device) in self._asked:
+                self._sample_for(rollout, rules, device, one)
+
+    def _sample_for(self, rollout: str, rules: HealthRules, device: str, one: ModelFigures) -> None:
         found = self._rows[device][one.model]
         others = sorted((row for release, row in found.items() if release != one.release), key=lambda row: -row.counter)
         taken = self._taken.setdefault((rollout, device), set())

@@ -17,7 +17,7 @@ from fleet_server.rollouts import health, rows
 from fleet_server.rollouts.gates import Ruling, Verdict
 from fleet_server.rollouts.health import Action, Health, HealthTest, HealthVerdict, Sample
 from fleet_server.storage import changes
-from fleet_server.storage.models import RolloutRow, VerdictRow
+from fleet_server.storage.models import ModelRow, RolloutRow, VerdictRow
 from fleet_server.storage.telemetry_models import HealthSampleRow
 
 WORST_FIRST = (Action.ABORT, Action.PAUSE, Action.HOLD, Action.PROMOTE)
@@ -55,7 +55,7 @@ class VitalsLedgers:
         """The verdict with what is known of the devices' health; None where the rollout began before that was kept, and of a first release,
         which there is nothing to compare with.
         """
-        judged = [row for row in team if row.health is not None and row.previous is not None]
+        judged = [row for row in team if row.health is not None and _has_past(session, row)]
         known = {row.model: self._follow(session, row, len(team)) for row in judged}
         if not known:
             return verdict, None
@@ -79,6 +79,14 @@ class VitalsLedgers:
             number = sample.change
         self._known[row.id] = one, number
         return one, number
+
+
+def _has_past(session: Session, row: RolloutRow) -> bool:
+    """Whether its devices may have run another release before: that of their scope, or what everyone runs."""
+    if row.previous is not None:
+        return True
+    model = session.get(ModelRow, row.model) if row.scope else None
+    return model is not None and model.release is not None
 
 
 def samples(session: Session, rollout: str, after: int = 0) -> Sequence[HealthSampleRow]:

@@ -10,6 +10,7 @@ import pytest
 from agent.contract import topics
 from agent.contract.codec import convert, encode
 from agent.contract.reports import Answer, ModelState, Outcome, Phase, Presence
+from agent.contract.scopes import scope_of
 from agent.contract.telemetry import Figures
 from fleet_server.access import SERVER
 from fleet_server.devices import shared_identity
@@ -399,6 +400,20 @@ def test_a_server_that_starts_anew_judges_the_same(clinic):
             clinic.fleet.judge.evaluate()
             assert clinic.at_work(rollout).verdict.health == before
     assert clinic.at_work(rollout).state == "aborted"
+
+
+def test_rollouts_of_one_release_to_parts_of_the_fleet_are_judged_by_their_own_devices(clinic):
+    names = list(clinic.devices)
+    for name in names:
+        clinic.fleet.inventory.set_groups(SERVER, name, ["good" if name in names[:2] else "bad"])
+    clinic.live_on(1, ms=10)
+    good = clinic.start(2, scope=scope_of(["group:good"]), at_once=True)
+    bad = clinic.start(2, scope=scope_of(["group:bad"]), at_once=True)
+    clinic.all_tell((2, did(1000, ms=10)), names=names[:2])
+    clinic.all_tell((2, did(1000, ms=30)), names=names[2:])
+    told = {rollout: {row.device for row in clinic.rows(HealthSampleRow) if row.rollout == rollout} for rollout in (good, bad)}
+    assert told == {good: set(names[:2]), bad: set(names[2:])}
+    assert (clinic.at_work(good).state, clinic.at_work(bad).state) == ("running", "aborted")
 
 
 # -- evidence ------------------------------------------------------------------------------------------------------------------
