@@ -8,13 +8,13 @@ import click
 
 from agent.contract.codec import convert
 from fleet_server.cli import evidence_tables
-from fleet_server.cli.command import EXIT_FAILED, connected, reports_errors, segment, show, with_json
+from fleet_server.cli.command import EXIT_FAILED, Command, connected, reports_errors, segment, show, with_json
 
 if TYPE_CHECKING:
     from fleet_server.client import Client
 
 
-@click.command("evidence")
+@click.command("evidence", cls=Command)
 @click.argument("name", metavar="ROLLOUT")
 @with_json
 @click.pass_context
