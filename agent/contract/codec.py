@@ -60,10 +60,13 @@ def decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
     return found
 
 
-def convert(value: object, kind: type[T]) -> T:
-    """`value`, of the types that JSON and YAML have, as a `kind`.  Raises: msgspec.ValidationError."""
+def convert(value: object, kind: type[T], *, str_keys: bool = False) -> T:
+    """`value`, of the types that JSON and YAML have, as a `kind`. `str_keys`: keys that are numbers are texts in it, as in JSON.
+
+    Raises: msgspec.ValidationError.
+    """
     decoder(kind)
-    return msgspec.convert(value, kind)
+    return msgspec.convert(value, kind, str_keys=str_keys)
 
 
 def encode(document: object) -> bytes:

@@ -56,8 +56,7 @@ def last(session: Session, device: str) -> TelemetryView | None:
     if row is None:
         return None
     try:
-        codec.decoder(Telemetry)
-        told = msgspec.convert(row.document, Telemetry, str_keys=True)
+        told = codec.convert(row.document, Telemetry, str_keys=True)
     except msgspec.ValidationError:
         return None
     return TelemetryView(
@@ -72,8 +71,7 @@ def forget(session: Session, device: str) -> None:
 
 
 def _shown(row: FiguresRow) -> FiguresView:
-    codec.decoder(Figures)
-    figures = msgspec.convert(row.figures, Figures, str_keys=True)
+    figures = codec.convert(row.figures, Figures, str_keys=True)
     return FiguresView(
         model=row.model, release=row.release, start=row.start, length_s=row.length_s, requests=figures.requests, errors=figures.errors,
         median_ms=median_ms(figures.latency), figures=figures,

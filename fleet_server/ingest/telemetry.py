@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import msgspec
 from sqlalchemy import select, tuple_
 from sqlalchemy.orm import Session
 
@@ -106,8 +105,7 @@ def _add_pieces(session: Session, pieces: Mapping[tuple[str, str, int, int, int]
 
 def read_figures(value: Any) -> Figures:
     """Figures as they stand in a column."""
-    codec.decoder(Figures)
-    return msgspec.convert(value, Figures, str_keys=True)
+    return codec.convert(value, Figures, str_keys=True)
 
 
 class _Taking:

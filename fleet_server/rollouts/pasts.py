@@ -46,8 +46,7 @@ class Past(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def read(stored: Any) -> Past:
     """Raises: msgspec.ValidationError."""
-    codec.decoder(Past)
-    return msgspec.convert(stored, Past, str_keys=True)
+    return codec.convert(stored, Past, str_keys=True)
 
 
 def stored(value: object) -> Any:

@@ -80,7 +80,7 @@ def test_the_pace_of_a_rollout_is_said_and_begun(server):
     assert "begins at 2099-01-01 00:00 UTC" in server.cli("rollout", "show", begun["id"]).stdout
     assert server.get("/assignment")["models"].get("paced", {}).get("rollout") is None
     refused = server.cli("rollout", "approve", begun["id"])
-    assert (refused.returncode, "cannot approve" in refused.stderr) == (3, True)
+    assert (refused.returncode, "cannot be approved" in refused.stderr) == (3, True)
     assert server.cli("rollout", "abort", begun["id"]).returncode == 0
 
 

@@ -172,7 +172,7 @@ def test_a_rollouts_view_does_not_grow_with_the_fleet(story, clock):
 
 
 def test_long_words_of_a_device_do_not_make_a_view_long(story):
-    rollout = story.start(2, max_failures=5)
+    rollout = story.start(2, max_failures=5, at_once=True)
     device = story.devices["oslo-2"]
     long = Answer(release=2, outcome=Outcome.REFUSED, at=9e9, reason="r" * 50_000, message="m" * 100_000)
     state = ModelState(serving=1, sha256=None, phase=Phase.STEADY, answers=(long,))
@@ -183,7 +183,7 @@ def test_long_words_of_a_device_do_not_make_a_view_long(story):
 
 
 def test_the_devices_of_a_rollout_in_pages(story, monkeypatch):
-    rollout = story.start(2, max_failures=5)
+    rollout = story.start(2, max_failures=5, at_once=True)
     everyone = {"Oslo_1": "committed", "away": "offline", "oslo-2": "refused", "warsaw-1": "pending", "warsaw-2": "pending"}
 
     def read(limit, **options):
