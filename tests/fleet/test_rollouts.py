@@ -47,7 +47,8 @@ class Story:
         for name in names:
             self.devices[name] = Known(self.fleet, name)
             self.counters[name] = 0
-            self.fleet.inventory.set_groups(SERVER, name, list(groups))
+            if groups:
+                self.fleet.inventory.set_groups(SERVER, name, list(groups))
             if online:
                 self.devices[name].say("presence", Presence(device=name, session=1, online=True))
 
