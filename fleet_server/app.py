@@ -22,6 +22,7 @@ from fleet_server.config import FleetConfig, Folder
 from fleet_server.devices.adoption import Adoption
 from fleet_server.devices.ca_replacement import CaReplacement
 from fleet_server.devices.enrolment import Enrolment
+from fleet_server.devices.groups import Groups
 from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.pki import Authority
 from fleet_server.devices.survey import Survey
@@ -38,6 +39,7 @@ from fleet_server.releases.key_changes import KeyChanges
 from fleet_server.releases.online_keys import NoKeys, OnlineKeys
 from fleet_server.releases.repository import Repository
 from fleet_server.releases.trust import Trust
+from fleet_server.rollouts import group_uses
 from fleet_server.rollouts.assignment import FleetAssignment
 from fleet_server.rollouts.bundles import Bundles
 from fleet_server.rollouts.commands import Rollouts
@@ -112,6 +114,8 @@ class Fleet:
         self.adoption = Adoption(self.database, self.authority, self.journal, clock)
         self.inventory.adopt = self.adoption.adopt
         self.survey = Survey(self.database, self.inventory, clock)
+        self.groups = Groups(self.database, self.inventory, self.journal, clock)
+        self.groups.named_by = group_uses.of
         self.enrolment = Enrolment(self.database, self.authority, self.repository, self.inventory, self.journal, config, clock)
         self.ca_replacement = CaReplacement(self.database, self.authority, self.inventory, self.journal, config, clock)
         self.ca_replacement.tell = self._tell_authorities

@@ -24,7 +24,7 @@ from fleet_server.config import Folder, load
 from fleet_server.devices.renewals import Renewals
 from fleet_server.errors import Unavailable
 from fleet_server.status import software_version
-from fleet_server.timers import guarded, watchdog
+from fleet_server.timers import Steps, guarded, watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Running:
         fleet.inventory.link, fleet.assignment.poker = self._broker, self._broker.pokes
         fleet.inventory.heard_since = self._broker.link.heard_since
         fleet.ca_replacement.outside = self
+        self._grouping = grouping_of(fleet)
 
     def trust_changed(self, *, dropped: bool) -> None:
         """Whoever is connected stays so, unless a CA is believed no more: then everybody has to connect to the broker anew."""
@@ -91,6 +92,7 @@ class Running:
             _log.info("ready: operators at %s, devices at %s", self._config.operator_url, self._config.device_url)
             tasks += [
                 asyncio.create_task(self._ticks()),
+                asyncio.create_task(self._grouping.run()),
                 asyncio.create_task(self._renewals()),
                 asyncio.create_task(self._housekeeping()),
                 asyncio.create_task(watchdog()),
@@ -172,6 +174,13 @@ class Running:
         if self._fleet.authority.renew_own(self._config.own_names):
             self.trust_changed(dropped=False)
             _log.warning("the server's own certificates are new")
+
+
+def grouping_of(fleet: Fleet) -> Steps:
+    """What keeps groups with scopes filled, where this process signs."""
+    made = Steps(fleet.groups.step, "groups could not be filled", fleet.config.rollouts.tick_s)
+    fleet.groups.on_work = made.wake
+    return made
 
 
 async def until_stopped(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:

@@ -18,6 +18,7 @@ from fleet_server.cli import (
     device,
     evidence,
     exclusion,
+    group,
     hands,
     journal,
     keys,
@@ -59,7 +60,7 @@ for command in (
     build.build, release.publish, release.release, release.withdraw, release.reinstate,
     keys.keys, keys.publisher, ca.ca,
     rollout.rollout, rollout.rollback, exclusion.exclusion, rule.rule, bundle.bundle, simulate.simulate,
-    device.device, token.token, journal.events, access.access, journal.audit, server.status,
+    device.device, group.group, token.token, journal.events, access.access, journal.audit, server.status,
     rabbitmq.rabbitmq_files, describe.openapi, describe.completion,
 ):  # fmt: skip
     main.add_command(command)

@@ -11,7 +11,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from urllib.parse import quote
@@ -171,6 +171,14 @@ def agreed(question: str, *, yes: bool) -> None:
         raise
     if not said:
         raise click.Abort
+
+
+def labels_in(texts: Iterable[str]) -> dict[str, str]:
+    """`site=berlin` → its name and its value.  Raises: click.UsageError."""
+    pairs = {text: text.partition("=") for text in texts}
+    if wrong := [text for text, (_, equals, _) in pairs.items() if not equals]:
+        raise click.UsageError(f"{wrong[0]!r} is not NAME=VALUE, such as site=berlin")
+    return {name: value for name, _, value in pairs.values()}
 
 
 def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:

@@ -10,7 +10,7 @@ import click
 
 from agent.contract.names import ReleaseRef
 from fleet_server.cli import evidence_tables, tables
-from fleet_server.cli.command import Group, agreed, connected, duration, reports_errors, segment, show, with_json
+from fleet_server.cli.command import Group, agreed, connected, duration, labels_in, reports_errors, segment, show, with_json
 
 if TYPE_CHECKING:
     from fleet_server.client import Client
@@ -123,7 +123,7 @@ def device_health(ctx: click.Context, name: str, model: str | None, by: str, lim
 @click.pass_context
 @reports_errors
 def device_group(ctx: click.Context, name: str, groups: tuple[str, ...], *, as_json: bool) -> None:
-    """Puts a device in exactly these groups; without any, in none.
+    """Puts a device in exactly these groups; without any, in none. Groups that it is in by their scopes are named as well.
 
     edge-fleet device group dev-1 canary warsaw
     """
@@ -145,14 +145,11 @@ def device_label(ctx: click.Context, name: str, labels: tuple[str, ...], unset: 
     edge-fleet device label dev-1 site=berlin line=3
     edge-fleet device label dev-1 --unset line
     """
-    pairs = [text.partition("=") for text in labels]
-    if wrong := [text for text, (_, equals, _) in zip(labels, pairs, strict=True) if not equals]:
-        raise click.UsageError(f"{wrong[0]!r} is not NAME=VALUE, such as site=berlin")
+    given = labels_in(labels)
     if not labels and not unset:
         raise click.UsageError("name a label to set, such as site=berlin, or one to take off with --unset")
     with connected(ctx) as client:
-        body = {"set": {label: value for label, _, value in pairs}, "unset": list(unset)}
-        data = client.post(f"/devices/{segment(name)}/labels", body)
+        data = client.post(f"/devices/{segment(name)}/labels", {"set": given, "unset": list(unset)})
     show(data, as_json, lambda d: click.echo(f"{d['id']} has {tables.labels(d['labels']) or 'no label'}"))
 
 

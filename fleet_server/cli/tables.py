@@ -116,7 +116,11 @@ def _runs(name: str, model: dict[str, Any]) -> str:
 def device(d: dict[str, Any]) -> None:
     out = console()
     out.print(f"[bold]{safe(d['id'])}[/bold]  {_standing(d)}, seen {ago(d['last_seen'])}")
-    out.print(f"groups  {safe(', '.join(d['groups']) or '-')}   record serial {d['record_serial']}")
+    by_scope = d.get("groups_by_scope", [])
+    by_hand = [name for name in d["groups"] if name not in by_scope]
+    out.print(f"groups  {safe(', '.join(by_hand) or '-')}   record serial {d['record_serial']}")
+    if by_scope:
+        out.print(f"        {safe(', '.join(by_scope))} by their scopes")
     if d["labels"]:
         out.print(f"labels  {safe(labels(d['labels']))}")
     out.print(f"agent   {safe(d['agent_version'] or '-')}   {safe(_hardware(d['hardware']))}")
@@ -132,6 +136,29 @@ def device(d: dict[str, Any]) -> None:
         for answer in m["answers"]:
             why = f": {answer['reason']} {answer['message']}" if answer["reason"] else ""
             out.print(f"  release {answer['release']} {safe(words(answer['outcome']))}{safe(why)} ({moment(answer['at'])})")
+
+
+def groups(found: list[dict[str, Any]]) -> None:
+    rows: list[list[object]] = [[g["name"], g["devices"], _filled(g)] for g in found]
+    table("GROUP|DEVICES|FILLED", rows, "no group yet; make one with `edge-fleet device group` or `edge-fleet group set`")
+
+
+def _filled(g: dict[str, Any]) -> str:
+    if not g["scope"]:
+        return "by hand"
+    return "by " + " and ".join(g["scope"]) + ("" if g["settled"] else " (devices are looked at now)")
+
+
+def group(g: dict[str, Any]) -> None:
+    out = console()
+    out.print(f"[bold]{safe(g['name'])}[/bold]  {g['devices']} devices, filled {safe(_filled(g))}")
+    if g["updated"] is not None:
+        out.print(f"set     {moment(g['updated'])} by {safe(g['updated_by'])}")
+    if g["first"]:
+        more = f", … (`edge-fleet device list --group {g['name']}`)" if g["devices"] > len(g["first"]) else ""
+        out.print(f"devices {safe(', '.join(g['first']) + more)}")
+    for one in g["named_by"]:
+        out.print(f"named by {safe(one)}")
 
 
 def _phase(model: dict[str, Any]) -> str:
@@ -206,12 +233,13 @@ def tokens(found: list[dict[str, Any]]) -> None:
     rows: list[list[object]] = [
         [
             t["id"], "usable" if t["usable"] else "revoked" if t["revoked"] else "used up or expired", t["uses_left"],
-            t["device"] or "any", ", ".join(t["groups"]) or "-", moment(t["expires"]), t["created_by"],
+            t["device"] or "any", ", ".join([*t["groups"], *filter(None, [labels(t.get("labels", {}))])]) or "-", moment(t["expires"]),
+            t["created_by"],
         ]
         for t in found
     ]  # fmt: skip
     table(
-        "ID|STATE|USES LEFT|DEVICE|GROUPS|EXPIRES|BY",
+        "ID|STATE|USES LEFT|DEVICE|GROUPS AND LABELS|EXPIRES|BY",
         rows,
         "no enrolment token; make one with `edge-fleet token create`",
     )

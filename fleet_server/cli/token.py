@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from fleet_server.cli import tables
-from fleet_server.cli.command import Group, connected, duration, reports_errors, segment, show, with_json
+from fleet_server.cli.command import Group, connected, duration, labels_in, reports_errors, segment, show, with_json
 
 
 @click.group(cls=Group)
@@ -16,20 +16,32 @@ def token() -> None:
 @token.command("create")
 @click.option("--device", help="Only this device id may join with it.")
 @click.option("--group", "groups", multiple=True, help="Put devices that join with it in this group. Repeatable.")
+@click.option(
+    "--label", "labels", multiple=True, metavar="NAME=VALUE", help="Give devices that join with it this label. Repeatable."
+)
 @click.option("--uses", type=click.IntRange(1), default=1, show_default=True, help="How many devices may join with it.")
 @click.option("--ttl", default="24h", show_default=True, callback=duration, help="How long it is good for: 30m, 24h, 7d.")
 @with_json
 @click.pass_context
 @reports_errors
 def token_create(
-    ctx: click.Context, device: str | None, groups: tuple[str, ...], uses: int, ttl: float, *, as_json: bool
+    ctx: click.Context,
+    device: str | None,
+    groups: tuple[str, ...],
+    labels: tuple[str, ...],
+    uses: int,
+    ttl: float,
+    *,
+    as_json: bool,
 ) -> None:
     """Prints the string a device enrols with, alone on stdout. It is shown this once.
 
     edge-fleet token create --group canary | ssh dev-1 edge-agent enrol -
+    edge-fleet token create --label site=berlin --label shift=night --uses 40
     """
+    wishes = {"device": device, "groups": list(groups), "labels": labels_in(labels), "uses": uses, "ttl_s": ttl}
     with connected(ctx) as client:
-        made = client.post("/enrolment-tokens", {"device": device, "groups": list(groups), "uses": uses, "ttl_s": ttl})
+        made = client.post("/enrolment-tokens", wishes)
     show(made, as_json, lambda data: click.echo(data["string"]))
 
 

@@ -88,7 +88,7 @@ class Adoption:
                 session.add(
                     Device(
                         id=device, created=self._clock(), groups=[], labels={}, serial=int(self._clock()), revoked=False, counter=-1,
-                        session=-1, present=False,
+                        session=-1, present=False, stale_groups=True,
                     )
                 )  # fmt: skip
             pem = pki.pem_of(certificate).decode()

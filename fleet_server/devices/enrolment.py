@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 from cryptography import x509
@@ -18,9 +18,9 @@ from agent.contract.enrolment import EnrolmentRequest, EnrolmentResponse, Enrolm
 from agent.contract.reports import Hardware, hardware_class
 from fleet_server.access import Actor, digest
 from fleet_server.config import FleetConfig
-from fleet_server.devices import pki
+from fleet_server.devices import grouping, pki
 from fleet_server.devices.ca import Ca
-from fleet_server.devices.inventory import Inventory, check_groups, first_serial
+from fleet_server.devices.inventory import Inventory, first_serial
 from fleet_server.errors import Conflict, Denied, Invalid, NotFound, Refused
 from fleet_server.journal import Happening, Journal
 from fleet_server.releases.repository import Repository
@@ -41,6 +41,7 @@ class EnrolmentTokenView(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     device: str | None
     groups: list[str]
+    labels: dict[str, str]
     uses_left: int
     created: float
     created_by: str
@@ -69,26 +70,38 @@ class Enrolment:
     # -- tokens ------------------------------------------------------------------------------------------------------------
 
     def create_token(
-        self, actor: Actor, *, device: str | None, groups: list[str], uses: int, ttl_s: float
+        self, actor: Actor, *, device: str | None, groups: list[str], uses: int, ttl_s: float, labels: Mapping[str, str] = {}
     ) -> EnrolmentTokenMade:
-        """A new enrolment token.  Raises: Invalid."""
+        """A new enrolment token. Devices that join with it get these groups and labels.  Raises: Invalid; Conflict (a group that fills
+        itself).
+        """
         if device is not None:
             pki.check_device_id(device)
             if uses != 1:
                 raise Invalid("a token for one device id has one use")
         if not 1 <= uses <= MAX_USES or not 0 < ttl_s <= MAX_TTL_S:
             raise Invalid(f"uses must be from 1 to {MAX_USES} and the time to live above 0 and at most a year")
-        check_groups(groups)
+        grouping.check_groups(groups)
+        grouping.check_labels(labels)
         token = secrets.token_urlsafe(32)
         now = self._clock()
         row = EnrolmentToken(
-            id=secrets.token_hex(4), hash=digest(token), device=device, groups=sorted(set(groups)), uses_left=uses, created=now,
-            created_by=actor.name, expires=now + ttl_s, revoked=False,
+            id=secrets.token_hex(4), hash=digest(token), device=device, groups=sorted(set(groups)), labels=dict(sorted(labels.items())),
+            uses_left=uses, created=now, created_by=actor.name, expires=now + ttl_s, revoked=False,
         )  # fmt: skip
         with self._database.session() as session:
+            grouping.refuse_filled(session, groups)
             session.add(row)
             self._journal.audit(
-                session, actor, "token.create", row.id, device=device, groups=row.groups, uses=uses, ttl_s=ttl_s
+                session,
+                actor,
+                "token.create",
+                row.id,
+                device=device,
+                groups=row.groups,
+                labels=row.labels,
+                uses=uses,
+                ttl_s=ttl_s,
             )
         string = EnrolmentString(*addresses.split(self._config.enrolment), token, self._authority.fingerprint)
         return EnrolmentTokenMade(**msgspec.structs.asdict(_view(row, now)), string=str(string))
@@ -121,7 +134,7 @@ class Enrolment:
             if token is None or csr is None or self._why_not(token):
                 raise Denied(self._why_not(token) or "the enrolment token is not known", code="bad_token")
             device = self._choose_id(session, token, request.device)
-            certificate = self.add(session, device, csr, token.groups, request.hardware)
+            certificate = self.add(session, device, csr, token.groups, request.hardware, token.labels or {})
             token.uses_left -= 1
             event = self._journal.record(
                 session, Happening(name="device_enrolled", message=f"{device} joined the fleet", device=device)
@@ -133,18 +146,20 @@ class Enrolment:
         return self._answer(device, certificate)
 
     def add(
-        self, session: Session, device: str, csr: x509.CertificateSigningRequest, groups: list[str], hardware: Hardware | None
-    ) -> x509.Certificate:
-        """A new device with its certificate and signed record, in the caller's transaction. Its id must be free and allowed; the
-        broker is not told.
+        self, session: Session, device: str, csr: x509.CertificateSigningRequest, groups: list[str], hardware: Hardware | None,
+        labels: Mapping[str, str] = {},
+    ) -> x509.Certificate:  # fmt: skip
+        """A new device with its certificate and signed record, in the caller's transaction. It is in these groups, and in those whose scopes
+        it meets. Its id must be free and allowed; the broker is not told.
         """
         certificate = self._certify(session, device, csr, self._authority.shown)
         row = Device(
-            id=device, created=self._clock(), groups=groups, labels={}, serial=first_serial(session, self._clock()), revoked=False,
+            id=device, created=self._clock(), groups=groups, labels=dict(labels), serial=first_serial(session, self._clock()), revoked=False,
             counter=-1, session=-1, present=False, hardware=msgspec.to_builtins(hardware) if hardware else None,
             hardware_class=hardware_class(hardware)[:MAX_CLASS] if hardware else None,
         )  # fmt: skip
         session.add(row)
+        grouping.regroup(row, grouping.scopes(session))
         self._inventory.sign_record(row)
         return certificate
 
@@ -235,6 +250,6 @@ class Enrolment:
 def _view(row: EnrolmentToken, now: float) -> EnrolmentTokenView:
     usable = not row.revoked and row.expires > now and row.uses_left > 0
     return EnrolmentTokenView(
-        id=row.id, device=row.device, groups=row.groups, uses_left=row.uses_left, created=row.created, created_by=row.created_by,
-        expires=row.expires, revoked=row.revoked, usable=usable,
+        id=row.id, device=row.device, groups=row.groups, labels=row.labels or {}, uses_left=row.uses_left, created=row.created,
+        created_by=row.created_by, expires=row.expires, revoked=row.revoked, usable=usable,
     )  # fmt: skip

@@ -11,23 +11,21 @@ from cryptography import x509
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from agent.contract import names
 from agent.contract.assignment import RECORD_PAYLOAD_TYPE, DeviceRecord, Retry
 from agent.contract.codec import convert, encode
 from agent.contract.reports import Hardware, ModelState, StateReport
 from fleet_server.access import Actor
 from fleet_server.config import FleetConfig
-from fleet_server.devices import pki, shared_identity, told
+from fleet_server.devices import grouping, pki, shared_identity, told
 from fleet_server.devices.envelopes import DeviceKey, key_of
 from fleet_server.devices.views import CertificateState, CertificateView, DeviceDetail, DeviceView
 from fleet_server.errors import Conflict, Invalid, NotFound, Refused
-from fleet_server.journal import Happening, Journal
+from fleet_server.journal import EventView, Happening, Journal
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.database import Database
 from fleet_server.storage.models import Certificate, Device, DeviceModel, Setting, SkippedDevice, ToldDevice
 
 SERIAL_FLOOR = "deleted_serial"  # the row of `settings` with the largest record serial of a device that was deleted
-MAX_LABELS = 32
 ENDS_SOON = 6  # a certificate with less than this part of its life left ends soon
 MAX_LATE_S = 30 * 86400.0  # for how long an operator may allow a late renewal at most
 T = TypeVar("T")
@@ -99,7 +97,7 @@ class Inventory:
         """The device in `row` as it is shown in lists."""
         state = row.state or {}
         return DeviceView(
-            id=row.id, groups=row.groups, labels=row.labels, online=self.is_online(row.present, row.last_seen, now),
+            id=row.id, groups=row.groups, groups_by_scope=row.groups_by_scope or [], labels=row.labels, online=self.is_online(row.present, row.last_seen, now),
             revoked=row.revoked, last_seen=row.last_seen, created=row.created, record_serial=row.serial,
             hardware=_reported(row.hardware, Hardware), agent_version=state.get("agent_version"),
             assignment_version=state.get("assignment_version"), problem=state.get("problem"), trouble=row.trouble,
@@ -112,27 +110,24 @@ class Inventory:
     # -- changing ----------------------------------------------------------------------------------------------------------
 
     def set_groups(self, actor: Actor, device: str, groups: list[str]) -> DeviceDetail:
-        """Puts the device in exactly these groups and signs a new record with the next serial."""
-        check_groups(groups)
+        """Puts the device in exactly these groups and signs a new record with the next serial.  Raises: NotFound; Invalid; Conflict where the
+        scope of a group says otherwise.
+        """
+        grouping.check_groups(groups)
         with self._database.session() as session:
             row = _row(session, device)
-            row.groups = sorted(set(groups))
-            row.serial += 1
-            self.sign_record(row)
+            grouping.give(row, groups, grouping.scopes(session))
+            self.sign_next(row)
             self._journal.audit(session, actor, "device.groups", device, groups=row.groups)
-            message = f"{device} is now in {', '.join(row.groups) or 'no group'}"
-            event = self._journal.record(session, Happening(name="device_groups", message=message, device=device))
-        self._journal.announce([event])
-        self._journal.changed("devices")
-        self.poke(device)
-        self.on_groups_changed()
+            events = [self.note_groups(session, row)]
+        self.groups_changed([device], events)
         return self.get(device)
 
     def set_labels(self, actor: Actor, device: str, given: Mapping[str, str], taken: Iterable[str] = ()) -> DeviceDetail:
-        """Gives the device these labels, takes others off, and signs a new record with the next serial. Other labels stay.  Raises: NotFound;
-        Invalid (not allowed, too many, one that it does not have).
+        """Gives the device these labels, takes others off, and signs a new record with the next serial. Other labels stay. It leaves and comes
+        into groups whose scopes ask about them.  Raises: NotFound; Invalid (not allowed, too many, one that it does not have).
         """
-        check_labels(given)
+        grouping.check_labels(given)
         with self._database.session() as session:
             row = _row(session, device)
             known = dict(row.labels or {})
@@ -140,26 +135,37 @@ class Inventory:
                 has = ", ".join(f"{name}={value}" for name, value in sorted(known.items())) or "none"
                 raise Invalid(f"{device} has no label {missing[0]!r}; it has: {has}", code="no_label")
             labels = {**{name: value for name, value in known.items() if name not in set(taken)}, **given}
-            check_labels(labels)
+            grouping.check_labels(labels)
             row.labels = dict(sorted(labels.items()))
-            row.serial += 1
-            self.sign_record(row)
+            regrouped = grouping.regroup(row, grouping.scopes(session))
+            self.sign_next(row)
             self._journal.audit(session, actor, "device.labels", device, labels=row.labels)
             has = ", ".join(f"{name}={value}" for name, value in row.labels.items()) or "no label"
             happening = Happening(name="device_labels", message=f"{device} has now {has}", device=device)
-            event = self._journal.record(session, happening)
-        self._journal.announce([event])
-        self._journal.changed("devices")
-        self.poke(device)
-        self.on_groups_changed()
+            events = [self._journal.record(session, happening)]
+            if regrouped:
+                events.append(self.note_groups(session, row))
+        self.groups_changed([device], events)
         return self.get(device)
+
+    def note_groups(self, session: Session, row: Device) -> EventView:
+        """Records that the device is in other groups now. After the commit `groups_changed` tells who is to know."""
+        message = f"{row.id} is now in {', '.join(row.groups) or 'no group'}"
+        return self._journal.record(session, Happening(name="device_groups", message=message, device=row.id))
+
+    def groups_changed(self, devices: Iterable[str], events: Iterable[EventView]) -> None:
+        """Tells devices, people and rollouts of groups or labels that changed."""
+        self._journal.announce(events)
+        self._journal.changed("devices")
+        for device in devices:
+            self.poke(device)
+        self.on_groups_changed()
 
     def let_try_again(self, session: Session, device: str, retries: list[Any]) -> None:
         """Signs a record that lets the device try these releases again. In the caller's transaction, after which `poke` tells it."""
         row = _row(session, device)
         row.retries = retries
-        row.serial += 1
-        self.sign_record(row)
+        self.sign_next(row)
 
     def poke(self, device: str) -> None:
         """Tells the device that there is something new for it."""
@@ -313,11 +319,15 @@ class Inventory:
                 return self.record_elsewhere(device)
             with self._database.session() as session:
                 row = _row(session, device)
-                row.serial += 1
-                self.sign_record(row)
+                self.sign_next(row)
                 record = row.record
         assert record is not None
         return str(record).encode()
+
+    def sign_next(self, row: Device) -> None:
+        """Fills in a signed record with the next serial that says what `row` says."""
+        row.serial += 1
+        self.sign_record(row)
 
     def sign_record(self, row: Device) -> None:
         """Fills in the signed record that says what `row` says."""
@@ -361,26 +371,3 @@ def _row(session: Session, device: str) -> Device:
     if row is None:
         raise NotFound(f"there is no device {device!r}; `edge-fleet device list` shows them")
     return row
-
-
-def check_labels(labels: Mapping[str, str]) -> None:
-    """Raises: Invalid that names the first label that may not be like that, or says that there are too many."""
-    if len(labels) > MAX_LABELS:
-        raise Invalid(f"a device may have at most {MAX_LABELS} labels")
-    for name, value in labels.items():
-        try:
-            names.check(names.LABEL_NAME, name, "label name")
-            names.check(names.LABEL_VALUE, value, f"value of the label {name!r}")
-        except ValueError as error:  # noqa: PERF203 - a handful
-            raise Invalid(str(error), code="bad_label") from error
-
-
-def check_groups(groups: list[str]) -> None:
-    """Raises: Invalid that names the first group that may not be called so, or says that there are too many."""
-    if len(groups) > 64:
-        raise Invalid("a device may be in at most 64 groups")
-    for group in groups:
-        try:
-            names.check(names.GROUP_NAME, group, "group")
-        except ValueError as error:  # noqa: PERF203 - a handful
-            raise Invalid(str(error), code="bad_group") from error

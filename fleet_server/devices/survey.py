@@ -18,7 +18,8 @@ from fleet_server.devices import shared_identity
 from fleet_server.devices.inventory import Inventory
 from fleet_server.devices.views import CertificateState, DeviceCount, DevicePage, DeviceView
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import Device, DeviceGroup, DeviceLabel, DeviceModel
+from fleet_server.storage.group_models import DeviceGroup, DeviceLabel
+from fleet_server.storage.models import Device, DeviceModel
 
 PAGE_BYTES = 4 * 1024 * 1024
 """A page ends here, however few devices it has: one report may have 256 KiB."""

@@ -14,12 +14,13 @@ GOOD = (Outcome.COMMITTED, Outcome.SHADOWED)
 
 
 class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
-    """A device as operators see it in lists. `shared`: several machines report under its identity; `trouble`: it has a problem,
+    """A device as operators see it in lists. `groups_by_scope`: those of its groups that it is in because it meets their scopes; `shared`: several machines report under its identity; `trouble`: it has a problem,
     or a model that does not serve or was answered badly; times are seconds since the epoch.
     """
 
     id: str
     groups: list[str]
+    groups_by_scope: list[str]
     labels: dict[str, str]
     online: bool
     revoked: bool
@@ -78,6 +79,32 @@ class DeviceDetail(DeviceView, frozen=True, kw_only=True):
     state: StateReport | None
     telemetry: TelemetryView | None
     certificates: list[CertificateView]
+
+
+class GroupView(msgspec.Struct, frozen=True, kw_only=True):
+    """A group as operators see it in lists. `scope`: the conditions that its devices meet; empty where devices are given the group by hand.
+    `devices`: how many are in it. `settled`: whether every device was looked at since scopes changed last.
+    """
+
+    name: str
+    scope: list[str]
+    devices: int
+    settled: bool
+    updated: float | None
+    updated_by: str | None
+
+
+class GroupDetail(GroupView, frozen=True, kw_only=True):
+    """Everything about one group. `first`: some of its devices; `named_by`: the rollouts under way and the rules that name it."""
+
+    first: list[str]
+    named_by: list[str]
+
+
+class GroupSet(GroupView, frozen=True, kw_only=True):
+    """A group whose scope was set. `meeting`: how many devices meet it now, which come into the group one after the other."""
+
+    meeting: int
 
 
 class DevicePage(msgspec.Struct, frozen=True, kw_only=True):

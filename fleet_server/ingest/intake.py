@@ -179,10 +179,13 @@ class Intake:
         """The devices of a batch that are in the fleet and not shut out, with the keys that may sign for them."""
         columns = (
             Device.id, Device.counter, Device.session, Device.present, Device.last_seen, Device.runs, Device.shared, Device.said,
-            Device.hardware_class, Device.problem, Device.trouble,
+            Device.hardware_class, Device.problem, Device.trouble, Device.agent_version,
         )  # fmt: skip
         query = select(*columns).where(Device.id.in_(devices), Device.revoked.is_(False))
-        known = {row.id: Known(*row, was_present=row.present) for row in session.execute(query)}
+        rows: Any = session.execute(query)
+        known = {row.id: Known(*row) for row in rows}
+        for one in known.values():
+            one.was_present = one.present
         good = select(Certificate.device, Certificate.pem).where(
             Certificate.device.in_(known), Certificate.revoked.is_(None), Certificate.expires > self._clock()
         )
@@ -199,6 +202,7 @@ class Intake:
         here = {d.id: {"key": d.id, "present": d.present, "session": d.session, "last_seen": now} for d in heard}
         reported.update_devices(session, [here[d.id] for d in heard if d.report is None])
         reported.update_devices(session, [{**here[d.id], "counter": report.counter, "state": report} for d, report in said])
+        reported.update_versions(session, said)
         reported.update_devices(session, [{"key": d.id, "runs": d.runs} for d in heard if d.runs_changed])
         reported.update_devices(session, [{"key": device, "change": number} for device in others])
         if differ:

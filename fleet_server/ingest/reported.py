@@ -6,6 +6,7 @@ Reports are compared with the last ones by a digest of what seldom differs; only
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from fleet_server.journal import EventView
 from fleet_server.storage.models import Device, DeviceModel
 
 MAX_ANSWERS = 64
-MAX_PROBLEM, MAX_CLASS = 256, 512  # the widths of their columns
+MAX_PROBLEM, MAX_CLASS, MAX_VERSION = 256, 512, 64  # the widths of their columns
 
 _models = DeviceModel.__table__
 _COLUMNS = tuple(column.name for column in _models.columns)
@@ -56,6 +57,7 @@ class Known(msgspec.Struct):
     hardware_class: str | None
     problem: str | None
     trouble: bool
+    agent_version: str | None
     keys: list[DeviceKey] = msgspec.field(default_factory=list)
     several: bool = False
     """Whether it showed itself to be several machines in this batch."""
@@ -91,7 +93,7 @@ def update_summaries(session: Session, reports: list[tuple[Known, StateReport, s
     classes = [
         (device, kind) for device, report, _ in reports if (kind := _class_of(report)) not in {None, device.hardware_class}
     ]
-    update_devices(session, [{"key": device.id, "hardware_class": kind} for device, kind in classes])
+    update_devices(session, [{"key": device.id, "hardware_class": kind, "stale_groups": True} for device, kind in classes])
     worries = [(device, _problem_of(report), in_trouble(report)) for device, report, _ in reports]
     update_devices(
         session,
@@ -99,6 +101,19 @@ def update_summaries(session: Session, reports: list[tuple[Known, StateReport, s
             {"key": device.id, "problem": problem, "trouble": trouble}
             for device, problem, trouble in worries
             if (problem, trouble) != (device.problem, device.trouble)
+        ],
+    )
+
+
+def update_versions(session: Session, reports: Iterable[tuple[Known, StateReport]]) -> None:
+    """The software of devices that say another version of it than before. Scopes of groups may ask about it."""
+    versions = [(device, report.agent_version[:MAX_VERSION]) for device, report in reports]
+    update_devices(
+        session,
+        [
+            {"key": device.id, "agent_version": version, "stale_groups": True}
+            for device, version in versions
+            if version != device.agent_version
         ],
     )
 

@@ -34,7 +34,7 @@ from fleet_server.releases.delegations import ASSIGNMENTS
 from fleet_server.releases.metadata_files import RepositoryDamaged
 from fleet_server.releases.online_keys import ONLINE
 from fleet_server.releases.repository import Repository
-from fleet_server.running import LEASES_READ_S, RENEW_EVERY_S, RENEWALS_PER_LEASE, until_stopped
+from fleet_server.running import LEASES_READ_S, RENEW_EVERY_S, RENEWALS_PER_LEASE, grouping_of, until_stopped
 from fleet_server.status import software_version
 from fleet_server.storage.database import Database, DatabaseError
 from fleet_server.storage.documents import FolderDocuments, StoredDocuments, copy
@@ -195,7 +195,8 @@ class Term:
         listener = self._listening = self._listener()
         sock = listeners.bind(listener.host, listener.port)
         serving = asyncio.create_task(listener.run_aside(sock), name="listener")
-        timers = [asyncio.create_task(one) for one in (self._ticks(), self._judging(), self._renewals(), self._housekeeping())]
+        repeated = (self._ticks(), self._judging(), self._renewals(), self._housekeeping(), grouping_of(self.fleet).run())
+        timers = [asyncio.create_task(one) for one in repeated]
         ended = asyncio.Event()
         either = [asyncio.create_task(_pass_on(one, ended)) for one in (stop, lost)]
         self._common.others.tell_of_leader()

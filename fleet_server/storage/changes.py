@@ -17,7 +17,8 @@ from typing import Any
 from sqlalchemy import delete, event, func, insert, inspect, select, update
 from sqlalchemy.orm import Session
 
-from fleet_server.storage.models import Base, Certificate, Counter, DeletedDevice, Device, DeviceGroup, DeviceLabel
+from fleet_server.storage.group_models import DeviceGroup, DeviceLabel
+from fleet_server.storage.models import Base, Certificate, Counter, DeletedDevice, Device
 
 COUNTER = "device_changes"
 WATCHED = ("groups", "labels", "revoked", "present", "last_seen", "shared", "hardware_class", "retries")
@@ -71,13 +72,13 @@ def _number(session: Session, *_: Any) -> None:
 
 def _write_groups(session: Session, *_: Any) -> None:
     for row in [*session.new, *session.dirty]:
-        if isinstance(row, Device) and (row in session.new or _differs(row, ("groups",))):
+        if isinstance(row, Device) and (row in session.new or _differs(row, ("groups", "groups_by_scope"))):
             connection = session.connection()
             connection.execute(delete(DeviceGroup).where(DeviceGroup.device == row.id))
             if row.groups:
-                connection.execute(
-                    insert(DeviceGroup), [{"device": row.id, "name": name} for name in dict.fromkeys(row.groups)]
-                )
+                by_scope = set(row.groups_by_scope or ())
+                found = [{"device": row.id, "name": name, "by_scope": name in by_scope} for name in dict.fromkeys(row.groups)]
+                connection.execute(insert(DeviceGroup), found)
 
 
 def _write_labels(session: Session, *_: Any) -> None:

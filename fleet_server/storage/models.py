@@ -45,6 +45,8 @@ class Device(Base):
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     created: Mapped[float] = mapped_column(Float)
     groups: Mapped[list[str]] = mapped_column(JSON, default=list)
+    groups_by_scope: Mapped[list[Any] | None] = mapped_column(JSON)
+    """Those of its groups that it is in because it meets their scopes; see `devices.grouping`."""
     labels: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     serial: Mapped[int] = mapped_column(default=1)
     record: Mapped[str | None] = mapped_column(Text)
@@ -70,6 +72,9 @@ class Device(Base):
     """A digest of what seldom differs from one report to the next."""
     # Of its last report, and of its certificates, what devices are searched and counted by:
     hardware_class: Mapped[str | None] = mapped_column(String(512), index=True)
+    agent_version: Mapped[str | None] = mapped_column(String(64))
+    stale_groups: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    """What the scopes of groups ask about has changed since its groups were worked out."""
     problem: Mapped[str | None] = mapped_column(String(256), index=True)
     trouble: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     expires: Mapped[float | None] = mapped_column(Float)
@@ -79,26 +84,8 @@ class Device(Base):
         Index("ix_devices_trouble", "trouble", "id"),
         Index("ix_devices_expires", "revoked", "expires"),
         Index("ix_devices_shared", "shared"),
+        Index("ix_devices_stale_groups", "stale_groups", "id"),
     )
-
-
-class DeviceGroup(Base):
-    """A group of a device once more, for searching. Written wherever `Device.groups` is; see `storage.changes`."""
-
-    __tablename__ = "device_groups"
-    device: Mapped[str] = mapped_column(ForeignKey("devices.id", ondelete="CASCADE"), primary_key=True)
-    name: Mapped[str] = mapped_column(String(64), primary_key=True)
-    __table_args__ = (Index("ix_device_groups_name", "name", "device"),)
-
-
-class DeviceLabel(Base):
-    """A label of a device once more, for searching. Written wherever `Device.labels` is; see `storage.changes`."""
-
-    __tablename__ = "device_labels"
-    device: Mapped[str] = mapped_column(ForeignKey("devices.id", ondelete="CASCADE"), primary_key=True)
-    name: Mapped[str] = mapped_column(String(64), primary_key=True)
-    value: Mapped[str] = mapped_column(String(64))
-    __table_args__ = (Index("ix_device_labels_name", "name", "value", "device"),)
 
 
 class DeletedDevice(Base):
@@ -158,6 +145,7 @@ class EnrolmentToken(Base):
     hash: Mapped[str] = mapped_column(String(64), unique=True)
     device: Mapped[str | None] = mapped_column(String(64))
     groups: Mapped[list[str]] = mapped_column(JSON, default=list)
+    labels: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     uses_left: Mapped[int] = mapped_column(Integer)
     created: Mapped[float] = mapped_column(Float)
     created_by: Mapped[str] = mapped_column(String(128))

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
+from agent.contract.reports import Hardware
 from fleet_server.access import SERVER, Role
 from fleet_server.config import Folder, load
 from fleet_server.processes.common import Common
@@ -27,6 +28,7 @@ from tests.fleet import databases
 from tests.fleet.several import Several
 from tests.fleet.stand import answer, model_state, wait_until
 from tests.fleet.stored import ObjectStore
+from tests.fleet.test_device_listener import record_of
 
 pytestmark = [pytest.mark.long, pytest.mark.mosquitto, pytest.mark.alone]
 
@@ -120,6 +122,22 @@ def test_a_rollout_through_all_of_them(server, connect):
     assert (aside.status_code, aside.json()["ready"]) == (200, True)
     assert "edge_fleet_database_ok 1" in requests.get(f"http://127.0.0.1:{server.aside}/metrics", timeout=5).text
     assert 'edge_fleet_forwarded_total{outcome="answered"}' in server.ask(0, "GET", "/metrics").text
+
+
+def test_a_group_with_a_scope_is_filled_by_the_leader_and_by_the_one_after_it(server, connect):
+    """Set by one process, from what another stored, signed by the one that leads, whichever that is."""
+    device = connect(server.enrol("jetson-1"))
+    jetson, plain = Hardware(arch="aarch64", machine="Orin", accelerator="cuda"), Hardware(arch="aarch64", machine="Orin")
+    done = server.ask(0, "PUT", "/groups/jetsons", json={"scope": ["class:aarch64/*/cuda"]})
+    assert (done.status_code, done.json()["meeting"]) == (200, 0), done.text
+    device.report({}, hardware=jetson)
+    wait_until(lambda: record_of(device).groups == ("jetsons",), "what was reported to one is signed by another")
+    serial = record_of(device).serial
+    server.leading().kill()
+    device.report({}, hardware=plain)
+    wait_until(lambda: record_of(device).groups == (), "the next leader goes on")
+    assert record_of(device).serial > serial
+    assert server.ask(1, "GET", "/groups/jetsons").json()["devices"] == 0
 
 
 def test_one_that_answers_is_killed(server):

@@ -12,6 +12,7 @@ from sqlalchemy import create_engine, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
+from fleet_server.devices import group_scopes, grouping
 from fleet_server.rollouts import rows
 from fleet_server.rollouts.beginning import Calendar
 from fleet_server.rollouts.evidence import Recorder, differences
@@ -22,7 +23,8 @@ from fleet_server.rollouts.vitals import VitalsLedgers
 from fleet_server.sections import RolloutSettings
 from fleet_server.storage import changes
 from fleet_server.storage.database import MIGRATIONS, Database, DatabaseError, newest_revision
-from fleet_server.storage.models import Base, Device, DeviceGroup, DeviceModel
+from fleet_server.storage.group_models import DeviceGroup
+from fleet_server.storage.models import Base, Device, DeviceModel, EnrolmentToken
 from tests.fleet import databases
 
 
@@ -171,6 +173,43 @@ def test_devices_of_before_are_searched_and_followed(database):
         assert (session.get(Device, "d3").change, list(changes.deleted(session, 0, number))) == (number, ["d2"])
         assert session.get(DeviceGroup, ("d3", "canary")) is not None
         assert session.get(DeviceModel, ("d2", "m")) is None
+
+
+GROUPED_BEFORE = """
+INSERT INTO devices (id, created, groups, labels, serial, record_expires, revoked, counter, last_seen, present, session, hardware, state, runs,
+  hardware_class)
+VALUES ('d1', 1.0, '["canary"]', '{"site": "berlin"}', 1, 0.0, false, 5, 2.0, true, 3, 'null', '{"agent_version": "0.4.1", "models": {}}', '[]',
+  'aarch64/-/cuda');
+INSERT INTO devices (id, created, groups, labels, serial, record_expires, revoked, counter, last_seen, present, session, hardware, state, runs)
+VALUES ('d2', 1.0, '[]', '{}', 1, 0.0, false, -1, NULL, false, -1, NULL, NULL, '[]');
+INSERT INTO devices (id, created, groups, labels, serial, record_expires, revoked, counter, last_seen, present, session, hardware, state, runs)
+VALUES ('d3', 1.0, '[]', '{}', 1, 0.0, false, -1, NULL, false, -1, NULL, 'null', '[]');
+INSERT INTO device_groups (device, name) VALUES ('d1', 'canary');
+INSERT INTO enrolment_tokens (id, hash, device, groups, uses_left, created, created_by, expires, revoked)
+VALUES ('t1', 'x', NULL, '["canary"]', 1, 1.0, 'ann', 50.0, false);
+"""
+
+
+def test_devices_of_before_groups_with_scopes_have_theirs_by_hand(database):
+    """Written by the schema of revision 0012."""
+    database.migrate("0012")
+    with database.session() as session:
+        for statement in GROUPED_BEFORE.strip().split(";\n"):
+            session.execute(text(statement.rstrip(";").replace(": ", r"\: ")))
+    database.migrate()
+    scope = {"jetsons": group_scopes.read(["class:*/*/cuda", "agent:0.4.*"])}
+    with database.session() as session:
+        found = {row.id: row for row in session.scalars(select(Device))}
+        assert {name: (d.agent_version, d.stale_groups) for name, d in found.items()} == {
+            "d1": ("0.4.1", False), "d2": (None, False), "d3": (None, False)
+        }  # fmt: skip
+        assert not any(grouping.regroup(row, {}) for row in found.values())
+        assert not session.get(DeviceGroup, ("d1", "canary")).by_scope
+        assert [grouping.regroup(found[name], scope) for name in ("d1", "d2", "d3")] == [True, False, False]
+        assert session.get(EnrolmentToken, "t1").labels is None
+    with database.reading() as session:
+        rows = session.execute(select(DeviceGroup.name, DeviceGroup.by_scope).order_by(DeviceGroup.name)).all()
+        assert [tuple(row) for row in rows] == [("canary", False), ("jetsons", True)]
 
 
 def test_changes_are_numbered_in_the_order_in_which_they_can_be_seen(database):

@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, Response
 
 from fleet_server.api import http
 from fleet_server.api.health import Health
-from fleet_server.api.operator import access, ca, devices, document, enrolment, events, keys, releases, rollouts, server
+from fleet_server.api.operator import access, ca, devices, document, enrolment, events, groups, keys, releases, rollouts, server
 from fleet_server.api.operator.routes import API, Route, endpoint, guard
 
 HEALTH = "/health"
@@ -25,6 +25,7 @@ STATIC = Path(__file__).parents[2] / "web" / "static"
 SUBJECTS: Mapping[str, tuple[Route, ...]] = {
     "server": server.ROUTES,
     "devices": devices.ROUTES,
+    "groups": groups.ROUTES,
     "enrolment": enrolment.ROUTES,
     "ca": ca.ROUTES,
     "access": access.ROUTES,
@@ -49,6 +50,7 @@ KINDS = {
 class Parts(
     server.Parts,
     devices.Parts,
+    groups.Parts,
     enrolment.Parts,
     ca.Parts,
     access.Parts,

@@ -15,6 +15,7 @@ Version = Annotated[int, Field(ge=1, le=2**53 - 1)]
 
 
 ScopeText = Annotated[str, Field(max_length=8192, examples=["group:canary", "label:site=berlin", "device:crane-1,crane-2"])]
+ConditionText = Annotated[str, Field(max_length=8192, examples=["label:site=berlin", "class:aarch64/*/cuda", "agent:0.4.*"])]
 Scopes = Annotated[list[ScopeText], Field(max_length=8)]
 
 
@@ -26,6 +27,12 @@ class Groups(Body):
     """All groups the device shall be in; those not named it leaves."""
 
     groups: Annotated[list[Name], Field(max_length=64)]
+
+
+class GroupScope(Body):
+    """Conditions that the devices of a group meet, all of them."""
+
+    scope: Annotated[list[ConditionText], Field(min_length=1, max_length=8)]
 
 
 class Labels(Body):
@@ -42,10 +49,11 @@ class LateRenewal(Body):
 
 
 class NewEnrolmentToken(Body):
-    """`device`: only this id may join with it. `groups`: what the joining devices are put in."""
+    """`device`: only this id may join with it. `groups`, `labels`: what the joining devices are put in and given."""
 
     device: Name | None = None
     groups: Annotated[list[Name], Field(max_length=64)] = []
+    labels: Annotated[dict[str, str], Field(max_length=32)] = {}
     uses: Annotated[int, Field(ge=1, le=100_000)] = 1
     ttl_s: Annotated[float, Field(gt=0, le=365 * 86400)] = 86400.0
 

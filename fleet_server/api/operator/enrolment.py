@@ -27,7 +27,7 @@ class Parts(Protocol):
 def create_enrolment_token(parts: Parts, request: Request, body: NewEnrolmentToken) -> EnrolmentTokenMade:
     """Makes an enrolment token. `string` is what the device is given; it is shown this once."""
     return parts.enrolment.create_token(
-        actor_of(request), device=body.device, groups=list(body.groups), uses=body.uses, ttl_s=body.ttl_s
+        actor_of(request), device=body.device, groups=list(body.groups), uses=body.uses, ttl_s=body.ttl_s, labels=body.labels
     )
 
 
