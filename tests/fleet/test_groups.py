@@ -26,6 +26,7 @@ from fleet_server.storage.models import Device
 from tests.fleet.stand import Device as Joining
 from tests.fleet.stand import make_csr, wait_until
 from tests.fleet.test_device_listener import record_of
+from tests.fleet.test_intake import Known as Enrolled
 from tests.fleet.test_scopes import Scoped
 
 JETSON, PI, PC = "aarch64/NVIDIA Jetson Orin Nano/cuda", "aarch64/Raspberry Pi 5/-", "x86_64/-/-"
@@ -456,7 +457,7 @@ class Anything(Filled):
     def does_join(self, one, two):
         name = NAMES[one % 4]
         if name not in self.devices:
-            self.join(name)
+            self.devices[name], self.counters[name] = Enrolled(self.fleet, name), 0
             self.facts[name] = {"by_hand": set(), "is": [{}, "", ""]}
 
     def does_label(self, one, two):
@@ -549,6 +550,29 @@ def tried(anything, done, often):
         if number % often == 0:
             anything.compare()
     anything.compare()
+
+
+@pytest.mark.parametrize(
+    "done",
+    [
+        [("does_set", 0, 5), ("does_remove", 0, 0)],
+        [("does_set", 0, 5), ("does_remove", 0, 0), ("does_give", 0, 3), ("does_set", 0, 5)],
+        [("does_give", 2, 0), ("does_set", 2, 5), ("does_set", 0, 5), ("does_give", 0, 3), ("does_label", 0, 0)],
+        [("does_set", 1, 0), ("does_label", 1, 0), ("does_label", 1, 1), ("does_set", 1, 1), ("does_label", 1, 2)],
+        [("does_set", 0, 3), ("does_report", 0, 0), ("does_label", 0, 1), ("does_report", 0, 1)],
+        [("does_set", 1, 4), ("does_report", 2, 1), ("does_start_anew", 0, 0), ("does_report", 2, 0)],
+        [
+            ("does_set", 0, 5),
+            ("does_set", 1, 2),
+            ("does_delete", 0, 0),
+            ("does_join", 0, 0),
+            ("does_report", 0, 1),
+            ("does_remove", 1, 0),
+        ],
+    ],
+)
+def test_each_thing_that_may_happen(anything, done):
+    tried(anything, done, 1)
 
 
 @settings(max_examples=10, **EXAMPLES)
