@@ -42,6 +42,7 @@ REGROUPING = (
 )
 MAX_REGROUPING_BYTES = 1024
 READ_AT_ONCE = 1000
+STALE_AT_ONCE = 200  # they are read in the step's own transaction, so that none is marked anew in between
 SIGNED_AT_ONCE, SIGNED_FOR_S = 100, 0.05
 """A step signs no more records than this, and begins none after so long: whoever writes waits for it no longer than for a batch of reports."""
 
@@ -195,7 +196,7 @@ class Groups:
             if session.execute(stale.limit(1)).one_or_none() is None:
                 return False
         with self._database.session() as session:
-            rows, found = session.execute(stale.limit(READ_AT_ONCE)).all(), grouping.scopes(session)
+            rows, found = session.execute(stale.limit(STALE_AT_ONCE)).all(), grouping.scopes(session)
             differ = [row.id for row in rows if grouping.differs(row, found)]
             same = [row.id for row in rows if row.id not in set(differ)]
             for begin in range(0, len(same), SIGNED_AT_ONCE):
@@ -205,7 +206,7 @@ class Groups:
             events = [self._inventory.note_groups(session, row) for row in changed]
         if changed:
             self._inventory.groups_changed([row.id for row in changed], events)
-        return len(rows) == READ_AT_ONCE or looked_at < len(differ)
+        return len(rows) == STALE_AT_ONCE or looked_at < len(differ)
 
     def _go_on(self) -> bool:
         """With the regrouping that is under way."""

@@ -118,7 +118,7 @@ def refuse_nobody(session: Session, model: str, scope: Scope) -> None:
         for value in condition.values:
             one = (type(condition)(kind=condition.kind, values=(value,)),)
             if not any(meets(one, device) for device in devices):
-                raise Invalid(f"no device is in {text_of(one)}{_known(condition.kind, devices)}", code="nobody")
+                raise Invalid(f"no device is in {text_of(one)}{_hint(condition.kind, value, devices)}", code="nobody")
     if not any(meets(scope, device) for device in devices):
         raise Invalid(f"no device is in {text_of(scope)}: each of its conditions has devices, and none has all", code="nobody")
     ahead = [rule for rule in of_models(session).get(model, ()) if rule.release is not None and rank(rule.scope) < rank(scope)]
@@ -128,6 +128,12 @@ def refuse_nobody(session: Session, model: str, scope: Scope) -> None:
             "remove` ends one",
             code="nobody",
         )
+
+
+def _hint(kind: str, value: str, devices: Iterable[Identity]) -> str:
+    if kind == "class" and "*" in value:
+        return f"; only the scope of a group may have *: `edge-fleet group set GROUP 'class:{value}'`, and then --scope group:GROUP"
+    return _known(kind, devices)
 
 
 def _known(kind: str, devices: Iterable[Identity]) -> str:

@@ -165,6 +165,7 @@ def test_a_device_that_is_deleted_in_the_middle_is_not_waited_for(story):
         (["group:canray"], "no device is in group:canray; devices have: canary"),
         (["label:site=berlin"], "no device is in label:site=berlin"),
         (["class:riscv/-/-"], "no device is in class:riscv/-/-"),
+        (["class:riscv/*/-"], "group set GROUP 'class:riscv/"),
         (["device:plain-1,plain-9"], "no device is in device:plain-9"),
         (["group:canary", "device:plain-1"], "none has all"),
     ],
