@@ -53,7 +53,7 @@ class World:
     def counts(self) -> Counts:
         c = self.counted
         return Counts(
-            committed=c["committed"], refused=c["refused"], pending=c["pending"], timed_out=c["timed_out"], lost=c["lost"],
+            committed=c["committed"], refused=c["refused"], told=c["told"], timed_out=c["timed_out"], lost=c["lost"],
             offline=c["offline"],
         )  # fmt: skip
 
@@ -146,13 +146,13 @@ def _tell(world: World, device: int, told: set[int], coming: list[tuple[float, i
         world.put(device, "offline")
         return
     told.add(device)
-    world.put(device, "pending")
+    world.put(device, "told")
     if kind == "lost":
         heapq.heappush(coming, (at + SILENCE_MIN, device, "lost"))
         return
     if fleet.flaps[device]:
         heapq.heappush(coming, (now + 0.4 * fleet.takes[device], device, "lost"))
-        heapq.heappush(coming, (now + 0.7 * fleet.takes[device], device, "pending"))
+        heapq.heappush(coming, (now + 0.7 * fleet.takes[device], device, "told"))
     if fleet.down is not None and fleet.site[device] == fleet.down[0] and now < fleet.down[1] < at:
         heapq.heappush(coming, (fleet.down[1] + SILENCE_MIN, device, "lost"))
         at += fleet.down[2] - fleet.down[1]
@@ -241,7 +241,7 @@ class NoGate:
     name: ClassVar[str] = "no gate"
 
     def judge(self, world: World) -> Literal["stop", "pass", "wait"]:
-        return "wait" if world.counted["pending"] else "pass"
+        return "wait" if world.counted["told"] else "pass"
 
     def reach(self, world: World) -> int:
         return world.goal
@@ -269,7 +269,7 @@ class AnsweredShare(NoGate):
         bad, ended = c["refused"] + c["timed_out"] + c["lost"], c["refused"] + c["timed_out"] + c["lost"] + c["committed"]
         if ended >= 10 and bad >= 0.10 * ended:
             return "stop"
-        return "wait" if c["pending"] else "pass"
+        return "wait" if c["told"] else "pass"
 
 
 class FirstFailure(NoGate):
@@ -295,7 +295,7 @@ class Sketch(NoGate):
         bad, heard = self._bad(world)
         if _is_above(0.03, bad, heard):
             return "stop"
-        if world.counted["pending"]:
+        if world.counted["told"]:
             return "wait"
         return (
             "pass"
@@ -304,7 +304,7 @@ class Sketch(NoGate):
         )
 
     def reach(self, world: World) -> int:
-        if world.counted["pending"] or world.reached >= world.goal:
+        if world.counted["told"] or world.reached >= world.goal:
             return world.reached
         bad, heard = self._bad(world)
         if not world.reached or _is_below(0.10, bad, heard):

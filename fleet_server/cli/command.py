@@ -150,6 +150,10 @@ def with_json(function: Callable[P, R]) -> Callable[P, R]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(function)
 
 
+def with_plan(function: Callable[P, R]) -> Callable[P, R]:
+    return click.option("--plan", is_flag=True, help="Show what it would do to which devices, and change nothing.")(function)
+
+
 def show(data: Any, as_json: bool, table: Callable[[Any], None]) -> None:
     if as_json:
         click.echo(json.dumps(data, indent=2))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from fleet_server.cli import progress, tables
-from fleet_server.cli.command import Command, Group, agreed, connected, reports_errors, segment, show, with_json
+from fleet_server.cli import progress, rollout_tables, tables
+from fleet_server.cli.command import Command, Group, agreed, connected, reports_errors, segment, show, with_json, with_plan
 from fleet_server.cli.signing import publishing
 from fleet_server.errors import Conflict, ServerRefused
 
@@ -171,23 +171,30 @@ def release_delete(ctx: click.Context, ref: str, *, yes: bool, as_json: bool) ->
 @click.command(cls=Command)
 @click.argument("ref", metavar="RELEASE")
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@with_plan
 @with_json
 @click.pass_context
 @reports_errors
-def withdraw(ctx: click.Context, ref: str, *, yes: bool, as_json: bool) -> None:
+def withdraw(ctx: click.Context, ref: str, *, yes: bool, plan: bool, as_json: bool) -> None:
     """Forbids a release: no device may run it; those that do go back to the one before. Devices remember it for good,
-    unless the release's publisher reinstates it.
+    unless the release's publisher reinstates it. Where it asks, it shows first what it would do.
 
+    edge-fleet withdraw digits:4 --plan
     edge-fleet withdraw digits:4
     """
     from agent.contract import names
 
     parsed = names.ReleaseRef.parse(ref)
-    agreed(f"Withdraw {parsed} from every device?", yes=yes)
-    said = f"{parsed} is withdrawn"
+    where, said = f"/releases/{segment(parsed.model)}/{parsed.version}/withdraw", f"{parsed} is withdrawn"
     with connected(ctx) as client:
+        if plan:
+            show(client.post(f"{where}/plan"), as_json, rollout_tables.change)
+            return
         try:
-            done = client.post(f"/releases/{segment(parsed.model)}/{parsed.version}/withdraw")
+            if not yes:
+                rollout_tables.change(client.post(f"{where}/plan"), err=True)
+            agreed(f"Withdraw {parsed} from every device?", yes=yes)
+            done = client.post(where)
         except ServerRefused as error:
             if error.code != "withdrawn":
                 raise

@@ -22,6 +22,7 @@ from fleet_server.cli.command import (
     segment,
     show,
     with_json,
+    with_plan,
     with_scope,
 )
 from fleet_server.errors import FleetError, Unavailable
@@ -33,9 +34,6 @@ WATCH_S = 1.0
 AWAY_S = 60.0
 MOST_RATE = 1_000_000.0
 OVER = frozenset({"completed", "superseded", "aborted"})
-STANDINGS = (
-    "committed", "shadowed", "refused", "failed", "rolled_back", "pending", "timed_out", "lost", "held", "skipped", "offline",
-)  # fmt: skip
 
 
 @click.group(cls=Group)
@@ -273,15 +271,21 @@ def rollout_list(ctx: click.Context, model: str | None, *, as_json: bool) -> Non
 
 @rollout.command("devices")
 @click.argument("rollout_id")
-@click.option("--standing", type=click.Choice(STANDINGS), help="Only devices that stand like this to its release.")
+@click.option(
+    "--standing",
+    type=click.Choice(rollout_tables.STANDINGS),
+    help="Only devices that stand like this to its release; pending: all that have still to answer.",
+)
 @click.option("--limit", type=click.IntRange(1), help="At most so many [default: all].")
 @with_json
 @click.pass_context
 @reports_errors
 def rollout_devices(ctx: click.Context, rollout_id: str, standing: str | None, limit: int | None, *, as_json: bool) -> None:
-    """Lists the devices that a rollout reaches, and how each stands to its release by its last report.
+    """Lists the devices in the scope of a rollout, and how each stands to its release by its last report. Those that were told and then
+    deleted, shut out or moved to where the rollout does not go are among them (left).
 
     edge-fleet rollout devices r3-9f1c --standing rolled_back
+    edge-fleet rollout devices r3-9f1c --standing pending
     """
     with connected(ctx) as client:
         show(list(itertools.islice(_all_of(client, rollout_id, standing), limit)), as_json, rollout_tables.standings)
@@ -307,7 +311,28 @@ def _rollout_verb(verb: str, text: str) -> None:
 
 
 _rollout_verb("approve", "Lets a rollout begin that another person started (rollouts.approval in fleet.yaml).")
-_rollout_verb("promote", "Confirms that the next wave of a rollout begins.")
+
+
+@rollout.command("promote")
+@click.argument("rollout_id")
+@with_plan
+@with_json
+@click.pass_context
+@reports_errors
+def rollout_promote(ctx: click.Context, rollout_id: str, *, plan: bool, as_json: bool) -> None:
+    """Confirms that the next wave of a rollout begins.
+
+    edge-fleet rollout promote r3-9f1c --plan
+    edge-fleet rollout promote r3-9f1c
+    """
+    where = f"/rollouts/{segment(rollout_id)}/promote"
+    with connected(ctx) as client:
+        if plan:
+            show(client.post(f"{where}/plan"), as_json, rollout_tables.change)
+        else:
+            show(client.post(where), as_json, rollout_tables.rollout)
+
+
 _rollout_verb("pause", "Begins no further wave; devices already reached go on.")
 _rollout_verb("resume", "Lets a paused rollout go on.")
 _rollout_verb("abort", "Ends a rollout; every device goes back to the release before.")
@@ -338,14 +363,16 @@ _of_a_device("unskip", "Lets a device that was skipped count again.")
 @click.option("--to", "version", type=click.IntRange(1), help="The version to go back to [default: the one before].")
 @click.option("--forward", is_flag=True, help="With --to: it may be newer than what runs, if every device had it before.")
 @with_scope
+@with_plan
 @with_json
 @click.pass_context
 @reports_errors
 def rollback(
-    ctx: click.Context, model: str, version: int | None, scopes: tuple[str, ...], *, forward: bool, as_json: bool
+    ctx: click.Context, model: str, version: int | None, scopes: tuple[str, ...], *, forward: bool, plan: bool, as_json: bool
 ) -> None:
     """Takes every device back to an earlier release at once. It never goes to a newer one unless you say so.
 
+    edge-fleet rollback digits --plan
     edge-fleet rollback digits
     edge-fleet rollback digits --to 2
     edge-fleet rollback digits --to 4 --forward
@@ -353,6 +380,10 @@ def rollback(
     """
     if forward and version is None:
         raise click.UsageError("--forward goes with --to: which release is it?")
+    where, body = f"/models/{segment(model)}/rollback", {"to": version, "forward": forward, "scope": list(scopes)}
     with connected(ctx) as client:
-        done = client.post(f"/models/{segment(model)}/rollback", {"to": version, "forward": forward, "scope": list(scopes)})
+        if plan:
+            show(client.post(f"{where}/plan", body), as_json, rollout_tables.change)
+            return
+        done = client.post(where, body)
     show(done, as_json, lambda data: click.echo(f"{data['model']} goes from version {data['left']} to {data['release']}"))

@@ -26,6 +26,8 @@ BAR = 24
 NAMED = 5
 """Devices that are named of those that are waited for."""
 
+WAITED_FOR = frozenset({*rollout_tables.TO_ANSWER, "pending", "failed"})
+
 ASKS = {
     "proposed": "edge-fleet rollout approve {id}",
     "waiting": "edge-fleet rollout promote {id}",
@@ -97,7 +99,7 @@ def lines(r: dict[str, Any]) -> list[str]:
     before = f"{r['model']}:{r['previous']}" if r["previous"] else "nothing"
     found = [f"{r['id']}  {r['model']}:{r['release']} after {before}  {r['state']} {r['reason']}".rstrip()]
     counts = r["verdict"]["counts"] if r["verdict"] else {}
-    answered = sum(counts.values()) - sum(counts.get(name, 0) for name in ("pending", "failed", "offline"))
+    answered = sum(number for name, number in counts.items() if name not in rollout_tables.NOT_ANSWERED)
     reached = 0
     for number, wave in enumerate(r["waves"]):
         size, past = max(0, wave["devices"] - reached), number < r["wave"] or r["state"] == "completed"
@@ -110,11 +112,9 @@ def lines(r: dict[str, Any]) -> list[str]:
     if r["reach"] < rollout_tables.EVERYONE and r["state"] == "running":
         said += f"{'; ' if said else ''}more are told as these answer"
     found += [f"  {said}"] if said else []
-    waited = [
-        one["device"] for one in (r["verdict"] or {"evidence": []})["evidence"] if one["standing"] in {"pending", "failed"}
-    ]
+    waited = [one["device"] for one in (r["verdict"] or {"evidence": []})["evidence"] if one["standing"] in WAITED_FOR]
     if waited:
-        more = counts.get("pending", 0) + counts.get("failed", 0) - len(waited[:NAMED])
+        more = sum(counts.get(name, 0) for name in WAITED_FOR) - len(waited[:NAMED])
         found.append(f"  waits for {', '.join(waited[:NAMED])}{f' and {more} more' if more > 0 else ''}")
     if r["waits_for"]:
         found.append(f"  waits: {r['waits_for']}")

@@ -7,6 +7,17 @@ from typing import Any
 from fleet_server.cli.tables import ago, console, moment, safe, size, table, words
 
 EVERYONE = 1000
+TO_ANSWER = (
+    "told", "fetching", "trialing", "shadowing", "waiting", "canarying", "activating", "watching", "rolling_back",
+)  # fmt: skip
+"""Standings of devices that are there, were told, and have not answered."""
+
+STANDINGS = (
+    "committed", "shadowed", "refused", "failed", "rolled_back", *TO_ANSWER, "timed_out", "lost", "held", "skipped", "offline",
+    "not_reached", "left", "pending",
+)  # fmt: skip
+NOT_ANSWERED = frozenset({*TO_ANSWER, "pending", "failed", "offline", "not_reached", "left"})
+MOVED = ("devices", "changing", "online", "serving", "held", "refusing", "unfit", "unknown")
 PREVIEWED = ("devices", "online", "serving", "held", "refusing", "unfit", "unknown")
 
 
@@ -38,6 +49,28 @@ def previews(found: list[dict[str, Any]]) -> None:
         table("WAVE|ADDS|DEVICES|THERE NOW|SERVE IT|HELD|REFUSE IT|NO VARIANT|UNKNOWN|TO FETCH", rows, "no wave")
         for worry in one["worries"]:
             out.print(f"[yellow]![/yellow] {safe(worry)}")
+
+
+def change(data: dict[str, Any], *, err: bool = False) -> None:
+    """What a change would do. `err`: beside what programs read."""
+    out = console(err=err)
+    out.print(f"[bold]if done:[/bold] {safe(data['says'])}")
+    rows: list[list[object]] = [
+        [_goes_to(move), *(move[name] for name in MOVED), size(move["fetch_bytes"])] for move in data["moves"]
+    ]
+    headings = "TOLD TO RUN|DEVICES|CHANGE|THERE NOW|RUN IT|HELD|REFUSE IT|NO VARIANT|UNKNOWN|TO FETCH"
+    table(headings, rows, "no device is told anything else than now", err=err)
+    for move in data["moves"]:
+        for kind, number in move["unfit_classes"].items():
+            out.print(f"[yellow]![/yellow] no variant of {safe(_goes_to(move))} fits {safe(kind)}: {number}")
+    for worry in data["worries"]:
+        out.print(f"[yellow]![/yellow] {safe(worry)}")
+
+
+def _goes_to(move: dict[str, Any]) -> str:
+    if move["release"] is None:
+        return f"no release of {move['model']}"
+    return f"{move['model']}:{move['release']}{' on copies of requests' if move['mode'] == 'shadow' else ''}"
 
 
 def reach(wave: Any) -> str:

@@ -54,27 +54,27 @@ def size(number: float) -> str:
     return f"{number:.1f} GiB"
 
 
-def console() -> Console:
-    """Where tables are printed: as wide as they are where nobody looks."""
+def console(*, err: bool = False) -> Console:
+    """Where tables are printed: as wide as they are where nobody looks. `err`: beside what programs read."""
     from rich.console import Console
 
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(width=WIDTH_WITHOUT_TERMINAL, highlight=False)
+    found = Console(highlight=False, stderr=err)
+    return found if found.is_terminal else Console(width=WIDTH_WITHOUT_TERMINAL, highlight=False, stderr=err)
 
 
-def table(headings: str, rows: list[list[object]], empty: str) -> None:
-    """Prints rows below `headings`, which `|` separates, or `empty` without any."""
+def table(headings: str, rows: list[list[object]], empty: str, *, err: bool = False) -> None:
+    """Prints rows below `headings`, which `|` separates, or `empty` without any. `err`: beside what programs read."""
     from rich.table import Table
 
     if not rows:
-        console().print(f"[dim]{empty}[/dim]")
+        console(err=err).print(f"[dim]{empty}[/dim]")
         return
     made = Table(box=None, header_style="bold", pad_edge=False)
     for heading in headings.split("|"):
         made.add_column(heading)
     for row in rows:
         made.add_row(*(safe(cell) for cell in row))
-    console().print(made)
+    console(err=err).print(made)
 
 
 def labels(found: dict[str, str]) -> str:

@@ -23,7 +23,7 @@ from fleet_server.errors import Conflict, Invalid, NotFound, Refused
 from fleet_server.journal import EventView, Happening, Journal
 from fleet_server.releases.repository import Repository
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import Certificate, Device, DeviceModel, Setting, SkippedDevice, ToldDevice
+from fleet_server.storage.models import Certificate, Device, DeviceModel, Setting, SkippedDevice
 
 SERIAL_FLOOR = "deleted_serial"  # the row of `settings` with the largest record serial of a device that was deleted
 ENDS_SOON = 6  # a certificate with less than this part of its life left ends soon
@@ -194,7 +194,7 @@ class Inventory:
             with self._database.session() as session:
                 row = _row(session, device)
                 self._revoke_certificates(session, device)
-                for table in (DeviceModel, ToldDevice, SkippedDevice):
+                for table in (DeviceModel, SkippedDevice):  # who was told does not vanish from the count of a rollout
                     session.execute(delete(table).where(table.device == device))
                 told.forget(session, device)
                 session.delete(row)

@@ -144,24 +144,7 @@ class FleetAssignment:
 
     def _document(self, session: Session, version: int) -> Assignment:
         models = {row.model: row for row in session.scalars(select(ModelRow))}
-        query = select(RolloutRow).where(RolloutRow.state.in_(rows.BEGUN), RolloutRow.scope == "")
-        active, scoped = {row.model: row for row in session.scalars(query)}, rules.of_models(session)
-        withdrawn: dict[str, list[int]] = {}
-        for model, number in session.execute(
-            select(ReleaseRow.model, ReleaseRow.version).where(ReleaseRow.withdrawn.is_(True))
-        ):
-            withdrawn.setdefault(model, []).append(number)
-        told = {
-            model: ModelAssignment(
-                release=models[model].release if model in models else None,
-                rollout=rows.as_assigned(active[model]) if model in active else None,
-                withdrawn=tuple(sorted(withdrawn.get(model, []))),
-                rules=scoped.get(model, ()),
-            )
-            for model in sorted({*models, *active, *scoped})
-        }
-        excluded = exclusions.in_force(session, {model: one.named() for model, one in told.items()})
-        told = {model: msgspec.structs.replace(one, excluded=excluded.get(model, ())) for model, one in told.items()}
+        told = of_models(session)
         return Assignment(
             fleet=self._fleet,
             version=version,
@@ -184,3 +167,24 @@ class FleetAssignment:
             found = [session.get(ReleaseRow, (model, number)) for model, number in refs if number is not None]
             leases = [catalogue.summary_of(row).lease_s for row in found if row is not None]
         return min((lease for lease in leases if lease is not None), default=None)
+
+
+def of_models(session: Session) -> dict[str, ModelAssignment]:
+    """Model → what devices are told of it, by what the database says."""
+    models = {row.model: row for row in session.scalars(select(ModelRow))}
+    query = select(RolloutRow).where(RolloutRow.state.in_(rows.BEGUN), RolloutRow.scope == "")
+    active, scoped = {row.model: row for row in session.scalars(query)}, rules.of_models(session)
+    withdrawn: dict[str, list[int]] = {}
+    for model, number in session.execute(select(ReleaseRow.model, ReleaseRow.version).where(ReleaseRow.withdrawn.is_(True))):
+        withdrawn.setdefault(model, []).append(number)
+    told = {
+        model: ModelAssignment(
+            release=models[model].release if model in models else None,
+            rollout=rows.as_assigned(active[model]) if model in active else None,
+            withdrawn=tuple(sorted(withdrawn.get(model, []))),
+            rules=scoped.get(model, ()),
+        )
+        for model in sorted({*models, *active, *scoped})
+    }
+    excluded = exclusions.in_force(session, {model: one.named() for model, one in told.items()})
+    return {model: msgspec.structs.replace(one, excluded=excluded.get(model, ())) for model, one in told.items()}

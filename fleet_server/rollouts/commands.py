@@ -9,21 +9,24 @@ import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from agent.contract.assignment import Mode, parse_window
+from agent.contract.assignment import EVERYONE, Mode, parse_window
 from agent.contract.names import ReleaseRef
 from agent.contract.scopes import EVERYBODY, Scope, text_of
 from fleet_server.access import Actor
 from fleet_server.errors import Conflict, Invalid
 from fleet_server.releases import catalogue
 from fleet_server.rollouts import beginning, planning, retries, rows, rules, steps, superseding, teams, wording
+from fleet_server.rollouts.decisions import Decision
 from fleet_server.rollouts.gates import Rules
 from fleet_server.rollouts.machine import TERMINAL, Event, State, Wave
+from fleet_server.rollouts.moves import ChangePreview
 from fleet_server.rollouts.superseding import Plans
 from fleet_server.rollouts.views import RolloutDetail
 from fleet_server.rollouts.what_runs import WhatRuns
 from fleet_server.storage.models import Device, RolloutRow
 
 WEEK_S = 7 * 86400.0
+PROMOTED = ("rollout_promoted", "goes on to {wave}")
 
 
 class Rollouts(WhatRuns):
@@ -222,7 +225,16 @@ class Rollouts(WhatRuns):
 
     def promote(self, actor: Actor, rollout_id: str) -> RolloutDetail:
         """Confirms that the next wave begins."""
-        return self._ask(actor, rollout_id, Event.PROMOTE, "rollout_promoted", "goes on to {wave}")
+        return self._ask(actor, rollout_id, Event.PROMOTE, *PROMOTED)
+
+    def preview_promote(self, actor: Actor, rollout_id: str) -> ChangePreview:
+        """What the next wave would do once it has told all of its devices. Nothing is changed.  Raises: as `promote`."""
+
+        def change(decision: Decision) -> None:
+            team = self._asked(decision, actor, rollout_id, Event.PROMOTE, *PROMOTED)
+            steps.grow(decision.session, team, EVERYONE, None)
+
+        return self._preview(change)
 
     def pause(self, actor: Actor, rollout_id: str) -> RolloutDetail:
         return self._ask(actor, rollout_id, Event.PAUSE, "rollout_paused", "is paused; devices already reached go on")
@@ -238,18 +250,21 @@ class Rollouts(WhatRuns):
         """Lets an event happen to the whole team of a rollout.  Raises: NotFound, Conflict."""
         with self._decisions.lock:
             with self._decisions.one() as decision:
-                session = decision.session
-                team = teams.of(session, rows.find(session, rollout_id))
-                row = team[0]
-                reason = f"by {actor.name}" if event in {Event.ABORT, Event.COMPLETE} else ""
-                steps.apply(session, team, event, self._clock(), reason=reason)
-                self._journal.audit(session, actor, f"rollout.{event.value}", row.id)
-                wave = wording.reach(rows.plan_of(row).waves[row.wave], rules.scope_of(row))
-                said = text.format(wave=wave, previous=wording.previous(team), who=actor.name, all=wording.everywhere(team))
-                message = f"{row.id} ({wording.named(team)}) {said}"
-                decision.note(name, message, model=row.model, release=row.release)
+                self._asked(decision, actor, rollout_id, event, name, text)
             self._judge.evaluate_one(rollout_id)
             return self._views.rollout(rollout_id)
+
+    def _asked(self, decision: Decision, actor: Actor, rollout_id: str, event: Event, name: str, text: str) -> list[RolloutRow]:
+        session = decision.session
+        team = teams.of(session, rows.find(session, rollout_id))
+        row = team[0]
+        reason = f"by {actor.name}" if event in {Event.ABORT, Event.COMPLETE} else ""
+        steps.apply(session, team, event, self._clock(), reason=reason)
+        self._journal.audit(session, actor, f"rollout.{event.value}", row.id)
+        wave = wording.reach(rows.plan_of(row).waves[row.wave], rules.scope_of(row))
+        said = text.format(wave=wave, previous=wording.previous(team), who=actor.name, all=wording.everywhere(team))
+        decision.note(name, f"{row.id} ({wording.named(team)}) {said}", model=row.model, release=row.release)
+        return team
 
     def skip(self, actor: Actor, rollout_id: str, device: str) -> RolloutDetail:
         """Takes a device out of the count of a rollout: no wave waits for it, and what it answers says nothing of the release. It is

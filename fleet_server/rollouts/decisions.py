@@ -51,3 +51,14 @@ class Decisions:
                 self._journal.announce(decision.events)
             if decision.events or decision.verdict_changed:
                 self._journal.changed("rollouts")
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[Decision]:
+        """A decision of which nothing stays: what would follow from it can be read in the block."""
+        with self.lock, contextlib.suppress(_Undone), self._database.session() as session:
+            yield Decision(session, self._journal)
+            raise _Undone
+
+
+class _Undone(Exception):
+    """Ends a transaction without a trace."""

@@ -21,6 +21,10 @@ from fleet_server.rollouts.gates import Fact
 from fleet_server.rollouts.tally import NOT_QUARANTINED, Entry, quarantined
 from fleet_server.storage.models import Device, DeviceModel, RolloutRow, SkippedDevice, ToldDevice
 
+DELETED, SHUT_OUT = "it was deleted", "it is shut out"
+MOVED = "by its groups and labels it follows another rule now, or is in none of the rollout's waves so far"
+"""Why a device that was told is none of the rollout's devices any more."""
+
 MESSAGE_CHARS, REASON_CHARS = 500, 128  # of what a device says; verdicts and views repeat it
 ROWS_AT_ONCE = 500
 
@@ -122,23 +126,26 @@ def seen(about: About, row: Any, hearing: Hearing, now: float, told: float | Non
     said = row if row.phase is not None else None
     release = about.wave.release
     serves = said is not None and said.serving == release and not row.revoked
-    nothing = Seen(row.id, Entry(None, row.hardware_class, serves))
-    if row.revoked or row.hardware_class in about.excluded or not is_in_scope(about, row):
-        return nothing
+    nothing = Entry(None, row.hardware_class, serves)
+    told_at = told if row.told is None else row.told
+    if told_at is not None and not about.over:
+        nothing = msgspec.structs.replace(nothing, fact=left(row.id, SHUT_OUT if row.revoked else MOVED))
+    if row.revoked:
+        return Seen(row.id, nothing)
+    if row.hardware_class in about.excluded:
+        return Seen(row.id, Entry(None, row.hardware_class, serves))
+    if not is_in_scope(about, row):
+        return Seen(row.id, nothing)
     if not reaches(about.wave, row.id, row.groups):
-        if about.over or about.reach >= EVERYONE or not reaches(about.goal, row.id, row.groups):
-            return nothing
-        place, there = slot(about.wave.team or about.wave.id, row.id), row.present and row.last_seen is not None
-        return Seen(row.id, Entry(None, row.hardware_class, serves, ahead=place, there=there))
+        return Seen(row.id, _not_reached(about, row, nothing))
     attempt = attempt_of(about, row.retries)
     if about.over:
         fact = fact_of(row.id, True, said, release, {}, about.wave.id, attempt)
-        return Seen(row.id, Entry(fact, row.hardware_class, serves)) if quarantined(fact) else nothing
+        return Seen(row.id, Entry(fact if quarantined(fact) else None, row.hardware_class, serves))
     there = row.present and row.last_seen is not None
     silent_at = hearing.silent_at(row.last_seen) if there else math.inf
     online = there and now < silent_at
     several = shared_identity.are_several(row.shared, now)
-    told_at = told if row.told is None else row.told
     told_now = online and told_at is None
     late_at = (now if told_at is None else told_at) + about.time_limit_s
     fact = msgspec.structs.replace(
@@ -152,6 +159,28 @@ def seen(about: About, row: Any, hearing: Hearing, now: float, told: float | Non
     )
     entry = Entry(of_one(fact, several=several), row.hardware_class, serves)
     return Seen(row.id, entry, until, silent=there and not online, told_now=told_now)
+
+
+def _not_reached(about: About, row: Any, nothing: Entry) -> Entry:
+    """Of a device in the scope, which the rollout has not come to. `nothing`: what it is where the rollout never will."""
+    if about.over:
+        return nothing
+    waits = msgspec.structs.replace(nothing, not_reached=nothing.fact is None)
+    if about.reach >= EVERYONE or not reaches(about.goal, row.id, row.groups):
+        return waits
+    there = row.present and row.last_seen is not None
+    return msgspec.structs.replace(waits, ahead=slot(about.wave.team or about.wave.id, row.id), there=there)
+
+
+def left(device: str, why: str) -> Fact:
+    """What is left of a device that was told, and is none of the rollout's devices any more."""
+    return Fact(device, online=False, serving_it=False, message=why, told=True, left=True)
+
+
+def deleted(about: About) -> Select[Any]:
+    """The query of the devices (`id`) that were told of the rollout and deleted since."""
+    query = select(ToldDevice.device.label("id")).where(ToldDevice.rollout == about.wave.id)
+    return query.where(~select(Device.id).where(Device.id == ToldDevice.device).exists())
 
 
 def of_one(fact: Fact, *, several: bool) -> Fact:

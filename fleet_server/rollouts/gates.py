@@ -1,14 +1,14 @@
 """What the devices of a wave answered, and what follows. Pure.
 
 Only what a device signed counts, and only together with the digest that it really serves: a device that says "committed" and
-serves other bytes is pending, not a success. A device that was not there since its wave began says nothing about the release. One
-that was there when it was told, and is silent since, may be silent because of the release: a wave does not wait for it, and does not
+serves other bytes has still to answer, and is no success. A device that was not there since its wave began says nothing about the release.
+One that was there when it was told, and is silent since, may be silent because of the release: a wave does not wait for it, and does not
 pass when there are too many like it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 
 import msgspec
@@ -18,19 +18,48 @@ from fleet_server.rollouts import sequential
 
 
 class Standing(str, Enum):
-    """How one device stands to the release of a rollout."""
+    """How one device stands to the release of a rollout. Those from `TOLD` to `ROLLING_BACK` have still to answer; but for the first, they are
+    called as the phase that the device's update is in.
+    """
 
     COMMITTED = "committed"
     SHADOWED = "shadowed"
     REFUSED = "refused"
     FAILED = "failed"  # it could not fetch or store the release; it tries again
     ROLLED_BACK = "rolled_back"
-    PENDING = "pending"
+    TOLD = "told"  # it is there, and no update of the model goes on
+    FETCHING = "fetching"
+    TRIALING = "trialing"
+    SHADOWING = "shadowing"
+    WAITING = "waiting"  # for a retry, a window, an approval or its team
+    CANARYING = "canarying"
+    ACTIVATING = "activating"
+    WATCHING = "watching"
+    ROLLING_BACK = "rolling_back"
     TIMED_OUT = "timed_out"  # it is there, and has not answered within the time that a device has
     LOST = "lost"  # it was there when it was told, and is silent since
     HELD = "held"  # an operator keeps it on what it serves
     SKIPPED = "skipped"  # an operator took it out of this rollout's count
     OFFLINE = "offline"  # it was not there since its wave began
+    NOT_REACHED = "not_reached"  # it is in the rollout's scope, and was not told yet
+    LEFT = "left"  # it was told, and is none of the rollout's devices any more
+    PENDING = "pending"  # in verdicts stored before those that have still to answer were told apart: any of them
+
+
+TO_ANSWER = (
+    Standing.TOLD,
+    Standing.FETCHING,
+    Standing.TRIALING,
+    Standing.SHADOWING,
+    Standing.WAITING,
+    Standing.CANARYING,
+    Standing.ACTIVATING,
+    Standing.WATCHING,
+    Standing.ROLLING_BACK,
+)
+"""Of devices that are there, were told, and have not answered."""
+
+AT_WORK = {Phase(one.value): one for one in TO_ANSWER if one is not Standing.TOLD}
 
 
 MOST_ALLOWED = 0.5
@@ -50,7 +79,10 @@ class Ruling(str, Enum):
     FAIL = "fail"
 
 
-NOT_ASKED = frozenset({Standing.HELD, Standing.SKIPPED, Standing.OFFLINE})
+NOT_COUNTED = frozenset({Standing.NOT_REACHED, Standing.LEFT})
+"""The rollout has not come to these, or they are its devices no more."""
+
+NOT_ASKED = NOT_COUNTED | {Standing.HELD, Standing.SKIPPED, Standing.OFFLINE}
 """Nobody waits for these, and they say nothing of the release."""
 
 
@@ -71,24 +103,54 @@ class Fact(msgspec.Struct, frozen=True):
     """It was told longer ago than a device may take."""
     held: bool = False
     skipped: bool = False
+    left: bool = False
+    """It was told, and is none of the rollout's devices any more; `message` says why."""
 
 
 class Counts(msgspec.Struct, frozen=True):
+    """How many devices have each standing. `pending` is of verdicts stored before those that have still to answer were told apart."""
+
     committed: int = 0
     shadowed: int = 0
     refused: int = 0
     failed: int = 0
     rolled_back: int = 0
-    pending: int = 0
+    told: int = 0
+    fetching: int = 0
+    trialing: int = 0
+    shadowing: int = 0
+    waiting: int = 0
+    canarying: int = 0
+    activating: int = 0
+    watching: int = 0
+    rolling_back: int = 0
     timed_out: int = 0
     lost: int = 0
     held: int = 0
     skipped: int = 0
     offline: int = 0
+    not_reached: int = 0
+    left: int = 0
+    pending: int = 0
 
     @property
     def total(self) -> int:
-        return sum(msgspec.structs.astuple(self))
+        """How many devices the rollout has come to."""
+        return self._all_but(NOT_COUNTED)
+
+    def _all_but(self, standings: Collection[Standing]) -> int:
+        but = {one.value for one in standings}
+        return sum(int(getattr(self, name)) for name in self.__struct_fields__ if name not in but)
+
+    @property
+    def to_answer(self) -> int:
+        """How many devices are there, were told, and have not answered."""
+        return self.pending + sum(int(getattr(self, standing.value)) for standing in TO_ANSWER)
+
+    @property
+    def heard(self) -> int:
+        """How many of those that the wave is judged by have answered, or are not waited for any more."""
+        return self.asked - self.to_answer - self.failed
 
     @property
     def failures(self) -> int:
@@ -103,8 +165,7 @@ class Counts(msgspec.Struct, frozen=True):
     @property
     def asked(self) -> int:
         """How many devices the wave is judged by: those that were told, less those that an operator answers for."""
-        not_asked: int = sum(getattr(self, standing.value) for standing in NOT_ASKED)
-        return self.total - not_asked
+        return self._all_but(NOT_ASKED)
 
 
 class Witness(msgspec.Struct, frozen=True):
@@ -162,6 +223,8 @@ def standing(fact: Fact, *, shadow: bool = False) -> Standing:
     """How one device stands. A bad answer counts whether the device is still there or not; a good one counts only while the
     right bytes serve. `shadow`: the rollout has mode shadow, and a release that kept its rules beside what serves is a success.
     """
+    if fact.left:
+        return Standing.LEFT
     good = fact.serving_it and (fact.outcome is Outcome.COMMITTED or fact.phase is Phase.STEADY)
     if fact.skipped and not good:
         return Standing.SKIPPED
@@ -179,7 +242,9 @@ def standing(fact: Fact, *, shadow: bool = False) -> Standing:
         return Standing.LOST if fact.told else Standing.OFFLINE
     if fact.overdue:
         return Standing.TIMED_OUT
-    return Standing.FAILED if fact.outcome is Outcome.FAILED else Standing.PENDING
+    if fact.outcome is Outcome.FAILED:
+        return Standing.FAILED
+    return AT_WORK.get(fact.phase, Standing.TOLD) if fact.phase is not None else Standing.TOLD
 
 
 def judge(counts: Counts, evidence: Sequence[Witness], rules: Rules, *, whole: bool = True) -> Verdict:
@@ -196,8 +261,8 @@ def judge(counts: Counts, evidence: Sequence[Witness], rules: Rules, *, whole: b
 def _rule(counts: Counts, rules: Rules) -> tuple[Ruling, str]:
     if (too_many := _too_many_failed(counts, rules)) is not None:
         return Ruling.FAIL, too_many
-    if counts.pending or counts.failed:
-        return Ruling.WAIT, _say((counts.pending, "still to answer"), (counts.failed, "could not fetch it"))
+    if counts.to_answer or counts.failed:
+        return Ruling.WAIT, _say((counts.to_answer, "still to answer"), (counts.failed, "could not fetch it"))
     if not counts.asked:
         return Ruling.WAIT, f"none of {counts.total} was there yet" if counts.total else "the wave reaches no device"
     return _weigh(counts, rules)
@@ -249,8 +314,8 @@ def _weigh(counts: Counts, rules: Rules) -> tuple[Ruling, str]:
     wish = "shadowed" if rules.shadow else "committed"
     said = _say((counts.committed, "committed"), (counts.shadowed, "shadowed")) or f"0 {wish}"
     gone = _say((counts.lost, "fell silent after they were told"), (counts.timed_out, "did not answer in time"))
-    left = _say((counts.held, "held"), (counts.skipped, "skipped"), (counts.offline, "offline"))
-    all_said = "; ".join(filter(None, (said, gone, left)))
+    rest = _say((counts.held, "held"), (counts.skipped, "skipped"), (counts.offline, "offline"), (counts.left, "left"))
+    all_said = "; ".join(filter(None, (said, gone, rest)))
     if good < rules.min_devices:
         return Ruling.STALL, f"{all_said}; at least {rules.min_devices} needed"
     if good < rules.min_share * counts.asked:

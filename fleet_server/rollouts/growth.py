@@ -35,7 +35,7 @@ def may_be_told(counts: Counts, rules: Rules) -> int | None:
     """How many devices may be told, with those that are, when the devices of the wave stand like that; None: all of the wave."""
     if not rules.growth or rules.failure_share is None:
         return None
-    heard = counts.asked - counts.pending - counts.failed
+    heard = counts.heard
     if sequential.is_above(rules.missing_share, counts.missing, heard, rules.confidence):
         return counts.asked
     if _is_likely_above(rules.failure_share, counts.failures, heard) or _is_likely_above(

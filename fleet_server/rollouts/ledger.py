@@ -7,7 +7,8 @@ Rules:
  3. Who counts as silent is read again when it turns out that nobody could have been heard.
  4. That a device was told (it was there while its wave reached it) is seen here first, and written down by whoever decides.
  5. When the wave tells more of its devices, only those are read.
- 6. What fits no rule (the first time, a clock or a counter that went back) makes the ledger anew from every row. So does its
+ 6. Of a deleted device it stays written down that it was told, unless its id is enrolled again.
+ 7. What fits no rule (the first time, a clock or a counter that went back) makes the ledger anew from every row. So does its
     owner, by making another one, when what the rollout is about has changed: its wave, the classes excluded from it.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import insert
@@ -23,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from fleet_server.rollouts import facts
 from fleet_server.rollouts.facts import About, Hearing
-from fleet_server.rollouts.tally import Tally
+from fleet_server.rollouts.tally import Entry, Tally
 from fleet_server.storage import changes
 from fleet_server.storage.models import Device, RolloutRow, ToldDevice
 
@@ -73,10 +74,10 @@ class Ledger:
         self.tally = Tally(shadow=self.about.wave.mode == "shadow")
         self._due, self._until, self._silent = [], {}, set()
         self._take(session.execute(facts.of_devices(self.about)), now)
+        self._note_left(session.scalars(facts.deleted(self.about)))
 
     def _follow_changes(self, session: Session, after: int, up_to: int, now: float) -> None:
-        for device in changes.deleted(session, after, up_to):  # first: it may have been enrolled again
-            self._forget(device)
+        self._leave(session, changes.deleted(session, after, up_to))  # first: one of them may have been enrolled again
         query = facts.of_devices(self.about).where(Device.change > after, Device.change <= up_to)
         self._take(session.execute(query), now)
 
@@ -91,8 +92,20 @@ class Ledger:
     def _read_again(self, session: Session, devices: set[str], now: float) -> None:
         if not devices:
             return
-        for device in devices - self._take(facts.of_some(session, self.about, devices), now):
-            self._forget(device)  # deleted by a change that is still to be followed
+        found = self._take(facts.of_some(session, self.about, devices), now)
+        self._leave(session, sorted(devices - found))  # deleted by changes that are still to be followed
+
+    def _leave(self, session: Session, devices: Sequence[str]) -> None:
+        """These were deleted."""
+        for device in devices:
+            self._forget(device)
+        for start in range(0, len(devices), facts.ROWS_AT_ONCE):
+            some = devices[start : start + facts.ROWS_AT_ONCE]
+            self._note_left(session.scalars(facts.deleted(self.about).where(ToldDevice.device.in_(some))))
+
+    def _note_left(self, devices: Iterable[str]) -> None:
+        for device in () if self.about.over else devices:
+            self.tally.put(device, Entry(facts.left(device, facts.DELETED), None, serves=False))
 
     def _take(self, rows: Iterable[Any], now: float) -> set[str]:
         taken = set()

@@ -31,7 +31,7 @@ class WavePreview(msgspec.Struct, frozen=True, kw_only=True):
     """A wave, and what is known of the devices that it adds to those of the waves before. `devices`: how many, of which `online` are
     there now, `serving` run the release already, `held` are kept by an operator on what they run, `refusing` quarantined the release and do
     not try it again, and `unfit` have no variant of it. `unknown` never said what hardware they are. `fetch_bytes`: what the others fetch
-    together at most, less the blocks that they have in what they serve.
+    together at most, less the blocks that they have in what they serve and in what they served before.
     """
 
     reach: str
@@ -61,16 +61,16 @@ def of(
     """Of these waves, resolved for the rollout `drawn`, whose id is `DRAW`.  Raises: NotFound."""
     scope, ahead = rules.scope_of(drawn), rules.ahead_of(session, drawn)
     manifest = catalogue.manifest_of(catalogue.find(session, ref))
-    fits, fetches = _Fits(manifest), _Fetches(session, ref.model, manifest)
+    fits, fetches = Fits(manifest), Fetches(session, ref.model, manifest)
     found, why = [collections.Counter[str]() for _ in waves], collections.Counter[str]()
-    for row in session.execute(_rows(ref.model)):
+    for row in session.execute(rows(ref.model)):
         place, groups = slot(DRAW, row.id), set(row.groups)
         wave = next((n for n, one in enumerate(waves) if place < one.permille or groups & set(one.groups)), None)
         if wave is None or not rules.follows(scope, ahead, rules.identity_of(row)):
             continue
         counts, said = found[wave], row if row.phase is not None else None
         counts["devices"] += 1
-        counts["online"] += row.present and row.last_seen is not None and now < hearing.silent_at(row.last_seen)
+        counts["online"] += is_online(row, hearing, now)
         fact = facts.fact_of(row.id, True, said, ref.version, {}, DRAW)
         variant, reason = fits.of(row.hardware)
         if said is not None and said.serving == ref.version:
@@ -85,20 +85,27 @@ def of(
             counts["unfit"] += 1
             why[reason] += 1
         else:
-            counts["fetch_bytes"] += fetches.bytes_of(variant, said.serving if said is not None else None)
+            counts["fetch_bytes"] += fetches.bytes_of(variant, said.serving if said is not None else None, row.previous)
     shown = tuple(WavePreview(reach=wording.reach(wave, scope), **one) for wave, one in zip(waves, found, strict=True))
     return RolloutPreview(release=str(ref), waves=shown, worries=tuple(_worries(shown, why)))
 
 
-def _rows(model: str) -> Select[Any]:
+def rows(model: str) -> Select[Any]:
+    """The query of every device that is not shut out, with what it says of the model if it does; `previous`: what it ran before."""
     columns = (
         Device.id, Device.groups, Device.labels, Device.present, Device.last_seen, Device.hardware, Device.hardware_class,
+        Device.retries, Device.state["models", model, "previous"].as_integer().label("previous"),
     )  # fmt: skip
     said = (
         DeviceModel.serving, DeviceModel.sha256, DeviceModel.variant, DeviceModel.phase, DeviceModel.answers, DeviceModel.held,
     )  # fmt: skip
     mine = (DeviceModel.device == Device.id) & (DeviceModel.model == model)
     return select(*columns, *said).outerjoin(DeviceModel, mine).where(Device.revoked.is_(False))
+
+
+def is_online(row: Any, hearing: Hearing, now: float) -> bool:
+    """Whether the device of a row of `rows` is there now."""
+    return bool(row.present and row.last_seen is not None and now < hearing.silent_at(row.last_seen))
 
 
 def _worries(shown: Sequence[WavePreview], why: Mapping[str, int]) -> list[str]:
@@ -118,7 +125,7 @@ def _worries(shown: Sequence[WavePreview], why: Mapping[str, int]) -> list[str]:
     return found
 
 
-class _Fits:
+class Fits:
     """Which variant each hardware takes; asked of many devices, most of them alike."""
 
     def __init__(self, manifest: ReleaseManifest) -> None:
@@ -144,17 +151,17 @@ class _Fits:
         return None, "; ".join(reasons)
 
 
-class _Fetches:
-    """How much a device fetches, by its variant and by what it serves."""
+class Fetches:
+    """How much a device fetches, by its variant and by the releases that it has."""
 
     def __init__(self, session: Session, model: str, manifest: ReleaseManifest) -> None:
         self._session, self._model, self._manifest = session, model, manifest
-        self._known: dict[tuple[str, int | None], int] = {}
+        self._known: dict[tuple[str, frozenset[int]], int] = {}
 
-    def bytes_of(self, variant: Variant, serving: int | None) -> int:
-        key = (variant.name, serving)
+    def bytes_of(self, variant: Variant, *has: int | None) -> int:
+        key = (variant.name, frozenset(version for version in has if version is not None))
         if key not in self._known:
-            had = self._had(serving)
+            had = {sha for version in key[1] for sha in self._had(version)}
             files = [self._manifest.files[name] for name in fitting.needed_files(self._manifest, variant)]
             missing = {
                 sha: size for file in files if file.sha256 not in had for sha, size in pieces(file).items() if sha not in had
@@ -162,9 +169,9 @@ class _Fetches:
             self._known[key] = sum(missing.values())
         return self._known[key]
 
-    def _had(self, version: int | None) -> frozenset[str]:
-        """The hashes of the files of another release, and of their blocks."""
-        row = self._session.get(ReleaseRow, (self._model, version)) if version is not None else None
+    def _had(self, version: int) -> frozenset[str]:
+        """The hashes of the files of a release, and of their blocks."""
+        row = self._session.get(ReleaseRow, (self._model, version))
         files = catalogue.manifest_of(row).files.values() if row is not None else ()
         return frozenset(sha for file in files for sha in (file.sha256, *pieces(file)))
 

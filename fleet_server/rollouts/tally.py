@@ -15,7 +15,7 @@ import msgspec
 from agent.contract.assignment import EVERYONE
 from agent.contract.reasons import METADATA, RETRYABLE, Reason
 from agent.contract.reports import Outcome
-from fleet_server.rollouts.gates import NOT_ASKED, Counts, Fact, Standing, Witness, standing
+from fleet_server.rollouts.gates import NOT_ASKED, TO_ANSWER, Counts, Fact, Standing, Witness, standing
 
 NAMED = 10
 """Devices of each standing that a verdict names; its counts cover all of them."""
@@ -26,14 +26,15 @@ ORDER = (
     Standing.LOST,
     Standing.TIMED_OUT,
     Standing.FAILED,
-    Standing.PENDING,
+    *TO_ANSWER,
     Standing.HELD,
     Standing.SKIPPED,
     Standing.OFFLINE,
+    Standing.LEFT,
     Standing.SHADOWED,
     Standing.COMMITTED,
 )
-"""Bad answers first: they are what a reader of a verdict looks for."""
+"""Bad answers first: they are what a reader of a verdict looks for. Devices that the rollout has not come to stand behind no verdict."""
 
 NOT_QUARANTINED = frozenset({reason.value for reason in RETRYABLE | METADATA | {Reason.OPERATOR, Reason.WITHDRAWN}})
 """For these reasons a device goes back and does not remember the release as bad."""
@@ -45,9 +46,9 @@ def quarantined(fact: Fact) -> bool:
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One device. `fact`: None when it is none of those that count; `kind`: its hardware class, None before it said so;
+    """One device. `fact`: None when it is none of those that the rollout has come to; `kind`: its hardware class, None before it said so;
     `serves`: whether it says that it serves the release, with whatever bytes; `ahead`: its slot, when the wave has it and did not tell it
-    yet; `there`: whether it is there.
+    yet; `there`: whether it is there; `not_reached`: whether the rollout is still to come to it, in this wave or a later one.
     """
 
     fact: Fact | None
@@ -55,6 +56,7 @@ class Entry(msgspec.Struct, frozen=True):
     serves: bool
     ahead: int | None = None
     there: bool = False
+    not_reached: bool = False
 
 
 class Tally:
@@ -63,21 +65,28 @@ class Tally:
     def __init__(self, *, shadow: bool = False) -> None:
         self._shadow = shadow
         self._entries: dict[str, Entry] = {}
-        self._standing: dict[Standing, list[str]] = {one: [] for one in Standing}
+        self._standing: dict[Standing, list[str]] = {one: [] for one in ORDER}
         self._refused: dict[str, list[str]] = {}
         self._serving: collections.Counter[str] = collections.Counter()
         self._asked: collections.Counter[str] = collections.Counter()
         self._ahead: dict[int, set[str]] = {}
         self._there = [0] * EVERYONE
+        self._not_reached = 0
 
     def put(self, device: str, entry: Entry) -> None:
         """The device is like that from now on."""
         if self._entries.get(device) == entry:
             return
         self.drop(device)
-        if entry.fact is None and entry.ahead is None and not (entry.serves and entry.kind is not None):
+        if (
+            entry.fact is None
+            and entry.ahead is None
+            and not entry.not_reached
+            and not (entry.serves and entry.kind is not None)
+        ):
             return  # nothing to remember
         self._entries[device] = entry
+        self._not_reached += entry.not_reached
         if entry.ahead is not None:
             self._ahead.setdefault(entry.ahead, set()).add(device)
             self._there[entry.ahead] += entry.there
@@ -96,6 +105,7 @@ class Tally:
         entry = self._entries.pop(device, None)
         if entry is None:
             return
+        self._not_reached -= entry.not_reached
         if entry.ahead is not None:
             self._ahead[entry.ahead].discard(device)
             self._there[entry.ahead] -= entry.there
@@ -115,7 +125,8 @@ class Tally:
 
     @property
     def counts(self) -> Counts:
-        return Counts(**{where.value: len(devices) for where, devices in self._standing.items()})
+        found = {where.value: len(devices) for where, devices in self._standing.items()}
+        return Counts(**found, not_reached=self._not_reached)
 
     @property
     def witnesses(self) -> list[Witness]:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select, union_all
 from sqlalchemy.orm import Session, aliased
 
 from agent.contract.assignment import Mode, Rule
 from agent.contract.codec import convert
 from agent.contract.names import ReleaseRef
 from agent.contract.scopes import EVERYBODY, Scope
-from fleet_server.rollouts import exclusions, facts, gates, planning, preview, refusals, rows, rules, teams
+from fleet_server.rollouts import exclusions, facts, gates, moves, planning, preview, refusals, rows, rules, teams
 from fleet_server.rollouts.beginning import Calendar
 from fleet_server.rollouts.exclusions import ExclusionView
-from fleet_server.rollouts.facts import Hearing
+from fleet_server.rollouts.facts import About, Hearing
 from fleet_server.rollouts.gates import Counts, Ruling, Standing, Witness
 from fleet_server.rollouts.machine import State, Wave
+from fleet_server.rollouts.moves import ChangePreview, Told
 from fleet_server.rollouts.preview import RolloutPreview
 from fleet_server.rollouts.refusals import Refusals
 from fleet_server.rollouts.vitals import Vitals
 from fleet_server.storage.database import Database
-from fleet_server.storage.models import Device, ExclusionRow, ModelRow, RolloutRow, RuleRow, VerdictRow
+from fleet_server.storage.models import Device, ExclusionRow, ModelRow, RolloutRow, RuleRow, ToldDevice, VerdictRow
 
 EXCLUSIONS_LISTED = 200  # the newest ones
 EXCLUSIONS_OF_ONE = 50  # in the view of a rollout, the newest ones
@@ -122,7 +124,7 @@ class RolloutDetail(RolloutView, frozen=True, kw_only=True):
 
 
 class StandingPage(msgspec.Struct, frozen=True, kw_only=True):
-    """Devices that a rollout reaches, in the order of their ids, and how each stands to its release by its last report. `next`:
+    """Devices of a rollout, in the order of their ids, and how each stands to its release by its last report. `next`:
     what to give as `after` for those behind them, also when none is here; None at the end.
     """
 
@@ -161,23 +163,33 @@ class Views:
             return list(_verdicts(session, rows.find(session, rollout_id).id, limit, before))
 
     def devices(self, rollout_id: str, *, standing: Standing | None = None, limit: int = 100, after: str = "") -> StandingPage:
-        """The devices that a rollout reaches, or those of one standing, from behind `after` on.  Raises: NotFound."""
+        """The devices in the scope of a rollout, and those that left it, or those of one standing (`PENDING`: all that have still to answer),
+        from behind `after` on.  Raises: NotFound.
+        """
         now, found, last, more = self._clock(), list[Witness](), after, False
+        wanted = {standing} if standing is not Standing.PENDING else {*gates.TO_ANSWER}
         with self._database.reading() as session:
             row = rows.find(session, rollout_id)
             about = facts.about(session, row)
-            query = facts.of_devices(about).where(Device.id > after).order_by(Device.id).limit(ROWS_READ)
-            read = session.execute(query).all()
-            for device in read:
-                fact = facts.seen(about, device, self._hearing, now).entry.fact
-                stands = gates.standing(fact, shadow=row.mode == "shadow") if fact is not None else None
-                if fact is not None and stands is not None and standing in {None, stands}:
+            ids = session.scalars(_ids(about, after)).all()
+            read = {device.id: device for device in facts.of_some(session, about, ids)}
+            for device in ids:
+                witness = self._witness(about, device, read.get(device), now)
+                if witness is not None and (standing is None or witness.standing in wanted):
                     if len(found) == limit:
                         more = True
                         break
-                    found.append(Witness(device.id, stands, fact.reason, fact.message))
-                last = device.id
-        return StandingPage(devices=found, next=last if more or len(read) == ROWS_READ else None)
+                    found.append(witness)
+                last = device
+        return StandingPage(devices=found, next=last if more or len(ids) == ROWS_READ else None)
+
+    def _witness(self, about: About, device: str, row: Any, now: float) -> Witness | None:
+        """How the device stands; None when it has nothing to do with the rollout. `row`: None of one that was deleted."""
+        entry = facts.seen(about, row, self._hearing, now).entry if row is not None else None
+        fact = entry.fact if entry is not None else facts.left(device, facts.DELETED)
+        if fact is not None:
+            return Witness(device, gates.standing(fact, shadow=about.wave.mode == "shadow"), fact.reason, fact.message)
+        return Witness(device, Standing.NOT_REACHED) if entry is not None and entry.not_reached else None
 
     def stalled(self) -> list[tuple[str, str]]:
         """The rollouts under way whose wave cannot pass as it is, and why."""
@@ -208,6 +220,11 @@ class Views:
             return [
                 preview.of(session, ref, found, row, self._hearing, self._clock()) for ref, row in zip(refs, drawn, strict=True)
             ]
+
+    def change(self, says: str, before: Told, after: Told) -> ChangePreview:
+        """What devices would do that are told `after` where they are told `before`. `says`: what would be told to people."""
+        with self._database.reading() as session:
+            return moves.of(session, says, before, after, self._hearing, self._clock())
 
     def models(self) -> list[ModelView]:
         """What the fleet runs of each model."""
@@ -248,6 +265,13 @@ class Views:
             exclusions=tuple(map(exclusions.view, reversed(newest))), scope=rules.scope_of(row), attempt=row.attempt,
             superseded=tuple(one.id for one in rows.as_assigned(row).kept),
         )  # fmt: skip
+
+
+def _ids(about: About, after: str) -> Select[Any]:
+    """The query of a page of devices: those that there are, and those that were told of the rollout and deleted since."""
+    there, gone = select(Device.id.label("id")).where(Device.id > after), facts.deleted(about).where(ToldDevice.device > after)
+    both = union_all(there, gone).subquery()
+    return select(both.c.id).order_by(both.c.id).limit(ROWS_READ)
 
 
 def _rules(model: str, found: tuple[Rule, ...], known: Mapping[tuple[str, str], RuleRow]) -> tuple[RuleView, ...]:

@@ -16,11 +16,12 @@ from fleet_server.errors import Conflict, NotFound
 from fleet_server.journal import Journal
 from fleet_server.releases import catalogue
 from fleet_server.releases.repository import Repository
-from fleet_server.rollouts import exclusions, going_back, rows, rules, steps, teams
-from fleet_server.rollouts.decisions import Decisions
+from fleet_server.rollouts import assignment, exclusions, going_back, rows, rules, steps, teams
+from fleet_server.rollouts.decisions import Decision, Decisions
 from fleet_server.rollouts.exclusions import ExclusionView
 from fleet_server.rollouts.judging import Judge
 from fleet_server.rollouts.machine import Event
+from fleet_server.rollouts.moves import ChangePreview
 from fleet_server.rollouts.views import RuleView, Views
 from fleet_server.storage.models import RolloutRow
 
@@ -57,27 +58,38 @@ class WhatRuns:
         them that is under way. `forward`: `to` may be a newer one.  Raises: NotFound, Conflict, Invalid.
         """
         with self._decisions.one() as decision:
-            session = decision.session
-            row = rules.base_of(session, model, scope)
-            if row is None and scope:
-                raise NotFound(f"{model} has no rule for {text_of(scope)}; `edge-fleet rule list` shows them")
-            if row is None:
-                raise NotFound(f"nothing of model {model!r} was ever rolled out")
-            active = rows.active_of(session, model, rules.stored(scope))
-            target = going_back.target(session, row, active, to, forward=forward)
-            self._refuse_unsigned(session, ReleaseRef(model, target))
-            if active is not None:
-                reason = f"rolled back by {actor.name}"
-                steps.apply(session, teams.of(session, active), Event.ABORT, self._clock(), reason=reason)
-            left = active.release if active is not None else row.release
-            if target != row.release:
-                row.release, row.previous = target, rows.before(session, model, target, rules.stored(scope))
-            steps.next_version(session)
-            self._journal.audit(
-                session, actor, "model.rollback", model, to=target, left=left, forward=forward, scope=text_of(scope)
-            )
-            message = f"{model} goes {'forward' if forward and target > (left or 0) else 'back'} to version {target} {'in ' + text_of(scope) if scope else 'everywhere'}"
-            decision.note("model_rolled_back", message, model=model, release=target)
+            return self._roll_back(decision, actor, model, to, forward=forward, scope=scope)
+
+    def preview_roll_back(
+        self, actor: Actor, model: str, to: int | None, *, forward: bool = False, scope: Scope = EVERYBODY
+    ) -> ChangePreview:
+        """What `roll_back` would do. Nothing is changed.  Raises: as `roll_back`."""
+        return self._preview(lambda decision: self._roll_back(decision, actor, model, to, forward=forward, scope=scope))
+
+    def _roll_back(
+        self, decision: Decision, actor: Actor, model: str, to: int | None, *, forward: bool, scope: Scope
+    ) -> RolledBack:
+        session = decision.session
+        row = rules.base_of(session, model, scope)
+        if row is None and scope:
+            raise NotFound(f"{model} has no rule for {text_of(scope)}; `edge-fleet rule list` shows them")
+        if row is None:
+            raise NotFound(f"nothing of model {model!r} was ever rolled out")
+        active = rows.active_of(session, model, rules.stored(scope))
+        target = going_back.target(session, row, active, to, forward=forward)
+        self._refuse_unsigned(session, ReleaseRef(model, target))
+        if active is not None:
+            reason = f"rolled back by {actor.name}"
+            steps.apply(session, teams.of(session, active), Event.ABORT, self._clock(), reason=reason)
+        left = active.release if active is not None else row.release
+        if target != row.release:
+            row.release, row.previous = target, rows.before(session, model, target, rules.stored(scope))
+        steps.next_version(session)
+        self._journal.audit(
+            session, actor, "model.rollback", model, to=target, left=left, forward=forward, scope=text_of(scope)
+        )
+        message = f"{model} goes {'forward' if forward and target > (left or 0) else 'back'} to version {target} {'in ' + text_of(scope) if scope else 'everywhere'}"
+        decision.note("model_rolled_back", message, model=model, release=target)
         return RolledBack(model, target, left)
 
     def withdraw(self, actor: Actor, ref: ReleaseRef) -> Withdrawal:
@@ -85,24 +97,39 @@ class WhatRuns:
         NotFound, Conflict.
         """
         with self._decisions.one() as decision:
-            session = decision.session
-            release = catalogue.find(session, ref)
-            if release.withdrawn:
-                raise Conflict(f"release {ref} was withdrawn already", code="withdrawn")
-            release.withdrawn = True
-            query = select(RolloutRow).where(
-                RolloutRow.model == ref.model, RolloutRow.release == ref.version, RolloutRow.state.in_(rows.ACTIVE)
-            )
-            for active in session.scalars(query).all():
-                reason = f"{ref} was withdrawn by {actor.name}"
-                steps.apply(session, teams.of(session, active), Event.ABORT, self._clock(), reason=reason)
-            going_back.leave_withdrawn(session, ref)
-            steps.next_version(session)
-            self._journal.audit(session, actor, "release.withdraw", str(ref))
-            message = f"{ref} was withdrawn: no device may run it"
-            decision.note("release_withdrawn", message, model=ref.model, release=ref.version)
+            self._withdraw(decision, actor, ref)
         self._journal.changed("releases")
         return Withdrawal(str(ref), True)
+
+    def preview_withdraw(self, actor: Actor, ref: ReleaseRef) -> ChangePreview:
+        """What `withdraw` would do. Nothing is changed.  Raises: NotFound, Conflict."""
+        return self._preview(lambda decision: self._withdraw(decision, actor, ref))
+
+    def _withdraw(self, decision: Decision, actor: Actor, ref: ReleaseRef) -> None:
+        session = decision.session
+        release = catalogue.find(session, ref)
+        if release.withdrawn:
+            raise Conflict(f"release {ref} was withdrawn already", code="withdrawn")
+        release.withdrawn = True
+        query = select(RolloutRow).where(
+            RolloutRow.model == ref.model, RolloutRow.release == ref.version, RolloutRow.state.in_(rows.ACTIVE)
+        )
+        for active in session.scalars(query).all():
+            reason = f"{ref} was withdrawn by {actor.name}"
+            steps.apply(session, teams.of(session, active), Event.ABORT, self._clock(), reason=reason)
+        going_back.leave_withdrawn(session, ref)
+        steps.next_version(session)
+        self._journal.audit(session, actor, "release.withdraw", str(ref))
+        message = f"{ref} was withdrawn: no device may run it"
+        decision.note("release_withdrawn", message, model=ref.model, release=ref.version)
+
+    def _preview(self, change: Callable[[Decision], object]) -> ChangePreview:
+        with self._decisions.undone() as decision:
+            before = assignment.of_models(decision.session)
+            change(decision)
+            decision.session.flush()
+            after, says = assignment.of_models(decision.session), decision.events[-1].message
+        return self._views.change(says, before, after)
 
     def reinstate(self, actor: Actor, ref: ReleaseRef) -> Withdrawal:
         """The release may be rolled out again: its publisher signed so. Nothing is rolled out by that.  Raises: NotFound."""

@@ -15,6 +15,7 @@ import msgspec
 from agent.contract.names import ReleaseRef
 from fleet_server.client import Client
 from fleet_server.errors import Unavailable
+from fleet_server.rollouts.gates import NOT_COUNTED, TO_ANSWER
 from fleet_server.simulation import expected
 from fleet_server.simulation.behaviours import BREAKS, Behaviour
 from fleet_server.simulation.crowd import Crowd
@@ -48,6 +49,8 @@ GROUP = "simulated"
 """What the names of groups begin with that devices on a running server are in."""
 
 OVER = frozenset({"completed", "aborted"})
+CLAIMS = ("pending", *(one.value for one in TO_ANSWER), "failed", "timed_out")
+"""The standings of devices that are there and never answer. A server may be older, and know `pending` alone."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -247,7 +250,7 @@ class Story:
             max_failures=order.plan.max_failures, failure_share=order.plan.failure_share, waves=[_named(stage) for stage in order.plan.stages],
             connected=connected, connecting_s=round(connecting_s, 2), over_s=round(over_s, 2),
             settled_s=round(settled_s, 2) if settled_s is not None else None, lost=lost, problems=crowd.problems(),
-            ended=Ending(state, view["wave"], sum(counts.values()), _kinds(counts)), expected=wants, late=late, last_commit_s=_last_commit_s(self.moments),
+            ended=Ending(state, view["wave"], _reached(counts), _kinds(counts)), expected=wants, late=late, last_commit_s=_last_commit_s(self.moments),
             why=f"the time ran out: {why}" if late else why, moments=self.moments,
             sent=Sent(
                 reports=counted.reports, events=counted.events, pokes=counted.pokes, requests=counted.requests,
@@ -290,12 +293,17 @@ def _last_commit_s(moments: list[Moment]) -> float | None:
     return next((moment.at for moment in moments if moment.committed == most), None) if most else None
 
 
+def _reached(counts: dict[str, int]) -> int:
+    """How many devices the rollout has come to."""
+    return sum(counts.values()) - sum(counts.get(one.value, 0) for one in NOT_COUNTED)
+
+
 def _kinds(counts: dict[str, int]) -> dict[str, int]:
     """The server's counts in the words of what devices come to count as."""
     return {
         "good": counts.get("committed", 0) + counts.get("shadowed", 0),
         "bad": counts.get("refused", 0) + counts.get("rolled_back", 0),
-        "claims": counts.get("pending", 0) + counts.get("failed", 0) + counts.get("timed_out", 0),
+        "claims": sum(counts.get(name, 0) for name in CLAIMS),
         "held": counts.get("held", 0),
         "lost": counts.get("lost", 0),
         "silent": counts.get("offline", 0),

@@ -18,10 +18,11 @@ from sqlalchemy import delete, event, func, insert, inspect, select, update
 from sqlalchemy.orm import Session
 
 from fleet_server.storage.group_models import DeviceGroup, DeviceLabel
-from fleet_server.storage.models import Base, Certificate, Counter, DeletedDevice, Device
+from fleet_server.storage.models import Base, Certificate, Counter, DeletedDevice, Device, ToldDevice
 
 COUNTER = "device_changes"
 WATCHED = ("groups", "labels", "revoked", "present", "last_seen", "shared", "hardware_class", "retries")
+AT_ONCE = 500
 _KEPT = "device_change"  # in the session's notes: the number of its transaction
 
 _ADD = (
@@ -54,6 +55,7 @@ def deleted(session: Session, after: int, up_to: int) -> Sequence[str]:
 def follow(session_class: type[Session]) -> None:
     """Lets the sessions of this class number what they change of devices, and keep what devices are searched by."""
     event.listen(session_class, "before_flush", _number)
+    event.listen(session_class, "before_flush", _begin_untold)
     event.listen(session_class, "after_flush", _write_groups)
     event.listen(session_class, "after_flush", _write_labels)
     event.listen(session_class, "after_flush", _write_expiry)
@@ -68,6 +70,16 @@ def _number(session: Session, *_: Any) -> None:
             number, connection = take(session), session.connection()
             connection.execute(delete(DeletedDevice).where(DeletedDevice.device == row.id))
             connection.execute(insert(DeletedDevice).values(device=row.id, change=number))
+
+
+def _begin_untold(session: Session, *_: Any) -> None:
+    """What a deleted device was told says nothing of a new one with its id."""
+    fresh = [row.id for row in session.new if isinstance(row, Device)]
+    for start in range(0, len(fresh), AT_ONCE):
+        some, connection = fresh[start : start + AT_ONCE], session.connection()
+        again = connection.scalars(select(DeletedDevice.device).where(DeletedDevice.device.in_(some))).all()
+        if again:
+            connection.execute(delete(ToldDevice).where(ToldDevice.device.in_(again)))
 
 
 def _write_groups(session: Session, *_: Any) -> None:

@@ -124,7 +124,7 @@ def test_nobody_is_told_beyond_the_wave_or_beyond_what_was_heard(story):
 def test_a_step_leaves_few_unheard_until_it_is_sure(story):
     for turn in told_by(story).turns:
         grew = growth.may_be_told(turn.counts, RULES)
-        unheard = turn.counts.pending + turn.counts.failed
+        unheard = turn.counts.to_answer + turn.counts.failed
         heard = turn.counts.asked - unheard
         if grew is not None and grew > turn.counts.asked:
             assert grew - heard <= max(growth.UNHEARD, (growth.GROWTH - 1) * heard)
@@ -137,7 +137,7 @@ def test_a_wave_passes_only_on_devices_that_serve_the_right_bytes_now(story):
     for turn in told_by(story).turns:
         if turn.ruling is Ruling.PASS:
             assert turn.counts.committed >= max(1, turn.counts.asked / 2)
-            assert not turn.counts.pending
+            assert not turn.counts.to_answer
             assert turn.reach >= EVERYONE
 
 
@@ -218,7 +218,7 @@ def test_a_rollout_ends_as_aborted_only_for_failures_that_are_too_many(story):
 @given(stories)
 def test_at_most_two_devices_are_unheard_while_failures_are_many(story):
     for before, after in zip(world_turns := told_by(story).turns, world_turns[1:], strict=False):
-        heard = before.counts.asked - before.counts.pending - before.counts.failed
+        heard = before.counts.heard
         if before.counts.failures >= 2 and heard < 20 and before.plan is after.plan and after.told > before.told:
             shared = max(collections.Counter(SLOTS.values()).values())
             new = after.told - before.told
@@ -227,5 +227,5 @@ def test_at_most_two_devices_are_unheard_while_failures_are_many(story):
 
 
 def test_who_is_not_asked_is_said_in_one_place():
-    assert {one.value for one in NOT_ASKED} == {"held", "skipped", "offline"}
-    assert Counts(held=1, skipped=2, offline=3).asked == 0
+    assert {one.value for one in NOT_ASKED} == {"held", "skipped", "offline", "not_reached", "left"}
+    assert Counts(held=1, skipped=2, offline=3, not_reached=4, left=5).asked == 0

@@ -21,11 +21,11 @@ ROWS = [
     ("committed and serves it", True, True, P.STEADY, O.COMMITTED, S.COMMITTED),
     ("committed, gone since", False, True, P.STEADY, O.COMMITTED, S.COMMITTED),
     ("served it before the rollout", True, True, P.STEADY, None, S.COMMITTED),
-    ("says committed, serves other bytes", True, False, P.STEADY, O.COMMITTED, S.PENDING),
-    ("watching is not committed", True, True, P.WATCHING, None, S.PENDING),
-    ("fetching", True, False, P.FETCHING, None, S.PENDING),
+    ("says committed, serves other bytes", True, False, P.STEADY, O.COMMITTED, S.TOLD),
+    ("watching is not committed", True, True, P.WATCHING, None, S.WATCHING),
+    ("fetching", True, False, P.FETCHING, None, S.FETCHING),
     ("silent since it was told", False, False, None, None, S.LOST),
-    ("online, says nothing of the model", True, False, None, None, S.PENDING),
+    ("online, says nothing of the model", True, False, None, None, S.TOLD),
     ("refused", True, False, P.QUARANTINED, O.REFUSED, S.REFUSED),
     ("refused, gone since", False, False, P.QUARANTINED, O.REFUSED, S.REFUSED),
     ("rolled back", True, False, P.STEADY, O.ROLLED_BACK, S.ROLLED_BACK),
@@ -38,9 +38,9 @@ ROWS = [
 
 
 ROWS += [
-    ("runs on copies of requests", True, False, P.SHADOWING, None, S.PENDING),
-    ("did well on copies of requests", True, False, P.SHADOWING, O.SHADOWED, S.PENDING),
-    ("answers a share of the requests", True, False, P.CANARYING, O.SHADOWED, S.PENDING),
+    ("runs on copies of requests", True, False, P.SHADOWING, None, S.SHADOWING),
+    ("did well on copies of requests", True, False, P.SHADOWING, O.SHADOWED, S.SHADOWING),
+    ("answers a share of the requests", True, False, P.CANARYING, O.SHADOWED, S.CANARYING),
 ]
 
 
@@ -77,7 +77,7 @@ def test_who_is_not_waited_for(fact, expected):
 def test_in_a_rollout_of_mode_shadow_nothing_need_be_committed():
     looked = Fact("d", True, False, P.SHADOWING, O.SHADOWED)
     assert standing(looked, shadow=True) is S.SHADOWED
-    assert standing(Fact("d", True, False, P.SHADOWING, None), shadow=True) is S.PENDING
+    assert standing(Fact("d", True, False, P.SHADOWING, None), shadow=True) is S.SHADOWING
     assert standing(Fact("d", True, False, P.QUARANTINED, O.REFUSED), shadow=True) is S.REFUSED
     verdict = judge([looked], max_failures=0, shadow=True)
     assert (verdict.ruling, verdict.why) == (Ruling.PASS, "1 shadowed")
@@ -87,7 +87,7 @@ def test_in_a_rollout_of_mode_shadow_nothing_need_be_committed():
 some_facts = st.builds(
     Fact, device=st.text(min_size=1, max_size=4), online=st.booleans(), serving_it=st.booleans(),
     phase=st.none() | st.sampled_from(list(Phase)), outcome=st.none() | st.sampled_from(list(Outcome)), told=st.booleans(),
-    overdue=st.booleans(), held=st.booleans(), skipped=st.booleans(),
+    overdue=st.booleans(), held=st.booleans(), skipped=st.booleans(), left=st.booleans(),
 )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def devices(**counts):
     made = {
         "committed": (True, True, P.STEADY, O.COMMITTED), "refused": (True, False, P.QUARANTINED, O.REFUSED),
         "failed": (True, False, P.STEADY, O.FAILED), "rolled_back": (True, False, P.STEADY, O.ROLLED_BACK),
-        "pending": (True, False, P.FETCHING, None), "offline": (False, False, None, None), "lost": (False, False, None, None),
+        "fetching": (True, False, P.FETCHING, None), "offline": (False, False, None, None), "lost": (False, False, None, None),
         "timed_out": (True, False, P.FETCHING, None), "held": (True, False, None, None), "skipped": (True, False, None, None),
     }  # fmt: skip
     marks = {"lost": {"told": True}, "timed_out": {"overdue": True}, "held": {"held": True}, "skipped": {"skipped": True}}
@@ -117,7 +117,7 @@ def devices(**counts):
         ({"offline": 5}, 0, Ruling.WAIT),
         ({"committed": 1}, 0, Ruling.PASS),
         ({"committed": 1, "offline": 9}, 0, Ruling.PASS),
-        ({"committed": 9, "pending": 1}, 0, Ruling.WAIT),
+        ({"committed": 9, "fetching": 1}, 0, Ruling.WAIT),
         ({"committed": 9, "failed": 1}, 0, Ruling.WAIT),
         ({"committed": 9, "refused": 1}, 0, Ruling.FAIL),
         ({"committed": 9, "rolled_back": 1}, 0, Ruling.FAIL),
@@ -125,7 +125,7 @@ def devices(**counts):
         ({"committed": 9, "rolled_back": 1, "refused": 1}, 1, Ruling.FAIL),
         ({"rolled_back": 1}, 1, Ruling.FAIL),
         ({"rolled_back": 1, "lost": 1}, 1, Ruling.STALL),
-        ({"pending": 9, "rolled_back": 1}, 0, Ruling.FAIL),
+        ({"fetching": 9, "rolled_back": 1}, 0, Ruling.FAIL),
         ({"failed": 3}, 0, Ruling.WAIT),
         ({"committed": 110, "lost": 1016}, 0, Ruling.STALL),  # they fell silent in the update: what takes devices off the net
         ({"committed": 110, "offline": 1016}, 0, Ruling.PASS),  # they were not there
@@ -137,7 +137,7 @@ def devices(**counts):
         ({"committed": 240, "lost": 60}, 0, Ruling.STALL),
         ({"committed": 240, "timed_out": 60}, 0, Ruling.STALL),
         ({"committed": 240, "lost": 30, "timed_out": 30}, 0, Ruling.STALL),
-        ({"committed": 240, "lost": 60, "pending": 1}, 0, Ruling.WAIT),
+        ({"committed": 240, "lost": 60, "fetching": 1}, 0, Ruling.WAIT),
         ({"committed": 5, "held": 5}, 0, Ruling.PASS),
         ({"committed": 1, "held": 50, "skipped": 50}, 0, Ruling.PASS),
         ({"held": 3}, 0, Ruling.WAIT),
@@ -150,16 +150,45 @@ def test_rulings(counts, max_failures, ruling):
     assert verdict.counts == Counts(**counts)
 
 
+@pytest.mark.parametrize(
+    ("phase", "stands"),
+    [
+        (None, S.TOLD), (P.STEADY, S.TOLD), (P.QUARANTINED, S.TOLD), (P.FETCHING, S.FETCHING), (P.TRIALING, S.TRIALING),
+        (P.SHADOWING, S.SHADOWING), (P.WAITING, S.WAITING), (P.CANARYING, S.CANARYING), (P.ACTIVATING, S.ACTIVATING),
+        (P.WATCHING, S.WATCHING), (P.ROLLING_BACK, S.ROLLING_BACK),
+    ],
+)  # fmt: skip
+def test_who_has_still_to_answer_is_called_as_the_phase_of_its_update(phase, stands):
+    fact = Fact("one", online=True, serving_it=False, phase=phase, told=True)
+    assert standing(fact) is stands
+    assert stands in gates.TO_ANSWER
+    assert Counts(**{stands.value: 2}).to_answer == 2
+    assert standing(msgspec.structs.replace(fact, overdue=True)) is S.TIMED_OUT
+    assert standing(msgspec.structs.replace(fact, online=False)) is S.LOST
+
+
+def test_every_phase_has_a_standing_and_every_standing_a_count():
+    assert {standing(Fact("one", online=True, serving_it=False, phase=phase)) for phase in P} == set(gates.TO_ANSWER)
+    assert {one.value for one in Standing} == set(Counts.__struct_fields__)
+
+
+def test_who_left_or_was_not_reached_is_in_no_sum():
+    counts = Counts(committed=2, fetching=1, failed=1, held=1, not_reached=40, left=7)
+    assert (counts.total, counts.asked, counts.to_answer, counts.heard) == (5, 4, 1, 2)
+    verdict = gates.judge(Counts(committed=2, left=7), [], Rules())
+    assert (verdict.ruling, verdict.why) == (Ruling.PASS, "2 committed; 7 left")
+
+
 def test_min_devices():
     assert judge(devices(committed=2), max_failures=0, min_devices=3).ruling is Ruling.STALL
     assert judge(devices(committed=3), max_failures=0, min_devices=3).ruling is Ruling.PASS
 
 
 def test_evidence_names_the_bad_ones_first_and_is_bounded():
-    verdict = judge(devices(committed=200, rolled_back=2, pending=30), max_failures=5)
-    assert [w.standing for w in verdict.evidence] == [S.ROLLED_BACK] * 2 + [S.PENDING] * NAMED + [S.COMMITTED] * NAMED
-    assert [w.device for w in verdict.evidence[2:4]] == ["pending-0", "pending-1"]
-    assert set(ORDER) == set(Standing)
+    verdict = judge(devices(committed=200, rolled_back=2, fetching=30), max_failures=5)
+    assert [w.standing for w in verdict.evidence] == [S.ROLLED_BACK] * 2 + [S.FETCHING] * NAMED + [S.COMMITTED] * NAMED
+    assert [w.device for w in verdict.evidence[2:4]] == ["fetching-0", "fetching-1"]
+    assert set(ORDER) == set(Standing) - {S.NOT_REACHED, S.PENDING}, "nobody stands like that behind a verdict"
 
 
 @given(st.data())
@@ -174,13 +203,16 @@ def test_a_tally_is_what_the_last_facts_say(data):
             known.pop(name, None)
             continue
         fact = data.draw(st.none() | some_facts)
-        known[name] = Entry(fact, data.draw(kinds), data.draw(st.booleans()))
+        known[name] = Entry(
+            fact, data.draw(kinds), data.draw(st.booleans()), not_reached=fact is None and data.draw(st.booleans())
+        )
         tally.put(name, known[name])
     fresh = Tally()
     for name, entry in sorted(known.items(), reverse=True):
         fresh.put(name, entry)
     for one in (tally, fresh):
-        assert one.counts.total == sum(entry.fact is not None for entry in known.values())
+        assert one.counts.total + one.counts.left == sum(entry.fact is not None for entry in known.values())
+        assert one.counts.not_reached == sum(entry.not_reached for entry in known.values())
         assert one.serving == Counter(e.kind for e in known.values() if e.serves and e.kind)
     assert (tally.counts, tally.witnesses, tally.refused(1)) == (fresh.counts, fresh.witnesses, fresh.refused(1))
 
@@ -191,29 +223,30 @@ def test_no_wave_passes_on_anything_but_right_bytes(found, max_failures, min_dev
     """PASS needs devices that serve the release; an online device that still has to answer, or a failure too many, prevents it."""
     found = list({fact.device: fact for fact in found}.values())
     verdict = judge(found, max_failures=max_failures, min_devices=min_devices)
-    assert verdict.counts.total == len(found)
+    assert verdict.counts.total + verdict.counts.left == len(found)
     stands = [standing(f) for f in found]
     bad = sum(one in {S.REFUSED, S.ROLLED_BACK} for one in stands)
-    assert bad >= sum(f.outcome in {O.REFUSED, O.ROLLED_BACK} for f in found if not f.skipped)
+    assert bad >= sum(f.outcome in {O.REFUSED, O.ROLLED_BACK} for f in found if not (f.skipped or f.left))
     if bad > max_failures:
         assert verdict.ruling is Ruling.FAIL
     elif verdict.ruling is Ruling.FAIL:
         asked = verdict.counts.asked
         assert bad == asked or sequential.is_above(0.03, bad, asked, 0.99)
     if verdict.ruling is Ruling.PASS:
-        good = [f for f in found if f.serving_it and (f.skipped or f.outcome not in {O.REFUSED, O.ROLLED_BACK})]
-        asked = [one for one in stands if one not in {S.OFFLINE, S.HELD, S.SKIPPED}]
+        good = [f for f in found if f.serving_it and not f.left and (f.skipped or f.outcome not in {O.REFUSED, O.ROLLED_BACK})]
+        asked = [one for one in stands if one not in {S.OFFLINE, S.HELD, S.SKIPPED, S.LEFT}]
         assert len(good) >= max(min_devices, len(asked) / 2)
-        assert not {S.PENDING, S.FAILED} & set(stands)
+        assert not {*gates.TO_ANSWER, S.FAILED} & set(stands)
 
 
 @pytest.mark.parametrize(
     ("counts", "ruling"),
     [
         ({"refused": 1}, Ruling.FAIL),  # all that were told
-        ({"refused": 1, "pending": 2}, Ruling.WAIT),
-        ({"refused": 2, "pending": 1}, Ruling.WAIT),
-        ({"refused": 3, "pending": 4}, Ruling.FAIL),  # sooner than the others can answer
+        ({"refused": 1, "pending": 2}, Ruling.WAIT),  # in a verdict stored before
+        ({"refused": 1, "told": 1, "watching": 1}, Ruling.WAIT),
+        ({"refused": 2, "trialing": 1}, Ruling.WAIT),
+        ({"refused": 3, "fetching": 4}, Ruling.FAIL),  # sooner than the others can answer
         ({"committed": 2, "refused": 1}, Ruling.PASS),
         ({"committed": 1, "refused": 2}, Ruling.STALL),
         ({"committed": 28, "rolled_back": 2}, Ruling.PASS),
@@ -245,7 +278,7 @@ def test_a_silent_fleet_never_passes(silent, committed):
 @given(st.builds(Counts, **dict.fromkeys(Counts.__struct_fields__, st.integers(0, 50))))
 def test_who_is_held_skipped_or_not_there_changes_no_ruling(counts):
     """So they never keep a wave waiting, and never let it pass."""
-    without = msgspec.structs.replace(counts, held=0, skipped=0, offline=0)
+    without = msgspec.structs.replace(counts, held=0, skipped=0, offline=0, not_reached=0, left=0)
     assert gates.judge(counts, [], Rules()).ruling is gates.judge(without, [], Rules()).ruling
 
 
@@ -253,7 +286,7 @@ def test_who_is_held_skipped_or_not_there_changes_no_ruling(counts):
 def test_nobody_who_is_gone_is_waited_for(counts):
     """WAIT means that a device which is there may still answer, or that nobody was there."""
     waits = gates.judge(counts, [], Rules(failure_share=None)).ruling is Ruling.WAIT
-    assert waits == bool(counts.pending or counts.failed or not counts.asked)
+    assert waits == bool(counts.to_answer or counts.failed or not counts.asked)
 
 
 @pytest.mark.parametrize(

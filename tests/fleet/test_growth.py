@@ -361,7 +361,7 @@ some_counts = st.builds(Counts, **dict.fromkeys(Counts.__struct_fields__, st.int
 @given(some_counts)
 def test_never_fewer_than_were_told_and_never_many_beyond_what_was_heard(counts):
     most = growth.may_be_told(counts, Rules())
-    heard = counts.asked - counts.pending - counts.failed
+    heard = counts.heard
     assert most is None or most >= counts.asked
     if most is not None and most > counts.asked:
         assert most <= max(heard + growth.UNHEARD, growth.GROWTH * heard)
@@ -370,14 +370,14 @@ def test_never_fewer_than_were_told_and_never_many_beyond_what_was_heard(counts)
 
 
 def test_nobody_more_is_told_while_too_many_are_missing():
-    assert growth.may_be_told(Counts(committed=10, lost=10, pending=1), Rules()) == 21
-    assert growth.may_be_told(Counts(committed=10, lost=2, pending=1), Rules()) > 13
+    assert growth.may_be_told(Counts(committed=10, lost=10, told=1), Rules()) == 21
+    assert growth.may_be_told(Counts(committed=10, lost=2, fetching=1), Rules()) > 13
     assert growth.may_be_told(Counts(committed=100, lost=1), Rules()) is None
 
 
 @given(some_counts)
 def test_who_is_held_skipped_or_away_changes_nothing(counts):
-    without = msgspec.structs.replace(counts, held=0, skipped=0, offline=0)
+    without = msgspec.structs.replace(counts, held=0, skipped=0, offline=0, not_reached=0, left=0)
     assert growth.may_be_told(counts, Rules()) == growth.may_be_told(without, Rules())
 
 

@@ -209,7 +209,7 @@ def test_one_device_is_told_in_its_own_record_to_try_again(story):
     assert (retry.model, retry.release) == ("digits", 2)
     assert retry.attempt > 0
     assert not record(story, "plain-2").retries
-    assert standing(story, rollout, "plain-1") == "pending", "what it answered before counts no more"
+    assert standing(story, rollout, "plain-1") == "told", "what it answered before counts no more"
     answers(story, "plain-1", 2, Outcome.REFUSED, serving=1, reason="golden_mismatch", attempt=retry.attempt)
     assert standing(story, rollout, "plain-1") == "refused"
     story.commits("plain-1", "plain-2", "canary-1", version=2)
@@ -227,7 +227,7 @@ def test_all_devices_of_a_rollout_try_again(story):
     assert view(story, rollout).verdict.counts.rolled_back == 0
     assert view(story, rollout).state == "running"
     rolled_back = [one for one in view(story, rollout).verdicts if one.counts.rolled_back]
-    assert view(story, rollout).verdict.counts.pending == 3 or rolled_back
+    assert view(story, rollout).verdict.counts.to_answer == 3 or rolled_back
 
 
 def test_attempts_only_grow(story, clock):
@@ -320,7 +320,7 @@ def test_what_was_refused_for_causes_of_the_device_is_judged_anew(story, outcome
     story.fleet.rollouts.abort(SERVER, first)
     again = story.start(2)
     assert view(story, again).state == "running"
-    assert standing(story, again, "plain-1") == "pending"
+    assert standing(story, again, "plain-1") == "told"
 
 
 def test_a_device_that_is_enrolled_again_has_no_retries_of_the_old_one(story):

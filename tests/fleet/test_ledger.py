@@ -16,7 +16,7 @@ from agent.contract.reports import Answer, Hardware, ModelState, Outcome, Phase,
 from fleet_server.access import SERVER
 from fleet_server.devices import shared_identity
 from fleet_server.errors import Conflict, Invalid
-from fleet_server.rollouts import exclusions, facts, gates, rows
+from fleet_server.rollouts import exclusions, facts, gates, rows, views
 from fleet_server.rollouts.gates import Counts, Fact, Standing, Witness, standing
 from fleet_server.rollouts.judging import WHAT_RUNS_JUDGED_S
 from fleet_server.rollouts.tally import NAMED, ORDER, quarantined
@@ -54,8 +54,13 @@ def read_everything(fleet, session, row, now, told):
     goal = msgspec.structs.replace(
         wave, groups=tuple(groups_of(row)), group_permille={}, permille=max(w["permille"] for w in reached_by(row))
     )
-    for device in session.scalars(select(Device).where(Device.revoked.is_(False)).order_by(Device.id)):
+    waits, there = 0, set(session.scalars(select(Device.id)))
+    gone = {name: left(name, facts.DELETED) for name in told if name not in there}
+    for device in session.scalars(select(Device).order_by(Device.id)):
         kind = hardware_class(Hardware(**device.hardware)) if device.hardware else None
+        if device.revoked:
+            gone |= {device.id: left(device.id, facts.SHUT_OUT)} if device.id in told else {}
+            continue
         mine = said.get(device.id)
         if mine is not None and mine.serving == row.release and kind is not None:
             serving[kind] += 1
@@ -64,6 +69,9 @@ def read_everything(fleet, session, row, now, told):
         if not reaches(wave, device.id, device.groups):
             if reaches(goal, device.id, device.groups) and device.present and device.last_seen is not None:
                 ahead[slot(row.team or row.id, device.id)] += 1
+            if device.id in told:
+                gone[device.id] = left(device.id, facts.MOVED)
+            waits += device.id not in told
             continue
         heard = device.last_seen is not None and now - max(device.last_seen, fleet.inventory.heard_since()) < (
             fleet.config.rollouts.silence_s
@@ -84,14 +92,19 @@ def read_everything(fleet, session, row, now, told):
             asked[kind] += 1
         if kind is not None and quarantined(fact):
             refused.setdefault(kind, []).append(fact)
+    found = sorted([*found, *gone.values()], key=lambda fact: fact.device)
     stands = [(fact, standing(fact, shadow=row.mode == "shadow")) for fact in found]
-    counts = Counts(**{one.value: sum(where is one for _, where in stands) for one in Standing})
+    counts = Counts(**{one.value: sum(where is one for _, where in stands) for one in Standing} | {"not_reached": waits})
     witnesses = [
         Witness(fact.device, where, fact.reason, fact.message)
         for one in ORDER
         for fact, where in [pair for pair in stands if pair[1] is one][:NAMED]
     ]
     return Reading(counts, witnesses, refused, serving, ahead, asked)
+
+
+def left(device, why):
+    return Fact(device, online=False, serving_it=False, message=why, told=True, left=True)
 
 
 def reached_by(row):
@@ -390,7 +403,45 @@ def test_a_report_costs_as_much_as_it_changed(many):
     assert ledger(many).read == begun + 3
     many.fleet.judge.evaluate()
     assert ledger(many).read == begun + 3, "a tick without news reads no device"
-    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(committed=1, pending=301)
+    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(committed=1, told=301)
+
+
+def test_who_is_deleted_or_shut_out_after_it_was_told_left(many):
+    """It counts no more, is shown as such, also by a process that begins anew; and an id that is enrolled again begins anew."""
+    read = ledger(many).read
+    inventory, shown = many.fleet.inventory, many.fleet.views
+    inventory.revoke(SERVER, "one")
+    inventory.delete(SERVER, "d000")
+    many.fleet.judge.evaluate()
+    assert ledger(many).read == read + 1, "what is gone costs as much as it is"
+    found = shown.rollout(many.rollout).verdict
+    assert found.counts == Counts(told=300, left=2)
+    said = [Witness("d000", Standing.LEFT, None, "it was deleted"), Witness("one", Standing.LEFT, None, "it is shut out")]
+    assert [one for one in found.evidence if one.standing is Standing.LEFT] == said
+    assert shown.devices(many.rollout, standing=Standing.LEFT).devices == said
+    many.fleet.judge.ledgers.keep(())  # as after a restart
+    many.fleet.judge.evaluate()
+    assert shown.rollout(many.rollout).verdict.counts == Counts(told=300, left=2)
+    inventory.delete(SERVER, "one")
+    many.join("d000", online=False)
+    many.fleet.judge.evaluate()
+    assert shown.rollout(many.rollout).verdict.counts == Counts(told=300, offline=1, left=1)
+    inventory.delete(SERVER, "d000")
+    many.fleet.judge.evaluate()
+    assert shown.rollout(many.rollout).verdict.counts == Counts(told=300, left=1), "a device that was never told did not leave"
+
+
+def test_deleted_devices_stand_in_their_place_among_the_pages(many, monkeypatch):
+    for name in ("d001", "d002", "d150", "two"):
+        many.fleet.inventory.delete(SERVER, name)
+    monkeypatch.setattr(views, "ROWS_READ", 7)
+    read, after, pages = [], "", 0
+    while after is not None:
+        page = many.fleet.views.devices(many.rollout, limit=5, after=after)
+        read, after, pages = [*read, *page.devices], page.next, pages + 1
+    assert pages > 1
+    assert [one.device for one in read] == sorted({*(f"d{n:03}" for n in range(300)), "one", "two"})
+    assert Counter(one.standing for one in read) == {Standing.TOLD: 298, Standing.LEFT: 4}
 
 
 def test_a_report_that_changes_nothing_is_no_change(many):
@@ -415,7 +466,7 @@ def test_who_falls_silent_is_read_when_it_does_and_not_before(many, clock):
     assert ledger(many).read == read
     clock.now += 1
     many.fleet.judge.evaluate()
-    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(lost=301, pending=1)
+    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(lost=301, watching=1)
     assert ledger(many).read == read + 301
 
 
@@ -427,7 +478,7 @@ def test_a_device_whose_words_come_late_is_there_again(many, clock):
     told = telemetry("one", 1, clock())
     many.devices["one"].say("telemetry", signed_telemetry(told, many.devices["one"].key))
     many.fleet.judge.evaluate()
-    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(lost=301, pending=1)
+    assert many.fleet.views.rollout(many.rollout).verdict.counts == Counts(lost=301, told=1)
 
 
 def test_a_reading_that_breaks_off_loses_nothing(many, clock, monkeypatch):
@@ -446,4 +497,4 @@ def test_verdicts_are_as_many_as_changes_of_mind(many):
         many.say("one", 1, phase=[Phase.FETCHING, Phase.WATCHING][n % 2], outcome=[Outcome.FAILED, None][n % 2])
     found = many.fleet.views.rollout(many.rollout)
     assert [one.verdict for one in found.verdicts] == ["wait"]
-    assert found.verdicts[0].counts == found.verdict.counts == Counts(failed=1, pending=301)
+    assert found.verdicts[0].counts == found.verdict.counts == Counts(failed=1, told=301)

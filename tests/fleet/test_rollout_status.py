@@ -2,9 +2,11 @@
 
 import pytest
 
-from fleet_server.cli import rollout_status
+from fleet_server.cli import rollout_status, rollout_tables
+from fleet_server.rollouts import gates
+from fleet_server.rollouts.gates import Standing
 
-COUNTS = {"committed": 4, "pending": 2, "offline": 1}
+COUNTS = {"committed": 4, "fetching": 1, "watching": 1, "offline": 1, "not_reached": 23, "left": 1}
 SHOWN = {
     "id": "r1-0000", "model": "digits", "release": 4, "previous": 3, "state": "running", "reason": "", "wave": 1, "reach": 300,
     "waves": [
@@ -13,7 +15,7 @@ SHOWN = {
     ],
     "verdict": {
         "verdict": "wait", "why": "2 still to answer", "counts": COUNTS,
-        "evidence": [{"device": f"shop-{n}", "standing": "pending"} for n in range(2)] + [{"device": "shop-9", "standing": "committed"}],
+        "evidence": [{"device": "shop-0", "standing": "fetching"}, {"device": "shop-1", "standing": "watching"}, {"device": "shop-9", "standing": "committed"}],
     },
     "waits_for": None,
 }  # fmt: skip
@@ -25,9 +27,22 @@ def test_a_bar_for_each_wave_and_who_is_waited_for():
         "  wave 1  [########################]  1 of 1  one device",
         "  wave 2  [#########...............]  3 of 8  shop",
         "  wave 3  [........................]  0 of 21  everyone",
-        "  4 committed, 2 pending, 1 offline; more are told as these answer",
+        "  4 committed, 1 fetching, 1 watching, 1 offline, 23 not reached, 1 left; more are told as these answer",
         "  waits for shop-0, shop-1",
     ]
+
+
+def test_a_server_from_before_counts_who_is_waited_for_together():
+    counts, evidence = {"committed": 4, "pending": 7, "offline": 1}, [{"device": "shop-0", "standing": "pending"}]
+    shown = rollout_status.lines(SHOWN | {"verdict": SHOWN["verdict"] | {"counts": counts, "evidence": evidence}})
+    assert shown[-1] == "  waits for shop-0 and 6 more"
+    assert "3 of 8" in shown[2]
+
+
+def test_the_commands_know_every_standing():
+    assert set(rollout_tables.STANDINGS) == {one.value for one in Standing}
+    assert tuple(one.value for one in gates.TO_ANSWER) == rollout_tables.TO_ANSWER
+    assert {one.value for one in gates.NOT_COUNTED} < rollout_tables.NOT_ANSWERED
 
 
 @pytest.mark.parametrize(

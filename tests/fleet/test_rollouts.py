@@ -249,13 +249,13 @@ def test_a_device_that_was_away_and_is_told_when_it_comes_counts_from_then_on(st
     story.join("away", online=False)
     rollout = story.start(1, groups=["canary"], confirm=True)
     story.fleet.inventory.set_groups(SERVER, "away", ["canary"])
-    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(pending=1, offline=1)
+    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(told=1, offline=1, not_reached=2)
     story.devices["away"].say("presence", Presence(device="away", session=2, online=True))
     story.fleet.judge.evaluate()
-    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(pending=2)
+    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(told=2, not_reached=2)
     story.devices["away"].say("presence", Presence(device="away", session=2, online=False))
     story.fleet.judge.evaluate()
-    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(pending=1, lost=1)
+    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(told=1, lost=1, not_reached=2)
 
 
 def test_a_device_that_is_held_is_not_waited_for(story):
@@ -299,7 +299,7 @@ def test_a_device_that_is_skipped_counts_no_more_until_it_is_not(story):
     story.commits("canary-1", version=1)
     story.fleet.rollouts.skip(SERVER, rollout, "plain-1")
     story.say("plain-1", None, Outcome.REFUSED, answered=1, sha="0" * 64)
-    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(committed=1, skipped=1, pending=1)
+    assert story.fleet.views.rollout(rollout).verdict.counts == Counts(committed=1, skipped=1, told=1)
     with pytest.raises(Conflict, match="skipped already"):
         story.fleet.rollouts.skip(SERVER, rollout, "plain-1")
     with pytest.raises(NotFound, match="no device 'nobody'"):
@@ -335,7 +335,7 @@ def test_devices_that_nobody_could_hear_are_not_silent(story, clock):
     story.fleet.inventory.heard_since = lambda: clock.now - 1
     story.fleet.judge.evaluate()
     found = story.fleet.views.rollout(rollout)
-    assert (found.state, found.verdict.counts.lost, found.verdict.counts.pending) == ("running", 0, 2)
+    assert (found.state, found.verdict.counts.lost, found.verdict.counts.told) == ("running", 0, 2)
     since = clock.now
     story.fleet.inventory.heard_since = lambda: since
     clock.now += story.fleet.config.rollouts.silence_s + 1

@@ -163,8 +163,9 @@ def test_a_rollouts_view_does_not_grow_with_the_fleet(story, clock):
         )  # as they were kept before
     story.fleet.judge.evaluate()
     shown = story.fleet.views.rollout(rollout)
-    assert shown.verdict.counts.pending >= 400
-    assert sum(one.standing is Standing.PENDING for one in shown.verdict.evidence) == NAMED
+    assert shown.verdict.counts.told >= 400
+    assert shown.verdicts[0].counts.to_answer == shown.verdicts[0].counts.pending > 0, "as it was stored"
+    assert sum(one.standing is Standing.TOLD for one in shown.verdict.evidence) == NAMED
     assert len(shown.verdicts) == views.VERDICTS_SHOWN
     assert len(encode(shown)) < small + 10_000
     earlier = story.fleet.views.verdicts(rollout, before=shown.verdicts[0].seq, limit=5)
@@ -184,7 +185,7 @@ def test_long_words_of_a_device_do_not_make_a_view_long(story):
 
 def test_the_devices_of_a_rollout_in_pages(story, monkeypatch):
     rollout = story.start(2, max_failures=5, at_once=True)
-    everyone = {"Oslo_1": "committed", "away": "offline", "oslo-2": "refused", "warsaw-1": "pending", "warsaw-2": "pending"}
+    everyone = {"Oslo_1": "committed", "away": "offline", "oslo-2": "refused", "warsaw-1": "told", "warsaw-2": "fetching"}
 
     def read(limit, **options):
         after, read = "", {}
@@ -195,7 +196,8 @@ def test_the_devices_of_a_rollout_in_pages(story, monkeypatch):
         return read
 
     assert read(100) == read(1) == read(2) == everyone
-    assert read(1, standing=Standing.PENDING) == {"warsaw-1": "pending", "warsaw-2": "pending"}
+    assert read(1, standing=Standing.PENDING) == {"warsaw-1": "told", "warsaw-2": "fetching"}, "all that have still to answer"
+    assert read(1, standing=Standing.FETCHING) == {"warsaw-2": "fetching"}
     monkeypatch.setattr(views, "ROWS_READ", 2)
     assert read(100) == everyone
     assert read(100, standing=Standing.REFUSED) == {"oslo-2": "refused"}

@@ -19,6 +19,7 @@ from fleet_server.releases.delegations import RELEASES
 from fleet_server.releases.repository import Repository
 from fleet_server.releases.trust import Trust
 from fleet_server.rollouts.commands import Rollouts
+from fleet_server.rollouts.moves import ChangePreview
 from fleet_server.rollouts.retention import Deletion, Retention
 from fleet_server.rollouts.what_runs import Withdrawal
 from fleet_server.storage.blobs import Blobs
@@ -103,6 +104,11 @@ def withdraw(parts: Parts, request: Request, model: str, version: Number) -> Wit
     return parts.rollouts.withdraw(actor_of(request), ref_of(f"{model}:{version}"))
 
 
+def plan_withdraw(parts: Parts, request: Request, model: str, version: Number) -> ChangePreview:
+    """What a withdrawal would do: where the devices go that run the release, how many are there now, how much they fetch. Nothing is changed."""
+    return parts.rollouts.preview_withdraw(actor_of(request), ref_of(f"{model}:{version}"))
+
+
 def delete_release(parts: Parts, request: Request, model: str, version: Number) -> Deletion:
     """Deletes the files of a release that nobody needs: not assigned, in no rollout, served by no device, not gone back to."""
     return parts.retention.delete(actor_of(request), ref_of(f"{model}:{version}"))
@@ -147,6 +153,7 @@ ROUTES = (
     Route("GET", "/releases/{model}/{version}", release, Role.VIEWER),
     Route("POST", "/releases", publish, Role.PUBLISHER),
     Route("POST", "/releases/{model}/{version}/withdraw", withdraw, Role.OPERATOR),
+    Route("POST", "/releases/{model}/{version}/withdraw/plan", plan_withdraw, Role.VIEWER),
     Route("DELETE", "/releases/{model}/{version}", delete_release, Role.OPERATOR),
     Route("POST", "/releases/{model}/{version}/undelete", undelete_release, Role.PUBLISHER),
     Route("POST", "/publishers/{publisher}/metadata", resign, Role.PUBLISHER),

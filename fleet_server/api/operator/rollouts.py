@@ -20,6 +20,7 @@ from fleet_server.rollouts.commands import Rollouts
 from fleet_server.rollouts.evidence import Evidence, Recorder
 from fleet_server.rollouts.exclusions import ExclusionView
 from fleet_server.rollouts.gates import Standing
+from fleet_server.rollouts.moves import ChangePreview
 from fleet_server.rollouts.preview import RolloutPreview
 from fleet_server.rollouts.views import ModelView, RolloutDetail, RolloutView, RuleView, StandingPage, VerdictView, Views
 from fleet_server.rollouts.what_runs import RolledBack
@@ -43,6 +44,11 @@ def models(parts: Parts) -> list[ModelView]:
 def roll_back(parts: Parts, request: Request, model: str, body: Rollback) -> RolledBack:
     """Takes every device to an earlier release of the model at once."""
     return parts.rollouts.roll_back(actor_of(request), model, body.to, forward=body.forward, scope=scope_in(body.scope))
+
+
+def plan_roll_back(parts: Parts, request: Request, model: str, body: Rollback) -> ChangePreview:
+    """What a rollback would do: how many devices change what they run, how many are there now, how much they fetch. Nothing is changed."""
+    return parts.rollouts.preview_roll_back(actor_of(request), model, body.to, forward=body.forward, scope=scope_in(body.scope))
 
 
 def remove_rule(parts: Parts, request: Request, model: str, body: RuleEnd) -> RuleView:
@@ -81,7 +87,9 @@ def rollout_evidence(parts: Parts, rollout: str, after: Seq = None, limit: Limit
 def rollout_devices(
     parts: Parts, rollout: str, standing: Standing | None = None, limit: Limit = 100, after: str = ""
 ) -> StandingPage:
-    """The devices that a rollout reaches, by id, and how each stands to its release. Ask again with `after` set to `next`."""
+    """The devices in the scope of a rollout, by id, and how each stands to its release, those that left it included. Ask again with `after`
+    set to `next`. `pending` as a standing: all that have still to answer.
+    """
     return parts.views.devices(rollout, standing=standing, limit=limit, after=after)
 
 
@@ -120,6 +128,11 @@ def approve(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
 def promote(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
     """Confirms that the next wave of a rollout begins."""
     return parts.rollouts.promote(actor_of(request), rollout)
+
+
+def plan_promote(parts: Parts, request: Request, rollout: str) -> ChangePreview:
+    """What the next wave would do once it has told all of its devices. Nothing is changed."""
+    return parts.rollouts.preview_promote(actor_of(request), rollout)
 
 
 def pause(parts: Parts, request: Request, rollout: str) -> RolloutDetail:
@@ -193,6 +206,7 @@ def assignment(parts: Parts) -> Assignment:
 ROUTES = (
     Route("GET", "/models", models, Role.VIEWER),
     Route("POST", "/models/{model}/rollback", roll_back, Role.OPERATOR),
+    Route("POST", "/models/{model}/rollback/plan", plan_roll_back, Role.VIEWER),
     Route("POST", "/models/{model}/rules/remove", remove_rule, Role.OPERATOR),
     Route("GET", "/rollouts", rollouts, Role.VIEWER),
     Route("GET", "/rollouts/{rollout}", rollout, Role.VIEWER),
@@ -203,6 +217,7 @@ ROUTES = (
     Route("POST", "/rollouts/plan", plan, Role.VIEWER),
     Route("POST", "/rollouts/{rollout}/approve", approve, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/promote", promote, Role.OPERATOR),
+    Route("POST", "/rollouts/{rollout}/promote/plan", plan_promote, Role.VIEWER),
     Route("POST", "/rollouts/{rollout}/pause", pause, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/resume", resume, Role.OPERATOR),
     Route("POST", "/rollouts/{rollout}/abort", abort, Role.OPERATOR),

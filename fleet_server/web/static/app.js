@@ -7,7 +7,8 @@ const MOST_DEVICES = 1000; // in one page of the API
 const SEARCH_PAUSE = 250; // ms without a key before the server is asked
 const SHOWN_EVENTS = 200;
 const RANKS = ["viewer", "publisher", "operator", "admin"];
-const KINDS = ["committed", "shadowed", "pending", "failed", "refused", "rolled_back", "timed_out", "lost", "held", "skipped", "offline"];
+const TO_ANSWER = ["watching", "activating", "canarying", "waiting", "shadowing", "trialing", "fetching", "told", "rolling_back", "pending"];
+const KINDS = ["committed", "shadowed", ...TO_ANSWER, "failed", "refused", "rolled_back", "timed_out", "lost", "held", "skipped", "offline", "left", "not_reached"];
 const OVER = ["completed", "superseded", "aborted"];
 const STATE_LOOK = { running: "busy", waiting: "warn", paused: "warn", completed: "good", superseded: "good", aborted: "bad", created: "busy", proposed: "warn", scheduled: "warn" };
 const OUTCOME_LOOK = { committed: "good", refused: "bad", rolled_back: "bad", failed: "warn", shadowed: "good" };
@@ -255,12 +256,13 @@ function waveStep(rollout, wave, number) {
 
 function verdictView(rollout) {
   const { counts, why, evidence } = rollout.verdict;
+  const look = (kind) => `c-${TO_ANSWER.includes(kind) ? "to_answer" : kind}`;
   const present = KINDS.filter((kind) => counts[kind]);
   const bad = evidence.filter((witness) => ["refused", "rolled_back", "lost", "timed_out", "failed"].includes(witness.standing)).slice(0, 8);
   const bar = h("div", { class: "meter", role: "img", "aria-label": present.map((kind) => `${counts[kind]} ${words(kind)}`).join(", ") || "no device yet" },
-    present.map((kind) => { const part = h("span", { class: `c-${kind}` }); part.style.flexGrow = counts[kind]; return part; }));
+    present.filter((kind) => kind !== "left").map((kind) => { const part = h("span", { class: look(kind) }); part.style.flexGrow = counts[kind]; return part; }));
   return h("div", null, bar,
-    h("ul", { class: "legend" }, present.map((kind) => h("li", null, h("i", { class: `c-${kind}` }), h("button", { class: "link", "data-key": `${rollout.id}-${kind}`, title: "Which devices?", onclick: () => standingDialog(rollout, kind) }, `${counts[kind]} ${words(kind)}`)))),
+    h("ul", { class: "legend" }, present.map((kind) => h("li", null, h("i", { class: look(kind) }), h("button", { class: "link", "data-key": `${rollout.id}-${kind}`, title: "Which devices?", onclick: () => standingDialog(rollout, kind) }, `${counts[kind]} ${words(kind)}`)))),
     h("p", { class: `why ${rollout.state === "aborted" ? "error" : "muted"}` }, rollout.state === "aborted" && rollout.reason ? `Aborted: ${rollout.reason}` : why),
     bad.length ? h("ul", { class: "witnesses" }, bad.map(witnessLine)) : null);
 }
