@@ -168,8 +168,12 @@ def test_five_percent_of_three_is_one_and_a_newer_release_takes_its_place_half_d
     yard.ends(newer, "waiting")
     assert yard.serving()[reached] in {first, second}
     assert sorted(yard.serving().values()).count(second) == 2
+    (move,) = json.loads(yard.fleet.run("rollout", "promote", newer, "--plan", "--json"))["moves"]
+    assert (move["release"], move["changing"], move["online"], move["unfit"]) == (second, 1, 1, 0)
     yard.fleet.run("rollout", "promote", newer)
     yard.ends(newer, "completed")
+    (back,) = json.loads(yard.fleet.run("rollback", MODEL, "--plan", "--json"))["moves"]
+    assert (back["release"], back["changing"]) == (before, 3), "nobody is taken back by asking"
     assert set(yard.serving().values()) == {second}
     gone_back = [one for one in yard.answers(reached)[-2:] if one["release"] == before]
     assert not gone_back, "it went straight on"
