@@ -129,9 +129,9 @@ def _say(**said: Any) -> None:
     sys.stdout.flush()
 
 
-def main() -> int:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # nobody waits for what an orphan builds
-    order, out = decoded(sys.stdin.readline())
+def answer(line: str) -> int:
+    """Does what an order says; the exit status."""
+    order, out = decoded(line)
     try:
         label, trt = libraries.builder()
         _say(library=label, version=str(trt.__version__))
@@ -148,6 +148,11 @@ def main() -> int:
         os.fsync(file.fileno())
     _say(built=True)
     return 0
+
+
+def main() -> int:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # nobody waits for what an orphan builds
+    return answer(sys.stdin.readline())
 
 
 if __name__ == "__main__":

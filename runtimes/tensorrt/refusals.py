@@ -23,7 +23,7 @@ ADVICE = (
 QUANTIZED_OPERATORS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize")
 OF_THE_SOURCE = re.compile(
     r"\(?In \w+ at [^)]*\)?|\[\w+\.cpp(?:::\w+)?:+\d+(?:\]|: \w+\])|Error Code \d+: |API Usage Error|Internal Error|Myelin|I[A-Z]\w+::\w+: "
-    r"|Invalid Node - \S+|Assertion failed: |status\.is_success\(\): |creator && "
+    r"|Invalid Node - \S+|Assertion failed: |status\.is_success\(\): |shiftIsAllZeros\(zeroPoint\): |creator && "
 )
 CUDA = re.compile(r"[^\n]*cudaError[^\n]*")
 NOT_SUPPORTED = "false"  # all that the parser says of an operator that it does not know

@@ -20,7 +20,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from runtimes.contract import ModelInvalid, RuntimeUnavailable
-from runtimes.tensorrt import header
+from runtimes.tensorrt import building, header
 from runtimes.tensorrt.engines import Builder, Library, Limits, OverLimit, Refused, key
 from runtimes.tensorrt.order import Order, Profile
 
@@ -78,6 +78,27 @@ def test_an_engine_is_built_once_for_a_gpu_that_is_not_here(builder, small):
     assert header.read(other.path).capabilities == ("sm120",)
     everywhere = builder.build(Order(small))
     assert {"sm80", "sm86", "sm89", "sm120"} <= set(everywhere.capabilities)
+
+
+def test_what_the_process_that_builds_says(small, tmp_path, capsys):
+    """In this process, where what is done can be seen."""
+
+    def said(order):
+        status = building.answer(order.encoded(tmp_path / "engine"))
+        return status, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    status, lines = said(Order(small, "sm86", (1, 2, 4), {"x": Profile((1, 4), (2, 4), (3, 4))}, level=1, memory_bytes=1 << 28))
+    assert (status, lines[0]["library"], lines[-1]) == (0, "TensorRT-RTX", {"built": True})
+    assert all(0 <= line["done"] <= line["of"] for line in lines[1:-1])
+    assert header.read(tmp_path / "engine").capabilities == ("sm86",)
+    for order, words in (
+        (Order(small, "sm87"), "does not build for sm87"),
+        (Order(small, profiles={"x": Profile((1, 5), (1, 5), (1, 5))}), "which [1, 5] is not"),
+        (Order(small, profiles={"y": Profile((1,), (1,), (1,))}), "no input 'y'"),
+        (Order(quantized(tmp_path / "q.onnx", activation=np.uint8, zero_point=128, bias=False)), "zero points that are not 0"),
+    ):
+        status, lines = said(order)
+        assert (status, words in lines[-1]["refused"]) == (1, True), lines[-1]
 
 
 def test_a_damaged_engine_is_built_again(builder, small):
