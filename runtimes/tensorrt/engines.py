@@ -156,7 +156,7 @@ class Builder:
 
 
 class _Watch:
-    """Ends a child that takes too long or too much, or when it is cancelled, or when its own thread goes. `why`: in words, then."""
+    """Ends a child that takes too long or too much, or when the build is cancelled. `why`: in words, then."""
 
     def __init__(self, child: subprocess.Popen[str], limits: Limits, cancelled: threading.Event) -> None:
         self._child, self._limits, self._cancelled = child, limits, cancelled
